@@ -1,0 +1,254 @@
+"""The LightningDataModule: plain text and retrieval cases mixed by a share, the same on every resume."""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from data.collate import needle_batch, pad_id, text_batch
+from data.facts import Split
+from data.packing import DocumentStream, Tokens, WindowStream, spread_windows, take_tokens
+from data.retrieval import NeedleCase, NeedleTask
+from data.text import EmbeddedText, Splits, TextSource
+from sparsekv_pl.batch import Batch
+
+DEPTHS = 10
+"""Evaluation cases cycle over this many depths, evenly from 0 to 1."""
+
+
+class EvictionData(LightningDataModule):
+    """Batches of context + continuation: plain text and needle cases, one kind per batch.
+
+    Needs a tokenizer: the trainer's ``lightning_module.tokenizer``, or set ``tokenizer`` before ``setup``.
+    Training is an endless stream (set ``trainer.max_steps``) that resumes exactly from Lightning's
+    checkpoints, on as many ranks and workers as it was saved with.
+
+    Parameters
+    ----------
+    text
+        Where text comes from; the default needs no download.
+    context_tokens, continuation_tokens
+        Length of contexts and of text continuations, in tokens. Needle continuations are as long as they need
+        to be.
+    batch_size
+        Rows per batch and rank.
+    retrieval_share
+        The fraction of training batches that ask for hidden facts; the rest is plain text.
+    needles
+        Least and most facts hidden in a training case, and asked for one after the other; evaluation hides one.
+    num_workers
+        Processes that tokenise and pack; 0 does it in the training process.
+    seed
+        Of the order of documents, the kinds of batches and the facts.
+    validation_windows, validation_needles, held_out_windows, held_out_needles
+        Cases in validation (val_dataloader) and evaluation (test_dataloader). They are deterministic: they
+        depend on the text, the tokenizer, the lengths and ``seed`` alone.
+    splits
+        Shares of the documents; the splits never share one.
+    """
+
+    def __init__(
+        self,
+        text: TextSource | None = None,
+        context_tokens: int = 384,
+        continuation_tokens: int = 64,
+        batch_size: int = 4,
+        retrieval_share: float = 0.6,
+        needles: tuple[int, int] = (1, 3),
+        num_workers: int = 0,
+        seed: int = 0,
+        validation_windows: int = 16,
+        validation_needles: int = 16,
+        held_out_windows: int = 48,
+        held_out_needles: int = 64,
+        splits: Splits | None = None,
+    ) -> None:
+        super().__init__()
+        least = {"context_tokens": 1, "continuation_tokens": 2, "batch_size": 1, "num_workers": 0}
+        counts = {
+            "validation_windows": 0,
+            "validation_needles": 0,
+            "held_out_windows": 0,
+            "held_out_needles": 0,
+        }
+        given = locals()
+        for name, bound in (least | counts).items():
+            if given[name] < bound:
+                raise ValueError(f"{name} is {given[name]}: give at least {bound}")
+        if not 0 <= retrieval_share <= 1:
+            raise ValueError(f"retrieval_share is {retrieval_share}: give a fraction between 0 and 1")
+        if not 1 <= needles[0] <= needles[1]:
+            raise ValueError(f"needles is {needles}: give (least, most) with 1 <= least <= most")
+        self.text = text or EmbeddedText()
+        self.splits = splits or Splits()
+        self.context_tokens, self.continuation_tokens = context_tokens, continuation_tokens
+        self.batch_size, self.retrieval_share, self.needles = batch_size, retrieval_share, needles
+        self.num_workers, self.seed = num_workers, seed
+        self.validation_windows, self.validation_needles = validation_windows, validation_needles
+        self.held_out_windows, self.held_out_needles = held_out_windows, held_out_needles
+        self.tokenizer: Any = None
+
+    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
+        """Take the tokenizer from the trainer's module unless one was set."""
+        if self.tokenizer is None and self.trainer is not None:
+            self.tokenizer = self.trainer.lightning_module.tokenizer
+        if self.tokenizer is None:
+            raise ValueError(
+                "EvictionData has no tokenizer: attach it to a trainer or set its attribute tokenizer before setup()"
+            )
+
+    def train_dataloader(self) -> "RankStatefulLoader":
+        """Endless; its length says only that ``trainer.max_steps`` ends it, never its own end."""
+        rank, ranks, batches = 0, 1, 10**9
+        if self.trainer is not None:
+            rank, ranks = self.trainer.global_rank, self.trainer.world_size
+            batches = self._batches_to_train()
+        return RankStatefulLoader(MixtureStream(self, rank, ranks), batches, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Text windows of the validation split, then needle cases in its wordings."""
+        return self._fixed("validation", self.validation_windows, self.validation_needles)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Held-out text windows, then held-out needles, their depths going round from 0 to 1."""
+        return self._fixed("held_out", self.held_out_windows, self.held_out_needles)
+
+    def evaluation_batches(self, split: Split, windows: int, needles: int) -> list[Batch]:
+        """Deterministic batches of a split: ``windows`` text rows, then ``needles`` needle rows, never mixed
+        in a batch.
+        """
+        text, asked = self._evaluation_rows(split, windows, needles)
+        batches = [text_batch(rows, self.context_tokens) for rows in _groups(text, self.batch_size)]
+        return batches + [needle_batch(rows, pad_id(self.tokenizer)) for rows in _groups(asked, self.batch_size)]
+
+    def needle_cases(self, split: Split, needles: int) -> list[NeedleCase]:
+        """The needle cases of ``evaluation_batches`` with their facts, depths and positions."""
+        return self._evaluation_rows(split, 0, needles)[1]
+
+    def _evaluation_rows(self, split: Split, windows: int, needles: int) -> tuple[list[Tokens], list[NeedleCase]]:
+        length = self.context_tokens + self.continuation_tokens
+        # A fixed amount of text, whatever is asked for: a case does not change with the number of other
+        # cases.
+        documents = (d for d in self.text.documents() if self.splits.of(d.id) == split)
+        text = take_tokens(documents, self.tokenizer, enough=64 * length)
+        if not text.ids:
+            raise ValueError(
+                f"the {split} split of the text has no document: give more documents or raise its share ({self.splits})"
+            )
+        task = NeedleTask(self.tokenizer, self.context_tokens, self.seed, split)
+        cases = [task.case(i, text, depth=i % DEPTHS / (DEPTHS - 1)) for i in range(needles)]
+        return spread_windows(text, windows, length, self.continuation_tokens), cases
+
+    def _fixed(self, split: Split, windows: int, needles: int) -> DataLoader[Batch]:
+        batches = self.evaluation_batches(split, windows, needles)
+        return DataLoader(cast(Any, batches), batch_size=None, shuffle=False)
+
+    def _batches_to_train(self) -> int:
+        trainer = self.trainer
+        assert trainer is not None
+        if trainer.max_steps < 1:
+            raise ValueError(f"trainer.max_steps is {trainer.max_steps}: set it, the training stream has no end")
+        batches = trainer.max_steps * trainer.accumulate_grad_batches
+        limit = trainer.limit_train_batches
+        if limit != 1.0 and (isinstance(limit, float) or limit < batches):
+            raise ValueError(
+                f"trainer.limit_train_batches is {limit}: set trainer.max_steps alone, the training stream "
+                "has no epochs"
+            )
+        # One more than is trained: an epoch that never ends cannot be saved at its end, where loaders forget
+        # their place.
+        return batches + 1
+
+
+class RankStatefulLoader(StatefulDataLoader):
+    """Saves the state of every rank and gives each its own back; Lightning would give rank 0's to all.
+
+    The length is the loader's, not the stream's: torch would store that one and warn when a resumed run
+    passes it.
+    """
+
+    def __init__(self, stream: "MixtureStream", batches: int, num_workers: int) -> None:
+        pin_memory = torch.cuda.is_available()
+        super().__init__(stream, batch_size=None, num_workers=num_workers, pin_memory=pin_memory)
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"ranks": one state per rank}. A collective call when distributed: all ranks make it."""
+        own = super().state_dict()
+        if not _distributed():
+            return {"ranks": [own]}
+        states: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(states, own)
+        return {"ranks": states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take this rank's state; ValueError when the checkpoint was saved by another number of ranks."""
+        states = state_dict["ranks"]
+        rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if _distributed() else (0, 1)
+        if len(states) != ranks:
+            raise ValueError(
+                f"the checkpoint holds the data state of {len(states)} ranks, this run has {ranks}: resume "
+                "with as many ranks"
+            )
+        super().load_state_dict(states[rank])
+
+
+class MixtureStream(IterableDataset[Batch]):
+    """Endless training batches. Step s is text or retrieval by a draw from (seed, s), on all ranks."""
+
+    def __init__(self, data: EvictionData, rank: int, ranks: int) -> None:
+        self.data, self.rank, self.ranks = data, rank, ranks
+
+    def __iter__(self) -> "MixtureIterator":
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        return MixtureIterator(self.data, self.rank, self.ranks, worker, workers)
+
+
+class MixtureIterator(Iterator[Batch]):
+    """One worker's part: it makes steps worker, worker + workers, ... of its rank, from its own share of the
+    documents.
+    """
+
+    def __init__(self, data: EvictionData, rank: int, ranks: int, worker: int, workers: int) -> None:
+        self.data, self.rank, self.ranks, self.workers = data, rank, ranks, workers
+        self.step = worker
+        documents = DocumentStream(data.text, data.splits, "train", data.seed, rank * workers + worker, ranks * workers)
+        self.windows = WindowStream(documents, data.tokenizer, data.context_tokens + data.continuation_tokens)
+        self.task = NeedleTask(
+            data.tokenizer, data.context_tokens, data.seed, "train", data.needles, "value_and_stop", ask="all"
+        )
+
+    def __next__(self) -> Batch:
+        data = self.data
+        windows = [next(self.windows) for _ in range(data.batch_size)]
+        retrieval = random.Random(f"kind/{data.seed}/{self.step}").random() < data.retrieval_share
+        first = (self.step * self.ranks + self.rank) * data.batch_size
+        self.step += self.workers
+        if not retrieval:
+            return text_batch(windows, data.context_tokens)
+        return needle_batch([self.task.case(first + i, text) for i, text in enumerate(windows)], pad_id(data.tokenizer))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The next step and the text's state; everything else is a function of the step."""
+        return {"step": self.step, "windows": self.windows.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.step = state["step"]
+        self.windows.load_state_dict(state["windows"])
+
+
+def _groups(rows: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,0 +1,175 @@
+"""Documents to token windows: shuffled, endless, exactly resumable."""
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from data.facts import Split
+from data.text import Blocks, Document, Splits, TextSource
+
+JOINT = "\n\n"
+"""Stands after every document."""
+
+
+@dataclass
+class Tokens:
+    """Token ids with the documents they come from; ``spans`` is (document id, number of tokens) in order."""
+
+    ids: list[int] = field(default_factory=list)
+    spans: list[tuple[str, int]] = field(default_factory=list)
+
+    @property
+    def document_ids(self) -> list[str]:
+        """The documents, in order, each once."""
+        return list(dict.fromkeys(name for name, _ in self.spans))
+
+    def append(self, document_id: str, ids: list[int]) -> None:
+        """Add a document at the end."""
+        self.ids += ids
+        self.spans.append((document_id, len(ids)))
+
+    def slice(self, start: int, end: int) -> "Tokens":
+        """The tokens [start, end) with the documents they touch."""
+        spans, offset = [], 0
+        for name, count in self.spans:
+            inside = min(end, offset + count) - max(start, offset)
+            if inside > 0:
+                spans.append((name, inside))
+            offset += count
+        return Tokens(self.ids[start:end], spans)
+
+
+def encode_document(tokenizer: Any, document: Document, joint: str = JOINT) -> list[int]:
+    """A document's tokens without special tokens, with the joint after it."""
+    return list(tokenizer.encode(document.text + joint, add_special_tokens=False, verbose=False))
+
+
+def take_tokens(documents: Iterable[Document], tokenizer: Any, enough: int) -> Tokens:
+    """Documents joined, in order, until there are ``enough`` tokens (the last document is not cut) or no more
+    documents.
+    """
+    taken = Tokens()
+    for document in documents:
+        taken.append(document.id, encode_document(tokenizer, document))
+        if len(taken.ids) >= enough:
+            break
+    return taken
+
+
+def spread_windows(text: Tokens, count: int, window: int, fresh: int) -> list[Tokens]:
+    """``count`` windows of ``window`` tokens spread evenly over ``text``; their last ``fresh`` tokens never
+    overlap.
+
+    Contexts may overlap where text is short: what is predicted is then still predicted once.
+    """
+    if count == 0:
+        return []
+    last = len(text.ids) - window
+    step = last // max(count - 1, 1)
+    if last < 0 or (count > 1 and step < fresh):
+        room = 0 if last < 0 else last // fresh + 1
+        raise ValueError(
+            f"{count} windows of {window} tokens asked of a split with {len(text.ids)} tokens, which has "
+            f"room for {room}: ask for "
+            "fewer windows, raise the split's share or give more text"
+        )
+    return [text.slice(i * step, i * step + window) for i in range(count)]
+
+
+class DocumentStream(Iterator[Document]):
+    """The documents of one split and one worker, endlessly, each once per epoch, in an order drawn from the
+    seed.
+
+    The order is shuffled within blocks (everything, when the source is in memory), so that the state is the
+    reader's state at the block's start and the position in the block: exact, and small.
+    """
+
+    def __init__(
+        self, source: TextSource, splits: Splits, split: Split, seed: int = 0, number: int = 0, total: int = 1
+    ) -> None:
+        self.share = f"{split} share {number} of {total}"
+        self.seed = seed
+        self.blocks: Blocks = source.blocks(lambda document_id: splits.of(document_id) == split, number, total)
+        self.epoch, self.block, self.position = 0, 0, 0
+        self.found = False
+        self.start = self.blocks.state_dict()
+        self.order: list[Document] = []
+
+    def __next__(self) -> Document:
+        while self.position >= len(self.order):
+            self._read_block()
+        self.position += 1
+        self.found = True
+        return self.order[self.position - 1]
+
+    def _read_block(self) -> None:
+        self.block, self.position = self.block + 1, 0
+        self.start = self.blocks.state_dict()
+        documents = self.blocks.next()
+        if documents is None:
+            if not self.found:
+                raise ValueError(
+                    f"the {self.share} of the text has no document: give more documents or use fewer workers"
+                )
+            self.epoch, self.block, self.found = self.epoch + 1, 0, False
+        self.order = list(documents or ())
+        random.Random(f"order/{self.seed}/{self.epoch}/{self.block}").shuffle(self.order)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next document will be read."""
+        return {
+            "share": self.share,
+            "epoch": self.epoch,
+            "block": self.block,
+            "position": self.position,
+            "found": self.found,
+            "start": self.start,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Read on from a saved state; ValueError when it was saved with other numbers of ranks or workers."""
+        if state["share"] != self.share:
+            raise ValueError(
+                f"the state is of the {state['share']}, this stream reads the {self.share}: resume with as "
+                "many ranks and workers"
+            )
+        self.blocks.load_state_dict(state["start"])
+        self.epoch, self.block, self.found = state["epoch"], state["block"] - 1, state["found"]
+        self.order = []
+        if state["block"] > 0:
+            self._read_block()
+        else:
+            self.block = 0
+        self.position = state["position"]
+
+
+class WindowStream(Iterator[Tokens]):
+    """Packs a document stream into windows of exactly ``window`` tokens; what is left over begins the next
+    window.
+    """
+
+    def __init__(self, documents: DocumentStream, tokenizer: Any, window: int) -> None:
+        self.documents, self.tokenizer, self.window = documents, tokenizer, window
+        self.rest = Tokens()
+
+    def __next__(self) -> Tokens:
+        while len(self.rest.ids) < self.window:
+            document = next(self.documents)
+            self.rest.append(document.id, encode_document(self.tokenizer, document))
+        window = self.rest.slice(0, self.window)
+        self.rest = self.rest.slice(self.window, len(self.rest.ids))
+        return window
+
+    def state_dict(self) -> dict[str, Any]:
+        """The document stream's state and the tokens left over."""
+        return {
+            "documents": self.documents.state_dict(),
+            "ids": list(self.rest.ids),
+            "spans": list(self.rest.spans),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Pack on from a saved state."""
+        self.documents.load_state_dict(state["documents"])
+        self.rest = Tokens(list(state["ids"]), [(name, count) for name, count in state["spans"]])

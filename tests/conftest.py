@@ -1,0 +1,130 @@
+"""Settings that every test needs (no hub, quiet tokenizers), and tiny models, data and trainers to share."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, Trainer
+    from transformers import PreTrainedTokenizerFast
+
+    from data.mixture import EvictionData
+    from sparsekv_pl.backbone import Backbone
+
+VOCABULARY = 1024
+TEMPLATE = (
+    "{% for message in messages %}<s>{{ message.role }}\n{{ message.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+def _tokenizer() -> "PreTrainedTokenizerFast":
+    """Byte-level BPE trained on the interpreter's own documentation, so that a needle takes few tokens."""
+    from pydoc_data.topics import topics
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator((topics[name] for name in sorted(topics)[::8]), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """{"llama": folder, "qwen3": folder}: random two-layer models in float32 with a tokenizer beside them."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    kinds: dict[str, Any] = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+    tokenizer, folders = _tokenizer(), {}
+    for name, (config_class, model_class) in kinds.items():
+        config = config_class(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            initializer_range=0.1,
+            max_position_embeddings=1024,
+            tie_word_embeddings=name == "llama",
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = model_class(config)
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        folders[name] = str(folder)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tiny_models: dict[str, str]) -> Callable[..., "Backbone"]:
+    """Backbone(**settings) of the tiny Llama in float32 with LoRA r 4, unless the settings say otherwise."""
+    from sparsekv_pl.backbone import Backbone, Lora
+
+    def make(kind: str = "llama", **settings: Any) -> Backbone:
+        return Backbone(**({"pretrained": tiny_models[kind], "dtype": "float32", "lora": Lora(r=4)} | settings))
+
+    return make
+
+
+@pytest.fixture
+def tiny_data() -> Callable[..., "EvictionData"]:
+    """EvictionData(**settings): contexts of 96 tokens, continuations of 16, two rows a batch, embedded text."""
+    from data.mixture import EvictionData
+
+    def make(**settings: Any) -> EvictionData:
+        defaults = {
+            "context_tokens": 96,
+            "continuation_tokens": 16,
+            "batch_size": 2,
+            "validation_windows": 2,
+            "validation_needles": 2,
+            "held_out_windows": 4,
+            "held_out_needles": 4,
+        }
+        return EvictionData(**(defaults | settings))
+
+    return make
+
+
+@pytest.fixture
+def tiny_trainer(tmp_path: Path) -> Callable[..., "Trainer"]:
+    """Trainer(**settings): four steps on the CPU, silent, saving nothing, in the test's own folder."""
+    from lightning.pytorch import Trainer
+
+    def make(*callbacks: "Callback", **settings: Any) -> Trainer:
+        defaults = {
+            "max_steps": 4,
+            "max_epochs": 1,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "limit_val_batches": 0,
+            "default_root_dir": tmp_path,
+        }
+        return Trainer(callbacks=list(callbacks), **(defaults | settings))
+
+    return make

@@ -1,0 +1,219 @@
+"""The DataModule: shares, shapes, disjoint splits, and resuming to the token."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from data import EvictionData
+from data.mixture import MixtureStream, RankStatefulLoader
+from data.text import Splits
+from sparsekv_pl.batch import IGNORE
+
+
+def _data(tokenizer, source, **options) -> EvictionData:
+    small: dict[str, Any] = {
+        "context_tokens": 300,
+        "continuation_tokens": 20,
+        "batch_size": 2,
+        "splits": Splits(0.6, 0.2, 0.2),
+        "validation_windows": 3,
+        "validation_needles": 3,
+        "held_out_windows": 4,
+        "held_out_needles": 5,
+    }
+    data = EvictionData(source, **(small | options))
+    data.tokenizer = tokenizer
+    data.setup()
+    return data
+
+
+def _take(loader, count):
+    iterator = iter(loader)
+    return [next(iterator) for _ in range(count)]
+
+
+def _same(one, other):
+    return all(torch.equal(one[k], other[k]) for k in ("context_ids", "continuation_ids", "labels")) and (
+        (one["document_ids"], one["tasks"]) == (other["document_ids"], other["tasks"])
+    )
+
+
+def test_batches_keep_their_shapes_and_kinds(tokenizer, numbered):
+    batches = _take(_data(tokenizer, numbered).train_dataloader(), 40)
+    for batch in batches:
+        assert batch["context_ids"].shape == (2, 300)
+        assert batch["continuation_ids"].shape == batch["labels"].shape
+        assert batch["labels"][:, 0].eq(IGNORE).all()
+        supervised = batch["labels"] != IGNORE
+        assert supervised.any(dim=1).all()
+        assert torch.equal(batch["labels"][supervised], batch["continuation_ids"][supervised])
+        assert batch["tasks"] in (["text"] * 2, ["needle"] * 2)
+        assert len(batch["document_ids"]) == 2
+    needles = sum(batch["tasks"][0] == "needle" for batch in batches)
+    assert 14 <= needles <= 34
+
+
+@pytest.mark.parametrize(("share", "task"), [(0.0, "text"), (1.0, "needle")])
+def test_share_at_its_ends(tokenizer, numbered, share, task):
+    batches = _take(_data(tokenizer, numbered, retrieval_share=share).train_dataloader(), 5)
+    assert {name for batch in batches for name in batch["tasks"]} == {task}
+
+
+def test_splits_share_no_document(tokenizer, numbered):
+    data = _data(tokenizer, numbered)
+    loaders = {
+        "train": _take(data.train_dataloader(), 30),
+        "validation": data.val_dataloader(),
+        "held_out": data.test_dataloader(),
+    }
+    for split, batches in loaders.items():
+        seen = {name for batch in batches for row in batch["document_ids"] for name in row.split(" + ")}
+        assert seen
+        assert {data.splits.of(name) for name in seen} == {split}
+
+
+def test_evaluation_is_deterministic_and_counts_its_cases(tokenizer, numbered):
+    one, other = (list(_data(tokenizer, numbered).test_dataloader()) for _ in range(2))
+    assert all(map(_same, one, other))
+    tasks = [task for batch in one for task in batch["tasks"]]
+    assert tasks == ["text"] * 4 + ["needle"] * 5
+    more = list(_data(tokenizer, numbered, held_out_needles=7, held_out_windows=0).test_dataloader())
+    assert _same(one[2], more[0])  # a case does not depend on how many there are
+    depths = [case.depth for case in _data(tokenizer, numbered).needle_cases("held_out", 20)]
+    assert depths == [i / 9 for i in range(10)] * 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("consumed", [1, 5])
+def test_resumes_to_the_token(tokenizer, numbered, workers, consumed):
+    first = _data(tokenizer, numbered, num_workers=workers).train_dataloader()
+    iterator = iter(first)
+    for _ in range(consumed):
+        next(iterator)
+    state = first.state_dict()
+    rest = [next(iterator) for _ in range(8)]
+    second = _data(tokenizer, numbered, num_workers=workers).train_dataloader()
+    second.load_state_dict(state)
+    assert all(map(_same, rest, _take(second, 8)))
+    assert not _same(rest[0], rest[1])
+
+
+def test_state_of_other_ranks_is_refused(tokenizer, numbered):
+    loader = _data(tokenizer, numbered).train_dataloader()
+    with pytest.raises(ValueError, match="2 ranks, this run has 1"):
+        loader.load_state_dict({"ranks": [{}, {}]})
+
+
+def _rank_resumes(rank, tokenizer, source, folder):
+    """One of two gloo ranks: take 3 batches, save as rank 0 would for all, go on in a new loader."""
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+
+    def loader():
+        data = _data(tokenizer, source)
+        return RankStatefulLoader(MixtureStream(data, rank, 2), 100, 0)
+
+    first = loader()
+    iterator = iter(first)
+    seen = [next(iterator) for _ in range(3)]
+    states = [first.state_dict()]
+    torch.distributed.broadcast_object_list(states, src=0)
+    rest = [next(iterator) for _ in range(4)]
+    second = loader()
+    second.load_state_dict(states[0])
+    assert all(map(_same, rest, _take(second, 4)))
+    torch.save(seen, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_each_rank_gets_its_own_state_back(tokenizer, numbered, tmp_path):
+    torch.multiprocessing.start_processes(_rank_resumes, (tokenizer, numbered, tmp_path), nprocs=2, start_method="fork")
+    zero, one = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
+    assert [batch["tasks"] for batch in zero] == [batch["tasks"] for batch in one]
+    assert not any(map(_same, zero, one))
+
+
+class Recorder(LightningModule):
+    """Remembers what it was trained on."""
+
+    def __init__(self, tokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.batches: list[Any] = []
+
+    def training_step(self, batch, batch_idx):  # noqa: ARG002
+        self.batches.append(batch)
+        return self.weight * 1.0
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def _fit(tokenizer, source, folder: Path, steps: int, workers: int, resume: str | None = None):
+    module = Recorder(tokenizer)
+    data = _data(tokenizer, source, num_workers=workers)
+    data.tokenizer = None
+    keeper = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1, save_last=True)
+    trainer = Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[keeper],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(module, data, ckpt_path=resume)
+    assert trainer.global_step == steps
+    return module.batches
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_lightning_resumes_to_the_token(tokenizer, numbered, tmp_path, workers):
+    whole = _fit(tokenizer, numbered, tmp_path / "whole", 9, workers)
+    for step in (3, 6):  # mid-run of the whole, and the last step of a run cut short
+        rest = _fit(tokenizer, numbered, tmp_path / "rest", 9, workers, str(tmp_path / "whole" / f"step={step}.ckpt"))
+        assert len(rest) == 9 - step
+        assert all(map(_same, whole[step:], rest))
+    short = _fit(tokenizer, numbered, tmp_path / "short", 3, workers)
+    longer = _fit(tokenizer, numbered, tmp_path / "short", 9, workers, str(tmp_path / "short" / "last.ckpt"))
+    assert len(short + longer) == 9
+    assert all(map(_same, whole, short + longer))
+
+
+def test_trainer_without_an_end_is_refused(tokenizer, numbered):
+    data = _data(tokenizer, numbered)
+    for options, name in (
+        ({"max_epochs": 1}, "max_steps"),
+        ({"max_steps": 5, "limit_train_batches": 2}, "limit_train_batches"),
+    ):
+        data.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **options)
+        with pytest.raises(ValueError, match=f"trainer.{name}"):
+            data.train_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("context_tokens", 0),
+        ("continuation_tokens", 1),
+        ("batch_size", 0),
+        ("num_workers", -1),
+        ("retrieval_share", 1.5),
+        ("needles", (0, 2)),
+        ("held_out_needles", -1),
+    ],
+)
+def test_bad_arguments_are_named(option, value):
+    with pytest.raises(ValueError, match=f"{option} is"):
+        EvictionData(**{option: value})
+
+
+def test_needs_a_tokenizer():
+    with pytest.raises(ValueError, match="no tokenizer"):
+        EvictionData().setup()

@@ -1,0 +1,123 @@
+"""Sources, splits and bad files."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+
+from data.packing import DocumentStream
+from data.text import EmbeddedText, HubText, LocalText, Splits
+
+
+def test_every_split_of_the_embedded_text_has_enough():
+    sizes = {"train": 0, "validation": 0, "held_out": 0}
+    for document in EmbeddedText().documents():
+        sizes[Splits().of(document.id)] += len(document.text)
+    assert sizes["train"] >= 300_000
+    assert sizes["validation"] >= 30_000
+    assert sizes["held_out"] >= 35_000
+
+
+def test_split_is_stable_and_follows_the_shares():
+    splits = [Splits(0.5, 0.2, 0.3).of(f"id/{i}") for i in range(4000)]
+    assert abs(splits.count("train") / 4000 - 0.5) < 0.03
+    assert abs(splits.count("validation") / 4000 - 0.2) < 0.03
+    # Pinned: another hash would move documents between splits of runs already made.
+    assert [Splits().of(f"id/{i}") for i in (0, 18, 44)] == ["train", "validation", "held_out"]
+
+
+@pytest.mark.parametrize("shares", [(0.8, 0.1, 0.2), (1.2, -0.1, -0.1)])
+def test_shares_must_add_up(shares):
+    with pytest.raises(ValueError, match="add up to 1"):
+        Splits(*shares)
+
+
+def test_reads_text_json_lines_and_parquet(tmp_path):
+    (tmp_path / "a.txt").write_text("plain")
+    (tmp_path / "b.jsonl").write_text('{"body": "one"}\n\n{"body": "two"}\n')
+    parquet.write_table(pa.table({"body": ["three", None, "four"]}), tmp_path / "c.parquet")
+    source = LocalText([str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.parquet")], text_field="body")
+    found = list(source.documents())
+    assert [d.text for d in found] == ["plain", "one", "two", "three", "four"]
+    assert [d.id.rsplit("/")[-1] for d in found] == [
+        "a.txt",
+        "b.jsonl:1",
+        "b.jsonl:3",
+        "c.parquet:1",
+        "c.parquet:3",
+    ]
+
+
+@pytest.mark.parametrize("broken", ['{"text": "x"', '{"other": "x"}', '{"text": 3}', '["text"]'])
+def test_broken_line_is_named_or_counted(tmp_path, broken, caplog):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "good"}\n' + broken + "\n")
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 2: broken.*skip_broken"):
+        list(LocalText([str(path)]).documents())
+    source = LocalText([str(path)], skip_broken=True)
+    assert [d.text for d in source.documents()] == ["good"]
+    assert source.skipped == 1
+    assert "skipped 1 broken" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "holds no text"),
+        ("empty.jsonl", b"", "holds no text"),
+        ("bytes.txt", b"\xff\xfe\xfa", "not readable"),
+        ("bad.parquet", b"not parquet at all", "not a Parquet file"),
+        ("x.csv", b"a,b", "unknown kind of file"),
+        ("missing.txt", None, "not readable"),
+    ],
+)
+def test_bad_file_is_named(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        list(LocalText([str(tmp_path / name)]).documents())
+    assert name in str(error.value)
+
+
+def _json_shards(folder, shards, rows):
+    paths = []
+    for shard in range(shards):
+        path = folder / f"{shard}.jsonl"
+        path.write_text(
+            "".join(json.dumps({"id": f"{shard}-{i}", "text": f"text {shard} {i}"}) + "\n" for i in range(rows))
+        )
+        paths.append(str(path))
+    return HubText("json", data_files=paths, block_size=4)
+
+
+@pytest.mark.parametrize("total", [1, 2, 3])
+def test_hub_stream_reads_each_document_once_an_epoch(tmp_path, total):
+    source = _json_shards(tmp_path, shards=2, rows=9)
+    seen = []
+    for number in range(total):
+        stream = DocumentStream(source, Splits(1, 0, 0), "train", 5, number, total)
+        epoch = []
+        while (document := next(stream)) and stream.epoch == 0:
+            epoch.append(document.id)
+        assert document.id in epoch  # the second epoch reads the same share
+        seen += epoch
+    assert len(seen) == 18
+    assert len(set(seen)) == 18
+
+
+@pytest.mark.parametrize("consumed", [0, 1, 4, 7, 17, 18, 30])
+def test_hub_stream_resumes_exactly(tmp_path, consumed):
+    source = _json_shards(tmp_path, shards=2, rows=9)
+    first = DocumentStream(source, Splits(0.6, 0.2, 0.2), "train")
+    for _ in range(consumed):
+        next(first)
+    state = json.loads(json.dumps(first.state_dict()))
+    second = DocumentStream(source, Splits(0.6, 0.2, 0.2), "train")
+    second.load_state_dict(state)
+    assert [next(second).id for _ in range(25)] == [next(first).id for _ in range(25)]
+
+
+def test_unreachable_dataset_says_what_to_do():
+    with pytest.raises(ValueError, match=r"nobody/nothing.*EmbeddedText"):
+        list(HubText("nobody/nothing").documents())
