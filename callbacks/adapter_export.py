@@ -1,0 +1,115 @@
+"""Writes what training made in the form that others load: a peft adapter folder, or a plain Hugging Face model."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+from callbacks.curriculum import Curriculum
+
+
+class AdapterExport(pl.Callback):
+    """Exports at every checkpoint (``checkpoint-N/``, N the optimizer step) and at the end (``final/``).
+
+    A folder holds the adapter (adapter_config.json, adapter_model.safetensors) or, where every weight trained, the
+    model; the tokenizer; ``curriculum.json``, the curriculum's state; ``config.yaml``, the resolved run; and
+    ``training.json``, what the training was and cost. ``peft.PeftModel.from_pretrained(base, folder)`` loads it.
+
+    Parameters
+    ----------
+    directory
+        Where the folders go; the trainer's ``default_root_dir`` if not given.
+    merge
+        At the end also write ``merged/``: the base with the adapter folded in, a plain Hugging Face model.
+    """
+
+    def __init__(self, directory: str | None = None, merge: bool = False) -> None:
+        self.directory = directory
+        self.merge = merge
+        self._seconds = 0.0
+        self._tokens = 0
+        self._started = 0.0
+        self._exported = -1
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started = time.perf_counter()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._tokens += trainer.world_size * (batch["context_ids"].numel() + batch["continuation_ids"].numel())
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._exported != trainer.global_step:
+            self._exported = trainer.global_step
+            self._export(trainer, pl_module, f"checkpoint-{trainer.global_step}")
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        folder = self._export(trainer, pl_module, "final")
+        rank_zero_info(f"exported to {folder}")
+        if self.merge and trainer.is_global_zero:
+            _write_merged(pl_module, folder.parent / "merged")
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self._elapsed(), "tokens": self._tokens}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._seconds, self._tokens = state_dict["seconds"], state_dict["tokens"]
+
+    def _elapsed(self) -> float:
+        return self._seconds + (time.perf_counter() - self._started if self._started else 0.0)
+
+    def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> Path:
+        folder = Path(self.directory or trainer.default_root_dir) / name
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return folder
+        partial = folder.with_name(f".{name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        pl_module.model.save_pretrained(partial)  # type: ignore[operator, union-attr]
+        pl_module.tokenizer.save_pretrained(partial)  # type: ignore[operator, union-attr]
+        curricula = [callback for callback in trainer.callbacks if isinstance(callback, Curriculum)]  # type: ignore[attr-defined]
+        state = curricula[0].export_state(trainer.global_step) if curricula else {}
+        _write_json(partial / "curriculum.json", state)
+        _write_json(partial / "training.json", self._summary(trainer, pl_module))
+        config = Path(trainer.log_dir or ".") / "config.yaml"
+        if config.exists():
+            shutil.copy(config, partial / "config.yaml")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        return folder
+
+    def _summary(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        return {
+            "steps": trainer.global_step,
+            "seconds": round(self._elapsed(), 1),
+            "tokens": self._tokens,
+            "trainable_parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
+            **pl_module.describe_training(),  # type: ignore[operator]
+            "last_metrics": metrics,
+        }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _write_merged(pl_module: pl.LightningModule, folder: Path) -> None:
+    model = pl_module.model
+    merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model  # type: ignore[operator]
+    merged.save_pretrained(folder)
+    pl_module.tokenizer.save_pretrained(folder)  # type: ignore[operator, union-attr]
+    rank_zero_info(f"merged model in {folder}")

@@ -1,0 +1,91 @@
+"""Sets the compression of each training step from a schedule, and saves the schedule with the checkpoint."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+from typing_extensions import override
+
+from sparsekv_pl.schedules import Schedule
+
+
+class Curriculum(pl.Callback):
+    """Gives the training module its ``compression_ratio`` before every batch, and logs it.
+
+    All micro-batches of one optimizer step get the same ratio. Validation's ratio is the module's own
+    business.
+
+    Parameters
+    ----------
+    schedule
+        The curriculum: ratio by optimizer step.
+    monitor
+        The metric that an adaptive schedule learns from, once per validation (not the sanity check):
+        perplexity under eviction. Pure schedules do not use it. Every rank takes rank 0's value, so that
+        their ratios stay equal.
+
+    Logs
+    ----
+    curriculum/compression_ratio
+        The fraction of KV pairs removed at this step.
+    """
+
+    def __init__(self, schedule: Schedule, monitor: str = "val/perplexity_evicted") -> None:
+        self.schedule = schedule
+        self.monitor = monitor
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Raise ValueError before training if the curriculum could not do its work."""
+        if stage != TrainerFn.FITTING:
+            return
+        if self.schedule.observes and not trainer.enable_validation:
+            raise ValueError(
+                f"{type(self.schedule).__name__} adapts to {self.monitor!r}, but this run has no validation: "
+                f"give it validation data and limit_val_batches above 0, or choose a schedule that does not "
+                f"adapt"
+            )
+        if not hasattr(pl_module, "compression_ratio"):
+            raise ValueError(
+                f"{type(pl_module).__name__} has no attribute compression_ratio, so the Curriculum would "
+                f"change nothing: train a module that evicts, or remove the callback"
+            )
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Set and log the ratio of the coming step."""
+        ratio = self.schedule.ratio(trainer.global_step)
+        pl_module.compression_ratio = ratio  # type: ignore[assignment]
+        pl_module.log("curriculum/compression_ratio", ratio, on_step=True, on_epoch=False)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Feed the newest perplexity to an adaptive schedule."""
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or not self.schedule.observes:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            raise ValueError(
+                f"{type(self.schedule).__name__} adapts to {self.monitor!r}, which validation did not log. "
+                f"Set Curriculum.monitor to one of the logged metrics: {sorted(trainer.callback_metrics)}"
+            )
+        perplexity = float(trainer.callback_metrics[self.monitor])
+        self.schedule.observe(trainer.strategy.broadcast(perplexity))
+
+    def export_state(self, step: int) -> dict[str, Any]:
+        """The curriculum at optimizer step ``step``, JSON-able: what an exported adapter has learnt."""
+        return {
+            "step": step,
+            "compression_ratio": self.schedule.ratio(step),
+            "schedule": self.schedule.describe(),
+            "state": self.schedule.state_dict(),
+        }
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self.schedule.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.schedule.load_state_dict(state_dict)

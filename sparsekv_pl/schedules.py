@@ -1,0 +1,296 @@
+"""Compression curricula: which fraction of the KV pairs is removed at which training step.
+
+Training starts near the full cache and removes more as the model learns to do without. What the literature
+(SparseKV, the seed of this project) writes as "keep 0.9 -> 0.3" is compression_ratio 0.1 -> 0.7 here. Steps
+are optimizer steps, from 0.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
+from typing import Any
+
+import torch
+from typing_extensions import override
+
+
+def check_compression_ratio(name: str, value: float) -> None:
+    """Raise ValueError unless ``value``, the setting ``name``, is a fraction of KV pairs to remove."""
+    if not 0 <= value < 1:
+        raise ValueError(
+            f"{name} is {value}: a compression ratio is the fraction of KV pairs removed, at least 0 and "
+            f"below 1 (to keep 30 %, write 0.7)"
+        )
+
+
+def _check_at_least(name: str, value: float, minimum: float) -> None:
+    if not value >= minimum:
+        raise ValueError(f"{name} is {value}: give {minimum} or more")
+
+
+class Schedule(ABC):
+    """A compression curriculum: ``ratio(step)``, and a state if it learns from validation.
+
+    A pure schedule is a function of the step alone: nothing to save, the same on every rank.
+    """
+
+    @abstractmethod
+    def ratio(self, step: int) -> float:
+        """The compression ratio of optimizer step ``step`` (from 0), 0 <= ratio < 1."""
+
+    @property
+    def observes(self) -> bool:
+        """Whether ``observe`` changes anything, so that a validation perplexity must exist."""
+        return False
+
+    def observe(self, perplexity: float) -> None:  # noqa: B027 - a pure schedule rightly ignores it
+        """Tell the schedule the newest validation perplexity under eviction."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold, JSON-able; empty for a pure schedule."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` gave; ValueError if another kind of schedule gave it."""
+        if state:
+            raise ValueError(
+                f"{type(self).__name__} has no state, but the checkpoint holds {state}: resume with the "
+                f"schedule that the run was started with, or start a new run"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """The schedule as a config has it: ``{"class_path": ..., "init_args": {...}}``, JSON-able."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}  # type: ignore[arg-type]
+        init_args = {k: v.describe() if isinstance(v, Schedule) else v for k, v in values.items()}
+        return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": init_args}
+
+
+class WarmedUp(Schedule):
+    """Begins ``warmup_steps`` late; until then the ratio rises linearly from 0 to the start."""
+
+    warmup_steps: int
+
+    @abstractmethod
+    def after_warmup(self, step: int) -> float:
+        """The compression ratio ``step`` steps after the warm-up's end."""
+
+    @override
+    def ratio(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return self.after_warmup(0) * step / self.warmup_steps
+        return self.after_warmup(step - self.warmup_steps)
+
+
+@dataclass(frozen=True)
+class Fixed(WarmedUp):
+    """The same ratio at every step."""
+
+    compression_ratio: float = 0.5
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        check_compression_ratio("Fixed.compression_ratio", self.compression_ratio)
+        _check_at_least("Fixed.warmup_steps", self.warmup_steps, 0)
+
+    @override
+    def after_warmup(self, step: int) -> float:
+        return self.compression_ratio
+
+
+@dataclass(frozen=True)
+class Linear(WarmedUp):
+    """In a straight line from ``start`` to ``end`` over ``steps`` steps, then ``end``."""
+
+    start: float = 0.1
+    end: float = 0.7
+    steps: int = 1000
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        check_compression_ratio(f"{name}.start", self.start)
+        check_compression_ratio(f"{name}.end", self.end)
+        _check_at_least(f"{name}.steps", self.steps, 1)
+        _check_at_least(f"{name}.warmup_steps", self.warmup_steps, 0)
+
+    def progress(self, step: int) -> float:
+        """The share of the way from ``start`` to ``end``, 0 to 1."""
+        return min(step / self.steps, 1.0)
+
+    @override
+    def after_warmup(self, step: int) -> float:
+        done = self.progress(step)
+        return (1 - done) * self.start + done * self.end
+
+
+@dataclass(frozen=True)
+class Cosine(Linear):
+    """From ``start`` to ``end`` over ``steps`` steps along half a cosine: slow, fast, slow. Then ``end``."""
+
+    @override
+    def progress(self, step: int) -> float:
+        return (1 - math.cos(math.pi * super().progress(step))) / 2
+
+
+@dataclass(frozen=True)
+class Step(WarmedUp):
+    """Piecewise constant: ``values[i]`` until step ``boundaries[i]``, from there on ``values[i + 1]``."""
+
+    values: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7])
+    boundaries: list[int] = field(default_factory=lambda: [250, 500, 750])
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for i, value in enumerate(self.values):
+            check_compression_ratio(f"Step.values[{i}]", value)
+        if len(self.values) != len(self.boundaries) + 1:
+            raise ValueError(
+                f"Step has {len(self.values)} values and {len(self.boundaries)} boundaries: give one value "
+                f"more than boundaries, because a boundary lies between two values"
+            )
+        if any(a >= b for a, b in pairwise([0, *self.boundaries])):
+            raise ValueError(f"Step.boundaries is {self.boundaries}: give steps above 0, each larger than the last")
+        _check_at_least("Step.warmup_steps", self.warmup_steps, 0)
+
+    @override
+    def after_warmup(self, step: int) -> float:
+        return self.values[bisect_right(self.boundaries, step)]
+
+
+@dataclass
+class Adaptive(WarmedUp):
+    """Raises the ratio while validation perplexity under eviction holds; holds or backs off when it rises.
+
+    The first validation sets the reference; after that the reference is the best perplexity seen. A
+    validation holds if its perplexity is at most ``(1 + tolerance)`` times the reference. Validations during
+    the warm-up count too.
+
+    Parameters
+    ----------
+    start, maximum
+        The ratio before the first validation, which is also the lowest to back off to, and the highest.
+    step_size
+        How much the ratio rises each time.
+    tolerance
+        The relative rise of perplexity that still counts as holding.
+    patience
+        How many validations in a row must hold before the ratio rises.
+    back_off
+        How much the ratio falls when perplexity rises; 0 holds the ratio instead.
+    warmup_steps
+        See ``WarmedUp``.
+    """
+
+    start: float = 0.1
+    maximum: float = 0.7
+    step_size: float = 0.05
+    tolerance: float = 0.02
+    patience: int = 1
+    back_off: float = 0.05
+    warmup_steps: int = 0
+    level: float = field(init=False)
+    best: float | None = field(init=False, default=None)
+    held: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        check_compression_ratio("Adaptive.start", self.start)
+        check_compression_ratio("Adaptive.maximum", self.maximum)
+        _check_at_least("Adaptive.maximum", self.maximum, self.start)
+        for name, minimum in (("tolerance", 0), ("patience", 1), ("back_off", 0), ("warmup_steps", 0)):
+            _check_at_least(f"Adaptive.{name}", getattr(self, name), minimum)
+        if not self.step_size > 0:
+            raise ValueError(f"Adaptive.step_size is {self.step_size}: give a rise above 0, or use Fixed")
+        self.level = self.start
+
+    @override
+    def after_warmup(self, step: int) -> float:
+        return self.level
+
+    @property
+    @override
+    def observes(self) -> bool:
+        return True
+
+    @override
+    def observe(self, perplexity: float) -> None:
+        """Raise, hold or lower the ratio. Infinity is a rise; NaN or a value below 1 a ValueError."""
+        if not perplexity >= 1:
+            raise ValueError(
+                f"validation perplexity under eviction is {perplexity}, but exp(loss) is at least 1: check it"
+            )
+        limit = math.inf if self.best is None else self.best * (1 + self.tolerance)
+        if math.isinf(perplexity) or perplexity > limit:
+            self.held = 0
+            self.level = max(self.start, self.level - self.back_off)
+            return
+        if self.best is None:
+            self.best = perplexity
+            return
+        self.best = min(self.best, perplexity)
+        self.held += 1
+        if self.held >= self.patience:
+            self.held = 0
+            self.level = min(self.maximum, self.level + self.step_size)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"level": self.level, "best": self.best, "held": self.held}
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if set(state) != set(self.state_dict()):
+            raise ValueError(
+                f"Adaptive needs the state {sorted(self.state_dict())}, but the checkpoint holds {state}: "
+                f"resume with the schedule that the run was started with, or start a new run"
+            )
+        if not self.start <= state["level"] <= self.maximum:
+            raise ValueError(
+                f"the checkpoint's compression level {state['level']} lies outside Adaptive.start "
+                f"{self.start} to Adaptive.maximum {self.maximum}: widen them, or start a new run"
+            )
+        self.level, self.best, self.held = state["level"], state["best"], state["held"]
+
+
+@dataclass(frozen=True)
+class Spread(Schedule):
+    """Draws each step's ratio uniformly between ``low`` and ``schedule``'s: small ratios stay trained.
+
+    The draw is a function of (seed, step): every rank and every resumed run draws the same. Where
+    ``schedule`` is at or below ``low``, its value is taken as it is.
+    """
+
+    schedule: Schedule
+    low: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_compression_ratio("Spread.low", self.low)
+        _check_at_least("Spread.seed", self.seed, 0)
+
+    @override
+    def ratio(self, step: int) -> float:
+        high = self.schedule.ratio(step)
+        if high <= self.low:
+            return high
+        # torch's CPU generator reads only 32 bits of its seed: (seed << 32) + step would lose the seed.
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        return self.low + (high - self.low) * torch.rand((), generator=generator, dtype=torch.float64).item()
+
+    @property
+    @override
+    def observes(self) -> bool:
+        return self.schedule.observes
+
+    @override
+    def observe(self, perplexity: float) -> None:
+        self.schedule.observe(perplexity)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self.schedule.state_dict()
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.schedule.load_state_dict(state)
