@@ -1,0 +1,1 @@
+"""Seeing attention, and computing it over a cache, without an L x L matrix."""

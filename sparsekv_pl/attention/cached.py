@@ -1,0 +1,88 @@
+"""Attention of the newest tokens over whatever a cache holds, registered with transformers under a name of its own.
+
+Two things that the stock functions do not do. The causal mask is aligned to the lower right for every layer by itself,
+so a continuation is right after an eviction, also where layers keep different numbers of pairs (transformers builds one
+mask for all layers; PyTorch's ``is_causal`` aligns to the upper left). And an ``observer`` passed as a keyword of the
+model's forward is shown the queries and keys of each layer.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
+
+CACHED = "sparsekv_cached"
+
+Observer = Callable[[int, Tensor, Tensor], None]
+"""Called with layer_idx, queries (B, H, T, D) and keys (B, K, S, D), both after RoPE; S counts cache and new tokens."""
+
+
+def lower_right_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """(queries, keys) bool, True where visible: the last query sees every key, the one before it all but the last."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def cached_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _attention_mask: Tensor | None,
+    observer: Observer | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Scaled dot-product attention, causal from the lower right. The mask argument is not used (see the module's text).
+
+    Head-wise presses (AdaKVPress) leave ``module.masked_key_indices``. kvpress hides those keys by overwriting them
+    with fake ones, which need not exist for more than one query; here they are masked, and the cache stays as it is.
+    """
+    if observer is not None:
+        observer(module.layer_idx, query, key)  # type: ignore[arg-type]
+    queries, keys = query.shape[2], key.shape[2]
+    if queries == keys:
+        module.masked_key_indices = None  # type: ignore[assignment]  # a new context
+    mask = None if queries in (1, keys) else lower_right_mask(queries, keys, query.device)
+    masked = getattr(module, "masked_key_indices", None)
+    if masked is not None:
+        visible = _without(masked, query, key)
+        mask = visible if mask is None else visible & mask
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def _without(masked: Sequence[Tensor], query: Tensor, key: Tensor) -> Tensor:
+    """(B, H, 1, S) bool, False at ``masked``: indices of rows, KV heads and keys."""
+    visible = torch.ones(key.shape[:3], dtype=torch.bool, device=key.device)
+    visible[tuple(masked)] = False
+    return visible.repeat_interleave(query.shape[1] // key.shape[1], dim=1).unsqueeze(2)
+
+
+def _no_mask(kv_length: int, attention_mask: Tensor | None = None, local_size: int | None = None, **_: Any) -> None:
+    """Stands where transformers would build its mask: without it another implementation's mask would arrive."""
+    if local_size is not None and local_size < kv_length:
+        raise ValueError(
+            f"attention over an evicted cache is causal over all {kv_length} tokens, but this model looks back "
+            f"{local_size} tokens only: use contexts within that window, or a model without sliding windows"
+        )
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise ValueError("attention over an evicted cache takes no padding: use contexts of equal length")
+
+
+AttentionInterface.register(CACHED, cached_attention)
+AttentionMaskInterface.register(CACHED, _no_mask)
+
+
+@contextmanager
+def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Compute ``model``'s attention with the registered function ``name`` inside the block."""
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

@@ -1,0 +1,217 @@
+"""Causal attention in which each KV head sees its kept keys, the recent window and the query itself.
+
+Query i attends to key j exactly if ``j <= i``, j is not padding, and ``i - j < recent`` or j is in the kept
+set of its KV head (anchors are members of every kept set). ``kept_columns_mask`` states this rule as a dense
+mask; the fast paths walk chunks of queries, gather the visible columns alone and must equal it in values and
+gradients.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+Backend = Literal["cpu_flash", "sdpa"]
+
+
+class _Span(NamedTuple):
+    """A chunk of queries, start..stop, and its columns: ``old`` gathered ones, then the block first..stop."""
+
+    start: int
+    stop: int
+    first: int
+    old: int
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """The walk over query chunks: ``kept`` (B, K, M), ``real`` (B, S) bool, False on padding."""
+
+    kept: Tensor
+    real: Tensor
+    recent: int
+    query_chunk: int
+
+    def spans(self) -> list[_Span]:
+        length = self.real.shape[1]
+        starts = torch.arange(0, length, self.query_chunk, device=self.kept.device)
+        firsts = (starts - self.recent + 1).clamp(min=0)
+        # kept is sorted: what lies before the block is a prefix. The longest over rows and heads serves all.
+        per_head = torch.searchsorted(self.kept, firsts.expand(*self.kept.shape[:2], -1).contiguous())
+        return [
+            _Span(start, min(start + self.query_chunk, length), first, old)
+            for start, first, old in zip(starts.tolist(), firsts.tolist(), per_head.amax((0, 1)).tolist(), strict=True)
+        ]
+
+    def is_kept(self) -> Tensor:
+        """(B, K, S) bool."""
+        length = self.real.shape[1]
+        member = self.kept.new_zeros((*self.kept.shape[:2], length + 1), dtype=torch.bool)
+        return member.scatter_(2, self.kept, True)[..., :length]
+
+    def gathered(self) -> Tensor:
+        """(B, K, M) positions that are safe to gather: a filler reads the last key, and the mask hides it."""
+        return self.kept.clamp(max=self.real.shape[1] - 1)
+
+    def visible(self, span: _Span, is_kept: Tensor) -> Tensor:
+        """(B, K, stop - start, old + stop - first) bool."""
+        real_kept = self.real[:, None].expand(-1, self.kept.shape[1], -1).gather(2, self.gathered())
+        old = ((self.kept < span.first) & real_kept)[:, :, None, : span.old]
+        block = slice(span.first, span.stop)
+        position = torch.arange(span.stop, device=self.kept.device)
+        distance = position[span.start :, None] - position[block]
+        near = (distance < self.recent) | is_kept[:, :, None, block]
+        near = near & (distance >= 0) & self.real[:, None, None, block]
+        return torch.cat([old.expand(-1, -1, span.stop - span.start, -1), near], dim=-1)
+
+
+def _gather(states: Tensor, index: Tensor) -> Tensor:
+    """(B, K, S, D), (B, K, M) -> (B, K, M, D)."""
+    return states.gather(2, index[..., None].expand(-1, -1, -1, states.shape[-1]))
+
+
+def _columns(states: Tensor, kept_states: Tensor, span: _Span) -> Tensor:
+    """The chunk's keys or values: (B, K, old + stop - first, D)."""
+    return torch.cat([kept_states[:, :, : span.old], states[:, :, span.first : span.stop]], dim=2)
+
+
+def _fold(states: Tensor, span: _Span, kv_heads: int) -> Tensor:
+    """(B, H, S, D) -> (B, K, H / K * chunk, D): a KV head's queries in one row, no key repeated."""
+    chunk = states[:, :, span.start : span.stop]
+    return chunk.reshape(chunk.shape[0], kv_heads, -1, chunk.shape[-1])
+
+
+def _float_mask(visible: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """(B, K, C, W) bool -> (B, K, groups * C, W) of ``dtype``, rows as ``_fold`` lays them out."""
+    mask = visible.new_zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)
+    return mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
+
+
+class _CPUFlash(torch.autograd.Function):
+    """aten's CPU flash kernels, chunk by chunk; saves O(S): inputs, output, logsumexp, kept indices.
+
+    The kernels read the mask as float32 for half-precision inputs and as the inputs' own type otherwise.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, walk: _Walk, scale: float) -> Tensor:
+        (batch, heads, length, dim), kv_heads = query.shape, key.shape[1]
+        groups = heads // kv_heads
+        out = query.new_empty(batch, length, heads, dim)
+        lse = query.new_empty(batch, heads, length, dtype=torch.promote_types(query.dtype, torch.float32))
+        is_kept, index = walk.is_kept(), walk.gathered()
+        kept_key, kept_value = _gather(key, index), _gather(value, index)
+        for span in walk.spans():
+            chunk_out, chunk_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                _fold(query, span, kv_heads),
+                _columns(key, kept_key, span),
+                _columns(value, kept_value, span),
+                attn_mask=_float_mask(walk.visible(span, is_kept), groups, lse.dtype),
+                scale=scale,
+            )
+            queries = slice(span.start, span.stop)
+            out[:, queries] = chunk_out.reshape(batch, heads, -1, dim).transpose(1, 2)
+            lse[:, :, queries] = chunk_lse.reshape(batch, heads, -1)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.walk, ctx.scale = walk, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        walk: _Walk = ctx.walk
+        (batch, heads, _, dim), kv_heads = query.shape, key.shape[1]
+        is_kept, index = walk.is_kept(), walk.gathered()
+        states = [(key, _gather(key, index)), (value, _gather(value, index))]
+        # A key's gradient is a sum over chunks, so bfloat16 would lose what later chunks add.
+        wide = torch.promote_types(key.dtype, torch.float32)
+        grad_query = torch.empty_like(query)
+        grads = [(torch.zeros_like(x, dtype=wide), torch.zeros_like(k, dtype=wide)) for x, k in states]
+        grad_out, out = grad_out.transpose(1, 2), out.transpose(1, 2)
+        for span in walk.spans():
+            chunk_query, *chunk_states = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                _fold(grad_out, span, kv_heads),
+                _fold(query, span, kv_heads),
+                *(_columns(x, k, span) for x, k in states),
+                _fold(out, span, kv_heads),
+                _fold(lse[..., None], span, kv_heads)[..., 0],
+                0.0,
+                False,
+                attn_mask=_float_mask(walk.visible(span, is_kept), heads // kv_heads, lse.dtype),
+                scale=ctx.scale,
+            )
+            grad_query[:, :, span.start : span.stop] = chunk_query.reshape(batch, heads, -1, dim)
+            for (grad, grad_kept), chunk in zip(grads, chunk_states, strict=True):
+                grad_kept[:, :, : span.old] += chunk[:, :, : span.old]
+                grad[:, :, span.first : span.stop] += chunk[:, :, span.old :]
+        index = index[..., None].expand(-1, -1, -1, dim)
+        grad_key, grad_value = (grad.scatter_add_(2, index, kept).to(key.dtype) for grad, kept in grads)
+        return grad_query, grad_key, grad_value, None, None
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, walk: _Walk, scale: float) -> Tensor:
+    """The same walk through PyTorch's own attention, on any device.
+
+    Backward recomputes each chunk: keeping every chunk's columns and mask would be O(S^2).
+    """
+    (batch, heads, _, _), kv_heads = query.shape, key.shape[1]
+    is_kept, index = walk.is_kept(), walk.gathered()
+    kept_key, kept_value = _gather(key, index), _gather(value, index)
+
+    def attend(span: _Span, query: Tensor, *states: Tensor) -> Tensor:
+        key, kept_key, value, kept_value = states
+        mask = walk.visible(span, is_kept).repeat(1, 1, heads // kv_heads, 1)
+        columns = _columns(key, kept_key, span), _columns(value, kept_value, span)
+        out = scaled_dot_product_attention(_fold(query, span, kv_heads), *columns, attn_mask=mask, scale=scale)
+        return out.reshape(batch, heads, -1, value.shape[-1]).transpose(1, 2)
+
+    states = (key, kept_key, value, kept_value)
+    chunks = [checkpoint(attend, span, query, *states, use_reentrant=False) for span in walk.spans()]
+    return torch.cat(chunks, dim=1)
+
+
+def kept_columns_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kept: Tensor,
+    *,
+    recent: int,
+    query_chunk: int,
+    real: Tensor | None = None,
+    scale: float | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Attention to kept and recent keys, in O(S) memory and with work that falls with what is kept.
+
+    ``query`` (B, H, S, D), ``key`` and ``value`` (B, K, S, D) with H a multiple of K; ``kept`` (B, K, M)
+    int64, sorted, with S as filler; ``real`` (B, S) bool, False on padding; ``scale`` defaults to D ** -0.5.
+    Returns (B, S, H, D); a query that may see nothing gets zeros. ``backend`` defaults to "cpu_flash" on a
+    CPU where keys and values are equally wide, else to "sdpa". Raises ValueError for ``recent`` or
+    ``query_chunk`` below 1.
+    """
+    for name, setting in (("recent", recent), ("query_chunk", query_chunk)):
+        if setting < 1:
+            raise ValueError(f"{name} is {setting}; it must be at least 1 token")
+    if real is None:
+        real = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
+    if backend is None:
+        flash = query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
+        backend = "cpu_flash" if flash else "sdpa"
+    walk = _Walk(kept, real, recent, query_chunk)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return (_CPUFlash.apply if backend == "cpu_flash" else _sdpa)(query, key, value, walk, scale)
+
+
+def kept_columns_mask(kept: Tensor, recent: int, real: Tensor) -> Tensor:
+    """The rule itself, the slow reference: (B, K, S, S) bool, True where query i sees key j."""
+    length = real.shape[1]
+    position = torch.arange(length, device=kept.device)
+    distance = position[:, None] - position
+    is_kept = (kept[..., None] == position).any(dim=2)
+    return (distance >= 0) & ((distance < recent) | is_kept[:, :, None]) & real[:, None, None]

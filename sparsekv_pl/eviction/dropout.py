@@ -1,0 +1,222 @@
+"""KV dropout: one teacher-forced pass in which every layer and KV head has its own random set of kept keys.
+
+Every query still sees itself, its own recent window and the anchors. Unlike real eviction it trains the
+context's queries under eviction too, and needs no cache.
+
+The rule of ``attention/kept_columns.py`` reaches a transformers model by name (``NAME``) through the
+attention and the mask interface; without the second, padding would be ignored. What is kept travels as the
+keyword argument ``kept_columns`` of the model's forward, so that no module and no global holds it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+
+from sparsekv_pl.anchors import Anchors, AnchorTable
+from sparsekv_pl.attention.cached import attention_implementation
+from sparsekv_pl.attention.kept_columns import kept_columns_attention
+from sparsekv_pl.eviction.result import Evicted
+
+NAME = "sparsekv_kept_columns"
+"""The name under which transformers finds this attention."""
+
+
+@dataclass(frozen=True)
+class KeptColumns:
+    """What the attention of one forward pass may see.
+
+    ``draw(layer_idx, kv_heads)`` returns that layer's kept keys, (B, K, M) int64, sorted, with S as filler
+    where a row keeps fewer than M. A checkpointed layer calls it again to recompute, so it must depend on its
+    arguments alone. ``recent`` counts the query itself. ``recent`` and ``query_chunk`` are in tokens, >= 1.
+    """
+
+    draw: Callable[[int, int], Tensor]
+    recent: int
+    query_chunk: int
+
+
+@dataclass
+class KVDropout:
+    """Evict at random, by layer and KV head, in one pass.
+
+    Parameters
+    ----------
+    anchors
+        What is never dropped. Its ``recent`` is also the window, in tokens, that every query has of its own.
+    seed
+        Together with the step and the layer it decides every draw.
+    query_chunk
+        Queries per call of the attention kernel, in tokens: larger is fewer calls and more memory.
+    """
+
+    anchors: Anchors = field(default_factory=Anchors)
+    seed: int = 0
+    query_chunk: int = 128
+    tokenizer: PreTrainedTokenizerBase | AnchorTable | None = field(default=None, init=False, repr=False, compare=False)
+    """Finds the special tokens and the punctuation among the anchors; set it before the first pass."""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be at least 0")
+        if self.query_chunk < 1:
+            raise ValueError(f"query_chunk={self.query_chunk} must be at least 1 token")
+
+    def check(self, context_tokens: int) -> None:
+        """Raise ``ValueError`` if a context of this length is all anchors."""
+        self.anchors.check(context_tokens)
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        context_ids: Tensor,
+        continuation_ids: Tensor,
+        *,
+        compression_ratio: float,
+        step: int,
+    ) -> Evicted:
+        """Run context and continuation in one pass; see ``Eviction``.
+
+        ``compression_ratio`` is the share of the evictable context, anchors aside, that every KV head loses.
+        Continuation tokens come after the eviction and are never dropped.
+        """
+        if not 0 <= compression_ratio < 1:
+            raise ValueError(f"compression_ratio={compression_ratio} must be in [0, 1)")
+        if self.tokenizer is None:
+            raise ValueError("KVDropout has no tokenizer to find anchors with: set its tokenizer first")
+        context_tokens = context_ids.shape[1]
+        self.check(context_tokens)
+        anchors = self.anchors.mask(context_ids, self.tokenizer).cpu()
+        always = torch.cat([anchors, anchors.new_ones(continuation_ids.shape)], dim=1)
+        removed = removed_tokens(always, compression_ratio)
+        columns = KeptColumns(
+            draw=partial(draw_kept, always, removed, (self.seed, step)),
+            recent=max(1, self.anchors.recent),
+            query_chunk=self.query_chunk,
+        )
+        with _kept_columns_in(model):
+            hidden = model.get_decoder()(
+                input_ids=torch.cat([context_ids, continuation_ids], dim=1),
+                use_cache=False,
+                kept_columns=columns,
+            ).last_hidden_state
+        kept_share = 1 - float(removed.double().mean()) / context_tokens
+        return Evicted(hidden[:, context_tokens:], kept_share)
+
+
+def removed_tokens(always: Tensor, compression_ratio: float) -> Tensor:
+    """(B,) int64: how many keys a row loses in every layer and head. ``always`` (B, S) bool: never lost."""
+    return ((~always).sum(dim=1).double() * compression_ratio).round().long()
+
+
+def draw_kept(always: Tensor, removed: Tensor, seed: tuple[int, int], layer_idx: int, kv_heads: int) -> Tensor:
+    """One layer's kept keys, (B, K, M) int64, sorted; rows that keep fewer than M end in S as filler.
+
+    ``always`` (B, S) bool and ``removed`` (B,) int64 on the CPU; every head of a row keeps equally many. The
+    draw happens on the CPU, so it is the same on every device.
+    """
+    batch, length = always.shape
+    # SeedSequence mixes: under a sum of the three, neighbouring steps and layers would share their draws.
+    state = np.random.SeedSequence((*seed, layer_idx)).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(state[0]))
+    rank_by = torch.rand(batch, kv_heads, length, generator=generator).masked_fill_(always[:, None], -1.0)
+    kept = length - removed[:, None, None]
+    most = int(kept.max())
+    chosen = rank_by.argsort(dim=-1)[..., :most]
+    return chosen.masked_fill_(torch.arange(most) >= kept, length).sort(dim=-1).values
+
+
+@contextmanager
+def _kept_columns_in(model: PreTrainedModel) -> Iterator[None]:
+    """Compute ``model``'s attention over kept columns inside the block.
+
+    Checkpointed layers run once more in the backward pass, after the block, and are given the same attention
+    for that. This needs non-reentrant checkpointing, which is transformers' default.
+    """
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), attention_implementation(model, NAME)
+
+    checkpointed: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    functions = [module._gradient_checkpointing_func for module in checkpointed]
+    for module, function in zip(checkpointed, functions, strict=True):
+        module._gradient_checkpointing_func = partial(function, context_fn=contexts)
+    try:
+        with attention_implementation(model, NAME):
+            yield
+    finally:
+        for module, function in zip(checkpointed, functions, strict=True):
+            module._gradient_checkpointing_func = function
+
+
+def _padding_mask(
+    batch_size: int,
+    kv_length: int,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    **_: Any,
+) -> Tensor | None:
+    """The mask that transformers hands to ``_registered_attention``: (B, S) bool or None, never S x S."""
+    shortened = local_size is not None and local_size < kv_length
+    if shortened or (local_size is None and mask_function is not causal_mask_function):
+        raise ValueError(
+            f"KV dropout needs plain causal attention over all {kv_length} tokens, but this model asks for a "
+            f"local window ({local_size}) or packed sequences: use shorter, unpacked ones, or real eviction"
+        )
+    if attention_mask is not None and attention_mask.shape != (batch_size, kv_length):
+        raise ValueError(
+            f"KV dropout needs a padding mask of shape {(batch_size, kv_length)}, got "
+            f"{tuple(attention_mask.shape)}: pass one token per column and no cache"
+        )
+    return attention_mask
+
+
+def _registered_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    kept_columns: KeptColumns | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature; returns (B, S, H, D) and no attention weights."""
+    if kept_columns is None:
+        raise ValueError(f"Attention {NAME!r} needs model(..., kept_columns=KeptColumns(...))")
+    asked = {"dropout": dropout or None, "softcap": kwargs.get("softcap"), "s_aux": kwargs.get("s_aux")}
+    if unsupported := {name: setting for name, setting in asked.items() if setting is not None}:
+        raise ValueError(f"KV dropout does not support {unsupported}: switch it off, or use real eviction")
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"KV dropout is one pass, but got {query.shape[2]} queries and {key.shape[2]} keys: pass use_cache=False"
+        )
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        # As autocast does for PyTorch's own attention: rotary embeddings leave queries and keys in float32.
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    kept = kept_columns.draw(int(module.layer_idx), key.shape[1]).to(query.device)  # type: ignore[arg-type]
+    out = kept_columns_attention(
+        query,
+        key,
+        value,
+        kept,
+        recent=kept_columns.recent,
+        query_chunk=kept_columns.query_chunk,
+        real=attention_mask,
+        scale=scaling,
+    )
+    return out, None
+
+
+AttentionInterface.register(NAME, _registered_attention)
+AttentionMaskInterface.register(NAME, _padding_mask)

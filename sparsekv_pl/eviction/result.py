@@ -1,0 +1,41 @@
+"""What every way of evicting returns."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsekv_pl.selection import Selection
+
+
+@dataclass
+class Evicted:
+    """The continuation's hidden states under eviction, and what was evicted."""
+
+    hidden: Tensor
+    """(B, T, E), the input of the LM head."""
+    kept_share: float
+    """KV pairs kept / KV pairs of the context, mean over layers and KV heads."""
+    selections: list[Selection] = field(default_factory=list)
+
+
+class Eviction(Protocol):
+    """Hidden states of the supervised tokens under eviction: the one question that real eviction and KV dropout
+    answer.
+    """
+
+    def check(self, context_tokens: int) -> None:
+        """Raise ``ValueError`` where a context of this length cannot be evicted from."""
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        context_ids: Tensor,
+        continuation_ids: Tensor,
+        *,
+        compression_ratio: float,
+        step: int,
+    ) -> Evicted:
+        """Run context (B, L) and continuation (B, T), evicting between the two; ``step`` seeds every draw."""
+        ...

@@ -1,0 +1,106 @@
+"""EvictionAugPress: several presses, one drawn per step."""
+
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from kvpress import BasePress, ScorerPress
+from torch import nn
+from transformers import PreTrainedModel
+
+from sparsekv_pl.presses.scores import set_compression_ratio
+
+
+@dataclass
+class EvictionAugPress(BasePress):
+    """Evict with one of several presses, another one at every step: data augmentation by eviction method.
+
+    The draw depends on ``seed`` and the step alone, so every layer and every rank evicts with the same press. Nothing
+    flows through the choice; gradients flow through what is kept, as in any kvpress press.
+
+    Parameters
+    ----------
+    presses
+        What to draw from.
+    weights
+        Relative odds, one per press; equal if not given.
+    seed
+        Of the draws.
+    score_all
+        Let the scorers that were not drawn score too, without evicting, so that a selection loss trains all of them at
+        every step. Costs their scoring, no second pass.
+    """
+
+    presses: list[BasePress]
+    weights: list[float] | None = None
+    seed: int = 0
+    score_all: bool = False
+    drawn: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.presses:
+            raise ValueError("EvictionAugPress.presses is empty: name at least one press")
+        if self.weights is None:
+            self.weights = [1.0] * len(self.presses)
+        if len(self.weights) != len(self.presses) or min(self.weights) < 0 or sum(self.weights) <= 0:
+            raise ValueError(
+                f"EvictionAugPress.weights={self.weights}: give one non-negative weight for each of the "
+                f"{len(self.presses)} presses, not all 0"
+            )
+
+    @property
+    def press(self) -> BasePress:
+        """The press of this step."""
+        return self.presses[self.drawn]
+
+    @property
+    def compression_ratio(self) -> float:
+        """Of the press of this step; setting it sets it for all."""
+        return self.press.compression_ratio
+
+    @compression_ratio.setter
+    def compression_ratio(self, value: float) -> None:
+        for press in self.presses:
+            set_compression_ratio(press, value)
+
+    def draw(self, step: int) -> BasePress:
+        """Choose the press of ``step`` and return it."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        odds = torch.tensor(self.weights, dtype=torch.float64)
+        self.drawn = int(torch.multinomial(odds, 1, generator=generator))
+        return self.press
+
+    @contextmanager
+    def __call__(self, model: PreTrainedModel) -> Generator:
+        """Evict with the drawn press inside the block."""
+        with ExitStack() as stack:
+            others = [press for press in self.presses if press is not self.press and isinstance(press, ScorerPress)]
+            if self.score_all and others:
+                stack.enter_context(_Scoring(others)(model))  # first: it must see the keys before they are evicted
+            yield stack.enter_context(self.press(model))
+
+
+@dataclass
+class _Scoring(BasePress):
+    """Scores with several scorers and keeps everything."""
+
+    scorers: list[ScorerPress]
+
+    def post_init_from_model(self, model: PreTrainedModel) -> None:
+        for scorer in self.scorers:
+            scorer.post_init_from_model(model)
+
+    def compress(
+        self,
+        module: nn.Module,
+        hidden_states: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        attentions: torch.Tensor,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        for scorer in self.scorers:
+            scorer.score(module, hidden_states, keys, values, attentions, kwargs)
+        return keys, values

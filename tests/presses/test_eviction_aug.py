@@ -1,0 +1,155 @@
+"""One press per step: the draw is reproducible and fair, and the press drawn is the one that evicts."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from kvpress import (
+    AdaKVPress,
+    BasePress,
+    ExpectedAttentionPress,
+    KnormPress,
+    RandomPress,
+    SnapKVPress,
+    StreamingLLMPress,
+)
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from sparsekv_pl.presses import EvictionAugPress
+from sparsekv_pl.presses.scores import catch_scores
+
+Build = Callable[..., PreTrainedModel]
+CONTEXT = 24
+
+
+def context() -> Tensor:
+    return torch.randint(0, 64, (2, CONTEXT), generator=torch.Generator().manual_seed(0))
+
+
+def presses(ratio: float = 0.5) -> list[BasePress]:
+    return [KnormPress(ratio), SnapKVPress(ratio, window_size=4), StreamingLLMPress(ratio)]
+
+
+@torch.no_grad()
+def evicted(model: PreTrainedModel, press: BasePress) -> list[Tensor]:
+    """As kvpress's pipeline uses a press: every layer's keys after a prefill."""
+    cache = DynamicCache()
+    with press(model):
+        model.model(input_ids=context(), past_key_values=cache)
+    return [layer.keys for layer in cache.layers]
+
+
+def test_the_draw_is_a_function_of_seed_and_step() -> None:
+    def draws(seed: int) -> list[int]:
+        press = EvictionAugPress(presses(), seed=seed)
+        return [(press.draw(step), press.drawn)[1] for step in range(50)]
+
+    assert draws(0) == draws(0)
+    assert draws(0) != draws(1)
+    press = EvictionAugPress(presses())
+    press.draw(49)
+    again = press.draw(7)
+    assert again is press.press is press.presses[draws(0)[7]]  # whatever was drawn before
+
+
+def test_the_draw_leaves_the_global_generator_alone() -> None:
+    before = torch.random.get_rng_state()
+    EvictionAugPress(presses()).draw(3)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_weights_are_relative_odds() -> None:
+    press = EvictionAugPress(presses(), weights=[6, 2, 0])
+    counts = [0, 0, 0]
+    for step in range(2000):
+        press.draw(step)
+        counts[press.drawn] += 1
+    assert counts[2] == 0
+    assert counts[0] / 2000 == pytest.approx(0.75, abs=0.04)  # four standard deviations
+
+
+def test_presses_are_equally_likely_without_weights() -> None:
+    press = EvictionAugPress(presses())
+    counts = [0, 0, 0]
+    for step in range(3000):
+        press.draw(step)
+        counts[press.drawn] += 1
+    assert all(count / 3000 == pytest.approx(1 / 3, abs=0.035) for count in counts)
+
+
+def test_no_presses_is_an_error() -> None:
+    with pytest.raises(ValueError, match="empty"):
+        EvictionAugPress([])
+
+
+@pytest.mark.parametrize("weights", [[1, 1], [1, 1, 1, 1], [1, -1, 1], [0, 0, 0], []])
+def test_bad_weights_are_named(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="one non-negative weight") as error:
+        EvictionAugPress(presses(), weights=weights)
+    assert str(weights) in str(error.value)
+
+
+def test_setting_the_ratio_sets_it_for_all_and_reading_it_reads_the_drawn_one() -> None:
+    press = EvictionAugPress([KnormPress(0.1), AdaKVPress(SnapKVPress(0.2))])
+    press.drawn = 1
+    assert press.compression_ratio == 0.2
+    press.compression_ratio = 0.4
+    assert [member.compression_ratio for member in press.presses] == [0.4, 0.4]
+    with pytest.raises(ValueError, match=r"compression_ratio=1\.0"):
+        press.compression_ratio = 1.0
+
+
+@pytest.mark.parametrize("drawn", [0, 1, 2])
+@pytest.mark.parametrize("score_all", [False, True])
+def test_every_layer_is_evicted_by_the_drawn_press_alone(random_model: Build, drawn: int, score_all: bool) -> None:
+    model, press = random_model(), EvictionAugPress(presses(), score_all=score_all)
+    press.drawn = drawn
+    for keys, expected in zip(evicted(model, press), evicted(model, presses()[drawn]), strict=True):
+        assert keys.shape[2] == CONTEXT // 2
+        assert torch.equal(keys, expected)
+
+
+def test_scores_of_all_are_those_each_would_give_alone(random_model: Build) -> None:
+    model, press = random_model(), EvictionAugPress(presses(), score_all=True)
+    press.drawn = 2
+    with catch_scores(press) as caught:
+        evicted(model, press)
+    assert sorted((scored.layer, press.presses.index(scored.scorer)) for scored in caught) == [
+        (layer, member) for layer in range(2) for member in range(3)
+    ]
+    for index, alone in enumerate(presses()):
+        with catch_scores(alone) as expected:
+            evicted(model, alone)
+        own = [scored.scores for scored in caught if scored.scorer is press.presses[index]]
+        # Layer 1 too: a prefill's hidden states do not depend on what the layer below evicted.
+        torch.testing.assert_close(own, [scored.scores for scored in expected])
+
+
+def test_without_score_all_the_drawn_press_scores_alone(random_model: Build) -> None:
+    press = EvictionAugPress(presses())
+    with catch_scores(press) as caught:
+        evicted(random_model(), press)
+    assert [scored.scorer for scored in caught] == [press.presses[0]] * 2
+
+
+def test_at_ratio_0_everything_stays_and_the_others_still_score(random_model: Build) -> None:
+    model, press = random_model(), EvictionAugPress(presses(0.0), score_all=True)
+    with catch_scores(press) as caught:
+        keys = evicted(model, press)
+    assert [scored.scorer for scored in caught] == press.presses[1:] * 2
+    assert [layer.shape[2] for layer in keys] == [CONTEXT, CONTEXT]
+
+
+def test_hooks_are_gone_afterwards(random_model: Build) -> None:
+    model, press = random_model(), EvictionAugPress(presses(), score_all=True)
+    with pytest.raises(RuntimeError, match="inside"), press(model):
+        raise RuntimeError("inside")
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_random_and_lookahead_presses_draw_too(random_model: Build) -> None:
+    press = EvictionAugPress([RandomPress(0.25, seed=0), ExpectedAttentionPress(0.25)], score_all=True)
+    for drawn in (0, 1):
+        press.drawn = drawn
+        assert [keys.shape[2] for keys in evicted(random_model(), press)] == [18, 18]
