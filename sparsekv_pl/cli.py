@@ -1,0 +1,94 @@
+"""What train.py and evaluate.py share: LightningCLI with fewer commands and one-line errors."""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import get_loader, set_loader
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+NOISE = re.compile(
+    r"Does not validate against any of the Union subtypes|Subtypes: |Errors:|Expected a <class 'NoneType'>|"
+    r"Not a valid subclass of |Subclass types expect |a class path \(str\)|a dict with|"
+    r"Given value type: |Given value: .*(Namespace\(|NestedArg\(| object at )|"
+    r"Expected a path but .* not accessible or invalid"
+)
+"""Lines of jsonargparse's errors about how it tried, not about what is wrong."""
+
+_load_yaml = get_loader("yaml")
+
+
+def _load_yaml_and_none(text: str) -> Any:
+    """jsonargparse hands ``--model.backbone.adapter null`` on to the inner option as the text None."""
+    value = _load_yaml(text)
+    return None if value == "None" else value
+
+
+set_loader("yaml", _load_yaml_and_none, exceptions=(yaml.YAMLError,))
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong with an argument in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with code 2."""
+        if self.exit_on_error and not os.environ.get("JSONARGPARSE_DEBUG"):
+            self.exit(2, f"error: {plain(message)}\n")
+        super().error(message, ex)
+
+
+class CommandLine(LightningCLI):
+    """LightningCLI limited to ``commands``. Model and data are chosen by class_path, so that --help imports neither."""
+
+    commands: Sequence[str] = ()
+
+    def __init__(self, **settings: Any) -> None:
+        # The model has its optimizer; a second one beside it would silently win.
+        super().__init__(parser_class=Parser, auto_configure_optimizers=False, **settings)
+
+    @classmethod
+    def subcommands(cls) -> dict[str, set[str]]:
+        """Those of LightningCLI that this script offers."""
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name in cls.commands}
+
+
+def run(command_line: Callable[[], Any]) -> None:
+    """Run, and show an error that a user can mend as one line. JSONARGPARSE_DEBUG=true shows where it came from."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        command_line()
+    except (ValueError, RuntimeError) as error:
+        if os.environ.get("JSONARGPARSE_DEBUG") or not _for_users(error):
+            raise
+        sys.exit(f"error: {plain(str(error))}")
+
+
+def plain(message: str) -> str:
+    """One line, ``key: what is wrong``, of what jsonargparse says in many.
+
+    >>> plain('Parser key "model":\\n  Parser key "r":\\n    Errors:\\n      - Expected a <class \\'int\\'>')
+    "model.r: Expected a <class 'int'>"
+    """
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    keys, said = [], []
+    for text in lines:
+        while key := re.match(r'Parser key "(.+?)":\s*', text):
+            keys.append(key[1])
+            text = text[key.end() :]
+        if text and not NOISE.match(text):
+            said.append(text)
+    classes = [text for text in said if text.startswith("Problem with given class_path")]
+    said = [text for text in dict.fromkeys(said) if text not in classes[:-1]]
+    return ": ".join(filter(None, [".".join(dict.fromkeys(keys)), " ".join(said or lines)]))
+
+
+def _for_users(error: Exception) -> bool:
+    return isinstance(error, ValueError) or type(error).__module__.startswith("sparsekv_pl")
+
+
+__all__ = ["CommandLine", "LightningArgumentParser", "run"]

@@ -1,0 +1,226 @@
+"""The LightningModule that trains a model to survive eviction."""
+
+from typing import Any
+
+import torch
+from jsonargparse import set_parsing_settings
+from kvpress import BasePress
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from transformers import PreTrainedModel
+
+from sparsekv_pl.backbone import Backbone, causal_lm
+from sparsekv_pl.batch import IGNORE, Batch
+from sparsekv_pl.eviction import Evicted, Eviction
+from sparsekv_pl.eviction.chunked import ChunkedEviction, full_cache
+from sparsekv_pl.eviction.dropout import KVDropout
+from sparsekv_pl.losses import token_nll
+from sparsekv_pl.metrics import ContinuationPerplexity
+from sparsekv_pl.objectives import EIT, Objective, StudentView
+from sparsekv_pl.presses.eviction_aug import EvictionAugPress
+from sparsekv_pl.presses.scores import press_name, trainable_scorers
+from sparsekv_pl.schedules import check_compression_ratio
+from sparsekv_pl.selection import AttentionMass
+from sparsekv_pl.teacher import Teacher
+
+set_parsing_settings(
+    subclasses_enabled=[BasePress]
+)  # a press is a dataclass: without this YAML could not name a subclass
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became infinite or NaN; the optimizer has not stepped on it."""
+
+
+class EITModule(LightningModule):
+    """Eviction-Invariant Training of a causal language model.
+
+    Parameters
+    ----------
+    backbone
+        What is trained.
+    eviction
+        How the context's KV pairs are evicted: ChunkedEviction (real) or KVDropout.
+    objective
+        What is minimised: EIT, SelectionObjective, LM, or Mixed.
+    optimizer
+        Called with the trainable parameters.
+    lr_scheduler
+        Called with the optimizer; steps once per optimizer step. None keeps the learning rate.
+    validation_compression_ratio
+        What validation evicts at, whatever the curriculum does, so that its curve compares one thing.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        eviction: Eviction,
+        objective: Objective | None = None,
+        optimizer: OptimizerCallable = AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        validation_compression_ratio: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.objective = objective or EIT()
+        check_compression_ratio("validation_compression_ratio", validation_compression_ratio)
+        _check_selection(self.objective, eviction)
+        self.backbone = backbone
+        self.eviction = eviction
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.validation_compression_ratio = validation_compression_ratio
+        self.compression_ratio = 0.0
+        """Of the next training step; the Curriculum callback sets it."""
+        self.strict_loading = False  # checkpoints hold what trains; the frozen base comes from `backbone`
+        self.model, self.tokenizer = backbone.load()
+        _check_head(causal_lm(self.model))
+        self.teacher = Teacher(self.model)
+        if isinstance(eviction, KVDropout):
+            eviction.tokenizer = self.tokenizer
+        self.val_full = ContinuationPerplexity()
+        self.val_evicted = ContinuationPerplexity()
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        """Check, before anything expensive, that the data's contexts can be evicted from."""
+        context_tokens = getattr(self.trainer.datamodule, "context_tokens", None)  # type: ignore[attr-defined]
+        if context_tokens is not None:
+            self.eviction.check(context_tokens)
+
+    def on_fit_start(self) -> None:
+        """Hugging Face models load in evaluation mode and Lightning keeps it."""
+        self.train()
+
+    def training_step(self, batch: Batch) -> Tensor:
+        """One step of the objective on a context evicted at ``compression_ratio``."""
+        terms, evicted = self.loss_terms(batch, self.compression_ratio, self.global_step)
+        self._stop_if_not_finite(terms, batch)
+        self._log_step(terms, evicted, batch)
+        return terms["loss"]
+
+    def loss_terms(self, batch: Batch, compression_ratio: float, step: int) -> tuple[dict[str, Tensor], Evicted]:
+        """The objective's terms on ``batch``, and what was evicted for them."""
+        objective, labels = self.objective, batch["labels"]
+        mass = AttentionMass(labels, batch["context_ids"].shape[1]) if objective.needs_selections else None
+        teacher = None
+        if objective.needs_teacher:
+            teacher = self.teacher(batch["context_ids"], batch["continuation_ids"], mass)
+        evicted = self._evict(batch, compression_ratio, step)
+        view = StudentView(
+            hidden_NE=supervised(evicted.hidden, labels),
+            labels_N=supervised_labels(labels),
+            head_weight_VE=self.head_weight,
+            teacher_NE=None if teacher is None else supervised(teacher, labels),
+            teacher_head_weight_VE=self.teacher.head_weight,
+            selections=evicted.selections,
+            teacher_mass={} if mass is None else mass.mass,
+        )
+        return objective(view), evicted
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Perplexity of the supervised tokens with the full cache and under eviction."""
+        labels = batch["labels"]
+        full = full_cache(causal_lm(self.model), batch["context_ids"], batch["continuation_ids"])
+        evicted = self._evict(batch, self.validation_compression_ratio, batch_idx).hidden
+        for metric, hidden in ((self.val_full, full), (self.val_evicted, evicted)):
+            metric.update(token_nll(supervised(hidden, labels), self.head_weight, supervised_labels(labels)))
+        size = labels.shape[0]
+        self.log("val/perplexity_full", self.val_full, on_epoch=True, batch_size=size)
+        self.log("val/perplexity_evicted", self.val_evicted, on_epoch=True, prog_bar=True, batch_size=size)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over what trains, and the learning-rate schedule if there is one."""
+        optimizer: Optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.lr_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {
+                "scheduler": self.lr_scheduler(optimizer),
+                "interval": "step",
+                "name": "learning_rate",
+            },
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep only what trains: the base weights are on disk already."""
+        trains = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trains}
+
+    def describe_training(self) -> dict[str, Any]:
+        """What an exported adapter says of how it was trained, JSON-able."""
+        press = getattr(self.eviction, "press", None)
+        members = press.presses if isinstance(press, EvictionAugPress) else [press] if press is not None else []
+        return {
+            "base": self.backbone.pretrained,
+            "eviction": type(self.eviction).__name__,
+            "presses": [press_name(member) for member in members],
+            "objective": type(self.objective).__name__,
+        }
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, E), the student's LM head."""
+        return causal_lm(self.model).get_output_embeddings().weight
+
+    def _evict(self, batch: Batch, ratio: float, step: int) -> Evicted:
+        model = causal_lm(self.model)
+        return self.eviction(model, batch["context_ids"], batch["continuation_ids"], compression_ratio=ratio, step=step)
+
+    def _stop_if_not_finite(self, terms: dict[str, Tensor], batch: Batch) -> None:
+        if torch.isfinite(terms["loss"]):
+            return
+        saver = self.trainer.checkpoint_callback
+        last = getattr(saver, "last_model_path", "") or getattr(saver, "best_model_path", "") or "none yet"
+        raise NonFiniteLossError(
+            f"the loss is {terms['loss'].item()} at step {self.global_step} (terms: "
+            f"{ {name: value.item() for name, value in terms.items()} }; compression_ratio "
+            f"{self.compression_ratio:.3f}; documents: {batch['document_ids']}). Last good checkpoint: {last}. "
+            "Try a lower learning rate, gradient_clip_val, or precision 32-true."
+        )
+
+    def _log_step(self, terms: dict[str, Tensor], evicted: Evicted, batch: Batch) -> None:
+        logs = {f"train/{name}": value.detach() for name, value in terms.items()}
+        logs["train/compression_ratio"] = torch.tensor(self.compression_ratio)
+        logs["train/kept_share"] = torch.tensor(evicted.kept_share)
+        self.log_dict(logs, batch_size=batch["labels"].shape[0])
+        self.log("loss", terms["loss"].detach(), prog_bar=True, logger=False, batch_size=batch["labels"].shape[0])
+
+
+def supervised(hidden_BTE: Tensor, labels_BT: Tensor) -> Tensor:
+    """(N, E): the hidden states that predict supervised tokens; position t - 1 predicts label t."""
+    return hidden_BTE[:, :-1][labels_BT[:, 1:] != IGNORE]
+
+
+def supervised_labels(labels_BT: Tensor) -> Tensor:
+    """(N,): the labels that ``supervised`` hidden states predict."""
+    shifted = labels_BT[:, 1:]
+    return shifted[shifted != IGNORE]
+
+
+def _check_head(model: PreTrainedModel) -> None:
+    """The losses compute logits as hidden states times the head's weight, and nothing else."""
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    if softcap is not None or getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise ValueError(
+            f"{type(model).__name__} has a head with a bias or capped logits (final_logit_softcapping={softcap}), "
+            "which the chunked losses do not compute: choose a model without"
+        )
+
+
+def _check_selection(objective: Objective, eviction: Eviction) -> None:
+    """Let the eviction catch scores if the objective needs them, or say why it cannot."""
+    if not objective.needs_selections:
+        return
+    if not isinstance(eviction, ChunkedEviction):
+        raise ValueError(
+            f"the selection objective trains a press's scores, and {type(eviction).__name__} has no press: "
+            "use ChunkedEviction, or an objective without selection"
+        )
+    if not trainable_scorers(eviction.press):
+        raise ValueError(
+            f"the selection objective has nothing to train in {press_name(eviction.press)}: its scores do not depend "
+            "on the model. Add a press that scores with queries, keys or hidden states, or leave the objective out"
+        )
+    eviction.catch_scores = True

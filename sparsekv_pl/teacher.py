@@ -1,0 +1,43 @@
+"""The teacher: the same network with the full cache and without what training added to it."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsekv_pl.attention.cached import CACHED, Observer, attention_implementation
+from sparsekv_pl.backbone import adapter_off, causal_lm
+
+
+class Teacher:
+    """Full-cache passes through the base model.
+
+    With an adapter the base model is the student with its adapter switched off: no second copy of the weights. Where
+    every weight trains there is no such switch, so a frozen copy is made; a teacher that drifts with the student is no
+    teacher.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._copy: list[
+            PreTrainedModel
+        ] = []  # in a list, so that a LightningModule that holds us does not register it
+        if not hasattr(model, "disable_adapter"):
+            self._copy = [copy.deepcopy(model).eval().requires_grad_(False)]
+
+    @torch.no_grad()
+    def __call__(self, context_ids: Tensor, continuation_ids: Tensor, observer: Observer | None = None) -> Tensor:
+        """Hidden states (B, T, E) of the continuation (B, T) after the whole context (B, L)."""
+        model = self._copy[0].to(device=context_ids.device) if self._copy else causal_lm(self._model)
+        ids = torch.cat([context_ids, continuation_ids], dim=1)
+        extra = {} if observer is None else {"observer": observer}
+        with adapter_off(self._model), attention_implementation(model, CACHED):
+            hidden = model.get_decoder()(input_ids=ids, use_cache=False, **extra).last_hidden_state
+        return hidden[:, context_ids.shape[1] :]
+
+    @property
+    def head_weight(self) -> Tensor | None:
+        """The teacher's own LM head (V, E), or None where it is the student's."""
+        return self._copy[0].get_output_embeddings().weight if self._copy else None

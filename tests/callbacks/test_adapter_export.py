@@ -1,0 +1,193 @@
+"""What training leaves behind: the folders, and that others load them and compute the same."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kvpress import KVPressTextGenerationPipeline, SnapKVPress
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from callbacks.adapter_export import AdapterExport
+from callbacks.curriculum import Curriculum
+from data.mixture import EvictionData
+from sparsekv_pl.backbone import Backbone
+from sparsekv_pl.eviction.chunked import ChunkedEviction
+from sparsekv_pl.modules.eit import EITModule
+from sparsekv_pl.schedules import Linear
+
+MakeBackbone = Callable[..., Backbone]
+MakeData = Callable[..., EvictionData]
+MakeTrainer = Callable[..., Trainer]
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
+ALWAYS = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "curriculum.json", "training.json"}
+
+RELOAD = """
+import sys, torch
+from kvpress import KVPressTextGenerationPipeline, KnormPress
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+base, folder, ids, out = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+pipeline = KVPressTextGenerationPipeline(model=model.get_base_model(), tokenizer=tokenizer)
+answer = pipeline("A long text. " * 20, question="What?", press=KnormPress(0.5), max_new_tokens=3)["answer"]
+with torch.no_grad():
+    torch.save((model(torch.load(ids)).logits, tokenizer.encode("Naive <s> text\\n"), answer), out)
+"""
+
+
+def ids() -> Tensor:
+    return torch.randint(2, 1024, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model: Any) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(ids()).logits
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def untrained(backbone: Backbone) -> EITModule:
+    """Learns at a rate that changes the model clearly in a few steps."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        eviction = ChunkedEviction(SnapKVPress(window_size=8))
+        return EITModule(backbone, eviction, optimizer=lambda p: torch.optim.SGD(p, lr=3.0))
+
+
+def train(folder: Path, backbone: Backbone, data: EvictionData, make: MakeTrainer, merge: bool = False) -> EITModule:
+    """Five steps, with a checkpoint every second one."""
+    callbacks = (
+        Curriculum(Linear(0.2, 0.6, steps=4)),
+        ModelCheckpoint(folder / "checkpoints", every_n_train_steps=2, save_top_k=-1, save_last=True),
+        AdapterExport(str(folder), merge=merge),
+    )
+    module = untrained(backbone)
+    make(*callbacks, enable_checkpointing=True, max_steps=5).fit(module, data)
+    return module
+
+
+@pytest.fixture(scope="module")
+def run(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_backbone: MakeBackbone,
+    tiny_data: MakeData,
+    tiny_trainer: MakeTrainer,
+) -> tuple[Path, EITModule]:
+    """A finished run's folder and its module."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, train(folder, tiny_backbone(), tiny_data(), tiny_trainer)
+
+
+def test_every_checkpoint_and_the_end_are_exported_whole(run: tuple[Path, EITModule]) -> None:
+    folder, _ = run
+    assert names(folder) == {"checkpoints", "checkpoint-2", "checkpoint-4", "final"}
+    for name in ("checkpoint-2", "checkpoint-4", "final"):
+        assert names(folder / name) >= ADAPTER | ALWAYS
+
+
+def test_an_export_says_how_it_was_trained(run: tuple[Path, EITModule], tiny_models: dict[str, str]) -> None:
+    folder, module = run
+    states = [
+        json.loads((folder / name / "curriculum.json").read_text())
+        for name in ("checkpoint-2", "checkpoint-4", "final")
+    ]
+    assert [state["step"] for state in states] == [2, 4, 5]
+    assert [state["compression_ratio"] for state in states] == pytest.approx([0.4, 0.6, 0.6])
+    training = json.loads((folder / "final" / "training.json").read_text())
+    assert training["steps"] == 5
+    assert training["base"] == tiny_models["llama"]
+    assert (training["eviction"], training["presses"], training["objective"]) == ("ChunkedEviction", ["SnapKV"], "EIT")
+    assert training["trainable_parameters"] == sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert training["seconds"] > 0
+    assert training["tokens"] >= 5 * 2 * (96 + 16)
+    assert "train/loss" in training["last_metrics"]
+
+
+def test_a_fresh_process_computes_the_same_logits(
+    run: tuple[Path, EITModule], tiny_models: dict[str, str], tmp_path: Path
+) -> None:
+    folder, module = run
+    torch.save(ids(), tmp_path / "ids")
+    arguments = [tiny_models["llama"], folder / "final", tmp_path / "ids", tmp_path / "out"]
+    subprocess.run([sys.executable, "-c", RELOAD, *map(str, arguments)], check=True, capture_output=True, text=True)
+    reloaded, encoded, answer = torch.load(tmp_path / "out")
+    assert torch.equal(reloaded, logits(module.model))
+    assert encoded == module.tokenizer.encode("Naive <s> text\n")
+    assert isinstance(answer, str)
+    base = AutoModelForCausalLM.from_pretrained(tiny_models["llama"], dtype=torch.float32)
+    assert not torch.allclose(reloaded, logits(base), atol=1e-2)
+
+
+def test_kvpresss_pipeline_loads_the_folder_as_it_is(run: tuple[Path, EITModule]) -> None:
+    folder, module = run
+    model = AutoModelForCausalLM.from_pretrained(folder / "final", dtype=torch.float32)
+    torch.testing.assert_close(logits(model), logits(module.model))
+    pipeline = KVPressTextGenerationPipeline(model=model, tokenizer=AutoTokenizer.from_pretrained(folder / "final"))
+    press = SnapKVPress(0.5, window_size=8)
+    result = pipeline("A long text. " * 20, question="What?", press=press, max_new_tokens=4)
+    assert isinstance(result["answer"], str)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_merge_writes_a_plain_model_with_the_same_logits(
+    lora: bool,
+    run: tuple[Path, EITModule],
+    tiny_backbone: MakeBackbone,
+    tiny_data: MakeData,
+    tiny_trainer: MakeTrainer,
+    tmp_path: Path,
+) -> None:
+    module = train(tmp_path, tiny_backbone(**({} if lora else {"lora": None})), tiny_data(), tiny_trainer, merge=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    expected = logits(run[1].model if lora else module.model)  # merging changed the module of its own run
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    assert not names(tmp_path / "merged") & ADAPTER
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").encode("Hi there") == module.tokenizer.encode("Hi there")
+
+
+def test_full_fine_tuning_exports_the_model(
+    tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    module = train(tmp_path, tiny_backbone("qwen3", lora=None), tiny_data(), tiny_trainer)
+    assert names(tmp_path / "final") >= ALWAYS | {"config.json", "model.safetensors"}
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype=torch.float32)
+    assert torch.equal(logits(reloaded), logits(module.model))
+
+
+def test_time_and_tokens_go_on_after_a_resume(
+    run: tuple[Path, EITModule],
+    tiny_backbone: MakeBackbone,
+    tiny_data: MakeData,
+    tiny_trainer: MakeTrainer,
+    tmp_path: Path,
+) -> None:
+    callbacks = (Curriculum(Linear(0.2, 0.6, steps=4)), AdapterExport(str(tmp_path)))
+    checkpoint = next((run[0] / "checkpoints").glob("*step=4.ckpt"))
+    tiny_trainer(*callbacks, max_steps=5).fit(untrained(tiny_backbone()), tiny_data(), ckpt_path=checkpoint)
+    whole = json.loads((run[0] / "final" / "training.json").read_text())
+    resumed = json.loads((tmp_path / "final" / "training.json").read_text())
+    assert (resumed["steps"], resumed["tokens"]) == (whole["steps"], whole["tokens"])
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype=torch.float32)), logits(run[1].model)
+    )
+
+
+def test_fast_dev_run_writes_nothing(
+    tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    trainer = tiny_trainer(AdapterExport(str(tmp_path)), max_steps=1, fast_dev_run=1)
+    trainer.fit(untrained(tiny_backbone()), tiny_data())
+    assert names(tmp_path) == set()

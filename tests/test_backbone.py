@@ -1,0 +1,228 @@
+"""Where models come from: full, LoRA, 4-bit, adapter folders; and every wrong source explained."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from sparsekv_pl.backbone import EMBEDDED, Backbone, Lora, adapter_off, causal_lm, resolve
+
+MakeBackbone = Callable[..., Backbone]
+
+
+def trainable(model: Any) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def ids() -> Tensor:
+    return torch.randint(2, 1024, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def copy_without(folder: str, target: Path, *names: str) -> Path:
+    shutil.copytree(folder, target)
+    for name in names:
+        (target / name).unlink()
+    return target
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# --- what trains ---
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_full_fine_tuning_trains_every_weight(kind: str, tiny_backbone: MakeBackbone) -> None:
+    model, tokenizer = tiny_backbone(kind, lora=None).load()
+    assert trainable(model) == {name for name, _ in model.named_parameters()}
+    assert causal_lm(model) is model
+    assert tokenizer.decode(tokenizer.encode("Naïve café\n")) == "Naïve café\n"
+    with adapter_off(model) as nothing:
+        assert nothing is None
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_lora_trains_its_targets_alone_and_starts_as_the_base(kind: str, tiny_backbone: MakeBackbone) -> None:
+    base = tiny_backbone(kind, lora=None).load()[0]
+    model = tiny_backbone(kind, lora=Lora(r=3, targets=("q_proj", "down_proj"))).load()[0]
+    names = trainable(model)
+    assert len(names) == 2 * 2 * 2  # layers, targets, A and B
+    assert all("lora" in name and ("q_proj" in name or "down_proj" in name) for name in names)
+    assert {tuple(p.shape) for n, p in model.named_parameters() if "q_proj.lora_A" in n} == {(3, 64)}
+    with torch.no_grad():
+        assert torch.equal(causal_lm(model)(ids()).logits, base(ids()).logits)
+
+
+def test_adapters_are_float32_on_a_bfloat16_base(tiny_backbone: MakeBackbone) -> None:
+    model = tiny_backbone(dtype="bfloat16").load()[0]
+    types = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert {types[name] for name in trainable(model)} == {torch.float32}
+    assert {dtype for name, dtype in types.items() if name not in trainable(model)} == {torch.bfloat16}
+
+
+def test_an_adapter_folder_loads_trained_and_switches_off(tiny_backbone: MakeBackbone, tmp_path: Path) -> None:
+    model = tiny_backbone().load()[0]
+    for name in trainable(model):
+        torch.nn.init.normal_(model.get_parameter(name), std=0.1)
+    model.save_pretrained(tmp_path)
+    loaded = tiny_backbone(adapter=str(tmp_path)).load()[0]
+    frozen = tiny_backbone(adapter=str(tmp_path)).load(trainable=False)[0]
+    base = tiny_backbone(lora=None).load()[0]
+    assert trainable(loaded) == trainable(model)
+    assert trainable(frozen) == set()
+    with torch.no_grad():
+        expected = model(ids()).logits
+        assert torch.equal(loaded(ids()).logits, expected)
+        assert torch.equal(frozen(ids()).logits, expected)
+        with adapter_off(loaded):
+            off = causal_lm(loaded)(ids()).logits
+        assert torch.equal(off, base(ids()).logits)
+        assert not torch.equal(off, expected)
+
+
+# --- 4 bit ---
+
+
+@pytest.fixture
+def four_bit(tiny_backbone: MakeBackbone) -> Any:
+    return tiny_backbone(load_in_4bit=True).load()[0]
+
+
+def lora_gradient(model: Any) -> Tensor:
+    model.train()
+    model.zero_grad()
+    model(ids(), labels=ids()).loss.backward()
+    return torch.cat([p.grad.flatten() for n, p in model.named_parameters() if "lora_B" in n])
+
+
+def test_four_bit_gradients_survive_an_evaluation(four_bit: Any) -> None:
+    """bitsandbytes would repack its weights for AVX512 in the first evaluation, and train on garbage after it."""
+    before = lora_gradient(four_bit)
+    four_bit.eval()
+    with torch.no_grad():
+        four_bit(ids())
+    after = lora_gradient(four_bit)
+    assert before.norm() > 0
+    assert torch.nn.functional.cosine_similarity(before, after, dim=0) > 0.99
+
+
+def test_four_bit_quantises_the_base_and_trains_the_adapter(four_bit: Any, tiny_backbone: MakeBackbone) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    quantised = [module for module in four_bit.modules() if isinstance(module, Linear4bit)]
+    assert len(quantised) == 2 * 7
+    assert {module.weight.quant_type for module in quantised} == {"nf4"}
+    assert all("lora" in name for name in trainable(four_bit))
+    full = tiny_backbone(lora=None).load()[0]
+    with torch.no_grad():
+        similarity = torch.nn.functional.cosine_similarity(
+            four_bit(ids()).logits.flatten().float(), full(ids()).logits.flatten(), dim=0
+        )
+    assert 0.9 < similarity < 0.9999
+
+
+def test_four_bit_without_an_adapter_has_nothing_to_train(tiny_backbone: MakeBackbone) -> None:
+    with pytest.raises(ValueError, match="load_in_4bit=true freezes the base weights: set lora"):
+        tiny_backbone(load_in_4bit=True, lora=None).load()
+
+
+# --- wrong sources ---
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./nowhere", "../nowhere", "~/no-such-folder", "a/b/c"])
+def test_a_path_that_does_not_exist_is_named(path: str) -> None:
+    with pytest.raises(ValueError, match="there is no such folder or file") as error:
+        Backbone(path).load()
+    assert repr(path) in str(error.value)
+
+
+def test_a_gguf_file_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.gguf'.*no such GGUF file"):
+        Backbone(str(tmp_path / "model.gguf")).load()
+
+
+def test_a_folder_without_config_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"folder without config\.json: give a Hugging Face model folder"):
+        Backbone(str(tmp_path)).load()
+
+
+def test_an_unknown_architecture_says_what_to_do(tiny_models: dict[str, str], tmp_path: Path) -> None:
+    folder = copy_without(tiny_models["llama"], tmp_path / "model")
+    edit_config(folder, model_type="nonsense", architectures=["NonsenseForCausalLM"])
+    with pytest.raises(ValueError, match=r"nonsense(.|\n)*newer transformers or trust_remote_code=true") as error:
+        Backbone(str(folder), lora=None).load()
+    assert repr(str(folder)) in str(error.value)
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json"])
+def test_a_folder_with_a_file_missing_says_so(missing: str, tiny_models: dict[str, str], tmp_path: Path) -> None:
+    folder = copy_without(tiny_models["llama"], tmp_path / "model", missing)
+    with pytest.raises(ValueError, match=r"could not be loaded"):
+        Backbone(str(folder), lora=None).load()
+
+
+def test_lora_targets_that_the_model_does_not_have(tiny_backbone: MakeBackbone) -> None:
+    with pytest.raises(ValueError, match=r"\['c_attn'\] are not in LlamaForCausalLM.*'down_proj'.*'q_proj'"):
+        tiny_backbone(lora=Lora(targets=("q_proj", "c_attn"))).load()
+
+
+@pytest.mark.parametrize(("settings", "message"), [({"r": 0}, "lora.r=0"), ({"dropout": 1.0}, "lora.dropout=1.0")])
+def test_lora_settings_are_checked(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Lora(**settings)
+
+
+def test_a_folder_without_an_adapter(tiny_backbone: MakeBackbone, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no adapter_config.json: give a folder that a training run exported"):
+        tiny_backbone(adapter=str(tmp_path)).load()
+
+
+def test_a_tokenizer_of_another_model(tiny_models: dict[str, str], tmp_path: Path) -> None:
+    folder = copy_without(tiny_models["llama"], tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match="highest id is 1024 but the embedding has 1024 rows"):
+        Backbone(str(folder), dtype="float32").load()
+
+
+def test_a_repositorys_code_is_not_run_unless_asked(tiny_models: dict[str, str], tmp_path: Path) -> None:
+    folder = copy_without(tiny_models["llama"], tmp_path / "model")
+    (folder / "evil.py").write_text(
+        f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
+        "from transformers import LlamaConfig\nclass Evil(LlamaConfig):\n    model_type = 'evil'\n"
+    )
+    edit_config(folder, model_type="evil", auto_map={"AutoConfig": "evil.Evil"})
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        Backbone(str(folder), lora=None).load()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_hub_id_that_is_not_cached_fails_at_once_without_a_hub() -> None:
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match="'nobody/no-such-model' could not be loaded") as error:
+        Backbone("nobody/no-such-model").load()
+    assert time.perf_counter() - started < 10
+    assert EMBEDDED in str(error.value)
+
+
+def test_a_hub_id_is_left_to_transformers() -> None:
+    assert resolve("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B"
+
+
+def test_a_missing_pad_token_becomes_the_end_token(tiny_models: dict[str, str], tmp_path: Path) -> None:
+    folder = copy_without(tiny_models["llama"], tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).pad_token is None
+    assert Backbone(str(folder)).load_tokenizer().pad_token == "</s>"

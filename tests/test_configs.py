@@ -1,0 +1,139 @@
+"""Every file under configs/ is parsed and instantiated; the quickstart's two commands run on a tiny model."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.pytorch import LightningDataModule
+
+from evaluate import EvaluateCommandLine
+from sparsekv_pl.backbone import Backbone
+from sparsekv_pl.cli import CommandLine
+from train import TrainCommandLine
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+EVALUATED = ("evaluate", "analyze")
+"""Folders under configs/ that evaluate.py reads; train.py reads all others."""
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_backbone: Callable[..., Backbone], tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("adapter")
+    tiny_backbone().load()[0].save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an object would write by mistake lands outside the checkout; pytest's arguments are not the command's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+
+
+def test_there_are_configs() -> None:
+    assert {path.relative_to(ROOT / "configs").as_posix() for path in CONFIGS} >= {
+        "quickstart.yaml",
+        "evaluate/quickstart.yaml",
+    }
+
+
+def instantiate(path: Path, *overrides: str) -> CommandLine:
+    evaluated = path.relative_to(ROOT / "configs").parts[0] in EVALUATED
+    command_line = EvaluateCommandLine if evaluated else TrainCommandLine
+    return command_line(args=["--config", str(path), *overrides], run=False, save_config_callback=None)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT / "configs").as_posix())
+@pytest.mark.usefixtures("elsewhere")
+def test_every_config_is_instantiated(path: Path, tiny_models: dict[str, str], adapter: str) -> None:
+    overrides = [f"--model.backbone.pretrained={tiny_models['llama']}"]
+    if yaml.safe_load(path.read_text())["model"]["init_args"]["backbone"].get("adapter"):
+        overrides.append(f"--model.backbone.adapter={adapter}")
+    made = instantiate(path, *overrides)
+    assert isinstance(made.datamodule, LightningDataModule)
+    if isinstance(made, EvaluateCommandLine):
+        return
+    assert made.trainer.max_steps > 0
+    assert made.model.tokenizer.encode("text")
+    made.model.eviction.check(made.datamodule.context_tokens)
+    optimizers = made.model.configure_optimizers()
+    if isinstance(optimizers, dict):
+        schedule = optimizers["lr_scheduler"]["scheduler"]
+        assert getattr(schedule, "total_steps", made.trainer.max_steps) >= made.trainer.max_steps
+
+
+def start(script: str, *arguments: str) -> str:
+    """What the script printed; its error output if it failed."""
+    done = subprocess.run([sys.executable, script, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+TINY_RUN = [
+    "--model.backbone.dtype=float32",
+    "--data.context_tokens=96",
+    "--data.continuation_tokens=16",
+    "--data.batch_size=2",
+    "--trainer.accelerator=cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def quickstart(tiny_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The output folder of train.py's quickstart, two steps long, and the arguments that it was started with."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    arguments = ["fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), *TINY_RUN]
+    arguments += [f"--model.backbone.pretrained={tiny_models['llama']}"]
+    arguments += [f"--trainer.default_root_dir={folder}", f"--trainer.logger.save_dir={folder}"]
+    arguments += ["--data.validation_windows=2", "--data.validation_needles=2"]
+    arguments += ["--trainer.max_steps=2", "--trainer.val_check_interval=2"]
+    arguments += ["--trainer.callbacks.every_n_train_steps=1"]  # of the last callback, the ModelCheckpoint
+    start("train.py", *arguments)
+    return folder, arguments
+
+
+def test_the_quickstart_exports_what_it_trained(
+    quickstart: tuple[Path, list[str]], tiny_models: dict[str, str]
+) -> None:
+    folder, _ = quickstart
+    final = {path.name for path in (folder / "final").iterdir()}
+    assert final >= {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert final >= {"curriculum.json", "training.json", "config.yaml"}
+    assert (folder / "checkpoint-2" / "adapter_model.safetensors").exists()
+    assert list(folder.glob("events.out.tfevents.*"))
+    resolved = yaml.safe_load((folder / "final" / "config.yaml").read_text())
+    assert resolved["trainer"]["max_steps"] == 2
+    assert resolved["model"]["init_args"]["backbone"]["pretrained"] == tiny_models["llama"]
+
+
+def test_the_quickstart_ends_in_a_report(
+    quickstart: tuple[Path, list[str]], tiny_models: dict[str, str], tmp_path: Path
+) -> None:
+    arguments = [f"--model.backbone.pretrained={tiny_models['llama']}", *TINY_RUN]
+    arguments += [f"--model.backbone.adapter={quickstart[0] / 'final'}", f"--model.output={tmp_path}"]
+    arguments += ["--data.held_out_windows=2", "--data.held_out_needles=2"]
+    said = start("evaluate.py", "test", "--config", "configs/evaluate/quickstart.yaml", *arguments)
+    assert all((tmp_path / f"report.{kind}").stat().st_size > 0 for kind in ("json", "csv", "md", "png"))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["training"]["steps"] == 2
+    seen = {row["press"]: row["seen_in_training"] for row in report["rows"]}
+    assert all(press in said for press in seen)
+    assert sum(not was for press, was in seen.items() if press != "full cache") >= 2
+    assert any(seen.values())
+    assert {row["metric"] for row in report["rows"]} == {"needle_accuracy", "perplexity"}
+    assert all(row["after"] is not None for row in report["rows"])
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_the_quickstart_resumes_from_last_and_merges(quickstart: tuple[Path, list[str]]) -> None:
+    folder, arguments = quickstart
+    more = ["--trainer.max_steps=3", "--ckpt_path=last", "--merge", "--trainer.enable_progress_bar=false"]
+    resumed = TrainCommandLine(args=[*arguments, *more], save_config_kwargs={"overwrite": True})
+    assert resumed.trainer.ckpt_path == str(folder / "checkpoints" / "last.ckpt")
+    assert json.loads((folder / "final" / "training.json").read_text())["steps"] == 3
+    assert (folder / "merged" / "model.safetensors").exists()

@@ -1,0 +1,47 @@
+"""The embedded SmolLM2: it finds needles with its full cache, eviction loses them, and a step of training runs."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from kvpress import ExpectedAttentionPress
+from lightning.pytorch import Trainer
+
+from callbacks.curriculum import Curriculum
+from data.mixture import EvictionData
+from sparsekv_pl.backbone import Backbone
+from sparsekv_pl.eviction.chunked import ChunkedEviction
+from sparsekv_pl.modules.eit import EITModule
+from sparsekv_pl.modules.evaluation import EvaluationModule, Setting
+from sparsekv_pl.objectives import EIT, Mixed, SelectionObjective
+from sparsekv_pl.schedules import Linear
+
+MakeData = Callable[..., EvictionData]
+MakeTrainer = Callable[..., Trainer]
+
+
+def test_needles_are_found_with_the_full_cache_and_lost_under_expected_attention(
+    tiny_data: MakeData, tiny_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    module = EvaluationModule(Backbone(), [Setting(ExpectedAttentionPress(), [0.5])], str(tmp_path))
+    data = tiny_data(context_tokens=256, batch_size=8, held_out_windows=0, held_out_needles=8)
+    tiny_trainer(precision="bf16-mixed").test(module, data, verbose=False)
+    accuracy = {row["press"]: row["before"] for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
+    assert accuracy["full cache"] >= 0.75
+    assert accuracy["ExpectedAttention"] <= 0.375
+
+
+def test_a_step_of_the_quickstarts_training_runs(tiny_data: MakeData, tiny_trainer: MakeTrainer) -> None:
+    module = EITModule(Backbone(), ChunkedEviction(ExpectedAttentionPress()), Mixed([EIT(), SelectionObjective()]))
+    trainer = tiny_trainer(Curriculum(Linear(0.5, 0.5)), max_steps=1, precision="bf16-mixed")
+    trainer.fit(module, tiny_data(context_tokens=128, retrieval_share=1.0))
+    logs = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert 0 < logs["train/loss"] < 20
+    assert math.isfinite(logs["train/selection/ExpectedAttention"])
+    assert logs["train/kept_share"] == pytest.approx(0.5)
+    changed = [p for name, p in module.named_parameters() if "lora_B" in name and bool(p.abs().sum() > 0)]
+    assert len(changed) == 4 * 30
+    assert all(bool(torch.isfinite(p).all()) for p in changed)

@@ -1,0 +1,22 @@
+"""Train: python train.py fit --config configs/quickstart.yaml [--ckpt_path last] [--merge]."""
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from callbacks.adapter_export import AdapterExport
+from sparsekv_pl.cli import CommandLine, run
+
+
+class TrainCommandLine(CommandLine):
+    """fit and validate, with the export of what was trained."""
+
+    commands = ("fit", "validate")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Every run exports; --merge also writes a plain Hugging Face model."""
+        parser.add_lightning_class_args(AdapterExport, "export")
+        parser.add_argument("--merge", action="store_true", help="at the end, fold the adapter into the base: merged/")
+        parser.link_arguments("merge", "export.merge")
+
+
+if __name__ == "__main__":
+    run(lambda: TrainCommandLine(save_config_kwargs={"overwrite": True}, seed_everything_default=0))
