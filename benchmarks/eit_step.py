@@ -1,8 +1,10 @@
 """One EIT step against one plain LoRA cross-entropy step on the same tokens, on SmolLM2-135M-Instruct.
 
-Run from the checkout: ``python benchmarks/eit_step.py``. Takes about ten minutes on two cores. The plain step is what a
-fine-tuning script does: one forward over all tokens, cross-entropy on all of them from dense logits, backward. The EIT step
-runs the teacher, evicts half of the context with ExpectedAttention, and supervises the continuation.
+Run from the checkout: ``python benchmarks/eit_step.py``. Takes about ten minutes on two cores.
+
+The plain step is what a fine-tuning script does: one forward over all tokens, cross-entropy on all of them from dense
+logits, backward. The EIT step runs the teacher, evicts half of the context with ExpectedAttention, and supervises the
+continuation.
 """
 
 from collections.abc import Callable

@@ -110,6 +110,6 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _write_merged(pl_module: pl.LightningModule, folder: Path) -> None:
     model = pl_module.model
     merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model  # type: ignore[operator]
-    merged.save_pretrained(folder)
+    merged.save_pretrained(folder)  # type: ignore[union-attr]
     pl_module.tokenizer.save_pretrained(folder)  # type: ignore[operator, union-attr]
     rank_zero_info(f"merged model in {folder}")

@@ -1,8 +1,10 @@
 """What train.py and evaluate.py share: LightningCLI with fewer commands and one-line errors."""
 
+import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -17,6 +19,15 @@ NOISE = re.compile(
     r"Expected a path but .* not accessible or invalid"
 )
 """Lines of jsonargparse's errors about how it tried, not about what is wrong."""
+
+CHATTER = (
+    ".*'set_vital' is deprecated",  # torchdata
+    ".*isinstance\\(treespec, LeafSpec\\)",  # Lightning
+    ".*`IterableDataset` has `__len__` defined",  # data/mixture.py gives every worker its own share
+    ".*Precision bf16-mixed is not supported by the model summary",
+    ".*does not have many workers",  # batches are made while the model computes; the default needs no workers
+)
+"""Warnings about libraries' own affairs."""
 
 _load_yaml = get_loader("yaml")
 
@@ -57,15 +68,23 @@ class CommandLine(LightningCLI):
 
 def run(command_line: Callable[[], Any]) -> None:
     """Run, and show an error that a user can mend as one line. JSONARGPARSE_DEBUG=true shows where it came from."""
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
+    quieten()
     try:
         command_line()
     except (ValueError, RuntimeError) as error:
         if os.environ.get("JSONARGPARSE_DEBUG") or not _for_users(error):
             raise
         sys.exit(f"error: {plain(str(error))}")
+
+
+def quieten() -> None:
+    """Silence what libraries say of themselves and no user can act on."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # misses an optional kernel, also where nothing is 4-bit
+    for message in CHATTER:
+        warnings.filterwarnings("ignore", message=message)
 
 
 def plain(message: str) -> str:

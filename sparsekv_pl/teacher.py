@@ -30,7 +30,9 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, context_ids: Tensor, continuation_ids: Tensor, observer: Observer | None = None) -> Tensor:
         """Hidden states (B, T, E) of the continuation (B, T) after the whole context (B, L)."""
-        model = self._copy[0].to(device=context_ids.device) if self._copy else causal_lm(self._model)
+        model = self._copy[0] if self._copy else causal_lm(self._model)
+        if model.device != context_ids.device:
+            torch.nn.Module.to(model, context_ids.device)
         ids = torch.cat([context_ids, continuation_ids], dim=1)
         extra = {} if observer is None else {"observer": observer}
         with adapter_off(self._model), attention_implementation(model, CACHED):

@@ -85,7 +85,8 @@ def tiny_backbone(tiny_models: dict[str, str]) -> Callable[..., "Backbone"]:
     from sparsekv_pl.backbone import Backbone, Lora
 
     def make(kind: str = "llama", **settings: Any) -> Backbone:
-        return Backbone(**({"pretrained": tiny_models[kind], "dtype": "float32", "lora": Lora(r=4)} | settings))
+        defaults: dict[str, Any] = {"pretrained": tiny_models[kind], "dtype": "float32", "lora": Lora(r=4)}
+        return Backbone(**(defaults | settings))
 
     return make
 
@@ -96,7 +97,7 @@ def tiny_data() -> Callable[..., "EvictionData"]:
     from data.mixture import EvictionData
 
     def make(**settings: Any) -> EvictionData:
-        defaults = {
+        defaults: dict[str, Any] = {
             "context_tokens": 96,
             "continuation_tokens": 16,
             "batch_size": 2,
@@ -116,7 +117,7 @@ def tiny_trainer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., "Tra
     from lightning.pytorch import Trainer
 
     def make(*callbacks: "Callback", **settings: Any) -> Trainer:
-        defaults = {
+        defaults: dict[str, Any] = {
             "max_steps": 4,
             "max_epochs": 1,
             "accelerator": "cpu",
@@ -142,7 +143,7 @@ def random_model(request: pytest.FixtureRequest) -> Callable[..., "PreTrainedMod
     config_class, model_class = kinds[request.param]
 
     def make(seed: int = 0, **settings: Any) -> "PreTrainedModel":
-        defaults = {
+        defaults: dict[str, Any] = {
             "vocab_size": 64,
             "hidden_size": 32,
             "intermediate_size": 48,

@@ -118,7 +118,7 @@ def test_four_bit_gradients_survive_an_evaluation(four_bit: Any) -> None:
 def test_four_bit_quantises_the_base_and_trains_the_adapter(four_bit: Any, tiny_backbone: MakeBackbone) -> None:
     from bitsandbytes.nn import Linear4bit
 
-    quantised = [module for module in four_bit.modules() if isinstance(module, Linear4bit)]
+    quantised: list[Any] = [module for module in four_bit.modules() if isinstance(module, Linear4bit)]
     assert len(quantised) == 2 * 7
     assert {module.weight.quant_type for module in quantised} == {"nf4"}
     assert all("lora" in name for name in trainable(four_bit))

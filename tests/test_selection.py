@@ -290,7 +290,7 @@ def test_what_is_kept_moves_towards_the_teachers_top_keys(random_model: Build, p
         selections = eviction(model, *ids(), compression_ratio=0.5, step=step).selections
         loss = SelectionLoss(SINKS)(selections, mass.mass)[press_name(press)]
         overlaps.append(overlap(selections))
-        losses.append(float(loss))
+        losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -14,7 +14,7 @@ from kvpress import BasePress, ChunkKVPress, KeyRerotationPress, MergingPress
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from sparsekv_pl.attention.cached import CACHED, Observer, attention_implementation
+from sparsekv_pl.attention.cached import CACHED, attention_implementation
 from sparsekv_pl.eviction.result import Evicted
 from sparsekv_pl.eviction.shifted_rotary import queries_from
 from sparsekv_pl.presses.eviction_aug import EvictionAugPress
@@ -119,10 +119,11 @@ def prefill(
     was set to (and no more than ``budget``) stays.
     """
     bounds = chunk_bounds(context_ids.shape[1], chunk_tokens)
+    _check_sliding_window(model, context_ids.shape[1])
     cache = DynamicCache()
     if press is None:
         for start, stop in bounds:
-            _run(model, context_ids[:, start:stop], cache, start, None)
+            continue_from(model, context_ids[:, start:stop], cache, start)
         return Prefilled(cache, context_ids.shape[1], [])
     _check_chunks(press, bounds, with_scores)
     deciding = press.press if isinstance(press, EvictionAugPress) else press
@@ -134,7 +135,7 @@ def prefill(
             if ratio is not None:
                 set_compression_ratio(deciding, _chunk_ratio(held + stop - start, stop, ratio, budget))
             with keeper(cache, stop), press(model), queries_from(model, position):
-                _run(model, context_ids[:, start:stop], cache, position, None)
+                continue_from(model, context_ids[:, start:stop], cache, position)
     next_position = cache.get_seq_length() if rerotates_keys(deciding) else context_ids.shape[1]
     return Prefilled(cache, next_position, keeper.selections)
 
@@ -167,28 +168,24 @@ def _check_chunks(press: BasePress, bounds: list[tuple[int, int]], with_scores: 
         )
 
 
+def _check_sliding_window(model: PreTrainedModel, tokens: int) -> None:
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    if window is not None and tokens > window:
+        raise ValueError(
+            f"a context of {tokens} tokens is longer than this model's sliding window of {window}, which an evicted cache "
+            "cannot keep: use shorter contexts, or a model without sliding windows"
+        )
+
+
 def full_cache(model: PreTrainedModel, context_ids: Tensor, continuation_ids: Tensor) -> Tensor:
     """Hidden states (B, T, E) of a continuation (B, T) after its whole context (B, L): nothing is evicted."""
     prefilled = prefill(model, context_ids, None)
     return continue_from(model, continuation_ids, prefilled.cache, prefilled.next_position)
 
 
-def continue_from(
-    model: PreTrainedModel,
-    continuation_ids: Tensor,
-    cache: DynamicCache,
-    next_position: int,
-    observer: Observer | None = None,
-) -> Tensor:
-    """Hidden states (B, T, E) of a continuation (B, T) that attends to ``cache`` and to itself."""
-    return _run(model, continuation_ids, cache, next_position, observer)
-
-
-def _run(
-    model: PreTrainedModel, input_ids: Tensor, cache: DynamicCache, position: int, observer: Observer | None
-) -> Tensor:
+def continue_from(model: PreTrainedModel, input_ids: Tensor, cache: DynamicCache, position: int) -> Tensor:
+    """Hidden states (B, T, E) of tokens (B, T) from ``position`` on, which attend to ``cache`` and join it."""
     tokens = torch.arange(input_ids.shape[1], device=input_ids.device)
-    extra = {} if observer is None else {"observer": observer}
     with attention_implementation(model, CACHED):
         output = model.get_decoder()(
             input_ids=input_ids,
@@ -198,7 +195,6 @@ def _run(
             # kvpress takes a forward whose last cache_position is its length - 1 for a prefill, and presses only then.
             # Counting from 0 in every chunk makes it press in every chunk; our attention needs no cache_position.
             cache_position=tokens,
-            **extra,
         )
     return output.last_hidden_state
 

@@ -1,6 +1,7 @@
 """Perplexity and per-case values: numbers, order, repeats, reduction over ranks."""
 
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -26,10 +27,10 @@ def test_perplexity_sums_in_float64() -> None:
 
 def test_ranks_add_up() -> None:
     """What torchmetrics does when it gathers: sum for perplexity, concatenation for cases."""
-    assert ContinuationPerplexity()._reductions["nll"] is ContinuationPerplexity()._reductions["tokens"]
-    assert ContinuationPerplexity()._reductions["nll"](torch.tensor([1.0, 2.0])) == 3
-    metric = CaseValues()
-    assert metric._reductions["value"]([torch.ones(1), torch.zeros(1)]).tolist() == [1, 0]
+    over_ranks: dict[str, Any] = {**ContinuationPerplexity()._reductions, **CaseValues()._reductions}
+    assert over_ranks["nll"](torch.tensor([1.0, 2.0])) == 3
+    assert over_ranks["tokens"](torch.tensor([10, 20])) == 30
+    assert over_ranks["value"]([torch.ones(1), torch.zeros(1)]).tolist() == [1, 0]
 
 
 def test_cases_come_back_in_order_and_once() -> None:

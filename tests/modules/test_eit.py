@@ -118,11 +118,13 @@ def test_the_teacher_of_full_fine_tuning_does_not_drift(
 ) -> None:
     module = EITModule(tiny_backbone(lora=None), snapkv(), optimizer=adamw)
     context, continuation = tokens()
-    before = module.teacher(context, continuation) @ module.teacher.head_weight.T
+    head = module.teacher.head_weight
+    assert head is not None
+    before = module.teacher(context, continuation) @ head.T
     student = module.head_weight.detach().clone()
     tiny_trainer(max_steps=2).fit(module, tiny_data())
     assert not torch.equal(module.head_weight, student)
-    assert torch.equal(module.teacher(context, continuation) @ module.teacher.head_weight.T, before)
+    assert torch.equal(module.teacher(context, continuation) @ head.T, before)
     assert not any(name.startswith("teacher") for name, _ in module.named_parameters())
 
 
@@ -270,7 +272,7 @@ class Run:
             ChunkedEviction(press),
             OBJECTIVES["mixed"](),
             optimizer=adamw,
-            lr_scheduler=lambda optimizer: OneCycleLR(optimizer, 1e-2, total_steps=5),  # type: ignore[arg-type,return-value]
+            lr_scheduler=lambda optimizer: OneCycleLR(optimizer, 1e-2, total_steps=5),
         )
         self.data = data
         self.checkpoint = ModelCheckpoint(
