@@ -172,8 +172,8 @@ def _check_sliding_window(model: PreTrainedModel, tokens: int) -> None:
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     if window is not None and tokens > window:
         raise ValueError(
-            f"a context of {tokens} tokens is longer than this model's sliding window of {window}, which an evicted cache "
-            "cannot keep: use shorter contexts, or a model without sliding windows"
+            f"a context of {tokens} tokens is longer than this model's sliding window of {window}, which an evicted "
+            "cache cannot keep: use shorter contexts, or a model without sliding windows"
         )
 
 
