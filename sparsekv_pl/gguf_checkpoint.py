@@ -65,8 +65,10 @@ def convert(gguf: Path, cache_dir: Path) -> Path:
 
 
 def _fingerprint(gguf: Path) -> str:
-    stat = gguf.stat()
-    return hashlib.sha256(f"{CONVERTER_VERSION} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    """Of the content: every virtual environment has its own copy of the file, and they share one conversion."""
+    with gguf.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(f"{CONVERTER_VERSION} {content}".encode()).hexdigest()[:12]
 
 
 def tokenizer_from_gguf(gguf: Path) -> PreTrainedTokenizerFast:

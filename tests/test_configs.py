@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from lightning.pytorch import LightningDataModule
 
+from data.mixture import EvictionData
 from evaluate import EvaluateCommandLine
 from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.cli import CommandLine
@@ -55,10 +55,11 @@ def test_every_config_is_instantiated(path: Path, tiny_models: dict[str, str], a
     if yaml.safe_load(path.read_text())["model"]["init_args"]["backbone"].get("adapter"):
         overrides.append(f"--model.backbone.adapter={adapter}")
     made = instantiate(path, *overrides)
-    assert isinstance(made.datamodule, LightningDataModule)
+    assert isinstance(made.datamodule, EvictionData)
     if isinstance(made, EvaluateCommandLine):
         return
     assert made.trainer.max_steps > 0
+    assert made.trainer.max_epochs == -1  # else a finished run could not be given more steps
     assert made.model.tokenizer.encode("text")
     made.model.eviction.check(made.datamodule.context_tokens)
     optimizers = made.model.configure_optimizers()

@@ -6,54 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsekv_pl.batch import IGNORE
 from sparsekv_pl.losses import TokenLosses, distillation_loss, token_nll
-
-
-def dense_reference(
-    student: Tensor,
-    teacher: Tensor | None,
-    head: Tensor,
-    labels: Tensor,
-    kl_weight: float,
-    temperature: float = 1.0,
-    teacher_head: Tensor | None = None,
-    logit_scale: float = 1.0,
-) -> Tensor:
-    """The formula of distillation_loss with all logits at once."""
-    kept = labels != IGNORE
-    logits = (student[kept] @ head.T) * logit_scale
-    loss = F.cross_entropy(logits, labels[kept])
-    if teacher is None:
-        return loss
-    teacher_logits = (teacher[kept] @ (head if teacher_head is None else teacher_head).T).detach() * logit_scale
-    kl = F.kl_div((logits / temperature).log_softmax(-1), (teacher_logits / temperature).softmax(-1), reduction="sum")
-    return loss + kl_weight * temperature**2 * kl / kept.sum()
-
-
-def make_inputs(
-    tokens: int,
-    hidden: int,
-    vocab: int,
-    masked: float = 0.3,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Student (N, E), teacher (N, E), head (V, E) and labels (N,), of which a share is IGNORE and the first is not."""
-    generator = torch.Generator().manual_seed(seed)
-    student, teacher = torch.randn(2, tokens, hidden, generator=generator, dtype=dtype)
-    head = torch.randn(vocab, hidden, generator=generator, dtype=dtype)
-    labels = torch.randint(vocab, (tokens,), generator=generator)
-    masked_rows = torch.rand(tokens, generator=generator) < masked
-    masked_rows[0] = False
-    return student, teacher, head, labels.masked_fill(masked_rows, IGNORE)
-
-
-def gradients(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss, inputs)
+from tests.losses_reference import dense_reference, gradients, make_inputs
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 16, 1000])
@@ -279,57 +235,6 @@ def test_bfloat16_gradients_are_as_good_as_dense_ones(under_autocast: bool) -> N
     for grad, true_grad in zip(gradients(losses.loss, student, head), true_grads, strict=True):
         assert grad.dtype == dtype
         assert relative_error(grad, true_grad) < 1e-2
-
-
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest result of any operation, and the number of matrix products with the vocabulary."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-        self.products = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            self.elements = max(self.elements, result.numel())
-        self.products += func is torch.ops.aten.mm.default
-        return result
-
-
-def test_full_logits_never_exist_and_no_product_is_made_twice() -> None:
-    tokens, hidden, vocab, chunk = 64, 4, 1000, 16
-    student, teacher, head, labels = make_inputs(tokens, hidden, vocab, masked=0.0)
-    student.requires_grad_()
-    with LargestTensor() as seen:
-        distillation_loss(student, teacher, head, labels, kl_weight=1.0, chunk_tokens=chunk).loss.backward()
-    assert seen.elements == chunk * vocab
-    assert seen.products == 3 * tokens // chunk
-
-
-def test_nothing_of_the_vocabulary_is_kept_for_backward() -> None:
-    student, teacher, head, labels = make_inputs(64, 4, 1000, masked=0.0)
-    student.requires_grad_()
-    kept: list[int] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor.numel())
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        distillation_loss(student, teacher, head, labels, kl_weight=1.0, chunk_tokens=16)
-    assert kept
-    assert max(kept) == student.numel()
-
-
-def test_without_gradients_no_gradient_is_computed() -> None:
-    student, teacher, head, labels = make_inputs(32, 4, 100, masked=0.0)
-    student.requires_grad_()
-    head.requires_grad_()
-    with torch.no_grad(), LargestTensor() as seen:
-        loss = distillation_loss(student, teacher, head, labels, kl_weight=1.0, chunk_tokens=16).loss
-    assert seen.products == 2 * 2
-    assert not loss.requires_grad
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 100])

@@ -1,5 +1,6 @@
 """Per-case values, kept one by one so that intervals and paired comparisons are possible afterwards."""
 
+import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
@@ -22,6 +23,13 @@ class CaseValues(Metric):
         super().__init__()
         for name in ("index", "value", "count"):
             self.add_state(name, [], dist_reduce_fx="cat")
+        self.reset()
+
+    def reset(self) -> None:
+        """No cases, as tensors: a rank that meets none gathers with the others, and torchmetrics would guess dtypes."""
+        super().reset()
+        none = torch.empty(0, dtype=torch.int64, device=self.device)
+        self.update(none, none, none)
 
     def update(self, index: Tensor, value: Tensor, count: Tensor) -> None:
         """Add cases: three (M,) tensors."""

@@ -96,8 +96,7 @@ class EvaluationModule(LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure one batch of text windows or of needles at every point, before and after."""
         metric = "perplexity" if batch["tasks"][0] == "text" else "needle_accuracy"
-        rows = batch["labels"].shape[0]
-        index = torch.arange(rows, device=self.device) + 1_000_000 * batch_idx + 10**12 * self.global_rank
+        index = self._batch_number(batch_idx) * 2**20 + torch.arange(len(batch["labels"]), device=self.device)
         for variant in self.variants:
             with self._variant(variant):
                 recorded = RecordedPrefill(causal_lm(self.model), batch["context_ids"])
@@ -109,7 +108,7 @@ class EvaluationModule(LightningModule):
 
     def on_test_end(self) -> None:
         """Write the report and print the table."""
-        rows = list(self._rows())
+        rows = list(self._rows())  # on every rank: they gather each other's cases
         if not self.trainer.is_global_zero or not rows:
             return
         from rich.console import Console
@@ -118,6 +117,11 @@ class EvaluationModule(LightningModule):
         console = Console()
         console.print(terminal_table(rows))
         console.print("report: " + ", ".join(str(path) for path in paths), soft_wrap=True)
+
+    def _batch_number(self, batch_idx: int) -> int:
+        """The batch's place in the data. Ranks take turns, and the last turn begins anew to give every rank a batch."""
+        batches = len(self.trainer.test_dataloaders.dataset)  # type: ignore[union-attr]
+        return (batch_idx * self.trainer.world_size + self.trainer.global_rank) % batches
 
     def _points(self) -> Iterator[tuple[BasePress | None, float]]:
         yield None, 0.0
@@ -180,9 +184,9 @@ class EvaluationModule(LightningModule):
 
     @staticmethod
     def _score(cases: nn.Module, metric: str) -> tuple[float, tuple[float, float], int] | None:
-        if not cases.index:
-            return None
         values, counts = cases.compute()  # type: ignore[operator]
+        if not len(values):
+            return None
         if metric == "needle_accuracy":
             right = int(values.sum())
             return right / len(values), wilson_interval(right, len(values)), len(values)

@@ -42,6 +42,20 @@ def test_cases_come_back_in_order_and_once() -> None:
     assert counts.tolist() == [30, 50, 70]
 
 
+def test_no_cases_are_tensors_that_ranks_can_gather() -> None:
+    metric = CaseValues()
+    metric.update(torch.tensor([7]), torch.tensor([0.7]), torch.tensor([70]))
+    metric.reset()
+    for none in (metric, CaseValues()):
+        states = (none.index, none.value, none.count)
+        assert [[(len(part), part.dtype) for part in state] for state in states] == [
+            [(0, torch.int64)],
+            [(0, torch.float64)],
+            [(0, torch.int64)],
+        ]
+        assert [len(part) for part in none.compute()] == [0, 0]
+
+
 @pytest.mark.parametrize("metric", [CaseValues, ContinuationPerplexity])
 def test_metrics_pickle(metric: type) -> None:
     assert isinstance(pickle.loads(pickle.dumps(metric())), metric)

@@ -1,41 +1,31 @@
-"""The training module in a real Trainer, on tiny models: teacher, objectives and evictions, resume, failures."""
+"""The training module in a real Trainer, on tiny models: teacher, objectives, evictions, validation, accumulation."""
 
 import math
-import signal
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from kvpress import ExpectedAttentionPress, KnormPress, RandomPress, SnapKVPress, StreamingLLMPress
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import OneCycleLR
 
 from callbacks.curriculum import Curriculum
-from data.mixture import EvictionData
 from sparsekv_pl.anchors import Anchors
-from sparsekv_pl.backbone import Backbone, causal_lm
+from sparsekv_pl.backbone import causal_lm
 from sparsekv_pl.batch import IGNORE
 from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.dropout import KVDropout
-from sparsekv_pl.modules.eit import EITModule, NonFiniteLossError, supervised, supervised_labels
+from sparsekv_pl.modules.eit import EITModule, supervised, supervised_labels
 from sparsekv_pl.objectives import EIT, LM, Mixed, Objective, SelectionObjective, StudentView
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.schedules import Linear, Spread
-
-MakeBackbone = Callable[..., Backbone]
-MakeData = Callable[..., EvictionData]
-MakeTrainer = Callable[..., Trainer]
+from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw, mixed, trained
 
 OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "lm": LM,
     "eit": EIT,
     "selection": SelectionObjective,
-    "mixed": lambda: Mixed([EIT(temperature=2.0), SelectionObjective()], [1.0, 0.5]),
+    "mixed": mixed,
 }
 EVICTIONS: dict[str, Callable[[], Any]] = {
     "one chunk": lambda: ChunkedEviction(SnapKVPress(window_size=8)),
@@ -54,32 +44,9 @@ def snapkv() -> ChunkedEviction:
     return ChunkedEviction(SnapKVPress(window_size=8))
 
 
-def adamw(parameters: Any) -> AdamW:
-    return AdamW(parameters, lr=1e-2)
-
-
-def trained(module: LightningModule) -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
-
-
 def tokens(rows: int = 2) -> tuple[Tensor, Tensor]:
     ids = torch.randint(2, 1024, (rows, 48), generator=torch.Generator().manual_seed(3))
     return ids[:, :32], ids[:, 32:]
-
-
-class At(Callback):
-    """Calls ``action(module)`` when the batch of optimizer step ``step`` starts or ends."""
-
-    def __init__(self, step: int, action: Callable[[Any], None], end: bool = False) -> None:
-        self.step, self.action, self.end = step, action, end
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if not self.end and trainer.global_step == self.step:
-            self.action(pl_module)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self.end and trainer.global_step == self.step:
-            self.action(pl_module)
 
 
 # --- what is supervised ---
@@ -211,7 +178,7 @@ def test_one_press_per_step_and_all_of_them_score(
     tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer
 ) -> None:
     press = EvictionAugPress([SnapKVPress(window_size=8), KnormPress(), StreamingLLMPress()], score_all=True)
-    module = EITModule(tiny_backbone(), ChunkedEviction(press), OBJECTIVES["mixed"](), optimizer=adamw)
+    module = EITModule(tiny_backbone(), ChunkedEviction(press), mixed(), optimizer=adamw)
     trainer = tiny_trainer(Curriculum(Linear(0.5, 0.5)), max_steps=3)
     trainer.fit(module, tiny_data())
     for name in ("train/selection/SnapKV", "train/selection/Knorm"):
@@ -258,123 +225,7 @@ def test_two_accumulated_batches_train_as_one_of_twice_the_size(
     assert any(value.abs().max() > 1e-3 for name, value in whole.items() if "lora_B" in name)
 
 
-# --- checkpoints and resume ---
-
-
-class Run:
-    """The same training every time it is made: data stream, curriculum, press draws, learning-rate schedule."""
-
-    def __init__(self, backbone: Backbone, data: EvictionData, folder: Path) -> None:
-        torch.manual_seed(0)
-        press = EvictionAugPress([SnapKVPress(window_size=8), ExpectedAttentionPress()], score_all=True)
-        self.module = EITModule(
-            backbone,
-            ChunkedEviction(press),
-            OBJECTIVES["mixed"](),
-            optimizer=adamw,
-            lr_scheduler=lambda optimizer: OneCycleLR(optimizer, 1e-2, total_steps=5),
-        )
-        self.data = data
-        self.checkpoint = ModelCheckpoint(
-            folder, every_n_train_steps=2, save_top_k=-1, save_last=True, save_on_exception=True
-        )
-        self.curriculum = Curriculum(Spread(Linear(0.2, 0.7, steps=4)))
-
-    def fit(self, make: MakeTrainer, *more: Callback, ckpt_path: Any = None, **settings: Any) -> dict[str, Tensor]:
-        trainer = make(self.curriculum, self.checkpoint, *more, enable_checkpointing=True, **settings)
-        trainer.fit(self.module, self.data, ckpt_path=ckpt_path)
-        return trained(self.module)
-
-
-@pytest.fixture
-def new_run(tiny_backbone: MakeBackbone, tiny_data: MakeData, tmp_path: Path) -> Callable[..., Run]:
-    def make(folder: str, **settings: Any) -> Run:
-        return Run(tiny_backbone(**settings), tiny_data(), tmp_path / folder)
-
-    return make
-
-
-@pytest.fixture
-def sigint() -> Iterator[None]:
-    """Lightning ignores the signal for good once it has handled it."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert first.keys() == second.keys()
-    different = [name for name in first if not torch.equal(first[name], second[name])]
-    assert not different
-
-
-@pytest.mark.parametrize("settings", [{}, {"lora": None}], ids=["lora", "full"])
-def test_a_resumed_run_ends_with_the_same_parameters(
-    settings: dict[str, Any], new_run: Callable[..., Run], tiny_trainer: MakeTrainer
-) -> None:
-    straight = new_run("straight", **settings).fit(tiny_trainer)
-    half = new_run("half", **settings)
-    assert any(not torch.equal(value, straight[name]) for name, value in half.fit(tiny_trainer, max_steps=2).items())
-    resumed = new_run("resumed", **settings)
-    assert_equal(resumed.fit(tiny_trainer, ckpt_path=half.checkpoint.last_model_path), straight)
-    assert resumed.module.global_step == 4
-
-
-def press_ctrl_c(_: Any) -> None:
-    raise KeyboardInterrupt
-
-
-@pytest.mark.usefixtures("sigint")
-def test_ctrl_c_leaves_a_checkpoint_that_resumes(new_run: Callable[..., Run], tiny_trainer: MakeTrainer) -> None:
-    straight = new_run("straight").fit(tiny_trainer)
-    with pytest.raises(SystemExit):
-        new_run("stopped").fit(tiny_trainer, At(1, press_ctrl_c, end=True))
-    assert_equal(new_run("stopped").fit(tiny_trainer, ckpt_path="last"), straight)
-
-
-@pytest.mark.usefixtures("sigint")
-def test_ctrl_c_in_the_middle_of_a_step_resumes_too(new_run: Callable[..., Run], tiny_trainer: MakeTrainer) -> None:
-    """Not with the same parameters: the batch that was being worked on is not drawn again."""
-    with pytest.raises(SystemExit):
-        new_run("stopped").fit(tiny_trainer, At(1, press_ctrl_c))
-    resumed, steps = new_run("stopped"), []
-    resumed.fit(
-        tiny_trainer,
-        *(At(step, lambda module: steps.append(module.global_step)) for step in range(4)),
-        ckpt_path="last",
-    )
-    assert steps == [1, 2, 3]
-    assert resumed.module.global_step == 4
-
-
-def test_a_checkpoint_holds_only_what_trains(new_run: Callable[..., Run], tiny_trainer: MakeTrainer) -> None:
-    run = new_run("run")
-    run.fit(tiny_trainer, max_steps=2)
-    saved = torch.load(run.checkpoint.last_model_path, weights_only=False)
-    assert set(saved["state_dict"]) == set(trained(run.module))
-    assert all("lora" in name for name in saved["state_dict"])
-
-
-# --- failures ---
-
-
-def test_a_loss_that_is_not_finite_stops_with_step_documents_and_checkpoint(
-    new_run: Callable[..., Run], tiny_trainer: MakeTrainer
-) -> None:
-    def spoil(module: Any) -> None:
-        name = next(name for name in trained(module) if "lora_A" in name)
-        module.get_parameter(name).data.fill_(float("inf"))
-
-    run = new_run("run")
-    with pytest.raises(NonFiniteLossError) as stopped:
-        run.fit(tiny_trainer, At(2, spoil))
-    message = str(stopped.value)
-    assert "at step 2" in message
-    assert "documents: ['pydoc/" in message
-    checkpoint = message.split("Last good checkpoint: ")[1].split(". Try")[0]
-    assert checkpoint.endswith(".ckpt")
-    saved = torch.load(checkpoint, weights_only=False)["state_dict"]
-    assert all(bool(value.isfinite().all()) for value in saved.values())
+# --- settings that are refused ---
 
 
 def test_a_context_shorter_than_the_presss_window_stops_before_training(
