@@ -37,7 +37,7 @@ def peak_memory(script: str | Path, function: str, *args: object) -> int:
     return int(finished.stdout.splitlines()[-1])
 
 
-def paired_times(step: Callable[[], object], reference: Callable[[], object], rounds: int = 5) -> Ratio:
+def paired_times(step: Callable[[], object], reference: Callable[[], object], rounds: int = 3) -> Ratio:
     """Time of ``step`` over that of ``reference``, in turn, as a busy machine slows both; after a warm-up."""
     _seconds(step), _seconds(reference)
     ratios = [_seconds(step) / _seconds(reference) for _ in range(rounds)]

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from sparsekv_pl.attention.cached import CACHED, attention_implementation
 from sparsekv_pl.batch import IGNORE
-from sparsekv_pl.eviction.chunked import ChunkedEviction, continue_from, prefill
+from sparsekv_pl.eviction.chunked import ChunkedEviction, prefill
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.scores import press_name
 from sparsekv_pl.selection import AttentionMass, Selection, SelectionLoss, log_share, pinned
@@ -93,7 +93,11 @@ def test_mass_is_the_same_from_the_teacher_and_from_a_continuation_after_a_cache
     masses = [AttentionMass(labels(), CONTEXT) for _ in range(2)]
     Teacher(model)(context, continuation, masses[0])
     prefilled = prefill(model, context, None)
-    continue_from(model, continuation, prefilled.cache, prefilled.next_position, masses[1])
+    positions = torch.arange(CONTEXT, CONTEXT + continuation.shape[1]).unsqueeze(0)
+    with attention_implementation(model, CACHED):
+        model.get_decoder()(
+            continuation, past_key_values=prefilled.cache, position_ids=positions, use_cache=True, observer=masses[1]
+        )
     for mass in masses:
         for layer, wanted in enumerate(reference_mass(model, labels())):
             torch.testing.assert_close(mass.mass[layer], wanted, rtol=1e-5, atol=1e-6)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import kvpress  # noqa: F401  wraps every attention function that is registered when it is imported: ours must come after
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
