@@ -26,6 +26,8 @@ quickstart test benchmark: export HF_HUB_OFFLINE = 1
 quickstart: $(STAMP) ## train the embedded model to survive eviction, and show before -> after
 	$(PY) train.py fit --config configs/quickstart.yaml
 	$(PY) evaluate.py test --config configs/evaluate/quickstart.yaml
+	@echo "output/quickstart also holds final/ (the adapter), checkpoint-N/, checkpoints/ and TensorBoard events:"
+	@echo "$(PY) -m tensorboard.main --logdir output"
 
 test: $(STAMP) ## run the tests; ARGS="-k losses" picks some
 	$(PY) -m pytest $(ARGS)
