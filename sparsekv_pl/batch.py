@@ -1,5 +1,6 @@
-"""The one batch that data makes and modules consume."""
+"""The batches that data makes and modules consume."""
 
+from dataclasses import dataclass
 from typing import TypedDict
 
 from torch import Tensor
@@ -25,3 +26,42 @@ class Batch(TypedDict):
     """The documents that row b was made of, for error messages and for proving that splits are disjoint."""
     tasks: list[str]
     """"text", or the name of the retrieval task that made row b."""
+
+
+TEXT = "text"
+"""The task whose continuation is read, not answered."""
+
+
+@dataclass(frozen=True)
+class CaseInfo:
+    """What is known of one case of an evaluation besides its tokens."""
+
+    id: str
+    """Unique in an evaluation and the same in every run of it."""
+    task: str
+    """``TEXT``, or the retrieval task's name."""
+    answers: tuple[str, ...] = ()
+    """What the model should say; empty for ``TEXT``."""
+    context: str = ""
+    """The context as plain text, without the chat template's marks."""
+    question: str = ""
+    """The question as plain text; in a query-aware case the context ends with it already."""
+    answer_prefix: str = ""
+    """How the answer is begun for the model."""
+    max_new_tokens: int = 0
+    depth: float | None = None
+    """Fraction of the haystack before the (first) needle; None where a task has no such place."""
+    seed: int = 0
+    document_ids: tuple[str, ...] = ()
+
+
+class CaseBatch(TypedDict):
+    """Cases of one task and one context length."""
+
+    context_ids: Tensor
+    """(B, L) int64, unpadded."""
+    continuation_ids: Tensor
+    """(B, T) int64, padded on the right: the text that follows, or the question up to where the answer begins."""
+    continuation_lengths: Tensor
+    """(B,) int64, tokens of each continuation."""
+    cases: list[CaseInfo]

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 
 from sparsekv_pl.attention.cached import CACHED, attention_implementation
 from sparsekv_pl.batch import IGNORE
-from sparsekv_pl.eviction.chunked import ChunkedEviction, prefill
+from sparsekv_pl.eviction.chunked import ChunkedEviction
+from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.scores import press_name
 from sparsekv_pl.selection import AttentionMass, Selection, SelectionLoss, log_share, pinned

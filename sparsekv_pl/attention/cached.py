@@ -35,9 +35,13 @@ def cached_attention(
     value: Tensor,
     _attention_mask: Tensor | None,
     observer: Observer | None = None,
+    newest_visible: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Scaled dot-product attention, causal from the lower right. The mask argument is not used (see the module's text).
+
+    ``newest_visible`` (B, R) bool says which of the newest R keys each row may see: questions of different lengths are
+    padded, and a cache keeps the padding.
 
     Head-wise presses (AdaKVPress) leave ``module.masked_key_indices``. kvpress hides those keys by overwriting them
     with fake ones, which need not exist for more than one query; here they are masked, and the cache stays as it is.
@@ -51,6 +55,10 @@ def cached_attention(
     masked = getattr(module, "masked_key_indices", None)
     if masked is not None:
         visible = _without(masked, query, key)
+        mask = visible if mask is None else visible & mask
+    if newest_visible is not None:
+        older = newest_visible.new_ones(len(key), keys - newest_visible.shape[1])
+        visible = torch.cat([older, newest_visible], dim=1)[:, None, None]
         mask = visible if mask is None else visible & mask
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 

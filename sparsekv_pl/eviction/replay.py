@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from kvpress import BasePress
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from sparsekv_pl.eviction.chunked import Prefilled, prefill
+from sparsekv_pl.eviction.prefill import Prefilled, copy_cache, prefill
 from sparsekv_pl.presses.scores import presses_in, rerotates_keys
 
 
@@ -54,7 +54,7 @@ class RecordedPrefill:
         """
         if press is not None and not all(type(inner).__call__ is BasePress.__call__ for inner in presses_in(press)):
             return prefill(self.model, self.context_ids, press)
-        cache = self._copy()
+        cache = copy_cache(self.cache)
         for call in self.calls:
             call.module.masked_key_indices = None  # type: ignore[assignment]  # left by a head-wise press before this one
         if press is not None:
@@ -64,10 +64,3 @@ class RecordedPrefill:
                     press.forward_hook(call.module, [], kwargs, call.output)
         position = cache.get_seq_length() if rerotates_keys(press) else self.context_ids.shape[1]
         return Prefilled(cache, position, [])
-
-    def _copy(self) -> DynamicCache:
-        cache = DynamicCache()
-        for index, layer in enumerate(self.cache.layers):
-            assert layer.keys is not None and layer.values is not None
-            cache.update(layer.keys.clone(), layer.values.clone(), index)
-        return cache

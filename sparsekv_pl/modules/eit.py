@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from sparsekv_pl.backbone import Backbone, causal_lm
 from sparsekv_pl.batch import IGNORE, Batch
 from sparsekv_pl.eviction import Evicted, Eviction
-from sparsekv_pl.eviction.chunked import ChunkedEviction, full_cache
+from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.dropout import KVDropout
+from sparsekv_pl.eviction.prefill import full_cache
 from sparsekv_pl.losses import token_nll
 from sparsekv_pl.metrics import ContinuationPerplexity
 from sparsekv_pl.objectives import EIT, Objective, StudentView

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsekv_pl.backbone import Backbone, adapter_off, causal_lm
 from sparsekv_pl.batch import IGNORE, Batch
-from sparsekv_pl.eviction.chunked import continue_from
+from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.eviction.replay import RecordedPrefill
 from sparsekv_pl.losses import token_nll
 from sparsekv_pl.metrics import CaseValues

@@ -25,7 +25,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from sparsekv_pl.attention.cached import attention_implementation
-from sparsekv_pl.eviction.chunked import ChunkedEviction, chunk_bounds, continue_from, full_cache, prefill
+from sparsekv_pl.eviction.chunked import ChunkedEviction
+from sparsekv_pl.eviction.prefill import chunk_bounds, continue_from, full_cache, prefill
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.scores import catch_scores, press_name, rerotates_keys
 

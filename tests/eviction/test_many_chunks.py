@@ -28,7 +28,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekv_pl.attention.cached import attention_implementation
-from sparsekv_pl.eviction.chunked import ChunkedEviction, Prefilled, prefill
+from sparsekv_pl.eviction.chunked import ChunkedEviction
+from sparsekv_pl.eviction.prefill import Prefilled, prefill
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.scores import press_name
 

@@ -30,7 +30,7 @@ from kvpress import (
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from sparsekv_pl.eviction.chunked import Prefilled, continue_from, full_cache, prefill
+from sparsekv_pl.eviction.prefill import Prefilled, continue_from, full_cache, prefill
 from sparsekv_pl.eviction.replay import RecordedPrefill
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.scores import press_name, set_compression_ratio

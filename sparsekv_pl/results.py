@@ -1,0 +1,86 @@
+"""Finished measurements on disk, so that a run that was killed goes on with what is missing.
+
+A folder holds one JSON-lines file per setting and rank; a line is one finished piece of work with its key, its records
+and a checksum. Lines are only ever added, so whatever was finished before a kill is there after it.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+"""One measured case: column -> number, text, list of texts, or None."""
+
+
+def key_of(**described: Any) -> str:
+    """A key for a piece of work: equal exactly when everything that decides its outcome is equal.
+
+    >>> key_of(press="SnapKV", ratio=0.5) == key_of(ratio=0.5, press="SnapKV")
+    True
+    """
+    return hashlib.blake2b(_canonical(described).encode(), digest_size=16).hexdigest()
+
+
+class Results:
+    """The finished pieces of work in ``folder``.
+
+    What several ranks wrote is read together; each rank adds to files of its own. A line that is torn or was changed is
+    reported, dropped, and so done again.
+    """
+
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        self.folder, self.rank = folder, rank
+        self._pieces: dict[str, list[Record]] = {}
+        for path in sorted(folder.glob("*.jsonl")):
+            self._pieces |= _read(path)
+
+    def get(self, key: str) -> list[Record] | None:
+        """The records of a finished piece of work, or None."""
+        return self._pieces.get(key)
+
+    def put(self, key: str, records: Sequence[Record], name: str) -> None:
+        """Add a finished piece of work to the file ``name``, and see that it reaches the disk."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        body = {"key": key, "records": list(records)}
+        line = json.dumps({"checksum": _checksum(body), **body}, allow_nan=False) + "\n"
+        with (self.folder / f"{name}.{self.rank}.jsonl").open("ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self._pieces[key] = body["records"]
+
+
+def _read(path: Path) -> dict[str, list[Record]]:
+    """The sound lines of a file; where others stand between them, the file is written anew without those."""
+    pieces: dict[str, list[Record]] = {}
+    sound = []
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            body = json.loads(line)
+            checksum = body.pop("checksum")
+            if checksum != _checksum(body) or not line.endswith(b"\n"):
+                raise ValueError("the checksum is not that of its content")
+            pieces[body["key"]] = body["records"]
+            sound.append(line)
+        except (ValueError, KeyError, AttributeError) as error:
+            log.warning("%s, line %d is damaged (%s): that piece of work is done again", path, number, error)
+    if len(sound) < len(lines):
+        temporary = path.with_suffix(".mended")
+        temporary.write_bytes(b"".join(sound))
+        temporary.replace(path)
+    return pieces
+
+
+def _checksum(body: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(_canonical(body).encode(), digest_size=8).hexdigest()
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False)
