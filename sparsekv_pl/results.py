@@ -47,7 +47,7 @@ class Results:
     def put(self, key: str, records: Sequence[Record], name: str) -> None:
         """Add a finished piece of work to the file ``name``, and see that it reaches the disk."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        body = {"key": key, "records": list(records)}
+        body: dict[str, Any] = {"key": key, "records": list(records)}
         line = json.dumps({"checksum": _checksum(body), **body}, allow_nan=False) + "\n"
         with (self.folder / f"{name}.{self.rank}.jsonl").open("ab") as file:
             file.write(line.encode())

@@ -34,7 +34,20 @@ FOUNDATIONS = {
         "selection",
     )
 }
-PARTS = {f"{LIBRARY}.{name}" for name in ("eviction", "metrics", "objectives", "presses", "reporting", "teacher")}
+PARTS = {
+    f"{LIBRARY}.{name}"
+    for name in (
+        "eviction",
+        "metrics",
+        "monitoring",
+        "objectives",
+        "planner",
+        "presses",
+        "reporting",
+        "results",
+        "teacher",
+    )
+}
 MODULES = {f"{LIBRARY}.modules"}
 WHOLE_LIBRARY = FOUNDATIONS | PARTS | MODULES | {LIBRARY}
 COMMAND_LINE = f"{LIBRARY}.cli"  # for the scripts alone
