@@ -1,6 +1,6 @@
-"""Evaluate: python evaluate.py test --config configs/evaluate/quickstart.yaml."""
+"""Evaluate: python evaluate.py test --config configs/evaluate/quickstart.yaml; run again, it goes on where it was."""
 
-from sparsekv_pl.cli import CommandLine, run
+from sparsekv_pl.cli import CommandLine, SaveEvaluationConfig, run
 
 
 class EvaluateCommandLine(CommandLine):
@@ -10,4 +10,10 @@ class EvaluateCommandLine(CommandLine):
 
 
 if __name__ == "__main__":
-    run(lambda: EvaluateCommandLine(save_config_callback=None, seed_everything_default=0))
+    run(
+        lambda: EvaluateCommandLine(
+            save_config_callback=SaveEvaluationConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            seed_everything_default=0,
+        )
+    )

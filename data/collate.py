@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
+from data.cases import Case
+from data.needles import NeedleCase
 from data.packing import Tokens
-from data.retrieval import NeedleCase
-from sparsekv_pl.batch import IGNORE, Batch
+from sparsekv_pl.batch import IGNORE, Batch, CaseBatch
 
 
 def text_batch(windows: Sequence[Tokens], context_tokens: int) -> Batch:
@@ -36,6 +37,19 @@ def needle_batch(cases: Sequence[NeedleCase], pad: int) -> Batch:
         "labels": torch.tensor([_padded(case.labels, longest, IGNORE) for case in cases], dtype=torch.int64),
         "document_ids": [" + ".join(case.document_ids) for case in cases],
         "tasks": [case.task for case in cases],
+    }
+
+
+def case_batch(cases: Sequence[Case], pad: int) -> CaseBatch:
+    """Evaluation cases of one task and one context length, continuations padded on the right to the longest."""
+    lengths = [len(case.continuation_ids) for case in cases]
+    return {
+        "context_ids": torch.tensor([case.context_ids for case in cases], dtype=torch.int64),
+        "continuation_ids": torch.tensor(
+            [_padded(case.continuation_ids, max(lengths), pad) for case in cases], dtype=torch.int64
+        ),
+        "continuation_lengths": torch.tensor(lengths, dtype=torch.int64),
+        "cases": [case.info for case in cases],
     }
 
 

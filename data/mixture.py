@@ -5,22 +5,21 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from data.collate import needle_batch, pad_id, text_batch
-from data.facts import Split
-from data.packing import DocumentStream, Tokens, WindowStream, spread_windows, take_tokens
-from data.retrieval import NeedleCase, NeedleTask
+from data.needles import NeedleTask
+from data.packing import DocumentStream, WindowStream, split_tokens, spread_windows
 from data.text import EmbeddedText, Splits, TextSource
+from data.tokenized import TokenizedData
 from sparsekv_pl.batch import Batch
 
 DEPTHS = 10
-"""Evaluation cases cycle over this many depths, evenly from 0 to 1."""
+"""Validation's needles cycle over this many depths, evenly from 0 to 1."""
 
 
-class EvictionData(LightningDataModule):
+class EvictionData(TokenizedData):
     """Batches of context + continuation: plain text and needle cases, one kind per batch.
 
     Needs a tokenizer: the trainer's ``lightning_module.tokenizer``, or set ``tokenizer`` before ``setup``.
@@ -39,16 +38,16 @@ class EvictionData(LightningDataModule):
     retrieval_share
         The fraction of training batches that ask for hidden facts; the rest is plain text.
     needles
-        Least and most facts hidden in a training case, and asked for one after the other; evaluation hides one.
+        Least and most facts hidden in a training case, and asked for one after the other; validation hides one.
     num_workers
         Processes that tokenise and pack; 0 does it in the training process.
     seed
         Of the order of documents, the kinds of batches and the facts.
-    validation_windows, validation_needles, held_out_windows, held_out_needles
-        Cases in validation (val_dataloader) and evaluation (test_dataloader). They are deterministic: they
-        depend on the text, the tokenizer, the lengths and ``seed`` alone.
+    validation_windows, validation_needles
+        Cases in validation (val_dataloader). They are deterministic: they depend on the text, the tokenizer, the
+        lengths and ``seed`` alone. data/evaluation.py makes the held-out cases.
     splits
-        Shares of the documents; the splits never share one.
+        Shares of the documents; the splits never share one, and evaluation needs the same shares.
     """
 
     def __init__(
@@ -63,20 +62,13 @@ class EvictionData(LightningDataModule):
         seed: int = 0,
         validation_windows: int = 16,
         validation_needles: int = 16,
-        held_out_windows: int = 48,
-        held_out_needles: int = 64,
         splits: Splits | None = None,
     ) -> None:
         super().__init__()
         least = {"context_tokens": 1, "continuation_tokens": 2, "batch_size": 1, "num_workers": 0}
-        counts = {
-            "validation_windows": 0,
-            "validation_needles": 0,
-            "held_out_windows": 0,
-            "held_out_needles": 0,
-        }
+        least |= {"validation_windows": 0, "validation_needles": 0}
         given = locals()
-        for name, bound in (least | counts).items():
+        for name, bound in least.items():
             if given[name] < bound:
                 raise ValueError(f"{name} is {given[name]}: give at least {bound}")
         if not 0 <= retrieval_share <= 1:
@@ -89,17 +81,6 @@ class EvictionData(LightningDataModule):
         self.batch_size, self.retrieval_share, self.needles = batch_size, retrieval_share, needles
         self.num_workers, self.seed = num_workers, seed
         self.validation_windows, self.validation_needles = validation_windows, validation_needles
-        self.held_out_windows, self.held_out_needles = held_out_windows, held_out_needles
-        self.tokenizer: Any = None
-
-    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
-        """Take the tokenizer from the trainer's module unless one was set."""
-        if self.tokenizer is None and self.trainer is not None:
-            self.tokenizer = self.trainer.lightning_module.tokenizer
-        if self.tokenizer is None:
-            raise ValueError(
-                "EvictionData has no tokenizer: attach it to a trainer or set its attribute tokenizer before setup()"
-            )
 
     def train_dataloader(self) -> "RankStatefulLoader":
         """Endless; its length says only that ``trainer.max_steps`` ends it, never its own end."""
@@ -111,41 +92,16 @@ class EvictionData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Text windows of the validation split, then needle cases in its wordings."""
-        return self._fixed("validation", self.validation_windows, self.validation_needles)
+        return DataLoader(cast(Any, self._validation_batches()), batch_size=None, shuffle=False)
 
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """Held-out text windows, then held-out needles, their depths going round from 0 to 1."""
-        return self._fixed("held_out", self.held_out_windows, self.held_out_needles)
-
-    def evaluation_batches(self, split: Split, windows: int, needles: int) -> list[Batch]:
-        """Deterministic batches of a split: ``windows`` text rows, then ``needles`` needle rows, never mixed
-        in a batch.
-        """
-        text, asked = self._evaluation_rows(split, windows, needles)
-        batches = [text_batch(rows, self.context_tokens) for rows in _groups(text, self.batch_size)]
-        return batches + [needle_batch(rows, pad_id(self.tokenizer)) for rows in _groups(asked, self.batch_size)]
-
-    def needle_cases(self, split: Split, needles: int) -> list[NeedleCase]:
-        """The needle cases of ``evaluation_batches`` with their facts, depths and positions."""
-        return self._evaluation_rows(split, 0, needles)[1]
-
-    def _evaluation_rows(self, split: Split, windows: int, needles: int) -> tuple[list[Tokens], list[NeedleCase]]:
+    def _validation_batches(self) -> list[Batch]:
         length = self.context_tokens + self.continuation_tokens
-        # A fixed amount of text, whatever is asked for: a case does not change with the number of other
-        # cases.
-        documents = (d for d in self.text.documents() if self.splits.of(d.id) == split)
-        text = take_tokens(documents, self.tokenizer, enough=64 * length)
-        if not text.ids:
-            raise ValueError(
-                f"the {split} split of the text has no document: give more documents or raise its share ({self.splits})"
-            )
-        task = NeedleTask(self.tokenizer, self.context_tokens, self.seed, split)
-        cases = [task.case(i, text, depth=i % DEPTHS / (DEPTHS - 1)) for i in range(needles)]
-        return spread_windows(text, windows, length, self.continuation_tokens), cases
-
-    def _fixed(self, split: Split, windows: int, needles: int) -> DataLoader[Batch]:
-        batches = self.evaluation_batches(split, windows, needles)
-        return DataLoader(cast(Any, batches), batch_size=None, shuffle=False)
+        text = split_tokens(self.text, self.splits, "validation", self.tokenizer, length)
+        windows = spread_windows(text, self.validation_windows, length, self.continuation_tokens)
+        task = NeedleTask(self.tokenizer, self.context_tokens, self.seed, "validation")
+        cases = [task.case(i, text, depth=i % DEPTHS / (DEPTHS - 1)) for i in range(self.validation_needles)]
+        batches = [text_batch(rows, self.context_tokens) for rows in _groups(windows, self.batch_size)]
+        return batches + [needle_batch(rows, pad_id(self.tokenizer)) for rows in _groups(cases, self.batch_size)]
 
     def _batches_to_train(self) -> int:
         trainer = self.trainer

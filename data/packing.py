@@ -29,6 +29,15 @@ class Tokens:
         self.ids += ids
         self.spans.append((document_id, len(ids)))
 
+    def first(self, enough: int) -> "Tokens":
+        """The documents from the beginning until they have ``enough`` tokens (the last is not cut), or all."""
+        end = 0
+        for _, count in self.spans:
+            if end >= enough:
+                break
+            end += count
+        return self.slice(0, end)
+
     def slice(self, start: int, end: int) -> "Tokens":
         """The tokens [start, end) with the documents they touch."""
         spans, offset = [], 0
@@ -57,24 +66,50 @@ def take_tokens(documents: Iterable[Document], tokenizer: Any, enough: int) -> T
     return taken
 
 
-def spread_windows(text: Tokens, count: int, window: int, fresh: int) -> list[Tokens]:
-    """``count`` windows of ``window`` tokens spread evenly over ``text``; their last ``fresh`` tokens never
-    overlap.
+def enough_for(span: int) -> int:
+    """Tokens of text that evaluation takes stretches of ``span`` tokens from: 64 times as many, at most 2**20 more.
 
-    Contexts may overlap where text is short: what is predicted is then still predicted once.
+    A function of the span alone: a case does not change with the cases that are asked for beside it.
+    """
+    return min(64 * span, span + 2**20)
+
+
+def split_tokens(source: TextSource, splits: Splits, split: Split, tokenizer: Any, span: int) -> Tokens:
+    """The text of a split from its beginning, ``enough_for(span)`` tokens where it has as many.
+
+    Raises ValueError when no document belongs to the split.
+    """
+    documents = (document for document in source.documents() if splits.of(document.id) == split)
+    text = take_tokens(documents, tokenizer, enough_for(span))
+    if not text.ids:
+        raise ValueError(
+            f"the {split} split of the text has no document: give more documents or raise its share ({splits})"
+        )
+    return text
+
+
+def spread_windows(text: Tokens, count: int, window: int, fresh: int) -> list[Tokens]:
+    """The windows of ``window_starts`` over ``text``."""
+    return [text.slice(start, start + window) for start in window_starts(len(text.ids), count, window, fresh)]
+
+
+def window_starts(tokens: int, count: int, window: int, fresh: int) -> list[int]:
+    """Where ``count`` windows of ``window`` tokens begin, spread evenly; their last ``fresh`` tokens never overlap.
+
+    Contexts may overlap where text is short: what is predicted is then still predicted once. ValueError when there
+    is no room for ``count``.
     """
     if count == 0:
         return []
-    last = len(text.ids) - window
+    last = tokens - window
     step = last // max(count - 1, 1)
     if last < 0 or (count > 1 and step < fresh):
         room = 0 if last < 0 else last // fresh + 1
         raise ValueError(
-            f"{count} windows of {window} tokens asked of a split with {len(text.ids)} tokens, which has "
-            f"room for {room}: ask for "
-            "fewer windows, raise the split's share or give more text"
+            f"{count} windows of {window} tokens asked of a split with {tokens} tokens, which has room for {room}: "
+            "ask for fewer windows, raise the split's share or give more text"
         )
-    return [text.slice(i * step, i * step + window) for i in range(count)]
+    return [i * step for i in range(count)]
 
 
 class DocumentStream(Iterator[Document]):

@@ -17,6 +17,8 @@ from transformers import (
 )
 
 from sparsekv_pl.gguf_checkpoint import EMBEDDED, convert, embedded_gguf
+from sparsekv_pl.placement import Placement, settle
+from sparsekv_pl.quantisation import four_bit, keep_unpacked, skeleton, stored_quantisation
 
 
 @dataclass
@@ -58,7 +60,10 @@ class Backbone:
         Folder of a trained adapter (adapter_config.json + adapter_model.safetensors) to start from; it replaces
         ``lora``.
     load_in_4bit
-        NF4 with double quantisation through bitsandbytes (QLoRA, https://arxiv.org/abs/2305.14314).
+        NF4 with double quantisation through bitsandbytes (QLoRA, https://arxiv.org/abs/2305.14314). Experts that a
+        model keeps fused in one parameter, and layers placed outside the GPUs, stay in ``dtype``.
+    placement
+        Spreads the model over GPUs, CPU memory and disk, for evaluation; null loads it whole.
     trust_remote_code
         Runs Python that the model's repository ships. Off unless you have read it.
     cache_dir
@@ -71,29 +76,30 @@ class Backbone:
     lora: Lora | None = field(default_factory=Lora)
     adapter: str | None = None
     load_in_4bit: bool = False
+    placement: Placement | None = None
     trust_remote_code: bool = False
     revision: str | None = None
     cache_dir: str | None = None
 
     def load(self, *, trainable: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Return the causal LM (with adapters injected, if any) and its tokenizer.
+        """Return the causal LM and its tokenizer; with adapters where there are any, or any to train.
 
         Raises
         ------
         ValueError
             For a path that does not exist, an architecture that transformers does not know, a tokenizer whose ids do
-            not fit the embedding, LoRA targets that the model does not have.
+            not fit the embedding, LoRA targets that the model does not have, a placement that cannot be.
         """
+        if trainable and self.load_in_4bit and self.lora is None and self.adapter is None:
+            raise ValueError("load_in_4bit=true freezes the base weights: set lora, or load_in_4bit=false")
         source = resolve(self.pretrained, self.cache_dir)
         tokenizer = self._tokenizer(source)
-        model = self._model(source)
+        model = self._model(source, trainable)
         check_vocabulary(model, tokenizer, self.pretrained)
         if self.adapter is not None:
             return _load_adapter(model, self.adapter, trainable), tokenizer
-        if self.lora is not None:
+        if self.lora is not None and trainable:
             return _inject_lora(model, self.lora), tokenizer
-        if self.load_in_4bit:
-            raise ValueError("load_in_4bit=true freezes the base weights: set lora, or load_in_4bit=false")
         return model, tokenizer
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -109,31 +115,56 @@ class Backbone:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
-    def _model(self, source: str) -> PreTrainedModel:
-        quantisation = {}
-        if self.load_in_4bit:
-            from transformers import BitsAndBytesConfig
-
-            quantisation["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=getattr(torch, self.dtype),
-            )
+    def _model(self, source: str, trainable: bool) -> PreTrainedModel:
+        dtype, trusted = getattr(torch, self.dtype), self.trust_remote_code
         with _explained(self.pretrained):
-            AutoConfig.from_pretrained(source, revision=self.revision, trust_remote_code=self.trust_remote_code)
+            config = AutoConfig.from_pretrained(source, revision=self.revision, trust_remote_code=trusted)
+            settings: dict[str, Any] = {}
+            if stored_quantisation(config):
+                # A multimodal checkpoint says it outside the text config, which is all that a causal LM is loaded with.
+                config.get_text_config().quantization_config = stored_quantisation(config)
+                settings["config"] = config
+            elif self.load_in_4bit:
+                settings["quantization_config"] = four_bit(config, dtype, trusted)
+        placed = {} if self.placement is None else self._placed(config, settings.get("quantization_config"), trainable)
+        with _explained(self.pretrained):
             model = AutoModelForCausalLM.from_pretrained(
                 source,
                 revision=self.revision,
-                dtype=getattr(torch, self.dtype),
+                dtype=dtype,
                 attn_implementation=self.attention,
-                trust_remote_code=self.trust_remote_code,
+                trust_remote_code=trusted,
                 use_safetensors=True,
-                **quantisation,
+                **settings,
+                **placed,
             )
-        if self.load_in_4bit:
-            _keep_unpacked(model)
+        keep_unpacked(model)
+        if len(placed.get("device_map", {})) > 1:
+            settle(model)
         return model
+
+    def _placed(self, config: Any, quantisation: Any, trainable: bool) -> dict[str, Any]:
+        """What ``from_pretrained`` needs for the placement, which is checked against everything else here."""
+        assert self.placement is not None
+        dtype, trusted = getattr(torch, self.dtype), self.trust_remote_code
+        plain = skeleton(config, dtype, None, trusted)
+        model = plain if quantisation is None else skeleton(config, dtype, quantisation, trusted)
+        placed = self.placement.arguments(model, plain)
+        devices = placed["device_map"]
+        if len(devices) > 1 and {"cpu", "disk"} & set(devices.values()):
+            if quantisation is not None:
+                quantisation.llm_int8_enable_fp32_cpu_offload = True  # with it offloaded layers are not quantised
+            if trainable:
+                raise ValueError(
+                    f"placement puts weights on {sorted(map(str, set(devices.values())))}, which is for evaluation: to "
+                    "train, use a smaller model, load_in_4bit, or a sharding strategy (trainer.strategy)"
+                )
+            if self.adapter is not None:
+                raise ValueError(
+                    f"adapter={self.adapter!r} cannot be loaded where weights are placed on the CPU or disk: merge it "
+                    "first (train.py fit --merge), or give placement.max_memory more room"
+                )
+        return placed
 
 
 def resolve(pretrained: str, cache_dir: str | None = None) -> str:
@@ -214,15 +245,6 @@ def _load_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> PreT
     if not (folder / "adapter_config.json").exists():
         raise ValueError(f"adapter={adapter!r} has no adapter_config.json: give a folder that a training run exported")
     return PeftModel.from_pretrained(model, folder, is_trainable=trainable)  # type: ignore[return-value]
-
-
-def _keep_unpacked(model: PreTrainedModel) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights for AVX512 in evaluation: gradients are wrong ever after."""
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def causal_lm(model: Any) -> PreTrainedModel:

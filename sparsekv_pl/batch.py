@@ -32,9 +32,9 @@ TEXT = "text"
 """The task whose continuation is read, not answered."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class CaseInfo:
-    """What is known of one case of an evaluation besides its tokens."""
+    """What is known of one case of an evaluation besides its tokens. Lightning cannot move a frozen dataclass."""
 
     id: str
     """Unique in an evaluation and the same in every run of it."""

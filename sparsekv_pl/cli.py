@@ -6,11 +6,13 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import get_loader, set_loader
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 NOISE = re.compile(
     r"Does not validate against any of the Union subtypes|Subtypes: |Errors:|Expected a <class 'NoneType'>|"
@@ -25,6 +27,7 @@ CHATTER = (
     ".*isinstance\\(treespec, LeafSpec\\)",  # Lightning
     ".*`IterableDataset` has `__len__` defined",  # data/mixture.py gives every worker its own share
     ".*Precision bf16-mixed is not supported by the model summary",
+    ".*was called before the ``update`` method",  # text without questions, or questions without text
     ".*does not have many workers",  # batches are made while the model computes; the default needs no workers
 )
 """Warnings about libraries' own affairs."""
@@ -64,6 +67,16 @@ class CommandLine(LightningCLI):
     def subcommands(cls) -> dict[str, set[str]]:
         """Those of LightningCLI that this script offers."""
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name in cls.commands}
+
+
+class SaveEvaluationConfig(SaveConfigCallback):
+    """Saves the resolved configuration beside what the run writes, as evaluation.yaml."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Into the module's ``output`` folder."""
+        folder = Path(str(pl_module.output))
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, folder / "evaluation.yaml", skip_none=False, overwrite=True)
 
 
 def run(command_line: Callable[[], Any]) -> None:
@@ -110,4 +123,4 @@ def _for_users(error: Exception) -> bool:
     return isinstance(error, ValueError) or type(error).__module__.startswith("sparsekv_pl")
 
 
-__all__ = ["CommandLine", "LightningArgumentParser", "run"]
+__all__ = ["CommandLine", "LightningArgumentParser", "SaveEvaluationConfig", "run"]

@@ -56,6 +56,22 @@ class Results:
         self._pieces[key] = body["records"]
 
 
+def gathered(records: Sequence[Record]) -> list[Record]:
+    """The records of all ranks, in rank order, on every rank. A collective call where there are ranks."""
+    import torch
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return list(records)
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, list(records))
+    return [record for part in parts for record in part]
+
+
+def digest_of(path: Path) -> str:
+    """Of a file's bytes."""
+    return hashlib.file_digest(path.open("rb"), "sha256").hexdigest()
+
+
 def _read(path: Path) -> dict[str, list[Record]]:
     """The sound lines of a file; where others stand between them, the file is written anew without those."""
     pieces: dict[str, list[Record]] = {}
@@ -69,7 +85,7 @@ def _read(path: Path) -> dict[str, list[Record]]:
                 raise ValueError("the checksum is not that of its content")
             pieces[body["key"]] = body["records"]
             sound.append(line)
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("%s, line %d is damaged (%s): that piece of work is done again", path, number, error)
     if len(sound) < len(lines):
         temporary = path.with_suffix(".mended")

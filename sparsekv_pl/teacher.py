@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from sparsekv_pl.attention.cached import CACHED, Observer, attention_implementation
 from sparsekv_pl.backbone import adapter_off, causal_lm
+from sparsekv_pl.decoder import decoder_of
 
 
 class Teacher:
@@ -36,7 +37,7 @@ class Teacher:
         ids = torch.cat([context_ids, continuation_ids], dim=1)
         extra = {} if observer is None else {"observer": observer}
         with adapter_off(self._model), attention_implementation(model, CACHED):
-            hidden = model.get_decoder()(input_ids=ids, use_cache=False, **extra).last_hidden_state
+            hidden = decoder_of(model)(input_ids=ids, use_cache=False, **extra).last_hidden_state
         return hidden[:, context_ids.shape[1] :]
 
     @property

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from data.evaluation import EvaluationData
     from data.mixture import EvictionData
     from sparsekv_pl.backbone import Backbone
 
@@ -103,10 +104,27 @@ def tiny_data() -> Callable[..., "EvictionData"]:
             "batch_size": 2,
             "validation_windows": 2,
             "validation_needles": 2,
-            "held_out_windows": 4,
-            "held_out_needles": 4,
         }
         return EvictionData(**(defaults | settings))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_cases() -> Callable[..., "EvaluationData"]:
+    """EvaluationData(**settings): four windows of 96 + 16 tokens, a fact at depths 0 and 1, two rows a batch."""
+    from data.evaluation import EvaluationData
+
+    def make(**settings: Any) -> EvaluationData:
+        defaults: dict[str, Any] = {
+            "lengths": [96],
+            "depths": [0.0, 1.0],
+            "cases_per_cell": 2,
+            "windows": 4,
+            "continuation_tokens": 16,
+            "batch_size": 2,
+        }
+        return EvaluationData(**(defaults | settings))
 
     return make
 

@@ -9,10 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from kvpress import BasePress, ExpectedAttentionPress, KnormPress, SnapKVPress
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from sparsekv_pl.backbone import EMBEDDED, Backbone, Lora, adapter_off, causal_lm, resolve
+from sparsekv_pl.eviction.decoding import greedy
+from sparsekv_pl.eviction.prefill import continue_from, prefill
+from sparsekv_pl.eviction.replay import RecordedPrefill
+from sparsekv_pl.placement import Placement
 
 MakeBackbone = Callable[..., Backbone]
 
@@ -133,6 +138,97 @@ def test_four_bit_quantises_the_base_and_trains_the_adapter(four_bit: Any, tiny_
 def test_four_bit_without_an_adapter_has_nothing_to_train(tiny_backbone: MakeBackbone) -> None:
     with pytest.raises(ValueError, match="load_in_4bit=true freezes the base weights: set lora"):
         tiny_backbone(load_in_4bit=True, lora=None).load()
+
+
+def test_four_bit_without_an_adapter_can_be_evaluated(tiny_backbone: MakeBackbone) -> None:
+    model = tiny_backbone(load_in_4bit=True, lora=None).load(trainable=False)[0]
+    assert model.is_loaded_in_4bit
+    assert trainable(tiny_backbone().load(trainable=False)[0]) == trainable(tiny_backbone(lora=None).load()[0])
+
+
+def test_a_checkpoint_stored_in_four_bits_loads_as_it_is(tiny_backbone: MakeBackbone, tmp_path: Path) -> None:
+    quantised, tokenizer = tiny_backbone(load_in_4bit=True, lora=None).load(trainable=False)
+    quantised.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for load_in_4bit in (False, True):
+        loaded = Backbone(str(tmp_path), dtype="float32", lora=None, load_in_4bit=load_in_4bit).load(trainable=False)[0]
+        with torch.no_grad():
+            assert torch.equal(loaded(ids()).logits, quantised(ids()).logits)
+
+
+# --- placement ---
+
+LAYER_KB = 4 * (64 * (4 + 2 + 2 + 4) * 16 + 3 * 64 * 96 + 2 * 64) // 1000  # a tiny Llama's layer in float32
+OUTSIDE_KB = 4 * (1024 * 64 + 64 + 8) // 1000 + 1
+
+
+@pytest.fixture
+def on_disk(tiny_backbone: MakeBackbone, tmp_path: Path) -> Any:
+    """The tiny Llama with its layers on disk: there is room for the embedding and one layer to bring in."""
+    room = f"{OUTSIDE_KB + LAYER_KB + 2}KB"
+    placement = Placement(max_memory={"cpu": room}, offload_folder=str(tmp_path / "off"))
+    return tiny_backbone(lora=None, placement=placement).load(trainable=False)[0]
+
+
+@pytest.mark.parametrize(
+    "press",
+    [None, SnapKVPress(0.5, window_size=8), ExpectedAttentionPress(0.5), KnormPress(0.3)],
+    ids=lambda press: type(press).__name__,
+)
+def test_weights_on_disk_give_the_same_answers(
+    press: BasePress | None, on_disk: Any, tiny_backbone: MakeBackbone
+) -> None:
+    """accelerate's hooks, which bring a layer in, and kvpress's, which evict after it, work side by side."""
+    assert on_disk.hf_device_map["model.layers.0"] == on_disk.hf_device_map["model.layers.1"] == "disk"
+    assert {p.device.type for p in on_disk.model.layers.parameters()} == {"meta"}
+    assert {p.device.type for p in (on_disk.lm_head.weight, on_disk.model.norm.weight)} == {"cpu"}
+    context = ids().repeat(1, 3)
+    results = []
+    for model in (tiny_backbone(lora=None).load()[0], on_disk):
+        with torch.no_grad():
+            chunked = prefill(model, context, press, chunk_tokens=24, budget=None if press is None else 20)
+            replayed = RecordedPrefill(model, context).evicted(press)
+            results.append(
+                (
+                    model(ids()).logits,
+                    continue_from(model, ids(), chunked.cache, chunked.next_position),
+                    continue_from(model, ids(), replayed.cache, replayed.next_position),
+                    torch.tensor(greedy(model, chunked, ids(), torch.tensor([24, 20]), 3)),
+                )
+            )
+    for whole, spread in zip(*results, strict=True):
+        assert torch.equal(whole, spread)
+
+
+def test_a_placed_model_stays_where_it_is(on_disk: Any) -> None:
+    """Lightning moves every module to its device; weights on disk cannot be moved."""
+    before = {name: parameter.device for name, parameter in on_disk.named_parameters()}
+    torch.nn.ModuleDict({"model": on_disk}).to("cpu", torch.float64)
+    assert {name: parameter.device for name, parameter in on_disk.named_parameters()} == before
+    assert on_disk.model.embed_tokens.weight.dtype == torch.float32
+
+
+def test_a_placement_with_room_for_all_changes_nothing(tiny_backbone: MakeBackbone) -> None:
+    expected = tiny_backbone(lora=None).load()[0](ids()).logits
+    for placement in (Placement(), Placement(max_memory={"cpu": "1GiB"}), Placement("cpu"), Placement("sequential")):
+        model = tiny_backbone(placement=placement).load()[0]
+        assert torch.equal(model(ids()).logits, expected)
+        assert trainable(model)
+
+
+def test_weights_on_disk_are_for_evaluation(tiny_backbone: MakeBackbone, tmp_path: Path) -> None:
+    room = {"cpu": f"{OUTSIDE_KB + LAYER_KB + 2}KB"}
+    spread = Placement(max_memory=room, offload_folder=str(tmp_path))
+    with pytest.raises(ValueError, match=r"placement puts weights on \['cpu', 'disk'\], which is for evaluation"):
+        tiny_backbone(placement=spread).load()
+    with pytest.raises(ValueError, match=r"adapter='some/folder' cannot be loaded .*merge it first"):
+        tiny_backbone(placement=spread, adapter="some/folder").load(trainable=False)
+    with pytest.raises(ValueError, match="load_in_4bit with weights on disk needs a GPU"):
+        tiny = {"cpu": f"{OUTSIDE_KB + LAYER_KB // 4}KB"}
+        small = Placement(max_memory=tiny, offload_folder=str(tmp_path))
+        tiny_backbone(placement=small, load_in_4bit=True, lora=None).load(trainable=False)
+    with pytest.raises(ValueError, match=r"GiB of weights do not fit .*give placement.offload_folder"):
+        tiny_backbone(placement=Placement(max_memory=room), lora=None).load(trainable=False)
 
 
 # --- wrong sources ---

@@ -28,8 +28,12 @@ FOUNDATIONS = {
         "attention",
         "backbone",
         "batch",
+        "cache_shape",
+        "decoder",
         "gguf_checkpoint",
         "losses",
+        "placement",
+        "quantisation",
         "schedules",
         "selection",
     )
@@ -37,11 +41,16 @@ FOUNDATIONS = {
 PARTS = {
     f"{LIBRARY}.{name}"
     for name in (
+        "adapter",
         "eviction",
+        "hosted_client",
+        "hosted_reply",
+        "measures",
         "metrics",
         "monitoring",
         "objectives",
         "planner",
+        "pressed_lm",
         "presses",
         "reporting",
         "results",
@@ -62,6 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {f"{LIBRARY}.batch"},
     "callbacks": WHOLE_LIBRARY,
     "benchmarks": EVERYTHING,
+    "configs": EVERYTHING,  # what makes the data of a local task
     "evaluate": EVERYTHING,
     "train": EVERYTHING,
 }

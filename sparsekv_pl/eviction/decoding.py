@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekv_pl.eviction.prefill import Prefilled, continue_from
-from sparsekv_pl.presses.scores import observation_window, press_name
+from sparsekv_pl.presses.scores import observation_window, press_name, set_compression_ratio
 
 
 @torch.no_grad()
@@ -31,8 +31,10 @@ def greedy(
     visible = torch.arange(continuation_ids.shape[1], device=lengths.device) < lengths[:, None]
     answers: list[list[int]] = [[] for _ in rows]
     open_rows = set(range(len(answers)))
+    head = model.get_output_embeddings().weight.float()  # bfloat16 logits tie, and a tie is no verdict
     for step in range(max_new_tokens):
-        newest = most_likely(last, model.get_output_embeddings().weight)
+        with torch.autocast(last.device.type, enabled=False):
+            newest = (last.float() @ head.T).argmax(-1)
         for row in sorted(open_rows):
             token = int(newest[row])
             if token in stop_ids:
@@ -73,6 +75,7 @@ def read_while_evicting(
             f"{press_name(press)} cannot evict every {interval} tokens down to {budget} during decoding: it must be a "
             f"scorer, its window ({window} tokens) at most the interval, and the budget at least 1"
         )
+    set_compression_ratio(press, 0.0)  # DecodingPress sets its own
     evicting = DecodingPress(press, compression_interval=interval, target_size=budget)
     hidden = []
     with evicting(model):
@@ -80,9 +83,3 @@ def read_while_evicting(
             token, position = continuation_ids[:, step : step + 1], prefilled.next_position + step
             hidden.append(continue_from(model, token, prefilled.cache, position, decoding=True))
     return torch.cat(hidden, dim=1)
-
-
-def most_likely(hidden_NE: Tensor, head_weight_VE: Tensor) -> Tensor:
-    """(N,) token ids. In float32: bfloat16 logits tie, and a tie is no verdict."""
-    with torch.autocast(hidden_NE.device.type, enabled=False):
-        return (hidden_NE.float() @ head_weight_VE.float().T).argmax(-1)

@@ -23,6 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from sparsekv_pl.anchors import Anchors, AnchorTable
 from sparsekv_pl.attention.cached import attention_implementation
 from sparsekv_pl.attention.kept_columns import kept_columns_attention
+from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.result import Evicted
 
 NAME = "sparsekv_kept_columns"
@@ -102,7 +103,7 @@ class KVDropout:
             query_chunk=self.query_chunk,
         )
         with _kept_columns_in(model):
-            hidden = model.get_decoder()(
+            hidden = decoder_of(model)(
                 input_ids=torch.cat([context_ids, continuation_ids], dim=1),
                 use_cache=False,
                 kept_columns=columns,

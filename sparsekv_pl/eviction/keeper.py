@@ -1,6 +1,6 @@
 """Which context positions a cache still holds while it is filled chunk by chunk."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -8,6 +8,7 @@ from kvpress import BasePress, KeyRerotationPress, MergingPress
 from torch import Tensor
 from transformers import DynamicCache
 
+from sparsekv_pl.eviction.rotation import Rotation
 from sparsekv_pl.presses.scores import CaughtScores, catch_scores, press_name
 from sparsekv_pl.selection import Selection
 
@@ -18,12 +19,19 @@ class Keeper:
     A ScorerPress leaves pairs in the order of their scores. Attention does not mind, but a later chunk's press that
     protects the first tokens (sinks) or compares neighbours does, so between chunks the order is restored. The same
     indices say which context position every pair came from, which a selection loss over later chunks needs.
+
+    ``inv_freq`` are the model's RoPE frequencies (see ``Rotation``), for a press that re-rotates keys.
     """
 
-    def __init__(self, press: BasePress, deciding: BasePress, with_scores: bool, many_chunks: bool) -> None:
+    def __init__(
+        self, press: BasePress, deciding: BasePress, with_scores: bool, many_chunks: bool, inv_freq: Tensor | None
+    ) -> None:
         self.press = press
         self.deciding = deciding.press if isinstance(deciding, (KeyRerotationPress, MergingPress)) else deciding
-        self.in_order = isinstance(deciding, KeyRerotationPress)
+        self.rotation = None
+        if isinstance(deciding, KeyRerotationPress):
+            assert inv_freq is not None
+            self.rotation = Rotation(inv_freq)
         self.with_scores = with_scores
         self.many_chunks = many_chunks
         self.selections: list[Selection] = []
@@ -39,6 +47,21 @@ class Keeper:
             yield
         for scored in caught:
             self._note(scored, cache, seen)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the next chunk needs of the chunks before it."""
+        return {f"{name}.{layer}": tensor for name, kept in self._state().items() for layer, tensor in kept.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], devices: Sequence[torch.device]) -> None:
+        """Go on after the chunk that ``state`` was taken at, each layer on the device where it computes."""
+        for name, kept in self._state().items():
+            saved = {layer: state.get(f"{name}.{layer}") for layer in range(len(devices))}
+            kept.clear()
+            kept.update({layer: tensor.to(devices[layer]) for layer, tensor in saved.items() if tensor is not None})
+
+    def _state(self) -> dict[str, dict[int, Tensor]]:
+        rotation = {} if self.rotation is None else {"first": self.rotation.first, "places": self.rotation.places}
+        return {"positions": self.positions, **rotation}
 
     def _note(self, scored: CaughtScores, cache: DynamicCache, seen: int) -> None:
         positions = self._positions(scored, seen) if self.many_chunks else None
@@ -68,8 +91,10 @@ class Keeper:
         indices = scored.scores.topk(kept, dim=-1).indices
         if kept < scored.scores.shape[-1]:
             ordered = indices.sort(dim=-1)
-            if not self.in_order:
+            if self.rotation is None:
                 index = ordered.indices.unsqueeze(-1).expand_as(keys)
                 layer.keys, layer.values = keys.gather(2, index), values.gather(2, index)
+            else:  # the press left them in order
+                layer.keys = self.rotation(scored.layer, keys, ordered.values)
             positions = positions.gather(-1, ordered.values)
         self.positions[scored.layer] = positions

@@ -4,19 +4,21 @@ One chunk is "prefill, press, continue"; with many, chunk n sees the cache as ch
 run it.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from kvpress import BasePress, ChunkKVPress
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.attention.cached import CACHED, attention_implementation
+from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.keeper import Keeper
+from sparsekv_pl.eviction.positions import check_positions, check_sliding_window
 from sparsekv_pl.eviction.shifted_rotary import queries_from
 from sparsekv_pl.presses.eviction_aug import EvictionAugPress
 from sparsekv_pl.presses.scores import (
@@ -65,6 +67,135 @@ def chunk_bounds(tokens: int, chunk_tokens: int | None) -> list[tuple[int, int]]
     return list(pairwise(edges))
 
 
+class ChunkedPrefill:
+    """A prefill of ``tokens`` tokens that is advanced chunk by chunk and can be saved between two chunks.
+
+    With many chunks the compression ratio of each is set so that, of the tokens seen so far, the share that the press
+    was set to (and no more than ``budget``) stays.
+
+    Parameters
+    ----------
+    model, press
+        None keeps everything.
+    tokens
+        Length of the whole context.
+    chunk_tokens
+        Most tokens of a chunk; None makes it one. The chunks are ``bounds``.
+    budget
+        Most KV pairs per head that stay after a chunk, in tokens.
+    with_scores
+        Keep the press's scores for a selection loss; such a prefill cannot be saved.
+
+    Raises
+    ------
+    ValueError
+        For a press that cannot be run in these chunks, and for more positions than the model was trained on.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        press: BasePress | None,
+        tokens: int,
+        chunk_tokens: int | None = None,
+        budget: int | None = None,
+        with_scores: bool = False,
+    ) -> None:
+        self.model, self.press, self.budget = model, press, budget
+        self.bounds = chunk_bounds(tokens, chunk_tokens)
+        self.deciding = press.press if isinstance(press, EvictionAugPress) else press
+        self.rotates = rerotates_keys(self.deciding)
+        self.ratio: float | None = None
+        check_sliding_window(model, tokens)
+        if press is not None and self.deciding is not None:
+            check_chunks(press, self.bounds, with_scores)
+            if len(self.bounds) > 1 or budget is not None:
+                self.ratio = self.deciding.compression_ratio
+                set_compression_ratio(self.deciding, self.ratio)  # raises here where there is none to set
+            inv_freq = decoder_of(model).rotary_emb.inv_freq if self.rotates else None
+            self.keeper = Keeper(press, self.deciding, with_scores, len(self.bounds) > 1, inv_freq)
+        check_positions(model, self._positions(), tokens, self.rotates)
+        self.cache = DynamicCache()
+        self.chunks_done = 0
+
+    @property
+    def seen(self) -> int:
+        """Tokens prefilled so far."""
+        return self.bounds[self.chunks_done][0] if self.chunks_left else self.bounds[-1][1]
+
+    @property
+    def chunks_left(self) -> int:
+        """Chunks still to come."""
+        return len(self.bounds) - self.chunks_done
+
+    def advance(self, chunk_ids: Tensor) -> None:
+        """Run the next chunk (B, stop - start) and evict. After an exception the cache is not to be used."""
+        start, stop = self.bounds[self.chunks_done]
+        if chunk_ids.shape[1] != stop - start:
+            raise ValueError(
+                f"chunk {self.chunks_done} of {len(self.bounds)} has tokens {start} to {stop} but {chunk_ids.shape[1]} "
+                "were given: cut the context at the bounds"
+            )
+        held = self.cache.get_seq_length()
+        position = held if self.rotates else start
+        with self._evicting(held, start, stop), queries_from(self.model, position if self.press is not None else 0):
+            continue_from(self.model, chunk_ids, self.cache, position)
+        self.chunks_done += 1
+
+    def result(self) -> Prefilled:
+        """The cache as the last chunk left it."""
+        assert not self.chunks_left
+        position = self.cache.get_seq_length() if self.rotates else self.seen
+        return Prefilled(self.cache, position, [] if self.press is None else self.keeper.selections)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that the next chunk depends on, by names that ``safetensors`` takes. Not in memory of its own."""
+        assert self.press is None or not self.keeper.with_scores
+        state = {} if self.press is None else self.keeper.state_dict()
+        for index, layer in enumerate(self.cache.layers):
+            assert layer.keys is not None and layer.values is not None
+            state |= {f"keys.{index}": layer.keys, f"values.{index}": layer.values}
+        return state | {"chunks_done": torch.tensor(self.chunks_done)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where ``state`` was taken, by a prefill with the same arguments."""
+        decoder = decoder_of(self.model)
+        self.cache = DynamicCache()
+        for index, layer in enumerate(decoder.layers):
+            if f"keys.{index}" in state:
+                keys, values = (state[f"{name}.{index}"].to(_device(layer)) for name in ("keys", "values"))
+                self.cache.update(keys, values, index)
+        if self.press is not None:
+            self.keeper.load_state_dict(state, [_device(layer) for layer in decoder.layers])
+        self.chunks_done = int(state["chunks_done"])
+
+    @contextmanager
+    def _evicting(self, held: int, start: int, stop: int) -> Iterator[None]:
+        """The press on the model, at this chunk's ratio."""
+        if self.press is None or self.deciding is None:
+            yield
+            return
+        ratio, chunk = self.ratio, held + stop - start
+        if ratio is not None:
+            set_compression_ratio(self.deciding, _chunk_ratio(chunk, stop, ratio, self.budget))
+        try:
+            with self.keeper(self.cache, stop), self.press(self.model):
+                yield
+        finally:
+            if ratio is not None:
+                set_compression_ratio(self.deciding, ratio)
+
+    def _positions(self) -> int:
+        """How many RoPE positions are in use at once."""
+        if not self.rotates or self.ratio is None:
+            return self.bounds[-1][1]
+        held, most = 0, 0
+        for start, stop in self.bounds:
+            most = max(most, held + stop - start)
+            held = _stay(held + stop - start, stop, self.ratio, self.budget)
+        return most
+
+
 def prefill(
     model: PreTrainedModel,
     context_ids: Tensor,
@@ -73,42 +204,11 @@ def prefill(
     budget: int | None = None,
     with_scores: bool = False,
 ) -> Prefilled:
-    """Run a context (B, L) through ``model`` and evict after every chunk.
-
-    With many chunks the compression ratio of each is set so that, of the tokens seen so far, the share that the press
-    was set to (and no more than ``budget``) stays.
-    """
-    bounds = chunk_bounds(context_ids.shape[1], chunk_tokens)
-    _check_sliding_window(model, context_ids.shape[1])
-    cache = DynamicCache()
-    if press is None:
-        for start, stop in bounds:
-            continue_from(model, context_ids[:, start:stop], cache, start)
-        return Prefilled(cache, context_ids.shape[1], [])
-    check_chunks(press, bounds, with_scores)
-    deciding = press.press if isinstance(press, EvictionAugPress) else press
-    keeper = Keeper(press, deciding, with_scores, len(bounds) > 1)
-    with _restored_ratio(deciding) if len(bounds) > 1 or budget is not None else nullcontext() as ratio:
-        for start, stop in bounds:
-            held = cache.get_seq_length()
-            position = held if rerotates_keys(deciding) else start
-            if ratio is not None:
-                set_compression_ratio(deciding, _chunk_ratio(held + stop - start, stop, ratio, budget))
-            with keeper(cache, stop), press(model), queries_from(model, position):
-                continue_from(model, context_ids[:, start:stop], cache, position)
-    next_position = cache.get_seq_length() if rerotates_keys(deciding) else context_ids.shape[1]
-    return Prefilled(cache, next_position, keeper.selections)
-
-
-@contextmanager
-def _restored_ratio(press: BasePress) -> Iterator[float]:
-    """The ratio of ``press``, which is set to it again after the block. ``ValueError`` if it has none to set."""
-    ratio = press.compression_ratio
-    set_compression_ratio(press, ratio)
-    try:
-        yield ratio
-    finally:
-        set_compression_ratio(press, ratio)
+    """Run a context (B, L) through ``model`` and evict after every chunk. See ``ChunkedPrefill``."""
+    filling = ChunkedPrefill(model, press, context_ids.shape[1], chunk_tokens, budget, with_scores)
+    for start, stop in filling.bounds:
+        filling.advance(context_ids[:, start:stop])
+    return filling.result()
 
 
 def check_chunks(press: BasePress, bounds: list[tuple[int, int]], with_scores: bool) -> None:
@@ -125,15 +225,6 @@ def check_chunks(press: BasePress, bounds: list[tuple[int, int]], with_scores: b
         raise ValueError(
             f"{press_name(press)} cannot evict from {len(bounds)} chunks: it masks KV pairs instead of removing them, "
             "or looks at the whole context at once. Use one chunk (chunk_tokens: null) or another press"
-        )
-
-
-def _check_sliding_window(model: PreTrainedModel, tokens: int) -> None:
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    if window is not None and tokens > window:
-        raise ValueError(
-            f"a context of {tokens} tokens is longer than this model's sliding window of {window}, which an evicted "
-            "cache cannot keep: use shorter contexts, or a model without sliding windows"
         )
 
 
@@ -160,7 +251,7 @@ def continue_from(
     tokens = torch.arange(input_ids.shape[1], device=input_ids.device)
     first = torch.as_tensor(position, device=input_ids.device).view(-1, 1)
     with attention_implementation(model, CACHED):
-        output = model.get_decoder()(
+        output = decoder_of(model)(
             input_ids=input_ids,
             past_key_values=cache,
             use_cache=True,
@@ -173,8 +264,19 @@ def continue_from(
     return output.last_hidden_state
 
 
+def _device(layer: nn.Module) -> torch.device:
+    """Where a layer computes: accelerate says so where it keeps the weights elsewhere (device_map, offload)."""
+    hook = getattr(layer, "_hf_hook", None)
+    return torch.device(getattr(hook, "execution_device", None) or next(layer.parameters()).device)
+
+
+def _stay(held: int, seen: int, ratio: float, budget: int | None) -> int:
+    """How many of ``held`` pairs stay: the share of the ``seen`` tokens that ``ratio`` leaves, at most ``budget``."""
+    return max(1, min(int(seen * (1 - ratio)), held, budget or held))
+
+
 def _chunk_ratio(held: int, seen: int, ratio: float, budget: int | None) -> float:
-    """The ratio that leaves ``seen`` * (1 - ratio) pairs, at most ``budget``, of the ``held`` ones in the cache."""
-    target = max(1, min(int(seen * (1 - ratio)), held, budget or held))
+    """The ratio at which as many of the ``held`` pairs stay as should."""
+    target = _stay(held, seen, ratio, budget)
     # kvpress rounds held * (1 - ratio) down: half a pair more is safe.
     return 0.0 if target >= held else 1 - (target + 0.5) / held

@@ -2,19 +2,44 @@
 
 With a dense prefill the cache before eviction does not depend on the press: a press only looks at a layer after the
 layer has run. So a context is run once, what each layer's hook would have seen is kept, and every press at every ratio
-is applied to it.
+is applied to it. Scores that do not depend on the ratio are computed once for all ratios of a press.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from kvpress import BasePress
+from kvpress import (
+    BasePress,
+    ExpectedAttentionPress,
+    KeyDiffPress,
+    KnormPress,
+    LagKVPress,
+    PyramidKVPress,
+    ScorerPress,
+    SnapKVPress,
+    TOVAPress,
+)
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.prefill import Prefilled, copy_cache, prefill
 from sparsekv_pl.presses.scores import presses_in, rerotates_keys
+
+SAME_AT_EVERY_RATIO = (
+    ExpectedAttentionPress,
+    KeyDiffPress,
+    KnormPress,
+    LagKVPress,
+    PyramidKVPress,
+    SnapKVPress,
+    TOVAPress,
+)
+"""Scorers, these very classes, whose scores depend on nothing but the prefill and their settings."""
 
 
 @dataclass
@@ -33,8 +58,9 @@ class RecordedPrefill:
         self.model = model
         self.context_ids = context_ids
         self.calls: list[_Call] = []
+        self._scores: dict[tuple[int, int], tuple[ScorerPress, Tensor]] = {}
         hooks = [
-            layer.self_attn.register_forward_hook(self._note, with_kwargs=True) for layer in model.get_decoder().layers
+            layer.self_attn.register_forward_hook(self._note, with_kwargs=True) for layer in decoder_of(model).layers
         ]
         try:
             with torch.no_grad():
@@ -52,15 +78,44 @@ class RecordedPrefill:
 
         A press that runs the model itself (KVzipPress) cannot be replayed and gets a prefill of its own.
         """
-        if press is not None and not all(type(inner).__call__ is BasePress.__call__ for inner in presses_in(press)):
+        if press is not None and not replayable(press):
             return prefill(self.model, self.context_ids, press)
         cache = copy_cache(self.cache)
         for call in self.calls:
             call.module.masked_key_indices = None  # type: ignore[assignment]  # left by a head-wise press before this one
         if press is not None:
-            with press(self.model):
+            with self._scored_once(press), press(self.model):
                 for call in self.calls:
                     kwargs = {**call.kwargs, "past_key_values": cache}
                     press.forward_hook(call.module, [], kwargs, call.output)
         position = cache.get_seq_length() if rerotates_keys(press) else self.context_ids.shape[1]
         return Prefilled(cache, position, [])
+
+    @contextmanager
+    def _scored_once(self, press: BasePress) -> Iterator[None]:
+        scorers = [inner for inner in presses_in(press) if type(inner) in SAME_AT_EVERY_RATIO]
+        for scorer in scorers:
+            scorer.score = partial(self._score, scorer)
+        try:
+            yield
+        finally:
+            for scorer in scorers:
+                vars(scorer).pop("score")
+
+    def _score(
+        self, scorer: ScorerPress, module: nn.Module, hidden_states: Tensor, keys: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        whole = self.cache.layers[layer].keys
+        assert whole is not None
+        if keys.shape != whole.shape:  # BlockPress and its like show it parts
+            return type(scorer).score(scorer, module, hidden_states, keys, *args, **kwargs)
+        key = (id(scorer), layer)
+        if key not in self._scores:  # with the scorer, so that no other can take its id
+            self._scores[key] = scorer, type(scorer).score(scorer, module, hidden_states, keys, *args, **kwargs)
+        return self._scores[key][1].clone()  # wrappers write into it
+
+
+def replayable(press: BasePress) -> bool:
+    """Whether ``press`` only looks at layers that have run, and does not run the model itself (KVzipPress does)."""
+    return all(type(inner).__call__ is BasePress.__call__ for inner in presses_in(press))

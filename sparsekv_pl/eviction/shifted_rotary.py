@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparsekv_pl.decoder import decoder_of
+
 
 @contextmanager
 def queries_from(model: PreTrainedModel, position: int) -> Iterator[None]:
@@ -16,7 +18,7 @@ def queries_from(model: PreTrainedModel, position: int) -> Iterator[None]:
     if position == 0:
         yield
         return
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     shifted = _ShiftedRotary(decoder.rotary_emb, position)
     for layer in decoder.layers:
         layer.self_attn.rotary_emb = shifted

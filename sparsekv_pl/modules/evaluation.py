@@ -1,212 +1,214 @@
-"""The LightningModule that measures what a model keeps under eviction, before and after training, on the same cases."""
+"""The LightningModule that measures what a model keeps under eviction, base and trained, on the same cases."""
 
-import json
-from collections.abc import Iterator
+import logging
+import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jsonargparse import set_parsing_settings
 from kvpress import BasePress
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import nn
 
+from sparsekv_pl.adapter import fingerprint, training_summary
 from sparsekv_pl.backbone import Backbone, adapter_off, causal_lm
-from sparsekv_pl.batch import IGNORE, Batch
-from sparsekv_pl.eviction.prefill import continue_from
-from sparsekv_pl.eviction.replay import RecordedPrefill
-from sparsekv_pl.losses import token_nll
-from sparsekv_pl.metrics import CaseValues
-from sparsekv_pl.presses.scores import observation_window, press_name, set_compression_ratio
-from sparsekv_pl.reporting import (
-    Row,
-    environment,
-    perplexity_interval,
-    terminal_table,
-    wilson_interval,
-    write_report,
-)
-from sparsekv_pl.schedules import check_compression_ratio
+from sparsekv_pl.batch import TEXT, CaseBatch
+from sparsekv_pl.eviction.setting import Point, Setting, points_of
+from sparsekv_pl.measures import Measurement
+from sparsekv_pl.measures.sparsity import LABELS, attention_sparsity
+from sparsekv_pl.metrics import PerplexityAndKL, RetrievalScores
+from sparsekv_pl.reporting import environment, sparsity_figure, terminal_table, write_run
+from sparsekv_pl.reporting.files import json_bytes, replace_all
+from sparsekv_pl.results import Record, Results, gathered, key_of
 
 set_parsing_settings(subclasses_enabled=[BasePress])
 
-TRAINING_SUMMARY = "training.json"
-"""Written beside an exported adapter by callbacks/adapter_export.py."""
-
-
-@dataclass
-class Setting:
-    """A press and the ratios to measure it at."""
-
-    press: BasePress
-    compression_ratios: list[float]
-
-    def __post_init__(self) -> None:
-        for ratio in self.compression_ratios:
-            check_compression_ratio("compression_ratios", ratio)
+log = logging.getLogger(__name__)
 
 
 class EvaluationModule(LightningModule):
-    """Needle accuracy and continuation perplexity, with the full cache and under each press and ratio.
+    """Retrieval, perplexity and KL with the full cache and under each press and ratio, with what each costs.
 
-    Needle accuracy is the share of cases whose answer greedy decoding would give token by token; it is read off one
-    teacher-forced pass (every answer token is the most likely one), which gives the same verdict as decoding.
+    Finished work is kept in ``output/results`` and not done again: a run that was killed, or that is given one press
+    more, measures what is missing.
 
     Parameters
     ----------
     backbone
-        The model; with ``backbone.adapter`` every case is measured twice, with the adapter off (before) and on (after).
+        The model; with ``backbone.adapter`` every case is measured twice, with the adapter off (base) and on (trained).
     settings
         Presses and ratios. The full cache is always measured.
     output
-        Folder for report.json, report.csv, report.md and report.png.
+        Folder for the report, its pictures and tables, and the finished work.
+    title
+        Of the report.
+    stability
+        Also measure, on text, whether what a press keeps stays important (metrics/stability.py).
+    sparsity
+        Also measure, on text, how sparse attention is, by layer and head (metrics/sparsity.py).
     """
 
-    def __init__(self, backbone: Backbone, settings: list[Setting], output: str = "output/evaluation") -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        settings: list[Setting],
+        output: str = "output/evaluation",
+        title: str = "Base against trained",
+        stability: bool = False,
+        sparsity: bool = False,
+    ) -> None:
         super().__init__()
-        self.settings = settings
-        self._check_points()
-        self.output = Path(output)
-        self.training_summary = _training_summary(backbone.adapter)
+        self.settings, self.points = settings, points_of(settings)
+        self.output, self.title = Path(output), title
+        self.stability, self.sparsity = stability, sparsity
+        self.training_summary = training_summary(backbone.adapter)
         if backbone.adapter is None:
             backbone.lora = None
         self.model, self.tokenizer = backbone.load(trainable=False)
-        self.variants = ["before"] if backbone.adapter is None else ["before", "after"]
-        self.cases = nn.ModuleDict(
-            {
-                _key(variant, metric, press, ratio): CaseValues()
-                for variant in self.variants
-                for metric in ("needle_accuracy", "perplexity")
-                for press, ratio in self._points()
-            }
-        )
+        self.identity = {
+            "pretrained": backbone.pretrained,
+            "revision": backbone.revision,
+            "dtype": backbone.dtype,
+            "load_in_4bit": backbone.load_in_4bit,
+        }
+        self.variants = {"base": None} if backbone.adapter is None else {"base": None, "trained": backbone.adapter}
+        names = [_name(variant, point) for variant in self.variants for point in self.points]
+        self.retrieval = nn.ModuleDict({name: RetrievalScores() for name in names})
+        self.text = nn.ModuleDict({name: PerplexityAndKL() for name in names})
+        self.failed: set[str] = set()
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
-        """Check that every press can look at contexts of this length."""
-        context_tokens = getattr(self.trainer.datamodule, "context_tokens", None)  # type: ignore[attr-defined]
-        for setting in self.settings:
-            if context_tokens is not None and context_tokens <= observation_window(setting.press):
-                raise ValueError(
-                    f"{press_name(setting.press)} looks at a window of {observation_window(setting.press)} tokens but "
-                    f"contexts have {context_tokens}: use longer contexts or a smaller window_size"
-                )
+        """Check that every press can evict from contexts of these lengths, and read what is finished already."""
+        for length in getattr(self.trainer.datamodule, "lengths", []):  # type: ignore[attr-defined]
+            for setting in self.settings:
+                setting.check(length)
+        self.results = Results(self.output / "results", self.global_rank)
+        self.records: list[Record] = []
+        self.sparsities: list[Record] = []
+        self.started = time.time()
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Measure one batch of text windows or of needles at every point, before and after."""
-        metric = "perplexity" if batch["tasks"][0] == "text" else "needle_accuracy"
-        index = self._batch_number(batch_idx) * 2**20 + torch.arange(len(batch["labels"]), device=self.device)
+    def test_step(self, batch: CaseBatch, batch_idx: int) -> None:
+        """Measure one batch at every point, base and trained."""
+        if batch_idx * self.trainer.world_size + self.global_rank >= self._batches():
+            return  # ranks take turns, and the last turn begins anew to give every rank a batch
         for variant in self.variants:
             with self._variant(variant):
-                recorded = RecordedPrefill(causal_lm(self.model), batch["context_ids"])
-                for press, ratio in self._points():
-                    value, count = self._measure(recorded, batch, press, ratio, metric)
-                    cases = self.cases[_key(variant, metric, press, ratio)]
-                    assert isinstance(cases, CaseValues)
-                    cases.update(index, value, count)
+                measurement = Measurement(causal_lm(self.model), self.tokenizer, batch, self.stability)
+                if self.sparsity and measurement.is_text:
+                    self._add_sparsity(variant, batch)
+                for point in self.points:
+                    if point.decoding_interval is None or measurement.is_text:
+                        self._add(variant, point, self._piece(measurement, variant, point))
 
     def on_test_end(self) -> None:
         """Write the report and print the table."""
-        rows = list(self._rows())  # on every rank: they gather each other's cases
-        if not self.trainer.is_global_zero or not rows:
+        for name in self.text:
+            scores = self.retrieval[name].compute() | self.text[name].compute()  # type: ignore[operator]
+            if self.logger is not None:  # a metric that was given nothing is NaN
+                known = {f"{name}/{key}": float(value) for key, value in scores.items() if not value.isnan()}
+                self.logger.log_metrics(known)
+        records, sparsities = gathered(self.records), gathered(self.sparsities)
+        if not self.trainer.is_global_zero or not records:
             return
         from rich.console import Console
 
-        paths = write_report(self.output, rows, self.training_summary, environment())
+        measured = environment() | {
+            "seed": torch.initial_seed() % 2**32,
+            "device": str(self.device),
+            "precision": str(self.trainer.precision),
+            "wall_seconds": round(time.time() - self.started, 1),
+        }
+        sparsity = self._sparsity(sparsities)
+        figures = {f"Attention sparsity, {variant}": sparsity_figure(means) for variant, means in sparsity.items()}
+        paths = write_run(self.output, records, self.training_summary, measured, self.title, figures)
+        if sparsity:
+            paths += replace_all(self.output, {"sparsity.json": json_bytes(sparsity)})
         console = Console()
-        console.print(terminal_table(rows))
+        console.print(terminal_table(records))
         console.print("report: " + ", ".join(str(path) for path in paths), soft_wrap=True)
 
-    def _batch_number(self, batch_idx: int) -> int:
-        """The batch's place in the data. Ranks take turns, and the last turn begins anew to give every rank a batch."""
-        batches = len(self.trainer.test_dataloaders.dataset)  # type: ignore[union-attr]
-        return (batch_idx * self.trainer.world_size + self.trainer.global_rank) % batches
-
-    def _points(self) -> Iterator[tuple[BasePress | None, float]]:
-        yield None, 0.0
-        for setting in self.settings:
-            for ratio in setting.compression_ratios:
-                yield setting.press, ratio
-
-    def _check_points(self) -> None:
-        names = [(press_name(press), ratio) for press, ratio in self._points()]
-        for name, ratio in names:
-            if names.count((name, ratio)) > 1:
-                raise ValueError(
-                    f"settings has {name} at {ratio} more than once: its rows could not be told apart; "
-                    "remove one, or measure it in a run of its own"
-                )
+    def _batches(self) -> int:
+        return len(self.trainer.test_dataloaders.dataset)  # type: ignore[union-attr]
 
     def _variant(self, variant: str) -> AbstractContextManager[Any]:
-        return adapter_off(self.model) if variant == "before" else nullcontext()
+        return adapter_off(self.model) if variant == "base" else nullcontext()
 
-    def _measure(
-        self, recorded: RecordedPrefill, batch: Batch, press: BasePress | None, ratio: float, metric: str
-    ) -> tuple[Tensor, Tensor]:
-        """Per row: (is the answer right, 1), or (summed nll, tokens)."""
-        if press is not None:
-            set_compression_ratio(press, ratio)
-        prefilled = recorded.evicted(press)
-        hidden = continue_from(recorded.model, batch["continuation_ids"], prefilled.cache, prefilled.next_position)
-        labels = batch["labels"][:, 1:]
-        supervised = labels != IGNORE
-        head = recorded.model.get_output_embeddings().weight
-        if metric == "needle_accuracy":
-            right = torch.ones_like(supervised)
-            right[supervised] = most_likely(hidden[:, :-1][supervised], head) == labels[supervised]
-            return right.all(1), torch.ones(len(labels), dtype=torch.int64, device=labels.device)
-        nll = torch.zeros(labels.shape, device=labels.device)
-        nll[supervised] = token_nll(hidden[:, :-1][supervised], head, labels[supervised])
-        return nll.sum(1), supervised.sum(1)
+    def _piece(self, measurement: Measurement, variant: str, point: Point) -> list[Record]:
+        """A batch's records at one point: from disk if they are there, else measured and kept."""
+        batch = measurement.batch
+        where = {
+            "length": batch["context_ids"].shape[1],
+            "variant": variant,
+            "press": point.press_name,
+            "compression_ratio": point.compression_ratio,
+            "prefill": point.prefill,
+            "seen_in_training": point.press_name in self.training_summary.get("presses", []),
+        }
+        who = [{"case": c.id, "task": c.task, "depth": c.depth, "seed": c.seed} | where for c in batch["cases"]]
+        key = self._key(batch, variant, point.described() | {"stability": self.stability})
+        found = self.results.get(key)
+        if found is None:
+            found = self._measured(measurement, variant, point)
+            if found is None:
+                return []
+            if "error" not in found[0]:
+                self.results.put(key, found, _name(variant, point))
+        return [case | record for case, record in zip(who, found, strict=False)]
 
-    def _rows(self) -> Iterator[Row]:
-        seen = set(self.training_summary.get("presses", []))
-        for metric in ("needle_accuracy", "perplexity"):
-            for press, ratio in self._points():
-                results = [
-                    self._score(self.cases[_key(variant, metric, press, ratio)], metric) for variant in self.variants
-                ]
-                if results[0] is None:
-                    continue
-                before, after = results[0], results[1] if len(results) > 1 else None
-                yield Row(
-                    press=press_name(press),
-                    compression_ratio=ratio,
-                    seen_in_training=press_name(press) in seen,
-                    metric=metric,
-                    before=before[0],
-                    after=after[0] if after else None,
-                    before_interval=before[1],
-                    after_interval=after[1] if after else None,
-                    cases=before[2],
-                )
+    def _add_sparsity(self, variant: str, batch: CaseBatch) -> None:
+        key = self._key(batch, variant, "sparsity")
+        found = self.results.get(key)
+        if found is None:
+            found = [attention_sparsity(causal_lm(self.model), self.tokenizer, batch["context_ids"])]
+            self.results.put(key, found, f"{variant}_sparsity")
+        self.sparsities.append({"variant": variant, "cases": len(batch["cases"]), **found[0]})
 
-    @staticmethod
-    def _score(cases: nn.Module, metric: str) -> tuple[float, tuple[float, float], int] | None:
-        values, counts = cases.compute()  # type: ignore[operator]
-        if not len(values):
+    def _sparsity(self, parts: list[Record]) -> dict[str, dict[str, Any]]:
+        """Variant -> measure -> (layers, heads), means over all batches."""
+        means = {}
+        for variant in self.variants:
+            own = [part for part in parts if part["variant"] == variant]
+            if own:
+                weights = [part["cases"] for part in own]
+                means[variant] = {
+                    label: np.average([part[name] for part in own], axis=0, weights=weights).tolist()
+                    for name, label in LABELS.items()
+                }
+        return means
+
+    def _measured(self, measurement: Measurement, variant: str, point: Point) -> list[Record] | None:
+        """None where this point failed before. A failure is reported and does not stop the others."""
+        if _name(variant, point) in self.failed:
             return None
-        if metric == "needle_accuracy":
-            right = int(values.sum())
-            return right / len(values), wilson_interval(right, len(values)), len(values)
-        perplexity = float((values.sum() / counts.sum()).exp())
-        return perplexity, perplexity_interval(values.tolist(), counts.tolist()), len(values)
+        try:
+            return measurement.at(point)
+        except Exception as error:
+            log.exception("%s at %s, %s failed; the others go on", point.press_name, point.compression_ratio, variant)
+            self.failed.add(_name(variant, point))
+            return [{"error": f"{type(error).__name__}: {error}"}]
+
+    def _key(self, batch: CaseBatch, variant: str, measured: Any) -> str:
+        return key_of(
+            model=self.identity,
+            adapter=fingerprint(self.variants[variant]),
+            precision=str(self.trainer.precision),
+            measured=measured,
+            context=batch["context_ids"].tolist(),
+            continuation=batch["continuation_ids"].tolist(),
+            cases=[[case.id, case.answers, case.max_new_tokens] for case in batch["cases"]],
+        )
+
+    def _add(self, variant: str, point: Point, records: Iterable[Record]) -> None:
+        for record in records:
+            self.records.append(record)
+            if "error" not in record:
+                metrics = self.text if record["task"] == TEXT else self.retrieval
+                metrics[_name(variant, point)].update(record)  # type: ignore[operator]
 
 
-def most_likely(hidden_NE: Tensor, head_weight_VE: Tensor) -> Tensor:
-    """(N,) token ids. In float32: bfloat16 logits tie, and a tie is no verdict."""
-    with torch.autocast(hidden_NE.device.type, enabled=False):
-        return (hidden_NE.float() @ head_weight_VE.float().T).argmax(-1)
-
-
-def _key(variant: str, metric: str, press: BasePress | None, ratio: float) -> str:
-    return f"{variant}/{metric}/{press_name(press)}/{ratio}".replace(".", "_")
-
-
-def _training_summary(adapter: str | None) -> dict[str, Any]:
-    """What the adapter's training run wrote about itself."""
-    if adapter is None:
-        return {}
-    path = Path(adapter) / TRAINING_SUMMARY
-    return json.loads(path.read_text()) if path.exists() else {}
+def _name(variant: str, point: Point) -> str:
+    return f"{variant}_{point.name}"

@@ -22,8 +22,6 @@ def _data(tokenizer, source, **options) -> EvictionData:
         "splits": Splits(0.6, 0.2, 0.2),
         "validation_windows": 3,
         "validation_needles": 3,
-        "held_out_windows": 4,
-        "held_out_needles": 5,
     }
     data = EvictionData(source, **(small | options))
     data.tokenizer = tokenizer
@@ -68,7 +66,6 @@ def test_splits_share_no_document(tokenizer, numbered):
     loaders = {
         "train": _take(data.train_dataloader(), 30),
         "validation": data.val_dataloader(),
-        "held_out": data.test_dataloader(),
     }
     for split, batches in loaders.items():
         seen = {name for batch in batches for row in batch["document_ids"] for name in row.split(" + ")}
@@ -76,15 +73,13 @@ def test_splits_share_no_document(tokenizer, numbered):
         assert {data.splits.of(name) for name in seen} == {split}
 
 
-def test_evaluation_is_deterministic_and_counts_its_cases(tokenizer, numbered):
-    one, other = (list(_data(tokenizer, numbered).test_dataloader()) for _ in range(2))
+def test_validation_is_deterministic_and_counts_its_cases(tokenizer, numbered):
+    one, other = (list(_data(tokenizer, numbered).val_dataloader()) for _ in range(2))
     assert all(map(_same, one, other))
     tasks = [task for batch in one for task in batch["tasks"]]
-    assert tasks == ["text"] * 4 + ["needle"] * 5
-    more = list(_data(tokenizer, numbered, held_out_needles=7, held_out_windows=0).test_dataloader())
+    assert tasks == ["text"] * 3 + ["needle"] * 3
+    more = list(_data(tokenizer, numbered, validation_needles=7, validation_windows=0).val_dataloader())
     assert _same(one[2], more[0])  # a case does not depend on how many there are
-    depths = [case.depth for case in _data(tokenizer, numbered).needle_cases("held_out", 20)]
-    assert depths == [i / 9 for i in range(10)] * 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -206,7 +201,7 @@ def test_trainer_without_an_end_is_refused(tokenizer, numbered):
         ("num_workers", -1),
         ("retrieval_share", 1.5),
         ("needles", (0, 2)),
-        ("held_out_needles", -1),
+        ("validation_needles", -1),
     ],
 )
 def test_bad_arguments_are_named(option, value):

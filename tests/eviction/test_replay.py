@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from kvpress import (
     MergingPress,
     PerLayerCompressionPress,
     PyramidKVPress,
+    ScorerPress,
     SnapKVPress,
     StreamingLLMPress,
     ThinKPress,
@@ -31,7 +33,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.eviction.prefill import Prefilled, continue_from, full_cache, prefill
-from sparsekv_pl.eviction.replay import RecordedPrefill
+from sparsekv_pl.eviction.replay import SAME_AT_EVERY_RATIO, RecordedPrefill
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.scores import press_name, set_compression_ratio
 
@@ -198,3 +200,25 @@ def test_recording_leaves_no_hooks_and_no_graph(random_model: Build) -> None:
     recorded.evicted(KnormPress(0.5))
     assert not any(module._forward_hooks for module in model.modules())
     assert not any(layer.keys.requires_grad for layer in recorded.cache.layers)
+
+
+@pytest.mark.parametrize("kind", SAME_AT_EVERY_RATIO, ids=lambda kind: kind.__name__)
+@torch.no_grad()
+def test_a_score_is_computed_once_for_all_ratios(random_model: Build, kind: type[ScorerPress]) -> None:
+    press = snap() if kind is SnapKVPress else kind(window_size=4) if kind is PyramidKVPress else kind()
+    calls = []
+
+    class Counted(kind):  # type: ignore[misc, valid-type]
+        def score(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+            calls.append(module.layer_idx)
+            return super().score(module, *args, **kwargs)
+
+    recorded = RecordedPrefill(random_model(), ids()[0])
+    for ratio in (0.25, 0.5, 0.75):
+        set_compression_ratio(press, ratio)
+        check(recorded, press)
+    assert len(recorded._scores) == 2
+    counted = Counted(**vars(press))
+    check(recorded, counted)  # a subclass may score by the ratio: it is asked every time
+    assert calls == [0, 1, 0, 1]
+    assert "score" not in vars(press)

@@ -1,12 +1,13 @@
-"""Perplexity and per-case values: numbers, order, repeats, reduction over ranks."""
+"""Perplexity and KL: numbers, reduction over ranks."""
 
+import math
 import pickle
 from typing import Any
 
 import pytest
 import torch
 
-from sparsekv_pl.metrics import CaseValues, ContinuationPerplexity
+from sparsekv_pl.metrics import ContinuationPerplexity, PerplexityAndKL
 
 
 def test_perplexity_is_the_exponential_of_the_mean_over_all_tokens() -> None:
@@ -25,37 +26,24 @@ def test_perplexity_sums_in_float64() -> None:
     assert metric.nll == 2.0**24 + 1
 
 
+def test_perplexity_and_kl_are_weighted_by_tokens() -> None:
+    metric = PerplexityAndKL()
+    assert metric.compute() == {}
+    metric.update({"nll": 2.0, "kl": 0.5, "tokens": 1})
+    metric.update({"nll": 4.0, "kl": 1.0, "tokens": 5})
+    scores = metric.compute()
+    assert scores["perplexity"] == pytest.approx(math.e)
+    assert scores["kl"] == pytest.approx(0.25)
+
+
 def test_ranks_add_up() -> None:
-    """What torchmetrics does when it gathers: sum for perplexity, concatenation for cases."""
-    over_ranks: dict[str, Any] = {**ContinuationPerplexity()._reductions, **CaseValues()._reductions}
+    """What torchmetrics does when it gathers."""
+    over_ranks: dict[str, Any] = {**ContinuationPerplexity()._reductions, **PerplexityAndKL()._reductions}
     assert over_ranks["nll"](torch.tensor([1.0, 2.0])) == 3
     assert over_ranks["tokens"](torch.tensor([10, 20])) == 30
-    assert over_ranks["value"]([torch.ones(1), torch.zeros(1)]).tolist() == [1, 0]
+    assert over_ranks["sums"](torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])).tolist() == [5, 7, 9]
 
 
-def test_cases_come_back_in_order_and_once() -> None:
-    metric = CaseValues()
-    metric.update(torch.tensor([7, 3]), torch.tensor([0.7, 0.3]), torch.tensor([70, 30]))
-    metric.update(torch.tensor([5, 3]), torch.tensor([0.5, 0.9]), torch.tensor([50, 90]))
-    values, counts = metric.compute()
-    assert values.tolist() == pytest.approx([0.3, 0.5, 0.7])
-    assert counts.tolist() == [30, 50, 70]
-
-
-def test_no_cases_are_tensors_that_ranks_can_gather() -> None:
-    metric = CaseValues()
-    metric.update(torch.tensor([7]), torch.tensor([0.7]), torch.tensor([70]))
-    metric.reset()
-    for none in (metric, CaseValues()):
-        states = (none.index, none.value, none.count)
-        assert [[(len(part), part.dtype) for part in state] for state in states] == [
-            [(0, torch.int64)],
-            [(0, torch.float64)],
-            [(0, torch.int64)],
-        ]
-        assert [len(part) for part in none.compute()] == [0, 0]
-
-
-@pytest.mark.parametrize("metric", [CaseValues, ContinuationPerplexity])
+@pytest.mark.parametrize("metric", [PerplexityAndKL, ContinuationPerplexity])
 def test_metrics_pickle(metric: type) -> None:
     assert isinstance(pickle.loads(pickle.dumps(metric())), metric)

@@ -1,4 +1,4 @@
-"""The measurements against a plain reference: a fresh prefill under the press, then one token at a time."""
+"""A run of measurements: its report, what is done again and what is not, and what a failure leaves."""
 
 import csv
 import json
@@ -8,175 +8,65 @@ from typing import Any
 
 import pytest
 import torch
-from kvpress import BasePress, ExpectedAttentionPress, KnormPress, SnapKVPress
+from kvpress import BasePress, KnormPress, SnapKVPress
 from lightning.pytorch import Trainer
-from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import DynamicCache
 
-from data.mixture import EvictionData
 from sparsekv_pl.backbone import Backbone
-from sparsekv_pl.batch import IGNORE, Batch
-from sparsekv_pl.modules.evaluation import EvaluationModule, Setting, most_likely
-from sparsekv_pl.presses.scores import press_name
+from sparsekv_pl.batch import TEXT, CaseBatch, CaseInfo
+from sparsekv_pl.eviction.setting import Setting
+from sparsekv_pl.measures import Measurement
+from sparsekv_pl.modules.evaluation import EvaluationModule
 
 MakeBackbone = Callable[..., Backbone]
 MakeTrainer = Callable[..., Trainer]
-CONTEXT, HEAD, VALUE = 48, 3, 2
-ROW_KEYS = {
-    "press",
-    "compression_ratio",
-    "seen_in_training",
-    "metric",
-    "before",
-    "after",
-    "before_interval",
-    "after_interval",
-    "cases",
-}
+CONTEXT = 48
 
 
-class Reference:
-    """transformers and kvpress alone."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    @torch.no_grad()
-    def logits(self, context: Tensor, press: BasePress | None, ratio: float, forced: list[int], more: int) -> Tensor:
-        """(len(forced) + more, V): feeds ``forced``, then ``more`` tokens of its own greedy choice, one by one."""
-        cache = DynamicCache()
-        if press is None:
-            self.model(context[None], past_key_values=cache)
-        else:
-            press.compression_ratio = ratio
-            with press(self.model):
-                self.model(context[None], past_key_values=cache)
-        rows: list[Tensor] = []
-        for step in range(len(forced) + more):
-            token = forced[step] if step < len(forced) else int(rows[-1].argmax())
-            position = torch.tensor([[len(context) + step]])
-            ids = torch.tensor([[token]])
-            rows.append(self.model(ids, past_key_values=cache, position_ids=position).logits[0, -1])
-        return torch.stack(rows)
-
-    def generate(self, context: Tensor, press: BasePress | None, ratio: float, head: list[int]) -> list[int]:
-        logits = self.logits(context, press, ratio, head, VALUE - 1)
-        return logits[HEAD - 1 :].argmax(-1).tolist()
+def batch(task: str, number: int) -> CaseBatch:
+    rows = torch.randint(2, 1024, (2, CONTEXT + 8), generator=torch.Generator().manual_seed(number))
+    answers = () if task == TEXT else ("zebra",)
+    return CaseBatch(
+        context_ids=rows[:, :CONTEXT],
+        continuation_ids=rows[:, CONTEXT:],
+        continuation_lengths=torch.tensor([8, 6]),
+        cases=[CaseInfo(f"{task}/{number}/{i}", task, answers, max_new_tokens=3, depth=0.5) for i in range(2)],
+    )
 
 
-@pytest.fixture(scope="module")
-def reference(tiny_models: dict[str, str]) -> Reference:
-    from transformers import AutoModelForCausalLM
-
-    return Reference(AutoModelForCausalLM.from_pretrained(tiny_models["llama"], dtype=torch.float32).eval())
-
-
-@pytest.fixture(scope="module")
-def needles(reference: Reference) -> list[Batch]:
-    """Six cases whose value is what the model would say with its full cache; every third value is wrong."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(2, 1024, (6, CONTEXT + HEAD), generator=generator)
-    batches = []
-    for start in (0, 3):
-        context, head = rows[start : start + 3, :CONTEXT], rows[start : start + 3, CONTEXT:]
-        values = [reference.generate(c, None, 0.0, h.tolist()) for c, h in zip(context, head, strict=True)]
-        values[2][1] = (values[2][1] + 1) % 1024
-        value = torch.tensor(values)
-        batches.append(
-            Batch(
-                context_ids=context,
-                continuation_ids=torch.cat([head, value, value[:, :1]], 1),
-                labels=torch.cat([torch.full_like(head, IGNORE), value, torch.full_like(value[:, :1], IGNORE)], 1),
-                document_ids=["random"] * 3,
-                tasks=["needle"] * 3,
-            )
-        )
-    return batches
-
-
-@pytest.fixture(scope="module")
-def texts() -> list[Batch]:
-    ids = torch.randint(2, 1024, (4, CONTEXT + 8), generator=torch.Generator().manual_seed(1))
-    labels = ids[:, CONTEXT:].clone()
-    labels[:, 0] = IGNORE
-    labels[1, 3:] = IGNORE
-    return [
-        Batch(
-            context_ids=ids[i : i + 2, :CONTEXT],
-            continuation_ids=ids[i : i + 2, CONTEXT:],
-            labels=labels[i : i + 2],
-            document_ids=["random"] * 2,
-            tasks=["text"] * 2,
-        )
-        for i in (0, 2)
-    ]
+def batches() -> list[CaseBatch]:
+    return [batch(TEXT, 0), batch(TEXT, 1), batch("needle", 2)]
 
 
 def settings() -> list[Setting]:
-    return [
-        Setting(ExpectedAttentionPress(), [0.25, 0.75]),
-        Setting(SnapKVPress(window_size=8), [0.5]),
-        Setting(KnormPress(), [0.5]),
-    ]
+    return [Setting(SnapKVPress(window_size=8), [0.25, 0.75]), Setting(KnormPress(), [0.5])]
 
 
-def measure(module: EvaluationModule, make_trainer: MakeTrainer, data: Any) -> dict[str, Any]:
-    loader = data if isinstance(data, EvictionData) else DataLoader(data, batch_size=None)
-    make_trainer().test(module, loader, verbose=False)
-    return json.loads((module.output / "report.json").read_text())
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The points that are really measured, in order; what is read from disk is not among them."""
+    names: list[str] = []
+    at = Measurement.at
+
+    def noted(self: Measurement, point: Any) -> Any:
+        names.append(point.name)
+        return at(self, point)
+
+    monkeypatch.setattr(Measurement, "at", noted)
+    return names
 
 
-def test_accuracy_is_the_verdict_of_greedy_decoding(
-    reference: Reference,
-    needles: list[Batch],
-    tiny_backbone: MakeBackbone,
-    tiny_trainer: MakeTrainer,
-    tmp_path: Path,
-) -> None:
-    report = measure(EvaluationModule(tiny_backbone(), settings(), str(tmp_path)), tiny_trainer, needles)
-    measured = {(row["press"], row["compression_ratio"]): row["before"] for row in report["rows"]}
-    points: list[tuple[BasePress | None, float]] = [(None, 0.0)]
-    points += [(setting.press, ratio) for setting in settings() for ratio in setting.compression_ratios]
-    for press, ratio in points:
-        right = 0
-        for batch in needles:
-            for context, ids, labels in zip(
-                batch["context_ids"], batch["continuation_ids"], batch["labels"], strict=True
-            ):
-                said = reference.generate(context, press, ratio, ids[:HEAD].tolist())
-                right += said == labels[labels != IGNORE].tolist()
-        assert measured.pop((press_name(press), ratio)) == pytest.approx(right / 6), press_name(press)
-    assert measured == {}
-    scores = {row["before"] for row in report["rows"]}
-    assert max(scores) == pytest.approx(4 / 6)
-    assert min(scores) < 4 / 6
+@pytest.fixture
+def run(tiny_backbone: MakeBackbone, tiny_trainer: MakeTrainer, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Measure into the folder of this name and return its report."""
 
+    def run(name: str = "run", points: list[Setting] | None = None, data: Any = None, **backbone: Any) -> Any:
+        module = EvaluationModule(tiny_backbone(**backbone), points or settings(), str(tmp_path / name))
+        loader = DataLoader(batches() if data is None else data, batch_size=None)
+        tiny_trainer().test(module, loader, verbose=False)
+        return json.loads((tmp_path / name / "report.json").read_text())
 
-def test_perplexity_is_that_of_single_tokens_after_a_fresh_prefill(
-    reference: Reference,
-    texts: list[Batch],
-    tiny_backbone: MakeBackbone,
-    tiny_trainer: MakeTrainer,
-    tmp_path: Path,
-) -> None:
-    report = measure(EvaluationModule(tiny_backbone(), settings(), str(tmp_path)), tiny_trainer, texts)
-    measured = {(row["press"], row["compression_ratio"]): row for row in report["rows"]}
-    points: list[tuple[BasePress | None, float]] = [(None, 0.0)]
-    points += [(setting.press, ratio) for setting in settings() for ratio in setting.compression_ratios]
-    for press, ratio in points:
-        losses = []
-        for batch in texts:
-            for context, ids, labels in zip(
-                batch["context_ids"], batch["continuation_ids"], batch["labels"], strict=True
-            ):
-                logits = reference.logits(context, press, ratio, ids[:-1].tolist(), 0)
-                losses.append(torch.nn.functional.cross_entropy(logits, labels[1:], reduction="none")[labels[1:] >= 0])
-        row = measured[press_name(press), ratio]
-        assert row["before"] == pytest.approx(float(torch.cat(losses).mean().exp()), rel=1e-4)
-        assert row["before_interval"][0] <= row["before"] <= row["before_interval"][1]
-        assert (row["metric"], row["cases"]) == ("perplexity", 4)
-    assert len({round(row["before"], 3) for row in report["rows"]}) == len(points)
+    return run
 
 
 @pytest.fixture
@@ -185,9 +75,10 @@ def adapter(tiny_backbone: MakeBackbone, tmp_path: Path) -> Callable[..., str]:
 
     def make(std: float = 0.0) -> str:
         model = tiny_backbone().load()[0]
+        generator = torch.Generator().manual_seed(0)
         for name, parameter in model.named_parameters():
             if std and parameter.requires_grad:
-                torch.nn.init.normal_(model.get_parameter(name), std=std)
+                torch.nn.init.normal_(model.get_parameter(name), std=std, generator=generator)
         folder = tmp_path / f"adapter-{std}"
         model.save_pretrained(folder)
         (folder / "training.json").write_text(json.dumps({"presses": ["SnapKV", "LagKV"], "steps": 110}))
@@ -196,57 +87,153 @@ def adapter(tiny_backbone: MakeBackbone, tmp_path: Path) -> Callable[..., str]:
     return make
 
 
-def test_an_untrained_adapter_changes_nothing(
-    adapter: Callable[..., str],
-    needles: list[Batch],
-    texts: list[Batch],
-    tiny_backbone: MakeBackbone,
-    tiny_trainer: MakeTrainer,
-    tmp_path: Path,
-) -> None:
-    module = EvaluationModule(tiny_backbone(adapter=adapter()), settings(), str(tmp_path))
-    report = measure(module, tiny_trainer, texts + needles)
-    assert len(report["rows"]) == 2 * 5
-    for row in report["rows"]:
-        assert row["after"] == row["before"]
-        assert row["after_interval"] == row["before_interval"]
+def scores(report: dict[str, Any], side: str) -> list[tuple[Any, ...]]:
+    return [(row["press"], row["compression_ratio"], row["metric"], row[side], row["cases"]) for row in report["rows"]]
 
 
-def test_the_report_says_before_and_after_for_the_same_cases(
-    adapter: Callable[..., str],
-    tiny_backbone: MakeBackbone,
-    tiny_data: Callable[..., EvictionData],
-    tiny_trainer: MakeTrainer,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    base = measure(EvaluationModule(tiny_backbone(), settings(), str(tmp_path / "base")), tiny_trainer, tiny_data())
-    trained = EvaluationModule(tiny_backbone(adapter=adapter(0.3)), settings(), str(tmp_path / "trained"))
-    report = measure(trained, tiny_trainer, tiny_data())
-    assert set(report) == {"rows", "training", "environment"}
-    assert report["training"] == {"presses": ["SnapKV", "LagKV"], "steps": 110}
-    assert all(set(row) == ROW_KEYS for row in report["rows"])
-    assert [row["before"] for row in report["rows"]] == [row["before"] for row in base["rows"]]
-    perplexities = [row for row in report["rows"] if row["metric"] == "perplexity"]
-    assert all(row["after"] != row["before"] for row in perplexities)
-    assert {row["press"] for row in report["rows"] if row["seen_in_training"]} == {"SnapKV"}
-    assert {(row["press"], row["compression_ratio"]) for row in report["rows"] if row["press"] == "full cache"} == {
-        ("full cache", 0.0)
+def test_a_base_alone(run: Callable[..., Any], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    report = run()
+    assert [row["press"] for row in report["rows"]].count("full cache") == 2
+    assert {(row["press"], row["compression_ratio"]) for row in report["rows"]} == {
+        ("full cache", 0.0),
+        ("SnapKV", 0.25),
+        ("SnapKV", 0.75),
+        ("Knorm", 0.5),
     }
-    assert {row["cases"] for row in report["rows"]} == {4}
-    assert all(row["after"] is None and not row["seen_in_training"] for row in base["rows"])
-    for name in ("report.json", "report.csv", "report.md", "report.png"):
-        assert (tmp_path / "trained" / name).stat().st_size > 0
-        assert name in capsys.readouterr().out or name != "report.json"
-    with (tmp_path / "trained" / "report.csv").open() as table:
-        assert len(list(csv.DictReader(table))) == len(report["rows"])
+    assert {row["metric"]: row["cases"] for row in report["rows"]} == {"perplexity": 4, "needle_accuracy": 2}
+    assert all(row["after"] is None and not row["seen_in_training"] for row in report["rows"])
+    assert report["environment"]["device"] == "cpu"
+    assert report["environment"]["wall_seconds"] > 0
+    assert "report.json" in capsys.readouterr().out
+    for name in ("report.csv", "report.md", "report.html", "report.png"):
+        assert (tmp_path / "run" / name).stat().st_size > 0
 
 
-def test_a_tie_in_bfloat16_is_decided_in_float32() -> None:
-    hidden = torch.tensor([[1.0, 1.0]])
-    head = torch.tensor([[1.0, 0.0], [1.0, 0.001]])
-    with torch.autocast("cpu", torch.bfloat16):
-        assert most_likely(hidden, head).tolist() == [1]
+def test_an_untrained_adapter_changes_nothing(run: Callable[..., Any], adapter: Callable[..., str]) -> None:
+    report = run(adapter=adapter())
+    assert scores(report, "before") == scores(report, "after")
+
+
+def test_a_trained_one_is_measured_beside_its_base(run: Callable[..., Any], adapter: Callable[..., str]) -> None:
+    base, report = run("base"), run("trained", adapter=adapter(0.3))
+    assert scores(report, "before") == scores(base, "before")
+    texts = [row for row in report["rows"] if row["metric"] == "perplexity"]
+    assert all(row["after"] != row["before"] for row in texts)
+    assert {row["press"] for row in report["rows"] if row["seen_in_training"]} == {"SnapKV"}
+    assert report["training"]["steps"] == 110
+
+
+def test_nothing_finished_is_measured_again(
+    run: Callable[..., Any], measured: list[str], adapter: Callable[..., str]
+) -> None:
+    first = run()
+    assert len(measured) == 3 * 4
+    measured.clear()
+    assert scores(run(), "before") == scores(first, "before")
+    assert not measured
+    run(points=[*settings(), Setting(KnormPress(), [0.25])])
+    assert measured == ["Knorm_0-25_dense"] * 3
+    measured.clear()
+    run(adapter=adapter(0.3))
+    assert len(measured) == 3 * 4, "the base is there already"
+    measured.clear()
+    run(points=[Setting(SnapKVPress(window_size=16), [0.25])])
+    assert measured == ["SnapKV_0-25_dense"] * 3, "another window is another press"
+
+
+def test_another_adapter_under_the_same_name_is_measured(
+    run: Callable[..., Any], measured: list[str], adapter: Callable[..., str]
+) -> None:
+    run(adapter=adapter(0.3))
+    folder = Path(adapter(0.3))
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(Path(adapter(0.1), weights.name).read_bytes())
+    measured.clear()
+    run(adapter=str(folder))
+    assert len(measured) == 3 * 4
+
+
+def test_interrupted_and_rerun_equals_uninterrupted(
+    run: Callable[..., Any], measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run("whole")
+    at = Measurement.at
+    calls = iter(range(100))
+
+    def stopped(self: Measurement, point: Any) -> Any:
+        if next(calls) == 7:
+            raise SystemExit
+        return at(self, point)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Measurement, "at", stopped)
+        run("halves")
+    measured.clear()
+    assert scores(run("halves"), "before") == scores(whole, "before")
+    assert len(measured) == 12 - 7
+
+
+def test_a_damaged_piece_is_measured_again(run: Callable[..., Any], measured: list[str], tmp_path: Path) -> None:
+    first = run()
+    path = tmp_path / "run" / "results" / "base_Knorm_0-5_dense.0.jsonl"
+    path.write_text(path.read_text().replace('"nll": ', '"nll": 1', 1))
+    measured.clear()
+    assert scores(run(), "before") == scores(first, "before")
+    assert measured == ["Knorm_0-5_dense"]
+
+
+class FailsOnce(KnormPress):
+    """Out of memory, say; ``broken`` is of the class, so the test can mend it."""
+
+    broken = True
+
+    def score(self, *args: Any, **kwargs: Any) -> Any:
+        if self.broken:
+            raise RuntimeError("out of everything")
+        return super().score(*args, **kwargs)
+
+
+def test_a_failure_is_in_the_table_and_stops_no_other(
+    run: Callable[..., Any], measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = [Setting(FailsOnce(), [0.5]), *settings()]
+    report = run(points=points)
+    assert {row["press"] for row in report["rows"] if row.get("before") is not None} >= {
+        "full cache",
+        "SnapKV",
+        "Knorm",
+    }
+    assert measured.count("FailsOnce_0-5_dense") == 1, "tried once, not for every batch"
+    for name in ("report.json", "report.md", "report.html"):
+        assert "out of everything" in (tmp_path / "run" / name).read_text()
+    monkeypatch.setattr(FailsOnce, "broken", False)
+    measured.clear()
+    mended = run(points=points)
+    assert measured == ["FailsOnce_0-5_dense"] * 3
+    knorm, other = (
+        [row["before"] for row in mended["rows"] if row["press"] == name] for name in ("Knorm", "FailsOnce")
+    )
+    assert knorm == other
+    assert "out of everything" not in (tmp_path / "run" / "report.json").read_text()
+
+
+def test_cases_are_kept_one_by_one(run: Callable[..., Any], tmp_path: Path) -> None:
+    run()
+    with (tmp_path / "run" / "cases.csv").open() as table:
+        rows = list(csv.DictReader(table))
+    assert len(rows) == 6 * 4
+    assert len({(row["case"], row["press"], row["compression_ratio"]) for row in rows}) == len(rows)
+
+
+def test_scores_reach_the_logger(tiny_backbone: MakeBackbone, tiny_trainer: MakeTrainer, tmp_path: Path) -> None:
+    from lightning.pytorch.loggers import CSVLogger
+
+    module = EvaluationModule(tiny_backbone(), settings(), str(tmp_path))
+    logger = CSVLogger(tmp_path, name="", version="log")
+    tiny_trainer(logger=logger).test(module, DataLoader(batches(), batch_size=None), verbose=False)
+    logged = (tmp_path / "log" / "metrics.csv").read_text()
+    for name in ("base_SnapKV_0-75_dense/perplexity", "base_SnapKV_0-75_dense/kl", "base_full_cache_0_dense/exact"):
+        assert name in logged
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0])
@@ -255,15 +242,38 @@ def test_a_ratio_outside_0_to_1_is_refused(ratio: float) -> None:
         Setting(KnormPress(), [0.5, ratio])
 
 
+@pytest.mark.parametrize(
+    ("press", "chunks", "interval", "message"),
+    [
+        (KnormPress(), 0, None, "chunk_tokens=0"),
+        (KnormPress(), None, 0, "decoding_interval=0"),
+        (KnormPress(), 8, 8, "chunk_tokens or decoding_interval"),
+    ],
+)
+def test_bad_settings_are_refused(press: BasePress, chunks: int | None, interval: int | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Setting(press, [0.5], chunks, interval)
+
+
 def test_settings_that_the_report_could_not_tell_apart_are_refused(tiny_backbone: MakeBackbone) -> None:
     twice = [Setting(SnapKVPress(window_size=8), [0.5]), Setting(SnapKVPress(window_size=16), [0.25, 0.5])]
-    with pytest.raises(ValueError, match=r"SnapKV at 0\.5 more than once"):
+    with pytest.raises(ValueError, match=r"SnapKV at 0\.5, dense, more than once"):
         EvaluationModule(tiny_backbone(), twice)
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (Setting(SnapKVPress(window_size=96), [0.5]), "SnapKV looks at a window of 96"),
+        (Setting(SnapKVPress(window_size=16), [0.5], chunk_tokens=12), "SnapKV looks at a window of 16"),
+        (Setting(SnapKVPress(window_size=16), [0.5], decoding_interval=8), "decoding_interval=8 is shorter"),
+    ],
+)
 def test_contexts_shorter_than_a_window_stop_before_measuring(
-    tiny_backbone: MakeBackbone, tiny_data: Callable[..., EvictionData], tiny_trainer: MakeTrainer, tmp_path: Path
+    setting: Setting, message: str, tiny_backbone: MakeBackbone, tiny_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
-    module = EvaluationModule(tiny_backbone(), [Setting(SnapKVPress(window_size=96), [0.5])], str(tmp_path))
-    with pytest.raises(ValueError, match="SnapKV looks at a window of 96 tokens but contexts have 96"):
-        tiny_trainer().test(module, tiny_data())
+    from data.evaluation import EvaluationData
+
+    module = EvaluationModule(tiny_backbone(), [setting], str(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer().test(module, EvaluationData(lengths=[96]))

@@ -1,18 +1,19 @@
-"""Needle cases: a fact hidden in real text at an exact token depth, asked for after the eviction."""
+"""Training's needle cases: facts hidden in real text at exact token depths, asked for after the eviction."""
 
 import random
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from data.cases import Frame, checked_depth, hide, stretch
+from data.chat import next_turn
 from data.facts import Fact, Split, draw_facts
 from data.packing import Tokens
 from sparsekv_pl.batch import IGNORE
 
-CHAT_MARK = "<<<the text goes here>>>"
-WORD_STARTS = ("Ġ", "Ċ", "▁", " ", "\n")
-"""How tokens that begin with whitespace are spelled in byte-level, sentencepiece and plain vocabularies."""
 QUESTION_FIRST_SHARE = 0.1
 MIN_FILLER_SHARE = 0.5
+QUESTION_OPENING = "\n\n"
+"""Between the text and the first question."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,9 @@ class NeedleTask:
             raise ValueError(f"context_tokens is {context_tokens}: give at least 1")
         if not 1 <= needles[0] <= needles[1]:
             raise ValueError(f"needles is {needles}: give (least, most) with 1 <= least <= most")
-        self.tokenizer, self.context_tokens, self.seed, self.split = tokenizer, context_tokens, seed, split
+        self.frame, self.next_turn = Frame(tokenizer), next_turn(tokenizer)
+        self.context_tokens, self.seed, self.split = context_tokens, seed, split
         self.needles, self.supervise, self.ask = needles, supervise, ask
-        self.prefix, self.question_suffix = chat_frame(tokenizer)
-        self.next_turn = next_turn(tokenizer)
 
     def case(self, index: int, text: Tokens, depth: float | None = None) -> NeedleCase:
         """Hide the facts of case ``index`` in a stretch of ``text`` that begins at a random word.
@@ -78,23 +78,21 @@ class NeedleTask:
 
         Raises ValueError when the text is empty or shorter than the filler, or when the needle does not fit.
         """
-        if depth is not None and not 0 <= depth <= 1:
-            raise ValueError(f"depth is {depth}: give a fraction of the filler between 0 and 1")
         rng = random.Random(f"needle/{self.seed}/{self.split}/{index}")
         facts = draw_facts(rng, self.split, self._count(rng))
         asked = facts[0]
-        prefix = self.prefix
+        prefix = self.frame.prefix
         if self.split == "train" and rng.random() < QUESTION_FIRST_SHARE:
             prefix = prefix + asked.question + "\n\n"
-        prefix_ids = self._encode(prefix)
+        prefix_ids = self.frame.encode(prefix)
         needles = self._fit(facts, len(prefix_ids))
-        filler = self._cut(rng, text, self.context_tokens - len(prefix_ids) - sum(map(len, needles)))
-        depth = rng.random() if depth is None else depth
+        filler = stretch(self.frame, text, self.context_tokens - len(prefix_ids) - sum(map(len, needles)), rng)
+        depth = checked_depth(depth, rng)
         position = round(depth * len(filler.ids))
         places = [position, *(rng.randint(0, len(filler.ids)) for _ in needles[1:])]
         continuation, labels = self._continuation(facts[: len(needles)] if self.ask == "all" else [asked])
         return NeedleCase(
-            prefix_ids + _hide(filler.ids, needles, places),
+            prefix_ids + hide(filler.ids, needles, places),
             continuation,
             labels,
             filler.document_ids,
@@ -113,87 +111,44 @@ class NeedleTask:
 
     def _fit(self, facts: list[Fact], used: int) -> list[list[int]]:
         """Token ids of the needles that fit; the asked one must."""
-        needles = [self._encode(f"\n{fact.statement}\n") for fact in facts]
-        room = self.context_tokens - used - len(needles[0])
-        if room < 1:
-            raise ValueError(
-                f"a needle of {len(needles[0])} tokens after a prefix of {used} leaves no room for text in "
-                "context_tokens="
-                f"{self.context_tokens}: give at least {used + len(needles[0]) + 1}, better 64 more"
-            )
-        kept = needles[:1]
-        for needle in needles[1:]:
+        asked, *others = (needle_ids(self.frame, fact) for fact in facts)
+        room = filler_room(self.context_tokens - used, [asked], self.context_tokens)
+        kept = [asked]
+        for needle in others:
             room -= len(needle)
             if room >= MIN_FILLER_SHARE * self.context_tokens:
                 kept.append(needle)
         return kept
 
-    def _cut(self, rng: random.Random, text: Tokens, count: int) -> Tokens:
-        if not text.ids:
-            raise ValueError("the haystack is empty: give the needle task some text to hide facts in")
-        last = len(text.ids) - count
-        if last < 0:
-            raise ValueError(
-                f"the haystack has {len(text.ids)} tokens and {count} are needed: give more text or a shorter context"
-            )
-        drawn = rng.randint(0, last)
-        tokens = self.tokenizer.convert_ids_to_tokens(text.ids[drawn : min(last + 1, drawn + 64)])
-        # Without a word start within reach (scripts that put no spaces) the cut stays where it was drawn.
-        start = next((drawn + i for i, token in enumerate(tokens) if token.startswith(WORD_STARTS)), drawn)
-        return text.slice(start, start + count)
-
     def _continuation(self, facts: list[Fact]) -> tuple[list[int], list[int]]:
+        encode = self.frame.encode
         ids: list[int] = []
         labels: list[int] = []
         for number, fact in enumerate(facts):
-            opening = self.next_turn if number else "\n\n"
-            head = self._encode(f"{opening}{fact.question}{self.question_suffix}{fact.answer_prefix}")
-            value, stop = self._encode(f" {fact.value}"), self._encode(".")
+            opening = self.next_turn if number else QUESTION_OPENING
+            head = encode(f"{opening}{fact.question}{self.frame.question_suffix}{fact.answer_prefix}")
+            value, stop = encode(f" {fact.value}"), encode(".")
             ids += head + value + stop
             labels += [IGNORE] * len(head) + value
             labels += stop if self.supervise == "value_and_stop" else [IGNORE] * len(stop)
         return ids, labels
 
-    def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+def needle_ids(frame: Frame, fact: Fact) -> list[int]:
+    """Token ids of a fact on a line of its own."""
+    return frame.encode(f"\n{fact.statement}\n")
 
 
-def chat_frame(tokenizer: Any) -> tuple[str, str]:
-    """What stands before the text and after the question, as kvpress's pipeline has it: (prefix, question
-    suffix).
+def filler_room(room: int, needles: list[list[int]], length: int) -> int:
+    """Tokens of filler that remain beside the needles in ``room`` tokens of a ``length``-token context.
+
+    Raises ValueError when none does: a needle that nothing surrounds is not hidden.
     """
-    if tokenizer.chat_template is None:
-        return tokenizer.bos_token or "", "\n"
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": CHAT_MARK}],
-        add_generation_prompt=True,
-        tokenize=False,
-        enable_thinking=False,
-    )
-    if rendered.count(CHAT_MARK) != 1:
+    used = sum(map(len, needles))
+    if room <= used:
+        least = length - room + used + 1
         raise ValueError(
-            f"the chat template repeats or drops the user's message: {rendered!r}. Set tokenizer.chat_template = None"
+            f"{len(needles)} needle(s) of {used} tokens beside {length - room} tokens of prefix and question leave no "
+            f"room for text in a context of {length} tokens: give at least {least}, better {least + 63}"
         )
-    prefix, suffix = rendered.split(CHAT_MARK)
-    return prefix, suffix
-
-
-def next_turn(tokenizer: Any) -> str:
-    """What stands between an answer and the next question in a conversation."""
-    if tokenizer.chat_template is None:
-        return "\n"
-    answer = CHAT_MARK.replace("text", "answer")
-    user = {"role": "user", "content": CHAT_MARK}
-    rendered = tokenizer.apply_chat_template(
-        [user, {"role": "assistant", "content": answer}, user], tokenize=False, enable_thinking=False
-    )
-    return rendered.split(answer)[1].split(CHAT_MARK)[0]
-
-
-def _hide(filler: list[int], needles: list[list[int]], places: list[int]) -> list[int]:
-    ids: list[int] = []
-    done = 0
-    for place, needle in sorted(zip(places, needles, strict=False), key=lambda pair: pair[0]):
-        ids += filler[done:place] + needle
-        done = place
-    return ids + filler[done:]
+    return room - used

@@ -2,8 +2,9 @@
 
 import pytest
 
+from data.chat import chat_frame
+from data.needles import NeedleTask
 from data.packing import Tokens
-from data.retrieval import NeedleTask, chat_frame
 from sparsekv_pl.batch import IGNORE
 
 
@@ -33,29 +34,6 @@ def test_needle_lies_at_its_exact_token(tokenizer, text, depth, index):
     source = " ".join(map(str, text.ids))
     assert " ".join(map(str, filler)) in source
     assert tokenizer.decode(filler[:1]) == " "  # begins at a word
-
-
-def test_chat_and_plain_frames(tokenizer, plain_tokenizer):
-    assert chat_frame(tokenizer) == ("<s>[user]", "<eos>[assistant]")
-    assert chat_frame(plain_tokenizer) == ("<s>", "\n")
-
-
-def test_repeating_template_is_refused(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0].content }}{{ messages[0].content }}")
-    with pytest.raises(ValueError, match="repeats or drops"):
-        chat_frame(tokenizer)
-
-
-def test_frame_is_the_one_of_kvpress(tokenizer):
-    from types import SimpleNamespace
-
-    from kvpress.pipeline import KVPressTextGenerationPipeline
-
-    pipeline = SimpleNamespace(tokenizer=tokenizer)
-    theirs = KVPressTextGenerationPipeline.preprocess(pipeline, "Body.", ["\n\nWho?"], "It is", 10**6)
-    prefix, suffix = chat_frame(tokenizer)
-    assert tokenizer.decode(theirs["context_ids"][0]) == prefix + "Body."
-    assert tokenizer.decode(theirs["questions_ids"][0][0]) == "\n\nWho?" + suffix + "It is"
 
 
 @pytest.mark.parametrize(("supervise", "end"), [("value", ""), ("value_and_stop", ".")])
@@ -94,7 +72,7 @@ def test_documents_of_the_filler_are_named(tokenizer, text):
 
 
 def test_bad_input_is_named(tokenizer, text):
-    with pytest.raises(ValueError, match="context_tokens=40"):
+    with pytest.raises(ValueError, match="a context of 40 tokens: give at least"):
         _task(tokenizer, context_tokens=40).case(0, text)
     with pytest.raises(ValueError, match="haystack is empty"):
         _task(tokenizer).case(0, Tokens())

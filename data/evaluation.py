@@ -1,0 +1,223 @@
+"""The LightningDataModule of evaluation: retrieval cases by length, depth and seed, and windows of plain text."""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch.utils.data import DataLoader, Dataset
+
+from data.cases import Case, CaseTask, Frame
+from data.collate import case_batch, pad_id
+from data.fact_task import Facts
+from data.packing import Tokens, enough_for, split_tokens, window_starts
+from data.text import EmbeddedText, Splits, TextSource
+from data.tokenized import TokenizedData
+from sparsekv_pl.batch import TEXT, CaseBatch, CaseInfo
+
+MakeCase = Callable[[], Case]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One retrieval case of a sweep."""
+
+    task: CaseTask
+    length: int
+    depth: float | None
+    seed: int
+    number: int
+
+    @property
+    def id(self) -> str:
+        """As in "facts/L384/d0.50/s0/3"."""
+        depth = "" if self.depth is None else f"/d{self.depth:.2f}"
+        return f"{self.task.name}/L{self.length}{depth}/s{self.seed}/{self.number}"
+
+
+class EvaluationData(TokenizedData):
+    """Cases from the held-out documents alone, in batches of one task and one context length, made when asked for.
+
+    Needs a tokenizer: the trainer's ``lightning_module.tokenizer``, or set ``tokenizer`` before ``setup``.
+
+    A case is a function of the text, the tokenizer, its task, length, depth, seed and number, and of
+    ``query_aware``: it is the same in every run, whatever else is asked for beside it. A window of text is one of
+    the text, the tokenizer, its length, ``continuation_tokens`` and the token at which it starts. Everything but
+    text, tokenizer and ``query_aware`` is in its id.
+
+    Parameters
+    ----------
+    text
+        Where text comes from; the default needs no download and has some 14,000 held-out tokens.
+        data.python_source.PythonSource has 240,000, and 2.5 million where splits hold out all of it.
+    splits
+        Shares of the documents: give those that the model was trained with.
+    tasks
+        Retrieval tasks; null for our own facts, [] for none.
+    lengths
+        Context lengths in tokens, everything included that the model reads before the eviction.
+    depths
+        Where the asked needle lies: the fraction of the text that is before it.
+    seeds
+        Every cell of the sweep is made with each.
+    cases_per_cell
+        Cases of each task, length, depth and seed; tasks without a depth have as many by length and seed.
+    windows
+        Text windows of each length, spread evenly over the text; 0 for none.
+    continuation_tokens
+        Tokens that are read after a text window's context.
+    batch_size
+        Rows per batch and rank.
+    query_aware
+        Put the question at the end of the context, where the press sees it.
+    """
+
+    def __init__(
+        self,
+        text: TextSource | None = None,
+        splits: Splits | None = None,
+        tasks: list[CaseTask] | None = None,
+        lengths: Sequence[int] = (384,),
+        depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+        seeds: Sequence[int] = (0,),
+        cases_per_cell: int = 12,
+        windows: int = 32,
+        continuation_tokens: int = 64,
+        batch_size: int = 8,
+        query_aware: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, bound in {"cases_per_cell": 0, "windows": 0, "continuation_tokens": 2, "batch_size": 1}.items():
+            if locals()[name] < bound:
+                raise ValueError(f"{name} is {locals()[name]}: give at least {bound}")
+        self.text = text or EmbeddedText()
+        self.splits = splits or Splits()
+        self.tasks: list[CaseTask] = [Facts()] if tasks is None else tasks
+        self.lengths, self.depths, self.seeds = list(lengths), list(depths), list(seeds)
+        self.cases_per_cell, self.windows, self.continuation_tokens = cases_per_cell, windows, continuation_tokens
+        self.batch_size, self.query_aware = batch_size, query_aware
+        self._check()
+
+    def _check(self) -> None:
+        for name, values in {"lengths": self.lengths, "depths": self.depths, "seeds": self.seeds}.items():
+            if not values:
+                raise ValueError(f"{name} is empty: give at least one")
+        for length in self.lengths:
+            if length < 1:
+                raise ValueError(f"lengths has {length}: a context has at least 1 token")
+        for depth in self.depths:
+            if not 0 <= depth <= 1:
+                raise ValueError(f"depths has {depth}: give fractions of the text between 0 and 1")
+        named: dict[str, Sequence[object]] = {
+            "lengths": self.lengths,
+            "depths": [f"{depth:.2f}" for depth in self.depths],
+            "seeds": self.seeds,
+            "tasks": [task.name for task in self.tasks] + [TEXT] * (self.windows > 0),
+        }
+        for name, values in named.items():
+            for value in values:
+                if values.count(value) > 1:
+                    raise ValueError(f"{name} has {value} more than once: its cases could not be told apart")
+        if not self.windows and not (self.tasks and self.cases_per_cell):
+            raise ValueError("there is nothing to evaluate: ask for windows, or for tasks and cases_per_cell")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Take the tokenizer, read the text, and make one case of each task at the shortest length.
+
+        Raises ValueError when the held-out documents are too few for the longest context or for the windows, or the
+        shortest context is too short for a task.
+        """
+        super().setup(stage)
+        self._frame = Frame(self.tokenizer)
+        spans = self._spans()
+        longest = max(spans.values())
+        text = split_tokens(self.text, self.splits, "held_out", self.tokenizer, longest) if longest else Tokens()
+        for (name, length), span in spans.items():
+            if span > len(text.ids):
+                raise ValueError(
+                    f"the held-out split of {type(self.text).__name__} has {len(text.ids)} tokens, task {name} needs "
+                    f"{span} of them at length {length} (text is never repeated): use another text with more "
+                    "(data.python_source.PythonSource), shorter lengths, or raise held_out in splits "
+                    f"({self.splits})"
+                )
+        texts = {span: text.first(enough_for(span)) for span in set(spans.values())}
+        self._texts = {cell: texts[span] for cell, span in spans.items()}
+        for task in self.tasks:
+            for place in itertools.islice(self._places(task, min(self.lengths)), 1):
+                self._retrieval_case(place)
+        self._batches = CaseBatches(list(self._groups()), pad_id(self.tokenizer))
+
+    def test_dataloader(self) -> DataLoader[CaseBatch]:
+        """Text windows by length, then the tasks, each by length."""
+        return DataLoader(self._batches, batch_size=None, shuffle=False)
+
+    def predict_dataloader(self) -> DataLoader[CaseBatch]:
+        """The cases of ``test_dataloader``."""
+        return self.test_dataloader()
+
+    def _spans(self) -> dict[tuple[str, int], int]:
+        """Tokens of text that the cases of (task, length) are made of."""
+        spans = {(task.name, n): task.tokens_needed(self._frame, n) for task in self.tasks for n in self.lengths}
+        if self.windows:
+            spans |= {(TEXT, length): length + self.continuation_tokens for length in self.lengths}
+        return spans
+
+    def _groups(self) -> Iterator[list[MakeCase]]:
+        """What makes the rows of each batch."""
+        cells = [self._windows(length) for length in self.lengths]
+        cells += [
+            [partial(self._retrieval_case, place) for place in self._places(task, length)]
+            for task in self.tasks
+            for length in self.lengths
+        ]
+        for cell in cells:
+            yield from (cell[i : i + self.batch_size] for i in range(0, len(cell), self.batch_size))
+
+    def _windows(self, length: int) -> list[MakeCase]:
+        if not self.windows:
+            return []
+        fresh = self.continuation_tokens
+        starts = window_starts(len(self._texts[TEXT, length].ids), self.windows, length + fresh, fresh)
+        return [partial(self._text_case, length, start) for start in starts]
+
+    def _places(self, task: CaseTask, length: int) -> Iterator[Place]:
+        """Depths go round fastest, so that a run that was stopped has seen them all."""
+        for number in range(self.cases_per_cell):
+            for seed in self.seeds:
+                for depth in self.depths if task.uses_depth else [None]:
+                    yield Place(task, length, depth, seed, number)
+
+    def _retrieval_case(self, place: Place) -> Case:
+        task, length = place.task, place.length
+        # The id is all that a case is drawn from: the facts are the same whether or not the press sees the question.
+        rng = random.Random(place.id)
+        case = task.case(self._frame, self._texts[task.name, length], length, place.depth, rng, self.query_aware)
+        if len(case.context_ids) != length:
+            raise ValueError(f"task {task.name} made a context of {len(case.context_ids)} tokens instead of {length}")
+        return replace(case, info=replace(case.info, id=place.id, seed=place.seed))
+
+    def _text_case(self, length: int, start: int) -> Case:
+        end = start + length + self.continuation_tokens
+        window = self._texts[TEXT, length].slice(start, end)
+        context, continuation = window.ids[:length], window.ids[length:]
+        info = CaseInfo(
+            id=f"{TEXT}/L{length}+{self.continuation_tokens}/t{start}",
+            task=TEXT,
+            context=self._frame.decode(context),
+            document_ids=tuple(window.document_ids),
+        )
+        return Case(context, continuation, info)
+
+
+class CaseBatches(Dataset[CaseBatch]):
+    """Batches that are made when they are asked for: ``groups[i]`` makes the rows of batch i."""
+
+    def __init__(self, groups: Sequence[Sequence[MakeCase]], pad: int) -> None:
+        self.groups, self.pad = groups, pad
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> CaseBatch:
+        return case_batch([make() for make in self.groups[index]], self.pad)

@@ -1,0 +1,59 @@
+"""Our own needles as an evaluation task: facts of kinds, names and wordings that training never sees."""
+
+import random
+
+from data.cases import Case, CaseTask, Frame, checked_depth, hide, stretch
+from data.facts import draw_facts
+from data.needles import QUESTION_OPENING, filler_room, needle_ids
+from data.packing import Tokens
+from sparsekv_pl.batch import CaseInfo
+
+ANSWER_SLACK = 4
+"""Tokens that an answer may have beyond its value's: a full stop, or another way to cut the value into tokens."""
+
+
+class Facts(CaseTask):
+    """Facts of data/facts.py in their held-out words, hidden in text; the first one is asked for.
+
+    Half of the time all facts of a case are of one kind, the harder case. Called "facts", with several needles
+    "facts-2" and so on.
+
+    Parameters
+    ----------
+    needles
+        Facts hidden in every case. The asked one is at the case's depth, the others anywhere.
+    """
+
+    def __init__(self, needles: int = 1) -> None:
+        if needles < 1:
+            raise ValueError(f"needles is {needles}: hide at least 1")
+        self.needles = needles
+        self.name = "facts" if needles == 1 else f"facts-{needles}"
+
+    def case(
+        self,
+        frame: Frame,
+        haystack: Tokens,
+        length: int,
+        depth: float | None,
+        rng: random.Random,
+        query_aware: bool = False,
+    ) -> Case:
+        """See ``CaseTask.case``; ValueError too when not all needles fit."""
+        depth = checked_depth(depth, rng)
+        facts = draw_facts(rng, "held_out", self.needles)
+        asked = facts[0]
+        question = f"{QUESTION_OPENING}{asked.question}"
+        needles = [needle_ids(frame, fact) for fact in facts]
+        room = filler_room(frame.room(length, question, query_aware), needles, length)
+        filler = stretch(frame, haystack, room, rng)
+        places = [round(depth * room), *(rng.randint(0, room) for _ in needles[1:])]
+        info = CaseInfo(
+            id="",
+            task=self.name,
+            answers=(asked.value,),
+            max_new_tokens=len(frame.encode(f" {asked.value}")) + ANSWER_SLACK,
+            depth=depth,
+            document_ids=tuple(filler.document_ids),
+        )
+        return frame.build(hide(filler.ids, needles, places), question, asked.answer_prefix, info, query_aware)

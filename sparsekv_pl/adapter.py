@@ -1,0 +1,24 @@
+"""What is known of a trained adapter's folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sparsekv_pl.results import digest_of, key_of
+
+TRAINING_SUMMARY = "training.json"
+"""Written beside an exported adapter by callbacks/adapter_export.py."""
+
+
+def fingerprint(adapter: str | None) -> str | None:
+    """Of an adapter's weights and settings: the folder may be trained anew under the same name."""
+    if adapter is None:
+        return None
+    files = [path for path in sorted(Path(adapter).glob("adapter_*")) if path.is_file()]
+    return key_of(files=[[path.name, digest_of(path)] for path in files])
+
+
+def training_summary(adapter: str | None) -> dict[str, Any]:
+    """What the adapter's training run wrote about itself; empty where it wrote nothing."""
+    path = None if adapter is None else Path(adapter) / TRAINING_SUMMARY
+    return json.loads(path.read_text()) if path is not None and path.exists() else {}

@@ -1,0 +1,65 @@
+"""How many keys and values a model's layers hold, from its config alone."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+"""Kinds of layers that look back a limited way, and the setting that says how many tokens."""
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a decoder's config says about its KV cache."""
+
+    kv_heads: int
+    head_dim: int
+    windows: tuple[int | None, ...]
+    """By layer, how far back it looks in tokens; None for as far as there is."""
+
+    @property
+    def pair_bytes(self) -> int:
+        """Numbers (not yet bytes) of one token's key and value in one layer."""
+        return 2 * self.kv_heads * self.head_dim
+
+
+def cache_shape(config: PreTrainedConfig) -> CacheShape:
+    """KV heads, head dim and windows of the decoder of ``config``, which may be nested in a multimodal one.
+
+    Raises
+    ------
+    ValueError
+        For layers that hold something else than plain keys and values: latent attention, state spaces.
+    """
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "kv_lora_rank", None):
+        raise ValueError(f"{text.model_type} has multi-head latent attention, whose cache is not counted: plan another")
+    heads = text.num_attention_heads
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:  # as transformers' DynamicCache reads it
+        limited = [kind for kind, name in WINDOWS.items() if getattr(text, name, None) is not None]
+        kinds = [limited[0] if limited else "full_attention"] * text.num_hidden_layers
+    kinds = kinds[: len(kinds) - (getattr(text, "num_kv_shared_layers", None) or 0)]  # the last ones may share a cache
+    unknown = set(kinds) - {*WINDOWS, "full_attention"}
+    if unknown:
+        raise ValueError(f"{text.model_type} has layers of kind {sorted(unknown)}, which are not counted: plan another")
+    return CacheShape(
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        windows=tuple(getattr(text, WINDOWS[kind]) if kind in WINDOWS else None for kind in kinds),
+    )
+
+
+def kept_pairs(tokens: int, compression_ratio: float | None, budget: int | None) -> int:
+    """KV pairs per head that ``prefill`` leaves of ``tokens``, rounded as it rounds."""
+    kept = int(tokens * (1 - (compression_ratio or 0.0)))
+    return max(1, min(kept, budget or tokens))
+
+
+def windowed_pairs(tokens: int, chunk: int, window: int | None) -> int:
+    """KV pairs per head that transformers' cache has allocated after the last chunk, for a layer with ``window``.
+
+    It keeps window - 1 tokens, as a view into what it needed for the last chunk: that memory is not freed before the
+    next forward.
+    """
+    return tokens if window is None else min(tokens, window - 1 + chunk)

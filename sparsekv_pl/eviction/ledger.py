@@ -1,0 +1,33 @@
+"""What an eviction really left: KV pairs and bytes, and whether memory was freed or pairs were only hidden."""
+
+from dataclasses import dataclass
+
+from transformers import DynamicCache, PreTrainedModel
+
+from sparsekv_pl.decoder import decoder_of
+from sparsekv_pl.eviction.prefill import mean_length
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Counts of one cache."""
+
+    kept_pairs: float
+    """KV pairs that attention can still see, mean over rows, layers and KV heads."""
+    kv_bytes: int
+    """Bytes that the keys and values hold in memory, all rows together."""
+    freed: bool
+    """False where a head-wise press hides pairs that stay in memory."""
+
+
+def ledger(model: PreTrainedModel, cache: DynamicCache) -> Ledger:
+    """Read ``cache``, which was just evicted from under ``model``; memory is counted once, as it was allocated."""
+    storages, heads = {}, 0
+    for layer in cache.layers:
+        assert layer.keys is not None and layer.values is not None
+        heads += layer.keys.shape[0] * layer.keys.shape[1]
+        for tensor in (layer.keys, layer.values):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    masks = [getattr(layer.self_attn, "masked_key_indices", None) for layer in decoder_of(model).layers]
+    hidden = sum(len(mask[0]) for mask in masks if mask is not None)
+    return Ledger(mean_length(cache) - hidden / heads, sum(storages.values()), hidden == 0)

@@ -1,0 +1,37 @@
+"""How far a model can look: the RoPE positions that it was trained on, and its sliding window."""
+
+from transformers import PreTrainedModel
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Positions that ``model`` was trained on, or is scaled to by its RoPE settings; None where it names none."""
+    config = model.config.get_text_config()
+    trained = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    scaled = (rope.get("original_max_position_embeddings") or 0) * (rope.get("factor") or 1)
+    return None if trained is None else max(trained, int(scaled))
+
+
+def check_positions(model: PreTrainedModel, positions: int, tokens: int, rotates: bool) -> None:
+    """Raise ``ValueError`` if a context of ``tokens`` tokens takes more positions than ``model`` has.
+
+    ``rotates`` tells whether kept keys are re-rotated, so that positions come free again.
+    """
+    limit = position_limit(model)
+    if limit is None or positions <= limit:
+        return
+    fix = "lower budget or chunk_tokens" if rotates else "wrap the press in kvpress.KeyRerotationPress"
+    raise ValueError(
+        f"a context of {tokens} tokens takes {positions} positions, but this model was trained on {limit} "
+        f"(max_position_embeddings): {fix}, so that budget + chunk_tokens is at most {limit}; or use a shorter context"
+    )
+
+
+def check_sliding_window(model: PreTrainedModel, tokens: int) -> None:
+    """Raise ``ValueError`` if a context is longer than the window in which ``model`` attends."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    if window is not None and tokens > window:
+        raise ValueError(
+            f"a context of {tokens} tokens is longer than this model's sliding window of {window}, which an evicted "
+            "cache cannot keep: use shorter contexts, or a model without sliding windows"
+        )

@@ -1,0 +1,127 @@
+"""What is measured: a press at a compression ratio, and when it evicts."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from kvpress import BasePress
+
+from sparsekv_pl.eviction.prefill import check_chunks, chunk_bounds
+from sparsekv_pl.presses.scores import observation_window, press_name, set_compression_ratio
+from sparsekv_pl.schedules import check_compression_ratio
+
+
+@dataclass(frozen=True)
+class Point:
+    """One column of a matrix: a press (None: the full cache) at one ratio."""
+
+    press: BasePress | None = None
+    compression_ratio: float = 0.0
+    chunk_tokens: int | None = None
+    decoding_interval: int | None = None
+
+    @property
+    def press_name(self) -> str:
+        """As reports call it."""
+        return press_name(self.press)
+
+    @property
+    def prefill(self) -> str:
+        """When the press evicts: once after a dense prefill, after every chunk, or while tokens are decoded."""
+        if self.decoding_interval is not None:
+            return "decoding"
+        return "dense" if self.chunk_tokens is None else f"chunks of {self.chunk_tokens}"
+
+    @property
+    def name(self) -> str:
+        """Fit for a file's name and for TensorBoard."""
+        spelled = f"{self.press_name}_{self.compression_ratio:g}_{self.prefill}".replace(" ", "_")
+        return "".join(letter if letter.isalnum() or letter in "_-" else "-" for letter in spelled)
+
+    def described(self) -> dict[str, Any]:
+        """All that decides what this point does, as JSON can hold it."""
+        return {
+            "press": press_settings(self.press, self.compression_ratio),
+            "chunk_tokens": self.chunk_tokens,
+            "decoding_interval": self.decoding_interval,
+        }
+
+
+@dataclass
+class Setting:
+    """A press and the ratios to measure it at.
+
+    Parameters
+    ----------
+    press
+        Any press of kvpress or of this project.
+    compression_ratios
+        Fractions of the KV pairs to remove.
+    chunk_tokens
+        Prefill in true chunks of at most this many tokens, evicting after each; null evicts once, after a dense
+        prefill.
+    decoding_interval
+        Evict while text is read token by token, every so many tokens, instead of before it. Answers to questions are
+        not measured so: they are over before it evicts.
+    """
+
+    press: BasePress
+    compression_ratios: list[float]
+    chunk_tokens: int | None = None
+    decoding_interval: int | None = None
+
+    def __post_init__(self) -> None:
+        for ratio in self.compression_ratios:
+            check_compression_ratio("compression_ratios", ratio)
+        for name in ("chunk_tokens", "decoding_interval"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1 token, or null")
+        if self.chunk_tokens is not None and self.decoding_interval is not None:
+            raise ValueError("a setting evicts in chunks or during decoding: set chunk_tokens or decoding_interval")
+
+    def points(self) -> Iterator[Point]:
+        """One for every ratio."""
+        for ratio in self.compression_ratios:
+            yield Point(self.press, ratio, self.chunk_tokens, self.decoding_interval)
+
+    def check(self, context_tokens: int) -> None:
+        """Raise ``ValueError`` where contexts of this length cannot be evicted from in this way."""
+        if self.decoding_interval is None:
+            check_chunks(self.press, chunk_bounds(context_tokens, self.chunk_tokens), with_scores=False)
+        elif self.decoding_interval < observation_window(self.press):
+            raise ValueError(
+                f"decoding_interval={self.decoding_interval} is shorter than the window of {press_name(self.press)}, "
+                f"{observation_window(self.press)} tokens: make it as long, or give the press a smaller window_size"
+            )
+
+
+def points_of(settings: list[Setting]) -> list[Point]:
+    """The full cache, then every setting's points. ``ValueError`` where two could not be told apart in a report."""
+    points = [Point(), *(point for setting in settings for point in setting.points())]
+    names = [point.name for point in points]
+    for point in points:
+        if names.count(point.name) > 1:
+            raise ValueError(
+                f"settings has {point.press_name} at {point.compression_ratio}, {point.prefill}, more than once: its "
+                "rows could not be told apart; remove one, or measure it in a run of its own"
+            )
+    return points
+
+
+def press_settings(press: BasePress | None, compression_ratio: float | None = None) -> Any:
+    """Class and settings of a press and of those in it; ``compression_ratio`` stands for whatever it is set to now."""
+    if press is None:
+        return None
+    if compression_ratio is not None:
+        set_compression_ratio(press, compression_ratio)
+    public = {name: value for name, value in vars(press).items() if not name.startswith("_")}
+    return {"class": type(press).__name__, **{name: _plain(value) for name, value in sorted(public.items())}}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BasePress):
+        return press_settings(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else None

@@ -1,0 +1,293 @@
+"""Asking a model behind an OpenAI-compatible endpoint, within limits on tokens and on money."""
+
+import ipaddress
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+from sparsekv_pl.hosted_reply import Answer, Usage, error_kind, error_message, read_reply
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+REFUSED_FOR_ALL = {401, 403, 404}
+"""Statuses that every further request would get too: wrong key, no right, no such model or address."""
+MESSAGE_CHARACTERS = 300
+
+
+@dataclass(frozen=True)
+class Request:
+    """One user message. ``prompt_tokens`` is counted by a local tokenizer, so an estimate of what is billed."""
+
+    prompt: str
+    prompt_tokens: int
+    max_new_tokens: int
+
+
+OnAnswer = Callable[[int, Answer], None]
+"""Called with a request's index and its answer."""
+
+
+@dataclass
+class HostedModel:
+    """A model behind ``base_url``, and what asking it may cost.
+
+    The key is read from the environment when the first request is made. It is not part of this object, and it is
+    blotted out of every answer and error message.
+
+    Parameters
+    ----------
+    model
+        The endpoint's name for it.
+    base_url
+        http://localhost:8000/v1 (``vllm serve``, ``transformers serve``), https://api.openai.com/v1,
+        https://generativelanguage.googleapis.com/v1beta/openai/, ... A loopback address is reached without the
+        proxies of the environment.
+    key_variable
+        NAME of the environment variable that holds the key, in capitals; null where the endpoint needs none.
+    timeout
+        Seconds to wait for an answer.
+    retries
+        After a timeout, a lost connection, a 408, 409, 429 or 5xx: the openai client waits 0.5 s, 1 s, 2 s, ... 8 s, or
+        as long as the server's Retry-After says.
+    concurrency
+        Requests under way at a time.
+    dollars_per_million_input, dollars_per_million_output
+        Prices of a million tokens read and written; null where unknown or free.
+    max_dollars, max_tokens_total
+        What one run may take: checked before the first request against the most that all could take, and before every
+        request against what was really used. null means no limit.
+    length_parameter
+        OpenAI's newer models want max_completion_tokens.
+    thinking_tokens
+        Tokens that a model may think before its answer, added to the tokens of the answer.
+    options
+        Sent with every request, for example {reasoning_effort: none}; null removes a field, so {temperature: null} is
+        for models that refuse temperature 0.
+
+    Raises
+    ------
+    ValueError
+        For values that cannot work: a key in place of a variable's name, an address with credentials in it, a limit in
+        dollars without prices.
+    """
+
+    model: str
+    base_url: str = "http://localhost:8000/v1"
+    key_variable: str | None = "OPENAI_API_KEY"
+    timeout: float = 120.0
+    retries: int = 5
+    concurrency: int = 4
+    dollars_per_million_input: float | None = None
+    dollars_per_million_output: float | None = None
+    max_dollars: float | None = None
+    max_tokens_total: int | None = 1_000_000
+    length_parameter: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    thinking_tokens: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_address(self.base_url)
+        if self.key_variable is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", self.key_variable):
+            # Not shown: it may be the key itself.
+            raise ValueError("hosted.key_variable must be the name of an environment variable in capitals, not a key")
+        if not self.model:
+            raise ValueError("hosted.model is empty: give the endpoint's name of a model")
+        for name, least in {"concurrency": 1, "retries": 0, "thinking_tokens": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"hosted.{name}={getattr(self, name)} must be at least {least}")
+        if self.timeout <= 0:
+            raise ValueError(f"hosted.timeout={self.timeout} must be more than 0 seconds")
+        prices = (self.dollars_per_million_input, self.dollars_per_million_output)
+        if any(price is not None and price < 0 for price in prices):
+            raise ValueError(f"hosted.dollars_per_million_input and _output are {prices}: give prices of 0 or more")
+        if (prices[0] is None) != (prices[1] is None) or (self.max_dollars is not None and prices[0] is None):
+            raise ValueError(
+                f"hosted.max_dollars={self.max_dollars} with prices {prices}: give both "
+                "hosted.dollars_per_million_input and _output, or none of the three"
+            )
+
+    def key(self) -> str | None:
+        """The key, from the environment.
+
+        Raises
+        ------
+        ValueError
+            When it is not set, or holds what no HTTP header can carry; the value is not shown.
+        """
+        if self.key_variable is None:
+            return None
+        key = os.environ.get(self.key_variable, "").strip()
+        if not key:
+            raise ValueError(
+                f"the environment variable {self.key_variable} is not set: put the key of {self.base_url} there"
+            )
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(f"the environment variable {self.key_variable} holds characters that no key has")
+        return key
+
+    def dollars(self, usage: Usage) -> float | None:
+        """What ``usage`` costs; None without prices."""
+        if self.dollars_per_million_input is None or self.dollars_per_million_output is None:
+            return None
+        return (
+            usage.prompt_tokens * self.dollars_per_million_input
+            + usage.completion_tokens * self.dollars_per_million_output
+        ) / 1e6
+
+    def most(self, request: Request) -> Usage:
+        """The most that one request can use."""
+        return Usage(request.prompt_tokens, request.max_new_tokens + self.thinking_tokens)
+
+    def estimate(self, requests: Sequence[Request]) -> Usage:
+        """The most that ``requests`` can use together."""
+        return sum((self.most(request) for request in requests), Usage())
+
+    def passed(self, usage: Usage) -> str | None:
+        """Which limit ``usage`` is over, in words; None within the limits."""
+        dollars = self.dollars(usage)
+        if self.max_tokens_total is not None and usage.total > self.max_tokens_total:
+            return f"{usage.total:,} tokens are over max_tokens_total={self.max_tokens_total:,}"
+        if self.max_dollars is not None and dollars is not None and dollars > self.max_dollars:
+            return f"${dollars:,.4f} are over max_dollars={self.max_dollars:,}"
+        return None
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raise ``ValueError`` if ``requests`` together could pass a limit."""
+        if reason := self.passed(self.estimate(requests)):
+            raise ValueError(
+                f"{len(requests)} requests to {self.model} may take too much: {reason}. "
+                "Nothing was sent; raise the limit (hosted.max_...) or measure fewer or shorter cases"
+            )
+
+    def ask(
+        self,
+        requests: Sequence[Request],
+        count_tokens: Callable[[str], int],
+        on_answer: OnAnswer | None = None,
+    ) -> list[Answer]:
+        """The answers in the order of ``requests``; a request that fails has an answer with an error.
+
+        ``count_tokens`` counts an answer's tokens where the endpoint reports no usage. ``on_answer(index, answer)`` is
+        called as each arrives, one at a time, so that nothing paid for is lost when the run is stopped.
+
+        Raises
+        ------
+        ValueError
+            Before anything is sent: limits could be passed, or there is no key.
+        """
+        from openai import DefaultHttpxClient, OpenAI
+
+        self.check(requests)
+        key = self.key()
+        transport = DefaultHttpxClient(timeout=self.timeout, trust_env=not _loopback(self.base_url))
+        # Without a key of its own the client would send the environment's OPENAI_API_KEY to any endpoint.
+        with OpenAI(
+            api_key=key or "none",
+            base_url=self.base_url,
+            timeout=self.timeout,
+            max_retries=self.retries,
+            http_client=transport,
+        ) as client:
+            asking = _Asking(self, client, key, count_tokens, on_answer)
+            pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="hosted")
+            try:
+                futures = [pool.submit(asking.one, index, request) for index, request in enumerate(requests)]
+                return [future.result() for future in futures]
+            finally:  # after Ctrl-C: wait for what is under way and paid for, send nothing more
+                pool.shutdown(cancel_futures=True)
+
+
+class _Asking:
+    """The state that the requests of one ``HostedModel.ask`` share."""
+
+    def __init__(
+        self,
+        hosted: HostedModel,
+        client: "OpenAI",
+        key: str | None,
+        count_tokens: Callable[[str], int],
+        on_answer: OnAnswer | None,
+    ) -> None:
+        self.hosted, self.client, self.key = hosted, client, key
+        self.count_tokens, self.on_answer = count_tokens, on_answer
+        self.lock = threading.Lock()
+        self.used = Usage()
+        """What finished requests used, and the most that those under way can use."""
+        self.halted: str | None = None
+
+    def one(self, index: int, request: Request) -> Answer:
+        """Send one request if the limits still allow it, and report its answer."""
+        most = self.hosted.most(request)
+        with self.lock:
+            reason = self.halted or self.hosted.passed(self.used + most)
+            if reason is None:
+                self.used += most
+        if reason is not None:
+            answer = Answer(error="not_sent", message=self.blot(reason))
+        else:
+            answer = self.send(request)
+        with self.lock:
+            if reason is None:
+                self.used += most.times(-1) + self.billed(most, answer)
+            if self.on_answer is not None:
+                self.on_answer(index, answer)
+        return answer
+
+    def billed(self, most: Usage, answer: Answer) -> Usage:
+        """What to count: a provider may bill what timed out or came back garbled, each attempt of it."""
+        attempts = {"timeout": self.hosted.retries + 1, "malformed": 1}
+        return most.times(attempts[answer.error]) if answer.error in attempts else answer.usage
+
+    def send(self, request: Request) -> Answer:
+        """One request, with the client's retries."""
+        from openai import OpenAIError
+
+        hosted = self.hosted
+        settings = {"temperature": 0, hosted.length_parameter: request.max_new_tokens + hosted.thinking_tokens}
+        sent = {name: value for name, value in (settings | hosted.options).items() if value is not None}
+        start = time.perf_counter()
+        try:
+            completion = self.client.chat.completions.create(
+                model=hosted.model, messages=[{"role": "user", "content": request.prompt}], extra_body=sent
+            )
+        except (OpenAIError, ValueError) as error:  # ValueError: a reply that is no JSON
+            answer = Answer(error=error_kind(error), message=error_message(error))
+            if getattr(error, "status_code", None) in REFUSED_FOR_ALL:
+                self.halted = f"an earlier request was refused: {answer.message}"
+        else:
+            answer = read_reply(completion, request.prompt_tokens, self.count_tokens)
+        text, message = self.blot(answer.text), self.blot(answer.message)[:MESSAGE_CHARACTERS]
+        return replace(answer, text=text, message=message, seconds=time.perf_counter() - start)
+
+    def blot(self, text: str) -> str:
+        """``text`` without the key, which some servers repeat in what they say."""
+        return text.replace(self.key, "[key]") if self.key else text
+
+
+def _loopback(base_url: str) -> bool:
+    host = urlsplit(base_url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_address(base_url: str) -> None:
+    """Raise ``ValueError`` for what is no plain web address; it is not shown, for it may hold a key."""
+    try:
+        address = urlsplit(base_url)
+        plain = address.scheme in ("http", "https") and address.hostname and address.port != 0
+    except ValueError:
+        plain = False
+    if not plain or address.username or address.password or address.query or address.fragment:
+        raise ValueError(
+            "hosted.base_url must be http(s)://host[:port]/path, without credentials, ? or #; "
+            "a key belongs in the environment variable that hosted.key_variable names"
+        )

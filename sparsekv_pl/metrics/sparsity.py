@@ -1,0 +1,69 @@
+"""How sparse attention is, by layer and head."""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from sparsekv_pl.attention.statistics import LayerStatistics
+
+MEASURES = ("effective_support", "top_k_coverage", "block_sparsity", "anchor_share")
+
+
+class AttentionSparsity(Metric):
+    """Means over all counted queries of all rows, batches and ranks, by layer and head.
+
+    ``compute`` returns ``effective_support`` (keys), ``top_k_coverage``, ``block_sparsity`` and ``anchor_share`` (each
+    in [0, 1]), all (layers, heads) float32; see ``LayerStatistics`` for what they are. A layer to which nothing was
+    added holds NaN, and so does ``anchor_share`` if statistics without a token set were added.
+
+    Parameters
+    ----------
+    layers
+        Attention layers of the model.
+    heads
+        Query heads of a layer.
+    """
+
+    higher_is_better = None
+    is_differentiable = False
+    effective_support: Tensor
+    top_k_coverage: Tensor
+    block_sparsity: Tensor
+    anchor_share: Tensor
+    queries: Tensor
+
+    def __init__(self, layers: int, heads: int) -> None:
+        super().__init__()
+        for name in MEASURES:
+            self.add_state(name, torch.zeros(layers, heads, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("queries", torch.zeros(layers, 1, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, layer: int, statistics: LayerStatistics) -> None:
+        """Add what was measured of one layer: values (B, H, W).
+
+        Raises
+        ------
+        ValueError
+            For a layer or a number of heads that this metric was not built for.
+        """
+        layers, heads = self.effective_support.shape
+        if not 0 <= layer < layers or statistics.entropy.shape[1] != heads:
+            raise ValueError(
+                f"statistics of {statistics.entropy.shape[1]} heads of layer {layer} do not fit "
+                f"AttentionSparsity(layers={layers}, heads={heads})"
+            )
+        self.effective_support[layer] += _summed(statistics.effective_support)
+        self.top_k_coverage[layer] += _summed(statistics.top_k_coverage)
+        self.block_sparsity[layer] += _summed(statistics.block_sparsity)
+        share = statistics.token_share
+        self.anchor_share[layer] += torch.nan if share is None else _summed(share)
+        self.queries[layer] += statistics.counted.sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Measure -> (layers, heads) float32."""
+        return {name: (getattr(self, name) / self.queries).float() for name in MEASURES}
+
+
+def _summed(per_query_BHW: Tensor) -> Tensor:
+    """(H,) float64. Queries that are padding hold 0."""
+    return per_query_BHW.double().sum((0, 2))

@@ -1,0 +1,256 @@
+"""The LightningModule that asks a hosted model the same questions, as a line to compare evicted caches with."""
+
+import logging
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule
+
+from sparsekv_pl.backbone import Backbone
+from sparsekv_pl.batch import TEXT, CaseBatch, CaseInfo
+from sparsekv_pl.gguf_checkpoint import EMBEDDED
+from sparsekv_pl.hosted_client import HostedModel, Request
+from sparsekv_pl.hosted_reply import FINAL, Answer, Usage
+from sparsekv_pl.metrics.retrieval import RetrievalScores, retrieval_scores
+from sparsekv_pl.reporting import environment, terminal_table, write_run
+from sparsekv_pl.results import Record, Results, key_of
+
+log = logging.getLogger(__name__)
+
+
+class Question(NamedTuple):
+    """A case, how it is asked, and what identifies the outcome."""
+
+    key: str
+    described: Record
+    """The columns of its record that do not depend on the answer."""
+    info: CaseInfo
+    request: Request
+
+
+class HostedModule(LightningModule):
+    """Retrieval cases answered by a model behind an OpenAI-compatible endpoint.
+
+    The user's message is the context, the question and the beginning of the answer, one after the other, as RULER asks
+    API models: a begun assistant message would be more like a local run, but OpenAI's and transformers' endpoints do
+    not continue one. An answer that repeats its beginning is scored without it; one that says it in other words still
+    has the value in it, so compare ``substring``, not ``exact``, with local models. Text windows are skipped, because
+    no such endpoint gives the likelihood of a text.
+
+    Cases are collected first, so that the limits are checked against all of them before anything is sent. An answer is
+    kept in ``output/results`` as soon as it arrives and never paid for twice; so is the fact that a context was too
+    long. What failed for another reason is asked again by the next run.
+
+    Parameters
+    ----------
+    hosted
+        The model, its endpoint, prices and limits.
+    tokenizer
+        ``pretrained`` of a Backbone, of which only the tokenizer is loaded. It cuts contexts to their lengths and
+        estimates what a request takes; the endpoint counts with its own.
+    output
+        Folder for the report and the finished work.
+    title
+        Of the report.
+    extra_tokens
+        Tokens an answer may have beyond those of the local model, which is given its beginning: other tokenizers cut a
+        value into more, and chat models say a few words first.
+    dry
+        Say what all would take, and send nothing.
+    """
+
+    def __init__(
+        self,
+        hosted: HostedModel,
+        tokenizer: str = EMBEDDED,
+        output: str = "output/hosted",
+        title: str = "Hosted model",
+        extra_tokens: int = 32,
+        dry: bool = False,
+    ) -> None:
+        super().__init__()
+        if extra_tokens < 0:
+            raise ValueError(f"extra_tokens={extra_tokens} must be at least 0")
+        self.hosted, self.output, self.title = hosted, Path(output), title
+        self.extra_tokens, self.dry = extra_tokens, dry
+        self.tokenizer = Backbone(pretrained=tokenizer).load_tokenizer()
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        """Read what is finished already."""
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                f"trainer.devices={self.trainer.world_size}: every process would have the limits to itself; "
+                "use trainer.devices=1 and raise hosted.concurrency"
+            )
+        self.results = Results(self.output / "results")
+        self.questions: list[Question] = []
+        self.skipped = 0
+        self.started = time.time()
+
+    def test_step(self, batch: CaseBatch, batch_idx: int) -> None:  # noqa: ARG002
+        """Collect the questions of a batch; they are sent when all are known."""
+        for info in batch["cases"]:
+            if info.task == TEXT:
+                self.skipped += 1
+                continue
+            question = self._question(info, batch["context_ids"].shape[1])
+            if not self.dry and self.results.get(question.key) is None:
+                self.hosted.key()  # a missing key is better known now than after all cases were made
+            self.questions.append(question)
+
+    def on_test_end(self) -> None:
+        """Ask what is not finished, write the report and print the table."""
+        if self.skipped:
+            log.warning("%d text windows skipped: hosted models answer questions alone", self.skipped)
+        missing = [question for question in self.questions if self.results.get(question.key) is None]
+        print(self._plan(missing))
+        if self.dry or not self.questions:
+            return
+        unfinished = self._ask(missing)
+        records = [
+            question.described | (self.results.get(question.key) or [unfinished.get(question.key, {})])[0]
+            for question in self.questions
+        ]
+        self._report(records)
+
+    def _question(self, info: CaseInfo, length: int) -> Question:
+        prompt = prompt_of(info)
+        described = {
+            "case": info.id,
+            "task": info.task,
+            "length": length,
+            "depth": info.depth,
+            "seed": info.seed,
+            "variant": "base",
+            "press": f"hosted {self.hosted.model}",
+            "compression_ratio": 0.0,
+            "prefill": "hosted",
+            "seen_in_training": False,
+        }
+        request = Request(prompt, self._count(prompt), info.max_new_tokens + self.extra_tokens)
+        key = key_of(
+            model=self.hosted.model,
+            base_url=self.hosted.base_url,
+            options=self.hosted.options,
+            length_parameter=self.hosted.length_parameter,
+            most_tokens=self.hosted.most(request).completion_tokens,
+            prompt=prompt,
+            case=info.id,
+            answers=info.answers,
+        )
+        return Question(key, described, info, request)
+
+    def _count(self, text: str) -> int:
+        return len(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+    def _plan(self, missing: Sequence[Question]) -> str:
+        """What is about to be sent, in one line."""
+        most = self.hosted.estimate([question.request for question in missing])
+        limit = self.hosted.passed(most)
+        return (
+            f"{self.hosted.model}: {len(missing)} requests of at most {_cost(self.hosted, most)}; "
+            f"{len(self.questions) - len(missing)} finished before"
+            + (f". Over a limit: {limit}" if limit else "")
+            + (". Dry: nothing sent" if self.dry else "")
+        )
+
+    def _ask(self, questions: Sequence[Question]) -> dict[str, Record]:
+        """Keep the answers that are final in ``results``; return the records of the others, by key."""
+        from rich.progress import Progress
+
+        name = "hosted_" + re.sub(r"[^\w.-]+", "_", self.hosted.model)
+        unfinished: dict[str, Record] = {}
+        with Progress(disable=self.trainer.progress_bar_callback is None) as progress:
+            task = progress.add_task(f"asking {self.hosted.model}", total=len(questions))
+
+            def arrived(index: int, answer: Answer) -> None:
+                question = questions[index]
+                record = _record(question.info, answer, self.hosted)
+                if answer.error is None or answer.error in FINAL:
+                    self.results.put(question.key, [record], name)
+                else:
+                    unfinished[question.key] = record
+                progress.advance(task)
+
+            if questions:
+                self.hosted.ask([question.request for question in questions], self._count, arrived)
+        return unfinished
+
+    def _report(self, records: Sequence[Record]) -> None:
+        from rich.console import Console
+
+        print(self._summary(records))
+        scores = RetrievalScores()
+        answered = [record for record in records if "error" not in record]
+        for record in answered:
+            scores.update(record)
+        if self.logger is not None and answered:
+            means = {f"hosted/{name}": float(value) for name, value in scores.compute().items()}
+            self.logger.log_metrics(means)
+        measured = environment() | {
+            "endpoint": self.hosted.base_url,
+            "seed": torch.initial_seed() % 2**32,
+            "device": "hosted",
+            "wall_seconds": round(time.time() - self.started, 1),
+            "usage": self._summary(records),
+        }
+        paths = write_run(self.output, records, {}, measured, self.title)
+        console = Console()
+        console.print(terminal_table(records))
+        console.print("report: " + ", ".join(str(path) for path in paths), soft_wrap=True)
+
+    def _summary(self, records: Sequence[Record]) -> str:
+        """How many answers and errors, what they took, and who counted."""
+        kinds = Counter(record["error"].split(":")[0] if "error" in record else "answered" for record in records)
+        used = Usage(
+            sum(record.get("prompt_tokens", 0) for record in records),
+            sum(record.get("completion_tokens", 0) for record in records),
+        )
+        counters = sorted({record["counted_by"] for record in records if "counted_by" in record})
+        counted = f", counted by the {' and the '.join(counters)}" if counters else ""
+        cut = sum(record.get("finish_reason") == "length" and not record.get("answer") for record in records)
+        hint = f"; {cut} empty answers were cut off: a thinking model needs hosted.thinking_tokens" if cut else ""
+        said = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        return f"{self.hosted.model}: {said}; {_cost(self.hosted, used)}{counted}{hint}"
+
+
+def prompt_of(info: CaseInfo) -> str:
+    """Context, question (unless the context ends with it) and the beginning of the answer as one message."""
+    asked = info.context
+    if not asked.rstrip().endswith(info.question.strip()):
+        asked += info.question
+    return f"{asked.rstrip()}\n{info.answer_prefix.strip()}".rstrip()
+
+
+def _record(info: CaseInfo, answer: Answer, hosted: HostedModel) -> Record:
+    """The columns that depend on the answer."""
+    record: dict[str, Any] = {
+        "prompt_tokens": answer.usage.prompt_tokens,
+        "completion_tokens": answer.usage.completion_tokens,
+        "counted_by": answer.counted_by,
+        "request_seconds": answer.seconds,
+        "finish_reason": answer.finish_reason,
+        "dollars": hosted.dollars(answer.usage),
+    }
+    if answer.error is not None:
+        return record | {"error": f"{answer.error}: {answer.message}"}
+    scores = retrieval_scores(_without_beginning(answer.text, info.answer_prefix), info.answers)
+    return record | scores | {"answer": answer.text, "answers": list(info.answers), "question": info.question}
+
+
+def _without_beginning(text: str, answer_prefix: str) -> str:
+    beginning, stripped = answer_prefix.strip(), text.strip()
+    if beginning and stripped.lower().startswith(beginning.lower()):
+        return stripped[len(beginning) :]
+    return text
+
+
+def _cost(hosted: HostedModel, usage: Usage) -> str:
+    dollars = hosted.dollars(usage)
+    price = "" if dollars is None else f", ${dollars:,.4f}"
+    return f"{usage.prompt_tokens:,} tokens read and {usage.completion_tokens:,} written{price}"

@@ -1,0 +1,277 @@
+"""The LightningModule that reads a context of any length in flat memory, and asks for what is hidden in it."""
+
+import hashlib
+import json
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import set_parsing_settings
+from kvpress import BasePress
+from lightning.pytorch import LightningModule
+from transformers import PreTrainedModel
+
+from sparsekv_pl.adapter import fingerprint, training_summary
+from sparsekv_pl.backbone import Backbone, causal_lm
+from sparsekv_pl.batch import CaseBatch
+from sparsekv_pl.eviction.ledger import ledger
+from sparsekv_pl.eviction.positions import check_positions
+from sparsekv_pl.eviction.prefill import ChunkedPrefill
+from sparsekv_pl.eviction.saved_state import SavedState
+from sparsekv_pl.eviction.setting import press_settings
+from sparsekv_pl.measures import Measurement
+from sparsekv_pl.modules.prefill_progress import PrefillProgress
+from sparsekv_pl.modules.stop_signal import stop_signal
+from sparsekv_pl.monitoring import Phases
+from sparsekv_pl.planner import plan
+from sparsekv_pl.presses.scores import press_name
+from sparsekv_pl.reporting import environment, terminal_table, write_run
+from sparsekv_pl.results import Record, Results, key_of
+from sparsekv_pl.schedules import check_compression_ratio
+
+set_parsing_settings(subclasses_enabled=[BasePress])
+
+STATE, PHASES = "state.safetensors", "phases.json"
+TITLE = "Needles in a long context"
+
+
+class LongContextModule(LightningModule):
+    """Prefills haystacks in chunks under an eviction budget, then answers every question from a copy of the cache.
+
+    Can be stopped (Ctrl-C ends after the running chunk) or killed: a rerun goes on from ``output/state.safetensors``,
+    and a finished haystack is not run again.
+
+    Parameters
+    ----------
+    backbone
+        The model; with ``backbone.adapter`` it is measured with the adapter on ("trained").
+    press
+        Selects what stays after every chunk. Beyond the model's trained positions it has to be
+        kvpress.KeyRerotationPress around another; null keeps everything.
+    budget
+        KV pairs per head that stay, in tokens; null leaves it to the press's compression_ratio.
+    chunk_tokens
+        Most tokens of a chunk. Memory is that of budget + chunk_tokens.
+    output
+        Folder for the report, the finished work and the state of an unfinished one.
+    title
+        Of the report.
+    save_every
+        Chunks between two saved states.
+    dry
+        Build and tokenise everything, print the plan and stop before inference.
+    tokens_per_second
+        Prefill speed that the plan counts on; null leaves the time open.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        press: BasePress | None,
+        budget: int | None = 2048,
+        chunk_tokens: int = 1024,
+        output: str = "output/long_context",
+        title: str = TITLE,
+        save_every: int = 64,
+        dry: bool = False,
+        tokens_per_second: float | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in {"budget": budget, "chunk_tokens": chunk_tokens, "save_every": save_every}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if press is None and budget is not None:
+            raise ValueError(f"budget={budget} needs a press that selects what stays: name one, or set budget to null")
+        if press is not None:
+            check_compression_ratio("press.compression_ratio", press.compression_ratio)
+        self.press, self.budget, self.chunk_tokens = press, budget, chunk_tokens
+        self.output, self.title, self.save_every = Path(output), title, save_every
+        self.dry, self.tokens_per_second = dry, tokens_per_second
+        self.backbone = backbone
+        self.variant = "base" if backbone.adapter is None else "trained"
+        self.training_summary = training_summary(backbone.adapter)
+        if backbone.adapter is None:
+            backbone.lora = None
+        self.phases, self.between = Phases(), ExitStack()
+        with self.phases("load"):
+            self.model, self.tokenizer = backbone.load(trainable=False)
+
+    @property
+    def lm(self) -> PreTrainedModel:
+        """The transformers model; an adapter stays active in it."""
+        return causal_lm(self.model)
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        """Check, before any text is read, that contexts of these lengths can be run; read what is finished already."""
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                f"a haystack is read by one process, not by {self.trainer.world_size}: set trainer.devices to 1, and "
+                "spread a large model with backbone.placement"
+            )
+        for length in getattr(self.trainer.datamodule, "lengths", []):  # type: ignore[attr-defined]
+            self._filling(length)
+        self.results = Results(self.output / "results", self.global_rank)
+        self.saved = SavedState(self.output / STATE)
+        self.records: list[Record] = []
+        self.started = time.time()
+
+    def on_test_epoch_start(self) -> None:
+        """The first haystack is made before the first step."""
+        self.between.enter_context(self.phases("tokenise"))
+
+    def on_test_batch_start(self, batch: CaseBatch, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
+        """It is made."""
+        self.between.close()
+
+    def on_test_batch_end(self, outputs: Any, batch: CaseBatch, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
+        """The next one is made before the next step."""
+        if batch_idx + 1 < int(self.trainer.num_test_batches[0]):
+            self.on_test_epoch_start()
+
+    def test_step(self, batch: CaseBatch, batch_idx: int) -> None:  # noqa: ARG002
+        """Read one haystack and answer its questions, or plan it (``dry``)."""
+        tokens = batch["context_ids"].shape[1]
+        filling = self._filling(tokens)
+        asked = int(batch["continuation_lengths"].max()) + max(case.max_new_tokens for case in batch["cases"])
+        if not filling.rotates:
+            check_positions(self.lm, tokens + asked, tokens, rotates=False)
+        if self.dry:
+            self._show_plan(filling, batch)
+            return
+        key = self._key(batch)
+        records = self.results.get(key)
+        if records is None:
+            with self.phases(f"prefill {tokens}"):
+                costs = self._fill(filling, batch, key)
+            with self.phases(f"answer {tokens}"):
+                records = self._answers(filling, batch, costs)
+            self.results.put(key, records, "haystacks")
+            self.saved.discard()
+        self.records += records
+
+    def on_test_end(self) -> None:
+        """Write the report and print the table."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / PHASES).write_text(json.dumps(self.phases.records(), indent=2))
+        self._log(self.phases.scalars(), 0)
+        if not self.records:
+            return
+        from rich.console import Console
+
+        measured = environment() | {
+            "seed": torch.initial_seed() % 2**32,
+            "device": str(self._input_device),
+            "precision": str(self.trainer.precision),
+            "wall_seconds": round(time.time() - self.started, 1),
+        }
+        paths = write_run(self.output, self.records, self.training_summary, measured, self.title)
+        console = Console()
+        console.print(terminal_table(self.records))
+        console.print("report: " + ", ".join(str(path) for path in paths), soft_wrap=True)
+
+    @property
+    def _input_device(self) -> torch.device:
+        return self.lm.get_input_embeddings().weight.device  # type: ignore[return-value]
+
+    def _filling(self, tokens: int) -> ChunkedPrefill:
+        return ChunkedPrefill(self.lm, self.press, tokens, self.chunk_tokens, self.budget)
+
+    @torch.no_grad()
+    def _fill(self, filling: ChunkedPrefill, batch: CaseBatch, key: str) -> Record:
+        """Run all chunks that are left. What it cost: the seconds of all chunks, also those of runs before this one."""
+        context, seconds = batch["context_ids"], 0.0
+        state = self.saved.load(key)
+        if state is not None:
+            filling.load_state_dict(state)
+            seconds = float(state["seconds"])
+        with stop_signal() as stop, PrefillProgress(context.shape[1], filling.seen) as progress:
+            while filling.chunks_left:
+                start, end = filling.bounds[filling.chunks_done]
+                began = time.perf_counter()
+                filling.advance(context[:, start:end].to(self._input_device))
+                if self._input_device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds += time.perf_counter() - began
+                progress.reached(end)
+                if stop.is_set() or filling.chunks_done % self.save_every == 0:
+                    self.saved.save(key, filling.state_dict() | {"seconds": torch.tensor(seconds)})
+                    costs = {"tokens_per_second": end / seconds, "peak_bytes": self.phases.peak_bytes()}
+                    self._log({f"prefill/{name}": value for name, value in costs.items()}, end)
+                if stop.is_set():
+                    raise KeyboardInterrupt
+        # The seconds are whole for every question: each rests on all of the prefill. The eviction is a part of it.
+        return {"prefill_seconds": seconds, "eviction_seconds": 0.0, "peak_bytes": self.phases.peak_bytes()}
+
+    def _answers(self, filling: ChunkedPrefill, batch: CaseBatch, costs: Record) -> list[Record]:
+        prefilled, tokens = filling.result(), batch["context_ids"].shape[1]
+        found, name = ledger(self.lm, prefilled.cache), press_name(self.press)
+        shared = {
+            "length": tokens,
+            "variant": self.variant,
+            "press": name,
+            "compression_ratio": round(1 - found.kept_pairs / tokens, 6),
+            "prefill": f"chunks of {self.chunk_tokens}",
+            "seen_in_training": name in self.training_summary.get("presses", []),
+            "kept_pairs": found.kept_pairs,
+            "kv_bytes": found.kv_bytes,
+            "freed": found.freed,
+            **costs,
+        }
+        records = []
+        for row, case in enumerate(batch["cases"]):
+            answered = Measurement(self.lm, self.tokenizer, self._row(batch, row)).answers(prefilled.copy())[0]
+            about = {"case": case.id, "task": case.task, "depth": case.depth, "seed": case.seed}
+            records.append(about | shared | answered)
+        return records
+
+    def _row(self, batch: CaseBatch, row: int) -> CaseBatch:
+        length = batch["continuation_lengths"][row : row + 1]
+        return CaseBatch(
+            context_ids=batch["context_ids"],
+            continuation_ids=batch["continuation_ids"][row : row + 1, : int(length)].to(self._input_device),
+            continuation_lengths=length.to(self._input_device),
+            cases=[batch["cases"][row]],
+        )
+
+    def _key(self, batch: CaseBatch) -> str:
+        """Of everything that decides what a haystack's records are."""
+        backbone = self.backbone
+        return key_of(
+            model=[backbone.pretrained, backbone.revision, backbone.dtype, backbone.load_in_4bit],
+            adapter=fingerprint(backbone.adapter),
+            precision=str(self.trainer.precision),
+            press=press_settings(self.press),
+            budget=self.budget,
+            chunk_tokens=self.chunk_tokens,
+            context=hashlib.blake2b(batch["context_ids"].numpy().data).hexdigest(),
+            continuation=batch["continuation_ids"].tolist(),
+            cases=[[case.id, case.answers, case.max_new_tokens] for case in batch["cases"]],
+        )
+
+    def _log(self, metrics: dict[str, Any], step: int) -> None:
+        if self.logger is not None:
+            self.logger.log_metrics(metrics, step)
+
+    def _show_plan(self, filling: ChunkedPrefill, batch: CaseBatch) -> None:
+        from rich.console import Console
+
+        tokens = batch["context_ids"].shape[1]
+        planned = plan(
+            self.backbone.pretrained,
+            tokens,
+            dtype=self.backbone.dtype,
+            load_in_4bit=self.backbone.load_in_4bit,
+            compression_ratio=None if self.press is None else self.press.compression_ratio,
+            budget=self.budget,
+            chunk_tokens=self.chunk_tokens,
+            tokens_per_second=self.tokens_per_second,
+            cache_dir=self.backbone.cache_dir,
+        )
+        console = Console(highlight=False)
+        console.print("\n".join(planned.lines()), soft_wrap=True, markup=False)
+        depths = ", ".join(str(case.depth) for case in batch["cases"])
+        console.print(
+            f"{filling.chunks_left:,} chunks, questions for needles at {depths}. Dry: stopped before inference"
+        )

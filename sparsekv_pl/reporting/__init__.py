@@ -1,0 +1,20 @@
+"""What a run measured, told: records to tables with intervals, pictures, one page, and kvpress's own layout."""
+
+from sparsekv_pl.reporting.environment import REPORTED_PACKAGES, environment
+from sparsekv_pl.reporting.heatmaps import sparsity_figure
+from sparsekv_pl.reporting.intervals import paired_bootstrap, perplexity_interval, wilson_interval
+from sparsekv_pl.reporting.kvpress_layout import write_kvpress_layout
+from sparsekv_pl.reporting.run import write_run
+from sparsekv_pl.reporting.terminal import terminal_table
+
+__all__ = [
+    "REPORTED_PACKAGES",
+    "environment",
+    "paired_bootstrap",
+    "perplexity_interval",
+    "sparsity_figure",
+    "terminal_table",
+    "wilson_interval",
+    "write_kvpress_layout",
+    "write_run",
+]

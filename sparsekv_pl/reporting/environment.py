@@ -1,0 +1,29 @@
+"""What the numbers were measured with."""
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+REPORTED_PACKAGES = ("torch", "lightning", "transformers", "peft", "kvpress", "torchmetrics", "datasets")
+
+
+def environment() -> dict[str, object]:
+    """Python, processors, devices, versions; nothing personal."""
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
+        "packages": {name: metadata.version(name) for name in REPORTED_PACKAGES},
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")  # Linux only
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())

@@ -1,0 +1,170 @@
+"""Pictures of a report's rows: base against trained, condition by condition, and as curves over compression."""
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from sparsekv_pl.reporting.conditions import FULL_CACHE, VARIANTS
+from sparsekv_pl.reporting.summary import SIDES, Row, headline
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = {"base": "0.55", "trained": "tab:blue"}
+STYLES: dict[str, Any] = {"base": "--", "trained": "-"}
+
+
+class Panel(NamedTuple):
+    """One plot of a picture: which rows of which metric, and which of their fields ("" for the score itself)."""
+
+    title: str
+    metric: str
+    field: str = ""
+    xlim: tuple[float, float | None] | None = None
+
+
+SCORES = (
+    Panel("needle accuracy (higher is better)", "needle_accuracy", xlim=(-0.02, 1.02)),
+    Panel("continuation perplexity (lower is better)", "perplexity"),
+)
+RETENTION = (
+    Panel("needle accuracy over that of the full cache", "needle_accuracy", "retention_", (-0.02, None)),
+    Panel("perplexity over that of the full cache", "perplexity", "retention_"),
+)
+
+
+def png(figure: "Figure") -> bytes:
+    """The picture as a file's content."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def dots_figure(rows: Sequence[Row], panels: Sequence[Panel] = SCORES) -> "Figure":
+    """A line per condition, a plot per panel, dots with bars of 95 %; * marks a press never seen in training."""
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+
+    rows = headline(rows)
+    known = {panel: [row for row in rows if row.metric == panel.metric and _drawn(row, panel)] for panel in panels}
+    panels = [panel for panel in panels if known[panel]]
+    lines = list(dict.fromkeys(row.condition for row in rows))
+    trained = any(row.after is not None for row in rows)
+    unseen = {row.condition for row in rows if trained and row.condition.evicts and not row.seen_in_training}
+    labels = [condition.label + " *" * (condition in unseen) for condition in lines]
+    width = 1.5 + 0.075 * max(map(len, labels)) + 4.4 * max(1, len(panels))
+    figure = Figure(figsize=(width, 1.8 + 0.42 * len(lines)), dpi=130, layout="constrained")
+    if not panels:
+        figure.text(0.5, 0.5, "nothing was measured", ha="center")
+        return figure
+    plots = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, panel in zip(plots, panels, strict=True):
+        _draw_dots(axes, [(lines.index(row.condition), row) for row in known[panel]], panel)
+    plots[0].set(ylim=(len(lines) - 0.5, -0.5))
+    plots[0].set_yticks(range(len(lines)), labels)
+    handles, names = plots[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper right", ncols=2, frameon=False)
+    marked = "; * never seen in training" if unseen else ""
+    figure.supxlabel(f"press and compression ratio{marked}; bars: 95 % intervals", fontsize=9)
+    return figure
+
+
+def _drawn(row: Row, panel: Panel) -> bool:
+    return any(getattr(row, panel.field + side) is not None for side in SIDES.values())
+
+
+def _draw_dots(axes: "Axes", rows: Sequence[tuple[int, Row]], panel: Panel) -> None:
+    both = all(any(getattr(row, panel.field + side) is not None for _, row in rows) for side in SIDES.values())
+    for variant, shift in (("base", -0.14 * both), ("trained", 0.14 * both)):
+        name = panel.field + SIDES[variant]
+        found = [(y + shift, getattr(row, name), getattr(row, f"{name}_interval")) for y, row in rows]
+        points = [(y, x, *(span or (x, x))) for y, x, span in found if x is not None]
+        if not points:
+            continue
+        y, x, low, high = np.array(points, dtype=float).T
+        # A percentile interval may miss its own point by a hair, and matplotlib refuses a negative bar.
+        bars = [np.maximum(x - low, 0), np.maximum(high - x, 0)]
+        axes.errorbar(x, y, xerr=bars, fmt="o", color=COLOURS[variant], capsize=3, label=variant)
+    if panel.field:
+        axes.axvline(1, color="0.3", linewidth=0.8)
+    axes.set_title(panel.title, fontsize=11)
+    axes.margins(x=0.08)
+    if panel.xlim:
+        axes.set_xlim(*panel.xlim)
+    axes.grid(axis="x", alpha=0.3)
+
+
+def curves_figure(rows: Sequence[Row]) -> "Figure | None":
+    """Score over compression, a plot per task and prefill, a colour per press, base dashed, bands of 95 %.
+
+    None where no press was measured at a compression above 0. A curve begins at the full cache.
+    """
+    from matplotlib.figure import Figure
+
+    evicted = [r for r in rows if r.condition.evicts and r.compression_ratio > 0 and r.cases]
+    plots = list(dict.fromkeys((row.task, row.prefill) for row in evicted))
+    presses = list(dict.fromkeys(row.press for row in evicted))
+    if not plots:
+        return None
+    columns = min(3, len(plots))
+    lines = -(-len(plots) // columns)
+    legend = -(-(len(presses) + 2) // (2 * columns))  # lines of it
+    size = (4.6 * columns, 3.2 * lines + 0.28 * legend + 0.4)
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes, (task, prefill) in zip(grid, plots, strict=False):
+        some = [row for row in rows if row.task == task]
+        _draw_curves(axes, some, prefill, presses)
+        several = len({plot[1] for plot in plots if plot[0] == task}) > 1 or prefill != "dense"
+        axes.set_title(f"{task}, {prefill}" if several else task, fontsize=10)
+    for axes in grid[len(plots) :]:
+        axes.remove()
+    handles = _legend(presses, [v for v in VARIANTS if any(getattr(r, SIDES[v]) is not None for r in evicted)])
+    figure.legend(handles=handles, loc="outside lower center", ncols=2 * columns, frameon=False, fontsize=8)
+    return figure
+
+
+def _draw_curves(axes: "Axes", rows: Sequence[Row], prefill: str, presses: list[str]) -> None:
+    full = [row for row in rows if row.press == FULL_CACHE][:1]
+    for press in presses:
+        own = [row for row in rows if row.press == press and row.prefill == prefill]
+        start = [] if any(row.compression_ratio == 0 for row in own) else full
+        for variant, side in SIDES.items():
+            points = [
+                (row.compression_ratio, getattr(row, side), *(getattr(row, f"{side}_interval") or (np.nan, np.nan)))
+                for row in [*start, *own]
+                if own and getattr(row, side) is not None
+            ]
+            if points:
+                x, y, low, high = np.array(sorted(points), dtype=float).T
+                look = _look(presses, press)
+                axes.plot(x, y, STYLES[variant], **look, markersize=3.5, linewidth=1.4)
+                # Bands of many curves would bury the curves.
+                axes.fill_between(
+                    x, low, high, color=look["color"], alpha=min(0.12, 0.5 / len(presses) / 2), linewidth=0
+                )
+    metric = rows[0].metric
+    axes.set_xlabel("compression ratio", fontsize=8)
+    axes.set_ylabel("needle accuracy" if metric == "needle_accuracy" else "perplexity", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    axes.set_xlim(-0.02, None)
+    if metric == "needle_accuracy":
+        axes.set_ylim(-0.02, 1.02)
+
+
+def _legend(presses: list[str], variants: list[str]) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    shown = [Line2D([], [], color="0.2", linestyle=STYLES[name], label=name) for name in variants]
+    return shown + [Line2D([], [], **_look(presses, press), linewidth=3, label=press) for press in presses]
+
+
+def _look(presses: list[str], press: str) -> dict[str, Any]:
+    """Ten colours, and another marker for every ten presses."""
+    from matplotlib import colormaps
+
+    turn, place = divmod(presses.index(press), 10)
+    return {"color": colormaps["tab10"](place), "marker": "os^Dv*"[turn % 6]}

@@ -1,0 +1,179 @@
+"""Pictures that are grids: needles found by depth and length, and sparsity by layer and head."""
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sparsekv_pl.batch import TEXT
+from sparsekv_pl.reporting.conditions import ALL_RETRIEVAL, VARIANTS, Condition, Measured
+from sparsekv_pl.results import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+MOST_DEPTHS = 12
+"""More depths than this are drawn in tenths of the haystack."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The cells that a record can be in."""
+
+    lengths: list[int]
+    depths: list[float]
+    """Fractions of the haystack; where `tenths`, the beginnings of tenths."""
+    tenths: bool
+
+    @classmethod
+    def of(cls, records: Sequence[Record]) -> "Grid":
+        """The cells that these records need."""
+        tenths = len({_rounded(record["depth"], False) for record in records}) > MOST_DEPTHS
+        depths = sorted({_rounded(record["depth"], tenths) for record in records})
+        return cls(sorted({record["length"] for record in records}), depths, tenths)
+
+    def counts(self, records: Sequence[Record]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(depths, lengths) each: needles found, and needles asked for."""
+        found, asked = np.zeros((2, len(self.depths), len(self.lengths)))
+        for record in records:
+            cell = self.depths.index(_rounded(record["depth"], self.tenths)), self.lengths.index(record["length"])
+            found[cell] += record["exact"]
+            asked[cell] += 1
+        return found, asked
+
+    def depth_labels(self) -> list[str]:
+        """In percent."""
+        return [f"{100 * depth:g}" + (f"-{100 * depth + 10:g}" if self.tenths else "") for depth in self.depths]
+
+
+def _rounded(depth: float, tenths: bool) -> float:
+    return min(int(depth * 10 + 1e-9), 9) / 10 if tenths else round(depth, 2)
+
+
+def needle_figures(measured: Measured) -> Iterator[tuple[str, "Figure"]]:
+    """(press, picture) for each press: base and trained below each other, a column per ratio, full cache first.
+
+    None where there is only one depth and one length: then the accuracy says it all.
+    """
+    needles = {condition: dict(_needles(measured, condition)) for condition in measured.conditions}
+    grid = Grid.of([record for sides in needles.values() for side in sides.values() for record in side])
+    if len(grid.lengths) < 2 and len(grid.depths) < 2:
+        return
+    conditions = [condition for condition in measured.conditions if needles[condition]]
+    full = [condition for condition in conditions if not condition.evicts]
+    presses = dict.fromkeys(condition.press for condition in conditions if condition.evicts)
+    for press in presses or dict.fromkeys(condition.press for condition in full):
+        own = [condition for condition in conditions if condition.press == press]
+        figure = _panels([*full, *own] if presses else own, needles, grid)
+        if presses:
+            figure.suptitle(press, fontsize=10)
+        yield press, figure
+
+
+def _needles(measured: Measured, condition: Condition) -> Iterator[tuple[str, list[Record]]]:
+    for variant in measured.variants:
+        records = [
+            record
+            for task in measured.tasks
+            if task not in (TEXT, ALL_RETRIEVAL)
+            for record in measured.sides.get((condition, task), {}).get(variant, {}).values()
+            if record.get("depth") is not None
+        ]
+        if records:
+            yield variant, records
+
+
+def _panels(
+    columns: Sequence[Condition], needles: Mapping[Condition, Mapping[str, Sequence[Record]]], grid: Grid
+) -> "Figure":
+    from matplotlib.figure import Figure
+
+    variants = [v for v in VARIANTS if any(v in needles[condition] for condition in columns)]
+    wide = max(1.9, 0.55 * len(grid.lengths) + 0.3)
+    high = max(1.5, 0.3 * len(grid.depths) + 0.6)
+    size = (wide * len(columns) + 1.8, high * len(variants) + 1.2)
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    plots = figure.subplots(len(variants), len(columns), squeeze=False, sharex=True, sharey=True)
+    for line, variant in zip(plots, variants, strict=True):
+        for axes, condition in zip(line, columns, strict=True):
+            image = _draw(axes, *grid.counts(needles[condition].get(variant, [])))
+        line[0].set_ylabel(f"{variant}\ndepth (%)", fontsize=8)
+    for axes, condition in zip(plots[0], columns, strict=True):
+        axes.set_title(_column_title(condition, letters=int(wide / 0.075)), fontsize=8)
+    axes.set_xticks(range(len(grid.lengths)), [short_number(length) for length in grid.lengths])
+    axes.set_yticks(range(len(grid.depths)), grid.depth_labels())
+    figure.supxlabel("context (tokens); in a cell: needles found of those asked", fontsize=8)
+    bar = figure.colorbar(image, ax=plots, shrink=0.9, aspect=25)
+    bar.set_label("needle accuracy", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    return figure
+
+
+def _column_title(condition: Condition, letters: int) -> str:
+    """The press is the picture's title: here stands what tells its columns apart."""
+    name = f"ratio {condition.compression_ratio:.2f}" if condition.evicts else condition.press
+    return "\n".join(textwrap.fill(part, letters) for part in (name, condition.when) if part)
+
+
+def _draw(axes: "Axes", found: NDArray[np.float64], asked: NDArray[np.float64]) -> "AxesImage":
+    """One heat map: depth down, length to the right. Grey where nothing was asked."""
+    share = np.divide(found, asked, out=np.full(asked.shape, np.nan), where=asked > 0)
+    axes.set_facecolor("0.9")
+    image = axes.imshow(share, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    for (row, column), count in np.ndenumerate(asked):
+        if count:
+            hits = float(found[row, column])
+            told = f"{hits:g}/{count:g}" if hits.is_integer() else f"{share[row, column]:.2f}"
+            colour = "black" if share[row, column] > 0.6 else "white"
+            axes.text(column, row, told, ha="center", va="center", color=colour, fontsize=6.5)
+    axes.tick_params(labelsize=7)
+    axes.tick_params(axis="x", labelrotation=45)
+    return image
+
+
+def sparsity_figure(measures: Mapping[str, ArrayLike]) -> "Figure":
+    """Heat maps of layer x head, one per measure, each with a scale of its own.
+
+    Parameters
+    ----------
+    measures
+        name with its unit ("effective support (tokens)") -> (layers, heads).
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    arrays = {name: np.asarray(values, np.float64) for name, values in measures.items()}
+    wrong = {name: array.shape for name, array in arrays.items() if array.ndim != 2 or not array.size}
+    if wrong or not arrays:
+        raise ValueError(f"measures must hold (layers, heads) arrays, at least one; got {wrong or 'none'}")
+    columns = min(3, len(arrays))
+    lines = -(-len(arrays) // columns)
+    layers, heads = max(a.shape[0] for a in arrays.values()), max(a.shape[1] for a in arrays.values())
+    size = (columns * min(7.0, 3.4 + 0.1 * heads), lines * min(9.0, 1.8 + 0.11 * layers))
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes, (name, array) in zip(grid, arrays.items(), strict=False):
+        image = axes.imshow(array, cmap="viridis", aspect="auto", interpolation="nearest")
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("head", fontsize=8)
+        axes.set_ylabel("layer", fontsize=8)
+        axes.tick_params(labelsize=7)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(8, integer=True))
+        figure.colorbar(image, ax=axes).ax.tick_params(labelsize=7)
+    for axes in grid[len(arrays) :]:
+        axes.remove()
+    return figure
+
+
+def short_number(number: int) -> str:
+    """384 -> "384", 50000 -> "50k", 1000000 -> "1M"."""
+    for unit, letter in ((1_000_000, "M"), (10_000, "k")):
+        if number >= unit:
+            return f"{number / (1000 if letter == 'k' else unit):.3g}{letter}"
+    return str(number)

@@ -1,0 +1,106 @@
+"""How sure a score is: Wilson's interval of a proportion, and the paired bootstrap of what follows from sums."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Interval = tuple[float, float]
+Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+"""Sums over cases, (..., C), to statistics of them, (..., S); NaN where one is undefined."""
+
+BOOTSTRAP_RESAMPLES = 2_000
+
+
+def wilson_interval(successes: int, cases: int, confidence: float = 0.95) -> Interval:
+    """Wilson's score interval of a proportion: honest at 0 and 1, and with few cases.
+
+    E. B. Wilson, "Probable inference, the law of succession, and statistical inference",
+    Journal of the American Statistical Association 22 (1927), 209-212.
+    """
+    if cases < 1 or not 0 <= successes <= cases:
+        raise ValueError(f"{successes} successes in {cases} cases: need 0 <= successes <= cases, cases >= 1")
+    z2 = NormalDist().inv_cdf((1 + _checked(confidence)) / 2) ** 2
+    share = successes / cases
+    centre = (share + z2 / (2 * cases)) / (1 + z2 / cases)
+    half = math.sqrt(z2 * (share * (1 - share) / cases + z2 / (4 * cases**2))) / (1 + z2 / cases)
+    # The interval touches 0 and 1 exactly there; rounding would leave 1e-17.
+    return (0.0 if successes == 0 else centre - half, 1.0 if successes == cases else centre + half)
+
+
+def perplexity_interval(
+    nll_sums: Sequence[float], token_counts: Sequence[int], seed: int = 0, confidence: float = 0.95
+) -> Interval:
+    """Bootstrap interval of exp(sum of nll / sum of tokens), windows drawn with replacement.
+
+    Windows are drawn, not tokens: the tokens of one text depend on each other.
+
+    `nll_sums` holds each window's negative log-likelihood in nats, summed over its supervised tokens, and
+    `token_counts` their number; `seed` decides the draws.
+    """
+    nll, tokens = np.asarray(nll_sums, np.float64), np.asarray(token_counts, np.float64)
+    if nll.ndim != 1 or nll.shape != tokens.shape or nll.size == 0:
+        raise ValueError(f"nll_sums {nll.shape} and token_counts {tokens.shape} must be 1-D, equal, not empty")
+    if not (tokens > 0).all():
+        raise ValueError(f"token_counts has {tokens.min():g}: drop windows without supervised tokens")
+    columns = np.stack([nll, tokens], axis=1)
+    (found,) = paired_bootstrap(columns, lambda sums: np.exp(sums[..., :1] / sums[..., 1:]), seed, confidence)
+    assert found is not None
+    return found
+
+
+def paired_bootstrap(
+    columns: ArrayLike, statistic: Statistic, seed: int = 0, confidence: float = 0.95
+) -> list[Interval | None]:
+    """Percentile bootstrap intervals of ``statistic(columns.sum(0))``, cases drawn with replacement.
+
+    A draw takes whole cases: whatever stands in the columns (numerator and denominator, base and trained) is drawn
+    together, which is what makes the comparison paired. The same seed and number of cases draw the same cases. With one
+    case, or cases that are all alike, an interval has no width, which says that no case differed and nothing more.
+
+    B. Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7 (1979), 1-26.
+
+    Parameters
+    ----------
+    columns
+        (N, C), what each case adds to each of C sums.
+    statistic
+        (..., C) sums -> (..., S).
+    seed
+        Of the draws.
+    confidence
+        Between 0 and 1.
+
+    Returns
+    -------
+    One interval per statistic. Draws in which it is not finite (a retention whose full cache scored nothing) are left
+    out; None where no draw is left.
+    """
+    values = np.asarray(columns, np.float64)
+    if values.ndim != 2 or len(values) == 0:
+        raise ValueError(f"columns {values.shape} must be (cases, sums) with at least one case")
+    tails = [(1 - _checked(confidence)) / 2, (1 + confidence) / 2]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        drawn = statistic(_times_drawn(len(values), seed) @ values)
+    intervals: list[Interval | None] = []
+    for column in drawn.T:
+        finite = column[np.isfinite(column)]
+        low_high = np.quantile(finite, tails) if finite.size else None
+        intervals.append(None if low_high is None else (float(low_high[0]), float(low_high[1])))
+    return intervals
+
+
+@lru_cache(maxsize=4)
+def _times_drawn(cases: int, seed: int) -> NDArray[np.float64]:
+    """(resamples, cases): how often each resample drew each case. Sums over a resample are then a matrix product."""
+    generator = np.random.default_rng(seed)
+    return generator.multinomial(cases, np.full(cases, 1 / cases), size=BOOTSTRAP_RESAMPLES).astype(np.float64)
+
+
+def _checked(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}: give a probability between 0 and 1, such as 0.95")
+    return confidence

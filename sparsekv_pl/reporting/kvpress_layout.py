@@ -1,0 +1,164 @@
+"""Retrieval records in the layout of kvpress's evaluation/evaluate.py, as its leaderboard reads it.
+
+One folder per press, ratio, variant and context length, named dataset__data_dir__model__press__ratio, with
+predictions.csv, metrics.json and config.yaml (https://github.com/NVIDIA/kvpress/tree/main/evaluation, and data.py of
+https://huggingface.co/spaces/nvidia/kvpress-leaderboard).
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsekv_pl.batch import TEXT
+from sparsekv_pl.reporting.conditions import FULL_CACHE, HOSTED
+from sparsekv_pl.reporting.files import csv_bytes, json_bytes, replace_all
+from sparsekv_pl.results import Record
+
+RULER = ("niah", "vt", "cwe", "fwe", "qa")
+"""What RULER's task names begin with; other tasks are a dataset of their own."""
+
+REGISTERED = {
+    FULL_CACHE: "no_press",
+    "AdaKV(ExpectedAttention)": "expected_attention",
+    "Block(KeyDiff)": "block_keydiff",
+    "ChunkKV(SnapKV)": "chunkkv",
+    "CriticalKV(ExpectedAttention)": "critical_expected_attention",
+    "CriticalKV(SnapKV)": "critical_snapkv",
+    # There, expected_attention is AdaKV around it: without AdaKV it must not pass for that.
+    "ExpectedAttention": "expected_attention_alone",
+    "KeyDiff": "keydiff",
+    "LUKV(ExpectedAttention)": "lukv",
+    "ThinK": "think",
+}
+"""Our names of presses -> kvpress's (evaluate_registry.py), where those are not the same words in snake case."""
+
+
+def write_kvpress_layout(
+    folder: Path,
+    records: Sequence[Record],
+    model_name: str,
+    trained_name: str | None = None,
+    query_aware: bool = False,
+) -> list[Path]:
+    """Write the folders below `folder` and return their paths; text is left out, and so is what failed.
+
+    Parameters
+    ----------
+    folder
+        What the leaderboard calls its results directory.
+    records
+        A run's records; "answer_prefix" and "max_new_tokens" are used where a record has them.
+    model_name
+        Of the base, such as "HuggingFaceTB/SmolLM2-135M-Instruct".
+    trained_name
+        Of the base with the adapter; `model_name` with "+trained" if not given.
+    query_aware
+        Whether the press saw the question.
+    """
+    names = {"base": model_name, "trained": trained_name or f"{model_name}+trained"}
+    found: dict[tuple[tuple[str, Any], ...], list[Record]] = {}
+    for record in records:
+        if "error" not in record and record["task"] != TEXT:
+            found.setdefault(tuple(_config(record, names, query_aware).items()), []).append(record)
+    folders: dict[Path, int] = {}
+    for items, some in found.items():
+        config = dict(items)
+        path = folder / _folder_name(config)
+        folders[path] = folders.get(path, 0) + 1
+        if folders[path] > 1:  # ratios that are equal when rounded: numbered below, as there
+            path /= str(folders[path] - 1)
+        _write(path, config, some)
+    return list(folders)
+
+
+def string_match(predictions: Sequence[str], answers: Sequence[Sequence[str]], task: str) -> float:
+    """RULER's score in percent: the share of the answers that the text holds; for qa, whether it holds any.
+
+    C.-P. Hsieh et al., RULER, https://arxiv.org/abs/2404.06654; case does not count.
+    """
+    join = max if task.split("_")[0] == "qa" else lambda hits: sum(hits) / len(hits)
+    scores = [
+        join([float(answer.lower() in said.lower()) for answer in expected])
+        for said, expected in zip(predictions, answers, strict=True)
+    ]
+    return round(100 * sum(scores) / len(scores), 2)
+
+
+def _config(record: Record, names: dict[str, str], query_aware: bool) -> dict[str, Any]:
+    """The keys of kvpress's config.yaml that decide where a record belongs."""
+    press, model = str(record["press"]), names[record["variant"]]
+    if press.startswith(HOSTED):
+        press, model = FULL_CACHE, press.removeprefix(HOSTED)
+    return {
+        "dataset": "ruler" if str(record["task"]).split("_")[0] in RULER else "sparsekv_pl",
+        "data_dir": str(record["length"]),
+        "model": model,
+        "press_name": _press_name(press, record.get("prefill", "dense")),
+        "compression_ratio": float(record["compression_ratio"]),
+        "query_aware": query_aware,
+        "press_init_command": press,
+    }
+
+
+def _press_name(press: str, prefill: str) -> str:
+    words = re.sub(r"[^A-Za-z0-9]+", "_", press).strip("_")
+    name = REGISTERED.get(press) or re.sub(r"(?<=[a-z0-9])(?=[A-Z])(?!KV)", "_", words).lower()
+    if prefill == "dense" or press == FULL_CACHE:
+        return name
+    return f"decoding_{name}" if prefill == "decoding" else f"{name}_{prefill.replace(' ', '_')}"
+
+
+def _folder_name(config: dict[str, Any]) -> str:
+    parts = [config["dataset"], config["data_dir"], config["model"].replace("/", "--"), config["press_name"]]
+    return "__".join([*parts, f"{config['compression_ratio']:.2f}", *["query_aware"] * config["query_aware"]])
+
+
+def _cleaned(answer: str) -> str:
+    """Without control characters, as RULER scores it; a CSV file could not hold all of them either."""
+    return re.sub(r"[\x00-\x1f]", "", answer.strip()).strip()
+
+
+def _write(folder: Path, config: dict[str, Any], records: Sequence[Record]) -> None:
+    import yaml
+
+    predictions = [
+        {
+            "question": record.get("question", ""),
+            "answer_prefix": record.get("answer_prefix", ""),
+            "answer": str(list(record["answers"])),
+            "task": record["task"],
+            "max_new_tokens": record.get("max_new_tokens"),
+            "predicted_answer": _cleaned(record["answer"]),
+            "compression_ratio": record["compression_ratio"],
+        }
+        for record in records
+    ]
+    metrics = {}
+    for task in sorted({record["task"] for record in records}):
+        some = [record for record in records if record["task"] == task]
+        said = [_cleaned(record["answer"]) for record in some]
+        metrics[task] = {"string_match": string_match(said, [record["answers"] for record in some], task)}
+    seeds = {record.get("seed") for record in records}
+    whole = {
+        **{key: config[key] for key in ("dataset", "data_dir", "model")},
+        "device": None,
+        **{key: config[key] for key in ("press_name", "compression_ratio")},
+        **dict.fromkeys(["key_channel_compression_ratio"]),
+        "fraction": 1.0,
+        **dict.fromkeys(["max_new_tokens", "max_context_length"]),
+        "query_aware": config["query_aware"],
+        **dict.fromkeys(["needle_depth", "compression_interval", "target_size", "hidden_states_buffer_size"]),
+        "output_dir": folder.parent.name,
+        "log_level": "INFO",
+        "model_kwargs": {},
+        "press_init_command": config["press_init_command"],
+        "seed": seeds.pop() if len(seeds) == 1 else None,
+        "fp8": False,
+    }
+    files = {
+        "predictions.csv": csv_bytes(predictions),
+        "metrics.json": json_bytes(metrics),
+        "config.yaml": yaml.safe_dump(whole, sort_keys=False).encode(),
+    }
+    replace_all(folder, files)

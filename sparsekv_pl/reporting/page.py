@@ -1,0 +1,123 @@
+"""One page in two languages: sections of text, tables and pictures, as Markdown and as self-contained HTML."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+MARKDOWN = """\
+# {{ title }}
+{% for section in sections %}
+
+## {{ section.title }}
+{% for picture in section.pictures %}
+
+![{{ picture.alt }}]({{ picture.name }})
+{% endfor %}
+{% for paragraph in section.paragraphs %}
+
+{{ paragraph }}
+{% endfor %}
+{% for table in section.tables %}
+{% if table.caption %}
+
+**{{ table.caption }}**
+{% endif %}
+
+| {{ table.header | map("cell") | join(" | ") }} |
+|{{ " --- |" * table.header | length }}
+{% for line in table.lines %}
+| {{ line | map("cell") | join(" | ") }} |
+{% endfor %}
+{% endfor %}
+{% endfor %}
+"""
+
+HTML = """\
+<!DOCTYPE html>
+<html lang="en-GB">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+h1, h2 { font-weight: 600; }
+h2 { margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
+figure { margin: 1rem 0; }
+img { max-width: 100%; height: auto; }
+.wide { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+caption { text-align: left; font-weight: 600; padding: .3rem 0; }
+th, td { padding: .25rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid #e4e4e4; }
+th { background: #f5f5f5; }
+td { overflow-wrap: anywhere; }
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+{% for section in sections %}<section>
+<h2>{{ section.title }}</h2>
+{% for picture in section.pictures %}\
+<figure><img alt="{{ picture.alt }}" src="data:image/png;base64,{{ images[picture.name] }}"></figure>
+{% endfor %}{% for paragraph in section.paragraphs %}<p>{{ paragraph }}</p>
+{% endfor %}{% for table in section.tables %}<div class="wide"><table>
+{% if table.caption %}<caption>{{ table.caption }}</caption>
+{% endif %}<thead><tr>{% for cell in table.header %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for line in table.lines %}<tr>{% for cell in line %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody>
+</table></div>
+{% endfor %}</section>
+{% endfor %}</body>
+</html>
+"""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Plain text in cells, as many in every line as in the header."""
+
+    header: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG file beside the page."""
+
+    name: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands below it: pictures, paragraphs of plain text, tables."""
+
+    title: str
+    pictures: Sequence[Picture] = ()
+    paragraphs: Sequence[str] = ()
+    tables: Sequence[Table] = field(default=())
+
+
+def markdown(title: str, sections: Sequence[Section]) -> str:
+    """The page in Markdown; pictures are linked."""
+    from jinja2 import Environment
+
+    environment = Environment(trim_blocks=True, keep_trailing_newline=True)
+    environment.filters["cell"] = _cell
+    return environment.from_string(MARKDOWN).render(title=title, sections=sections)
+
+
+def html(title: str, sections: Sequence[Section], pictures: Mapping[str, bytes]) -> str:
+    """The page in HTML; pictures (name -> PNG) are in it, and it loads nothing."""
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=True)
+    images = {name: base64.b64encode(data).decode() for name, data in pictures.items()}
+    return environment.from_string(HTML).render(title=title, sections=sections, images=images)
+
+
+def _cell(text: str) -> str:
+    """Text that neither ends a cell nor is taken for a tag."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

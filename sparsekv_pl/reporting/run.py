@@ -1,0 +1,106 @@
+"""A run's records become its report: JSON, CSV, one page in Markdown and HTML, and pictures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparsekv_pl.reporting.conditions import Measured, sorted_records
+from sparsekv_pl.reporting.figures import RETENTION, curves_figure, dots_figure, png
+from sparsekv_pl.reporting.files import csv_bytes, json_bytes, replace_all
+from sparsekv_pl.reporting.heatmaps import needle_figures
+from sparsekv_pl.reporting.ledger import ledger_rows, stability_rows
+from sparsekv_pl.reporting.page import Picture, html, markdown
+from sparsekv_pl.reporting.sections import report_sections
+from sparsekv_pl.reporting.summary import Row, summary_rows
+from sparsekv_pl.results import Record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Drawn = dict[str, tuple[str, "Figure"]]
+"""A picture's file name -> what it shows, and the picture."""
+
+
+def write_run(
+    output: Path,
+    records: Sequence[Record],
+    training: Mapping[str, object],
+    environment: Mapping[str, object],
+    title: str,
+    figures: "Mapping[str, Figure] | None" = None,
+) -> list[Path]:
+    """Write a run's report into `output` and return the paths.
+
+    report.json ({"rows", "training", "environment", "title", "ledger", "stability"}), report.csv (the rows), cases.csv
+    (every record, answers included), ledger.csv and stability.csv where measured, report.md, report.html (which holds
+    its pictures), report.png and further pictures. Everything is rendered before anything is written, and each file
+    replaces its predecessor in one step: a report that fails leaves an earlier one whole.
+
+    Parameters
+    ----------
+    output
+        Folder, made if it is not there.
+    records
+        One dict per case, variant, press and ratio; one with "error" instead of measures becomes a line of its own.
+    training
+        What training was and cost (training.json); empty where nothing was trained.
+    environment
+        What it was measured with.
+    title
+        Heading of the page.
+    figures
+        Further pictures for the page: what it shows -> picture, such as sparsity_figure's.
+
+    Raises
+    ------
+    ValueError
+        No records, an unknown variant, or a measure that is not finite.
+    """
+    measured = sorted_records(records)
+    rows, ledger, stability = summary_rows(measured), ledger_rows(measured), stability_rows(measured)
+    drawn = _figures(measured, rows) | {f"{_slug(alt)}.png": (alt, figure) for alt, figure in (figures or {}).items()}
+    images = {name: png(figure) for name, (_, figure) in drawn.items()}
+    pictures = [Picture(name, alt) for name, (alt, _) in drawn.items()]
+    facts = {"training": training, "environment": environment}
+    sections = report_sections(measured, rows, ledger, stability, pictures, facts)
+    flat = [row.flat() for row in rows]
+    content = {"rows": flat, **facts, "title": title, "ledger": ledger, "stability": stability}
+    files = {
+        "report.json": json_bytes(content),
+        "report.csv": csv_bytes(_spread(row) for row in flat),
+        "report.md": markdown(title, sections).encode(),
+        "report.html": html(title, sections, images).encode(),
+        "cases.csv": csv_bytes(records),
+        **{f"{name}.csv": csv_bytes(lines) for name, lines in (("ledger", ledger), ("stability", stability)) if lines},
+    }
+    return replace_all(output, files | images)
+
+
+def _figures(measured: Measured, rows: Sequence[Row]) -> Drawn:
+    drawn: Drawn = {"report.png": ("Scores by press and compression ratio", dots_figure(rows))}
+    if any(row.retention_cases for row in rows):
+        kept = [row for row in rows if row.retention_cases]
+        drawn["retention.png"] = ("Retention by press and compression ratio", dots_figure(kept, RETENTION))
+    curves = curves_figure(rows)
+    if curves is not None:
+        drawn["curves.png"] = ("Scores over compression", curves)
+    for press, figure in needle_figures(measured):
+        drawn[f"needles-{_slug(press)}.png"] = (f"Needles found by depth and length, {press}", figure)
+    return drawn
+
+
+def _slug(name: str) -> str:
+    """CriticalKV(SnapKV) -> criticalkv-snapkv."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def _spread(row: Mapping[str, object]) -> dict[str, object]:
+    """An interval as two columns."""
+    spread: dict[str, object] = {}
+    for name, value in row.items():
+        if name.endswith("_interval"):
+            low, high = value if isinstance(value, (tuple, list)) else (None, None)
+            spread |= {f"{name}_low": low, f"{name}_high": high}
+        else:
+            spread[name] = value
+    return spread

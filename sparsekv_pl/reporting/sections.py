@@ -1,0 +1,256 @@
+"""What a report says, in order: its sections as plain text, tables and the names of its pictures."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from sparsekv_pl.reporting.conditions import FULL_CACHE, Measured
+from sparsekv_pl.reporting.intervals import Interval
+from sparsekv_pl.reporting.ledger import Line
+from sparsekv_pl.reporting.page import Picture, Section, Table
+from sparsekv_pl.reporting.summary import BESIDES, SIDES, Row
+
+ERROR_LETTERS = 200
+METRIC_NAMES = {
+    "needle_accuracy": "needle accuracy",
+    "perplexity": "continuation perplexity",
+    "substring": "substring",
+    "f1": "token F1",
+    "rouge_l": "ROUGE-L",
+    "kl": "KL to the own full cache (nats per token)",
+}
+HOW_TO_READ = (
+    "The compression ratio is the fraction of the KV cache removed. Base and trained share their cases; a case that "
+    "only one of them has is dropped. In brackets are 95 % intervals: Wilson's for a share of right answers, otherwise "
+    "a percentile bootstrap that draws cases with replacement, the same draw for base, trained and both full caches "
+    "(B. Efron, Annals of Statistics 7 (1979), 1-26). An interval without width says that no case differed, not that "
+    "there is no doubt.",
+    "Retention is the score over that of the same model's full cache on the same cases: 1 is nothing lost; for "
+    "perplexity, above 1 is worse. A press is unseen where training never evicted with it.",
+)
+COSTS = ("steps", "seconds", "tokens", "trainable_parameters")
+
+
+def report_sections(
+    measured: Measured,
+    rows: Sequence[Row],
+    ledger: Sequence[Line],
+    stability: Sequence[Line],
+    pictures: Sequence[Picture],
+    facts: Mapping[str, Mapping[str, object]],
+) -> list[Section]:
+    """All sections. `facts` has "training" and "environment"; a section without content is left out."""
+    training = facts["training"]
+    retrieval = [row for row in rows if row.metric == "needle_accuracy"]
+    text = [row for row in rows if row.metric == "perplexity"]
+    sections = [
+        Section("Full cache", paragraphs=list(full_cache_lines(rows))),
+        Section("At a glance", pictures),
+        Section("Retrieval", tables=[*_by_task(measured, retrieval, _scores), *_besides(measured, retrieval)]),
+        Section("Text", tables=[*_by_task(measured, text, _scores), *_by_task(measured, text, _kl)]),
+        Section("How to read this", paragraphs=HOW_TO_READ),
+        Section("Budget ledger", tables=_ledger(ledger), paragraphs=[LEDGER_NOTE] if ledger else []),
+        Section("Stability", tables=_stability(stability)),
+        Section("Training cost", tables=_facts(training, first=COSTS)),
+        Section("Environment", tables=_facts(facts["environment"])),
+    ]
+    return [section for section in sections if section.paragraphs or section.tables or section.pictures]
+
+
+def full_cache_lines(rows: Sequence[Row]) -> Iterator[str]:
+    """What training cost where nothing is evicted, a sentence per task; without training, the score alone."""
+    for row in rows:
+        if row.press != FULL_CACHE or not row.cases:
+            continue
+        name = f"{row.task}, {METRIC_NAMES[row.metric]}"
+        if row.prefill != "dense":
+            name += f", {row.prefill}"
+        known = [(side, getattr(row, side), getattr(row, f"{side}_interval")) for side in SIDES.values()]
+        scores = [score(value, span) for _, value, span in known if value is not None]
+        change = ""
+        if row.difference is not None:
+            change = f"; trained - base: {score(row.difference, row.difference_interval, sign=True)}"
+        yield f"Full cache, {name}: {' -> '.join(scores)}{change}, {row.cases} cases{_dropped(row)}."
+
+
+def score(value: float | None, span: Interval | None = None, sign: bool = False) -> str:
+    """0.95 and (0.9, 1.0) -> "0.95 [0.90, 1.00]"; "-" for None."""
+    if value is None:
+        return "-"
+    form = "{:+.2f}" if sign else "{:.2f}"
+    return form.format(value) + (f" [{', '.join(form.format(bound) for bound in span)}]" if span else "")
+
+
+def _dropped(row: Row) -> str:
+    return f" ({row.dropped} dropped: not in both)" if row.dropped else ""
+
+
+def _fewer(row: Row) -> str:
+    return f" (retention: {row.retention_cases})" if 0 < row.retention_cases < row.cases else ""
+
+
+def _by_task(
+    measured: Measured, rows: Sequence[Row], table: Callable[[Measured, Sequence[Row]], Table | None]
+) -> list[Table]:
+    tables = [table(measured, [row for row in rows if row.task == task]) for task in measured.tasks]
+    return [one for one in tables if one is not None]
+
+
+def _scores(measured: Measured, rows: Sequence[Row]) -> Table | None:
+    """The main score of one task: base, trained, difference and retention."""
+    if not rows:
+        return None
+    variants = measured.variants or ["base"]
+    heads = [*variants, *["trained - base"] * (len(variants) == 2)]
+    heads += [f"retention, {variant}" for variant in variants]
+    heads += ["retention, trained - base"] * (len(variants) == 2)
+    lines = []
+    for row in rows:
+        fields = [SIDES[variant] for variant in variants]
+        cells = [score(getattr(row, name), getattr(row, f"{name}_interval")) for name in fields]
+        if len(variants) == 2:
+            cells.append(score(row.difference, row.difference_interval, sign=True))
+        kept = [f"retention_{name}" for name in fields]
+        cells += [score(getattr(row, name), getattr(row, f"{name}_interval")) for name in kept]
+        if len(variants) == 2:
+            cells.append(score(row.retention_difference, row.retention_difference_interval, sign=True))
+        lines.append([*cells, f"{row.cases}{_dropped(row)}{_fewer(row)}"])
+    caption = f"{rows[0].task}: {METRIC_NAMES[rows[0].metric]}"
+    return _table(measured, caption, rows, [*heads, "cases"], lines)
+
+
+def _kl(measured: Measured, rows: Sequence[Row]) -> Table | None:
+    rows = [row for row in rows if any(f"kl_{side}" in row.besides for side in SIDES.values()) or row.error]
+    if not any(row.besides for row in rows):
+        return None
+    heads = [*measured.variants, *["trained - base"] * (len(measured.variants) == 2)]
+    names = [f"kl_{SIDES.get(head, 'difference')}" for head in heads]
+    lines = [[_kl_cell(row, name) for name in names] for row in rows]
+    return _table(measured, f"{rows[0].task}: {METRIC_NAMES['kl']}", rows, heads, lines)
+
+
+def _kl_cell(row: Row, name: str) -> str:
+    value, span = row.besides.get(name), row.besides.get(f"{name}_interval")
+    if value is None:
+        return "-"
+    return f"{value:.3f}" + (f" [{span[0]:.3f}, {span[1]:.3f}]" if span else "")
+
+
+def _besides(measured: Measured, rows: Sequence[Row]) -> list[Table]:
+    """Substring, F1 and ROUGE-L of all tasks, base -> trained."""
+    names = [measure.name for measure in BESIDES["needle_accuracy"]]
+    names = [name for name in names if any(f"{name}_{side}" in row.besides for row in rows for side in SIDES.values())]
+    if not names:
+        return []
+    lines = []
+    for row in rows:
+        pairs = [[row.besides.get(f"{name}_{side}") for side in SIDES.values()] for name in names]
+        cells = [" -> ".join(score(value) for value in pair if value is not None) or "-" for pair in pairs]
+        lines.append([row.task, *cells])
+    heads = ["task", *(METRIC_NAMES[name] for name in names)]
+    caption = "Other scores of the same answers" + ", base -> trained" * (len(measured.variants) == 2)
+    return [_table(measured, caption, rows, heads, lines)]
+
+
+def _table(
+    measured: Measured, caption: str, rows: Sequence[Row], heads: list[str], cells: Sequence[Sequence[str]]
+) -> Table:
+    """Press, ratio, prefill where it differs, whether trained with, then `cells`, then errors if there are any."""
+    prefills = len({condition.prefill for condition in measured.conditions}) > 1
+    trained = "trained" in measured.variants
+    failed = any(row.error for row in rows)
+    header = ["press", "ratio", *["prefill"] * prefills, *["in training"] * trained, *heads, *["error"] * failed]
+    lines = [
+        [
+            row.press,
+            f"{row.compression_ratio:.2f}",
+            *[row.prefill] * prefills,
+            *[measured.training_word(row.condition)] * trained,
+            *line,
+            *[shorten(row.error)] * failed,
+        ]
+        for row, line in zip(rows, cells, strict=True)
+    ]
+    return Table(header, lines, caption)
+
+
+def shorten(error: str | None) -> str:
+    """An error that fits a cell; cases.csv has all of it."""
+    return (error or "")[:ERROR_LETTERS] + " ..." * (len(error or "") > ERROR_LETTERS)
+
+
+LEDGER_NOTE = (
+    "Base and trained together, per case. Where contexts of several lengths were measured, the longest stand here; "
+    "ledger.csv has all. Peak memory is the most that was held up to then. A dense prefill is shared by all presses."
+)
+_MIB = 2**20
+
+
+def _ledger(lines: Sequence[Line]) -> list[Table]:
+    longest: dict[tuple[Any, ...], int] = {}
+    for line in lines:
+        key = (line["press"], line["compression_ratio"], line["prefill"])
+        longest[key] = max(longest.get(key, 0), line.get("length", 0))
+    columns: dict[str, Callable[[Line], str]] = {
+        "press": lambda line: line["press"],
+        "ratio": lambda line: f"{line['compression_ratio']:.2f}",
+        "prefill": lambda line: line["prefill"],
+        "context": lambda line: _number(line.get("length"), "{:,}"),
+        "pairs kept per head": lambda line: _number(line.get("kept_pairs"), "{:,.1f}"),
+        "share kept": lambda line: _number(line.get("kept_share"), "{:.3f}"),
+        "KV (MiB)": lambda line: _number(line.get("kv_bytes"), "{:,.2f}", _MIB),
+        "peak memory (MiB)": lambda line: _number(line.get("peak_bytes"), "{:,.0f}", _MIB),
+        "prefill (tokens/s)": lambda line: _number(line.get("prefill_tokens_per_second"), "{:,.0f}"),
+        "eviction (ms)": lambda line: _number(line.get("eviction_seconds"), "{:,.1f}", 1e-3),
+        "decode (tokens/s)": lambda line: _number(line.get("decode_tokens_per_second"), "{:,.1f}"),
+        "memory": lambda line: line.get("memory") or "-",
+        "error": lambda line: shorten(line.get("error")),
+    }
+    shown = [
+        line
+        for line in lines
+        if "error" in line or line["length"] == longest[line["press"], line["compression_ratio"], line["prefill"]]
+    ]
+    return _told(columns, shown)
+
+
+def _stability(lines: Sequence[Line]) -> list[Table]:
+    def both(name: str) -> Callable[[Line], str]:
+        return lambda line: " / ".join(_number(line.get(key), "{:.4f}") for key in (name, f"{name}_worst"))
+
+    columns: dict[str, Callable[[Line], str]] = {
+        "press": lambda line: line["press"],
+        "ratio": lambda line: f"{line['compression_ratio']:.2f}",
+        "prefill": lambda line: line["prefill"],
+        "variant": lambda line: line.get("variant", "-"),
+        "cases": lambda line: str(line.get("measured", "-")),
+        "least retained importance, mean / worst": both("min_retained"),
+        "mean retained importance, mean / worst": both("mean_retained"),
+        "its variance, mean / worst": both("retained_variance"),
+        "error": lambda line: shorten(line.get("error")),
+    }
+    return _told(columns, lines)
+
+
+def _told(columns: Mapping[str, Callable[[Line], str]], lines: Sequence[Line]) -> list[Table]:
+    """One table, without the columns that say nothing in any line."""
+    if not lines:
+        return []
+    cells = {name: [tell(line) for line in lines] for name, tell in columns.items()}
+    kept = [name for name, column in cells.items() if set(column) - {"", "-", "- / -"}]
+    return [Table(kept, list(zip(*(cells[name] for name in kept), strict=True)))]
+
+
+def _number(value: float | None, form: str, unit: float = 1) -> str:
+    return "-" if value is None else form.format(value if unit == 1 else value / unit)
+
+
+def _facts(facts: Mapping[str, object], first: Sequence[str] = ()) -> list[Table]:
+    """What and value, the named ones first; what is nested is told by "outer: inner"."""
+    flat: dict[str, object] = {}
+    for name in [*(name for name in first if name in facts), *(name for name in facts if name not in first)]:
+        value = facts[name]
+        inner = {f"{name}: {key}": item for key, item in value.items()} if isinstance(value, Mapping) else {name: value}
+        flat |= inner
+    lines = [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in flat.items()]
+    return [Table(["what", "value"], lines)] if lines else []

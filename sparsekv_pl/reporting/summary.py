@@ -1,0 +1,192 @@
+"""Records to the rows of a report: base against trained on the same cases, with intervals, and what eviction left."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsekv_pl.batch import TEXT
+from sparsekv_pl.reporting.conditions import ALL_RETRIEVAL, FULL_CACHE, VARIANTS, Condition, Measured, Sides
+from sparsekv_pl.reporting.intervals import Interval, paired_bootstrap, wilson_interval
+from sparsekv_pl.results import Record
+
+SIDES = dict(zip(VARIANTS, ("before", "after"), strict=True))
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A score that follows from two sums over cases: of a record's `value`, and of its `weight` (1 where None)."""
+
+    name: str
+    value: str
+    weight: str | None = None
+    of_mean: Callable[[NDArray[np.float64]], NDArray[np.float64]] = np.asarray
+
+    def columns(self, records: Sequence[Record]) -> NDArray[np.float64]:
+        """(N, 2): what each case adds to the two sums."""
+        return np.array([(r[self.value], r[self.weight] if self.weight else 1.0) for r in records], np.float64)
+
+    def scores(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(..., 2 S) sums -> (..., S) scores."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self.of_mean(sums[..., 0::2] / sums[..., 1::2])
+
+
+NEEDLE_ACCURACY = Measure("needle_accuracy", "exact")
+PERPLEXITY = Measure("perplexity", "nll", "tokens", np.exp)
+BESIDES = {
+    "needle_accuracy": [Measure(name, name) for name in ("substring", "f1", "rouge_l")],
+    "perplexity": [Measure("kl", "kl", "tokens")],
+}
+"""Scores told beside the main one. KL is forward, in nats per token."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of one task under one condition: before training (base) and after (trained), on the same cases.
+
+    Scores are fractions (needle_accuracy) or exp(nats per token) (perplexity); intervals are 95 %. `after` is None
+    where nothing was trained, `before` where the base was not measured, both where everything failed (`error`).
+    `difference` is after - before. Retention is a score over that of the full cache, on the cases that both have: for
+    perplexity 1 is best and more is worse. `cases` counts needles or text windows.
+    """
+
+    press: str
+    compression_ratio: float
+    seen_in_training: bool
+    metric: str
+    before: float | None = None
+    after: float | None = None
+    before_interval: Interval | None = None
+    after_interval: Interval | None = None
+    cases: int = 0
+    task: str = TEXT
+    prefill: str = "dense"
+    dropped: int = 0
+    """Cases that only one side has: they are no pairs and do not count."""
+    difference: float | None = None
+    difference_interval: Interval | None = None
+    retention_before: float | None = None
+    retention_after: float | None = None
+    retention_before_interval: Interval | None = None
+    retention_after_interval: Interval | None = None
+    retention_difference: float | None = None
+    retention_difference_interval: Interval | None = None
+    retention_cases: int = 0
+    error: str | None = None
+    besides: dict[str, Any] = field(default_factory=dict)
+    """"kl_before", "kl_before_interval", "kl_after", ...: the other scores of the same cases."""
+
+    @property
+    def condition(self) -> Condition:
+        """What the row was measured under."""
+        return Condition(self.press, self.compression_ratio, self.prefill)
+
+    def flat(self) -> dict[str, Any]:
+        """As report.json has it."""
+        fields = asdict(self)
+        return fields | fields.pop("besides")
+
+
+def summary_rows(measured: Measured) -> list[Row]:
+    """A row per condition and task, full cache first; where something failed, also for a task without any score."""
+    return [
+        _row(measured, condition, task)
+        for condition in measured.conditions
+        for task in measured.tasks
+        if (condition, task) in measured.sides or condition in measured.errors
+    ]
+
+
+def headline(rows: Sequence[Row]) -> list[Row]:
+    """The rows that stand for a run: text, and one retrieval task or all of them together."""
+    pooled = any(row.task == ALL_RETRIEVAL for row in rows)
+    return [row for row in rows if row.metric == "perplexity" or not pooled or row.task == ALL_RETRIEVAL]
+
+
+def _row(measured: Measured, condition: Condition, task: str) -> Row:
+    main = PERPLEXITY if task == TEXT else NEEDLE_ACCURACY
+    sides = measured.sides.get((condition, task), {})
+    cases = _pairs(sides)
+    error = measured.errors.get(condition)
+    if sides and not cases:
+        error = "; ".join(filter(None, [error, "no case was measured in both variants"]))
+    retained = measured.full(condition, task) if condition.press != FULL_CACHE else {}
+    pairs = [case for case in cases if all(case in retained.get(variant, {}) for variant in sides)]
+    besides = {
+        f"{measure.name}_{name}": value
+        for measure in BESIDES[main.name]
+        if cases and all(measure.value in side[case] for side in sides.values() for case in cases)
+        for name, value in _scores(measure, sides, cases).items()
+    }
+    return Row(
+        press=condition.press,
+        compression_ratio=condition.compression_ratio,
+        seen_in_training=condition in measured.seen,
+        metric=main.name,
+        cases=len(cases),
+        task=task,
+        prefill=condition.prefill,
+        dropped=len(set().union(*sides.values())) - len(cases),
+        retention_cases=len(pairs),
+        error=error,
+        besides=besides,
+        **(_scores(main, sides, cases) if cases else {}),
+        **(_retention(main, sides, retained, pairs) if pairs else {}),
+    )
+
+
+def _pairs(sides: Sides) -> list[str]:
+    """The cases that every variant has, in the order met."""
+    first, *others = sides.values() or [{}]
+    return [case for case in first if all(case in other for other in others)]
+
+
+def _scores(measure: Measure, sides: Sides, cases: list[str]) -> dict[str, Any]:
+    """Each variant's score and interval, and the paired difference where there are two."""
+    records = {variant: [sides[variant][case] for case in cases] for variant in VARIANTS if variant in sides}
+    columns = np.hstack([measure.columns(some) for some in records.values()])
+    found = _with_difference(columns, measure.scores, "", list(records))
+    for variant, some in records.items():
+        values = {record[measure.value] for record in some}
+        if measure.weight is None and values <= {0, 1}:  # a proportion has an interval of its own
+            right = sum(int(record[measure.value]) for record in some)
+            found[f"{SIDES[variant]}_interval"] = wilson_interval(right, len(some))
+    return found
+
+
+def _retention(measure: Measure, sides: Sides, full: Sides, cases: list[str]) -> dict[str, Any]:
+    """Each variant's score over its own full cache's, the same cases drawn for all four."""
+    variants = [variant for variant in VARIANTS if variant in sides]
+    quartet = [side[variant] for side in (sides, full) for variant in variants]
+    columns = np.hstack([measure.columns([side[case] for case in cases]) for side in quartet])
+
+    def retention(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        scores = measure.scores(sums)
+        return scores[..., : len(variants)] / scores[..., len(variants) :]
+
+    return _with_difference(columns, retention, "retention_", variants)
+
+
+def _with_difference(
+    columns: NDArray[np.float64],
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    prefix: str,
+    variants: list[str],
+) -> dict[str, Any]:
+    """`{prefix}before`, `{prefix}after`, `{prefix}difference` and their intervals, of the variants there are."""
+
+    def with_difference(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        scores = statistic(sums)
+        return np.concatenate([scores, scores[..., 1:] - scores[..., :1]], axis=-1)
+
+    names = [SIDES[variant] for variant in variants] + ["difference"] * (len(variants) == 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = with_difference(columns.sum(axis=0))
+    found: dict[str, Any] = {}
+    for name, value, interval in zip(names, values, paired_bootstrap(columns, with_difference), strict=True):
+        found[prefix + name] = float(value) if np.isfinite(value) else None
+        found[f"{prefix}{name}_interval"] = interval if np.isfinite(value) else None
+    return found

@@ -1,0 +1,32 @@
+"""What stands around the text and the question is what kvpress's pipeline puts there."""
+
+from types import SimpleNamespace
+
+import pytest
+from kvpress.pipeline import KVPressTextGenerationPipeline
+
+from data.chat import chat_frame, next_turn
+
+
+def test_chat_and_plain_frames(tokenizer, plain_tokenizer):
+    assert chat_frame(tokenizer) == ("<s>[user]", "<eos>[assistant]")
+    assert chat_frame(plain_tokenizer) == ("<s>", "\n")
+
+
+def test_repeating_template_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0].content }}{{ messages[0].content }}")
+    with pytest.raises(ValueError, match="repeats or drops"):
+        chat_frame(tokenizer)
+
+
+def test_frame_is_the_one_of_kvpress(tokenizer):
+    pipeline = SimpleNamespace(tokenizer=tokenizer)
+    theirs = KVPressTextGenerationPipeline.preprocess(pipeline, "Body.", ["\n\nWho?"], "It is", 10**6)
+    prefix, suffix = chat_frame(tokenizer)
+    assert tokenizer.decode(theirs["context_ids"][0]) == prefix + "Body."
+    assert tokenizer.decode(theirs["questions_ids"][0][0]) == "\n\nWho?" + suffix + "It is"
+
+
+def test_turns_follow_each_other(tokenizer, plain_tokenizer):
+    assert next_turn(tokenizer) == "<eos>[user]"
+    assert next_turn(plain_tokenizer) == "\n"

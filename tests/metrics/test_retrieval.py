@@ -1,0 +1,179 @@
+"""Retrieval scores: by hand, against plain references, and over ranks."""
+
+import math
+import pickle
+import random
+import re
+import string
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from sparsekv_pl.metrics import RetrievalScores, retrieval_scores
+
+NUMBERS = ("4823915", "1749302", "6650021")
+WORDS = "red blue Number is The 42 4823915, silent-lantern. and".split()
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "substring"),
+    [
+        (" 4823915.", ["4823915"], 1),
+        ("it was 4823915, I think", ["4823915"], 1),
+        ("482391", ["4823915"], 0),
+        ("SILENT-Lantern", ["silent-lantern"], 1),
+        ("", ["x"], 0),
+        ("4823915 and 6650021", NUMBERS, 2 / 3),
+    ],
+)
+def test_substring_is_the_share_of_answers_contained(prediction: str, answers: list[str], substring: float) -> None:
+    assert retrieval_scores(prediction, answers)["substring"] == pytest.approx(substring)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "exact"),
+    [
+        ("4823915", "4823915", True),
+        (' "4823915".\nThe text', "4823915", True),
+        (": 4823915 is the number", "4823915", True),
+        ("Silent-Lantern!", "silent-lantern", True),
+        ("a brass lamp, which", "A brass lamp", True),
+        ("48239156", "4823915", False),
+        ("the 4823915", "4823915", False),
+        ("is: 4823915", "4823915", False),
+        ("a brass", "a brass lamp", False),
+        ("", "4823915", False),
+    ],
+)
+def test_exact_compares_the_first_words(prediction: str, answer: str, exact: bool) -> None:
+    assert retrieval_scores(prediction, [answer])["exact"] == exact
+
+
+@pytest.mark.parametrize(
+    ("prediction", "exact"),
+    [
+        ("4823915, 1749302, and 6650021.", True),
+        (" 6650021 1749302 4823915", True),
+        ("1. 4823915 2. 6650021 3. 1749302", True),
+        ("1) 4823915\n2) 6650021\n3) 1749302\n4) 1111111", True),
+        ("- 4823915\n- 6650021\n- 1749302", True),
+        ("4823915, 1749302, 6650021\nQuestion: what", True),
+        ("4823915, 1749302 and 6650021. Also 9999999", True),
+        ("4823915, 1749302, 6650021, 6650021", True),
+        ("4823915, 1749302", False),
+        ("4823915, 1749302, 6650021, 9999999", False),
+        ("4823915, 1749302. And 6650021", False),
+        ("4823915, 1749302\n\n6650021", False),
+        ("", False),
+    ],
+)
+def test_exact_compares_the_set_of_listed_items(prediction: str, exact: bool) -> None:
+    assert retrieval_scores(prediction, NUMBERS)["exact"] == exact
+
+
+def test_items_of_several_words_are_split_at_commas_alone() -> None:
+    answers = ["Maria Keller", "Kofi Sato"]
+    assert retrieval_scores("Kofi Sato and Maria Keller.", answers)["exact"] == 1
+    assert retrieval_scores("1. maria keller\n2. kofi sato", answers)["exact"] == 1
+    assert retrieval_scores("Maria, Keller, Kofi, Sato", answers)["exact"] == 0
+
+
+def test_f1_and_rouge_by_hand() -> None:
+    scores = retrieval_scores("the brass lamp of old", ["an old brass lamp"])
+    # SQuAD drops articles: {brass, lamp, of, old} against {old, brass, lamp}.
+    assert scores["f1"] == pytest.approx(2 * (3 / 4) * (3 / 3) / (3 / 4 + 3 / 3))
+    # Longest common subsequence "brass lamp" of 5 and 4 words.
+    assert scores["rouge_l"] == pytest.approx(2 * (2 / 5) * (2 / 4) / (2 / 5 + 2 / 4))
+    several = retrieval_scores("6650021 4823915", NUMBERS)
+    assert several["f1"] == pytest.approx(2 * 1 * (2 / 3) / (1 + 2 / 3))
+    assert several["rouge_l"] == pytest.approx(2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3))
+
+
+def _f1(prediction: str, target: str) -> float:
+    def tokens(text: str) -> list[str]:
+        bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+        return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+
+    ours, theirs = tokens(prediction), tokens(target)
+    common = sum((Counter(ours) & Counter(theirs)).values())
+    return 2 * common / (len(ours) + len(theirs)) if common else 0.0
+
+
+def _rouge_l(prediction: str, target: str) -> float:
+    ours, theirs = (re.findall("[a-z0-9]+", text.lower()) for text in (prediction, target))
+
+    def longest(i: int, j: int) -> int:
+        if i == len(ours) or j == len(theirs):
+            return 0
+        if ours[i] == theirs[j]:
+            return 1 + longest(i + 1, j + 1)
+        return max(longest(i + 1, j), longest(i, j + 1))
+
+    return 2 * longest(0, 0) / (len(ours) + len(theirs))
+
+
+def test_f1_and_rouge_equal_plain_references() -> None:
+    rng = random.Random(0)
+    for _ in range(60):
+        prediction = " ".join(rng.choices(WORDS, k=rng.randint(1, 7)))
+        answers = [rng.choice(["4823915", "silent-lantern", "red number 42"]) for _ in range(rng.randint(1, 3))]
+        scores = retrieval_scores(prediction, answers)
+        assert scores["f1"] == pytest.approx(_f1(prediction, " ".join(answers)))
+        assert scores["rouge_l"] == pytest.approx(_rouge_l(prediction, " ".join(answers)))
+
+
+@pytest.mark.parametrize("answers", [["4823915"], ["c2ce6f44-7ed4-457b-9e2f-eb89414c343c"], list(NUMBERS)])
+def test_a_copy_scores_one_and_something_else_zero(answers: list[str]) -> None:
+    assert set(retrieval_scores(" " + ", ".join(answers) + ".", answers).values()) == {1.0}
+    assert set(retrieval_scores(" nothing of it", answers).values()) == {0.0}
+    assert set(retrieval_scores("", answers).values()) == {0.0}
+
+
+@pytest.mark.parametrize("answers", [[], [""], ["42", "..."]])
+def test_answers_must_be_something(answers: list[str]) -> None:
+    with pytest.raises(ValueError, match="at least one, each with a letter or digit"):
+        retrieval_scores("42", answers)
+
+
+def test_means_over_cases_given_singly_or_together() -> None:
+    rows = [retrieval_scores(said, ["42"]) for said in ("42", "it is 42", "no")]
+    singly, together = RetrievalScores(), RetrievalScores()
+    for row in rows:
+        singly.update(row)
+    together.update({name: [row[name] for row in rows] for name in rows[0]})
+    expected = {"substring": 2 / 3, "exact": 1 / 3, "f1": (1 + 0.5 + 0) / 3, "rouge_l": (1 + 0.5 + 0) / 3}
+    for metric in (singly, together, pickle.loads(pickle.dumps(singly))):
+        assert {name: float(value) for name, value in metric.compute().items()} == pytest.approx(expected)
+
+
+def test_two_ranks_equal_one() -> None:
+    """What torchmetrics does when it gathers, with ranks that saw different numbers of cases, one of them none."""
+    rows = [retrieval_scores(said, ["42"]) for said in ("42", "it is 42", "no", "42 or so")]
+    one: RetrievalScores = RetrievalScores()
+    ranks = [RetrievalScores() for _ in range(3)]
+    for i, row in enumerate(rows):
+        one.update(row)
+        ranks[int(i == 0)].update(row)
+    merged: Any = RetrievalScores()
+    for name, reduce in merged._reductions.items():
+        setattr(merged, name, reduce(torch.stack([getattr(rank, name) for rank in ranks])))
+    merged._update_count = 1
+    assert {k: float(v) for k, v in merged.compute().items()} == {k: float(v) for k, v in one.compute().items()}
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method:UserWarning")
+def test_no_cases_have_no_score() -> None:
+    assert all(math.isnan(value) for value in RetrievalScores().compute().values())
+
+
+def test_scoring_needs_no_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    import nltk
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("nltk was asked for data")
+
+    monkeypatch.setattr(nltk, "download", refuse)
+    monkeypatch.setattr(nltk.data, "find", refuse)
+    assert retrieval_scores("42", ["42"])["rouge_l"] == 1

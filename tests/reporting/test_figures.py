@@ -1,0 +1,109 @@
+"""Pictures: what is drawn where, and that ugly input is drawn at all."""
+
+import io
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from sparsekv_pl.reporting import sparsity_figure
+from sparsekv_pl.reporting.conditions import sorted_records
+from sparsekv_pl.reporting.figures import RETENTION, curves_figure, dots_figure, png
+from sparsekv_pl.reporting.heatmaps import needle_figures, short_number
+from sparsekv_pl.reporting.summary import summary_rows
+
+
+def rows_of(records):
+    return summary_rows(sorted_records(records))
+
+
+def test_dots_draw_each_score_and_interval(make_records):
+    rows = rows_of(make_records(presses=[("SnapKV", False)], ratios=(0.5,)))
+    accuracy, perplexity = dots_figure(rows).axes
+    assert [label.get_text() for label in accuracy.get_yticklabels()] == ["full cache", "SnapKV 0.50 *"]
+    needles = [row for row in rows if row.metric == "needle_accuracy"]
+    base, trained = (container.lines for container in accuracy.containers)
+    assert base[0].get_xdata() == pytest.approx([row.before for row in needles])
+    assert trained[0].get_xdata() == pytest.approx([row.after for row in needles])
+    (_, segment) = trained[2][0].get_segments()
+    assert segment[:, 0] == pytest.approx(needles[1].after_interval)
+    assert "perplexity" in perplexity.get_title()
+
+
+def test_pictures_are_pngs_that_grow_with_the_conditions(make_records):
+    heights = [
+        imread(io.BytesIO(png(dots_figure(rows_of(make_records(ratios=ratios)))))).shape[0]
+        for ratios in ((0.5,), (0.1, 0.3, 0.5, 0.7))
+    ]
+    assert heights[0] < heights[1]
+
+
+def test_one_metric_has_one_plot_and_nothing_measured_is_said(make_records):
+    rows = rows_of(make_records(tasks=("text",)))
+    assert len(dots_figure(rows).axes) == 1
+    assert len(dots_figure([row for row in rows if row.press != "full cache"], RETENTION).axes) == 1
+    failure = {"variant": "base", "press": "SnapKV", "compression_ratio": 0.9, "error": "Oops", "task": "text"}
+    nothing = dots_figure(rows_of([failure]))
+    assert [text.get_text() for text in nothing.texts] == ["nothing was measured"]
+    assert curves_figure(rows_of([failure])) is None
+
+
+def test_curves_begin_at_the_full_cache_base_dashed_and_trained_solid(make_records):
+    rows = rows_of(make_records(presses=[("SnapKV", True)], ratios=(0.75, 0.5), tasks=("niah_single_1", "text")))
+    accuracy, perplexity = curves_figure(rows).axes
+    base, trained = accuracy.lines
+    assert base.get_xdata().tolist() == [0, 0.5, 0.75]
+    assert (base.get_linestyle(), trained.get_linestyle()) == ("--", "-")
+    full, half, _ = (row for row in rows if row.metric == "needle_accuracy")
+    assert trained.get_ydata()[:2].tolist() == [full.after, half.after]
+    assert len(accuracy.collections) == 2  # a band for each
+    assert perplexity.get_ylabel() == "perplexity"
+
+
+def test_many_presses_are_told_apart(make_records):
+    presses = [(f"Critical{number}(SnapKV)", False) for number in range(23)]
+    figure = curves_figure(rows_of(make_records(presses=presses, ratios=(0.5,), tasks=("vt",), seeds=1)))
+    looks = {(line.get_color(), line.get_marker()) for line in figure.axes[0].lines}
+    assert len(looks) == 23
+
+
+def test_needles_are_counted_by_depth_and_length(make_records):
+    records = make_records(lengths=(512, 1024), depths=(0.0, 0.5), seeds=3, presses=[("SnapKV", True)], ratios=(0.5,))
+    ((press, figure),) = needle_figures(sorted_records(records))
+    assert press == "SnapKV"
+    base_full, base_half, trained_full, trained_half, _ = figure.axes
+    assert base_full.get_title() == "full cache"
+    assert base_half.get_title() == "ratio 0.50"
+    for axes, variant in ((base_half, "base"), (trained_half, "trained")):
+        told = {text.get_position(): text.get_text() for text in axes.texts}
+        for (x, y), text in told.items():
+            where = {"length": (512, 1024)[x], "depth": (0.0, 0.5)[y], "variant": variant, "compression_ratio": 0.5}
+            found = [r["exact"] for r in records if r["depth"] is not None and where.items() <= r.items()]
+            assert text == f"{sum(found):g}/{len(found)}"
+        assert len(told) == 4
+    assert trained_full.images[0].get_clim() == (0, 1)
+
+
+def test_one_depth_and_one_length_have_no_heat_map_and_many_depths_are_tenths(make_records):
+    assert not list(needle_figures(sorted_records(make_records(depths=(0.5,)))))
+    assert not list(needle_figures(sorted_records(make_records(tasks=("text",)))))
+    many = make_records(depths=tuple(np.linspace(0, 1, 41)), seeds=1)
+    _, figure = next(needle_figures(sorted_records(many)))
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == [f"{low}-{low + 10}" for low in range(0, 100, 10)]
+
+
+def test_sparsity_has_a_map_and_a_scale_per_measure():
+    figure = sparsity_figure({"effective support (tokens)": np.eye(30, 9), "coverage": np.ones((30, 3))})
+    support, coverage = figure.axes[:2]
+    assert support.get_title() == "effective support (tokens)"
+    assert support.images[0].get_array().shape == (30, 9)
+    assert (coverage.get_xlabel(), coverage.get_ylabel()) == ("head", "layer")
+    for wrong in ({}, {"a": np.ones(3)}, {"a": np.ones((0, 3))}):
+        with pytest.raises(ValueError, match=r"\(layers, heads\)"):
+            sparsity_figure(wrong)
+
+
+@pytest.mark.parametrize(("number", "short"), [(384, "384"), (4096, "4096"), (50_000, "50k"), (10_000_000, "10M")])
+def test_lengths_are_short(number, short):
+    assert short_number(number) == short
