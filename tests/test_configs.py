@@ -16,7 +16,7 @@ from sparsekv_pl.cli import CommandLine
 from train import TrainCommandLine
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "lm_eval_tasks")
 EVALUATED = ("evaluate", "analyze")
 """Folders under configs/ that evaluate.py reads; train.py reads all others."""
 
@@ -38,7 +38,10 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_there_are_configs() -> None:
     assert {path.relative_to(ROOT / "configs").as_posix() for path in CONFIGS} >= {
         "quickstart.yaml",
-        "evaluate/quickstart.yaml",
+        *(
+            f"evaluate/{name}.yaml"
+            for name in ("quickstart", "retention", "niah", "matrix", "million", "hosted", "lm_eval")
+        ),
     }
 
 
@@ -51,13 +54,19 @@ def instantiate(path: Path, *overrides: str) -> CommandLine:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT / "configs").as_posix())
 @pytest.mark.usefixtures("elsewhere")
 def test_every_config_is_instantiated(path: Path, tiny_models: dict[str, str], adapter: str) -> None:
-    overrides = [f"--model.backbone.pretrained={tiny_models['llama']}"]
-    if yaml.safe_load(path.read_text())["model"]["init_args"]["backbone"].get("adapter"):
+    settings = yaml.safe_load(path.read_text())["model"]["init_args"]
+    backbone = settings.get("backbone")
+    overrides = [f"--model.{'tokenizer' if backbone is None else 'backbone.pretrained'}={tiny_models['llama']}"]
+    if backbone is not None and backbone.get("adapter"):
         overrides.append(f"--model.backbone.adapter={adapter}")
+    if backbone is not None and backbone.get("load_in_4bit"):
+        overrides += ["--model.backbone.load_in_4bit=false", "--model.backbone.placement=null"]
     made = instantiate(path, *overrides)
-    assert isinstance(made.datamodule, EvictionData)
     if isinstance(made, EvaluateCommandLine):
+        assert made.model.tokenizer.encode("text")
+        assert settings["output"] == str(made.model.output)
         return
+    assert isinstance(made.datamodule, EvictionData)
     assert made.trainer.max_steps > 0
     assert made.trainer.max_epochs == -1  # else a finished run could not be given more steps
     assert made.model.tokenizer.encode("text")
@@ -77,7 +86,6 @@ def start(script: str, *arguments: str) -> str:
 
 TINY_RUN = [
     "--model.backbone.dtype=float32",
-    "--data.context_tokens=96",
     "--data.continuation_tokens=16",
     "--data.batch_size=2",
     "--trainer.accelerator=cpu",
@@ -88,7 +96,7 @@ TINY_RUN = [
 def quickstart(tiny_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The output folder of train.py's quickstart, two steps long, and the arguments that it was started with."""
     folder = tmp_path_factory.mktemp("quickstart")
-    arguments = ["fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), *TINY_RUN]
+    arguments = ["fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), *TINY_RUN, "--data.context_tokens=96"]
     arguments += [f"--model.backbone.pretrained={tiny_models['llama']}"]
     arguments += [f"--trainer.default_root_dir={folder}", f"--trainer.logger.save_dir={folder}"]
     arguments += ["--data.validation_windows=2", "--data.validation_needles=2"]
@@ -117,7 +125,8 @@ def test_the_quickstart_ends_in_a_report(
 ) -> None:
     arguments = [f"--model.backbone.pretrained={tiny_models['llama']}", *TINY_RUN]
     arguments += [f"--model.backbone.adapter={quickstart[0] / 'final'}", f"--model.output={tmp_path}"]
-    arguments += ["--data.held_out_windows=2", "--data.held_out_needles=2"]
+    arguments += ["--data.lengths=[96]", "--data.windows=2", "--data.depths=[0.2, 0.8]", "--data.cases_per_cell=1"]
+    arguments += [f"--trainer.logger.save_dir={tmp_path}"]
     said = start("evaluate.py", "test", "--config", "configs/evaluate/quickstart.yaml", *arguments)
     assert all((tmp_path / f"report.{kind}").stat().st_size > 0 for kind in ("json", "csv", "md", "png"))
     report = json.loads((tmp_path / "report.json").read_text())

@@ -11,6 +11,7 @@ from kvpress import ExpectedAttentionPress
 from lightning.pytorch import Trainer
 
 from callbacks.curriculum import Curriculum
+from data.evaluation import EvaluationData
 from data.mixture import EvictionData
 from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.eviction.chunked import ChunkedEviction
@@ -19,15 +20,16 @@ from sparsekv_pl.modules.evaluation import EvaluationModule, Setting
 from sparsekv_pl.objectives import EIT, Mixed, SelectionObjective
 from sparsekv_pl.schedules import Linear
 
+MakeCases = Callable[..., EvaluationData]
 MakeData = Callable[..., EvictionData]
 MakeTrainer = Callable[..., Trainer]
 
 
 def test_needles_are_found_with_the_full_cache_and_lost_under_expected_attention(
-    tiny_data: MakeData, tiny_trainer: MakeTrainer, tmp_path: Path
+    tiny_cases: MakeCases, tiny_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     module = EvaluationModule(Backbone(), [Setting(ExpectedAttentionPress(), [0.5])], str(tmp_path))
-    data = tiny_data(context_tokens=256, batch_size=8, held_out_windows=0, held_out_needles=8)
+    data = tiny_cases(lengths=[256], batch_size=8, windows=0, depths=[0.0, 0.25, 0.5, 0.75], cases_per_cell=2)
     tiny_trainer(precision="bf16-mixed").test(module, data, verbose=False)
     accuracy = {row["press"]: row["before"] for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
     assert accuracy["full cache"] >= 0.75

@@ -7,11 +7,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import AdamW
 
+from data.evaluation import EvaluationData
 from data.mixture import EvictionData
 from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.objectives import EIT, Mixed, SelectionObjective
 
 MakeBackbone = Callable[..., Backbone]
+MakeCases = Callable[..., EvaluationData]
 MakeData = Callable[..., EvictionData]
 MakeTrainer = Callable[..., Trainer]
 

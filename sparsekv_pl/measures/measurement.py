@@ -134,6 +134,8 @@ class Measurement:
             "answer": said,
             "answers": list(case.answers),
             "question": case.question,
+            "answer_prefix": case.answer_prefix,
+            "max_new_tokens": case.max_new_tokens,
             "decode_seconds": seconds / len(self.batch["cases"]),
             "decode_tokens": len(answer),
         }

@@ -21,7 +21,7 @@ from sparsekv_pl.eviction.setting import Point, Setting, points_of
 from sparsekv_pl.measures import Measurement
 from sparsekv_pl.measures.sparsity import LABELS, attention_sparsity
 from sparsekv_pl.metrics import PerplexityAndKL, RetrievalScores
-from sparsekv_pl.reporting import environment, sparsity_figure, terminal_table, write_run
+from sparsekv_pl.reporting import environment, sparsity_figure, terminal_table, write_kvpress_layout, write_run
 from sparsekv_pl.reporting.files import json_bytes, replace_all
 from sparsekv_pl.results import Record, Results, gathered, key_of
 
@@ -125,6 +125,10 @@ class EvaluationModule(LightningModule):
         sparsity = self._sparsity(sparsities)
         figures = {f"Attention sparsity, {variant}": sparsity_figure(means) for variant, means in sparsity.items()}
         paths = write_run(self.output, records, self.training_summary, measured, self.title, figures)
+        query_aware = bool(getattr(self.trainer.datamodule, "query_aware", False))  # type: ignore[attr-defined]
+        write_kvpress_layout(
+            self.output / "kvpress", records, self.identity["pretrained"], self.variants.get("trained"), query_aware
+        )
         if sparsity:
             paths += replace_all(self.output, {"sparsity.json": json_bytes(sparsity)})
         console = Console()

@@ -378,6 +378,14 @@ def test_coded_words_follow_the_law(plain: tuple[Frame, Tokens]) -> None:
         assert count == pytest.approx(dots / rank**2, rel=0.1)
 
 
+def test_the_third_coded_word_is_always_more_frequent_than_the_fourth(plain: tuple[Frame, Tokens]) -> None:
+    for length in range(600, 2400, 40):
+        case = FrequentWords().case(*plain, length, None, random.Random(length))
+        text = case.info.context.split("coded words.")[-1].split()
+        least = min(text.count(word) for word in case.info.answers)
+        assert least > max(text.count(word) for word in set(text) - {*case.info.answers, "..."})
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_case_is_a_function_of_the_generator(plain: tuple[Frame, Tokens], name: str) -> None:
     first, again, other = (TASKS[name].case(*plain, PLAIN, None, random.Random(seed)) for seed in (1, 1, 2))

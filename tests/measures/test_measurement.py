@@ -171,6 +171,18 @@ def test_every_record_can_be_written(model, tokenizer) -> None:
     text, asked = (Measurement(model, tokenizer, batch(task)).at(POINTS[1])[0] for task in (TEXT, "needle"))
     assert set(text) == costs | {"nll", "kl", "tokens"}
     assert set(asked) == costs | {
-        *("exact", "substring", "f1", "rouge_l", "answer", "answers", "question", "decode_seconds", "decode_tokens")
+        *(
+            "exact",
+            "substring",
+            "f1",
+            "rouge_l",
+            "answer",
+            "answers",
+            "question",
+            "answer_prefix",
+            "max_new_tokens",
+            "decode_seconds",
+            "decode_tokens",
+        )
     }
     assert all(math.isfinite(value) for value in text.values())
