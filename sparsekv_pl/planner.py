@@ -92,6 +92,7 @@ def plan(
     compression_ratio: float | None = None,
     budget: int | None = None,
     chunk_tokens: int | None = None,
+    rerotates: bool = False,
     batch: int = 1,
     tokens_per_second: float | None = None,
     decode_tokens_per_second: float | None = None,
@@ -113,6 +114,8 @@ def plan(
         What eviction removes (a share), and what it may keep at most (KV pairs per head, in tokens); None for neither.
     chunk_tokens
         Most tokens per chunk of the prefill; None runs the context in one.
+    rerotates
+        Whether the press moves kept keys to the first positions (KeyRerotationPress), so that positions come free.
     tokens_per_second, decode_tokens_per_second, new_tokens
         Rates of the prefill and of decoding ``new_tokens`` a row, over the whole batch; measure them on a short
         context.
@@ -155,7 +158,7 @@ def plan(
         prefill_seconds=tokens * batch / tokens_per_second if tokens_per_second else None,
         decode_seconds=new_tokens * batch / decode_tokens_per_second if decode_tokens_per_second else None,
     )
-    _judge(planned, config, shape, largest, fused_expert_bytes(model) if load_in_4bit else 0)
+    _judge(planned, config, shape, largest, fused_expert_bytes(model) if load_in_4bit else 0, rerotates)
     return planned
 
 
@@ -174,13 +177,16 @@ def _activation_bytes(config: PreTrainedConfig, shape: CacheShape, rows: int, ke
     return rows * (numbers * itemsize + mask)
 
 
-def _judge(planned: Plan, config: PreTrainedConfig, shape: CacheShape, largest: int, fused: int) -> None:
+def _judge(
+    planned: Plan, config: PreTrainedConfig, shape: CacheShape, largest: int, fused: int, rerotates: bool
+) -> None:
     """Write down what will not fit, and what the numbers rest on."""
     text, warn = config.get_text_config(decoder=True), planned.warnings.append
     trained = getattr(text, "max_position_embeddings", None)
-    if trained is not None and planned.tokens > trained:
+    positions = largest if rerotates else planned.tokens
+    if trained is not None and positions > trained:
         warn(
-            f"{planned.tokens:,} tokens are beyond the {trained:,} positions the model was trained for: use a press "
+            f"{positions:,} positions are beyond the {trained:,} that the model was trained for: use a press "
             "that re-rotates keys (KeyRerotationPress) with a budget below that"
         )
     windows = {window for window in shape.windows if window is not None}
@@ -271,3 +277,10 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min"
+
+
+if __name__ == "__main__":
+    # python -m sparsekv_pl.planner Qwen/Qwen3-8B 1000000 --budget 4096 --chunk_tokens 2048
+    from jsonargparse import auto_cli
+
+    print("\n".join(auto_cli(plan).lines()))

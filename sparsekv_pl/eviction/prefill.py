@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from sparsekv_pl.attention.cached import CACHED, attention_implementation
 from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.keeper import Keeper
-from sparsekv_pl.eviction.positions import check_positions, check_sliding_window
+from sparsekv_pl.eviction.limits import check_positions, check_sliding_window, check_weights
 from sparsekv_pl.eviction.shifted_rotary import queries_from
 from sparsekv_pl.presses.eviction_aug import EvictionAugPress
 from sparsekv_pl.presses.scores import (
@@ -109,6 +109,7 @@ class ChunkedPrefill:
         check_sliding_window(model, tokens)
         if press is not None and self.deciding is not None:
             check_chunks(press, self.bounds, with_scores)
+            check_weights(model, press)
             if len(self.bounds) > 1 or budget is not None:
                 self.ratio = self.deciding.compression_ratio
                 set_compression_ratio(self.deciding, self.ratio)  # raises here where there is none to set

@@ -127,7 +127,11 @@ class EvaluationModule(LightningModule):
         paths = write_run(self.output, records, self.training_summary, measured, self.title, figures)
         query_aware = bool(getattr(self.trainer.datamodule, "query_aware", False))  # type: ignore[attr-defined]
         write_kvpress_layout(
-            self.output / "kvpress", records, self.identity["pretrained"], self.variants.get("trained"), query_aware
+            self.output / "kvpress",
+            records,
+            str(self.identity["pretrained"]),
+            self.variants.get("trained"),
+            query_aware,
         )
         if sparsity:
             paths += replace_all(self.output, {"sparsity.json": json_bytes(sparsity)})

@@ -17,7 +17,7 @@ from sparsekv_pl.adapter import fingerprint, training_summary
 from sparsekv_pl.backbone import Backbone, causal_lm
 from sparsekv_pl.batch import CaseBatch
 from sparsekv_pl.eviction.ledger import ledger
-from sparsekv_pl.eviction.positions import check_positions
+from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.eviction.prefill import ChunkedPrefill
 from sparsekv_pl.eviction.saved_state import SavedState
 from sparsekv_pl.eviction.setting import press_settings
@@ -266,6 +266,7 @@ class LongContextModule(LightningModule):
             compression_ratio=None if self.press is None else self.press.compression_ratio,
             budget=self.budget,
             chunk_tokens=self.chunk_tokens,
+            rerotates=filling.rotates,
             tokens_per_second=self.tokens_per_second,
             cache_dir=self.backbone.cache_dir,
         )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from kvpress import (
     BasePress,
+    CriticalKVPress,
     ExpectedAttentionPress,
     KeyDiffPress,
     KeyRerotationPress,
@@ -19,6 +20,7 @@ from kvpress import (
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparsekv_pl.eviction.limits import check_weights
 from sparsekv_pl.eviction.prefill import ChunkedPrefill, continue_from, prefill
 from sparsekv_pl.eviction.rotation import turned
 from sparsekv_pl.eviction.saved_state import SavedState
@@ -224,3 +226,13 @@ def test_a_kill_while_saving_leaves_the_state_before(
     state = saved.load("key")
     assert state is not None
     assert int(state["chunks_done"]) == 1
+
+
+def test_a_press_that_reads_weights_on_disk_is_refused(random_model: Build) -> None:
+    model = random_model()
+    press = CriticalKVPress(KnormPress(0.5))
+    check_weights(model, press)
+    model.model.layers[1].to("meta")
+    check_weights(model, KnormPress(0.5))
+    with pytest.raises(ValueError, match=r"CriticalKV.* reads weights of the model, some of which lie on disk"):
+        ChunkedPrefill(model, press, 40)

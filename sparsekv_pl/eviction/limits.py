@@ -1,6 +1,12 @@
-"""How far a model can look: the RoPE positions that it was trained on, and its sliding window."""
+"""What a model cannot do: positions it was not trained on, keys beyond its window, weights a press cannot read."""
 
+from kvpress import BasePress, CriticalAdaKVPress, CriticalKVPress, KVzipPress
 from transformers import PreTrainedModel
+
+from sparsekv_pl.presses.scores import press_name, presses_in
+
+READS_WEIGHTS = (CriticalAdaKVPress, CriticalKVPress, KVzipPress)
+"""Presses that multiply with a layer's output projection themselves."""
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
@@ -34,4 +40,15 @@ def check_sliding_window(model: PreTrainedModel, tokens: int) -> None:
         raise ValueError(
             f"a context of {tokens} tokens is longer than this model's sliding window of {window}, which an evicted "
             "cache cannot keep: use shorter contexts, or a model without sliding windows"
+        )
+
+
+def check_weights(model: PreTrainedModel, press: BasePress) -> None:
+    """Raise ``ValueError`` if ``press`` reads weights that lie on disk: it would silently compute garbage."""
+    if any(isinstance(inner, READS_WEIGHTS) for inner in presses_in(press)) and any(
+        parameter.is_meta for parameter in model.parameters()
+    ):
+        raise ValueError(
+            f"{press_name(press)} reads weights of the model, some of which lie on disk: use another press, or a "
+            "placement with enough memory"
         )
