@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from sparsekv_pl.attention.cached import CACHED, attention_implementation, cached_attention, lower_right_mask
+from sparsekv_pl.attention.cached import CACHED, attention_implementation, cached_attention, lower_right_mask, one_query
 
 Build = Callable[..., PreTrainedModel]
 CONTEXT, CONTINUATION = 20, 6
@@ -166,3 +166,21 @@ def test_a_sliding_window_is_refused_where_it_would_hide_something() -> None:
     with pytest.raises(ValueError, match="looks back 8 tokens"):
         hidden(model, CACHED, ids(9))
     hidden(model, CACHED, ids(8))
+
+
+@pytest.mark.parametrize("masked", [None, "rows", "heads"])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_one_query_is_what_pytorch_computes(masked: str | None, scaling: float | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 6, 1, 8, generator=generator)
+    key, value = (torch.randn(2, 3, 20, 8, generator=generator) for _ in "kv")
+    shape = {"rows": (2, 1, 1, 20), "heads": (2, 6, 1, 20)}.get(masked or "")
+    mask = None if shape is None else torch.rand(shape, generator=generator) > 0.4
+    ours = one_query(query, key, value, mask, scaling)
+    reference = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, mask, scale=scaling, enable_gqa=True
+    )
+    torch.testing.assert_close(ours, reference.transpose(1, 2))
+    rounded = one_query(query.bfloat16(), key.bfloat16(), value.bfloat16(), mask, scaling)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), ours, atol=2e-2, rtol=2e-2)
