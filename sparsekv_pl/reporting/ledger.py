@@ -55,6 +55,10 @@ def stability_rows(measured: Measured) -> list[Line]:
             "mean_retained_worst": _of(found, "mean_retained", "min"),
             "retained_variance": _mean(found, "retained_variance"),
             "retained_variance_worst": _of(found, "retained_variance", "max"),
+            "overlap_prompts": _mean(found, "overlap_prompts"),
+            "overlap_prompts_worst": _of(found, "overlap_prompts", "min"),
+            "overlap_steps": _mean(found, "overlap_steps"),
+            "overlap_steps_worst": _of(found, "overlap_steps", "min"),
         }
 
     return _lines(measured, ["variant"], line, needs="min_retained")

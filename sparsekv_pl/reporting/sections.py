@@ -50,7 +50,7 @@ def report_sections(
         Section("Text", tables=[*_by_task(measured, text, _scores), *_by_task(measured, text, _kl)]),
         Section("How to read this", paragraphs=HOW_TO_READ),
         Section("Budget ledger", tables=_ledger(ledger), paragraphs=[LEDGER_NOTE] if ledger else []),
-        Section("Stability", tables=_stability(stability)),
+        Section("Stability", tables=_stability(stability), paragraphs=[STABILITY_NOTE] if stability else []),
         Section("Training cost", tables=_facts(training, first=COSTS)),
         Section("Environment", tables=_facts(facts["environment"])),
     ]
@@ -181,7 +181,16 @@ def shorten(error: str | None) -> str:
 
 LEDGER_NOTE = (
     "Base and trained together, per case. Where contexts of several lengths were measured, the longest stand here; "
-    "ledger.csv has all. Peak memory is the most that was held up to then. A dense prefill is shared by all presses."
+    "ledger.csv has all. Peak memory is the most that was held up to then. A dense prefill is shared by all presses, "
+    "and scores that do not depend on the ratio are computed at a press's first."
+)
+STABILITY_NOTE = (
+    "Retained importance: of the attention that a token after the eviction pays to the context under the full cache, the "
+    "share on pairs that were kept; over the tokens of a continuation its least, mean and variance, means over layers "
+    "and KV heads, then the mean over cases and the worst case (DefensiveKV, https://arxiv.org/abs/2510.13334, asks for "
+    "the worst). Overlaps are Jaccard indices: of what is kept of a context in this prompt and in one that goes on with "
+    "the continuation; and of the heaviest pairs for the continuation's first and second half, how much the best choice "
+    "itself moves."
 )
 _MIB = 2**20
 
@@ -227,6 +236,8 @@ def _stability(lines: Sequence[Line]) -> list[Table]:
         "least retained importance, mean / worst": both("min_retained"),
         "mean retained importance, mean / worst": both("mean_retained"),
         "its variance, mean / worst": both("retained_variance"),
+        "overlap with a longer prompt, mean / worst": both("overlap_prompts"),
+        "overlap of the ideal sets of both halves, mean / worst": both("overlap_steps"),
         "error": lambda line: shorten(line.get("error")),
     }
     return _told(columns, lines)
