@@ -17,6 +17,7 @@ from torch import nn
 from sparsekv_pl.adapter import fingerprint, training_summary
 from sparsekv_pl.backbone import Backbone, adapter_off, causal_lm
 from sparsekv_pl.batch import TEXT, CaseBatch
+from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.eviction.setting import Point, Setting, points_of
 from sparsekv_pl.measures import Measurement
 from sparsekv_pl.measures.sparsity import LABELS, attention_sparsity
@@ -82,8 +83,9 @@ class EvaluationModule(LightningModule):
         self.failed: set[str] = set()
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
-        """Check that every press can evict from contexts of these lengths, and read what is finished already."""
+        """Check that model and presses can take contexts of these lengths, and read what is finished already."""
         for length in getattr(self.trainer.datamodule, "lengths", []):  # type: ignore[attr-defined]
+            check_positions(causal_lm(self.model), length, length, rotates=False)
             for setting in self.settings:
                 setting.check(length)
         self.results = Results(self.output / "results", self.global_rank)

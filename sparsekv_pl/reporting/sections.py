@@ -185,12 +185,12 @@ LEDGER_NOTE = (
     "and scores that do not depend on the ratio are computed at a press's first."
 )
 STABILITY_NOTE = (
-    "Retained importance: of the attention that a token after the eviction pays to the context under the full cache, the "
-    "share on pairs that were kept; over the tokens of a continuation its least, mean and variance, means over layers "
-    "and KV heads, then the mean over cases and the worst case (DefensiveKV, https://arxiv.org/abs/2510.13334, asks for "
-    "the worst). Overlaps are Jaccard indices: of what is kept of a context in this prompt and in one that goes on with "
-    "the continuation; and of the heaviest pairs for the continuation's first and second half, how much the best choice "
-    "itself moves."
+    "Retained importance: of the attention that a token after the eviction pays to the context under the full "
+    "cache, the share on pairs that were kept; over the tokens of a continuation its least, mean and variance, "
+    "means over layers and KV heads, then the mean over cases and the worst case (DefensiveKV, "
+    "https://arxiv.org/abs/2510.13334, asks for the worst). Overlaps are Jaccard indices: of what is kept of a "
+    "context in this prompt and in one that goes on with the continuation; and of the heaviest pairs for the "
+    "continuation's first and second half, how much the best choice itself moves."
 )
 _MIB = 2**20
 

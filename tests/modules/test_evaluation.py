@@ -261,6 +261,17 @@ def test_settings_that_the_report_could_not_tell_apart_are_refused(tiny_backbone
         EvaluationModule(tiny_backbone(), twice)
 
 
+def test_a_context_longer_than_the_model_stops_before_measuring(
+    tiny_backbone: MakeBackbone, tiny_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    from data.evaluation import EvaluationData
+
+    module = EvaluationModule(tiny_backbone(), settings(), str(tmp_path))
+    with pytest.raises(ValueError, match=r"takes 1025 positions, .* trained on 1024 .*KeyRerot"):
+        tiny_trainer().test(module, EvaluationData(lengths=[96, 1025]))
+    assert not (tmp_path / "results").exists()
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

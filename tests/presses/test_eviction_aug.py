@@ -153,3 +153,16 @@ def test_random_and_lookahead_presses_draw_too(random_model: Build) -> None:
     for drawn in (0, 1):
         press.drawn = drawn
         assert [keys.shape[2] for keys in evicted(random_model(), press)] == [18, 18]
+
+
+def test_kvpress_s_own_pipeline_takes_it(tiny_models: dict[str, str]) -> None:
+    from transformers import pipeline
+
+    asking = pipeline("kv-press-text-generation", model=tiny_models["llama"], device="cpu")
+    context, asked = "The tiger sleeps under the old bridge. " * 12, {"question": "Where?", "max_new_tokens": 8}
+    alone = asking(context, press=KnormPress(0.5), **asked)["answer"]
+    press = EvictionAugPress([KnormPress()])
+    press.draw(0)
+    press.compression_ratio = 0.5
+    assert asking(context, press=press, **asked)["answer"] == alone
+    assert asking(context, **asked)["answer"] != alone
