@@ -61,6 +61,8 @@ def test_every_config_is_instantiated(path: Path, tiny_models: dict[str, str], a
         overrides.append(f"--model.backbone.adapter={adapter}")
     if backbone is not None and backbone.get("load_in_4bit"):
         overrides += ["--model.backbone.load_in_4bit=false", "--model.backbone.placement=null"]
+    if settings.get("include_path"):  # from the checkout; the test stands elsewhere
+        overrides.append(f"--model.include_path={ROOT / settings['include_path']}")
     made = instantiate(path, *overrides)
     if isinstance(made, EvaluateCommandLine):
         assert made.model.tokenizer.encode("text")

@@ -1,0 +1,119 @@
+"""Both notebooks, executed top to bottom on a tiny model by this very interpreter."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from ipykernel.kernelspec import write_kernel_spec
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LARGEST = 400_000  # bytes
+MACHINE = re.compile(r"/(?:home|root|Users|tmp|work|mnt|opt|usr|private|var)/|[A-Z]:\\\\")
+"""How paths begin that are somebody's own."""
+
+SMALL = {"CONTEXT_TOKENS": 96, "CONTINUATION_TOKENS": 16, "DEPTHS": [0.0, 1.0]}
+SIZES: dict[str, dict[str, Any]] = {
+    "quickstart": SMALL | {"STEPS": 2, "BATCH_SIZE": 2, "CASES_PER_DEPTH": 1, "TEXTS": 2},
+    "visualization": SMALL | {"LENGTHS": [96, 128], "CASES_PER_CELL": 1, "REPORT": "output/of-no-run"},
+}
+RESULTS = {
+    "quickstart": """{
+        "answers": len(answers),
+        "records": len(records),
+        "rows": table.row_count,
+        "own rows": own_table.row_count,
+        "steps": len(losses),
+        "adapter": Path(OUTPUT, "final", "adapter_model.safetensors").exists(),
+        "gradient": gradient_norm > 0,
+    }""",
+    "visualization": """{
+        "sparsity": sorted({np.shape(values) for values in sparsity.values()}),
+        "received": received.shape,
+        "kept": {name: held.shape for name, held in kept.items()},
+        "pairs": sorted({int(held.sum()) for held in kept.values()}),
+        "steps": sorted({shares.shape for shares in of_text.values()}),
+        "overlap": agreement.shape,
+        "pictures": [picture.name for picture in pictures],
+    }""",
+}
+EXPECTED: dict[str, Any] = {
+    # Two facts and two texts at four points, base and trained; the full cache and three presses.
+    "quickstart": {
+        "answers": 2,
+        "records": 32,
+        "rows": 4,
+        "own rows": 1,
+        "steps": 2,
+        "adapter": True,
+        "gradient": True,
+    },
+    # Two layers of four query heads and two KV heads; half of 96 tokens; one KV head of one layer a row of `steps`.
+    "visualization": {
+        "sparsity": [[2, 4]],
+        "received": [2, 96],
+        "kept": {name: [2, 2, 96] for name in ("ExpectedAttention", "SnapKV", "KeyDiff", "StreamingLLM")},
+        "pairs": [2 * 2 * 48],
+        "steps": [[4, 16]],
+        "overlap": [5, 5],
+        "pictures": ["curves.png", "needles-expectedattention.png", "needles-snapkv.png"],
+    },
+}
+FIGURES = {"quickstart": 1, "visualization": 7}
+
+
+def test_every_notebook_is_executed_here() -> None:
+    assert {path.stem for path in NOTEBOOKS} == set(EXPECTED)
+
+
+@pytest.mark.parametrize(("name", "folder"), [("quickstart", "."), ("visualization", "notebooks")])
+def test_runs_from_top_to_bottom(
+    name: str, folder: str, tiny_models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One from the checkout's root, one from its own folder."""
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    settings = SIZES[name] | {"PRETRAINED": tiny_models["llama"], "OUTPUT": str(tmp_path / "output")}
+    override(notebook, settings)
+    notebook.cells.append(new_code_cell(f"import json\nprint(json.dumps({RESULTS[name]}))"))
+    # The kernel "python3" must be this interpreter, whatever is installed under that name.
+    write_kernel_spec(tmp_path / "kernels" / "python3")
+    for variable in ("JUPYTER_PATH", "IPYTHONDIR", "JUPYTER_CONFIG_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    where = {"metadata": {"path": str(ROOT / folder)}}
+    NotebookClient(notebook, timeout=120, kernel_name="python3", resources=where).execute()
+    assert json.loads(notebook.cells[-1].outputs[-1].text) == EXPECTED[name]
+    figures = [cell for cell in notebook.cells if "figure" in cell.metadata.get("tags", [])]
+    assert len(figures) == FIGURES[name]
+    assert all(has_picture(cell) for cell in figures)
+
+
+def override(notebook: NotebookNode, settings: dict[str, Any]) -> None:
+    """Set the names of the cell tagged "parameters" anew in a cell after it, as papermill does."""
+    (place,) = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
+    named = set(re.findall(r"^(\w+) =", notebook.cells[place].source, re.MULTILINE))
+    assert settings.keys() <= named, f"not set in the first cell: {settings.keys() - named}"
+    lines = [f"{name} = {value!r}" for name, value in settings.items()]
+    notebook.cells.insert(place + 1, new_code_cell("\n".join(lines)))
+
+
+def has_picture(cell: NotebookNode) -> bool:
+    """Whether a PNG came out of a cell."""
+    return any("image/png" in output.get("data", {}) for output in cell.outputs)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_is_committed_is_small_whole_and_of_no_machine(path: Path) -> None:
+    assert path.stat().st_size < LARGEST
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    for cell in cells:
+        for output in cell.outputs:
+            output.get("data", {}).pop("image/png", None)  # letters that mean nothing
+        assert not MACHINE.findall(json.dumps(cell)), cell.source
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "execute it once, in order"
+    assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
