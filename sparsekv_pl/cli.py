@@ -96,6 +96,8 @@ def run(command_line: Callable[[], Any]) -> None:
 def quieten() -> None:
     """Silence what libraries say of themselves and no user can act on."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # misses an optional kernel, also where nothing is 4-bit
+    advertised = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    advertised.addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
     for message in CHATTER:
         warnings.filterwarnings("ignore", message=message)
 
