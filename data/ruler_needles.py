@@ -90,6 +90,8 @@ class Niah(CaseTask):
         "word" (adjective-noun), "number" (seven digits) or "uuid".
     haystack
         "text": the evaluation's text. "noise": RULER's one repeated sentence. "needles": other needles, line by line.
+    max_new_tokens
+        Tokens of an answer; RULER's 128 by default. A number needs ten, and each token of a batch costs a pass.
     """
 
     def __init__(
@@ -101,9 +103,13 @@ class Niah(CaseTask):
         key_kind: Kind | None = None,
         value_kind: Kind | None = None,
         haystack: Haystack | None = None,
+        max_new_tokens: int = NIAH_NEW_TOKENS,
     ) -> None:
         if preset not in PRESETS:
             raise ValueError(f"preset is {preset!r}: give one of {', '.join(PRESETS)}")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}: give at least 1")
+        self.max_new_tokens = max_new_tokens
         given: dict[str, Any] = {
             "keys": keys,
             "values": values,
@@ -153,7 +159,7 @@ class Niah(CaseTask):
             id="",
             task=self.name,
             answers=tuple(answers),
-            max_new_tokens=NIAH_NEW_TOKENS,
+            max_new_tokens=self.max_new_tokens,
             depth=depth,
             document_ids=filler.document_ids,
         )

@@ -379,7 +379,7 @@ def test_coded_words_follow_the_law(plain: tuple[Frame, Tokens]) -> None:
 
 
 def test_the_third_coded_word_is_always_more_frequent_than_the_fourth(plain: tuple[Frame, Tokens]) -> None:
-    for length in range(600, 2400, 40):
+    for length in range(400, 640, 8):  # a tie would be between 25 and 31 dots
         case = FrequentWords().case(*plain, length, None, random.Random(length))
         text = case.info.context.split("coded words.")[-1].split()
         least = min(text.count(word) for word in case.info.answers)
@@ -496,3 +496,10 @@ def test_documents_are_those_of_the_filler(plain: tuple[Frame, Tokens]) -> None:
     assert 1 <= len(case.info.document_ids) <= 2
     body = case.info.context.split("afterwards.\n")[1]
     assert body[:80] in "\n\n".join(by_id[name] for name in case.info.document_ids)
+
+
+def test_answers_may_be_shorter_than_ruler_s() -> None:
+    assert Niah().max_new_tokens == 128
+    assert Niah(max_new_tokens=24).max_new_tokens == 24
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        Niah(max_new_tokens=0)
