@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jsonargparse import set_parsing_settings
 from kvpress import BasePress
 from lightning.pytorch import LightningModule
@@ -22,7 +21,7 @@ from sparsekv_pl.eviction.setting import Point, Setting, points_of
 from sparsekv_pl.measures import Measurement
 from sparsekv_pl.measures.sparsity import LABELS, attention_sparsity
 from sparsekv_pl.metrics import PerplexityAndKL, RetrievalScores
-from sparsekv_pl.reporting import environment, sparsity_figure, terminal_table, write_kvpress_layout, write_run
+from sparsekv_pl.reporting import run_environment, sparsity_figure, terminal_table, write_kvpress_layout, write_run
 from sparsekv_pl.reporting.files import json_bytes, replace_all
 from sparsekv_pl.results import Record, Results, gathered, key_of
 
@@ -118,12 +117,7 @@ class EvaluationModule(LightningModule):
             return
         from rich.console import Console
 
-        measured = environment() | {
-            "seed": torch.initial_seed() % 2**32,
-            "device": str(self.device),
-            "precision": str(self.trainer.precision),
-            "wall_seconds": round(time.time() - self.started, 1),
-        }
+        measured = run_environment(self, self.started)
         sparsity = self._sparsity(sparsities)
         figures = {f"Attention sparsity, {variant}": sparsity_figure(means) for variant, means in sparsity.items()}
         paths = write_run(self.output, records, self.training_summary, measured, self.title, figures)

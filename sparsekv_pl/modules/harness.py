@@ -9,7 +9,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from jsonargparse import set_parsing_settings
 from kvpress import BasePress
 from lightning.pytorch import LightningModule
@@ -148,7 +147,7 @@ class HarnessModule(LightningModule):
         """Write the report and print the table."""
         from rich.console import Console
 
-        from sparsekv_pl.reporting import environment, write_run
+        from sparsekv_pl.reporting import run_environment, write_run
 
         scores = [record for record in self.records if "metric" in record]
         if self.logger is not None:
@@ -158,14 +157,7 @@ class HarnessModule(LightningModule):
         # Reports pair cases that are right or wrong; a task without such (perplexity, F1) stands in the table alone.
         paired = [record for record in self.records if "exact" in record or "error" in record]
         if paired:
-            measured = environment() | {
-                "seed": torch.initial_seed() % 2**32,
-                "device": str(self.device),
-                "precision": str(self.trainer.precision),
-                "wall_seconds": round(time.time() - self.started, 1),
-                "lm_eval": metadata.version("lm_eval"),
-                "scores": scores,
-            }
+            measured = run_environment(self, self.started, lm_eval=metadata.version("lm_eval"), scores=scores)
             paths = write_run(self.output, paired, self.training_summary, measured, self.title)
             console.print("report: " + ", ".join(str(path) for path in paths), soft_wrap=True)
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from lightning.pytorch import LightningModule
 
 from sparsekv_pl.backbone import Backbone
@@ -17,7 +16,7 @@ from sparsekv_pl.gguf_checkpoint import EMBEDDED
 from sparsekv_pl.hosted_client import HostedModel, Request
 from sparsekv_pl.hosted_reply import FINAL, Answer, Usage
 from sparsekv_pl.metrics.retrieval import RetrievalScores, retrieval_scores
-from sparsekv_pl.reporting import environment, terminal_table, write_run
+from sparsekv_pl.reporting import run_environment, terminal_table, write_run
 from sparsekv_pl.results import Record, Results, key_of
 
 log = logging.getLogger(__name__)
@@ -192,13 +191,8 @@ class HostedModule(LightningModule):
         if self.logger is not None and answered:
             means = {f"hosted/{name}": float(value) for name, value in scores.compute().items()}
             self.logger.log_metrics(means)
-        measured = environment() | {
-            "endpoint": self.hosted.base_url,
-            "seed": torch.initial_seed() % 2**32,
-            "device": "hosted",
-            "wall_seconds": round(time.time() - self.started, 1),
-            "usage": self._summary(records),
-        }
+        usage = self._summary(records)
+        measured = run_environment(self, self.started, endpoint=self.hosted.base_url, device="hosted", usage=usage)
         paths = write_run(self.output, records, {}, measured, self.title)
         console = Console()
         console.print(terminal_table(records))

@@ -27,7 +27,7 @@ from sparsekv_pl.modules.stop_signal import stop_signal
 from sparsekv_pl.monitoring import Phases
 from sparsekv_pl.planner import plan
 from sparsekv_pl.presses.scores import press_name
-from sparsekv_pl.reporting import environment, terminal_table, write_run
+from sparsekv_pl.reporting import run_environment, terminal_table, write_run
 from sparsekv_pl.results import Record, Results, key_of
 from sparsekv_pl.schedules import check_compression_ratio
 
@@ -160,12 +160,7 @@ class LongContextModule(LightningModule):
             return
         from rich.console import Console
 
-        measured = environment() | {
-            "seed": torch.initial_seed() % 2**32,
-            "device": str(self._input_device),
-            "precision": str(self.trainer.precision),
-            "wall_seconds": round(time.time() - self.started, 1),
-        }
+        measured = run_environment(self, self.started, device=str(self._input_device))
         paths = write_run(self.output, self.records, self.training_summary, measured, self.title)
         console = Console()
         console.print(terminal_table(self.records))

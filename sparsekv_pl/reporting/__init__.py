@@ -1,6 +1,6 @@
 """What a run measured, told: records to tables with intervals, pictures, one page, and kvpress's own layout."""
 
-from sparsekv_pl.reporting.environment import REPORTED_PACKAGES, environment
+from sparsekv_pl.reporting.environment import REPORTED_PACKAGES, environment, run_environment
 from sparsekv_pl.reporting.heatmaps import sparsity_figure
 from sparsekv_pl.reporting.intervals import paired_bootstrap, perplexity_interval, wilson_interval
 from sparsekv_pl.reporting.kvpress_layout import write_kvpress_layout
@@ -12,6 +12,7 @@ __all__ = [
     "environment",
     "paired_bootstrap",
     "perplexity_interval",
+    "run_environment",
     "sparsity_figure",
     "terminal_table",
     "wilson_interval",

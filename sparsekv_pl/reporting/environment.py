@@ -2,8 +2,13 @@
 
 import os
 import platform
+import time
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 REPORTED_PACKAGES = ("torch", "lightning", "transformers", "peft", "kvpress", "torchmetrics", "datasets")
 
@@ -19,6 +24,20 @@ def environment() -> dict[str, object]:
         "cpu_count": os.cpu_count(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
         "packages": {name: metadata.version(name) for name in REPORTED_PACKAGES},
+    }
+
+
+def run_environment(module: "LightningModule", started: float, **more: object) -> dict[str, object]:
+    """``environment`` and how this run measured: seed, device, precision and the seconds since ``started`` (epoch)."""
+    import torch
+
+    return {
+        **environment(),
+        "seed": torch.initial_seed() % 2**32,
+        "device": str(module.device),
+        "precision": str(module.trainer.precision),
+        "wall_seconds": round(time.time() - started, 1),
+        **more,
     }
 
 
