@@ -25,6 +25,7 @@ from sparsekv_pl.attention.cached import attention_implementation
 from sparsekv_pl.attention.kept_columns import kept_columns_attention
 from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.result import Evicted
+from sparsekv_pl.schedules import check_compression_ratio
 
 NAME = "sparsekv_kept_columns"
 """The name under which transformers finds this attention."""
@@ -88,8 +89,7 @@ class KVDropout:
         ``compression_ratio`` is the share of the evictable context, anchors aside, that every KV head loses.
         Continuation tokens come after the eviction and are never dropped.
         """
-        if not 0 <= compression_ratio < 1:
-            raise ValueError(f"compression_ratio={compression_ratio} must be in [0, 1)")
+        check_compression_ratio("compression_ratio", compression_ratio)
         if self.tokenizer is None:
             raise ValueError("KVDropout has no tokenizer to find anchors with: set its tokenizer first")
         context_tokens = context_ids.shape[1]

@@ -28,6 +28,8 @@ from kvpress import (
 )
 from torch import Tensor, nn
 
+from sparsekv_pl.schedules import check_compression_ratio
+
 UNTRAINABLE = (RandomPress, StreamingLLMPress)
 """Scorers that look at no weight of the model: there is nothing in their scores to train."""
 
@@ -133,8 +135,7 @@ def set_compression_ratio(press: BasePress, ratio: float) -> None:
     # Not hasattr(press, ...): some presses raise when their ratio is read before a forward.
     has_ratio = "compression_ratio" in vars(press) or hasattr(type(press), "compression_ratio")
     if has_ratio and not isinstance(press, ComposedPress):
-        if not 0 <= ratio < 1:
-            raise ValueError(f"compression_ratio={ratio} must be in [0, 1): it is the fraction of KV pairs removed")
+        check_compression_ratio("compression_ratio", ratio)
         with suppress(AttributeError):  # kvpress's way to say that the ratio follows from other settings
             press.compression_ratio = ratio
             return

@@ -259,7 +259,7 @@ def test_what_the_rule_cannot_express_is_refused():
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, float("nan")])
 def test_a_compression_ratio_out_of_range_is_refused(ratio):
-    with pytest.raises(ValueError, match=f"compression_ratio={ratio}"):
+    with pytest.raises(ValueError, match=f"compression_ratio is {ratio}"):
         kv_dropout()(build(), *ids(), compression_ratio=ratio, step=0)
 
 

@@ -96,7 +96,7 @@ def test_setting_the_ratio_sets_it_for_all_and_reading_it_reads_the_drawn_one() 
     assert press.compression_ratio == 0.2
     press.compression_ratio = 0.4
     assert [member.compression_ratio for member in press.presses] == [0.4, 0.4]
-    with pytest.raises(ValueError, match=r"compression_ratio=1\.0"):
+    with pytest.raises(ValueError, match=r"compression_ratio is 1\.0"):
         press.compression_ratio = 1.0
 
 
