@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.append(str(Path(__file__).parents[1]))  # data is a package of the checkout, not of an installation
+
 
 class Ratio(NamedTuple):
     """Cost of one function over another's, by round."""
