@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kvpress import BasePress
+
+from sparsekv_pl.presses.scores import press_name, presses_in
 from sparsekv_pl.results import digest_of, key_of
 
 TRAINING_SUMMARY = "training.json"
@@ -22,3 +25,9 @@ def training_summary(adapter: str | None) -> dict[str, Any]:
     """What the adapter's training run wrote about itself; empty where it wrote nothing."""
     path = None if adapter is None else Path(adapter) / TRAINING_SUMMARY
     return json.loads(path.read_text()) if path is not None and path.exists() else {}
+
+
+def seen_in_training(press: BasePress | None, summary: dict[str, Any]) -> bool:
+    """Whether training evicted with ``press`` or with one inside it: CriticalKV(SnapKV) is not unseen after SnapKV."""
+    trained = summary.get("presses", [])
+    return press is not None and any(press_name(inner) in trained for inner in presses_in(press))

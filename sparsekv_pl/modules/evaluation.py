@@ -13,7 +13,7 @@ from kvpress import BasePress
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from sparsekv_pl.adapter import fingerprint, training_summary
+from sparsekv_pl.adapter import fingerprint, seen_in_training, training_summary
 from sparsekv_pl.backbone import Backbone, adapter_off, causal_lm
 from sparsekv_pl.batch import TEXT, CaseBatch
 from sparsekv_pl.eviction.limits import check_positions
@@ -150,7 +150,7 @@ class EvaluationModule(LightningModule):
             "press": point.press_name,
             "compression_ratio": point.compression_ratio,
             "prefill": point.prefill,
-            "seen_in_training": point.press_name in self.training_summary.get("presses", []),
+            "seen_in_training": seen_in_training(point.press, self.training_summary),
         }
         who = [{"case": c.id, "task": c.task, "depth": c.depth, "seed": c.seed} | where for c in batch["cases"]]
         key = self._key(batch, variant, point.described() | {"stability": self.stability})

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
-from sparsekv_pl.adapter import fingerprint, training_summary
+from sparsekv_pl.adapter import fingerprint, seen_in_training, training_summary
 from sparsekv_pl.backbone import Backbone, adapter_off
 from sparsekv_pl.eviction.setting import Point, Setting, points_of
 from sparsekv_pl.modules.harness_records import case_records, score_records, table
@@ -212,7 +212,7 @@ class HarnessModule(LightningModule):
             "press": piece.point.press_name,
             "compression_ratio": piece.point.compression_ratio,
             "prefill": piece.point.prefill,
-            "seen_in_training": piece.point.press_name in self.training_summary.get("presses", []),
+            "seen_in_training": seen_in_training(piece.point.press, self.training_summary),
         }
 
     def _key(self, piece: Piece) -> str:

@@ -13,7 +13,7 @@ from kvpress import BasePress
 from lightning.pytorch import LightningModule
 from transformers import PreTrainedModel
 
-from sparsekv_pl.adapter import fingerprint, training_summary
+from sparsekv_pl.adapter import fingerprint, seen_in_training, training_summary
 from sparsekv_pl.backbone import Backbone, causal_lm
 from sparsekv_pl.batch import CaseBatch
 from sparsekv_pl.eviction.ledger import ledger
@@ -208,7 +208,7 @@ class LongContextModule(LightningModule):
             "press": name,
             "compression_ratio": round(1 - found.kept_pairs / tokens, 6),
             "prefill": f"chunks of {self.chunk_tokens}",
-            "seen_in_training": name in self.training_summary.get("presses", []),
+            "seen_in_training": seen_in_training(self.press, self.training_summary),
             "kept_pairs": found.kept_pairs,
             "kv_bytes": found.kv_bytes,
             "freed": found.freed,
