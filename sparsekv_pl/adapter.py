@@ -21,6 +21,11 @@ def fingerprint(adapter: str | None) -> str | None:
     return key_of(files=[[path.name, digest_of(path)] for path in files])
 
 
+def variants_of(adapter: str | None) -> dict[str, str | None]:
+    """Base, and trained where there is an adapter -> the fingerprint of the adapter that is on in it."""
+    return {"base": None} if adapter is None else {"base": None, "trained": fingerprint(adapter)}
+
+
 def training_summary(adapter: str | None) -> dict[str, Any]:
     """What the adapter's training run wrote about itself; empty where it wrote nothing."""
     path = None if adapter is None else Path(adapter) / TRAINING_SUMMARY

@@ -102,6 +102,15 @@ class Backbone:
             return _inject_lora(model, self.lora), tokenizer
         return model, tokenizer
 
+    def identity(self) -> dict[str, str | bool | None]:
+        """What decides the base model's outputs: the part of a finished measurement's key that names the model."""
+        return {
+            "pretrained": self.pretrained,
+            "revision": self.revision,
+            "dtype": self.dtype,
+            "load_in_4bit": self.load_in_4bit,
+        }
+
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer alone."""
         return self._tokenizer(resolve(self.pretrained, self.cache_dir))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import DynamicCache, PreTrainedModel
 
-from sparsekv_pl.decoder import decoder_of
+from sparsekv_pl.eviction.kept import masked_keys
 from sparsekv_pl.eviction.prefill import mean_length
 
 
@@ -28,6 +28,5 @@ def ledger(model: PreTrainedModel, cache: DynamicCache) -> Ledger:
         heads += layer.keys.shape[0] * layer.keys.shape[1]
         for tensor in (layer.keys, layer.values):
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    masks = [getattr(layer.self_attn, "masked_key_indices", None) for layer in decoder_of(model).layers]
-    hidden = sum(len(mask[0]) for mask in masks if mask is not None)
+    hidden = sum(len(mask[0]) for mask in masked_keys(model) if mask is not None)
     return Ledger(mean_length(cache) - hidden / heads, sum(storages.values()), hidden == 0)

@@ -13,7 +13,7 @@ from kvpress import BasePress
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from sparsekv_pl.adapter import fingerprint, seen_in_training, training_summary
+from sparsekv_pl.adapter import seen_in_training, training_summary, variants_of
 from sparsekv_pl.backbone import Backbone, adapter_off, causal_lm
 from sparsekv_pl.batch import TEXT, CaseBatch
 from sparsekv_pl.eviction.limits import check_positions
@@ -66,16 +66,9 @@ class EvaluationModule(LightningModule):
         self.output, self.title = Path(output), title
         self.stability, self.sparsity = stability, sparsity
         self.training_summary = training_summary(backbone.adapter)
-        if backbone.adapter is None:
-            backbone.lora = None
         self.model, self.tokenizer = backbone.load(trainable=False)
-        self.identity = {
-            "pretrained": backbone.pretrained,
-            "revision": backbone.revision,
-            "dtype": backbone.dtype,
-            "load_in_4bit": backbone.load_in_4bit,
-        }
-        self.variants = {"base": None} if backbone.adapter is None else {"base": None, "trained": backbone.adapter}
+        self.adapter, self.identity = backbone.adapter, backbone.identity()
+        self.variants = variants_of(backbone.adapter)
         names = [_name(variant, point) for variant in self.variants for point in self.points]
         self.retrieval = nn.ModuleDict({name: RetrievalScores() for name in names})
         self.text = nn.ModuleDict({name: PerplexityAndKL() for name in names})
@@ -126,7 +119,7 @@ class EvaluationModule(LightningModule):
             self.output / "kvpress",
             records,
             str(self.identity["pretrained"]),
-            self.variants.get("trained"),
+            self.adapter,
             query_aware,
         )
         if sparsity:
@@ -198,7 +191,7 @@ class EvaluationModule(LightningModule):
     def _key(self, batch: CaseBatch, variant: str, measured: Any) -> str:
         return key_of(
             model=self.identity,
-            adapter=fingerprint(self.variants[variant]),
+            adapter=self.variants[variant],
             precision=str(self.trainer.precision),
             measured=measured,
             context=batch["context_ids"].tolist(),

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
-from sparsekv_pl.adapter import fingerprint, seen_in_training, training_summary
+from sparsekv_pl.adapter import seen_in_training, training_summary, variants_of
 from sparsekv_pl.backbone import Backbone, adapter_off
 from sparsekv_pl.eviction.setting import Point, Setting, points_of
 from sparsekv_pl.modules.harness_records import case_records, score_records, table
@@ -101,20 +101,13 @@ class HarnessModule(LightningModule):
         self.output, self.title = Path(output), title
         self._check()
         self.training_summary = training_summary(backbone.adapter)
-        if backbone.adapter is None:
-            backbone.lora = None
         self.model, self.tokenizer = backbone.load(trainable=False)
         if apply_chat_template and not self.tokenizer.chat_template:
             raise ValueError(
                 f"the tokenizer of {backbone.pretrained} has no chat template: set apply_chat_template to false"
             )
-        self.identity = {
-            "pretrained": backbone.pretrained,
-            "revision": backbone.revision,
-            "dtype": backbone.dtype,
-            "load_in_4bit": backbone.load_in_4bit,
-        }
-        self.variants = {"base": None} if backbone.adapter is None else {"base": None, "trained": backbone.adapter}
+        self.identity = backbone.identity()
+        self.variants = variants_of(backbone.adapter)
         self.pieces = [Piece(v, point, task) for v in self.variants for point in self.points for task in tasks]
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
@@ -220,7 +213,7 @@ class HarnessModule(LightningModule):
         files = sorted(self.include_path.rglob("*")) if self.include_path is not None else []
         return key_of(
             model=self.identity,
-            adapter=fingerprint(self.variants[piece.variant]),
+            adapter=self.variants[piece.variant],
             precision=str(self.trainer.precision),
             point=piece.point.described(),
             held_back=self.held_back,

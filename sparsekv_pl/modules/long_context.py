@@ -92,8 +92,6 @@ class LongContextModule(LightningModule):
         self.backbone = backbone
         self.variant = "base" if backbone.adapter is None else "trained"
         self.training_summary = training_summary(backbone.adapter)
-        if backbone.adapter is None:
-            backbone.lora = None
         self.phases, self.between = Phases(), ExitStack()
         with self.phases("load"):
             self.model, self.tokenizer = backbone.load(trainable=False)
@@ -234,7 +232,7 @@ class LongContextModule(LightningModule):
         """Of everything that decides what a haystack's records are."""
         backbone = self.backbone
         return key_of(
-            model=[backbone.pretrained, backbone.revision, backbone.dtype, backbone.load_in_4bit],
+            model=list(backbone.identity().values()),
             adapter=fingerprint(backbone.adapter),
             precision=str(self.trainer.precision),
             press=press_settings(self.press),
