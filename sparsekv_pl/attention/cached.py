@@ -68,7 +68,7 @@ def cached_attention(
 def one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
     """(B, 1, H, D): what one new token per row (B, H, 1, D) attends to, in float32 and without repeating KV heads.
 
-    On CPUs PyTorch's kernel packs keys and values in bfloat16 first, which costs more than a single query does.
+    On CPUs PyTorch's kernel takes several times as long for a single query in bfloat16: see docs/log.md.
     """
     batch, heads, _, dim = query.shape
     kv_heads = key.shape[1]
