@@ -53,7 +53,7 @@ class AttentionMass:
         self.mass: dict[int, Tensor] = {}
 
     @torch.no_grad()
-    def __call__(self, layer: int, query: Tensor, key: Tensor) -> None:
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG002
         """Add one layer: ``query`` (B, H, T, D) are the last T positions of the S that ``key`` (B, K, S, D) holds."""
         batch, heads, tokens, dim = query.shape
         kv_heads, seen = key.shape[1], key.shape[2]

@@ -57,7 +57,7 @@ PARTS = {
         "teacher",
     )
 }
-MODULES = {f"{LIBRARY}.modules"}
+MODULES = {f"{LIBRARY}.analyses", f"{LIBRARY}.modules"}
 WHOLE_LIBRARY = FOUNDATIONS | PARTS | MODULES | {LIBRARY}
 COMMAND_LINE = f"{LIBRARY}.cli"  # for the scripts alone
 EVERYTHING = WHOLE_LIBRARY | {COMMAND_LINE, "callbacks", "data"}

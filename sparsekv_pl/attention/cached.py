@@ -2,8 +2,9 @@
 
 Two things that the stock functions do not do. The causal mask is aligned to the lower right for every layer by itself,
 so a continuation is right after an eviction, also where layers keep different numbers of pairs (transformers builds one
-mask for all layers; PyTorch's ``is_causal`` aligns to the upper left). And an ``observer`` passed as a keyword of the
-model's forward is shown the queries and keys of each layer.
+mask for all layers; PyTorch's ``is_causal`` aligns to the upper left). And a keyword of the model's forward reaches it:
+an ``observer`` is shown the queries, keys and values of each layer, a ``selector`` chooses the key blocks that are
+attended to. ``passing`` gives a keyword to every forward inside a block.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,10 +18,14 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
+from sparsekv_pl.attention.block_sparse import block_sparse_attention
+from sparsekv_pl.attention.blocks import Selector
+from sparsekv_pl.decoder import decoder_of
+
 CACHED = "sparsekv_cached"
 
-Observer = Callable[[int, Tensor, Tensor], None]
-"""Called with layer_idx, queries (B, H, T, D) and keys (B, K, S, D), both after RoPE; S counts cache and new tokens."""
+Observer = Callable[[int, Tensor, Tensor, Tensor], None]
+"""Called with layer_idx, queries (B, H, T, D), keys and values (B, K, S, D) after RoPE; S counts cache and new."""
 
 
 def lower_right_mask(queries: int, keys: int, device: torch.device) -> Tensor:
@@ -35,6 +40,7 @@ def cached_attention(
     value: Tensor,
     _attention_mask: Tensor | None,
     observer: Observer | None = None,
+    selector: Selector | None = None,
     newest_visible: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -46,8 +52,13 @@ def cached_attention(
     Head-wise presses (AdaKVPress) leave ``module.masked_key_indices``. kvpress hides those keys by overwriting them
     with fake ones, which need not exist for more than one query; here they are masked, and the cache stays as it is.
     """
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
     if observer is not None:
-        observer(module.layer_idx, query, key)  # type: ignore[arg-type]
+        observer(layer, query, key, value)
+    blocks = None if selector is None else selector(layer, query, key)
+    if blocks is not None:
+        _check_unmasked(module, newest_visible)
+        return block_sparse_attention(query, key, value, blocks, kwargs.get("scaling")).transpose(1, 2), None
     queries, keys = query.shape[2], key.shape[2]
     if queries == keys:
         module.masked_key_indices = None  # type: ignore[assignment]  # a new context
@@ -63,6 +74,15 @@ def cached_attention(
     if queries == 1 and query.device.type == "cpu" and not torch.is_grad_enabled():
         return one_query(query, key, value, mask, kwargs.get("scaling")), None
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def _check_unmasked(module: nn.Module, newest_visible: Tensor | None) -> None:
+    padded = newest_visible is not None and not bool(newest_visible.all())
+    if padded or getattr(module, "masked_key_indices", None) is not None:
+        raise ValueError(
+            "block-sparse attention takes neither padded rows nor a head-wise press: use batches of one row "
+            "(data.batch_size=1) and another press"
+        )
 
 
 def one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
@@ -114,3 +134,21 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
         yield
     finally:
         config._attn_implementation = before
+
+
+@contextmanager
+def passing(model: PreTrainedModel, **attention: Any) -> Iterator[None]:
+    """Give every forward of ``model``'s decoder inside the block these keywords (``observer``, ``selector``).
+
+    They only reach our attention: run the model through ``continue_from``, ``prefill`` or under
+    ``attention_implementation(model, CACHED)``. A keyword that a forward is given itself wins.
+    """
+
+    def add(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, attention | kwargs
+
+    hook = decoder_of(model).register_forward_pre_hook(add, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()

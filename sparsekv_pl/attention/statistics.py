@@ -117,7 +117,7 @@ class AttentionStatistics:
         self.tokens, self.valid, self.scaling = tokens, valid, scaling
         self.layers: dict[int, LayerStatistics] = {}
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor) -> None:
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG002
         """Measure one layer: ``query`` (B, H, T, D) are the last T positions of the S that ``key`` (B, K, S, D) holds.
 
         Raises

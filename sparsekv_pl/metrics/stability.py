@@ -40,7 +40,7 @@ class ContextImportance:
         self.importance: dict[int, Tensor] = {}
 
     @torch.no_grad()
-    def __call__(self, layer: int, query: Tensor, key: Tensor) -> None:
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG002
         """Add one layer: ``query`` (B, H, T, D) of the continuation, ``key`` (B, K, L + T, D) of everything.
 
         Raises

@@ -1,5 +1,6 @@
 """What a run measured, told: records to tables with intervals, pictures, one page, and kvpress's own layout."""
 
+from sparsekv_pl.reporting.analysis import write_analysis
 from sparsekv_pl.reporting.environment import REPORTED_PACKAGES, environment, run_environment
 from sparsekv_pl.reporting.heatmaps import sparsity_figure
 from sparsekv_pl.reporting.intervals import paired_bootstrap, perplexity_interval, wilson_interval
@@ -16,6 +17,7 @@ __all__ = [
     "sparsity_figure",
     "terminal_table",
     "wilson_interval",
+    "write_analysis",
     "write_kvpress_layout",
     "write_run",
 ]

@@ -127,15 +127,16 @@ def test_a_new_context_forgets_what_a_headwise_press_masked() -> None:
 
 
 @torch.no_grad()
-def test_the_observer_sees_queries_and_keys_after_rope(random_model: Build) -> None:
+def test_the_observer_sees_queries_keys_and_values_after_rope(random_model: Build) -> None:
     model, cache = random_model(), DynamicCache()
-    seen: list[tuple[int, Tensor, Tensor]] = []
+    seen: list[tuple[int, Tensor, Tensor, Tensor]] = []
     hidden(model, CACHED, ids(CONTEXT), past_key_values=cache)
     hidden(model, CACHED, ids(CONTINUATION, seed=1), past_key_values=cache, observer=lambda *shown: seen.append(shown))
-    assert [layer for layer, _, _ in seen] == [0, 1]
-    for layer, query, key in seen:
+    assert [layer for layer, *_ in seen] == [0, 1]
+    for layer, query, key, value in seen:
         assert query.shape == (2, 4, CONTINUATION, 8)
         assert torch.equal(key, cache.layers[layer].keys)  # caches hold keys after RoPE
+        assert torch.equal(value, cache.layers[layer].values)
         assert key.shape == (2, 2, CONTEXT + CONTINUATION, 8)
 
 

@@ -131,7 +131,7 @@ def test_importance_of_bfloat16_states_is_computed_in_float32() -> None:
     for states in ((query, key), (query.float(), key.float())):
         observer = ContextImportance(5)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            observer(0, *states)
+            observer(0, *states, states[1])
         found.append(observer.importance[0])
     assert found[0].dtype == torch.float32
     torch.testing.assert_close(*found)
@@ -139,7 +139,7 @@ def test_importance_of_bfloat16_states_is_computed_in_float32() -> None:
 
 def test_an_evicted_cache_is_not_observed() -> None:
     with pytest.raises(ValueError, match="held 5 pairs and not the 6"):
-        ContextImportance(6)(0, torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 8, 8))
+        ContextImportance(6)(0, torch.zeros(1, 2, 3, 8), *torch.zeros(2, 1, 2, 8, 8))
 
 
 def test_masks_of_other_layers_are_refused() -> None:

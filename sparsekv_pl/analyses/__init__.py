@@ -1,0 +1,1 @@
+"""LightningModules that look inside attention: python evaluate.py predict --config configs/analyze/NAME.yaml."""

@@ -1,0 +1,105 @@
+"""What every analysis of a model shares: loading, progress, finished work on disk, base and trained, the report."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from transformers import PreTrainedModel
+
+from sparsekv_pl.adapter import training_summary, variants_of
+from sparsekv_pl.backbone import Backbone, adapter_off, causal_lm
+from sparsekv_pl.batch import CaseBatch
+from sparsekv_pl.eviction.limits import check_positions
+from sparsekv_pl.reporting import run_environment
+from sparsekv_pl.results import Record, Results, gathered, key_of
+
+
+class Analysis(LightningModule, ABC):
+    """Measures every batch of a datamodule once, keeps what is finished in ``output/results``, and ends in a report.
+
+    A run that was killed, or that is given more batches, measures what is missing.
+
+    Parameters
+    ----------
+    backbone
+        The model; with ``backbone.adapter`` everything is measured twice, with the adapter off (base) and on (trained).
+    output
+        Folder for the report, its pictures and the finished work.
+    """
+
+    def __init__(self, backbone: Backbone, output: str) -> None:
+        super().__init__()
+        self.output = Path(output)
+        self.training_summary = training_summary(backbone.adapter)
+        self.model, self.tokenizer = backbone.load(trainable=False)
+        self.identity, self.variants = backbone.identity(), variants_of(backbone.adapter)
+
+    @abstractmethod
+    def described(self) -> dict[str, Any]:
+        """All settings that decide what ``measure`` returns, JSON-able: part of a finished measurement's key."""
+
+    @abstractmethod
+    def measure(self, batch: CaseBatch) -> Sequence[Record]:
+        """What one batch shows with the model as it is; JSON-able and finite."""
+
+    @abstractmethod
+    def write(self, records: list[Record], environment: dict[str, object]) -> list[Path]:
+        """Write the report of all records, each with its ``variant``, and say on the console what matters."""
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model, an adapter active in it or not."""
+        return causal_lm(self.model)
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        """Check that the model can take contexts of these lengths, and read what is finished already."""
+        for length in getattr(self.trainer.datamodule, "lengths", []):  # type: ignore[attr-defined]
+            check_positions(self.causal_lm, length, length, rotates=False)
+        self.results = Results(self.output / "results", self.global_rank)
+        self.records: list[Record] = []
+        self.started = time.time()
+
+    @torch.no_grad()
+    def predict_step(self, batch: CaseBatch, batch_idx: int) -> None:
+        """Measure one batch, base and trained."""
+        batches = len(self.trainer.predict_dataloaders.dataset)  # type: ignore[union-attr]
+        if batch_idx * self.trainer.world_size + self.global_rank >= batches:
+            return  # ranks take turns, and the last turn begins anew to give every rank a batch
+        for variant in self.variants:
+            key = self._key(batch, variant)
+            found = self.results.get(key)
+            if found is None:
+                with self._variant(variant):
+                    found = list(self.measure(batch))
+                self.results.put(key, found, variant)
+            self.records += [{"variant": variant, **record} for record in found]
+
+    def on_predict_end(self) -> None:
+        """Write the report."""
+        records = gathered(self.records)
+        if not self.trainer.is_global_zero or not records:
+            return
+        from rich.console import Console
+
+        paths = self.write(records, run_environment(self, self.started, model=self.identity))
+        Console().print("report: " + ", ".join(str(path) for path in paths), soft_wrap=True)
+
+    def _variant(self, variant: str) -> AbstractContextManager[Any]:
+        return adapter_off(self.model) if variant == "base" else nullcontext()
+
+    def _key(self, batch: CaseBatch, variant: str) -> str:
+        return key_of(
+            analysis=type(self).__name__,
+            settings=self.described(),
+            model=self.identity,
+            adapter=self.variants[variant],
+            precision=str(self.trainer.precision),
+            context=batch["context_ids"].tolist(),
+            continuation=batch["continuation_ids"].tolist(),
+            cases=[[case.id, case.answers] for case in batch["cases"]],
+        )
