@@ -53,6 +53,8 @@ class CaseInfo:
     """Fraction of the haystack before the (first) needle; None where a task has no such place."""
     seed: int = 0
     document_ids: tuple[str, ...] = ()
+    answer_span: tuple[int, int] | None = None
+    """Tokens [start, end) of the context that hold the answer; None where that is not known."""
 
 
 class CaseBatch(TypedDict):
