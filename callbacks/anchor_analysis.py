@@ -1,0 +1,219 @@
+"""Watches where attention rests while a model trains: by token type, on sinks and recent tokens, by layer and head."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from typing_extensions import override
+
+from sparsekv_pl.analyses.anchors import observed
+from sparsekv_pl.attention.anchor_profile import LEADING, AnchorProfile, profile_records
+from sparsekv_pl.attention.received import ReceivedAttention
+from sparsekv_pl.attention.token_types import types_for
+from sparsekv_pl.backbone import causal_lm
+from sparsekv_pl.batch import Batch
+from sparsekv_pl.reporting.anchor_figures import layers_figure
+from sparsekv_pl.reporting.anchors import layer_table, type_rows
+from sparsekv_pl.reporting.figures import png
+from sparsekv_pl.reporting.files import json_bytes, replace_all
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RECENT = 64
+"""Tokens nearest to a query that are counted as recent: the default of ``Anchors``."""
+
+
+class AnchorAnalysisCallback(pl.Callback):
+    """Measures the attention of one fixed probe batch before, during and after training, with the adapter on.
+
+    The probe is the context of the first training batch, before the first step; it is kept, and saved with the
+    checkpoint. A measurement is one pass without gradient in evaluation mode. It draws no random number, touches no
+    data and leaves every module's mode as it was, so training goes as without it. Under several ranks all of them run
+    the pass over rank 0's probe, because sharded weights (FSDP) can only be used together; rank 0 logs and writes.
+
+    At the end ``anchor_analysis.json`` and ``anchor_analysis.png`` (before beside after) stand in the trainer's
+    ``default_root_dir``, and a table is printed.
+
+    Parameters
+    ----------
+    every_n_steps
+        Measure after every so many optimizer steps, besides the start and the end.
+    rows
+        At most so many rows of the batch.
+    sinks
+        So many first tokens count as sinks; the types leave them out.
+    carrying
+        Of each head: the share of tokens that carry this share of the attention.
+
+    Logs
+    ----
+    anchors/share_sinks, anchors/share_recent, anchors/share_TYPE
+        Share of all attention; recent are the 64 nearest tokens, sinks aside. Types without tokens are not logged.
+    anchors/per_token_TYPE
+        What a token of the type gets of the attention of a query that sees it.
+    anchors/times_chance_TYPE
+        What the type gets over what attention spread evenly over all tokens but the sinks would give it.
+    anchors/carrying_tokens
+        Share of a row's tokens that carry most of a head's attention, averaged over heads.
+    anchors/layers, anchors/log10_attention_per_token
+        Heat maps and a histogram, to TensorBoard alone.
+    """
+
+    def __init__(self, every_n_steps: int = 50, rows: int = 4, sinks: int = 4, carrying: float = 0.8) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("rows", rows)):
+            if value < 1:
+                raise ValueError(f"AnchorAnalysisCallback.{name} is {value}: give 1 or more")
+        if not 0 <= sinks <= LEADING:
+            raise ValueError(f"AnchorAnalysisCallback.sinks is {sinks}: give 0 to {LEADING}")
+        if not 0 < carrying <= 1:
+            raise ValueError(f"AnchorAnalysisCallback.carrying is {carrying}: give a share above 0 and at most 1")
+        self.every_n_steps, self.rows, self.sinks, self.carrying = every_n_steps, rows, sinks, carrying
+        self.probe: list[list[int]] = []
+        """Token ids of the probe, a list for each row."""
+        self.measured: list[dict[str, Any]] = []
+        """What was found so far: "step", "scalars" and "layers" (layer x type)."""
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Take the probe and measure it once, before anything was learnt."""
+        if not self.measured:
+            self.probe = trainer.strategy.broadcast(batch["context_ids"][: self.rows].tolist())
+            self._measure(trainer, pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Measure if this batch ended an optimizer step whose turn it is."""
+        if trainer.global_step % self.every_n_steps == 0:
+            self._measure(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure what training ended with, and tell it beside what it began with."""
+        if not self.measured:
+            return
+        self._measure(trainer, pl_module)
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._write(Path(trainer.default_root_dir))
+            self._say()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"probe": self.probe, "measured": self.measured}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.probe, self.measured = state_dict["probe"], state_dict["measured"]
+
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.measured and self.measured[-1]["step"] == trainer.global_step:
+            return
+        ids = torch.tensor(self.probe, device=pl_module.device)
+        types = types_for(pl_module.tokenizer).of(ids)  # type: ignore[arg-type]
+        with evaluating(pl_module), torch.no_grad(), trainer.precision_plugin.forward_context():
+            observer = observed(causal_lm(pl_module.model), ids, types)
+        profile = AnchorProfile.of(profile_records(observer, types, self.carrying))
+        found = {
+            "step": trainer.global_step,
+            "scalars": probe_scalars(profile, self.sinks),
+            "layers": layer_table(profile, self.sinks),
+        }
+        self.measured.append(found)
+        if trainer.is_global_zero:
+            self._log(trainer, found, per_token(observer))
+
+    def _log(self, trainer: pl.Trainer, found: dict[str, Any], attention: Tensor) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics({f"anchors/{name}": value for name, value in found["scalars"].items()}, found["step"])
+            if isinstance(logger, TensorBoardLogger):
+                board, picture = logger.experiment, layers_figure({f"step {found['step']}": found["layers"]})
+                board.add_image("anchors/layers", pixels(picture), found["step"], dataformats="HWC")
+                board.add_histogram("anchors/log10_attention_per_token", attention.log10(), found["step"])
+
+    def _write(self, folder: Path) -> None:
+        before, after = self.measured[0], self.measured[-1]
+        layers = {f"{name} (step {found['step']})": found["layers"] for name, found in _named(before, after)}
+        content = {
+            "probe": {"rows": len(self.probe), "tokens": len(self.probe[0]), "ids": self.probe},
+            "sinks": self.sinks,
+            "carrying": self.carrying,
+            "before": before,
+            "after": after,
+            "measured": [{"step": found["step"], **found["scalars"]} for found in self.measured],
+        }
+        replace_all(
+            folder, {"anchor_analysis.json": json_bytes(content), "anchor_analysis.png": png(layers_figure(layers))}
+        )
+
+    def _say(self) -> None:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        before, after = self.measured[0], self.measured[-1]
+        table = Table(box=box.SIMPLE_HEAD, title="attention of the probe batch", title_justify="left")
+        for heading in ("", *(f"{name} (step {found['step']})" for name, found in _named(before, after)), "change"):
+            table.add_column(heading, justify="right" if heading else "left")
+        for name, old in before["scalars"].items():
+            new = after["scalars"][name]
+            table.add_row(name, f"{old:.4g}", f"{new:.4g}", f"{new - old:+.2g}")
+        Console().print(table)
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards each part is in the mode that it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def probe_scalars(profile: AnchorProfile, sinks: int) -> dict[str, float]:
+    """What is logged, by name; a type that the probe does not have is left out."""
+    first, nearest = profile.sinks(sinks), profile.recent(min(RECENT, profile.edges[-1]))
+    scalars = {
+        "share_sinks": profile.portion(first).attention,
+        "share_recent": profile.portion(nearest & ~first).attention,
+        "carrying_tokens": float(profile.carrying.mean()),
+    }
+    for row in type_rows(profile, sinks)[1:]:
+        name = row["type"].replace(" ", "_")
+        if row["per_token"] is not None:
+            scalars[f"share_{name}"] = row["attention"]
+            scalars[f"per_token_{name}"] = row["per_token"]
+            scalars[f"times_chance_{name}"] = row["times_chance"]
+    return scalars
+
+
+def per_token(observer: ReceivedAttention) -> Tensor:
+    """(B, S): what each token gets of the attention of a query that sees it, a mean over layers and heads; above 0."""
+    received = torch.stack([layer.by_key.mean(1).cpu() for layer in observer.layers.values()]).mean(0)
+    queries = torch.arange(received.shape[1], 0, -1)
+    return (received / queries).clamp(min=1e-12)
+
+
+def pixels(figure: "Figure") -> np.ndarray:
+    """(height, width, 3) uint8, without pyplot."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]
+
+
+def _named(before: dict[str, Any], after: dict[str, Any]) -> tuple[tuple[str, dict[str, Any]], ...]:
+    return ("before", before), ("after", after)
