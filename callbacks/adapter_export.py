@@ -19,6 +19,8 @@ class AdapterExport(pl.Callback):
     A folder holds the adapter (adapter_config.json, adapter_model.safetensors) or, where every weight trained, the
     model; the tokenizer; ``curriculum.json``, the curriculum's state; ``config.yaml``, the resolved run; and
     ``training.json``, what the training was and cost. ``peft.PeftModel.from_pretrained(base, folder)`` loads it.
+    A module that trains something beside its model writes that alone, by a method ``save_trained(folder)``; then there
+    is no adapter, no tokenizer and no curriculum.
 
     Parameters
     ----------
@@ -35,6 +37,13 @@ class AdapterExport(pl.Callback):
         self._tokens = 0
         self._started = 0.0
         self._exported = -1
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.merge and _writes_itself(pl_module):
+            raise ValueError(
+                f"--merge folds an adapter into its base, but {type(pl_module).__name__} trains none: leave --merge out"
+            )
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -78,11 +87,10 @@ class AdapterExport(pl.Callback):
             return folder
         partial = folder.with_name(f".{name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        pl_module.model.save_pretrained(partial)  # type: ignore[operator, union-attr]
-        pl_module.tokenizer.save_pretrained(partial)  # type: ignore[operator, union-attr]
-        curricula = [callback for callback in trainer.callbacks if isinstance(callback, Curriculum)]  # type: ignore[attr-defined]
-        state = curricula[0].export_state(trainer.global_step) if curricula else {}
-        _write_json(partial / "curriculum.json", state)
+        if _writes_itself(pl_module):
+            pl_module.save_trained(partial)  # type: ignore[operator]
+        else:
+            _write_model(trainer, pl_module, partial)
         _write_json(partial / "training.json", self._summary(trainer, pl_module))
         config = Path(trainer.log_dir or ".") / "config.yaml"
         if config.exists():
@@ -101,6 +109,18 @@ class AdapterExport(pl.Callback):
             **pl_module.describe_training(),  # type: ignore[operator]
             "last_metrics": metrics,
         }
+
+
+def _writes_itself(pl_module: pl.LightningModule) -> bool:
+    return hasattr(pl_module, "save_trained")
+
+
+def _write_model(trainer: pl.Trainer, pl_module: pl.LightningModule, folder: Path) -> None:
+    pl_module.model.save_pretrained(folder)  # type: ignore[operator, union-attr]
+    pl_module.tokenizer.save_pretrained(folder)  # type: ignore[operator, union-attr]
+    curricula = [callback for callback in trainer.callbacks if isinstance(callback, Curriculum)]  # type: ignore[attr-defined]
+    state = curricula[0].export_state(trainer.global_step) if curricula else {}
+    _write_json(folder / "curriculum.json", state)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,0 +1,118 @@
+"""The true attention, pooled to blocks: what a block scorer tries to predict, and the best that it could do."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sparsekv_pl.attention.blocks import block_count, first_block
+
+
+@dataclass(frozen=True)
+class BlockAttention:
+    """One layer's attention between blocks of queries and blocks of keys; (B, H, Nq, Nk) float32, 0 at later blocks."""
+
+    mass: Tensor
+    """Mean over a block's queries of the attention that they pay to all keys of a block. Rows sum to 1."""
+    peak: Tensor
+    """The largest attention of any query of a block to any key of a block: 2-D max pooling, which SeerAttention takes
+    for the truth (https://arxiv.org/abs/2410.13276)."""
+
+
+@torch.no_grad()
+def block_attention(
+    query: Tensor, key: Tensor, block_size: int, *, scaling: float | None = None, query_tile: int = 64
+) -> BlockAttention:
+    """Pool softmax(query key^T * scaling), causal from the lower right and computed in float32, to blocks.
+
+    ``query`` (B, H, T, D) are the last T of the S positions of ``key`` (B, K, S, D), any dtype, H a multiple of K.
+    Where the first query stands inside a block, that block's row pools the queries that there are. ``scaling`` defaults
+    to 1 / sqrt(D). ``query_tile`` queries are taken at once, which changes no result: it bounds the memory, to two
+    times B * H * query_tile * S floats.
+
+    Raises
+    ------
+    ValueError
+        For shapes that do not fit one another, and for a block or tile of less than one token.
+    """
+    _check(query, key, block_size, query_tile)
+    (batch, heads, queries, dim), keys = query.shape, key.shape[2]
+    first, count = first_block(queries, keys, block_size), block_count(keys, block_size)
+    mass = torch.zeros(batch, heads, count - first, count, device=query.device)
+    peak = torch.zeros_like(mass)
+    rows = torch.arange(keys - queries, keys, device=query.device) // block_size - first
+    scaled = dim**-0.5 if scaling is None else scaling
+    with torch.autocast(query.device.type, enabled=False):  # it would round the products to 16 bits
+        whole = pad(key.float(), (0, 0, 0, count * block_size - keys))  # what is added lies after every query
+        for start in range(0, queries, query_tile):
+            tile = query[:, :, start : start + query_tile].float() * scaled
+            stop = start + tile.shape[2]
+            seen = block_count(keys - queries + stop, block_size)
+            summed, largest = _pooled(tile, whole[:, :, : seen * block_size], keys - queries + start, block_size)
+            mass[..., :seen].index_add_(2, rows[start:stop], summed)
+            index = rows[start:stop, None].expand_as(largest)
+            peak[..., :seen].scatter_reduce_(2, index, largest, "amax")
+    return BlockAttention(mass / rows.bincount()[:, None], peak)
+
+
+@dataclass
+class TrueBlocks:
+    """A block scorer (see attention/blocks.py) that knows the true attention: the control that no other can beat.
+
+    It computes all of the attention first and therefore saves nothing.
+
+    Parameters
+    ----------
+    block_size
+        Tokens per block.
+    pool
+        "mass" or "peak", see ``BlockAttention``.
+    average_heads
+        One choice for all heads, from the mean of their scores.
+    scaling
+        Factor of the dot products; None for 1 / sqrt(D).
+    """
+
+    block_size: int = 64
+    pool: Literal["mass", "peak"] = "mass"
+    average_heads: bool = False
+    scaling: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"block_size={self.block_size} must be at least 1 token")
+        if self.pool not in ("mass", "peak"):
+            raise ValueError(f"pool={self.pool!r} must be 'mass' or 'peak'")
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG002
+        """(B, H, Nq, Nk), or (B, 1, Nq, Nk) averaged. See ``BlockScorer``."""
+        attention = block_attention(query, key, self.block_size, scaling=self.scaling)
+        scores = attention.mass if self.pool == "mass" else attention.peak
+        return scores.mean(1, keepdim=True) if self.average_heads else scores
+
+
+def _pooled(query: Tensor, key: Tensor, position: int, block_size: int) -> tuple[Tensor, Tensor]:
+    """Sum and maximum over each key block, (B, H, Q, blocks), of the attention of scaled queries from ``position``."""
+    batch, heads, queries, dim = query.shape
+    logits = query.reshape(batch, key.shape[1], -1, dim) @ key.transpose(2, 3)
+    logits = logits.view(batch, heads, queries, key.shape[2])
+    later = torch.ones(queries, key.shape[2] - position, dtype=torch.bool, device=key.device).triu(1)
+    logits[..., position:].masked_fill_(later, -torch.inf)
+    weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_().unflatten(-1, (-1, block_size))
+    summed = weights.sum(-1)
+    total = summed.sum(-1, keepdim=True)
+    return summed / total, weights.amax(-1) / total
+
+
+def _check(query: Tensor, key: Tensor, block_size: int, query_tile: int) -> None:
+    (batch, heads, queries, dim), (rows, kv_heads, keys, key_dim) = query.shape, key.shape
+    if batch != rows or dim != key_dim or heads % kv_heads or not 0 < queries <= keys:
+        raise ValueError(
+            f"queries {tuple(query.shape)} and keys {tuple(key.shape)} do not fit: give (B, H, T, D) and (B, K, S, D) "
+            "with H a multiple of K and the queries the last T of the S positions"
+        )
+    for name, tokens in (("block_size", block_size), ("query_tile", query_tile)):
+        if tokens < 1:
+            raise ValueError(f"{name}={tokens} must be at least 1 token")
