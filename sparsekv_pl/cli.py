@@ -29,6 +29,7 @@ CHATTER = (
     ".*Precision bf16-mixed is not supported by the model summary",
     ".*was called before the ``update`` method",  # text without questions, or questions without text
     ".*predict returned None if it was on purpose",  # analyses keep what they find on disk
+    ".*module\\(s\\) in eval mode at the start of training",  # a frozen backbone
     ".*does not have many workers",  # batches are made while the model computes; the default needs no workers
 )
 """Warnings about libraries' own affairs."""

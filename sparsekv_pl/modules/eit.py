@@ -19,6 +19,7 @@ from sparsekv_pl.eviction.dropout import KVDropout
 from sparsekv_pl.eviction.prefill import full_cache
 from sparsekv_pl.losses import token_nll
 from sparsekv_pl.metrics import ContinuationPerplexity
+from sparsekv_pl.modules.training import optimizers, stop_if_not_finite
 from sparsekv_pl.objectives import EIT, Objective, StudentView
 from sparsekv_pl.presses.eviction_aug import EvictionAugPress
 from sparsekv_pl.presses.scores import press_name, trainable_scorers
@@ -29,10 +30,6 @@ from sparsekv_pl.teacher import Teacher
 set_parsing_settings(
     subclasses_enabled=[BasePress]
 )  # a press is a dataclass: without this YAML could not name a subclass
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became infinite or NaN; the optimizer has not stepped on it."""
 
 
 class EITModule(LightningModule):
@@ -96,7 +93,7 @@ class EITModule(LightningModule):
     def training_step(self, batch: Batch) -> Tensor:
         """One step of the objective on a context evicted at ``compression_ratio``."""
         terms, evicted = self.loss_terms(batch, self.compression_ratio, self.global_step)
-        self._stop_if_not_finite(terms, batch)
+        stop_if_not_finite(self, terms, batch, compression_ratio=f"{self.compression_ratio:.3f}")
         self._log_step(terms, evicted, batch)
         return terms["loss"]
 
@@ -133,16 +130,7 @@ class EITModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over what trains, and the learning-rate schedule if there is one."""
         optimizer: Optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        if self.lr_scheduler is None:
-            return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {
-                "scheduler": self.lr_scheduler(optimizer),
-                "interval": "step",
-                "name": "learning_rate",
-            },
-        }
+        return optimizers(optimizer, self.lr_scheduler)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what trains: the base weights are on disk already."""
@@ -168,18 +156,6 @@ class EITModule(LightningModule):
     def _evict(self, batch: Batch, ratio: float, step: int) -> Evicted:
         model = causal_lm(self.model)
         return self.eviction(model, batch["context_ids"], batch["continuation_ids"], compression_ratio=ratio, step=step)
-
-    def _stop_if_not_finite(self, terms: dict[str, Tensor], batch: Batch) -> None:
-        if torch.isfinite(terms["loss"]):
-            return
-        saver = self.trainer.checkpoint_callback
-        last = getattr(saver, "last_model_path", "") or getattr(saver, "best_model_path", "") or "none yet"
-        raise NonFiniteLossError(
-            f"the loss is {terms['loss'].item()} at step {self.global_step} (terms: "
-            f"{ {name: value.item() for name, value in terms.items()} }; compression_ratio "
-            f"{self.compression_ratio:.3f}; documents: {batch['document_ids']}). Last good checkpoint: {last}. "
-            "Try a lower learning rate, gradient_clip_val, or precision 32-true."
-        )
 
     def _log_step(self, terms: dict[str, Tensor], evicted: Evicted, batch: Batch) -> None:
         logs = {f"train/{name}": value.detach() for name, value in terms.items()}

@@ -16,7 +16,7 @@ from sparsekv_pl.backbone import Backbone, causal_lm
 from sparsekv_pl.batch import Batch
 from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.limits import check_positions
-from sparsekv_pl.modules.eit import NonFiniteLossError
+from sparsekv_pl.modules.training import optimizers, stop_if_not_finite
 
 TOP, SHARE = 16, 4
 """Validation compares the best 16 blocks of a row, or the best quarter of those visible where that is fewer."""
@@ -82,11 +82,7 @@ class GateDistillation(LightningModule):
     def training_step(self, batch: Batch) -> Tensor:
         """One step of all gates."""
         loss = self.loss(batch)
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the loss is {loss.item()} at step {self.global_step} (documents: {batch['document_ids']}): "
-                "try a lower learning rate, gradient_clip_val, or precision 32-true"
-            )
+        stop_if_not_finite(self, {"loss": loss}, batch)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["context_ids"]))
         return loss
 
@@ -120,10 +116,7 @@ class GateDistillation(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over the gates, and the learning-rate schedule if there is one."""
         optimizer: Optimizer = self.optimizer(list(self.gates.parameters()))
-        if self.lr_scheduler is None:
-            return optimizer
-        schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step", "name": "learning_rate"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        return optimizers(optimizer, self.lr_scheduler)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the gates alone."""

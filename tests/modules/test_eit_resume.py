@@ -17,7 +17,8 @@ from callbacks.curriculum import Curriculum
 from data.mixture import EvictionData
 from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.eviction.chunked import ChunkedEviction
-from sparsekv_pl.modules.eit import EITModule, NonFiniteLossError
+from sparsekv_pl.modules.eit import EITModule
+from sparsekv_pl.modules.training import NonFiniteLossError
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.schedules import Linear, Spread
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw, mixed, trained

@@ -11,12 +11,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from sparsekv_pl.attention.true_blocks import BlockAttention
 from sparsekv_pl.batch import IGNORE, Batch
-from sparsekv_pl.modules.eit import NonFiniteLossError
 from sparsekv_pl.modules.gate_distillation import GateDistillation, best_blocks, gate_loss
+from sparsekv_pl.modules.training import NonFiniteLossError
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw, trained
 
 Build = Callable[..., PreTrainedModel]
@@ -232,11 +233,11 @@ def test_a_resumed_run_ends_with_the_same_gates(
     assert set(saved) >= set(straight)
 
 
-def test_a_loss_that_is_not_finite_stops(tiny_backbone: MakeBackbone) -> None:
+def test_a_loss_that_is_not_finite_stops(tiny_backbone: MakeBackbone, tiny_trainer: MakeTrainer) -> None:
     module = distillation(tiny_backbone())
     module.gates.gate(1).query_weight.data.fill_(float("nan"))
     with pytest.raises(NonFiniteLossError, match=r"at step 0 .*documents: \['a', 'a'\]"):
-        module.training_step(batch())
+        tiny_trainer().fit(module, DataLoader([batch()], batch_size=None))
 
 
 @pytest.mark.parametrize(
