@@ -1,0 +1,76 @@
+"""The LightningDataModule over files of queries, keys and values that were collected before."""
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+NAME = re.compile(r"tensors_seq(?P<length>\d+)_layer(?P<layer>\d+)_sample(?P<sample>\d+)_(?P<timestamp>.+)\.pt")
+FIX = "collect some first: python evaluate.py predict --config configs/analyze/collect.yaml"
+
+
+class TensorFiles(LightningDataModule):
+    """Batches are lists of paths: the files of one sample and collection, layers ascending, for a walk across them.
+
+    The files are found by their names alone and not opened. A tensors_*.pt file whose name says neither length, layer
+    nor sample is a batch of its own, for the module to refuse; files of other names are not looked at.
+
+    Parameters
+    ----------
+    folder
+        Where the files are.
+    lengths
+        Of which lengths, in tokens; null for all.
+    layers
+        Of which layers; null for all.
+    """
+
+    def __init__(
+        self, folder: str = "output/collect", lengths: list[int] | None = None, layers: list[int] | None = None
+    ) -> None:
+        super().__init__()
+        self.folder, self.lengths, self.layers = Path(folder), lengths, layers
+
+    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
+        """Find the files. ValueError where there are none, or none of these lengths and layers."""
+        files = sorted(self.folder.glob("tensors_*.pt"))
+        if not files:
+            raise ValueError(f"{self.folder} holds no tensors_*.pt files: {FIX}")
+        self.groups = self._grouped(files)
+        if not self.groups:
+            raise ValueError(
+                f"none of the {len(files)} tensor files in {self.folder} has lengths={self.lengths} and "
+                f"layers={self.layers}: give null for all, or {FIX}"
+            )
+
+    def predict_dataloader(self) -> DataLoader[list[str]]:
+        """By length, then sample, then time of collection."""
+        return DataLoader(_Groups(self.groups), batch_size=None, shuffle=False)
+
+    def _grouped(self, files: Sequence[Path]) -> list[list[str]]:
+        groups: dict[tuple[int, int, str], dict[int, str]] = defaultdict(dict)
+        unknown = []
+        for path in files:
+            name = NAME.fullmatch(path.name)
+            if name is None:
+                unknown.append([str(path)])
+                continue
+            length, layer, sample = (int(name[part]) for part in ("length", "layer", "sample"))
+            if length in (self.lengths or [length]) and layer in (self.layers or [layer]):
+                groups[length, sample, name["timestamp"]][layer] = str(path)
+        known = [[path for _, path in sorted(layers.items())] for _, layers in sorted(groups.items())]
+        return known + unknown
+
+
+class _Groups(Dataset[list[str]]):
+    def __init__(self, groups: Sequence[list[str]]) -> None:
+        self.groups = groups
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> list[str]:
+        return self.groups[index]

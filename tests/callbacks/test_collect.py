@@ -1,0 +1,185 @@
+"""Collecting while an evaluation runs: the same files as a collection, and the same evaluation as without."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from kvpress import KnormPress
+from lightning.pytorch import Trainer
+
+from callbacks.collect import CollectTensors
+from data.evaluation import EvaluationData
+from sparsekv_pl.analyses.collection import TensorCollection
+from sparsekv_pl.attention.tensor_files import read
+from sparsekv_pl.backbone import Backbone
+from sparsekv_pl.eviction.setting import Setting
+from sparsekv_pl.modules.evaluation import EvaluationModule
+
+MakeBackbone = Callable[..., Backbone]
+MakeTrainer = Callable[..., Trainer]
+MakeCases = Callable[..., EvaluationData]
+Run = Callable[..., EvaluationModule]
+
+
+@pytest.fixture
+def adapter(tiny_backbone: MakeBackbone, tmp_path: Path) -> str:
+    trained, _ = tiny_backbone().load()
+    with torch.no_grad():
+        for name, weight in trained.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.05)
+    trained.save_pretrained(tmp_path / "adapter")
+    return str(tmp_path / "adapter")
+
+
+@pytest.fixture
+def evaluate(
+    tiny_backbone: MakeBackbone,
+    tiny_trainer: MakeTrainer,
+    tiny_cases: MakeCases,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Run:
+    """Evaluates four windows and four needles of 96 tokens, with and without KnormPress, and draws no report."""
+    for name in ("write_run", "write_kvpress_layout", "sparsity_figure"):
+        monkeypatch.setattr(f"sparsekv_pl.modules.evaluation.{name}", lambda *_, **__: [])
+
+    def run(*callbacks: CollectTensors, name: str = "evaluation", adapter: str | None = None, **more: Any) -> Any:
+        setting = Setting(KnormPress(), [0.5], chunk_tokens=more.pop("chunk_tokens", None))
+        module = EvaluationModule(
+            tiny_backbone(adapter=adapter),
+            [setting],
+            str(tmp_path / name),
+            sparsity=more.pop("sparsity", False),
+        )
+        trainer = tiny_trainer(*callbacks)
+        trainer.test(module, tiny_cases(**more), verbose=False)
+        return module
+
+    return run
+
+
+def callback(folder: Path, **settings: Any) -> CollectTensors:
+    return CollectTensors(str(folder), **({"lengths": [96], "samples": 2} | settings))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name.rsplit("_", 2)[0] for path in folder.glob("tensors_*.pt"))
+
+
+def of_samples(*samples: int) -> list[str]:
+    return sorted(f"tensors_seq96_layer{layer}_sample{sample}" for layer in (0, 1) for sample in samples)
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_the_files_are_those_of_a_collection(
+    evaluate: Run,
+    tiny_backbone: MakeBackbone,
+    tiny_trainer: MakeTrainer,
+    tiny_cases: MakeCases,
+    adapter: str,
+    tmp_path: Path,
+    with_adapter: bool,
+) -> None:
+    used = adapter if with_adapter else None
+    evaluate(callback(tmp_path / "during", samples=5), adapter=used)
+    collection = TensorCollection(tiny_backbone(adapter=used), str(tmp_path / "alone"))
+    tiny_trainer().predict(collection, tiny_cases())
+    assert names(tmp_path / "during") == of_samples(0, 1, 2, 3, 4)
+    assert names(tmp_path / "alone") == of_samples(*range(8))
+    for path in sorted((tmp_path / "during").glob("*.pt")):
+        (other,) = (tmp_path / "alone").glob(path.name.rsplit("_", 2)[0] + "_*")
+        ours, theirs = read(path), read(other)
+        assert {**ours.metadata, "timestamp": ""} == {**theirs.metadata, "timestamp": ""}
+        for name in ("query", "key", "value"):
+            torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-4)
+    summary = json.loads(next((tmp_path / "during").glob("summary_seq96_*.json")).read_text())
+    assert (summary["num_samples"], summary["layers"], summary["num_files"]) == (5, [0, 1], 10)
+
+
+def test_the_evaluation_is_the_same_with_its_own_observer(evaluate: Run, tmp_path: Path) -> None:
+    """``sparsity`` passes an observer, in the first forward over each window of text."""
+    collecting = evaluate(callback(tmp_path / "during", samples=4), name="with", sparsity=True)
+    alone = evaluate(name="without", sparsity=True)
+    assert names(tmp_path / "during") == of_samples(0, 1, 2, 3)
+    assert collecting.sparsities == alone.sparsities
+    assert len(alone.sparsities) == 2
+    timed = ("seconds", "peak_bytes")
+    plain = [[{k: v for k, v in r.items() if not k.endswith(timed)} for r in m.records] for m in (collecting, alone)]
+    assert plain[0] == plain[1]
+
+
+def test_an_observer_that_is_passed_around_forwards_is_called_too(
+    evaluate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparsekv_pl.attention.cached import passing
+
+    seen: list[int] = []
+    step = EvaluationModule.test_step
+
+    def watched(self: EvaluationModule, *args: Any) -> None:
+        with passing(self.model, observer=lambda layer, *_: seen.append(layer)):
+            step(self, *args)
+
+    monkeypatch.setattr(EvaluationModule, "test_step", watched)
+    evaluate(name="without", windows=0)
+    without = list(seen)
+    seen.clear()
+    evaluate(callback(tmp_path / "during"), windows=0)
+    assert seen == without
+    assert without
+    assert names(tmp_path / "during") == of_samples(0, 1)
+
+
+def test_tasks_layers_and_samples_are_chosen(evaluate: Run, tmp_path: Path) -> None:
+    evaluate(callback(tmp_path / "during", tasks=["facts"], layers=[1], samples=3))
+    assert names(tmp_path / "during") == [f"tensors_seq96_layer1_sample{sample}" for sample in range(3)]
+
+
+def test_other_lengths_are_left_alone(evaluate: Run, tmp_path: Path) -> None:
+    evaluate(callback(tmp_path / "during", lengths=[80, 4096], samples=9), lengths=[80, 96], windows=1)
+    assert {name.split("_")[1] for name in names(tmp_path / "during")} == {"seq80"}
+    with pytest.raises(ValueError, match=r"lengths=\[4096\], but the data has \[96\]"):
+        evaluate(callback(tmp_path / "during", lengths=[4096]), name="again")
+
+
+def test_parts_of_a_context_are_not_collected(evaluate: Run, tmp_path: Path) -> None:
+    """Contexts of 96 in chunks of 48: the first chunk is dense, and of a length that is asked for."""
+    evaluate(callback(tmp_path / "during", lengths=[48, 96]), chunk_tokens=48, windows=0)
+    assert names(tmp_path / "during") == of_samples(0, 1)
+
+
+def test_what_was_finished_before_runs_no_forward(
+    evaluate: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(name="evaluation")
+    evaluate(callback(tmp_path / "during"), name="evaluation")
+    assert not names(tmp_path / "during")
+    assert "collected no tensors" in capsys.readouterr().out
+
+
+def test_the_model_is_let_go_of(evaluate: Run, tmp_path: Path) -> None:
+    module = evaluate(callback(tmp_path / "during"))
+    hooked = [name for name, part in module.model.named_modules() if part._forward_pre_hooks or part._forward_hooks]
+    assert not hooked
+    assert {path.suffix for path in (tmp_path / "during").iterdir()} == {".pt", ".json"}
+
+
+def test_what_cannot_be_collected_is_refused_before_anything_runs(
+    evaluate: Run, tiny_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="samples=0"):
+        callback(tmp_path, samples=0)
+    with pytest.raises(ValueError, match="this model has 2 layers"):
+        evaluate(callback(tmp_path / "during", layers=[5]))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(ValueError, match="0 B are free on the disk"):
+        evaluate(callback(tmp_path / "during"))
+    assert not (tmp_path / "during").exists()
+    with pytest.raises(ValueError, match="needs a model of its own, which SimpleNamespace has not"):
+        callback(tmp_path).on_test_start(tiny_trainer(), SimpleNamespace())  # type: ignore[arg-type]
