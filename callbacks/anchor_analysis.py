@@ -18,8 +18,8 @@ from sparsekv_pl.attention.received import ReceivedAttention
 from sparsekv_pl.attention.token_types import types_for
 from sparsekv_pl.backbone import causal_lm
 from sparsekv_pl.batch import Batch
-from sparsekv_pl.reporting.anchor_figures import layers_figure
-from sparsekv_pl.reporting.anchors import layer_table, type_rows
+from sparsekv_pl.reporting.anchors.figures import layers_figure
+from sparsekv_pl.reporting.anchors.report import layer_table, type_rows
 from sparsekv_pl.reporting.figures import png
 from sparsekv_pl.reporting.files import json_bytes, replace_all
 

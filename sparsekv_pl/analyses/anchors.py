@@ -15,8 +15,8 @@ from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.batch import CaseBatch
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.reporting.analysis import write_analysis
-from sparsekv_pl.reporting.anchor_figures import anchor_figures
-from sparsekv_pl.reporting.anchors import PICTURES, anchor_sections, anchor_summary, anchor_yaml
+from sparsekv_pl.reporting.anchors.figures import anchor_figures
+from sparsekv_pl.reporting.anchors.report import PICTURES, anchor_sections, anchor_summary, anchor_yaml
 from sparsekv_pl.reporting.conditions import VARIANTS
 from sparsekv_pl.results import Record
 

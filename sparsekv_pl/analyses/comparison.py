@@ -19,7 +19,7 @@ from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.measures.block_agreement import AgreementSettings, BlockAgreement
 from sparsekv_pl.measures.block_methods import block_methods, oracle
 from sparsekv_pl.measures.block_passes import BlockPasses
-from sparsekv_pl.reporting.comparison import comparison_report
+from sparsekv_pl.reporting.comparison.report import comparison_report
 from sparsekv_pl.results import Record, digest_of
 
 

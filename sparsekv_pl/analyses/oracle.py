@@ -14,8 +14,8 @@ from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.batch import CaseBatch, CaseInfo
 from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.prefill import continue_from
-from sparsekv_pl.reporting.oracle import write_oracle
-from sparsekv_pl.reporting.oracle_findings import Choice
+from sparsekv_pl.reporting.oracle.findings import Choice
+from sparsekv_pl.reporting.oracle.report import write_oracle
 from sparsekv_pl.results import Record
 
 DIGITS = 5

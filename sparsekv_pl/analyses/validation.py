@@ -20,8 +20,8 @@ from sparsekv_pl.attention.tensor_files import LayerTensors, TensorFileError, re
 from sparsekv_pl.reporting import run_environment, write_analysis
 from sparsekv_pl.reporting.files import json_bytes
 from sparsekv_pl.reporting.page import Table
-from sparsekv_pl.reporting.validation_figures import validation_figure
-from sparsekv_pl.reporting.validation_summary import MEASUREMENT, expected_table, sections, summary
+from sparsekv_pl.reporting.validation.figures import validation_figure
+from sparsekv_pl.reporting.validation.summary import MEASUREMENT, expected_table, sections, summary
 from sparsekv_pl.results import Record, Results, gathered, key_of
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ def optimizers(optimizer: Optimizer, lr_scheduler: LRSchedulerCallable | None) -
 
 
 def stop_if_not_finite(module: LightningModule, terms: Mapping[str, Tensor], batch: Batch, **told: object) -> None:
-    """Raise ``NonFiniteLossError`` if ``terms["loss"]`` is not finite, saying where, on what, and what was saved last."""
+    """Raise ``NonFiniteLossError`` if ``terms["loss"]`` is not finite: where, on what, what was saved last."""
     if torch.isfinite(terms["loss"]):
         return
     saver = module.trainer.checkpoint_callback

@@ -13,8 +13,15 @@ from sparsekv_pl.anchors import Anchors
 from sparsekv_pl.attention.anchor_profile import GROUPS, AnchorProfile, groups_of, profile_records
 from sparsekv_pl.attention.received import ReceivedAttention
 from sparsekv_pl.attention.token_types import TYPES
-from sparsekv_pl.reporting.anchor_figures import anchor_figures, layers_figure
-from sparsekv_pl.reporting.anchors import PICTURES, anchor_sections, anchor_summary, anchor_yaml, layer_table, type_rows
+from sparsekv_pl.reporting.anchors.figures import anchor_figures, layers_figure
+from sparsekv_pl.reporting.anchors.report import (
+    PICTURES,
+    anchor_sections,
+    anchor_summary,
+    anchor_yaml,
+    layer_table,
+    type_rows,
+)
 from sparsekv_pl.reporting.figures import png
 from sparsekv_pl.reporting.page import html, markdown
 

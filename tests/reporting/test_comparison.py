@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from sparsekv_pl.reporting.comparison import comparison_report
-from sparsekv_pl.reporting.comparison_figures import blocks_figure, budget_figure, layers_figure
-from sparsekv_pl.reporting.comparison_summary import comparison_summary, means, needle_rows, sparse_layers, text_rows
+from sparsekv_pl.reporting.comparison.figures import blocks_figure, budget_figure, layers_figure
+from sparsekv_pl.reporting.comparison.report import comparison_report
+from sparsekv_pl.reporting.comparison.summary import comparison_summary, means, needle_rows, sparse_layers, text_rows
 from sparsekv_pl.results import Record
 
 METHODS = ("gate", "gate, threshold 0.1", "Sketch&Walk", "random")

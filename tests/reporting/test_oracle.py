@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsekv_pl.reporting.oracle import found, oracle_data, write_oracle
-from sparsekv_pl.reporting.oracle_figures import MOST_ROWS, layers_figure, mass_figure, recall_figure, samples_figure
-from sparsekv_pl.reporting.oracle_findings import (
+from sparsekv_pl.reporting.oracle.figures import MOST_ROWS, layers_figure, mass_figure, recall_figure, samples_figure
+from sparsekv_pl.reporting.oracle.findings import (
     ATTENTION,
     BM25,
     PLACE,
@@ -28,8 +27,9 @@ from sparsekv_pl.reporting.oracle_findings import (
     recall,
     shares,
 )
-from sparsekv_pl.reporting.oracle_layers import best_head, by_layer, head_recall
-from sparsekv_pl.reporting.oracle_verdict import verdict
+from sparsekv_pl.reporting.oracle.layers import best_head, by_layer, head_recall
+from sparsekv_pl.reporting.oracle.report import found, oracle_data, write_oracle
+from sparsekv_pl.reporting.oracle.verdict import verdict
 from sparsekv_pl.results import Record
 
 BLOCKS, LAYERS, HEADS = 12, 2, 3

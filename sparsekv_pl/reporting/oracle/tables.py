@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sparsekv_pl.reporting.oracle_findings import ATTENTION, BM25, PLACE, SINKS, TARGETS
-from sparsekv_pl.reporting.oracle_verdict import counted, percent, whole_percent
+from sparsekv_pl.reporting.oracle.findings import ATTENTION, BM25, PLACE, SINKS, TARGETS
+from sparsekv_pl.reporting.oracle.verdict import counted, percent, whole_percent
 from sparsekv_pl.reporting.page import Table
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsekv_pl.reporting.analysis import write_analysis
-from sparsekv_pl.reporting.comparison_figures import comparison_figures, pass_name
-from sparsekv_pl.reporting.comparison_summary import Line, comparison_summary
+from sparsekv_pl.reporting.comparison.figures import comparison_figures, pass_name
+from sparsekv_pl.reporting.comparison.summary import Line, comparison_summary
 from sparsekv_pl.reporting.files import json_bytes
 from sparsekv_pl.reporting.page import Picture, Section, Table
 from sparsekv_pl.reporting.sections import score

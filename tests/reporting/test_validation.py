@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from sparsekv_pl.reporting.page import markdown
-from sparsekv_pl.reporting.validation_figures import validation_figure
-from sparsekv_pl.reporting.validation_summary import expected_table, sections, summary
+from sparsekv_pl.reporting.validation.figures import validation_figure
+from sparsekv_pl.reporting.validation.summary import expected_table, sections, summary
 from sparsekv_pl.results import Record
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparsekv_pl.measures.block_methods import DENSE, ORACLE
-from sparsekv_pl.reporting.comparison_summary import ALL_LENGTHS, Line
+from sparsekv_pl.reporting.comparison.summary import ALL_LENGTHS, Line
 from sparsekv_pl.results import Record
 
 if TYPE_CHECKING:

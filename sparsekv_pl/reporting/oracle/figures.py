@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sparsekv_pl.reporting.figures import COLOURS, STYLES
-from sparsekv_pl.reporting.oracle_findings import ATTENTION, BM25, PLACE, SINKS, TARGETS, Sample
+from sparsekv_pl.reporting.oracle.findings import ATTENTION, BM25, PLACE, SINKS, TARGETS, Sample
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from sparsekv_pl.reporting.validation_summary import EXPECTED
+from sparsekv_pl.reporting.validation.summary import EXPECTED
 from sparsekv_pl.results import Record
 
 if TYPE_CHECKING:

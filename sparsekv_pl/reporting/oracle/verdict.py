@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sparsekv_pl.reporting.oracle_findings import ATTENTION, BM25, SINKS
+from sparsekv_pl.reporting.oracle.findings import ATTENTION, BM25, SINKS
 
 MOSTLY = 0.8
 """The share of the attention on a document from which on it is said to lie there "mostly"."""

@@ -8,11 +8,11 @@ from sparsekv_pl.reporting.analysis import write_analysis
 from sparsekv_pl.reporting.conditions import VARIANTS
 from sparsekv_pl.reporting.files import json_bytes
 from sparsekv_pl.reporting.heatmaps import sparsity_figure
-from sparsekv_pl.reporting.oracle_figures import layers_figure, mass_figure, recall_figure, samples_figure
-from sparsekv_pl.reporting.oracle_findings import Choice, Sample, concentration, differences, mean, recall
-from sparsekv_pl.reporting.oracle_layers import best_head, by_layer, head_recall
-from sparsekv_pl.reporting.oracle_tables import best_lines, layer_table, mass_tables, recall_tables
-from sparsekv_pl.reporting.oracle_verdict import MOSTLY, verdict
+from sparsekv_pl.reporting.oracle.figures import layers_figure, mass_figure, recall_figure, samples_figure
+from sparsekv_pl.reporting.oracle.findings import Choice, Sample, concentration, differences, mean, recall
+from sparsekv_pl.reporting.oracle.layers import best_head, by_layer, head_recall
+from sparsekv_pl.reporting.oracle.tables import best_lines, layer_table, mass_tables, recall_tables
+from sparsekv_pl.reporting.oracle.verdict import MOSTLY, verdict
 from sparsekv_pl.reporting.page import Picture, Section
 from sparsekv_pl.results import Record
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsekv_pl.reporting.intervals import wilson_interval
-from sparsekv_pl.reporting.oracle_findings import (
+from sparsekv_pl.reporting.oracle.findings import (
     SINKS,
     Floats,
     Sample,

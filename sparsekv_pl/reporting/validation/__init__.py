@@ -1,0 +1,1 @@
+"""The report of the validation of Sketch&Walk on collected tensors."""
