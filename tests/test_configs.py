@@ -42,9 +42,7 @@ def test_there_are_configs() -> None:
             f"evaluate/{name}.yaml"
             for name in ("quickstart", "retention", "niah", "matrix", "million", "hosted", "lm_eval")
         ),
-        *(
-            f"analyze/{name}.yaml" for name in ("statistics", "oracle", "collect", "sketchwalk", "compare", "anchors")
-        ),
+        *(f"analyze/{name}.yaml" for name in ("statistics", "oracle", "collect", "sketchwalk", "compare", "anchors")),
         "train/gate.yaml",
     }
 

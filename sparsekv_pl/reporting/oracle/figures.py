@@ -97,7 +97,7 @@ def layers_figure(layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure"
     """By layer: what the hottest blocks and the sink hold, and how often the answer's block is among the hottest."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.8), dpi=130, layout="constrained")
+    figure = Figure(figsize=(11, 4.3), dpi=130, layout="constrained")
     mass, recall = figure.subplots(1, 2)
     sink, rest = SINKS
     for variant, rows in layers.items():
@@ -120,7 +120,7 @@ def layers_figure(layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure"
     for axes in (mass, recall):
         axes.set_ylim(-0.02, 1.03)
         _plain(axes)
-        axes.legend(fontsize=7.5, frameon=False, loc="best")
+        axes.legend(fontsize=7.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     return figure
 
 
