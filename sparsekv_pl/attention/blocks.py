@@ -136,12 +136,18 @@ class ThresholdBlocks:
 
 
 def top_blocks(scores: Tensor, top_k: int, block_size: int, keys: int) -> Blocks:
-    """The ``top_k`` best visible blocks of every row of ``scores`` (B, G, Nq, Nk), first and own among them."""
+    """The ``top_k`` best visible blocks of every row of ``scores`` (B, G, Nq, Nk), own and first among them.
+
+    Scores of -inf or NaN are not chosen, though fewer than ``top_k`` be left. Whatever a scorer says, the own block
+    comes before the first and the first before the rest.
+    """
     rows, count = scores.shape[2:]
     own = torch.arange(count - rows, count, device=scores.device)[:, None]
     columns = torch.arange(count, device=scores.device)
-    ranked = scores.float().masked_fill(columns > own, -torch.inf)
-    ranked = ranked.masked_fill((columns == own) | (columns == 0), torch.inf)
+    largest = torch.finfo(torch.float32).max
+    ranked = scores.float().nan_to_num(nan=-torch.inf, neginf=-torch.inf).clamp(max=largest / 2)
+    ranked = ranked.masked_fill(columns > own, -torch.inf)
+    ranked = ranked.masked_fill(columns == 0, largest).masked_fill(columns == own, torch.inf)
     best = ranked.topk(min(top_k, count), dim=-1)
     indices = best.indices.where(best.values > -torch.inf, count).sort(-1).values
     return Blocks(indices.where(indices < count, NOTHING), block_size, keys)
