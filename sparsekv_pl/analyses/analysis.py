@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from sparsekv_pl.adapter import training_summary, variants_of
 from sparsekv_pl.backbone import Backbone, adapter_off, causal_lm
 from sparsekv_pl.batch import CaseBatch
-from sparsekv_pl.eviction.limits import check_positions
+from sparsekv_pl.eviction.limits import position_limit
 from sparsekv_pl.reporting import run_environment
 from sparsekv_pl.results import Record, Results, gathered, key_of
 
@@ -58,18 +58,21 @@ class Analysis(LightningModule, ABC):
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
         """Check that the model can take contexts of these lengths, and read what is finished already."""
-        for length in getattr(self.trainer.datamodule, "lengths", []):  # type: ignore[attr-defined]
-            check_positions(self.causal_lm, length, length, rotates=False)
+        longest = max(getattr(self.trainer.datamodule, "lengths", []), default=0)  # type: ignore[attr-defined]
+        limit = position_limit(self.causal_lm)
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"lengths has {longest} tokens, but this model was trained on {limit} positions "
+                "(max_position_embeddings): use shorter contexts, or another model"
+            )
         self.results = Results(self.output / "results", self.global_rank)
         self.records: list[Record] = []
         self.started = time.time()
 
     @torch.no_grad()
-    def predict_step(self, batch: CaseBatch, batch_idx: int) -> None:
-        """Measure one batch, base and trained."""
-        batches = len(self.trainer.predict_dataloaders.dataset)  # type: ignore[union-attr]
-        if batch_idx * self.trainer.world_size + self.global_rank >= batches:
-            return  # ranks take turns, and the last turn begins anew to give every rank a batch
+    def predict_step(self, batch: CaseBatch, batch_idx: int) -> list[Record]:  # noqa: ARG002
+        """Measure one batch, base and trained; of several ranks, each is given batches of its own."""
+        records: list[Record] = []
         for variant in self.variants:
             key = self._key(batch, variant)
             found = self.results.get(key)
@@ -77,7 +80,9 @@ class Analysis(LightningModule, ABC):
                 with self._variant(variant):
                     found = list(self.measure(batch))
                 self.results.put(key, found, variant)
-            self.records += [{"variant": variant, **record} for record in found]
+            records += [{"variant": variant, **record} for record in found]
+        self.records += records
+        return records
 
     def on_predict_end(self) -> None:
         """Write the report."""

@@ -1,20 +1,19 @@
 """What attention looks like, by layer and head, without ever holding an L x L matrix.
 
-Queries are taken in strips and keys in tiles. The first walk over a strip's tiles keeps a running log-sum-exp of every
-query; the second turns the tiles, computed again, into true probabilities and adds up what is asked of them. The memory
-for a tile is the same however long the context is, and what is returned grows with L alone. Tiles that no query of a
-strip can see are never computed.
+Row by row and KV head by KV head, strips of queries meet tiles of keys (see tiles.py), and what is asked of the
+probabilities is added up. The memory for a tile is the same however long the context is and however many heads there
+are; what is returned grows with L alone.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from math import isqrt
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-ZERO = -200.0
-"""A log-probability whose exponential is 0 in float32; finite, so that 0 * log 0 is 0 and not NaN."""
+from sparsekv_pl.attention.tiles import BITS_PER_NAT, Keys, Strip, block_sums
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,9 @@ class StatisticsSettings:
         Queries that share one verdict on key blocks, as in block-sparse attention: their attention is averaged before
         it is compared with the threshold. 1 judges every query by itself. Blocks start at the first observed query.
     query_tile, key_tile
-        Largest tile computed at once, in tokens; rounded up to whole blocks. They bound the memory (B * H * query_tile
-        * key_tile floats, about three times) and change no result.
+        Largest tile computed at once, in tokens; rounded up to whole blocks. Fewer keys are met by more queries, so
+        that a tile holds as many logits. They bound the memory (H / K * query_tile * key_tile floats, up to four times)
+        and change no result.
     """
 
     window: int | None = None
@@ -44,8 +44,8 @@ class StatisticsSettings:
     block_size: int = 64
     block_threshold: float = 0.01
     query_block: int = 1
-    query_tile: int = 64
-    key_tile: int = 4096
+    query_tile: int = 32
+    key_tile: int = 8192
 
     def __post_init__(self) -> None:
         for name in ("window", "top_k", "block_size", "query_block", "query_tile", "key_tile"):
@@ -82,17 +82,29 @@ class LayerStatistics:
         """(B, H): (B, H, W) averaged over the counted queries; NaN for a row that has none."""
         return per_query.sum(-1) / self.counted.sum(-1)[:, None]
 
+    def followed_by(self, later: "LayerStatistics") -> "LayerStatistics":
+        """Of both passes, where ``later`` observed the queries right after these, over these keys and more."""
+        grown = later.received.shape[-1] - self.received.shape[-1]
+        assert grown == later.entropy.shape[-1], "queries are missing between the two"
+        per_query = {
+            field.name: torch.cat([getattr(self, field.name), getattr(later, field.name)], dim=-1)
+            for field in fields(self)
+            if field.name != "received" and getattr(self, field.name) is not None
+        }
+        return replace(later, received=pad(self.received, (0, grown)) + later.received, **per_query)
+
     def received_by_block(self, block_size: int) -> Tensor:
         """(B, H, blocks): ``received`` summed over blocks of ``block_size`` keys, the last one may be shorter."""
-        return _by_block(self.received, block_size).sum(-1)
+        return block_sums(self.received, block_size)
 
 
 class AttentionStatistics:
-    """An observer (see attention/cached.py) that measures every layer of one full-cache pass.
+    """An observer (see attention/cached.py) that measures every layer of one full-cache pass, also one in chunks.
 
     Give it as ``observer=`` to a forward that runs with our attention, for instance
     ``continue_from(model, ids, DynamicCache(), 0, observer=statistics)``; then ``statistics.layers[layer]`` is that
-    layer's ``LayerStatistics``. A second pass needs a second observer.
+    layer's ``LayerStatistics``. Chunks of a pass add up, from the first that is observed; a window must lie in the last
+    one. A second pass needs a second observer.
 
     Parameters
     ----------
@@ -123,16 +135,30 @@ class AttentionStatistics:
         Raises
         ------
         ValueError
-            If this layer was measured before.
+            If this layer was measured before, and these queries do not follow on those; or if what looks at several
+            queries, a window or a query block, would reach into an earlier chunk.
         """
-        if layer in self.layers:
+        queries, seen = query.shape[2], key.shape[2]
+        before = self.layers.get(layer)
+        if before is not None:
+            self._check_following(layer, before, queries, seen)
+        tokens, valid = (None if mask is None else mask[:, :seen] for mask in (self.tokens, self.valid))
+        measured = attention_statistics(query, key, self.settings, tokens=tokens, valid=valid, scaling=self.scaling)
+        if before is not None and self.settings.window is None:
+            measured = before.followed_by(measured)
+        self.layers[layer] = measured
+
+    def _check_following(self, layer: int, before: LayerStatistics, queries: int, seen: int) -> None:
+        window, block = self.settings.window, self.settings.query_block
+        if before.received.shape[-1] != seen - queries:
             raise ValueError(
-                f"layer {layer} was measured already: take a new AttentionStatistics for every pass, and in a chunked "
-                "prefill observe the last chunk alone"
+                f"layer {layer} was measured already, up to key {before.received.shape[-1]}, and these {queries} "
+                f"queries end at key {seen}: take a new AttentionStatistics for every pass"
             )
-        self.layers[layer] = attention_statistics(
-            query, key, self.settings, tokens=self.tokens, valid=self.valid, scaling=self.scaling
-        )
+        if window is not None and queries < window:
+            raise ValueError(f"window={window} is longer than a chunk of {queries} tokens: use longer chunks")
+        if window is None and before.entropy.shape[-1] % block:
+            raise ValueError(f"chunks must be whole query blocks: use a multiple of query_block={block} tokens")
 
 
 @torch.no_grad()
@@ -157,106 +183,93 @@ def attention_statistics(
     """
     settings = settings or StatisticsSettings()
     _check(query, key, {"tokens": tokens, "valid": valid})
-    batch, heads, queries, dim = query.shape
-    seen = key.shape[2]
-    observed = min(queries, settings.window or queries)
-    step = _whole_blocks(settings.query_tile, settings.query_block)
+    (batch, heads, queries, dim), (kv_heads, seen) = query.shape, key.shape[1:3]
+    observed, scaling = min(queries, settings.window or queries), dim**-0.5 if scaling is None else scaling
     received = torch.zeros(batch, heads, seen, device=key.device)
-    scaled = scaling if scaling is not None else dim**-0.5
-    parts = []
+    per_query = torch.zeros(4, batch, heads, observed, device=key.device)
     with torch.autocast(query.device.type, enabled=False):  # it would round the products to 16 bits
-        for start in range(queries - observed, queries, step):
-            strip = _Strip(query[:, :, start : start + step].float() * scaled, key, seen - queries + start, valid)
-            parts.append(_measure(strip, settings, received, tokens))
-    entropy, coverage, sparsity, share = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
+        for row, kv_head in product(range(batch), range(kv_heads)):
+            group = slice(kv_head * heads // kv_heads, (kv_head + 1) * heads // kv_heads)
+            keys = Keys(
+                key[row, kv_head].float(),
+                None if valid is None else valid[row].bool(),
+                None if tokens is None else tokens[row].float(),
+            )
+            own = query[row, group, queries - observed :]
+            _measure_group(own, keys, scaling, settings, received[row, group], per_query[:, row, group])
+    entropy, coverage, sparsity, share = per_query
     counted = torch.ones(batch, seen, dtype=torch.bool, device=key.device) if valid is None else valid.bool()
     return LayerStatistics(
         received, entropy, coverage, sparsity, None if tokens is None else share, counted[:, seen - observed :]
     )
 
 
-class _Strip:
-    """Consecutive queries (B, H, Q, D), float32 and scaled, the first at ``position``, against tiles of the keys."""
-
-    def __init__(self, query: Tensor, key: Tensor, position: int, valid: Tensor | None) -> None:
-        self.batch, self.heads, self.queries, dim = query.shape
-        self.query = query.reshape(self.batch, key.shape[1], -1, dim)  # (B, K, heads of a group * Q, D)
-        self.key = key
-        self.valid = None if valid is None else valid.bool()
-        self.positions = torch.arange(position, position + self.queries, device=query.device)
-        self.seen = position + self.queries
-        self.counted = torch.ones(1, 1, self.queries, device=query.device)
-        if self.valid is not None:
-            self.counted = self.valid[:, None, self.positions].float()
-
-    def tiles(self, step: int) -> Iterator[tuple[int, int]]:
-        """(start, stop) of the tiles that some query sees."""
-        return ((start, min(start + step, self.seen)) for start in range(0, self.seen, step))
-
-    def visible(self, start: int, stop: int) -> Tensor:
-        """(B or 1, 1, Q, keys) bool; nothing is visible to a query that is padding."""
-        keys = torch.arange(start, stop, device=self.positions.device)
-        causal = (keys <= self.positions[:, None])[None, None]
-        if self.valid is None:
-            return causal
-        return causal & self.valid[:, None, None, start:stop] & self.valid[:, None, self.positions, None]
-
-    def logits(self, start: int, stop: int) -> Tensor:
-        """(B, H, Q, keys), -inf where not visible."""
-        products = self.query @ self.key[:, :, start:stop].float().transpose(2, 3)
-        logits = products.view(self.batch, self.heads, self.queries, stop - start)
-        if self.valid is None and stop <= self.positions[0]:
-            return logits
-        return logits.masked_fill_(~self.visible(start, stop), -torch.inf)
-
-    def normaliser(self, step: int) -> Tensor:
-        """(B, H, Q, 1), the log-sum-exp of each query over all its keys; 0 where it sees none."""
-        total = self.query.new_full((self.batch, self.heads, self.queries), -torch.inf)
-        for start, stop in self.tiles(step):
-            total = torch.logaddexp(total, self.logits(start, stop).logsumexp(-1))
-        return total.masked_fill_(total == -torch.inf, 0).unsqueeze(-1)
+def _measure_group(
+    query: Tensor, keys: Keys, scaling: float, settings: StatisticsSettings, received: Tensor, per_query: Tensor
+) -> None:
+    """Fill ``received`` (G, S) and ``per_query`` (4, G, W) of queries (G, W, D), the last W of S positions."""
+    (observed, seen), block = (query.shape[1], len(keys.key)), settings.query_block
+    key_step = min(_whole_blocks(settings.key_tile, settings.block_size), seen)
+    step = _whole_blocks(max(settings.query_tile * settings.key_tile // key_step, 1), block)
+    for start in range(0, observed, step):
+        strip = Strip(query[:, start : start + step], keys, seen - observed + start, scaling)
+        per_query[..., start : start + step] = _measure(strip, settings, received) * strip.counted
 
 
-def _measure(
-    strip: _Strip, settings: StatisticsSettings, received: Tensor, tokens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Entropy, coverage, sparsity, share, each (B, H, Q), of a strip; adds to ``received`` (B, H, S)."""
-    step = _whole_blocks(settings.key_tile, settings.block_size)
-    normaliser = strip.normaliser(step)
-    entropy, share, empty, blocks = (torch.zeros_like(normaliser[..., 0]) for _ in range(4))
-    top = normaliser.new_zeros(*entropy.shape, 0)
-    for start, stop in strip.tiles(step):
-        log_p = strip.logits(start, stop).sub_(normaliser).clamp_(min=ZERO)
-        p = log_p.exp()
-        entropy -= log_p.mul_(p).sum(-1)
-        received[..., start:stop] += p.sum(2)
+def _measure(strip: Strip, settings: StatisticsSettings, received: Tensor) -> Tensor:
+    """(4, G, Q): entropy, coverage, sparsity and share of a strip; adds to ``received`` (G, S)."""
+    step, tokens = _whole_blocks(settings.key_tile, settings.block_size), strip.keys.tokens
+    entropy, share, empty, blocks = strip.query.new_zeros(4, *strip.query.shape[:2])
+    top = strip.query.new_zeros(*entropy.shape, 0)
+    for tile, log_scale in strip.tiles(step, settings.block_size):
+        here, scale = slice(tile.start, tile.stop), log_scale.exp2() * strip.counted
+        received[:, here] += (scale.unsqueeze(1) @ tile.weights).squeeze(1)
         if tokens is not None:
-            share += (p @ tokens[:, None, start:stop, None].float()).squeeze(-1)
-        top = torch.cat([top, p.topk(min(settings.top_k, stop - start), sorted=False).values], dim=-1)
-        top = top.topk(min(settings.top_k, top.shape[-1]), sorted=False).values
-        empty_here, blocks_here = _count_blocks(strip, p, strip.visible(start, stop), settings)
+            share += tile.weights @ tokens[here] * scale
+        top = torch.cat([top, _largest(tile.weights, settings.top_k) * scale.unsqueeze(-1)], dim=-1)
+        top = _largest(top, settings.top_k)
+        first = strip.keys.first_by_block(*tile[:2], settings.block_size)
+        empty_here, blocks_here = _count_blocks(strip, tile.block_mass * scale.unsqueeze(-1), first, settings)
         empty += empty_here
         blocks += blocks_here
-    return entropy, top.sum(-1), empty / blocks.clamp(min=1) * strip.counted, share
+        entropy -= (tile.logits.mul_(tile.weights).sum(-1) + tile.block_mass.sum(-1) * log_scale) * scale
+    return torch.stack([entropy / BITS_PER_NAT, top.sum(-1), empty / blocks.clamp(min=1), share])
 
 
-def _count_blocks(strip: _Strip, p: Tensor, visible: Tensor, settings: StatisticsSettings) -> tuple[Tensor, Tensor]:
-    """How many key blocks of a tile are empty, (B, H, Q), and how many are visible at all, (B or 1, 1, Q)."""
-    seen = _by_block(visible, settings.block_size).any(-1)
-    mass = _by_block(p, settings.block_size).sum(-1)
-    group = settings.query_block
+def _count_blocks(strip: Strip, mass: Tensor, first: Tensor, settings: StatisticsSettings) -> tuple[Tensor, Tensor]:
+    """How many key blocks of a tile are empty, (G, Q), and how many are visible at all, (Q,).
+
+    ``mass`` (G, Q, blocks) is what they receive, ``first`` (blocks,) the position from which on they are seen.
+    """
+    seen, group = (first <= strip.positions[:, None]) & strip.counted[:, None], settings.query_block
     if group > 1:
-        counted = _by_block(strip.counted, group).sum(-1).clamp(min=1)
-        mass = _by_block(mass.transpose(2, 3), group).sum(-1).transpose(2, 3) / counted[..., None]
-        seen = _by_block(seen.transpose(2, 3), group).any(-1).transpose(2, 3)
+        counted = block_sums(strip.counted.float(), group).clamp(min=1)
+        mass = block_sums(mass.mT, group).mT / counted[:, None]
+        seen = block_sums(seen.float().mT, group).mT > 0
     empty = ((mass < settings.block_threshold) & seen).sum(-1)
-    every_query = [count.repeat_interleave(group, -1)[..., : strip.queries] for count in (empty, seen.sum(-1))]
+    if group == 1:
+        return empty, seen.sum(-1)
+    every_query = [count.repeat_interleave(group, -1)[..., : len(strip.positions)] for count in (empty, seen.sum(-1))]
     return every_query[0], every_query[1]
 
 
-def _by_block(values: Tensor, block_size: int) -> Tensor:
-    """(..., S) -> (..., blocks, block_size), filled up with 0 (False)."""
-    return pad(values, (0, -values.shape[-1] % block_size)).unflatten(-1, (-1, block_size))
+def _largest(values: Tensor, count: int) -> Tensor:
+    """(..., up to count): the largest of (..., n), in any order.
+
+    A value that is among the largest lies in a part whose maximum is among the largest maxima: only those parts are
+    searched, several times faster than the whole row.
+    """
+    total = values.shape[-1]
+    if total <= count:
+        return values
+    size = isqrt(total // count)
+    if size < 2:
+        return values.topk(count, sorted=False).values
+    parts = total // size
+    body = values[..., : size * parts].unflatten(-1, (size, parts))  # a part's values stand a row apart
+    best = body.amax(-2).topk(count, sorted=False).indices
+    found = body.gather(-1, best.unsqueeze(-2).expand(*best.shape[:-1], size, count)).flatten(-2)
+    return torch.cat([found, values[..., size * parts :]], dim=-1).topk(count, sorted=False).values
 
 
 def _whole_blocks(tokens: int, block: int) -> int:

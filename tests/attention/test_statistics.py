@@ -1,84 +1,14 @@
 """Attention statistics equal the same written out over a full attention matrix, in memory that does not hold one."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, PreTrainedModel
 
-from sparsekv_pl.attention.cached import attention_implementation
-from sparsekv_pl.attention.statistics import (
-    AttentionStatistics,
-    LayerStatistics,
-    StatisticsSettings,
-    attention_statistics,
-)
-from sparsekv_pl.eviction.prefill import continue_from
-
-Build = Callable[..., PreTrainedModel]
-
-
-def states(queries: int, keys: int, heads: int = 4, kv_heads: int = 2, dtype: Any = torch.float32) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = (2, heads, queries, 8), (2, kv_heads, keys, 8)
-    return [(2 * torch.randn(shape, generator=generator)).to(dtype) for shape in shapes]
-
-
-def dense(query: Tensor, key: Tensor, valid: Tensor | None, scaling: float | None = None) -> Tensor:
-    """(B, H, T, S) attention, 0 in rows that are padding."""
-    (batch, heads, queries, dim), seen = query.shape, key.shape[2]
-    key = key.float().repeat_interleave(heads // key.shape[1], 1)
-    logits = query.float() @ key.transpose(2, 3) * (scaling or dim**-0.5)
-    valid = torch.ones(batch, seen, dtype=torch.bool) if valid is None else valid
-    visible = torch.ones(queries, seen, dtype=torch.bool).tril(seen - queries) & valid[:, None, None]
-    visible = visible & valid[:, None, seen - queries :, None]
-    return logits.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0)
-
-
-def expected(
-    attention: Tensor, settings: StatisticsSettings, valid: Tensor | None, tokens: Tensor | None
-) -> LayerStatistics:
-    """Everything from attention (B, H, T, S), query by query and block by block."""
-    batch, heads, queries, seen = attention.shape
-    observed = min(queries, settings.window or queries)
-    attention = attention[:, :, queries - observed :]
-    counted = (torch.ones(batch, seen, dtype=torch.bool) if valid is None else valid)[:, seen - observed :]
-    sparsity = torch.zeros(batch, heads, observed)
-    for b in range(batch):
-        for start in range(0, observed, settings.query_block):
-            rows = [t for t in range(start, min(start + settings.query_block, observed)) if counted[b, t]]
-            empty, blocks = torch.zeros(heads), 0
-            for block in range(0, seen, settings.block_size):
-                keys = list(range(block, min(block + settings.block_size, seen)))
-                if any(k <= seen - observed + t and (valid is None or valid[b, k]) for t in rows for k in keys):
-                    blocks += 1
-                    empty += attention[b][:, rows][..., keys].sum((1, 2)) / len(rows) < settings.block_threshold
-            sparsity[b, :, rows] = (empty / max(blocks, 1))[:, None]
-    return LayerStatistics(
-        received=attention.sum(2),
-        entropy=torch.special.entr(attention).sum(-1),
-        top_k_coverage=attention.topk(min(settings.top_k, seen)).values.sum(-1),
-        block_sparsity=sparsity,
-        token_share=None if tokens is None else (attention * tokens[:, None, None]).sum(-1),
-        counted=counted,
-    )
-
-
-def assert_equal(got: LayerStatistics, wanted: LayerStatistics) -> None:
-    assert torch.equal(got.counted, wanted.counted)
-    rows = got.counted[:, None].expand_as(got.entropy)
-    for name in ("entropy", "top_k_coverage", "block_sparsity", "token_share", "effective_support"):
-        values, reference = getattr(got, name), getattr(wanted, name)
-        assert (values is None) == (reference is None)
-        if values is not None:
-            assert values.dtype == torch.float32
-            torch.testing.assert_close(values[rows], reference[rows], rtol=1e-4, atol=1e-4, msg=name)
-            assert bool((values[~rows] == 0).all()), name
-    torch.testing.assert_close(got.received, wanted.received, rtol=1e-4, atol=1e-4)
-
+from sparsekv_pl.attention.statistics import StatisticsSettings, attention_statistics
+from tests.attention.statistics_reference import assert_equal, dense, expected, states
 
 SETTINGS = {
     "one tile": StatisticsSettings(top_k=5, block_size=8, block_threshold=0.05),
@@ -142,6 +72,17 @@ def test_peaked_attention_neither_overflows_nor_turns_nan() -> None:
     assert got.block_sparsity[0, 0].tolist() == pytest.approx([0, 1 / 2, 2 / 3, 3 / 4])
 
 
+@pytest.mark.parametrize("queries", [1, 3])
+def test_the_heaviest_keys_of_many(queries: int) -> None:
+    """Contexts so long that the heaviest keys are looked for in parts; many keys are equally heavy."""
+    query, key = states(queries, 1003)
+    key = key.round()
+    for top_k in (1, 5, 100, 1003):
+        got = attention_statistics(query, key, StatisticsSettings(top_k=top_k)).top_k_coverage
+        wanted = dense(query, key, None).topk(top_k).values.sum(-1)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+
+
 def test_even_attention_by_hand() -> None:
     """Equal logits: query t spreads over t + 1 keys."""
     query, key = torch.zeros(1, 2, 4, 8), torch.zeros(1, 1, 4, 8)
@@ -188,38 +129,10 @@ def largest(tokens: int, **settings: Any) -> int:
 
 
 def test_no_tensor_grows_with_the_square_of_the_context() -> None:
-    small = {"query_tile": 16, "key_tile": 32, "top_k": 8, "block_size": 16}
-    assert largest(512, **small) == 2 * 4 * 512 * 8  # the queries; a tile has 2 * 4 * 16 * 32 elements
-    assert largest(512) == 2 * 4 * 512 * 64  # a strip of the default 64 queries
-    assert largest(128, query_tile=128) == 2 * 4 * 128 * 128  # the counter does count
-
-
-@torch.no_grad()
-def test_an_observer_measures_every_layer_of_a_pass(random_model: Build) -> None:
-    model, settings = random_model(), StatisticsSettings(top_k=4, block_size=8, query_tile=7)
-    ids = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(0))
-    tokens = ids % 5 == 0
-    observer = AttentionStatistics(settings, tokens=tokens)
-    continue_from(model, ids, DynamicCache(), 0, observer=observer)
-    with attention_implementation(model, "eager"):
-        attentions = model(input_ids=ids, output_attentions=True).attentions
-    assert sorted(observer.layers) == [0, 1]
-    for layer, attention in enumerate(attentions):
-        assert_equal(observer.layers[layer], expected(attention, settings, None, tokens))
-    with pytest.raises(ValueError, match="layer 0 was measured already"):
-        continue_from(model, ids, DynamicCache(), 0, observer=observer)
-
-
-@torch.no_grad()
-def test_the_last_chunk_alone_equals_a_window_of_the_whole(random_model: Build) -> None:
-    model, cache = random_model(), DynamicCache()
-    ids = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(0))
-    whole, chunk = AttentionStatistics(StatisticsSettings(window=6)), AttentionStatistics()
-    continue_from(model, ids, DynamicCache(), 0, observer=whole)
-    continue_from(model, ids[:, :18], cache, 0)
-    continue_from(model, ids[:, 18:], cache, 18, observer=chunk)
-    for layer in (0, 1):
-        assert_equal(chunk.layers[layer], whole.layers[layer])
+    small = {"query_tile": 8, "key_tile": 64, "top_k": 4, "block_size": 32}
+    assert largest(512, **small) == 2 * 4 * 512 * 8  # the queries; a tile of two heads has 2 * 8 * 64 elements
+    assert largest(1024) == 2 * 32 * 8192  # the default tile
+    assert largest(128) == 2 * 128 * 128  # the counter does count
 
 
 @pytest.mark.parametrize(
