@@ -79,7 +79,7 @@ def matrices(layers: int, tokens: int) -> int:
 
 
 def compare(
-    name: str, build: Callable[..., Callable[[], object]], *shape: int, method: str = "statistics", rounds: int = 2
+    name: str, build: Callable[..., Callable[[], object]], *shape: int, method: str = "statistics", rounds: int = 3
 ) -> tuple[dict[str, object], dict[str, float]]:
     """A row of the table, and time and peak memory over eager's."""
     took = paired_times(build(method, *shape), build("eager", *shape), rounds)

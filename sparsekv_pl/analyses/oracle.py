@@ -12,7 +12,6 @@ from sparsekv_pl.analyses.analysis import Analysis
 from sparsekv_pl.attention.hot_blocks import HotBlocks
 from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.batch import CaseBatch, CaseInfo
-from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.reporting.oracle.findings import Choice
 from sparsekv_pl.reporting.oracle.report import write_oracle
@@ -90,8 +89,7 @@ class OracleBlocks(Analysis):
 
     def _record(self, context: Tensor, asked: Tensor, case: CaseInfo) -> Record:
         model = self.causal_lm
-        scaling = getattr(decoder_of(model).layers[0].self_attn, "scaling", None)
-        hot = HotBlocks(len(context), self.block_size, scaling)
+        hot = HotBlocks(len(context), self.block_size)
         continue_from(model, torch.cat([context, asked])[None], DynamicCache(), 0, observer=hot)
         mass = hot.mass[0]
         texts = [str(self.tokenizer.decode(block)) for block in context.split(self.block_size)]

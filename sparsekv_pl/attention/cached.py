@@ -25,7 +25,9 @@ from sparsekv_pl.decoder import decoder_of
 CACHED = "sparsekv_cached"
 
 Observer = Callable[[int, Tensor, Tensor, Tensor], None]
-"""Called with layer_idx, queries (B, H, T, D), keys and values (B, K, S, D) after RoPE; S counts cache and new."""
+"""Called with layer_idx, queries (B, H, T, D), keys and values (B, K, S, D) after RoPE; S counts cache and new tokens.
+
+Products of queries and keys over sqrt(D) are the logits: a model's other factor is in the queries."""
 
 
 def lower_right_mask(queries: int, keys: int, device: torch.device) -> Tensor:
@@ -53,9 +55,10 @@ def cached_attention(
     with fake ones, which need not exist for more than one query; here they are masked, and the cache stays as it is.
     """
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    shown = _scaled_as_usual(query, kwargs.get("scaling"))
     if observer is not None:
-        observer(layer, query, key, value)
-    blocks = None if selector is None else selector(layer, query, key)
+        observer(layer, shown, key, value)
+    blocks = None if selector is None else selector(layer, shown, key)
     if blocks is not None:
         _check_unmasked(module, newest_visible)
         return block_sparse_attention(query, key, value, blocks, kwargs.get("scaling")).transpose(1, 2), None
@@ -74,6 +77,12 @@ def cached_attention(
     if queries == 1 and query.device.type == "cpu" and not torch.is_grad_enabled():
         return one_query(query, key, value, mask, kwargs.get("scaling")), None
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def _scaled_as_usual(query: Tensor, scaling: float | None) -> Tensor:
+    """Queries whose products with the keys over sqrt(D) are the logits, also where a model has another factor."""
+    factor = 1.0 if scaling is None else scaling * query.shape[-1] ** 0.5
+    return query if abs(factor - 1) < 1e-6 else query * factor
 
 
 def _check_unmasked(module: nn.Module, newest_visible: Tensor | None) -> None:

@@ -91,7 +91,7 @@ class GateDistillation(LightningModule):
         losses: list[Tensor] = []
 
         def learn(layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG001
-            target = self._truth(layer, query, key).peak
+            target = block_attention(query, key, self.gates.shape.block_size).peak
             with torch.enable_grad():
                 losses.append(gate_loss(target, self.gates.gate(layer).log_scores(query, key)))
 
@@ -103,7 +103,10 @@ class GateDistillation(LightningModule):
         measured: dict[str, list[Tensor]] = {}
 
         def measure(layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG001
-            truth, log_scores = self._truth(layer, query, key), self.gates.gate(layer).log_scores(query, key)
+            truth, log_scores = (
+                block_attention(query, key, self.gates.shape.block_size),
+                self.gates.gate(layer).log_scores(query, key),
+            )
             found = {"loss": gate_loss(truth.peak, log_scores), **best_blocks(truth, log_scores)}
             for name, value_ in found.items():
                 measured.setdefault(name, []).append(value_)
@@ -137,10 +140,6 @@ class GateDistillation(LightningModule):
             "block_size": shape.block_size,
             "gate_dim": shape.gate_dim,
         }
-
-    def _truth(self, layer: int, query: Tensor, key: Tensor) -> BlockAttention:
-        attention = decoder_of(causal_lm(self.model)).layers[layer].self_attn
-        return block_attention(query, key, self.gates.shape.block_size, scaling=getattr(attention, "scaling", None))
 
     @torch.no_grad()
     def _observe(self, batch: Batch, observer: Observer) -> None:

@@ -140,6 +140,28 @@ def test_the_observer_sees_queries_keys_and_values_after_rope(random_model: Buil
         assert key.shape == (2, 2, CONTEXT + CONTINUATION, 8)
 
 
+@torch.no_grad()
+def test_observers_and_selectors_see_another_factor_in_the_queries(random_model: Build) -> None:
+    model = random_model()
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.9
+    tokens = ids(CONTEXT)
+    seen: list[Tensor] = []
+
+    def look(_: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG001
+        logits = query @ key.repeat_interleave(2, 1).mT / 8**0.5
+        seen.append(logits.masked_fill(torch.ones(CONTEXT, CONTEXT).triu(1).bool(), -torch.inf).softmax(-1))
+
+    chosen: list[Tensor] = []
+    selector = lambda layer, query, key: chosen.append(query)  # noqa: ARG005, E731
+    hidden(model, CACHED, tokens, past_key_values=DynamicCache(), observer=look, selector=selector)
+    with attention_implementation(model, "eager"):
+        attentions = model(input_ids=tokens, output_attentions=True).attentions
+    assert len(seen) == len(chosen) == len(attentions) == 2
+    for ours, eager in zip(seen, attentions, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+
+
 def test_the_implementation_is_restored_even_after_an_exception(random_model: Build) -> None:
     model = random_model()
     before = model.config._attn_implementation
