@@ -103,10 +103,8 @@ class GateDistillation(LightningModule):
         measured: dict[str, list[Tensor]] = {}
 
         def measure(layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG001
-            truth, log_scores = (
-                block_attention(query, key, self.gates.shape.block_size),
-                self.gates.gate(layer).log_scores(query, key),
-            )
+            truth = block_attention(query, key, self.gates.shape.block_size)
+            log_scores = self.gates.gate(layer).log_scores(query, key)
             found = {"loss": gate_loss(truth.peak, log_scores), **best_blocks(truth, log_scores)}
             for name, value_ in found.items():
                 measured.setdefault(name, []).append(value_)
