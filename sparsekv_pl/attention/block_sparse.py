@@ -7,6 +7,7 @@ has the same selection. Only a query block's own block needs the causal mask: it
 
 from collections.abc import Iterator
 from itertools import product
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -111,9 +112,25 @@ class _Unit(NamedTuple):
     absent: Tensor | None
     """(N, 1, k, 1) bool, True for ``NOTHING``; None if there is none."""
 
-    def gather(self, states: Tensor) -> Tensor:
+    def gather(self, states: Tensor, scratch: "_Scratch | None" = None) -> Tensor:
         """(N, k * size, D) of ``states`` (B, K, S, D)."""
-        return states[self.key_at].index_select(0, self.tokens).view(len(self.indices), -1, states.shape[-1])
+        shape = len(self.tokens), states.shape[-1]
+        out = None if scratch is None else scratch.take("gathered", states, *shape)
+        gathered = torch.index_select(states[self.key_at], 0, self.tokens, out=out)
+        return gathered.view(len(self.indices), -1, shape[1])
+
+
+class _Scratch:
+    """Memory that units use one after the other: allocated anew, CPUs spend as long on its pages as on the products."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Tensor] = {}
+
+    def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """Uninitialised, in the dtype and on the device of ``like``; what was taken under this name is overwritten."""
+        if name not in self.kept or self.kept[name].numel() < prod(shape):
+            self.kept[name] = like.new_empty(prod(shape))
+        return self.kept[name][: prod(shape)].view(shape)
 
 
 class _Work:
@@ -157,14 +174,16 @@ class _Work:
         count, dtype = block_count(self.keys, self.size), torch.promote_types(states.dtype, torch.float32)
         return states.new_zeros(*states.shape[:2], count, self.size * states.shape[-1], dtype=dtype)
 
-    def weights(self, query: Tensor, key: Tensor, absent: Tensor | None) -> Tensor:
+    def weights(self, query: Tensor, key: Tensor, absent: Tensor | None, scratch: _Scratch | None = None) -> Tensor:
         """(N, heads * R, k * size) of a unit's queries (N, heads, R, D) and gathered keys (N, k * size, D)."""
-        scores = torch.baddbmm(query.new_empty(()), query.flatten(1, 2), key.mT, beta=0, alpha=self.scaling)
+        folded = query.flatten(1, 2)
+        out = None if scratch is None else scratch.take("scores", query, *folded.shape[:2], key.shape[1])
+        scores = torch.baddbmm(query.new_empty(()), folded, key.mT, beta=0, alpha=self.scaling, out=out)
         own = scores.unflatten(1, query.shape[1:3])[..., : self.size]
         own.masked_fill_(self.later, -torch.inf)
         if absent is not None:
             scores.unflatten(2, (-1, self.size)).masked_fill_(absent, -torch.inf)
-        return scores.softmax(-1)
+        return scores.softmax(-1) if scratch is None else torch.softmax(scores, -1, out=scores)
 
 
 class _Gathered(torch.autograd.Function):
@@ -176,11 +195,12 @@ class _Gathered(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.work = work = _Work(query, key, blocks, offset, scaling)
-        attended = query.new_empty(*query.shape[:-1], value.shape[-1])
+        attended, scratch = query.new_empty(*query.shape[:-1], value.shape[-1]), _Scratch()
         for unit in work.units():
             queries = query[unit.query_at].transpose(0, 1)
             # Values are gathered last, into the memory that the keys left: it is in the cache.
-            product = work.weights(queries, unit.gather(key), unit.absent) @ unit.gather(value)
+            weights = work.weights(queries, unit.gather(key, scratch), unit.absent, scratch)
+            product = weights @ unit.gather(value, scratch)
             attended[unit.query_at] = product.unflatten(1, queries.shape[1:3]).transpose(0, 1)
         return attended
 
