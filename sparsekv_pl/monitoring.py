@@ -2,10 +2,10 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import psutil
 import torch
@@ -15,6 +15,19 @@ SAMPLE_SECONDS = 0.05
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 RESET_PEAK = "5"
 """What Linux takes for "forget the highest resident size" (proc(5), /proc/pid/clear_refs, Linux 4.0)."""
+
+T = TypeVar("T")
+
+
+def timed(work: Callable[[], T]) -> tuple[T, float]:
+    """The outcome and the seconds it took, with a GPU's queue emptied first and last."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    outcome = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return outcome, time.perf_counter() - start
 
 
 class _Peak(Protocol):

@@ -2,11 +2,11 @@
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import LightningModule
@@ -17,6 +17,7 @@ from sparsekv_pl.attention.block_sparse import block_sparse_attention
 from sparsekv_pl.attention.blocks import NOTHING, Blocks, Selector, TopBlocks, block_count
 from sparsekv_pl.attention.sketchwalk import SketchWalk
 from sparsekv_pl.attention.tensor_files import LayerTensors, TensorFileError, read
+from sparsekv_pl.monitoring import timed
 from sparsekv_pl.reporting import run_environment, write_analysis
 from sparsekv_pl.reporting.files import json_bytes
 from sparsekv_pl.reporting.page import Table
@@ -84,11 +85,8 @@ class SketchWalkValidation(LightningModule):
         self.started = time.time()
 
     @torch.no_grad()
-    def predict_step(self, batch: list[str], batch_idx: int) -> None:
-        """Validate one sample's files, layers ascending."""
-        samples = len(self.trainer.predict_dataloaders.dataset)  # type: ignore[union-attr]
-        if batch_idx * self.trainer.world_size + self.global_rank >= samples:
-            return  # ranks take turns, and the last turn begins anew to give every rank a batch
+    def predict_step(self, batch: list[str], batch_idx: int) -> list[Record]:  # noqa: ARG002
+        """Validate one sample's files, layers ascending; of several ranks, each is given samples of its own."""
         paths = [Path(path) for path in batch]
         key = self._key(paths)
         found = self.results.get(key)
@@ -96,6 +94,7 @@ class SketchWalkValidation(LightningModule):
             found = self._sample(paths)
             self.results.put(key, found, "validation")
         self.records += found
+        return found
 
     def on_predict_end(self) -> None:
         """Write the results, the summary and the report."""
@@ -239,20 +238,9 @@ def _sparse(selector: Selector, layer: int, query: Tensor, key: Tensor, value: T
 
 def _milliseconds(turns: Sequence[Selector], layer: int, *states: Tensor) -> tuple[float, float]:
     """Dense and sparse attention, one after the other for each of ``turns``: medians."""
-    times = [(_timed(partial(_dense, *states)), _timed(partial(_sparse, turn, layer, *states))) for turn in turns]
+    times = [(timed(partial(_dense, *states))[1], timed(partial(_sparse, turn, layer, *states))[1]) for turn in turns]
     dense, sparse = zip(*times, strict=True)
     return 1000 * median(dense), 1000 * median(sparse)
-
-
-def _timed(work: Callable[[], Any]) -> float:
-    """Seconds, with a GPU's queue emptied first and last."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def _version(path: Path) -> list[int]:

@@ -21,15 +21,13 @@ class HotBlocks:
         block; its share is ``hot.beyond``.
     block_size
         Keys per block, in tokens; blocks start at key 0 and the last one may be shorter.
-    scaling
-        Factor of the dot products; None for 1 / sqrt(D), which all Llama-like models use.
     """
 
-    def __init__(self, context_tokens: int, block_size: int = 512, scaling: float | None = None) -> None:
+    def __init__(self, context_tokens: int, block_size: int = 512) -> None:
         for name, value in {"context_tokens": context_tokens, "block_size": block_size}.items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        self.context_tokens, self.block_size, self.scaling = context_tokens, block_size, scaling
+        self.context_tokens, self.block_size = context_tokens, block_size
         self.layers: dict[int, Tensor] = {}
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG002
@@ -42,7 +40,7 @@ class HotBlocks:
         """
         if layer in self.layers:
             raise ValueError(f"layer {layer} was measured already: take a new HotBlocks for every pass")
-        self.layers[layer] = block_mass(query[:, :, -1], key, self.context_tokens, self.block_size, self.scaling)
+        self.layers[layer] = block_mass(query[:, :, -1], key, self.context_tokens, self.block_size)
 
     @property
     def mass(self) -> Tensor:

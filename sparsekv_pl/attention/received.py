@@ -67,19 +67,17 @@ class ReceivedAttention:
         (B, S) int64, each key's group, from 0 to ``count`` - 1.
     count
         How many groups there are.
-    scaling
-        Factor of the dot products; None for 1 / sqrt(D), which all Llama-like models use.
     """
 
-    def __init__(self, groups: Tensor, count: int, scaling: float | None = None) -> None:
-        self.groups, self.count, self.scaling = groups, count, scaling
+    def __init__(self, groups: Tensor, count: int) -> None:
+        self.groups, self.count = groups, count
         self.layers: dict[int, Received] = {}
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG002
         """Add up one layer. ValueError if it was seen before."""
         if layer in self.layers:
             raise ValueError(f"layer {layer} was observed already: take a new ReceivedAttention for every pass")
-        self.layers[layer] = received_attention(query, key, self.groups, self.count, self.scaling)
+        self.layers[layer] = received_attention(query, key, self.groups, self.count)
 
 
 @torch.no_grad()

@@ -114,8 +114,6 @@ class AttentionStatistics:
         (B, S) bool, the token set whose share is measured (anchors), or None.
     valid
         (B, S) bool, False for padding, or None.
-    scaling
-        Factor of the dot products; None for 1 / sqrt(D), which all Llama-like models use.
     """
 
     def __init__(
@@ -123,10 +121,9 @@ class AttentionStatistics:
         settings: StatisticsSettings | None = None,
         tokens: Tensor | None = None,
         valid: Tensor | None = None,
-        scaling: float | None = None,
     ) -> None:
         self.settings = settings or StatisticsSettings()
-        self.tokens, self.valid, self.scaling = tokens, valid, scaling
+        self.tokens, self.valid = tokens, valid
         self.layers: dict[int, LayerStatistics] = {}
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG002
@@ -143,7 +140,7 @@ class AttentionStatistics:
         if before is not None:
             self._check_following(layer, before, queries, seen)
         tokens, valid = (None if mask is None else mask[:, :seen] for mask in (self.tokens, self.valid))
-        measured = attention_statistics(query, key, self.settings, tokens=tokens, valid=valid, scaling=self.scaling)
+        measured = attention_statistics(query, key, self.settings, tokens=tokens, valid=valid)
         if before is not None and self.settings.window is None:
             measured = before.followed_by(measured)
         self.layers[layer] = measured
@@ -174,7 +171,8 @@ def attention_statistics(
     """Statistics of softmax(query key^T * scaling), causal from the lower right, computed in float32.
 
     ``query`` (B, H, T, D) are the last T of the S positions of ``key`` (B, K, S, D), any dtype, H a multiple of K; the
-    query heads of a group are neighbours. ``tokens``, ``valid`` and ``scaling`` are those of ``AttentionStatistics``.
+    query heads of a group are neighbours. ``tokens`` and ``valid`` are those of ``AttentionStatistics``; ``scaling``
+    defaults to 1 / sqrt(D).
 
     Raises
     ------

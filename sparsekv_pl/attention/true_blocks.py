@@ -71,14 +71,11 @@ class TrueBlocks:
         "mass" or "peak", see ``BlockAttention``.
     average_heads
         One choice for all heads, from the mean of their scores.
-    scaling
-        Factor of the dot products; None for 1 / sqrt(D).
     """
 
     block_size: int = 64
     pool: Literal["mass", "peak"] = "mass"
     average_heads: bool = False
-    scaling: float | None = None
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
@@ -88,7 +85,7 @@ class TrueBlocks:
 
     def __call__(self, layer: int, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG002
         """(B, H, Nq, Nk), or (B, 1, Nq, Nk) averaged. See ``BlockScorer``."""
-        attention = block_attention(query, key, self.block_size, scaling=self.scaling)
+        attention = block_attention(query, key, self.block_size)
         scores = attention.mass if self.pool == "mass" else attention.peak
         return scores.mean(1, keepdim=True) if self.average_heads else scores
 

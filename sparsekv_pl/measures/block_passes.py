@@ -12,9 +12,8 @@ from sparsekv_pl.attention.blocks import Selector
 from sparsekv_pl.attention.cached import passing
 from sparsekv_pl.batch import TEXT, CaseBatch
 from sparsekv_pl.eviction.prefill import Prefilled, continue_from
-from sparsekv_pl.losses import distillation_loss
 from sparsekv_pl.measures.block_methods import DENSE, BlockMethod, FirstDense, Watched
-from sparsekv_pl.measures.measurement import Measurement
+from sparsekv_pl.measures.measurement import Measurement, reading_scores
 from sparsekv_pl.metrics.retrieval import RETRIEVAL_SCORES
 from sparsekv_pl.results import Record
 
@@ -85,16 +84,8 @@ class BlockPasses:
         return continue_from(self.model, ids, prefilled.cache, prefilled.next_position)[0]
 
     def _read_scores(self, hidden: Tensor, teacher: Tensor) -> Record:
-        """Of the continuation's tokens but the first, as wherever perplexity is measured here."""
         head = self.model.get_output_embeddings().weight
-        labels = self.batch["continuation_ids"][0, 1:]
-        losses = distillation_loss(hidden[:-1], teacher[:-1], head, labels, kl_weight=1.0)
-        tokens = int(losses.tokens)
-        return {
-            "nll": float(losses.cross_entropy) * tokens,
-            "kl": max(0.0, float(losses.kl)) * tokens,
-            "tokens": tokens,
-        }
+        return reading_scores(hidden, teacher, head, self.batch["continuation_ids"][0])
 
     @torch.no_grad()
     def _answered(self, prefilled: Prefilled) -> Record:

@@ -1,10 +1,7 @@
 """What one batch of cases shows under one way to evict: answers, perplexity and KL, and what they cost."""
 
 import logging
-import time
-from collections.abc import Callable
 from functools import cached_property
-from typing import TypeVar
 
 import torch
 from kvpress import BasePress
@@ -20,11 +17,10 @@ from sparsekv_pl.eviction.setting import Point
 from sparsekv_pl.losses import distillation_loss
 from sparsekv_pl.measures.stability import StabilityProbe
 from sparsekv_pl.metrics.retrieval import retrieval_scores
-from sparsekv_pl.monitoring import Phases
+from sparsekv_pl.monitoring import Phases, timed
 from sparsekv_pl.presses.scores import press_name, set_compression_ratio
 from sparsekv_pl.results import Record
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -86,7 +82,7 @@ class Measurement:
 
     @cached_property
     def _recorded(self) -> tuple[RecordedPrefill, float]:
-        return _timed(lambda: RecordedPrefill(self.model, self.batch["context_ids"]))
+        return timed(lambda: RecordedPrefill(self.model, self.batch["context_ids"]))
 
     @cached_property
     def _full(self) -> Tensor:
@@ -112,11 +108,11 @@ class Measurement:
         """The context's cache as the point leaves it, and the seconds it took."""
         if point.chunk_tokens is not None:
             context = self.batch["context_ids"]
-            prefilled, seconds = _timed(lambda: prefill(self.model, context, point.press, point.chunk_tokens))
+            prefilled, seconds = timed(lambda: prefill(self.model, context, point.press, point.chunk_tokens))
             return prefilled, {"prefill_seconds": seconds, "eviction_seconds": 0.0}
         recorded, seconds = self._recorded
         press = None if point.decoding_interval is not None else point.press
-        prefilled, evicting = _timed(lambda: recorded.evicted(press))
+        prefilled, evicting = timed(lambda: recorded.evicted(press))
         return prefilled, {"prefill_seconds": seconds, "eviction_seconds": evicting}
 
     def answers(self, prefilled: Prefilled) -> list[Record]:
@@ -124,7 +120,7 @@ class Measurement:
         batch = self.batch
         ids, lengths = batch["continuation_ids"], batch["continuation_lengths"]
         tokens = max(case.max_new_tokens for case in batch["cases"])
-        answers, seconds = _timed(lambda: greedy(self.model, prefilled, ids, lengths, tokens, self._stop_ids))
+        answers, seconds = timed(lambda: greedy(self.model, prefilled, ids, lengths, tokens, self._stop_ids))
         return [self._scored(case, answer, seconds) for case, answer in zip(batch["cases"], answers, strict=True)]
 
     def _scored(self, case: CaseInfo, answer: list[int], seconds: float) -> Record:
@@ -152,11 +148,7 @@ class Measurement:
         head = self.model.get_output_embeddings().weight
         rows = []
         for row, length in enumerate(lengths):
-            student, teacher = hidden[row, : length - 1], self._full[row, : length - 1]
-            losses = distillation_loss(student, teacher, head, ids[row, 1:length], kl_weight=1.0)
-            tokens = int(losses.tokens)
-            sums = {"nll": float(losses.cross_entropy) * tokens, "kl": max(0.0, float(losses.kl)) * tokens}
-            rows.append({**sums, "tokens": tokens})
+            rows.append(reading_scores(hidden[row, :length], self._full[row, :length], head, ids[row, :length]))
         return rows
 
     @cached_property
@@ -166,12 +158,15 @@ class Measurement:
         return {i for item in known if item is not None for i in (item if isinstance(item, list) else [item])}
 
 
-def _timed(work: Callable[[], T]) -> tuple[T, float]:
-    """The outcome and the seconds it took, with a GPU's queue emptied first and last."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    outcome = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return outcome, time.perf_counter() - start
+def reading_scores(hidden: Tensor, teacher: Tensor, head: Tensor, ids: Tensor) -> Record:
+    """Sums over the tokens ``ids`` (T,) of a continuation but the first, in nats, and how many they are.
+
+    ``hidden`` and ``teacher`` (T, E) are what was made of them, here and with the full cache; ``head`` (V, E).
+    """
+    losses = distillation_loss(hidden[:-1], teacher[:-1], head, ids[1:], kl_weight=1.0)
+    tokens = int(losses.tokens)
+    return {
+        "nll": float(losses.cross_entropy) * tokens,
+        "kl": max(0.0, float(losses.kl)) * tokens,
+        "tokens": tokens,
+    }

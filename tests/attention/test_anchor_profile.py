@@ -50,7 +50,7 @@ def planted(weights: Tensor, recency: float = 0.0) -> tuple[Tensor, Tensor]:
 
 
 def profile_of(types: Tensor, *layers: tuple[Tensor, Tensor]) -> AnchorProfile:
-    observer = ReceivedAttention(groups_of(types), GROUPS, scaling=1.0)
+    observer = ReceivedAttention(groups_of(types), GROUPS)
     for layer, (query, key) in enumerate(layers):
         observer(layer, query, key, key)
     return AnchorProfile.of(json.loads(json.dumps(profile_records(observer, types, 0.8))))
@@ -173,7 +173,7 @@ def test_a_type_that_does_not_occur_keeps_the_default() -> None:
 def test_windows_of_several_lengths_are_pooled() -> None:
     def records(length: int) -> Sequence[dict[str, Any]]:
         types = kinds(length, 1)
-        observer = ReceivedAttention(groups_of(types), GROUPS, scaling=1.0)
+        observer = ReceivedAttention(groups_of(types), GROUPS)
         query, key = planted(torch.ones(1, length))
         observer(0, query, key, key)
         return profile_records(observer, types, 0.8)

@@ -116,7 +116,7 @@ def test_the_scores_are_the_pooled_truth_per_head_or_averaged() -> None:
     torch.testing.assert_close(TrueBlocks(8, pool="peak")(0, query, key), peak)
     torch.testing.assert_close(TrueBlocks(8, average_heads=True)(0, query, key), mass.mean(1, keepdim=True))
     scaled = pooled(dense(query, key, 0.1), 8)[0]
-    torch.testing.assert_close(TrueBlocks(8, scaling=0.1)(0, query, key), scaled)
+    torch.testing.assert_close(TrueBlocks(8)(0, query * 0.1 * query.shape[-1] ** 0.5, key), scaled)
 
 
 @pytest.mark.parametrize("pool", ["mass", "peak"])

@@ -37,7 +37,7 @@ def kinds() -> Tensor:
 
 def profile(punctuation: float, layers: int = 2) -> AnchorProfile:
     """One head; in the last layer punctuation is ``punctuation`` times as heavy as content, before it all is equal."""
-    types, observer = kinds(), ReceivedAttention(groups_of(kinds()), GROUPS, scaling=1.0)
+    types, observer = kinds(), ReceivedAttention(groups_of(kinds()), GROUPS)
     for layer in range(layers):
         heavy = punctuation if layer == layers - 1 else 1.0
         key = torch.where(types == PUNCTUATION, heavy, 1.0).log()[:, None, :, None]
