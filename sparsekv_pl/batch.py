@@ -1,7 +1,8 @@
 """The batches that data makes and modules consume."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from torch import Tensor
 
@@ -17,7 +18,10 @@ class Batch(TypedDict):
     """
 
     context_ids: Tensor
-    """(B, L) int64. Every row has exactly L tokens: padding would be scored and kept like text."""
+    """(B, L) int64, padded on the right where ``context_lengths`` says so."""
+    context_lengths: NotRequired[list[int]]
+    """Tokens of each row's context; every row has L where it is missing. Rows of different lengths never run together:
+    padding would be scored and kept like text."""
     continuation_ids: Tensor
     """(B, T) int64, padded on the right, where a causal model cannot see the padding."""
     labels: Tensor
@@ -26,6 +30,24 @@ class Batch(TypedDict):
     """The documents that row b was made of, for error messages and for proving that splits are disjoint."""
     tasks: list[str]
     """"text", or the name of the retrieval task that made row b."""
+
+
+def rows_of_equal_length(batch: Batch) -> Iterator[Batch]:
+    """The batch in parts of equally long, unpadded contexts, so that each row gets what it would get alone."""
+    lengths = batch.get("context_lengths")
+    longest = batch["context_ids"].shape[1]
+    if lengths is None or all(length == longest for length in lengths):
+        yield batch
+        return
+    for length in sorted(set(lengths)):
+        rows = [row for row, own in enumerate(lengths) if own == length]
+        yield Batch(
+            context_ids=batch["context_ids"][rows, :length],
+            continuation_ids=batch["continuation_ids"][rows],
+            labels=batch["labels"][rows],
+            document_ids=[batch["document_ids"][row] for row in rows],
+            tasks=[batch["tasks"][row] for row in rows],
+        )
 
 
 TEXT = "text"

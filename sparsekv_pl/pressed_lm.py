@@ -23,7 +23,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from sparsekv_pl.backbone import causal_lm
 from sparsekv_pl.eviction.decoding import greedy
 from sparsekv_pl.eviction.ledger import ledger
-from sparsekv_pl.eviction.prefill import Prefilled, chunk_bounds, continue_from, prefill
+from sparsekv_pl.eviction.prefill import chunk_bounds, continue_from, prefill
+from sparsekv_pl.eviction.prefilled import Prefilled
 from sparsekv_pl.presses.scores import observation_window
 
 log = logging.getLogger(__name__)

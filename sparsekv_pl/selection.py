@@ -4,6 +4,7 @@ What a press drops sends no gradient, so the loss on tokens cannot teach it to k
 most presses score with differentiable functions of queries, keys and hidden states.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +26,11 @@ class Selection:
     """(B, K, S), differentiable; higher stays."""
     positions: Tensor | None = None
     """(B, K, S) int64, the context position of each scored key; None means 0..S-1, as in a single prefill."""
+
+
+def with_mass(selections: Iterable[Selection], mass: dict[int, Tensor]) -> list[tuple[Selection, Tensor]]:
+    """Each selection with the teacher's mass in its layer."""
+    return [(selection, mass[selection.layer]) for selection in selections]
 
 
 class AttentionMass:
@@ -85,16 +91,18 @@ class SelectionLoss:
     sinks: int = 4
     heads: Literal["mass", "equal"] = "mass"
 
-    def __call__(self, selections: list[Selection], mass: dict[int, Tensor]) -> dict[str, Tensor]:
+    def __call__(self, selections: Iterable[tuple[Selection, Tensor]]) -> dict[str, Tensor]:
         """Scalar loss of each press by its name; its gradient reaches whatever the scores were computed from.
 
+        Each selection comes with the teacher's mass (B, K, L) in its layer (``AttentionMass``).
         Scores that carry no gradient (a random press drawn among others) are left out, so the result may be empty.
         """
         terms: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        for selection in selections:
+        for selection, mass_BKL in selections:
             if selection.scores.requires_grad:
-                terms.setdefault(selection.press, []).append(self._heads(selection, mass[selection.layer]))
-        return {press: self._mean(*map(torch.stack, zip(*pairs, strict=True))) for press, pairs in terms.items()}
+                losses, weights = self._heads(selection, mass_BKL)
+                terms.setdefault(selection.press, []).append((losses.flatten(), weights.flatten()))
+        return {press: self._mean(*map(torch.cat, zip(*pairs, strict=True))) for press, pairs in terms.items()}
 
     def _heads(self, selection: Selection, mass_BKL: Tensor) -> tuple[Tensor, Tensor]:
         """The cross-entropy of each head and the mass it was measured on, both (B, K)."""

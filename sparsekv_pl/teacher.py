@@ -31,7 +31,7 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, context_ids: Tensor, continuation_ids: Tensor, observer: Observer | None = None) -> Tensor:
         """Hidden states (B, T, E) of the continuation (B, T) after the whole context (B, L)."""
-        model = self._copy[0] if self._copy else causal_lm(self._model)
+        model = self.network
         if model.device != context_ids.device:
             torch.nn.Module.to(model, context_ids.device)
         ids = torch.cat([context_ids, continuation_ids], dim=1)
@@ -39,6 +39,11 @@ class Teacher:
         with adapter_off(self._model), attention_implementation(model, CACHED):
             hidden = decoder_of(model)(input_ids=ids, use_cache=False, **extra).last_hidden_state
         return hidden[:, context_ids.shape[1] :]
+
+    @property
+    def network(self) -> PreTrainedModel:
+        """What computes: the student's own layers, or the frozen copy."""
+        return self._copy[0] if self._copy else causal_lm(self._model)
 
     @property
     def head_weight(self) -> Tensor | None:

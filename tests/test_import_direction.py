@@ -31,6 +31,7 @@ FOUNDATIONS = {
         "cache_shape",
         "decoder",
         "gguf_checkpoint",
+        "layer_outputs",
         "losses",
         "placement",
         "quantisation",

@@ -27,7 +27,7 @@ from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.scores import press_name
-from sparsekv_pl.selection import AttentionMass, Selection, SelectionLoss, log_share, pinned
+from sparsekv_pl.selection import AttentionMass, Selection, SelectionLoss, log_share, pinned, with_mass
 from sparsekv_pl.teacher import Teacher
 
 Build = Callable[..., PreTrainedModel]
@@ -74,7 +74,7 @@ def random_scores(seed: int = 1) -> Tensor:
 def loss_of(scores: Tensor, mass: Tensor, positions: Tensor | None = None, **settings: Any) -> Tensor:
     if not scores.requires_grad:
         scores = scores.clone().requires_grad_()
-    return SelectionLoss(**({"sinks": SINKS} | settings))([Selection(0, "some", scores, positions)], {0: mass})["some"]
+    return SelectionLoss(**({"sinks": SINKS} | settings))([(Selection(0, "some", scores, positions), mass)])["some"]
 
 
 def test_mass_equals_eager_attention_of_the_supervised_rows(random_model: Build) -> None:
@@ -148,7 +148,7 @@ def test_each_press_has_a_loss_of_its_own_averaged_over_layers() -> None:
     masses = {0: random_mass(0), 1: random_mass(5)}
     scores = {(press, layer): random_scores(i) for i, (press, layer) in enumerate(product("ab", range(2)))}
     selections = [Selection(layer, press, x.requires_grad_()) for (press, layer), x in scores.items()]
-    losses = SelectionLoss(heads="equal")(selections, masses)
+    losses = SelectionLoss(heads="equal")(with_mass(selections, masses))
     assert set(losses) == {"a", "b"}
     for press, loss in losses.items():
         single = [loss_of(scores[press, layer], masses[layer], heads="equal") for layer in range(2)]
@@ -227,10 +227,10 @@ def test_positions_map_scores_to_the_right_mass() -> None:
 def test_scores_that_carry_no_gradient_are_left_out() -> None:
     mass = {0: random_mass()}
     trainable = Selection(0, "SnapKV", random_scores().requires_grad_())
-    losses = SelectionLoss()([trainable, Selection(0, "Random", random_scores(2))], mass)
+    losses = SelectionLoss()(with_mass([trainable, Selection(0, "Random", random_scores(2))], mass))
     assert set(losses) == {"SnapKV"}
-    assert SelectionLoss()([Selection(0, "Random", random_scores(2))], mass) == {}
-    assert SelectionLoss()([], {}) == {}
+    assert SelectionLoss()(with_mass([Selection(0, "Random", random_scores(2))], mass)) == {}
+    assert SelectionLoss()([]) == {}
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 8])
@@ -256,7 +256,7 @@ def test_the_gradient_reaches_what_scores(random_model: Build, press: BasePress,
     Teacher(model)(*ids(), mass)
     eviction = ChunkedEviction(press, chunk_tokens, catch_scores=True)
     selections = eviction(model, *ids(), compression_ratio=0.5, step=0).selections
-    losses = SelectionLoss()(selections, mass.mass)
+    losses = SelectionLoss()(with_mass(selections, mass.mass))
     assert len(losses) == (2 if isinstance(press, EvictionAugPress) else 1)
     torch.stack(list(losses.values())).sum().backward()
     looks_with_queries = not isinstance(press, (KnormPress, KeyDiffPress))
@@ -290,7 +290,7 @@ def test_what_is_kept_moves_towards_the_teachers_top_keys(random_model: Build, p
     overlaps, losses = [], []
     for step in range(25):
         selections = eviction(model, *ids(), compression_ratio=0.5, step=step).selections
-        loss = SelectionLoss(SINKS)(selections, mass.mass)[press_name(press)]
+        loss = SelectionLoss(SINKS)(with_mass(selections, mass.mass))[press_name(press)]
         overlaps.append(overlap(selections))
         losses.append(loss.item())
         optimizer.zero_grad()

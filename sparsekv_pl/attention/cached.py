@@ -7,7 +7,7 @@ an ``observer`` is shown the queries, keys and values of each layer, a ``selecto
 attended to. ``passing`` gives a keyword to every forward inside a block.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,12 +44,14 @@ def cached_attention(
     observer: Observer | None = None,
     selector: Selector | None = None,
     newest_visible: Tensor | None = None,
+    key_log_weights: Mapping[int, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Scaled dot-product attention, causal from the lower right. The mask argument is not used (see the module's text).
 
     ``newest_visible`` (B, R) bool says which of the newest R keys each row may see: questions of different lengths are
-    padded, and a cache keeps the padding.
+    padded, and a cache keeps the padding. ``key_log_weights`` maps a layer to (B, K, S'), which is added to the logits
+    of the oldest S' keys: SoftThresholdPress's way to fade a key out.
 
     Head-wise presses (AdaKVPress) leave ``module.masked_key_indices``. kvpress hides those keys by overwriting them
     with fake ones, which need not exist for more than one query; here they are masked, and the cache stays as it is.
@@ -74,7 +76,9 @@ def cached_attention(
         older = newest_visible.new_ones(len(key), keys - newest_visible.shape[1])
         visible = torch.cat([older, newest_visible], dim=1)[:, None, None]
         mask = visible if mask is None else visible & mask
-    if queries == 1 and query.device.type == "cpu" and not torch.is_grad_enabled():
+    if key_log_weights and layer in key_log_weights:
+        mask = _weighted(key_log_weights[layer], mask, query, key)
+    if queries == 1 and query.device.type == "cpu" and not torch.is_grad_enabled() and not key_log_weights:
         return one_query(query, key, value, mask, kwargs.get("scaling")), None
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
@@ -116,6 +120,13 @@ def _without(masked: Sequence[Tensor], query: Tensor, key: Tensor) -> Tensor:
     visible = torch.ones(key.shape[:3], dtype=torch.bool, device=key.device)
     visible[tuple(masked)] = False
     return visible.repeat_interleave(query.shape[1] // key.shape[1], dim=1).unsqueeze(2)
+
+
+def _weighted(log_weights: Tensor, visible: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """(B, H, T or 1, S): log-weights (B, K, S') of the oldest keys, minus infinity where a key is not visible."""
+    weights = nn.functional.pad(log_weights, (0, key.shape[2] - log_weights.shape[2])).to(query.dtype)
+    weights = weights.repeat_interleave(query.shape[1] // key.shape[1], dim=1).unsqueeze(2)
+    return weights if visible is None else weights.masked_fill(~visible, -torch.inf)
 
 
 def _no_mask(kv_length: int, attention_mask: Tensor | None = None, local_size: int | None = None, **_: Any) -> None:

@@ -5,13 +5,15 @@
 
 from dataclasses import dataclass
 
+import torch
 from kvpress import BasePress
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsekv_pl.eviction.prefill import check_chunks, chunk_bounds, continue_from, mean_length, prefill
-from sparsekv_pl.eviction.result import Evicted
-from sparsekv_pl.presses.eviction_aug import EvictionAugPress
+from sparsekv_pl.eviction.prefill import check_chunks, chunk_bounds, continue_from, prefill
+from sparsekv_pl.eviction.prefilled import Prefilled, mean_length
+from sparsekv_pl.eviction.result import Evicted, EvictedContext
+from sparsekv_pl.presses.draws import draw
 from sparsekv_pl.presses.scores import set_compression_ratio
 
 
@@ -29,13 +31,16 @@ class ChunkedEviction:
         KV pairs per head that the cache may keep, in tokens. Where it is smaller than what the compression ratio would
         keep, it decides; with it memory stays flat however long the context is.
     catch_scores
-        Keep the press's scores, differentiable, for a selection loss.
+        Keep the press's scores, differentiable, for a selection loss. Training sets it where an objective needs it.
+    keep_context
+        Keep what an objective needs to ask for the text of evicted tokens. Training sets it too.
     """
 
     press: BasePress
     chunk_tokens: int | None = None
     budget: int | None = None
     catch_scores: bool = False
+    keep_context: bool = False
 
     def __post_init__(self) -> None:
         for name in ("chunk_tokens", "budget"):
@@ -57,11 +62,36 @@ class ChunkedEviction:
         step: int,
     ) -> Evicted:
         """Run context and continuation with an eviction between the two. See ``Eviction``."""
-        press = self.press
-        if isinstance(press, EvictionAugPress):
-            press.draw(step)
-        set_compression_ratio(press, compression_ratio)
-        prefilled = prefill(model, context_ids, press, self.chunk_tokens, self.budget, self.catch_scores)
+        draw(self.press, step)
+        set_compression_ratio(self.press, compression_ratio)
+        prefilled = prefill(
+            model, context_ids, self.press, self.chunk_tokens, self.budget, self.catch_scores, self.keep_context
+        )
         kept = mean_length(prefilled.cache)
-        hidden = continue_from(model, continuation_ids, prefilled.cache, prefilled.next_position)
-        return Evicted(hidden, kept / context_ids.shape[1], prefilled.selections)
+        context = evicted_context(model, prefilled, context_ids) if self.keep_context else None
+        hidden = continued(model, prefilled, continuation_ids)
+        losses = {} if prefilled.notes is None else prefilled.notes.losses
+        means = {name: torch.stack(terms).mean() for name, terms in losses.items()}
+        return Evicted(hidden, kept / context_ids.shape[1], prefilled.selections, means, context)
+
+
+def continued(model: PreTrainedModel, prefilled: Prefilled, ids: Tensor) -> Tensor:
+    """Hidden states (B, T, E) of a continuation (B, T), which joins the cache."""
+    weights = None if prefilled.notes is None else prefilled.notes.key_log_weights
+    return continue_from(model, ids, prefilled.cache, prefilled.next_position, key_log_weights=weights)
+
+
+def evicted_context(model: PreTrainedModel, prefilled: Prefilled, context_ids: Tensor) -> EvictedContext:
+    """What can be asked of a context (B, L) after its eviction."""
+    if not prefilled.positions:
+        raise ValueError(
+            "this press does not say which pairs it keeps, so no objective can ask for those that it evicted: use a "
+            "press that selects by scores, or an objective without reconstruction"
+        )
+    kept = torch.zeros(context_ids.shape, device=context_ids.device)
+    for positions in prefilled.positions.values():
+        rows = positions.flatten(1)
+        kept.scatter_add_(1, rows, torch.full(rows.shape, 1 / positions.shape[1], device=kept.device))
+    lost = 1 - kept / len(prefilled.positions)
+    before = prefilled.branch()
+    return EvictedContext(context_ids, lost, lambda ids: continued(model, before.branch(), ids))

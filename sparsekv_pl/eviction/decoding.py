@@ -7,7 +7,8 @@ from kvpress import DecodingPress, ScorerPress
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsekv_pl.eviction.prefill import Prefilled, continue_from
+from sparsekv_pl.eviction.prefill import continue_from
+from sparsekv_pl.eviction.prefilled import Prefilled
 from sparsekv_pl.presses.scores import observation_window, press_name, set_compression_ratio
 
 

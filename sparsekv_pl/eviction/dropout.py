@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +24,7 @@ from sparsekv_pl.attention.cached import attention_implementation
 from sparsekv_pl.attention.kept_columns import kept_columns_attention
 from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.result import Evicted
+from sparsekv_pl.presses.draws import generator
 from sparsekv_pl.schedules import check_compression_ratio
 
 NAME = "sparsekv_kept_columns"
@@ -124,10 +124,8 @@ def draw_kept(always: Tensor, removed: Tensor, seed: tuple[int, int], layer_idx:
     draw happens on the CPU, so it is the same on every device.
     """
     batch, length = always.shape
-    # SeedSequence mixes: under a sum of the three, neighbouring steps and layers would share their draws.
-    state = np.random.SeedSequence((*seed, layer_idx)).generate_state(1, np.uint64)
-    generator = torch.Generator().manual_seed(int(state[0]))
-    rank_by = torch.rand(batch, kv_heads, length, generator=generator).masked_fill_(always[:, None], -1.0)
+    rank_by = torch.rand(batch, kv_heads, length, generator=generator(*seed, layer_idx))
+    rank_by.masked_fill_(always[:, None], -1.0)
     kept = length - removed[:, None, None]
     most = int(kept.max())
     chosen = rank_by.argsort(dim=-1)[..., :most]

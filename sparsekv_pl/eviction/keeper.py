@@ -20,11 +20,12 @@ class Keeper:
     protects the first tokens (sinks) or compares neighbours does, so between chunks the order is restored. The same
     indices say which context position every pair came from, which a selection loss over later chunks needs.
 
-    ``inv_freq`` are the model's RoPE frequencies (see ``Rotation``), for a press that re-rotates keys.
+    ``follow`` says whether positions are wanted: always, where there are many chunks. ``inv_freq`` are the model's RoPE
+    frequencies (see ``Rotation``), for a press that re-rotates keys.
     """
 
     def __init__(
-        self, press: BasePress, deciding: BasePress, with_scores: bool, many_chunks: bool, inv_freq: Tensor | None
+        self, press: BasePress, deciding: BasePress, with_scores: bool, follow: bool, inv_freq: Tensor | None
     ) -> None:
         self.press = press
         self.deciding = deciding.press if isinstance(deciding, (KeyRerotationPress, MergingPress)) else deciding
@@ -33,14 +34,14 @@ class Keeper:
             assert inv_freq is not None
             self.rotation = Rotation(inv_freq)
         self.with_scores = with_scores
-        self.many_chunks = many_chunks
+        self.follow = follow
         self.selections: list[Selection] = []
         self.positions: dict[int, Tensor] = {}
 
     @contextmanager
     def __call__(self, cache: DynamicCache, seen: int) -> Iterator[None]:
         """Look after one chunk; ``seen`` counts the context's tokens to its end."""
-        if not (self.with_scores or self.many_chunks):
+        if not (self.with_scores or self.follow):
             yield
             return
         with catch_scores(self.press) as caught:
@@ -64,7 +65,7 @@ class Keeper:
         return {"positions": self.positions, **rotation}
 
     def _note(self, scored: CaughtScores, cache: DynamicCache, seen: int) -> None:
-        positions = self._positions(scored, seen) if self.many_chunks else None
+        positions = self._positions(scored, seen) if self.follow else None
         if self.with_scores:
             if positions is None and scored.scores.shape[-1] != seen:
                 raise ValueError(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.eviction.kept import masked_keys
-from sparsekv_pl.eviction.prefill import mean_length
+from sparsekv_pl.eviction.prefilled import mean_length
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ run it.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -19,8 +18,10 @@ from sparsekv_pl.attention.cached import CACHED, attention_implementation
 from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.keeper import Keeper
 from sparsekv_pl.eviction.limits import check_positions, check_sliding_window, check_weights
+from sparsekv_pl.eviction.prefilled import Prefilled
 from sparsekv_pl.eviction.shifted_rotary import queries_from
 from sparsekv_pl.presses.eviction_aug import EvictionAugPress
+from sparsekv_pl.presses.notes import NOTES, PressNotes
 from sparsekv_pl.presses.scores import (
     ONE_CHUNK,
     observation_window,
@@ -29,35 +30,7 @@ from sparsekv_pl.presses.scores import (
     rerotates_keys,
     set_compression_ratio,
 )
-from sparsekv_pl.selection import Selection
-
-
-@dataclass
-class Prefilled:
-    """A context's cache, ready to be continued."""
-
-    cache: DynamicCache
-    next_position: int
-    """RoPE position of the first token that follows: the context's length, unless the press re-rotated the keys."""
-    selections: list[Selection]
-
-    def copy(self) -> "Prefilled":
-        """One to continue from, while this one stays as it is."""
-        return Prefilled(copy_cache(self.cache), self.next_position, self.selections)
-
-
-def copy_cache(cache: DynamicCache) -> DynamicCache:
-    """The same keys and values in memory of their own."""
-    copied = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        assert layer.keys is not None and layer.values is not None
-        copied.update(layer.keys.clone(), layer.values.clone(), index)
-    return copied
-
-
-def mean_length(cache: DynamicCache) -> float:
-    """KV pairs per head that ``cache`` holds, averaged over layers."""
-    return sum(cache.get_seq_length(layer) for layer in range(len(cache.layers))) / len(cache.layers)
+from sparsekv_pl.presses.tokens import TOKEN_IDS, ReadsTokens
 
 
 def chunk_bounds(tokens: int, chunk_tokens: int | None) -> list[tuple[int, int]]:
@@ -85,6 +58,8 @@ class ChunkedPrefill:
         Most KV pairs per head that stay after a chunk, in tokens.
     with_scores
         Keep the press's scores for a selection loss; such a prefill cannot be saved.
+    with_positions
+        Follow which context positions the kept keys are from, in one chunk too: see ``Prefilled``.
 
     Raises
     ------
@@ -100,6 +75,7 @@ class ChunkedPrefill:
         chunk_tokens: int | None = None,
         budget: int | None = None,
         with_scores: bool = False,
+        with_positions: bool = False,
     ) -> None:
         self.model, self.press, self.budget = model, press, budget
         self.bounds = chunk_bounds(tokens, chunk_tokens)
@@ -114,9 +90,11 @@ class ChunkedPrefill:
                 self.ratio = self.deciding.compression_ratio
                 set_compression_ratio(self.deciding, self.ratio)  # raises here where there is none to set
             inv_freq = decoder_of(model).rotary_emb.inv_freq if self.rotates else None
-            self.keeper = Keeper(press, self.deciding, with_scores, len(self.bounds) > 1, inv_freq)
+            follow = with_positions or len(self.bounds) > 1
+            self.keeper = Keeper(press, self.deciding, with_scores, follow, inv_freq)
         check_positions(model, self._positions(), tokens, self.rotates)
         self.cache = DynamicCache()
+        self.notes: PressNotes | None = None
         self.chunks_done = 0
 
     @property
@@ -139,15 +117,18 @@ class ChunkedPrefill:
             )
         held = self.cache.get_seq_length()
         position = held if self.rotates else start
+        told = self._told(chunk_ids)
         with self._evicting(held, start, stop), queries_from(self.model, position if self.press is not None else 0):
-            continue_from(self.model, chunk_ids, self.cache, position)
+            continue_from(self.model, chunk_ids, self.cache, position, **told)
         self.chunks_done += 1
 
     def result(self) -> Prefilled:
         """The cache as the last chunk left it."""
         assert not self.chunks_left
         position = self.cache.get_seq_length() if self.rotates else self.seen
-        return Prefilled(self.cache, position, [] if self.press is None else self.keeper.selections)
+        if self.press is None:
+            return Prefilled(self.cache, position, [])
+        return Prefilled(self.cache, position, self.keeper.selections, self.notes, self.keeper.positions)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that the next chunk depends on, by names that ``safetensors`` takes. Not in memory of its own."""
@@ -156,6 +137,8 @@ class ChunkedPrefill:
         for index, layer in enumerate(self.cache.layers):
             assert layer.keys is not None and layer.values is not None
             state |= {f"keys.{index}": layer.keys, f"values.{index}": layer.values}
+        if self.notes is not None and self.notes.token_ids is not None:
+            state["token_ids"] = self.notes.token_ids
         return state | {"chunks_done": torch.tensor(self.chunks_done)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -168,7 +151,20 @@ class ChunkedPrefill:
                 self.cache.update(keys, values, index)
         if self.press is not None:
             self.keeper.load_state_dict(state, [_device(layer) for layer in decoder.layers])
+        if "token_ids" in state:
+            self.notes = PressNotes(state["token_ids"], self.keeper.positions)
         self.chunks_done = int(state["chunks_done"])
+
+    def _told(self, chunk_ids: Tensor) -> dict[str, Any]:
+        """What the press is told besides the chunk: see ``PressNotes``."""
+        if self.press is None:
+            return {}
+        if self.notes is None:
+            self.notes = PressNotes(positions=self.keeper.positions)
+        if any(isinstance(inner, ReadsTokens) for inner in presses_in(self.press)):
+            before = self.notes.token_ids
+            self.notes.token_ids = chunk_ids if before is None else torch.cat([before, chunk_ids], dim=1)
+        return {NOTES: self.notes}
 
     @contextmanager
     def _evicting(self, held: int, start: int, stop: int) -> Iterator[None]:
@@ -204,9 +200,10 @@ def prefill(
     chunk_tokens: int | None = None,
     budget: int | None = None,
     with_scores: bool = False,
+    with_positions: bool = False,
 ) -> Prefilled:
     """Run a context (B, L) through ``model`` and evict after every chunk. See ``ChunkedPrefill``."""
-    filling = ChunkedPrefill(model, press, context_ids.shape[1], chunk_tokens, budget, with_scores)
+    filling = ChunkedPrefill(model, press, context_ids.shape[1], chunk_tokens, budget, with_scores, with_positions)
     for start, stop in filling.bounds:
         filling.advance(context_ids[:, start:stop])
     return filling.result()
@@ -260,7 +257,7 @@ def continue_from(
             # kvpress takes a forward whose last cache_position is its length - 1 for a prefill, and presses only then.
             # Counting from 0 in every chunk makes it press in every chunk; our attention needs no cache_position.
             cache_position=tokens + 1 if decoding else tokens,
-            **attention,
+            **({TOKEN_IDS: input_ids} | attention),
         )
     return output.last_hidden_state
 

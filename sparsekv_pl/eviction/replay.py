@@ -28,7 +28,8 @@ from transformers import PreTrainedModel
 
 from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.limits import check_weights
-from sparsekv_pl.eviction.prefill import Prefilled, copy_cache, prefill
+from sparsekv_pl.eviction.prefill import prefill
+from sparsekv_pl.eviction.prefilled import Prefilled, copy_cache
 from sparsekv_pl.presses.scores import presses_in, rerotates_keys
 
 SAME_AT_EVERY_RATIO = (

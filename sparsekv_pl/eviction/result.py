@@ -1,5 +1,6 @@
 """What every way of evicting returns."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,6 +19,22 @@ class Evicted:
     kept_share: float
     """KV pairs kept / KV pairs of the context, mean over layers and KV heads."""
     selections: list[Selection] = field(default_factory=list)
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    """Scalar terms by name that presses ask an objective to add (SparseRegPress)."""
+    context: "EvictedContext | None" = None
+    """For objectives that ask what was lost; None unless the eviction was told to keep it."""
+
+
+@dataclass
+class EvictedContext:
+    """A context after its eviction, to be asked about."""
+
+    ids: Tensor
+    """(B, L) int64."""
+    lost: Tensor
+    """(B, L) float32, 0 to 1: in what share of layers and KV heads a token's pair was evicted."""
+    continued: Callable[[Tensor], Tensor]
+    """Hidden states (B, T, E) of any continuation (B, T) after what is left, as often as wanted; differentiable."""
 
 
 class Eviction(Protocol):

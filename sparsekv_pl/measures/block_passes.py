@@ -11,7 +11,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from sparsekv_pl.attention.blocks import Selector
 from sparsekv_pl.attention.cached import passing
 from sparsekv_pl.batch import TEXT, CaseBatch
-from sparsekv_pl.eviction.prefill import Prefilled, continue_from
+from sparsekv_pl.eviction.prefill import continue_from
+from sparsekv_pl.eviction.prefilled import Prefilled
 from sparsekv_pl.measures.block_methods import DENSE, BlockMethod, FirstDense, Watched
 from sparsekv_pl.measures.measurement import Measurement, reading_scores
 from sparsekv_pl.metrics.retrieval import RETRIEVAL_SCORES

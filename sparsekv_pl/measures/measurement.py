@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsekv_pl.batch import TEXT, CaseBatch, CaseInfo
 from sparsekv_pl.eviction.decoding import greedy, read_while_evicting
 from sparsekv_pl.eviction.ledger import ledger
-from sparsekv_pl.eviction.prefill import Prefilled, continue_from, prefill
+from sparsekv_pl.eviction.prefill import continue_from, prefill
+from sparsekv_pl.eviction.prefilled import Prefilled
 from sparsekv_pl.eviction.replay import RecordedPrefill, replayable
 from sparsekv_pl.eviction.setting import Point
 from sparsekv_pl.losses import distillation_loss

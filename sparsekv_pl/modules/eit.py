@@ -1,5 +1,6 @@
 """The LightningModule that trains a model to survive eviction."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,19 +13,19 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from sparsekv_pl.backbone import Backbone, causal_lm
-from sparsekv_pl.batch import IGNORE, Batch
-from sparsekv_pl.eviction import Evicted, Eviction
-from sparsekv_pl.eviction.chunked import ChunkedEviction
+from sparsekv_pl.batch import Batch, rows_of_equal_length
+from sparsekv_pl.eviction import Eviction
 from sparsekv_pl.eviction.dropout import KVDropout
 from sparsekv_pl.eviction.prefill import full_cache
 from sparsekv_pl.losses import token_nll
 from sparsekv_pl.metrics import ContinuationPerplexity
+from sparsekv_pl.modules.fit_together import check_evicts_in_evaluation, fit_together
+from sparsekv_pl.modules.student import Student, supervised, supervised_labels
 from sparsekv_pl.modules.training import optimizers, stop_if_not_finite
-from sparsekv_pl.objectives import EIT, Objective, StudentView
+from sparsekv_pl.objectives import EIT, Objective
 from sparsekv_pl.presses.eviction_aug import EvictionAugPress
-from sparsekv_pl.presses.scores import press_name, trainable_scorers
+from sparsekv_pl.presses.scores import learnable, press_name
 from sparsekv_pl.schedules import check_compression_ratio
-from sparsekv_pl.selection import AttentionMass
 from sparsekv_pl.teacher import Teacher
 
 set_parsing_settings(
@@ -42,13 +43,15 @@ class EITModule(LightningModule):
     eviction
         How the context's KV pairs are evicted: ChunkedEviction (real) or KVDropout.
     objective
-        What is minimised: EIT, SelectionObjective, LM, or Mixed.
+        What is minimised: anything in sparsekv_pl.objectives, several in Mixed.
     optimizer
         Called with the trainable parameters.
     lr_scheduler
         Called with the optimizer; steps once per optimizer step. None keeps the learning rate.
     validation_compression_ratio
         What validation evicts at, whatever the curriculum does, so that its curve compares one thing.
+    validation_eviction
+        What validation evicts with: another press shows what carries over to it. None takes ``eviction``.
     """
 
     def __init__(
@@ -59,11 +62,13 @@ class EITModule(LightningModule):
         optimizer: OptimizerCallable = AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         validation_compression_ratio: float = 0.5,
+        validation_eviction: Eviction | None = None,
     ) -> None:
         super().__init__()
         self.objective = objective or EIT()
         check_compression_ratio("validation_compression_ratio", validation_compression_ratio)
-        _check_selection(self.objective, eviction)
+        fit_together(self.objective, eviction)
+        check_evicts_in_evaluation(validation_eviction or eviction)
         self.backbone = backbone
         self.eviction = eviction
         self.optimizer = optimizer
@@ -75,16 +80,27 @@ class EITModule(LightningModule):
         self.model, self.tokenizer = backbone.load()
         _check_head(causal_lm(self.model))
         self.teacher = Teacher(self.model)
-        if isinstance(eviction, KVDropout):
-            eviction.tokenizer = self.tokenizer
+        for evicting in (eviction, validation_eviction):
+            if isinstance(evicting, KVDropout):
+                evicting.tokenizer = self.tokenizer
+        self.objective.prepare(self.tokenizer)
+        self.student = Student(self.model, eviction, self.teacher, self.objective)
+        self.validation_student = replace(self.student, eviction=validation_eviction or eviction)
+        self.press_parameters = torch.nn.ParameterDict(learnable(self.press) if self.press is not None else {})
         self.val_full = ContinuationPerplexity()
         self.val_evicted = ContinuationPerplexity()
+
+    @property
+    def press(self) -> BasePress | None:
+        """The training eviction's press; None where it has none (KVDropout)."""
+        return getattr(self.eviction, "press", None)
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
         """Check, before anything expensive, that the data's contexts can be evicted from."""
         context_tokens = getattr(self.trainer.datamodule, "context_tokens", None)  # type: ignore[attr-defined]
         if context_tokens is not None:
             self.eviction.check(context_tokens)
+            self.validation_student.eviction.check(context_tokens)
 
     def on_fit_start(self) -> None:
         """Hugging Face models load in evaluation mode and Lightning keeps it."""
@@ -92,38 +108,26 @@ class EITModule(LightningModule):
 
     def training_step(self, batch: Batch) -> Tensor:
         """One step of the objective on a context evicted at ``compression_ratio``."""
-        terms, evicted = self.loss_terms(batch, self.compression_ratio, self.global_step)
+        terms, kept_share = self.loss_terms(batch, self.compression_ratio, self.global_step)
         stop_if_not_finite(self, terms, batch, compression_ratio=f"{self.compression_ratio:.3f}")
-        self._log_step(terms, evicted, batch)
+        self._log_step(terms, kept_share, batch)
         return terms["loss"]
 
-    def loss_terms(self, batch: Batch, compression_ratio: float, step: int) -> tuple[dict[str, Tensor], Evicted]:
-        """The objective's terms on ``batch``, and what was evicted for them."""
-        objective, labels = self.objective, batch["labels"]
-        mass = AttentionMass(labels, batch["context_ids"].shape[1]) if objective.needs_selections else None
-        teacher = None
-        if objective.needs_teacher:
-            teacher = self.teacher(batch["context_ids"], batch["continuation_ids"], mass)
-        evicted = self._evict(batch, compression_ratio, step)
-        view = StudentView(
-            hidden_NE=supervised(evicted.hidden, labels),
-            labels_N=supervised_labels(labels),
-            head_weight_VE=self.head_weight,
-            teacher_NE=None if teacher is None else supervised(teacher, labels),
-            teacher_head_weight_VE=self.teacher.head_weight,
-            selections=evicted.selections,
-            teacher_mass={} if mass is None else mass.mass,
-        )
-        return objective(view), evicted
+    def loss_terms(self, batch: Batch, compression_ratio: float, step: int) -> tuple[dict[str, Tensor], float]:
+        """The objective's terms on ``batch``, and the share of KV pairs that was kept."""
+        view, kept_share = self.student.view(batch, compression_ratio, step)
+        return self.objective(view), kept_share
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Perplexity of the supervised tokens with the full cache and under eviction."""
-        labels = batch["labels"]
-        full = full_cache(causal_lm(self.model), batch["context_ids"], batch["continuation_ids"])
-        evicted = self._evict(batch, self.validation_compression_ratio, batch_idx).hidden
-        for metric, hidden in ((self.val_full, full), (self.val_evicted, evicted)):
-            metric.update(token_nll(supervised(hidden, labels), self.head_weight, supervised_labels(labels)))
-        size = labels.shape[0]
+        for part in rows_of_equal_length(batch):
+            labels = part["labels"]
+            full = full_cache(causal_lm(self.model), part["context_ids"], part["continuation_ids"])
+            evicted = self.validation_student.evict(part, self.validation_compression_ratio, batch_idx).hidden
+            for metric, hidden in ((self.val_full, full), (self.val_evicted, evicted)):
+                nll = token_nll(supervised(hidden, labels), self.student.head_weight, supervised_labels(labels))
+                metric.update(nll)
+        size = len(batch["labels"])
         self.log("val/perplexity_full", self.val_full, on_epoch=True, batch_size=size)
         self.log("val/perplexity_evicted", self.val_evicted, on_epoch=True, prog_bar=True, batch_size=size)
 
@@ -139,7 +143,7 @@ class EITModule(LightningModule):
 
     def describe_training(self) -> dict[str, Any]:
         """What an exported adapter says of how it was trained, JSON-able."""
-        press = getattr(self.eviction, "press", None)
+        press = self.press
         members = press.presses if isinstance(press, EvictionAugPress) else [press] if press is not None else []
         return {
             "base": self.backbone.pretrained,
@@ -148,32 +152,12 @@ class EITModule(LightningModule):
             "objective": type(self.objective).__name__,
         }
 
-    @property
-    def head_weight(self) -> Tensor:
-        """(V, E), the student's LM head."""
-        return causal_lm(self.model).get_output_embeddings().weight
-
-    def _evict(self, batch: Batch, ratio: float, step: int) -> Evicted:
-        model = causal_lm(self.model)
-        return self.eviction(model, batch["context_ids"], batch["continuation_ids"], compression_ratio=ratio, step=step)
-
-    def _log_step(self, terms: dict[str, Tensor], evicted: Evicted, batch: Batch) -> None:
+    def _log_step(self, terms: dict[str, Tensor], kept_share: float, batch: Batch) -> None:
         logs = {f"train/{name}": value.detach() for name, value in terms.items()}
         logs["train/compression_ratio"] = torch.tensor(self.compression_ratio)
-        logs["train/kept_share"] = torch.tensor(evicted.kept_share)
+        logs["train/kept_share"] = torch.tensor(kept_share)
         self.log_dict(logs, batch_size=batch["labels"].shape[0])
         self.log("loss", terms["loss"].detach(), prog_bar=True, logger=False, batch_size=batch["labels"].shape[0])
-
-
-def supervised(hidden_BTE: Tensor, labels_BT: Tensor) -> Tensor:
-    """(N, E): the hidden states that predict supervised tokens; position t - 1 predicts label t."""
-    return hidden_BTE[:, :-1][labels_BT[:, 1:] != IGNORE]
-
-
-def supervised_labels(labels_BT: Tensor) -> Tensor:
-    """(N,): the labels that ``supervised`` hidden states predict."""
-    shifted = labels_BT[:, 1:]
-    return shifted[shifted != IGNORE]
 
 
 def _check_head(model: PreTrainedModel) -> None:
@@ -184,20 +168,3 @@ def _check_head(model: PreTrainedModel) -> None:
             f"{type(model).__name__} has a head with a bias or capped logits (final_logit_softcapping={softcap}), "
             "which the chunked losses do not compute: choose a model without"
         )
-
-
-def _check_selection(objective: Objective, eviction: Eviction) -> None:
-    """Let the eviction catch scores if the objective needs them, or say why it cannot."""
-    if not objective.needs_selections:
-        return
-    if not isinstance(eviction, ChunkedEviction):
-        raise ValueError(
-            f"the selection objective trains a press's scores, and {type(eviction).__name__} has no press: "
-            "use ChunkedEviction, or an objective without selection"
-        )
-    if not trainable_scorers(eviction.press):
-        raise ValueError(
-            f"the selection objective has nothing to train in {press_name(eviction.press)}: its scores do not depend "
-            "on the model. Add a press that scores with queries, keys or hidden states, or leave the objective out"
-        )
-    eviction.catch_scores = True

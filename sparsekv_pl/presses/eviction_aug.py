@@ -10,11 +10,12 @@ from kvpress import BasePress, ScorerPress
 from torch import nn
 from transformers import PreTrainedModel
 
+from sparsekv_pl.presses.draws import Draws
 from sparsekv_pl.presses.scores import set_compression_ratio
 
 
 @dataclass
-class EvictionAugPress(BasePress):
+class EvictionAugPress(BasePress, Draws):
     """Evict with one of several presses, another one at every step: data augmentation by eviction method.
 
     The draw depends on ``seed`` and the step alone, so every layer and every rank evicts with the same press. Nothing

@@ -89,6 +89,21 @@ def trainable_scorers(press: BasePress) -> list[ScorerPress]:
     ]
 
 
+def learnable(press: BasePress) -> dict[str, nn.Parameter]:
+    """The parameters that presses in ``press`` have of their own (SoftThresholdPress's threshold), by name."""
+    return {
+        f"{index}_{press_name(inner).partition('(')[0]}_{name}": value
+        for index, inner in enumerate(presses_in(press))
+        for name, value in vars(inner).items()
+        if isinstance(value, nn.Parameter)
+    }
+
+
+def only_trains(press: BasePress) -> bool:
+    """Whether ``press`` lets everything pass in evaluation, so that it cannot say how a model stands eviction."""
+    return all(getattr(inner, "only_trains", False) for inner in presses_in(press) if not _wrapped(inner))
+
+
 @contextmanager
 def catch_scores(press: BasePress) -> Iterator[list[CaughtScores]]:
     """Collect what every scorer in ``press`` returns inside the block.

@@ -29,7 +29,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.eviction.kept import kept_positions, masked_keys
-from sparsekv_pl.eviction.prefill import copy_cache, prefill
+from sparsekv_pl.eviction.prefill import prefill
+from sparsekv_pl.eviction.prefilled import copy_cache
 from sparsekv_pl.eviction.replay import RecordedPrefill
 from sparsekv_pl.presses.scores import catch_scores, press_name, rerotates_keys, set_compression_ratio
 

@@ -29,7 +29,8 @@ from transformers import PreTrainedModel
 
 from sparsekv_pl.attention.cached import attention_implementation
 from sparsekv_pl.eviction.chunked import ChunkedEviction
-from sparsekv_pl.eviction.prefill import Prefilled, prefill
+from sparsekv_pl.eviction.prefill import prefill
+from sparsekv_pl.eviction.prefilled import Prefilled
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.scores import press_name
 

@@ -32,7 +32,8 @@ from kvpress import (
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from sparsekv_pl.eviction.prefill import Prefilled, continue_from, full_cache, prefill
+from sparsekv_pl.eviction.prefill import continue_from, full_cache, prefill
+from sparsekv_pl.eviction.prefilled import Prefilled
 from sparsekv_pl.eviction.replay import SAME_AT_EVERY_RATIO, RecordedPrefill
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.scores import press_name, set_compression_ratio

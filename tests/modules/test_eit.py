@@ -15,7 +15,8 @@ from sparsekv_pl.backbone import causal_lm
 from sparsekv_pl.batch import IGNORE
 from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.dropout import KVDropout
-from sparsekv_pl.modules.eit import EITModule, supervised, supervised_labels
+from sparsekv_pl.modules.eit import EITModule
+from sparsekv_pl.modules.student import supervised, supervised_labels
 from sparsekv_pl.objectives import EIT, LM, Mixed, Objective, SelectionObjective, StudentView
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.schedules import Linear, Spread
@@ -75,7 +76,7 @@ def test_the_teachers_logits_are_the_base_models_whatever_the_adapter_learnt(
         expected = base(torch.cat([context, continuation], 1)).logits[:, 32:]
         changed = causal_lm(module.model)(torch.cat([context, continuation], 1)).logits[:, 32:]
     hidden = module.teacher(context, continuation)
-    assert torch.equal(hidden @ module.head_weight.T, expected)
+    assert torch.equal(hidden @ module.student.head_weight.T, expected)
     assert not torch.allclose(changed, expected, atol=1e-2)
     assert module.teacher.head_weight is None
 
@@ -88,9 +89,9 @@ def test_the_teacher_of_full_fine_tuning_does_not_drift(
     head = module.teacher.head_weight
     assert head is not None
     before = module.teacher(context, continuation) @ head.T
-    student = module.head_weight.detach().clone()
+    student = module.student.head_weight.detach().clone()
     tiny_trainer(max_steps=2).fit(module, tiny_data())
-    assert not torch.equal(module.head_weight, student)
+    assert not torch.equal(module.student.head_weight, student)
     assert torch.equal(module.teacher(context, continuation) @ head.T, before)
     assert not any(name.startswith("teacher") for name, _ in module.named_parameters())
 

@@ -1,0 +1,39 @@
+"""Which objectives, evictions and presses go together: checked before a model is loaded."""
+
+from sparsekv_pl.eviction import Eviction
+from sparsekv_pl.eviction.chunked import ChunkedEviction
+from sparsekv_pl.objectives import Objective
+from sparsekv_pl.presses.scores import only_trains, press_name, trainable_scorers
+
+
+def fit_together(objective: Objective, eviction: Eviction) -> None:
+    """Let the eviction keep what the objective needs, or raise ``ValueError`` saying why it cannot."""
+    needs = {
+        "the selection objective trains a press's scores": objective.needs_selections,
+        "the reconstruction objective asks for what a press evicted": objective.needs_contexts,
+        "the sparse_lm objective adds what a press measures": objective.needs_press_losses,
+    }
+    for what, needed in needs.items():
+        if needed and not isinstance(eviction, ChunkedEviction):
+            raise ValueError(
+                f"{what}, and {type(eviction).__name__} has no press: use ChunkedEviction, or another objective"
+            )
+    if not isinstance(eviction, ChunkedEviction):
+        return
+    if objective.needs_selections and not trainable_scorers(eviction.press):
+        raise ValueError(
+            f"the selection objective has nothing to train in {press_name(eviction.press)}: its scores do not depend "
+            "on the model. Add a press that scores with queries, keys or hidden states, or leave the objective out"
+        )
+    eviction.catch_scores = objective.needs_selections
+    eviction.keep_context = objective.needs_contexts
+
+
+def check_evicts_in_evaluation(eviction: Eviction) -> None:
+    """Raise ``ValueError`` where validation under ``eviction`` would silently be validation with the full cache."""
+    press = getattr(eviction, "press", None)
+    if press is not None and only_trains(press):
+        raise ValueError(
+            f"{press_name(press)} evicts in training alone, so validation would see the full cache: name what "
+            "validation evicts with in validation_eviction (ChunkedEviction with SnapKVPress, say)"
+        )

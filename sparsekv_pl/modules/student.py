@@ -1,0 +1,94 @@
+"""One batch under eviction: what the teacher and the student make of it, as an objective sees it."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsekv_pl.backbone import causal_lm
+from sparsekv_pl.batch import IGNORE, Batch, rows_of_equal_length
+from sparsekv_pl.eviction import Evicted, Eviction
+from sparsekv_pl.layer_outputs import LayerOutput, layer_outputs
+from sparsekv_pl.objectives import Objective, StudentView
+from sparsekv_pl.objectives.objective import LayerRows, joined
+from sparsekv_pl.selection import AttentionMass, with_mass
+from sparsekv_pl.teacher import Teacher
+
+
+@dataclass
+class Student:
+    """Runs batches under eviction, with the teacher beside it where ``objective`` asks for one."""
+
+    model: Any
+    eviction: Eviction
+    teacher: Teacher
+    objective: Objective
+
+    def view(self, batch: Batch, compression_ratio: float, step: int) -> tuple[StudentView, float]:
+        """What the objective sees of ``batch``, and the share of KV pairs that was kept."""
+        parts = list(rows_of_equal_length(batch))
+        rows = [len(part["labels"]) for part in parts]
+        views, shares = zip(*(self._view(part, compression_ratio, step) for part in parts), strict=True)
+        kept = sum(share * count for share, count in zip(shares, rows, strict=True)) / sum(rows)
+        return joined(views, rows), kept
+
+    def evict(self, batch: Batch, compression_ratio: float, step: int) -> Evicted:
+        """Run a batch of equally long contexts with an eviction between context and continuation."""
+        context, continuation = batch["context_ids"], batch["continuation_ids"]
+        return self.eviction(self._network, context, continuation, compression_ratio=compression_ratio, step=step)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, E), the student's LM head."""
+        return self._network.get_output_embeddings().weight
+
+    @property
+    def _network(self) -> PreTrainedModel:
+        return causal_lm(self.model)
+
+    def _view(self, batch: Batch, compression_ratio: float, step: int) -> tuple[StudentView, float]:
+        objective, labels, kinds = self.objective, batch["labels"], sorted(self.objective.needs_layers)
+        mass = AttentionMass(labels, batch["context_ids"].shape[1]) if objective.needs_selections else None
+        teacher, teacher_layers = None, {}
+        if objective.needs_teacher:
+            with _layers(self.teacher.network, kinds) as teacher_layers:
+                teacher = self.teacher(batch["context_ids"], batch["continuation_ids"], mass)
+        with _layers(self._network, kinds) as student_layers:
+            evicted = self.evict(batch, compression_ratio, step)
+        view = StudentView(
+            hidden_NE=supervised(evicted.hidden, labels),
+            labels_N=supervised_labels(labels),
+            head_weight_VE=self.head_weight,
+            teacher_NE=None if teacher is None else supervised(teacher, labels),
+            teacher_head_weight_VE=self.teacher.head_weight,
+            selections=[] if mass is None else with_mass(evicted.selections, mass.mass),
+            layers={kind: (_rows(student_layers[kind], labels), _rows(teacher_layers[kind], labels)) for kind in kinds},
+            press_losses=evicted.losses,
+            contexts=[] if evicted.context is None else [evicted.context],
+        )
+        return view, evicted.kept_share
+
+
+@contextmanager
+def _layers(model: PreTrainedModel, kinds: list[LayerOutput]) -> Iterator[dict[LayerOutput, dict[int, Tensor]]]:
+    with ExitStack() as stack:
+        yield {kind: stack.enter_context(layer_outputs(model, kind)) for kind in kinds}
+
+
+def _rows(layers: dict[int, Tensor], labels_BT: Tensor) -> LayerRows:
+    """Of each layer's (B, T', E), the supervised rows; T' is T, or context and continuation together."""
+    return {layer: supervised(output[:, -labels_BT.shape[1] :], labels_BT) for layer, output in layers.items()}
+
+
+def supervised(hidden_BTE: Tensor, labels_BT: Tensor) -> Tensor:
+    """(N, E): the hidden states that predict supervised tokens; position t - 1 predicts label t."""
+    return hidden_BTE[:, :-1][labels_BT[:, 1:] != IGNORE]
+
+
+def supervised_labels(labels_BT: Tensor) -> Tensor:
+    """(N,): the labels that ``supervised`` hidden states predict."""
+    shifted = labels_BT[:, 1:]
+    return shifted[shifted != IGNORE]

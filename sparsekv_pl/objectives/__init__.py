@@ -1,0 +1,8 @@
+"""What training minimises: one objective per file, chosen and mixed in YAML."""
+
+from sparsekv_pl.objectives.alignment import SelectionObjective
+from sparsekv_pl.objectives.mixed import Mixed
+from sparsekv_pl.objectives.objective import Objective, StudentView
+from sparsekv_pl.objectives.tokens import EIT, LM, SparseLM
+
+__all__ = ["EIT", "LM", "Mixed", "Objective", "SelectionObjective", "SparseLM", "StudentView"]

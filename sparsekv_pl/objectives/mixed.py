@@ -1,0 +1,54 @@
+"""Several objectives at once."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekv_pl.objectives.objective import Objective, StudentView
+
+
+@dataclass
+class Mixed(Objective):
+    """A weighted sum of objectives.
+
+    Parameters
+    ----------
+    objectives
+        What to add up.
+    weights
+        One per objective; all 1 if not given.
+    """
+
+    objectives: list[Objective]
+    weights: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.objectives:
+            raise ValueError("Mixed.objectives is empty: name at least one objective")
+        if self.weights is None:
+            self.weights = [1.0] * len(self.objectives)
+        if len(self.weights) != len(self.objectives):
+            raise ValueError(
+                f"Mixed.weights={self.weights}: give one weight for each of {len(self.objectives)} objectives"
+            )
+        self.needs_teacher = any(objective.needs_teacher for objective in self.objectives)
+        self.needs_selections = any(objective.needs_selections for objective in self.objectives)
+        self.needs_contexts = any(objective.needs_contexts for objective in self.objectives)
+        self.needs_press_losses = any(objective.needs_press_losses for objective in self.objectives)
+        self.needs_layers = frozenset().union(*(objective.needs_layers for objective in self.objectives))
+
+    def prepare(self, tokenizer: Any) -> None:
+        """Prepare all of them."""
+        for objective in self.objectives:
+            objective.prepare(tokenizer)
+
+    def __call__(self, view: StudentView) -> dict[str, Tensor]:
+        terms: dict[str, Tensor] = {}
+        losses = []
+        for objective, weight in zip(self.objectives, self.weights or [], strict=True):
+            own = objective(view)
+            losses.append(weight * own.pop("loss"))
+            terms.update(own)
+        return {"loss": torch.stack(losses).sum(), **terms}

@@ -1,0 +1,32 @@
+"""What a press draws at random is a function of its seed, the step and the layer: the same on every rank and resume."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from kvpress import BasePress
+
+from sparsekv_pl.presses.scores import presses_in
+
+
+class Draws(ABC):
+    """A press that does something else at every training step."""
+
+    @abstractmethod
+    def draw(self, step: int) -> Any:
+        """Prepare for optimizer step ``step``; what follows depends on the step and the press's settings alone."""
+
+
+def draw(press: BasePress, step: int) -> None:
+    """Prepare ``press`` and every press in it for ``step``."""
+    for inner in presses_in(press):
+        if isinstance(inner, Draws):
+            inner.draw(step)
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """A CPU generator seeded from non-negative ``numbers``, such as (seed, step, layer)."""
+    # SeedSequence mixes: under a sum, neighbouring steps and layers would share their draws.
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))

@@ -1,0 +1,29 @@
+"""What a prefill and its presses tell each other: the tokens behind the keys, soft weights, losses."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+NOTES = "press_notes"
+"""The keyword of the model's forward that carries ``PressNotes``; a press finds it in its ``kwargs``."""
+
+
+@dataclass
+class PressNotes:
+    """Made by ``ChunkedPrefill`` for every chunk, and written to by presses that do more than shrink the cache."""
+
+    token_ids: Tensor | None = None
+    """(B, L) int64, the context's tokens up to the end of this chunk; None where no press reads them."""
+    positions: Mapping[int, Tensor] = field(default_factory=dict)
+    """layer -> (B, K, S) int64, the context positions of the keys that the cache held before this chunk."""
+    key_log_weights: dict[int, Tensor] = field(default_factory=dict)
+    """layer -> (B, K, S), added to the logits of the kept keys by everything that follows; 0 leaves a key as it is."""
+    losses: dict[str, list[Tensor]] = field(default_factory=dict)
+    """name -> scalars, one per layer and chunk: terms that an objective may add."""
+
+
+def notes_in(kwargs: Mapping[str, Any]) -> PressNotes | None:
+    """The notes among a press's ``kwargs``; None in a forward that is not ours, such as kvpress's own pipeline."""
+    return kwargs.get(NOTES)
