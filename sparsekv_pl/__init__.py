@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
+    if not name.endswith("Press"):
+        raise AttributeError(f"module 'sparsekv_pl' has no attribute {name!r}")
     # Late: presses import kvpress, which takes seconds, and importing this package imports nothing else.
     presses = import_module("sparsekv_pl.presses")
     if name in presses.__all__:
