@@ -2,10 +2,10 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.installed
-BENCHMARKS := $(filter-out benchmarks/measure.py benchmarks/__init__.py,$(sort $(wildcard benchmarks/*.py)))
+BENCHMARKS := $(filter-out benchmarks/measure.py benchmarks/ablations.py,$(sort $(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint types benchmark clean
+.PHONY: help setup quickstart test lint types benchmark ablations clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 # The embedded model needs no hub, and an unreachable hub must not slow anything down.
-quickstart test benchmark: export HF_HUB_OFFLINE = 1
+quickstart test benchmark ablations: export HF_HUB_OFFLINE = 1
 
 quickstart: $(STAMP) ## train the embedded model to survive eviction, and show before -> after
 	$(PY) train.py fit --config configs/quickstart.yaml
@@ -43,6 +43,9 @@ benchmark: $(STAMP) ## run every benchmark, each as a ratio in one run
 	@status=0; for script in $(BENCHMARKS); do \
 		echo "== $$script"; $(PY) $$script || status=1; \
 	done; exit $$status
+
+ablations: $(STAMP) ## train and measure what configs/train/ablations changes, one table (hours); ARGS="--only NAME"
+	$(PY) benchmarks/ablations.py $(ARGS)
 
 clean: ## delete build leftovers and caches; keeps .venv and output
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,124 @@
+"""Every ablation under configs/train/ablations, trained small, measured on the same cases, in one table.
+
+Run from the checkout: ``make ablations``, or ``python benchmarks/ablations.py --only loss_lm selection_weight_1``. One
+takes about twelve minutes on one core. What is finished is not done again: a run that was stopped goes on.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+START = ROOT / "configs" / "quickstart.yaml"
+FOLDER = ROOT / "configs" / "train" / "ablations"
+EVALUATION = ROOT / "configs" / "evaluate" / "ablations.yaml"
+BASE = "base"
+
+Row = dict[str, Any]
+
+
+def names() -> list[str]:
+    """The ablations, what they are compared with first."""
+    return [BASE, *sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != BASE)]
+
+
+def configs_of(name: str) -> list[Path]:
+    """The files that make up an ablation's training, each overriding those before it."""
+    return [START, FOLDER / f"{BASE}.yaml", *([] if name == BASE else [FOLDER / f"{name}.yaml"])]
+
+
+def train_command(name: str, output: Path) -> list[str]:
+    """What trains it."""
+    configs = [argument for path in configs_of(name) for argument in ("--config", str(path))]
+    folders = [f"--trainer.default_root_dir={output}", f"--trainer.logger.save_dir={output}"]
+    return [sys.executable, str(ROOT / "train.py"), "fit", *configs, *folders]
+
+
+def evaluate_command(output: Path) -> list[str]:
+    """What measures it."""
+    folders = [f"--model.backbone.adapter={output / 'final'}", f"--model.output={output}"]
+    return [sys.executable, str(ROOT / "evaluate.py"), "test", "--config", str(EVALUATION), *folders]
+
+
+def run(name: str, output: Path, threads: int) -> None:
+    """Train and measure one ablation, unless that is done. Its log lies beside what it writes."""
+    own = output / name
+    own.mkdir(parents=True, exist_ok=True)
+    if not (own / "final").exists():
+        _logged(train_command(name, own), own / "train.log", threads)
+    if name != BASE:  # the untouched model is the same for all: measured once
+        (own / "results").mkdir(exist_ok=True)
+        for path in (output / BASE / "results").glob("base_*.jsonl"):
+            if not (own / "results" / path.name).exists():
+                shutil.copy(path, own / "results")
+    if not (own / "report.json").exists():
+        _logged(evaluate_command(own), own / "evaluate.log", threads)
+    print(f"{name}: done", flush=True)
+
+
+def _logged(command: Sequence[str], log: Path, threads: int) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    with log.open("w") as file:
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: see {log}")
+
+
+def table(output: Path, finished: Sequence[str]) -> list[Row]:
+    """One row for the untouched model and one per ablation: needles found, perplexities, minutes of training."""
+    rows = []
+    for name in finished:
+        report = json.loads((output / name / "report.json").read_text())
+        if not rows:
+            rows.append({"ablation": "(untouched)", "minutes": ""} | _cells(report["rows"], "before"))
+        minutes = round(report["training"]["seconds"] / 60, 1)
+        rows.append({"ablation": name, "minutes": minutes} | _cells(report["rows"], "after"))
+    return rows
+
+
+def _cells(rows: Sequence[Row], side: str) -> Row:
+    cells = {}
+    for row in rows:
+        column = f"{row['press']} {row['compression_ratio']:g}" if row["press"] != "full cache" else "full cache"
+        if row["error"]:
+            cells[column] = "failed"
+        elif row["metric"] == "needle_accuracy":
+            cells[column] = f"{round(row[side] * row['cases'])}/{row['cases']}"
+        elif row["press"] in ("full cache", "ExpectedAttention") and row["metric"] == "perplexity":
+            cells[f"perplexity {column}"] = f"{row[side]:.2f}"
+    return cells
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """The table, its header the first row's keys."""
+    header = list(rows[0])
+    lines = [header, ["---"] * len(header), *([str(row.get(column, "")) for column in header] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def main() -> None:
+    """Run what is asked for and print the table of all that is finished."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=names(), default=names(), help="these ablations alone")
+    parser.add_argument("--output", type=Path, default=ROOT / "output" / "ablations", help="where everything goes")
+    parser.add_argument("--jobs", type=int, default=1, help="ablations at a time, which share the cores")
+    given = parser.parse_args()
+    threads = max(1, (os.cpu_count() or 1) // given.jobs)
+    run(BASE, given.output, threads)
+    with ThreadPoolExecutor(given.jobs) as pool:
+        list(pool.map(lambda name: run(name, given.output, threads), [n for n in given.only if n != BASE]))
+    finished = [name for name in names() if (given.output / name / "report.json").exists()]
+    rendered = as_markdown(table(given.output, finished))
+    (given.output / "table.md").write_text(rendered)
+    print(rendered)
+
+
+if __name__ == "__main__":
+    main()
