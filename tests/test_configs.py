@@ -3,20 +3,29 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import yaml
 
+from benchmarks.ablations import configs_of, names
 from data.mixture import EvictionData
+from data.text import EmbeddedText
 from evaluate import EvaluateCommandLine
 from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.cli import CommandLine
 from train import TrainCommandLine
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "lm_eval_tasks")
+TRAIN = ROOT / "configs" / "train"
+SMALL = TRAIN / "small.yaml"
+"""Goes over the configs that need a GPU and a hub, and makes each its small twin."""
+OVERLAYS = {SMALL, *(TRAIN / "ablations").glob("*.yaml")}
+CONFIGS = sorted(
+    path for path in set((ROOT / "configs").rglob("*.yaml")) - OVERLAYS if path.parent.name != "lm_eval_tasks"
+)
+LARGE = [path for path in CONFIGS if "configs/train/small.yaml" in path.read_text()]
 EVALUATED = ("evaluate", "analyze")
 """Folders under configs/ that evaluate.py reads; train.py reads all others."""
 
@@ -43,14 +52,46 @@ def test_there_are_configs() -> None:
             for name in ("quickstart", "retention", "niah", "matrix", "million", "hosted", "lm_eval")
         ),
         *(f"analyze/{name}.yaml" for name in ("statistics", "oracle", "collect", "sketchwalk", "compare", "anchors")),
-        "train/gate.yaml",
+        *(f"train/{name}.yaml" for name in ("gate", "kv_dropout", "cross_transfer")),
+        *(f"train/{name}_dropout_{size}.yaml" for name, size in (("block", "1b"), ("block", "8b"), ("adaptive", "8b"))),
+        *(f"train/{name}_8b.yaml" for name in ("mixed", "eit_qwen3", "eit_llama31")),
+    }
+    assert len(LARGE) == 6
+    assert {name.partition("_")[0] for name in names()} == {
+        *("base", "loss", "lambda", "steps", "anchors", "ratio", "selection", "press", "dropout"),
     }
 
 
-def instantiate(path: Path, *overrides: str) -> CommandLine:
+def instantiate(path: Path, *overrides: str, over: Sequence[Path] = ()) -> CommandLine:
     evaluated = path.relative_to(ROOT / "configs").parts[0] in EVALUATED
     command_line = EvaluateCommandLine if evaluated else TrainCommandLine
-    return command_line(args=["--config", str(path), *overrides], run=False, save_config_callback=None)
+    configs = [argument for file in (path, *over) for argument in ("--config", str(file))]
+    return command_line(args=[*configs, *overrides], run=False, save_config_callback=None)
+
+
+@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
+@pytest.mark.usefixtures("elsewhere")
+def test_every_large_training_has_a_small_twin(path: Path, tiny_models: dict[str, str]) -> None:
+    large = yaml.safe_load(path.read_text())["model"]["init_args"]
+    made = instantiate(path, f"--model.backbone.pretrained={tiny_models['llama']}", over=[SMALL])
+    check_training(made)
+    assert made.trainer.max_steps == 40
+    assert isinstance(made.datamodule.text, EmbeddedText)
+    assert type(made.model.eviction).__name__ == large["eviction"]["class_path"].rpartition(".")[2]
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.usefixtures("elsewhere")
+def test_every_ablation_changes_something(name: str, tiny_models: dict[str, str]) -> None:
+    start, *over = configs_of(name)
+    made = instantiate(start, f"--model.backbone.pretrained={tiny_models['llama']}", over=over)
+    check_training(made)
+    if name == "base":
+        return
+    changed = yaml.safe_load(over[-1].read_text())
+    assert set(changed) <= {"model", "trainer"}
+    if "trainer" not in changed:
+        assert made.trainer.max_steps == 40
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT / "configs").as_posix())
