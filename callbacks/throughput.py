@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from typing_extensions import override
 
-from sparsekv_pl.batch import Batch
+from sparsekv_pl.batch import Batch, tokens_read
 
 
 class Mark(NamedTuple):
@@ -40,7 +40,7 @@ class Throughput(pl.Callback):
     Logs
     ----
     throughput/tokens_per_second
-        Context and continuation tokens, padding included, of all ranks.
+        Context and continuation tokens of all ranks: contexts without their padding, which is not computed.
     throughput/steps_per_second
         Optimizer steps.
     throughput/peak_memory_gib
@@ -74,7 +74,7 @@ class Throughput(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Count the batch; if it ended an optimizer step whose turn it is, log."""
-        self._tokens += batch["context_ids"].numel() + batch["continuation_ids"].numel()
+        self._tokens += tokens_read(batch)
         if trainer.global_step == self._marks[-1].steps:  # gradients are still being accumulated
             return
         device = trainer.strategy.root_device

@@ -11,33 +11,31 @@ from data.packing import Tokens
 from sparsekv_pl.batch import IGNORE, Batch, CaseBatch
 
 
-def text_batch(windows: Sequence[Tokens], context_tokens: int) -> Batch:
-    """Windows of plain text: every continuation token is supervised but the first."""
-    ids = torch.tensor([window.ids for window in windows], dtype=torch.int64)
-    continuation = ids[:, context_tokens:].contiguous()
+def text_batch(windows: Sequence[Tokens], continuation_tokens: int, pad: int) -> Batch:
+    """Windows of plain text that end in a continuation: all of it is supervised but its first token."""
+    continuation = torch.tensor([window.ids[-continuation_tokens:] for window in windows], dtype=torch.int64)
     labels = continuation.clone()
     labels[:, 0] = IGNORE
-    return {
-        "context_ids": ids[:, :context_tokens].contiguous(),
+    batch: Batch = {
+        "context_ids": _ids([window.ids[:-continuation_tokens] for window in windows], pad),
         "continuation_ids": continuation,
         "labels": labels,
         "document_ids": [" + ".join(window.document_ids) for window in windows],
         "tasks": ["text"] * len(windows),
     }
+    return _with_lengths(batch, [len(window.ids) - continuation_tokens for window in windows])
 
 
 def needle_batch(cases: Sequence[NeedleCase], pad: int) -> Batch:
-    """Needle cases, continuations padded on the right to the longest."""
-    longest = max(len(case.continuation_ids) for case in cases)
-    return {
-        "context_ids": torch.tensor([case.context_ids for case in cases], dtype=torch.int64),
-        "continuation_ids": torch.tensor(
-            [_padded(case.continuation_ids, longest, pad) for case in cases], dtype=torch.int64
-        ),
-        "labels": torch.tensor([_padded(case.labels, longest, IGNORE) for case in cases], dtype=torch.int64),
+    """Needle cases; contexts and continuations padded on the right to the longest."""
+    batch: Batch = {
+        "context_ids": _ids([case.context_ids for case in cases], pad),
+        "continuation_ids": _ids([case.continuation_ids for case in cases], pad),
+        "labels": _ids([case.labels for case in cases], IGNORE),
         "document_ids": [" + ".join(case.document_ids) for case in cases],
         "tasks": [case.task for case in cases],
     }
+    return _with_lengths(batch, [len(case.context_ids) for case in cases])
 
 
 def case_batch(cases: Sequence[Case], pad: int) -> CaseBatch:
@@ -45,9 +43,7 @@ def case_batch(cases: Sequence[Case], pad: int) -> CaseBatch:
     lengths = [len(case.continuation_ids) for case in cases]
     return {
         "context_ids": torch.tensor([case.context_ids for case in cases], dtype=torch.int64),
-        "continuation_ids": torch.tensor(
-            [_padded(case.continuation_ids, max(lengths), pad) for case in cases], dtype=torch.int64
-        ),
+        "continuation_ids": _ids([case.continuation_ids for case in cases], pad),
         "continuation_lengths": torch.tensor(lengths, dtype=torch.int64),
         "cases": [case.info for case in cases],
     }
@@ -58,5 +54,14 @@ def pad_id(tokenizer: Any) -> int:
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
-def _padded(ids: list[int], length: int, fill: int) -> list[int]:
-    return ids + [fill] * (length - len(ids))
+def _ids(rows: Sequence[list[int]], fill: int) -> torch.Tensor:
+    """(B, longest) int64, padded on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows], dtype=torch.int64)
+
+
+def _with_lengths(batch: Batch, lengths: list[int]) -> Batch:
+    """The batch, told its contexts' lengths where they differ."""
+    if min(lengths) < max(lengths):
+        batch["context_lengths"] = lengths
+    return batch

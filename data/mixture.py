@@ -17,6 +17,8 @@ from sparsekv_pl.batch import Batch
 
 DEPTHS = 10
 """Validation's needles cycle over this many depths, evenly from 0 to 1."""
+TRIED_CASES, SPARE = 256, 1.25
+"""The shortest context must hold a quarter more than the largest of so many facts: of 20,000 none took that much."""
 
 
 class EvictionData(TokenizedData):
@@ -42,12 +44,19 @@ class EvictionData(TokenizedData):
     num_workers
         Processes that tokenise and pack; 0 does it in the training process.
     seed
-        Of the order of documents, the kinds of batches and the facts.
+        Of the order of documents, the kinds of batches, the facts and the lengths.
     validation_windows, validation_needles
         Cases in validation (val_dataloader). They are deterministic: they depend on the text, the tokenizer, the
         lengths and ``seed`` alone. data/evaluation.py makes the held-out cases.
     splits
         Shares of the documents; the splits never share one, and evaluation needs the same shares.
+    shortest_context
+        Draws the context length of every training row evenly from ``shortest_context`` to ``context_tokens`` tokens;
+        null makes all ``context_tokens`` long. Validation stays at ``context_tokens``. Rows of one length run together
+        and the lengths one after the other, without their padding: a batch computes the tokens it holds and no more,
+        but in up to ``batch_size`` passes of few rows. Rows that seldom meet their like in length cost as much as
+        ``batch_size: 1`` with ``accumulate_grad_batches``. The text between a shorter row and the end of its window
+        is not read.
     """
 
     def __init__(
@@ -63,6 +72,7 @@ class EvictionData(TokenizedData):
         validation_windows: int = 16,
         validation_needles: int = 16,
         splits: Splits | None = None,
+        shortest_context: int | None = None,
     ) -> None:
         super().__init__()
         least = {"context_tokens": 1, "continuation_tokens": 2, "batch_size": 1, "num_workers": 0}
@@ -75,12 +85,36 @@ class EvictionData(TokenizedData):
             raise ValueError(f"retrieval_share is {retrieval_share}: give a fraction between 0 and 1")
         if not 1 <= needles[0] <= needles[1]:
             raise ValueError(f"needles is {needles}: give (least, most) with 1 <= least <= most")
+        if shortest_context is not None and not 1 <= shortest_context <= context_tokens:
+            raise ValueError(
+                f"shortest_context is {shortest_context}: give 1 to context_tokens ({context_tokens}), or null for "
+                "contexts of one length"
+            )
         self.text = text or EmbeddedText()
         self.splits = splits or Splits()
         self.context_tokens, self.continuation_tokens = context_tokens, continuation_tokens
         self.batch_size, self.retrieval_share, self.needles = batch_size, retrieval_share, needles
-        self.num_workers, self.seed = num_workers, seed
+        self.num_workers, self.seed, self.shortest_context = num_workers, seed, shortest_context
         self.validation_windows, self.validation_needles = validation_windows, validation_needles
+
+    @property
+    def context_lengths(self) -> range:
+        """Every length that a context may have, in tokens."""
+        longest = self.context_tokens
+        return range(longest if self.shortest_context is None else self.shortest_context, longest + 1)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Take the tokenizer; ValueError where the shortest contexts have no room for a fact."""
+        super().setup(stage)
+        if self.shortest_context is None or self.retrieval_share == 0:
+            return
+        task = training_needles(self)
+        least = int(task.most_beside_text(TRIED_CASES) * SPARE) + 1
+        if self.shortest_context < least:
+            raise ValueError(
+                f"shortest_context is {self.shortest_context}: a fact and the beginning of the chat may take "
+                f"{least - 1} tokens. Give at least {least}, or retrieval_share 0"
+            )
 
     def train_dataloader(self) -> "RankStatefulLoader":
         """Endless; its length says only that ``trainer.max_steps`` ends it, never its own end."""
@@ -100,8 +134,9 @@ class EvictionData(TokenizedData):
         windows = spread_windows(text, self.validation_windows, length, self.continuation_tokens)
         task = NeedleTask(self.tokenizer, self.context_tokens, self.seed, "validation")
         cases = [task.case(i, text, depth=i % DEPTHS / (DEPTHS - 1)) for i in range(self.validation_needles)]
-        batches = [text_batch(rows, self.context_tokens) for rows in _groups(windows, self.batch_size)]
-        return batches + [needle_batch(rows, pad_id(self.tokenizer)) for rows in _groups(cases, self.batch_size)]
+        pad, size = pad_id(self.tokenizer), self.batch_size
+        batches = [text_batch(rows, self.continuation_tokens, pad) for rows in _groups(windows, size)]
+        return batches + [needle_batch(rows, pad) for rows in _groups(cases, size)]
 
     def _batches_to_train(self) -> int:
         trainer = self.trainer
@@ -178,19 +213,23 @@ class MixtureIterator(Iterator[Batch]):
         self.step = worker
         documents = DocumentStream(data.text, data.splits, "train", data.seed, rank * workers + worker, ranks * workers)
         self.windows = WindowStream(documents, data.tokenizer, data.context_tokens + data.continuation_tokens)
-        self.task = NeedleTask(
-            data.tokenizer, data.context_tokens, data.seed, "train", data.needles, "value_and_stop", ask="all"
-        )
+        self.task, self.pad = training_needles(data), pad_id(data.tokenizer)
 
     def __next__(self) -> Batch:
         data = self.data
         windows = [next(self.windows) for _ in range(data.batch_size)]
         retrieval = random.Random(f"kind/{data.seed}/{self.step}").random() < data.retrieval_share
         first = (self.step * self.ranks + self.rank) * data.batch_size
+        rows = range(first, first + data.batch_size)
+        lengths = [random.Random(f"length/{data.seed}/{row}").choice(data.context_lengths) for row in rows]
         self.step += self.workers
-        if not retrieval:
-            return text_batch(windows, data.context_tokens)
-        return needle_batch([self.task.case(first + i, text) for i, text in enumerate(windows)], pad_id(data.tokenizer))
+        if retrieval:
+            cases = zip(rows, windows, lengths, strict=True)
+            needles = [self.task.case(row, text, context_tokens=length) for row, text, length in cases]
+            return needle_batch(needles, self.pad)
+        tokens = data.continuation_tokens
+        cut = [window.slice(0, length + tokens) for window, length in zip(windows, lengths, strict=True)]
+        return text_batch(cut, tokens, self.pad)
 
     def state_dict(self) -> dict[str, Any]:
         """The next step and the text's state; everything else is a function of the step."""
@@ -200,6 +239,13 @@ class MixtureIterator(Iterator[Batch]):
         """Go on from a saved state."""
         self.step = state["step"]
         self.windows.load_state_dict(state["windows"])
+
+
+def training_needles(data: EvictionData) -> NeedleTask:
+    """The needle cases of the training stream."""
+    return NeedleTask(
+        data.tokenizer, data.context_tokens, data.seed, "train", data.needles, "value_and_stop", ask="all"
+    )
 
 
 def _groups(rows: Sequence[Any], size: int) -> list[Sequence[Any]]:

@@ -42,7 +42,7 @@ class NeedleTask:
         to the question, exactly as kvpress's pipeline cuts it; without one it begins with the bos token where
         there is one.
     context_tokens
-        Length of every context, in tokens, chat prefix and needles included.
+        Length of contexts, in tokens, chat prefix and needles included.
     needles
         Least and most facts hidden in a case, only while the filler remains at least half of the context. Where
         one is asked for, more than one are hidden in a third of the cases that the range leaves the choice.
@@ -71,35 +71,52 @@ class NeedleTask:
         self.context_tokens, self.seed, self.split = context_tokens, seed, split
         self.needles, self.supervise, self.ask = needles, supervise, ask
 
-    def case(self, index: int, text: Tokens, depth: float | None = None) -> NeedleCase:
+    def case(
+        self, index: int, text: Tokens, depth: float | None = None, context_tokens: int | None = None
+    ) -> NeedleCase:
         """Hide the facts of case ``index`` in a stretch of ``text`` that begins at a random word.
 
         ``depth`` in [0, 1] puts the asked needle after round(depth * filler) filler tokens; None draws it.
+        ``context_tokens`` is the length of this case alone; None takes the task's.
 
         Raises ValueError when the text is empty or shorter than the filler, or when the needle does not fit.
         """
-        rng = random.Random(f"needle/{self.seed}/{self.split}/{index}")
-        facts = draw_facts(rng, self.split, self._count(rng))
-        asked = facts[0]
-        prefix = self.frame.prefix
-        if self.split == "train" and rng.random() < QUESTION_FIRST_SHARE:
-            prefix = prefix + asked.question + "\n\n"
-        prefix_ids = self.frame.encode(prefix)
-        needles = self._fit(facts, len(prefix_ids))
-        filler = stretch(self.frame, text, self.context_tokens - len(prefix_ids) - sum(map(len, needles)), rng)
+        length = self.context_tokens if context_tokens is None else context_tokens
+        rng = self._rng(index)
+        facts, prefix_ids = self._facts_and_prefix(rng)
+        needles = self._fit(facts, len(prefix_ids), length)
+        filler = stretch(self.frame, text, length - len(prefix_ids) - sum(map(len, needles)), rng)
         depth = checked_depth(depth, rng)
         position = round(depth * len(filler.ids))
         places = [position, *(rng.randint(0, len(filler.ids)) for _ in needles[1:])]
-        continuation, labels = self._continuation(facts[: len(needles)] if self.ask == "all" else [asked])
+        continuation, labels = self._continuation(facts[: len(needles)] if self.ask == "all" else facts[:1])
         return NeedleCase(
             prefix_ids + hide(filler.ids, needles, places),
             continuation,
             labels,
             filler.document_ids,
-            asked,
+            facts[0],
             depth,
             position,
         )
+
+    def most_beside_text(self, cases: int) -> int:
+        """The most tokens that prefix and asked needle take in cases 0 to ``cases`` - 1; text must fit beside them."""
+        beside = 0
+        for index in range(cases):
+            facts, prefix_ids = self._facts_and_prefix(self._rng(index))
+            beside = max(beside, len(prefix_ids) + len(needle_ids(self.frame, facts[0])))
+        return beside
+
+    def _rng(self, index: int) -> random.Random:
+        return random.Random(f"needle/{self.seed}/{self.split}/{index}")
+
+    def _facts_and_prefix(self, rng: random.Random) -> tuple[list[Fact], list[int]]:
+        facts = draw_facts(rng, self.split, self._count(rng))
+        prefix = self.frame.prefix
+        if self.split == "train" and rng.random() < QUESTION_FIRST_SHARE:
+            prefix = prefix + facts[0].question + "\n\n"
+        return facts, self.frame.encode(prefix)
 
     def _count(self, rng: random.Random) -> int:
         least, most = self.needles
@@ -109,14 +126,14 @@ class NeedleTask:
             return least
         return rng.randint(max(least, 2), most)
 
-    def _fit(self, facts: list[Fact], used: int) -> list[list[int]]:
-        """Token ids of the needles that fit; the asked one must."""
+    def _fit(self, facts: list[Fact], used: int, length: int) -> list[list[int]]:
+        """Token ids of the needles that fit a context of ``length`` tokens beside ``used``; the asked one must."""
         asked, *others = (needle_ids(self.frame, fact) for fact in facts)
-        room = filler_room(self.context_tokens - used, [asked], self.context_tokens)
+        room = filler_room(length - used, [asked], length)
         kept = [asked]
         for needle in others:
             room -= len(needle)
-            if room >= MIN_FILLER_SHARE * self.context_tokens:
+            if room >= MIN_FILLER_SHARE * length:
                 kept.append(needle)
         return kept
 

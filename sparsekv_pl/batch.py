@@ -33,10 +33,14 @@ class Batch(TypedDict):
 
 
 def rows_of_equal_length(batch: Batch) -> Iterator[Batch]:
-    """The batch in parts of equally long, unpadded contexts, so that each row gets what it would get alone."""
-    lengths = batch.get("context_lengths")
-    longest = batch["context_ids"].shape[1]
-    if lengths is None or all(length == longest for length in lengths):
+    """The batch in parts of equally long, unpadded contexts, so that each row gets what it would get alone.
+
+    Shorter parts come first, rows within a part in the batch's order. What a press draws at random it draws for a place
+    in the part that it sees: a row that comes first in its part gets what it would get alone, another one gets other
+    draws. Rows at the same place of two parts share theirs.
+    """
+    lengths = context_lengths(batch)
+    if set(lengths) == {batch["context_ids"].shape[1]}:
         yield batch
         return
     for length in sorted(set(lengths)):
@@ -48,6 +52,19 @@ def rows_of_equal_length(batch: Batch) -> Iterator[Batch]:
             document_ids=[batch["document_ids"][row] for row in rows],
             tasks=[batch["tasks"][row] for row in rows],
         )
+
+
+def context_lengths(batch: Batch) -> list[int]:
+    """Tokens of each row's context, padding aside."""
+    rows, longest = batch["context_ids"].shape
+    lengths = batch.get("context_lengths", [longest] * rows)
+    assert len(lengths) == rows and 1 <= min(lengths) <= max(lengths) <= longest, (lengths, rows, longest)
+    return lengths
+
+
+def tokens_read(batch: Batch) -> int:
+    """Tokens that a model computes: padding after a context is cut off, padding after a continuation is read too."""
+    return sum(context_lengths(batch)) + batch["continuation_ids"].numel()
 
 
 TEXT = "text"

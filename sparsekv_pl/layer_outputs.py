@@ -15,12 +15,16 @@ LayerOutput = Literal["hidden", "attention"]
 
 
 @contextmanager
-def layer_outputs(model: PreTrainedModel, kind: LayerOutput) -> Iterator[dict[int, Tensor]]:
-    """layer -> (B, T, E), of the last forward inside the block; T are the tokens of that forward. Differentiable."""
+def layer_outputs(model: PreTrainedModel, kind: LayerOutput, last: int | None = None) -> Iterator[dict[int, Tensor]]:
+    """layer -> (B, T, E), of the last forward inside the block; T are the tokens of that forward. Differentiable.
+
+    With ``last``, T is at most that many, the newest, and the memory of the others is not held.
+    """
     outputs: dict[int, Tensor] = {}
 
     def note(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
-        outputs[layer] = output[0] if isinstance(output, tuple) else output
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        outputs[layer] = hidden if last is None or hidden.shape[1] <= last else hidden[:, -last:].clone()
 
     layers = decoder_of(model).layers
     watched = [layer if kind == "hidden" else layer.self_attn for layer in layers]

@@ -17,6 +17,7 @@ from sparsekv_pl.quantisation import (
     stored_quantisation,
     weight_bytes,
 )
+from sparsekv_pl.schedules import check_compression_ratio
 
 GIB = 2**30
 HIDDEN_COPIES, WIDTH_COPIES = 6, 3
@@ -225,8 +226,8 @@ def _check(
     batch: int,
     *rates: float | None,
 ) -> None:
-    if compression_ratio is not None and not 0 <= compression_ratio < 1:
-        raise ValueError(f"compression_ratio={compression_ratio} must be in [0, 1): it is the share removed")
+    if compression_ratio is not None:
+        check_compression_ratio("compression_ratio", compression_ratio)
     counts = {"tokens": tokens, "budget": budget, "chunk_tokens": chunk_tokens, "batch": batch}
     for name, value in counts.items():
         if value is not None and value < 1:

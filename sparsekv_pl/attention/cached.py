@@ -124,6 +124,11 @@ def _without(masked: Sequence[Tensor], query: Tensor, key: Tensor) -> Tensor:
 
 def _weighted(log_weights: Tensor, visible: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
     """(B, H, T or 1, S): log-weights (B, K, S') of the oldest keys, minus infinity where a key is not visible."""
+    if log_weights.shape[2] > key.shape[2]:
+        raise ValueError(
+            f"{log_weights.shape[2]} keys were faded out, of which a press after that left {key.shape[2]}: put "
+            "SoftThresholdPress last, or use it alone"
+        )
     weights = nn.functional.pad(log_weights, (0, key.shape[2] - log_weights.shape[2])).to(query.dtype)
     weights = weights.repeat_interleave(query.shape[1] // key.shape[1], dim=1).unsqueeze(2)
     return weights if visible is None else weights.masked_fill(~visible, -torch.inf)

@@ -10,11 +10,13 @@ from kvpress import BasePress
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparsekv_pl.eviction.checkpointed import checkpointed_prefill
+from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.eviction.prefill import check_chunks, chunk_bounds, continue_from, prefill
 from sparsekv_pl.eviction.prefilled import Prefilled, mean_length
 from sparsekv_pl.eviction.result import Evicted, EvictedContext
 from sparsekv_pl.presses.draws import draw
-from sparsekv_pl.presses.scores import set_compression_ratio
+from sparsekv_pl.presses.scores import rerotates_keys, set_compression_ratio
 
 
 @dataclass
@@ -34,6 +36,9 @@ class ChunkedEviction:
         Keep the press's scores, differentiable, for a selection loss. Training sets it where an objective needs it.
     keep_context
         Keep what an objective needs to ask for the text of evicted tokens. Training sets it too.
+    checkpoint
+        Keep no activations of the context: backward runs each chunk again, so that only one chunk's live at a time. For
+        long contexts; costs a second forward. See eviction/checkpointed.py.
     """
 
     press: BasePress
@@ -41,6 +46,7 @@ class ChunkedEviction:
     budget: int | None = None
     catch_scores: bool = False
     keep_context: bool = False
+    checkpoint: bool = False
 
     def __post_init__(self) -> None:
         for name in ("chunk_tokens", "budget"):
@@ -64,15 +70,18 @@ class ChunkedEviction:
         """Run context and continuation with an eviction between the two. See ``Eviction``."""
         draw(self.press, step)
         set_compression_ratio(self.press, compression_ratio)
-        prefilled = prefill(
+        fill = checkpointed_prefill if self.checkpoint else prefill
+        prefilled = fill(
             model, context_ids, self.press, self.chunk_tokens, self.budget, self.catch_scores, self.keep_context
         )
-        kept = mean_length(prefilled.cache)
+        tokens, more = context_ids.shape[1], continuation_ids.shape[1]
+        check_positions(model, prefilled.next_position + more, tokens + more, rerotates_keys(self.press))
+        kept = mean_length(prefilled.cache) * prefilled.mean_weight
         context = evicted_context(model, prefilled, context_ids) if self.keep_context else None
         hidden = continued(model, prefilled, continuation_ids)
         losses = {} if prefilled.notes is None else prefilled.notes.losses
         means = {name: torch.stack(terms).mean() for name, terms in losses.items()}
-        return Evicted(hidden, kept / context_ids.shape[1], prefilled.selections, means, context)
+        return Evicted(hidden, kept / tokens, prefilled.selections, means, context)
 
 
 def continued(model: PreTrainedModel, prefilled: Prefilled, ids: Tensor) -> Tensor:
@@ -89,9 +98,10 @@ def evicted_context(model: PreTrainedModel, prefilled: Prefilled, context_ids: T
             "press that selects by scores, or an objective without reconstruction"
         )
     kept = torch.zeros(context_ids.shape, device=context_ids.device)
-    for positions in prefilled.positions.values():
-        rows = positions.flatten(1)
-        kept.scatter_add_(1, rows, torch.full(rows.shape, 1 / positions.shape[1], device=kept.device))
+    weights = {} if prefilled.notes is None else prefilled.notes.key_log_weights
+    for layer, positions in prefilled.positions.items():
+        weight = weights[layer].detach().exp() if layer in weights else torch.ones(positions.shape, device=kept.device)
+        kept.scatter_add_(1, positions.flatten(1), (weight / positions.shape[1]).flatten(1))
     lost = 1 - kept / len(prefilled.positions)
     before = prefilled.branch()
     return EvictedContext(context_ids, lost, lambda ids: continued(model, before.branch(), ids))

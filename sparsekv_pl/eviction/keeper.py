@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from kvpress import BasePress, KeyRerotationPress, MergingPress
+from kvpress import BasePress, KeyRerotationPress, MergingPress, ScorerPress
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -37,6 +37,8 @@ class Keeper:
         self.follow = follow
         self.selections: list[Selection] = []
         self.positions: dict[int, Tensor] = {}
+        self.log_weights: dict[int, Tensor] = {}
+        """layer -> (B, K, S), what the press wrote into ``PressNotes.key_log_weights``: in the order of the keys."""
 
     @contextmanager
     def __call__(self, cache: DynamicCache, seen: int) -> Iterator[None]:
@@ -48,6 +50,8 @@ class Keeper:
             yield
         for scored in caught:
             self._note(scored, cache, seen)
+        if self.follow and isinstance(self.deciding, ScorerPress):
+            self._follow_unscored(cache, seen)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the next chunk needs of the chunks before it."""
@@ -62,7 +66,7 @@ class Keeper:
 
     def _state(self) -> dict[str, dict[int, Tensor]]:
         rotation = {} if self.rotation is None else {"first": self.rotation.first, "places": self.rotation.places}
-        return {"positions": self.positions, **rotation}
+        return {"positions": self.positions, "log_weights": self.log_weights, **rotation}
 
     def _note(self, scored: CaughtScores, cache: DynamicCache, seen: int) -> None:
         positions = self._positions(scored, seen) if self.follow else None
@@ -75,6 +79,17 @@ class Keeper:
             self.selections.append(Selection(scored.layer, press_name(scored.scorer), scored.scores, positions))
         if positions is not None and scored.scorer is self.deciding:
             self._restore_order(scored, positions, cache)
+
+    def _follow_unscored(self, cache: DynamicCache, seen: int) -> None:
+        """A press at a compression of 0 does not score: then all of the chunk stayed, behind what was held before."""
+        for index, layer in enumerate(cache.layers):
+            assert layer.keys is not None
+            batch, heads, held = layer.keys.shape[:3]
+            before = self.positions.get(index)
+            missing = held - (0 if before is None else before.shape[-1])
+            if missing:
+                new = torch.arange(seen - missing, seen, device=layer.keys.device).expand(batch, heads, -1)
+                self.positions[index] = new if before is None else torch.cat([before, new], dim=-1)
 
     def _positions(self, scored: CaughtScores, seen: int) -> Tensor:
         """Context positions of the scored keys: those kept before, then the newest tokens."""
@@ -98,4 +113,6 @@ class Keeper:
             else:  # the press left them in order
                 layer.keys = self.rotation(scored.layer, keys, ordered.values)
             positions = positions.gather(-1, ordered.values)
+            if scored.layer in self.log_weights:
+                self.log_weights[scored.layer] = self.log_weights[scored.layer].gather(-1, ordered.indices)
         self.positions[scored.layer] = positions

@@ -20,7 +20,7 @@ from sparsekv_pl.eviction.keeper import Keeper
 from sparsekv_pl.eviction.limits import check_positions, check_sliding_window, check_weights
 from sparsekv_pl.eviction.prefilled import Prefilled
 from sparsekv_pl.eviction.shifted_rotary import queries_from
-from sparsekv_pl.presses.eviction_aug import EvictionAugPress
+from sparsekv_pl.presses.deciding import deciding_press
 from sparsekv_pl.presses.notes import NOTES, PressNotes
 from sparsekv_pl.presses.scores import (
     ONE_CHUNK,
@@ -57,7 +57,7 @@ class ChunkedPrefill:
     budget
         Most KV pairs per head that stay after a chunk, in tokens.
     with_scores
-        Keep the press's scores for a selection loss; such a prefill cannot be saved.
+        Keep the press's scores for a selection loss. They are results: ``state_dict`` leaves them out.
     with_positions
         Follow which context positions the kept keys are from, in one chunk too: see ``Prefilled``.
 
@@ -79,9 +79,10 @@ class ChunkedPrefill:
     ) -> None:
         self.model, self.press, self.budget = model, press, budget
         self.bounds = chunk_bounds(tokens, chunk_tokens)
-        self.deciding = press.press if isinstance(press, EvictionAugPress) else press
+        self.deciding = deciding_press(press)
         self.rotates = rerotates_keys(self.deciding)
         self.ratio: float | None = None
+        self.notes: PressNotes | None = None
         check_sliding_window(model, tokens)
         if press is not None and self.deciding is not None:
             check_chunks(press, self.bounds, with_scores)
@@ -92,9 +93,9 @@ class ChunkedPrefill:
             inv_freq = decoder_of(model).rotary_emb.inv_freq if self.rotates else None
             follow = with_positions or len(self.bounds) > 1
             self.keeper = Keeper(press, self.deciding, with_scores, follow, inv_freq)
+            self.notes = PressNotes(positions=self.keeper.positions, key_log_weights=self.keeper.log_weights)
         check_positions(model, self._positions(), tokens, self.rotates)
         self.cache = DynamicCache()
-        self.notes: PressNotes | None = None
         self.chunks_done = 0
 
     @property
@@ -131,8 +132,10 @@ class ChunkedPrefill:
         return Prefilled(self.cache, position, self.keeper.selections, self.notes, self.keeper.positions)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that the next chunk depends on, by names that ``safetensors`` takes. Not in memory of its own."""
-        assert self.press is None or not self.keeper.with_scores
+        """Everything that the next chunk depends on, by names that ``safetensors`` takes. Not in memory of its own.
+
+        Gradients flow through it. What was said of the chunks so far (scores, losses) is not in it.
+        """
         state = {} if self.press is None else self.keeper.state_dict()
         for index, layer in enumerate(self.cache.layers):
             assert layer.keys is not None and layer.values is not None
@@ -151,20 +154,18 @@ class ChunkedPrefill:
                 self.cache.update(keys, values, index)
         if self.press is not None:
             self.keeper.load_state_dict(state, [_device(layer) for layer in decoder.layers])
-        if "token_ids" in state:
-            self.notes = PressNotes(state["token_ids"], self.keeper.positions)
+        if self.notes is not None:
+            self.notes.token_ids = state.get("token_ids")
         self.chunks_done = int(state["chunks_done"])
 
     def _told(self, chunk_ids: Tensor) -> dict[str, Any]:
-        """What the press is told besides the chunk: see ``PressNotes``."""
-        if self.press is None:
+        """What the press is told besides the chunk, and attention of what the press said before: see ``PressNotes``."""
+        if self.press is None or self.notes is None:
             return {}
-        if self.notes is None:
-            self.notes = PressNotes(positions=self.keeper.positions)
         if any(isinstance(inner, ReadsTokens) for inner in presses_in(self.press)):
             before = self.notes.token_ids
             self.notes.token_ids = chunk_ids if before is None else torch.cat([before, chunk_ids], dim=1)
-        return {NOTES: self.notes}
+        return {NOTES: self.notes, "key_log_weights": self.notes.key_log_weights}
 
     @contextmanager
     def _evicting(self, held: int, start: int, stop: int) -> Iterator[None]:
@@ -219,7 +220,7 @@ def check_chunks(press: BasePress, bounds: list[tuple[int, int]], with_scores: b
         )
     # ChunkKVPress moves groups of pairs: its scores do not tell which it kept.
     unfit = (*ONE_CHUNK, ChunkKVPress) if with_scores else ONE_CHUNK
-    if len(bounds) > 1 and any(isinstance(inner, unfit) for inner in presses_in(press)):
+    if len(bounds) > 1 and any(isinstance(p, unfit) or getattr(p, "one_chunk", False) for p in presses_in(press)):
         raise ValueError(
             f"{press_name(press)} cannot evict from {len(bounds)} chunks: it masks KV pairs instead of removing them, "
             "or looks at the whole context at once. Use one chunk (chunk_tokens: null) or another press"

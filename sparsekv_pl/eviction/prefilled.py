@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -21,6 +22,14 @@ class Prefilled:
     """What the press said besides; None without a press."""
     positions: dict[int, Tensor] = field(default_factory=dict)
     """layer -> (B, K, S) int64, the context positions of the kept keys; empty where they were not followed."""
+
+    @property
+    def mean_weight(self) -> float:
+        """Of a kept pair: 1 unless a press fades pairs out in place of removing them."""
+        faded = {} if self.notes is None else self.notes.key_log_weights
+        if not faded:
+            return 1.0
+        return float(torch.stack([weights.detach().exp().mean() for weights in faded.values()]).mean())
 
     def copy(self) -> "Prefilled":
         """One to continue from, while this one stays as it is."""

@@ -16,6 +16,8 @@ from sparsekv_pl.backbone import Backbone, causal_lm
 from sparsekv_pl.batch import Batch, rows_of_equal_length
 from sparsekv_pl.eviction import Eviction
 from sparsekv_pl.eviction.dropout import KVDropout
+from sparsekv_pl.eviction.full_length import check_full_cache
+from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.eviction.prefill import full_cache
 from sparsekv_pl.losses import token_nll
 from sparsekv_pl.metrics import ContinuationPerplexity
@@ -24,7 +26,7 @@ from sparsekv_pl.modules.student import Student, supervised, supervised_labels
 from sparsekv_pl.modules.training import optimizers, stop_if_not_finite
 from sparsekv_pl.objectives import EIT, Objective
 from sparsekv_pl.presses.eviction_aug import EvictionAugPress
-from sparsekv_pl.presses.scores import learnable, press_name
+from sparsekv_pl.presses.scores import learnable, press_name, rerotates_keys
 from sparsekv_pl.schedules import check_compression_ratio
 from sparsekv_pl.teacher import Teacher
 
@@ -96,11 +98,20 @@ class EITModule(LightningModule):
         return getattr(self.eviction, "press", None)
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
-        """Check, before anything expensive, that the data's contexts can be evicted from."""
-        context_tokens = getattr(self.trainer.datamodule, "context_tokens", None)  # type: ignore[attr-defined]
-        if context_tokens is not None:
-            self.eviction.check(context_tokens)
-            self.validation_student.eviction.check(context_tokens)
+        """Check, before anything expensive, that the data's contexts can be evicted from, and read by the teacher."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        context_tokens = getattr(data, "context_tokens", None)
+        if context_tokens is None:
+            return
+        reads = context_tokens + getattr(data, "continuation_tokens", 0)
+        check_full_cache(
+            causal_lm(self.model), reads, self.objective.needs_teacher, bool(self.trainer.limit_val_batches)
+        )
+        for eviction in (self.eviction, self.validation_student.eviction):
+            for tokens in getattr(data, "context_lengths", [context_tokens]):
+                eviction.check(tokens)
+            if not rerotates_keys(getattr(eviction, "press", None)):
+                check_positions(causal_lm(self.model), reads, reads, rotates=False)
 
     def on_fit_start(self) -> None:
         """Hugging Face models load in evaluation mode and Lightning keeps it."""

@@ -3,7 +3,8 @@
 from sparsekv_pl.eviction import Eviction
 from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.objectives import Objective
-from sparsekv_pl.presses.scores import only_trains, press_name, trainable_scorers
+from sparsekv_pl.presses.scores import only_trains, press_name, presses_in, trainable_scorers
+from sparsekv_pl.presses.sparse_reg import SparseRegPress
 
 
 def fit_together(objective: Objective, eviction: Eviction) -> None:
@@ -20,6 +21,11 @@ def fit_together(objective: Objective, eviction: Eviction) -> None:
             )
     if not isinstance(eviction, ChunkedEviction):
         return
+    if objective.needs_press_losses and not any(isinstance(p, SparseRegPress) for p in presses_in(eviction.press)):
+        raise ValueError(
+            f"the sparse_lm objective adds what SparseRegPress measures, and {press_name(eviction.press)} measures "
+            "nothing: put SparseRegPress around it, or take the LM objective"
+        )
     if objective.needs_selections and not trainable_scorers(eviction.press):
         raise ValueError(
             f"the selection objective has nothing to train in {press_name(eviction.press)}: its scores do not depend "

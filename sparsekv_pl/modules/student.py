@@ -28,7 +28,10 @@ class Student:
     objective: Objective
 
     def view(self, batch: Batch, compression_ratio: float, step: int) -> tuple[StudentView, float]:
-        """What the objective sees of ``batch``, and the share of KV pairs that was kept."""
+        """What the objective sees of ``batch``, and the share of KV pairs that was kept, a mean over rows.
+
+        Contexts of different lengths run one after the other: see ``rows_of_equal_length``.
+        """
         parts = list(rows_of_equal_length(batch))
         rows = [len(part["labels"]) for part in parts]
         views, shares = zip(*(self._view(part, compression_ratio, step) for part in parts), strict=True)

@@ -1,8 +1,20 @@
 """What training minimises: one objective per file, chosen and mixed in YAML."""
 
 from sparsekv_pl.objectives.alignment import SelectionObjective
+from sparsekv_pl.objectives.layerwise import Layerwise
 from sparsekv_pl.objectives.mixed import Mixed
 from sparsekv_pl.objectives.objective import Objective, StudentView
+from sparsekv_pl.objectives.reconstruction import Reconstruction
 from sparsekv_pl.objectives.tokens import EIT, LM, SparseLM
 
-__all__ = ["EIT", "LM", "Mixed", "Objective", "SelectionObjective", "SparseLM", "StudentView"]
+__all__ = [
+    "EIT",
+    "LM",
+    "Layerwise",
+    "Mixed",
+    "Objective",
+    "Reconstruction",
+    "SelectionObjective",
+    "SparseLM",
+    "StudentView",
+]

@@ -13,6 +13,8 @@ from sparsekv_pl.objectives.objective import Objective, StudentView
 class Mixed(Objective):
     """A weighted sum of objectives.
 
+    Where two log a term of the same name, the later one's ends in its place: ``cross_entropy_2`` is the second's.
+
     Parameters
     ----------
     objectives
@@ -47,8 +49,8 @@ class Mixed(Objective):
     def __call__(self, view: StudentView) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
         losses = []
-        for objective, weight in zip(self.objectives, self.weights or [], strict=True):
+        for place, (objective, weight) in enumerate(zip(self.objectives, self.weights or [], strict=True), start=1):
             own = objective(view)
             losses.append(weight * own.pop("loss"))
-            terms.update(own)
+            terms |= {f"{name}_{place}" if name in terms else name: value for name, value in own.items()}
         return {"loss": torch.stack(losses).sum(), **terms}

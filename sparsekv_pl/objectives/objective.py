@@ -39,7 +39,11 @@ class StudentView:
 
 
 def joined(views: Sequence[StudentView], rows: Sequence[int]) -> StudentView:
-    """The views of parts of a batch, of ``rows`` rows each, as one view of the batch."""
+    """The views of parts of a batch, of ``rows`` rows each, as one view of the batch.
+
+    What objectives average over tokens weighs every supervised token of the batch the same, press losses weigh every
+    row the same, and a selection loss weighs the rows of all parts as it does those of one.
+    """
     if len(views) == 1:
         return views[0]
     teachers = [view.teacher_NE for view in views if view.teacher_NE is not None]

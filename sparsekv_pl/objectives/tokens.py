@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from sparsekv_pl.losses import CHUNK_TOKENS, distillation_loss
@@ -41,7 +40,7 @@ class SparseLM(LM):
 
     def __call__(self, view: StudentView) -> dict[str, Tensor]:
         terms = super().__call__(view)
-        regularisation = torch.stack(list(view.press_losses.values())).sum()
+        regularisation = sum(view.press_losses.values(), terms["loss"].new_zeros(()))
         logs = {f"press/{name}": value.detach() for name, value in view.press_losses.items()}
         return {**terms, "loss": terms["loss"] + regularisation, **logs}
 

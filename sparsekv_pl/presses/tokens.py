@@ -42,13 +42,14 @@ def key_tokens(module: nn.Module, keys: Tensor, kwargs: Mapping[str, Any]) -> Ke
     ids = kwargs.get(TOKEN_IDS) if notes is None else notes.token_ids
     if ids is None:
         return None
-    new = torch.arange(ids.shape[1], device=keys.device)
+    positions = torch.arange(ids.shape[1], device=keys.device).expand(batch, heads, -1)
     held = None if notes is None else notes.positions.get(int(module.layer_idx))  # type: ignore[arg-type]
     if held is not None:
-        chunk = kwargs["hidden_states"].shape[1]
-        positions = torch.cat([held, new[-chunk:].expand(batch, heads, -1)], dim=-1)
-    else:
-        positions = new.expand(batch, heads, -1)
+        # Not the newest chunk's alone: where nothing had to go, those of the chunk before are not among ``held``.
+        new = length - held.shape[-1]
+        if new < kwargs["hidden_states"].shape[1]:
+            return None
+        positions = torch.cat([held, positions[..., -new:]], dim=-1)
     return KeyTokens(ids.to(keys.device), positions) if positions.shape[-1] == length else None
 
 
@@ -90,6 +91,11 @@ def real_keys(keys: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
     """(B, S) bool, False where a key (B, K, S, D) is padding, on either side; None where nothing is padded.
 
     Read off the attention mask that the layer was given. Our own forward takes no padding and gives none.
+
+    Raises
+    ------
+    ValueError
+        For a padded batch from which another press has removed keys: the mask does not say which.
     """
     mask = kwargs.get("attention_mask")
     if mask is None:
@@ -97,5 +103,23 @@ def real_keys(keys: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
     if mask.dim() == 4:  # (B, 1, Q, S): a key that no query sees is padding
         visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         mask = visible.any(dim=2)[:, 0]
-    mask = mask[:, -keys.shape[2] :].bool()
-    return None if mask.shape[1] != keys.shape[2] or bool(mask.all()) else mask
+    mask = mask.bool()
+    if bool(mask.all()):
+        return None
+    if mask.shape[1] != _whole(keys):
+        raise ValueError(
+            f"a padded batch had {mask.shape[1]} keys, {keys.shape[2]} are left, and which of them are padding cannot "
+            "be told: put this press first, or use rows of equal length"
+        )
+    start = first_key(keys)
+    return mask[:, start : start + keys.shape[2]]
+
+
+def first_key(keys: Tensor) -> int:
+    """Where ``keys`` (B, K, S, D) begin in the cache: 0, but for the parts that kvpress's ChunkPress shows."""
+    return keys.storage_offset() // keys.stride(2) % _whole(keys)
+
+
+def _whole(keys: Tensor) -> int:
+    """How many keys a head has in the tensor that ``keys`` (B, K, S, D) are or are a view of."""
+    return max(keys.shape[2], keys.stride(1) // keys.stride(2))

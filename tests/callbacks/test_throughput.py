@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from typing_extensions import override
 
 from callbacks.throughput import Throughput, peak_memory_gib
@@ -57,7 +57,9 @@ class Timed(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def run(folder: Path, module: Timed, callback: Throughput, **settings: Any) -> pl.Trainer:
+def run(
+    folder: Path, module: Timed, callback: Throughput, lengths: list[int] | None = None, **settings: Any
+) -> pl.Trainer:
     defaults: dict[str, Any] = {
         "max_steps": 4,
         "limit_val_batches": 0,
@@ -71,7 +73,8 @@ def run(folder: Path, module: Timed, callback: Throughput, **settings: Any) -> p
     }
     callback.clock = lambda: module.now
     trainer = pl.Trainer(callbacks=[callback], **(defaults | settings))
-    loader = DataLoader(Windows(), batch_size=BATCH)
+    told = {} if lengths is None else {"context_lengths": lengths}
+    loader = DataLoader(Windows(), batch_size=BATCH, collate_fn=lambda rows: default_collate(rows) | told)
     trainer.fit(module, loader, loader)
     return trainer
 
@@ -86,6 +89,12 @@ def test_speeds_are_averages_over_a_sliding_window(tmp_path: Path) -> None:
     }
     assert {s: m["steps_per_second"] for s, m in module.logged.items()} == {s: steps[s] / spans[s] for s in spans}
     assert trainer.callback_metrics["throughput/tokens_per_second"] == TOKENS * 2 / 16
+
+
+def test_the_padding_of_contexts_is_not_counted(tmp_path: Path) -> None:
+    module = Timed([2.0] * 4)
+    run(tmp_path, module, Throughput(), lengths=[CONTEXT, 4])
+    assert {m["tokens_per_second"] for m in module.logged.values()} == {(CONTEXT + 4 + BATCH * CONTINUATION) / 2}
 
 
 def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:

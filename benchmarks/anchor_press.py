@@ -1,0 +1,109 @@
+"""What AnchorPress costs, against kvpress's SnapKV and ExpectedAttention and against the prefill that it follows.
+
+Run from the checkout: ``python benchmarks/anchor_press.py``. Takes about two minutes on one thread.
+
+SmolLM2-135M-Instruct prefills the Python documentation once, in float32, and what each layer's hook is given is
+recorded. A press's time is that of its hooks over all 30 layers: to score, to choose and to copy what stays. One row,
+three quarters evicted, presses as they come. The scorers alone show what the anchors add to them.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import kvpress
+import torch
+from measure import paired_times, report
+from transformers import PreTrainedModel
+
+from data.text import EmbeddedText
+from sparsekv_pl.backbone import Backbone
+from sparsekv_pl.eviction.replay import RecordedPrefill
+from sparsekv_pl.presses.anchor import AnchorPress
+from sparsekv_pl.presses.scores import press_name
+
+LENGTHS, RATIO, ROUNDS = (2_048, 8_192), 0.75, 7
+GOALS = {"over SnapKV": 0.5, "of the prefill": 0.01}
+
+
+def presses() -> list[kvpress.ScorerPress]:
+    """SnapKV, the reference, first."""
+    return [
+        kvpress.SnapKVPress(RATIO),
+        kvpress.ExpectedAttentionPress(RATIO),
+        kvpress.KeyDiffPress(RATIO),
+        AnchorPress(RATIO),
+        kvpress.KnormPress(RATIO),
+        AnchorPress(RATIO, kvpress.KnormPress()),
+    ]
+
+
+def evicting(recorded: RecordedPrefill, press: kvpress.BasePress) -> Callable[[], None]:
+    """Every layer's hook once. Not ``recorded.evicted``, which copies the cache first and keeps scores."""
+    with press(recorded.model):
+        pass  # to prepare it
+    layers = recorded.cache.layers
+    whole = [(layer.keys, layer.values) for layer in layers]
+
+    @torch.no_grad()
+    def step() -> None:
+        for call in recorded.calls:
+            press.forward_hook(call.module, [], call.kwargs | {"past_key_values": recorded.cache}, call.output)
+        for layer, (keys, values) in zip(layers, whole, strict=True):
+            layer.keys, layer.values = keys, values
+
+    return step
+
+
+def seconds(step: Callable[[], object]) -> float:
+    """How long ``step`` takes."""
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def compare(model: PreTrainedModel, ids: torch.Tensor) -> tuple[list[dict[str, object]], dict[str, float]]:
+    """Rows of the table for one context (1, L), and the ratios of AnchorPress as it comes."""
+    start = time.perf_counter()
+    recorded = RecordedPrefill(model, ids)
+    prefill = time.perf_counter() - start
+    every = presses()
+    steps = [evicting(recorded, press) for press in every]
+    steps[0]()
+    reference = statistics.median(seconds(steps[0]) for _ in range(ROUNDS))
+    rows: list[dict[str, object]] = []
+    ratios: dict[str, float] = {}
+    for press, step in zip(every, steps, strict=True):
+        took = paired_times(step, steps[0], ROUNDS)
+        share = took.median * reference / prefill
+        rows.append(
+            {
+                "press": press_name(press),
+                "tokens": ids.shape[1],
+                "ms": f"{1_000 * took.median * reference:.1f}",
+                "time over SnapKV (low to high)": f"{took.median:.3f} ({took.low:.3f} to {took.high:.3f})",
+                "of the prefill": f"{share:.3%}",
+            }
+        )
+        if press_name(press) == "Anchor(KeyDiff)":
+            ratios = {f"over SnapKV at {ids.shape[1]}": took.median, f"of the prefill at {ids.shape[1]}": share}
+    rows.append({"press": "the prefill", "tokens": ids.shape[1], "ms": f"{1_000 * prefill:,.0f}"})
+    return [{column: row.get(column, "") for column in rows[0]} for row in rows], ratios
+
+
+def main() -> None:
+    """Print the table and the ratios."""
+    model, tokenizer = Backbone(dtype="float32", lora=None).load(trainable=False)
+    text = "\n".join(document.text for document in EmbeddedText().documents())
+    ids = tokenizer(text[: 8 * max(LENGTHS)], return_tensors="pt").input_ids
+    assert ids.shape[1] >= max(LENGTHS)
+    rows, ratios = [], {}
+    for tokens in LENGTHS:
+        more, found = compare(model, ids[:, :tokens])
+        rows += more
+        ratios |= found
+    report("anchor_press", rows, ratios, {}, {name: GOALS[name.split(" at ")[0]] for name in ratios})
+
+
+if __name__ == "__main__":
+    main()

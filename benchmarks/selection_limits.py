@@ -1,0 +1,273 @@
+"""What a press can keep at all, what its scores can say, and which selection loss moves it. On SmolLM2-135M-Instruct.
+
+Run from the checkout: ``python benchmarks/selection_limits.py`` for the limits (a minute or two on one core), and
+``python benchmarks/selection_limits.py train`` for the training (about 45 s a row).
+
+Limits are of the untouched model on needles, for every press and context length. Keys that a press keeps by rule fill
+part of its budget; "best" is what the rest of the budget could hold if the teacher's own attention chose it,
+"oracle" what the whole budget could hold without the rule. Attention is the teacher's while it answers, beyond the
+first 4 tokens. The ratios on the last line are the attention lost over the least that the press's rule allows.
+
+Training takes a few steps of the selection loss alone on 4 contexts and looks at the same 4: it shows what can be
+moved, nothing general.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from kvpress import (
+    ExpectedAttentionPress,
+    KeyDiffPress,
+    KnormPress,
+    LagKVPress,
+    ScorerPress,
+    SnapKVPress,
+    TOVAPress,
+)
+from measure import report
+from torch import Tensor
+
+from data.collate import needle_batch, pad_id
+from data.facts import Split
+from data.needles import NeedleCase, NeedleTask, needle_ids
+from data.packing import split_tokens
+from data.text import EmbeddedText, Splits
+from sparsekv_pl.backbone import Backbone, Lora, causal_lm
+from sparsekv_pl.decoder import decoder_of
+from sparsekv_pl.eviction.prefill import prefill
+from sparsekv_pl.presses import EvictionAugPress
+from sparsekv_pl.presses.scores import catch_scores, press_name
+from sparsekv_pl.selection import AttentionMass, SelectionLoss, evictable_keys, key_logits
+from sparsekv_pl.teacher import Teacher
+
+SINKS = 4
+LENGTHS, RATIOS, CASES = (256, 384), (0.5, 0.75), 6
+PRESSES: dict[str, ScorerPress] = {
+    "SnapKV, window 64": SnapKVPress(),
+    "SnapKV, window 16": SnapKVPress(window_size=16),
+    "LagKV, lag 128": LagKVPress(),
+    "LagKV, lag 32, cross": LagKVPress(lag_size=32, cross_scoring=True),
+    "LagKV, lag 16, cross": LagKVPress(lag_size=16, cross_scoring=True),
+    "Knorm": KnormPress(),
+    "ExpectedAttention": ExpectedAttentionPress(),
+    "TOVA": TOVAPress(),
+    "KeyDiff": KeyDiffPress(),
+}
+
+
+@dataclass
+class Needles:
+    """Contexts with one needle each, and where their teacher looks while it answers."""
+
+    batch: Any
+    needle: Tensor
+    """(B, L) bool, the tokens of the fact that is asked for."""
+    mass: list[Tensor]
+    """Per layer (B, K, L)."""
+
+    @property
+    def beyond(self) -> Tensor:
+        """(N, B, K, L) for N layers: the mass, 0 at the sinks."""
+        mass = torch.stack(self.mass)
+        mass[..., :SINKS] = 0
+        return mass
+
+
+def needles(model: Any, tokenizer: Any, tokens: int, count: int, split: Split) -> Needles:
+    """``count`` contexts of ``tokens`` tokens, the needles spread over all depths."""
+    text = split_tokens(EmbeddedText(), Splits(), split, tokenizer, tokens)
+    task = NeedleTask(tokenizer, tokens, split=split, supervise="value_and_stop")
+    cases = [task.case(i, text, depth=(i + 0.5) / count) for i in range(count)]
+    batch = needle_batch(cases, pad_id(tokenizer))
+    mass = AttentionMass(batch["labels"], tokens)
+    Teacher(model)(batch["context_ids"], batch["continuation_ids"], mass)
+    return Needles(batch, torch.stack([_span(task, case) for case in cases]), list(mass.mass.values()))
+
+
+def _span(task: NeedleTask, case: NeedleCase) -> Tensor:
+    wanted = torch.tensor(needle_ids(task.frame, case.fact))
+    at = (torch.tensor(case.context_ids).unfold(0, len(wanted), 1) == wanted).all(-1).nonzero()[-1]
+    places = torch.arange(len(case.context_ids))
+    return (places >= at) & (places < at + len(wanted))
+
+
+def scores_of(model: Any, context_ids: Tensor) -> dict[str, list[Tensor]]:
+    """What every press says of the same keys: per layer (B, K, L). An eviction after each layer changes none of it."""
+    press = EvictionAugPress(list(PRESSES.values()), score_all=True)
+    press.compression_ratio = 0.5  # kvpress scores nothing at 0
+    names = {id(scorer): name for name, scorer in PRESSES.items()}
+    scores: dict[str, list[Tensor]] = {name: [] for name in PRESSES}
+    with catch_scores(press) as caught:
+        prefill(causal_lm(model), context_ids, press)
+    for item in sorted(caught, key=lambda item: item.layer):
+        scores[names[id(item.scorer)]].append(item.scores)
+    return scores
+
+
+def highest(values: Tensor, count: int) -> Tensor:
+    """Bool, True at the ``count`` highest of the last axis."""
+    chosen = torch.zeros_like(values, dtype=torch.bool)
+    return chosen.scatter(-1, values.topk(count, dim=-1).indices, True)
+
+
+def kept_rows(name: str, scores: Tensor, case: Needles) -> Iterator[tuple[dict[str, object], float]]:
+    """What a press keeps at each ratio, and the attention it loses over the least that its rule allows."""
+    tokens, beyond = scores.shape[-1], case.beyond
+    by_rule = torch.stack([~evictable_keys(layer, 0) for layer in scores])
+    for ratio in RATIOS:
+        budget = int(tokens * (1 - ratio))
+        chosen = {
+            "kept": highest(scores, budget),
+            "best": highest(torch.where(by_rule, 1.0 + scores, beyond), budget),
+            "oracle": highest(beyond, budget - SINKS),
+        }
+        held = {what: float((beyond * keys).sum() / beyond.sum()) for what, keys in chosen.items()}
+        found = {what: keys[case.needle[None, :, None].expand_as(keys)].float().mean() for what, keys in chosen.items()}
+        rule = float(by_rule.float().sum(-1).mean())
+        row: dict[str, object] = {"press": name, "tokens": tokens, "ratio": ratio, "budget": budget}
+        row |= {"by rule": f"{rule / budget:.0%}", "free": max(0, round(budget - rule))}
+        row |= {f"attention {what}": f"{share:.3f}" for what, share in held.items()}
+        row |= {f"needle {what}": f"{share:.2f}" for what, share in found.items()}
+        yield row, (1 - held["kept"]) / (1 - held["best"])
+
+
+def score_row(name: str, scores: list[Tensor], case: Needles, with_gradient: float) -> dict[str, object]:
+    """What a press's scores can say: means over heads, each counted by the attention it pays to what may be evicted."""
+    found: dict[str, list[Tensor]] = {}
+    for layer, mass in zip(scores, case.mass, strict=True):
+        keys = evictable_keys(layer, SINKS)
+        kept = torch.where(keys, mass, 0)
+        target = (kept / kept.sum(-1, keepdim=True)).clamp(min=1e-9).log()
+        said = torch.where(keys, key_logits(layer.float(), keys).log_softmax(-1), 0)
+        distinct = torch.tensor([[len(head.unique()) for head in row] for row in layer]) / layer.shape[-1]
+        values = {
+            "entropy": _entropy(said, keys),
+            "teacher": _entropy(target, keys),
+            "cross-entropy": -(target.exp() * said * keys).sum(-1),
+            "deviation": _deviation(said, keys),
+            "teacher's": _deviation(target, keys),
+            "distinct": distinct,
+            "weight": kept.sum(-1),
+        }
+        for key, value in values.items():
+            found.setdefault(key, []).append(value)
+    weight = torch.stack(found.pop("weight"))
+    means = {key: float((torch.stack(values) * weight).sum() / weight.sum()) for key, values in found.items()}
+    row: dict[str, object] = {"press": name, "tokens": scores[0].shape[-1]}
+    return row | {key: f"{mean:.2f}" for key, mean in means.items()} | {"gradient": f"{with_gradient:.0%}"}
+
+
+def _entropy(logs: Tensor, keys: Tensor) -> Tensor:
+    return -(logs.exp() * logs * keys).sum(-1)
+
+
+def _deviation(logs: Tensor, keys: Tensor) -> Tensor:
+    """Of the logs of shares: the temperature that makes a standardised score as peaked is one over it."""
+    mean = (logs * keys).sum(-1, keepdim=True) / keys.sum(-1, keepdim=True)
+    return ((logs - mean).square() * keys).sum(-1).div(keys.sum(-1)).sqrt()
+
+
+def limits(model: Any, tokenizer: Any) -> None:
+    """Print both tables of the untouched model."""
+    kept, said, ratios = [], [], {}
+    for tokens in LENGTHS:
+        case = needles(model, tokenizer, tokens, CASES, "validation")
+        graph = scores_of(model, case.batch["context_ids"][:1])
+        with torch.no_grad():
+            scores = scores_of(model, case.batch["context_ids"])
+            for name, layers in scores.items():
+                for row, ratio in kept_rows(name, torch.stack(layers).float(), case):
+                    kept.append(row)
+                    ratios[f"{name} {row['ratio']}@{tokens}"] = ratio
+                with_gradient = sum(layer.requires_grad for layer in graph[name]) / len(layers)
+                said.append(score_row(name, layers, case, with_gradient))
+    report("selection_limits: scores", said, {}, {}, {})
+    report("selection_limits", kept, ratios, dict.fromkeys(ratios, 1.0), {})
+
+
+STEPS, ROWS, TOKENS, LAYERS = 12, 4, 256, 16
+TRAINED = ("Knorm", "SnapKV, window 64", "SnapKV, window 16", "LagKV, lag 16, cross")
+AS_MASSES = "cross-entropy, 1, scores as masses"
+LOSSES = {
+    "cross-entropy, 1": SelectionLoss(),
+    "cross-entropy, 0.3": SelectionLoss(temperature=0.3),
+    "ranking, 1": SelectionLoss(form="ranking"),
+    "ranking, 0.3": SelectionLoss(form="ranking", temperature=0.3),
+    AS_MASSES: SelectionLoss(),
+}
+NOT_FOR = {"Knorm": {AS_MASSES}, "SnapKV": {AS_MASSES, "cross-entropy, 0.3"}, "LagKV": set()}
+"""What would be the same as another loss: SnapKV's scores have a scale of their own."""
+
+
+def train(model: Any, tokenizer: Any, presses: list[str]) -> None:
+    """Print, press by press and loss by loss, the attention and needles kept before and after a few steps."""
+    decoder_of(causal_lm(model)).layers = decoder_of(causal_lm(model)).layers[:LAYERS]
+    case = needles(model, tokenizer, TOKENS, ROWS, "train")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    start = [parameter.detach().clone() for parameter in trained]
+    before = {name: kept_now(model, name, case) for name in presses}
+    rows = []
+    for name in presses:
+        for label, loss in LOSSES.items():
+            if label in NOT_FOR[press_name(PRESSES[name])]:
+                continue
+            with torch.no_grad():
+                for parameter, value in zip(trained, start, strict=True):
+                    parameter.copy_(value)
+            called = "masses" if label == AS_MASSES else press_name(PRESSES[name])
+            gradient = _steps(model, trained, PRESSES[name], called, loss, case)
+            after = kept_now(model, name, case)
+            row = {"press": name, "loss": label, "first gradient": f"{gradient:.3f}"}
+            rows.append(row | {key: f"{before[name][key]} -> {value}" for key, value in after.items()})
+            print(rows[-1], flush=True)
+    report("selection_limits: training", rows, {}, {}, {})
+
+
+def _steps(
+    model: Any, trained: list[Tensor], press: ScorerPress, called: str, loss: SelectionLoss, case: Needles
+) -> float:
+    """Train on half of the contexts at each step, in turn; the norm of the first step's gradient.
+
+    The loss knows the press as ``called``, which is how it tells LagKV's scores from masses.
+    """
+    norms = []
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+    for step in range(STEPS):
+        half = slice(0, ROWS // 2) if step % 2 else slice(ROWS // 2, ROWS)
+        with torch.autocast("cpu", torch.bfloat16):
+            selections = prefill(causal_lm(model), case.batch["context_ids"][half], press, with_scores=True).selections
+        optimizer.zero_grad()
+        pairs = [(replace(selection, press=called), case.mass[selection.layer][half]) for selection in selections]
+        loss(pairs)[called].backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, 1.0)))
+        optimizer.step()
+    return norms[0]
+
+
+@torch.no_grad()
+def kept_now(model: Any, name: str, case: Needles) -> dict[str, str]:
+    """The attention that the untouched model pays to what the press now keeps, and the needle's keys kept."""
+    press = PRESSES[name]
+    press.compression_ratio = 0.5  # kvpress scores nothing at 0
+    with torch.autocast("cpu", torch.bfloat16):
+        selections = prefill(causal_lm(model), case.batch["context_ids"], press, with_scores=True).selections
+    scores = torch.stack([selection.scores for selection in selections]).float()
+    rows = [row for row, _ in kept_rows(name, scores, case)]
+    return {f"{what} at {row['ratio']}": str(row[f"{what} kept"]) for row in rows for what in ("attention", "needle")}
+
+
+def main() -> None:
+    """Print the limits, or with ``train`` and any names of presses the training."""
+    torch.manual_seed(0)
+    model, tokenizer = Backbone(lora=Lora(r=16)).load()
+    if sys.argv[1:2] == ["train"]:
+        train(model, tokenizer, sys.argv[2:] or list(TRAINED))
+    else:
+        limits(model, tokenizer)
+
+
+if __name__ == "__main__":
+    main()

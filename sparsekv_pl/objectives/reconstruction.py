@@ -1,0 +1,119 @@
+"""The objective that asks for what was evicted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekv_pl.batch import IGNORE
+from sparsekv_pl.eviction.result import EvictedContext
+from sparsekv_pl.losses import CHUNK_TOKENS, distillation_loss
+from sparsekv_pl.objectives.objective import Objective, StudentView
+from sparsekv_pl.presses.draws import generator
+
+
+@dataclass
+class Reconstruction(Objective):
+    """Cross-entropy of the text of evicted blocks, in nats, a mean over the evicted tokens that are asked for.
+
+    Each row is asked for one block: the instruction, the tokens that stand before the block (the cue) and the block
+    itself follow what is left of the context. What was evicted must be told from what was kept, so this trains the
+    kept pairs to speak for their neighbours. In-context autoencoders pretrain so (https://arxiv.org/abs/2307.06945),
+    and KVzip selects by what such a repetition attends to (https://arxiv.org/abs/2505.23416); here pairs are evicted
+    first, and asked for after.
+
+    Where nothing was evicted the loss is 0. Logged are ``reconstruction`` (the cross-entropy), ``reconstruction_lost``
+    (in what share of layers and KV heads the tokens asked for were evicted) and ``reconstruction_accuracy`` (the share
+    of them that is the likeliest next token).
+
+    Parameters
+    ----------
+    block_size
+        Tokens of a block.
+    cue_tokens
+        Tokens before the block that say which block is meant. They may be evicted too.
+    least_lost
+        Tokens whose pairs were evicted in a smaller share of layers and KV heads than this are read, not supervised.
+    slack
+        The block is drawn, by the row's tokens, from those whose lost share is at most this much below the highest.
+    instruction
+        What comes before the cue, as plain text; may be empty.
+    chunk_tokens
+        Tokens whose logits exist at once; memory against launch overhead, not the result.
+    """
+
+    block_size: int = 32
+    cue_tokens: int = 8
+    least_lost: float = 0.5
+    slack: float = 0.1
+    instruction: str = "\n\nRepeat the text that goes on after: "
+    chunk_tokens: int = CHUNK_TOKENS
+    instruction_ids: list[int] | None = field(default=None, init=False, repr=False, compare=False)
+    """Set by ``prepare``."""
+    needs_contexts = True
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "cue_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Reconstruction.{name}={getattr(self, name)} must be at least 1 token")
+        if not 0 < self.least_lost <= 1:
+            raise ValueError(f"Reconstruction.least_lost={self.least_lost} must be above 0 and at most 1")
+        if not 0 <= self.slack <= 1:
+            raise ValueError(f"Reconstruction.slack={self.slack} must be between 0 and 1")
+
+    def prepare(self, tokenizer: Any) -> None:
+        """Encode the instruction."""
+        self.instruction_ids = tokenizer.encode(self.instruction, add_special_tokens=False)
+
+    def __call__(self, view: StudentView) -> dict[str, Tensor]:
+        asked = [self._ask(context) for context in view.contexts]
+        hidden, labels, lost = (torch.cat(parts) for parts in zip(*asked, strict=True))
+        head = view.head_weight_VE
+        terms = distillation_loss(hidden, None, head, labels, kl_weight=0.0, chunk_tokens=self.chunk_tokens)
+        count = terms.tokens.clamp(min=1)
+        return {
+            "loss": terms.loss,
+            "reconstruction": terms.cross_entropy,
+            "reconstruction_lost": torch.where(labels != IGNORE, lost, 0).sum() / count,
+            "reconstruction_accuracy": _hits(hidden, head, labels, self.chunk_tokens) / count,
+        }
+
+    def _ask(self, context: EvictedContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states (N, E) that predict the blocks, labels (N,) and lost shares (N,); N = B * block_size."""
+        if self.instruction_ids is None:
+            raise ValueError("Reconstruction has not encoded its instruction: call prepare(tokenizer) first")
+        first = self._first(context)
+        tokens = torch.arange(self.cue_tokens + self.block_size, device=first.device)
+        places = first.unsqueeze(1) + tokens
+        piece, lost = context.ids.gather(1, places), context.lost.gather(1, places)[:, self.cue_tokens :]
+        instruction = torch.tensor(self.instruction_ids, dtype=piece.dtype, device=piece.device)
+        hidden = context.continued(torch.cat([instruction.expand(len(piece), -1), piece], dim=1))
+        before = hidden[:, -self.block_size - 1 : -1]
+        labels = piece[:, self.cue_tokens :].masked_fill(lost < self.least_lost, IGNORE)
+        return before.flatten(0, 1), labels.flatten(), lost.flatten()
+
+    def _first(self, context: EvictedContext) -> Tensor:
+        """(B,) where each row's cue begins: a function of the row alone."""
+        length, needed = context.ids.shape[1], self.cue_tokens + self.block_size
+        if length < needed:
+            raise ValueError(
+                f"Reconstruction asks for {self.block_size} tokens after a cue of {self.cue_tokens}, but the context "
+                f"has {length}: use a smaller block_size or longer contexts"
+            )
+        shares = context.lost[:, self.cue_tokens :].unfold(1, self.block_size, 1).mean(-1)
+        draws = _draws(context.ids.tolist(), shares.shape[1]).to(shares.device)
+        return (shares + self.slack * draws).argmax(1)
+
+
+def _draws(rows: Sequence[Sequence[int]], count: int) -> Tensor:
+    """(B, count) in [0, 1), seeded by each row's token ids."""
+    return torch.stack([torch.rand(count, generator=generator(*row)) for row in rows])
+
+
+@torch.no_grad()
+def _hits(hidden_NE: Tensor, head_VE: Tensor, labels_N: Tensor, chunk_tokens: int) -> Tensor:
+    """How many labels are the likeliest token; none that is ``IGNORE`` is."""
+    pairs = zip(hidden_NE.split(chunk_tokens), labels_N.split(chunk_tokens), strict=True)
+    return torch.stack([((hidden @ head_VE.T).argmax(-1) == labels).sum() for hidden, labels in pairs]).sum()

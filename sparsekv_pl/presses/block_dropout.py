@@ -1,0 +1,31 @@
+"""BlockDropoutPress: drop blocks of a fixed length in training."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sparsekv_pl.presses.span_dropout import Shown, SpanDropoutPress
+
+
+@dataclass
+class BlockDropoutPress(SpanDropoutPress):
+    """Drop random blocks of neighbouring tokens in training, so that a model learns to do without any of them.
+
+    The seed of this project (SparseKV's block dropout) on a cache that really shrinks. See ``SpanDropoutPress`` for
+    what blocks and other spans have in common, and for the parameters not listed here.
+
+    Parameters
+    ----------
+    block_size
+        Tokens per block, counted from the first key in the cache. The last block may be shorter.
+    """
+
+    block_size: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_at_least("block_size", 1)
+
+    def spans(self, shown: Shown) -> Tensor:
+        """See ``SpanDropoutPress``."""
+        return shown.place.clamp(min=0)[:, None] // self.block_size

@@ -1,0 +1,57 @@
+"""SentenceDropoutPress: drop whole sentences in training."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsekv_pl.presses.sentences import sentence_table
+from sparsekv_pl.presses.span_dropout import Shown, SpanDropoutPress
+from sparsekv_pl.presses.tokenizer import tokenizer_of
+from sparsekv_pl.presses.tokens import ReadsTokens, key_tokens
+
+
+@dataclass
+class SentenceDropoutPress(ReadsTokens, SpanDropoutPress):
+    """Drop random sentences in training: what goes is one thought, not half of two.
+
+    Where sentences end is read off the token ids (``SentenceTable``); in a prefill of many chunks, off the context and
+    not off what is left of it. It needs to know every key's token, so ChunkPress and DecodingPress cannot wrap it. See
+    ``SpanDropoutPress`` for the parameters not listed here.
+
+    Parameters
+    ----------
+    max_tokens
+        A longer sentence is split.
+    """
+
+    max_tokens: int = 128
+    tokenizer: PreTrainedTokenizerBase | None = field(default=None, init=False, repr=False, compare=False)
+    """Of the ids; by default the one that lies beside the model."""
+    _reads_with: PreTrainedTokenizerBase | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_at_least("max_tokens", 1)
+
+    def post_init_from_model(self, model: PreTrainedModel) -> None:
+        """Find the tokenizer; ``ValueError`` where there is none."""
+        super().post_init_from_model(model)
+        self._reads_with = tokenizer_of(model, self.tokenizer)
+
+    def spans(self, shown: Shown) -> Tensor:
+        """See ``SpanDropoutPress``."""
+        assert self._reads_with is not None
+        tokens = key_tokens(shown.module, shown.keys, shown.kwargs)
+        if tokens is None:
+            raise ValueError(
+                "SentenceDropoutPress is not told which tokens the keys are of, as when it is shown parts of a context "
+                "(ChunkPress), what another press left (ComposedPress) or keys while tokens are decoded: use it alone "
+                "in a prefill, or take BlockDropoutPress"
+            )
+        length = tokens.ids.shape[1]
+        padded = length == shown.place.shape[1]  # only one forward over the whole context takes padding
+        place = shown.place if padded else torch.arange(length, device=tokens.ids.device).expand_as(tokens.ids)
+        table = sentence_table(self._reads_with, tokens.ids.device)
+        return tokens.at_keys(table.sentences(tokens.ids, place, self.max_tokens))

@@ -1,0 +1,178 @@
+"""SpanDropoutPress: what all presses have in common that drop whole stretches of the context in training."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from kvpress import ScorerPress
+from torch import Tensor, nn
+
+from sparsekv_pl.presses.draws import Draws, generator
+from sparsekv_pl.presses.notes import notes_in
+from sparsekv_pl.presses.tokens import real_keys
+from sparsekv_pl.schedules import check_compression_ratio
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One layer, as a press is shown it."""
+
+    module: nn.Module
+    hidden_states: Tensor
+    """(B, L, E), of the newest tokens."""
+    keys: Tensor
+    """(B, K, S, D)."""
+    kwargs: Mapping[str, Any]
+    place: Tensor
+    """(B, S) int64: a key's number among the real ones of its row, from 0; -1 where it is padding."""
+
+    @property
+    def layer(self) -> int:
+        """Which one."""
+        return int(self.module.layer_idx)  # type: ignore[arg-type]
+
+    @cached_property
+    def firsts(self) -> list[int]:
+        """Per row, the context position of the first new token: what tells one chunk, or decoded token, from another.
+
+        Read off the keys held where they are followed, because position_ids start at the same number in every chunk
+        when a budget is full and keys are re-rotated. Llama 4 tells its attention no position_ids.
+        """
+        notes = notes_in(self.kwargs)
+        held = None if notes is None else notes.positions.get(self.layer)
+        if held is not None and held.shape[-1] > 0:
+            first = held.amax((1, 2)) + 1
+        else:
+            positions = self.kwargs.get("position_ids")
+            first = (self.kwargs["cache_position"][None] if positions is None else positions).amin(1)
+        return [int(number) for number in first.expand(len(self.keys)).tolist()]
+
+
+@dataclass
+class SpanDropoutPress(Draws, ScorerPress):
+    """Drop spans of neighbouring tokens, whole ones, while the model is in training; keep everything in evaluation.
+
+    Subclasses say where the spans are (``spans``) and, if not by lot, which stay longest (``priority``). Exactly the
+    budget stays, so one span of each head is cut: its first tokens go first, because the hidden states of its last ones
+    have seen them. The draw depends on ``seed``, the step, the layer, the position of the chunk, the row and the KV
+    head, and on nothing in the other rows. A later chunk of a prefill chooses among the keys that are in the cache.
+
+    Padding goes first. Wrappers that ask for scores alone (AdaKVPress, ChunkPress, KeyRerotationPress) do not ask
+    whether the model is in training, and evict in evaluation too. ChunkPress shows its parts one by one: each has
+    protected ends of its own, and all have one draw.
+
+    Parameters
+    ----------
+    compression_ratio
+        Fraction of KV pairs that is removed.
+    protect_start
+        The first tokens (attention sinks), never dropped while they fit the budget.
+    protect_recent
+        The last tokens, never dropped while they fit beside ``protect_start``; if they do not, the newest stay.
+    seed
+        Of the draws.
+    shared
+        Drop the same spans in every layer and KV head, so that nothing of what is dropped is left anywhere.
+    """
+
+    compression_ratio: float = 0.0
+    protect_start: int = 4
+    protect_recent: int = 64
+    seed: int = 0
+    shared: bool = False
+    step: int = field(default=0, init=False)
+    only_trains: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_compression_ratio(f"{type(self).__name__}.compression_ratio", self.compression_ratio)
+        for name in ("protect_start", "protect_recent", "seed"):
+            self.check_at_least(name, 0)
+
+    def check_at_least(self, name: str, minimum: float) -> None:
+        """Raise ``ValueError`` where the setting ``name`` is below ``minimum``."""
+        value = getattr(self, name)
+        if not value >= minimum:
+            raise ValueError(f"{type(self).__name__}.{name} is {value}: give {minimum} or more")
+
+    def draw(self, step: int) -> None:
+        """Drop other spans than at other steps."""
+        self.step = step
+
+    @abstractmethod
+    def spans(self, shown: Shown) -> Tensor:
+        """(B, 1 or K, S) int64: the number of each key's span, from 0 and rising along the real keys of a row."""
+
+    def priority(self, shown: Shown, spans: Tensor) -> Tensor:
+        """(B, 1 or K, N), finite: of the N spans, those with the highest stay longest. Drawn, unless overridden."""
+        return self.uniform(shown, span_count(spans))
+
+    def uniform(self, shown: Shown, count: int, stream: int = 0) -> Tensor:
+        """(B, 1 or K, ``count``) float64 in [0, 1), drawn; other numbers in another ``stream``.
+
+        More of them begin with the same ones, so padding changes no draw. 1 instead of K where all heads share theirs.
+        """
+        heads, layer = (1, ()) if self.shared else (shown.keys.shape[1], (shown.layer,))
+        drawn = [
+            torch.rand(count, heads, dtype=torch.float64, generator=generator(*numbers)).T
+            for numbers in (
+                (self.seed, self.step, *layer, first, row, stream) for row, first in enumerate(shown.firsts)
+            )
+        ]
+        return torch.stack(drawn).to(shown.keys.device)
+
+    @torch.no_grad()
+    def score(
+        self,
+        module: nn.Module,
+        hidden_states: Tensor,
+        keys: Tensor,
+        values: Tensor,  # noqa: ARG002
+        attentions: Tensor,  # noqa: ARG002
+        kwargs: Mapping[str, Any],
+    ) -> Tensor:
+        """(B, K, S) float32, all of a row and head different: how long each key stays."""
+        batch, heads, length = keys.shape[:3]
+        real = real_keys(keys, kwargs)
+        if real is None:
+            real = torch.ones(batch, length, dtype=torch.bool, device=keys.device)
+        shown = Shown(module, hidden_states, keys, kwargs, (real.cumsum(1) - 1).masked_fill(~real, -1))
+        spans = self.spans(shown)
+        priority = self.priority(shown, spans)
+        heads_told = max(spans.shape[1], priority.shape[1])
+        at_key = priority.expand(-1, heads_told, -1).gather(-1, spans.expand(-1, heads_told, -1))
+        return self._ranked(at_key, shown.place).expand(-1, heads, -1).contiguous()
+
+    def compress(
+        self,
+        module: nn.Module,
+        hidden_states: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        attentions: Tensor,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        """Everything in evaluation, what scores highest in training."""
+        if not module.training:
+            return keys, values
+        kept: tuple[Tensor, Tensor] = super().compress(module, hidden_states, keys, values, attentions, kwargs)
+        return kept
+
+    def _ranked(self, priority: Tensor, place: Tensor) -> Tensor:
+        """(B, 1 or K, S) float32 of the priorities of keys (B, 1 or K, S): padding, then spans, then protected keys."""
+        length = place.shape[1]
+        place = place[:, None]
+        start = (place >= 0) & (place < self.protect_start)
+        recent = (place >= 0) & (place > place.amax(-1, keepdim=True) - self.protect_recent)
+        ordered = priority.masked_fill(start | recent, torch.inf).masked_fill(place < 0, -torch.inf)
+        # Stable: the keys of a span have one priority, so they stay together and in order.
+        rank = ordered.argsort(dim=-1, stable=True).argsort(dim=-1)
+        rank = rank.where(~recent, length + place).where(~start, 3 * length - place)
+        return rank.float()
+
+
+def span_count(spans: Tensor) -> int:
+    """How many spans there are, at most, in a row."""
+    return int(spans.max()) + 1

@@ -1,0 +1,150 @@
+"""SparseRegPress: a loss term for attention that is spread out, beside whatever press evicts."""
+
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any, Literal
+
+import torch
+from kvpress import BasePress
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsekv_pl.presses.notes import notes_in
+from sparsekv_pl.presses.scores import set_compression_ratio
+from sparsekv_pl.presses.tokens import real_keys
+from sparsekv_pl.presses.window import window_attention, window_rows
+
+
+@dataclass
+class SparseRegPress(BasePress):
+    """Evict with another press, and ask for sparse attention in training: the press that SparseLM needs.
+
+    The loss is read off the attention of the last ``window_size`` queries of each chunk to all keys before the
+    eviction, never an L x L matrix. Each layer adds ``weight`` times its loss to what the prefill notes, and the
+    objective adds the mean over layers and chunks. In evaluation the inner press is all there is.
+
+    It goes around a press, ComposedPress and EvictionAugPress included, or is one of EvictionAugPress's; it does not go
+    into ComposedPress.
+
+    Parameters
+    ----------
+    press
+        What evicts. None keeps everything: then the compression ratio is 0 whatever it is set to, and validation needs
+        a press of its own (validation_eviction).
+    kind
+        "entropy": of each row of attention, -sum a log a, in nats (log S if it is spread evenly over S keys). "l1": the
+        L1 norm of the row's evictable part, 0 to 1. That of a whole row is always 1, as a softmax is, and cannot be
+        trained; so this is the attention that goes to keys outside the sinks and the row's own last ``window_size``
+        keys. A mean over the rows and heads.
+    weight
+        Of the term.
+    window_size
+        Rows that are looked at, in tokens.
+    layers
+        Where to measure; None for all.
+    sinks
+        First tokens that "l1" does not count.
+    """
+
+    press: BasePress | None = None
+    kind: Literal["entropy", "l1"] = "entropy"
+    weight: float = 0.01
+    window_size: int = 64
+    layers: list[int] | None = None
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("entropy", "l1"):
+            raise ValueError(f"SparseRegPress.kind={self.kind!r} must be 'entropy' or 'l1'")
+        if not (self.weight >= 0 and isfinite(self.weight)):
+            raise ValueError(f"SparseRegPress.weight={self.weight} must be at least 0 and finite")
+        for name, least in (("window_size", 1), ("sinks", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"SparseRegPress.{name}={getattr(self, name)} must be at least {least}")
+        if self.layers is not None and (not self.layers or min(self.layers) < 0):
+            raise ValueError(f"SparseRegPress.layers={self.layers}: name layers by numbers from 0, or null for all")
+
+    @property
+    def compression_ratio(self) -> float:
+        """Of the inner press; 0 without one, whatever is set."""
+        return 0.0 if self.press is None else self.press.compression_ratio
+
+    @compression_ratio.setter
+    def compression_ratio(self, value: float) -> None:
+        if self.press is not None:
+            set_compression_ratio(self.press, value)
+
+    @property
+    def only_trains(self) -> bool:
+        """Whether nothing is evicted: see presses.scores.only_trains."""
+        return self.press is None
+
+    @contextmanager
+    def __call__(self, model: PreTrainedModel) -> Generator:
+        """Measure and evict inside the block."""
+        count = model.config.get_text_config().num_hidden_layers
+        if self.layers is not None and max(self.layers) >= count:
+            raise ValueError(f"SparseRegPress.layers={self.layers}, but this model has layers 0 to {count - 1}")
+        with ExitStack() as stack:
+            stack.enter_context(_Measuring(self)(model))  # first: it must see the keys before they are evicted
+            if self.press is not None:
+                stack.enter_context(self.press(model))
+            yield
+
+    def loss(self, module: nn.Module, hidden_states: Tensor, keys: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """Scalar, not weighted: see ``kind``. ``hidden_states`` (B, L, E) are the newest of the S of ``keys``."""
+        attention = window_attention(module, hidden_states, keys, kwargs, self.window_size)
+        if self.kind == "entropy":
+            # Clamped before the log: 0 log 0 is 0, and so is its gradient, once it has gone through the softmax.
+            tiny = torch.finfo(attention.dtype).tiny
+            by_row = -(attention * attention.clamp(min=tiny).log()).sum(-1)
+        else:
+            by_row = (attention * self._evictable(attention, real_keys(keys, kwargs))).sum(-1)
+        return (by_row.sum(-1, keepdim=True) / window_rows(attention)).mean()
+
+    def compress(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Raise ``ValueError``: a wrapper that asks for this would leave out the inner press."""
+        raise ValueError("SparseRegPress cannot be a part of ComposedPress: put it around, with ComposedPress as press")
+
+    def _evictable(self, attention: Tensor, real: Tensor | None) -> Tensor:
+        """(B or 1, 1, W, S) bool: keys that are no sinks and not among a row's own last ``window_size``."""
+        rows, length = attention.shape[2:]
+        if real is None:
+            real = torch.ones(1, length, dtype=torch.bool, device=attention.device)
+        index = real.cumsum(-1) - 1
+        count = real.sum(-1, keepdim=True)
+        at = count - rows + torch.arange(rows, device=attention.device)
+        outside = index[:, None] <= at[..., None] - self.window_size
+        return (outside & (index >= self.sinks)[:, None])[:, None]
+
+
+@dataclass
+class _Measuring(BasePress):
+    """Adds a loss for each layer and keeps everything."""
+
+    settings: SparseRegPress
+
+    def compress(
+        self,
+        module: nn.Module,
+        hidden_states: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        attentions: Tensor | None,  # noqa: ARG002
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        settings = self.settings
+        if not module.training:
+            return keys, values
+        notes = notes_in(kwargs)
+        if notes is None:
+            raise ValueError(
+                "SparseRegPress has nowhere to put its loss in this forward: train it through ChunkedEviction, or set "
+                "the model to evaluation mode"
+            )
+        if settings.layers is None or int(module.layer_idx) in settings.layers:  # type: ignore[arg-type]
+            term = settings.weight * settings.loss(module, hidden_states, keys, kwargs)
+            notes.losses.setdefault(settings.kind, []).append(term)
+        return keys, values

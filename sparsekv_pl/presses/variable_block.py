@@ -1,0 +1,42 @@
+"""VariableBlockPress: drop blocks of random lengths in training."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsekv_pl.presses.span_dropout import Shown, SpanDropoutPress
+
+LENGTHS = 1
+"""The stream of draws that decides how long blocks are."""
+
+
+@dataclass
+class VariableBlockPress(SpanDropoutPress):
+    """Drop random blocks whose lengths are random too, so that a model learns no block boundary by heart.
+
+    Every row and KV head is cut anew at every step (all heads and layers alike if ``shared``). See ``SpanDropoutPress``
+    for the parameters not listed here.
+
+    Parameters
+    ----------
+    shortest, longest
+        Tokens per block, drawn uniformly between the two, both included. The last block may be shorter.
+    """
+
+    shortest: int = 16
+    longest: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_at_least("shortest", 1)
+        self.check_at_least("longest", self.shortest)
+
+    def spans(self, shown: Shown) -> Tensor:
+        """See ``SpanDropoutPress``."""
+        most = -(-shown.keys.shape[2] // self.shortest)
+        kinds = self.longest - self.shortest + 1
+        longer = (self.uniform(shown, most, LENGTHS) * kinds).long().clamp(max=kinds - 1)
+        ends = (self.shortest + longer).cumsum(-1)
+        place = shown.place.clamp(min=0)[:, None].expand(-1, ends.shape[1], -1)
+        return torch.searchsorted(ends, place.contiguous(), right=True)

@@ -1,0 +1,66 @@
+"""What a press said of the keys, and what the teacher paid to them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsekv_pl.batch import IGNORE
+
+
+@dataclass
+class Selection:
+    """What one scorer said of the keys of one layer when it selected."""
+
+    layer: int
+    press: str
+    scores: Tensor
+    """(B, K, S), differentiable; higher stays."""
+    positions: Tensor | None = None
+    """(B, K, S) int64, the context position of each scored key; None means 0..S-1, as in a single prefill."""
+
+
+def with_mass(selections: Iterable[Selection], mass: dict[int, Tensor]) -> list[tuple[Selection, Tensor]]:
+    """Each selection with the teacher's mass in its layer."""
+    return [(selection, mass[selection.layer]) for selection in selections]
+
+
+class AttentionMass:
+    """An observer (see attention/cached.py) that keeps, per layer, the attention supervised rows pay to the context.
+
+    Only the rows of supervised positions are computed, never the full attention matrix. ``mass[layer]`` is (B, K, L)
+    float32: the mean over those rows and over the query heads of a KV head.
+
+    Parameters
+    ----------
+    labels
+        (B, T), ``IGNORE`` where not supervised; row t - 1 predicts label t.
+    context_tokens
+        L.
+    """
+
+    def __init__(self, labels: Tensor, context_tokens: int) -> None:
+        supervised = labels[:, 1:] != IGNORE
+        count = max(1, int(supervised.sum(1).max()))
+        order = supervised.int().argsort(dim=1, descending=True, stable=True)[:, :count]
+        self.rows = order + context_tokens
+        """(B, R) positions of the supervised rows among context + continuation; shorter rows are filled with others."""
+        self.weights = supervised.gather(1, order).float()
+        self.weights /= self.weights.sum(1, keepdim=True).clamp(min=1)
+        self.context_tokens = context_tokens
+        self.mass: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG002
+        """Add one layer: ``query`` (B, H, T, D) are the last T positions of the S that ``key`` (B, K, S, D) holds."""
+        batch, heads, tokens, dim = query.shape
+        kv_heads, seen = key.shape[1], key.shape[2]
+        rows = self.rows - (seen - tokens)
+        picked = query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, dim))
+        grouped = picked.reshape(batch, kv_heads, heads // kv_heads * rows.shape[1], dim)
+        logits = (grouped @ key.transpose(2, 3)).float() / dim**0.5
+        future = torch.arange(seen, device=key.device) > self.rows[..., None]
+        logits = logits.view(batch, heads, -1, seen).masked_fill(future[:, None], float("-inf"))
+        attention = logits.softmax(-1)[..., : self.context_tokens] * self.weights[:, None, :, None]
+        self.mass[layer] = attention.sum(2).view(batch, kv_heads, -1, self.context_tokens).mean(2)

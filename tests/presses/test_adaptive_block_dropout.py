@@ -1,0 +1,252 @@
+"""Blocks that the last queries hardly read go sooner, and attention that asks for nothing in particular keeps none."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from kvpress import AdaKVPress, BasePress, ChunkPress, ComposedPress, DecodingPress, KeyRerotationPress, KnormPress
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from sparsekv_pl.eviction.chunked import ChunkedEviction
+from sparsekv_pl.presses import adaptive_block_dropout
+from sparsekv_pl.presses.adaptive_block_dropout import AdaptiveBlockDropoutPress, sink_attention
+from sparsekv_pl.presses.scores import catch_scores
+from sparsekv_pl.presses.span_dropout import Shown
+
+Build = Callable[..., PreTrainedModel]
+CONTEXT, BLOCK, WINDOW, BLOCKS = 60, 7, 5, 9
+
+
+def adaptive(ratio: float = 0.5, **settings: Any) -> AdaptiveBlockDropoutPress:
+    defaults = {"block_size": BLOCK, "window_size": WINDOW, "protect_start": 3, "protect_recent": 6, "sink_tokens": 3}
+    return AdaptiveBlockDropoutPress(ratio, **defaults | settings)
+
+
+def context(seed: int = 0, rows: int = 2, tokens: int = CONTEXT) -> Tensor:
+    return torch.randint(0, 64, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def evicted(model: PreTrainedModel, press: BasePress, ids: Tensor, **stock: Any) -> list[Tensor]:
+    """Every layer's scores, in training, with stock attention."""
+    cache = DynamicCache()
+    with press(model.train()), catch_scores(press) as caught:
+        model.model(input_ids=ids, past_key_values=cache, **stock)
+    assert all(scored.scores.isfinite().all() for scored in caught)
+    return [scored.scores for scored in caught]
+
+
+def importances(model: PreTrainedModel, press: AdaptiveBlockDropoutPress, ids: Tensor, **stock: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    known = press.importance
+    press.importance = lambda *args: (found.append(known(*args)), found[-1])[1]  # type: ignore[method-assign]
+    evicted(model, press, ids, **stock)
+    vars(press).pop("importance")
+    return found
+
+
+def expected_importance(attention: Tensor, sinks: int) -> Tensor:
+    """(B, K, N) in plain loops, from whole attention matrices (B, H, S, S) of 4 query and 2 KV heads."""
+    rows = attention[:, :, -WINDOW:]
+    result = torch.zeros(len(rows), 2, BLOCKS)
+    for b in range(len(rows)):
+        for head in range(2):
+            for n in range(BLOCKS):
+                places = range(n * BLOCK, min((n + 1) * BLOCK, CONTEXT))
+                density = sink = 0.0
+                for place in places:
+                    received = rows[b, 2 * head : 2 * head + 2, :, place].mean().item()
+                    steady = rows[b, :, :, place].flatten().sort().values[4 * WINDOW // 2 - 1].item()
+                    density += received / len(places)
+                    sink += (received if place < sinks else min(received, steady)) / len(places)
+                result[b, head, n] = density * (1 - sink / density)
+    return result
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_importance_is_that_of_whole_attention_matrices(random_model: Build, sinks: int) -> None:
+    found = importances(random_model(), adaptive(sink_tokens=sinks), context())
+    eager = random_model(attn_implementation="eager")
+    with torch.no_grad():
+        attentions = eager.model(context(), output_attentions=True).attentions
+    for layer, attention in zip(found, attentions, strict=True):
+        torch.testing.assert_close(layer, expected_importance(attention, sinks), rtol=1e-4, atol=1e-7)
+
+
+def planted(block_of_content: int, block_of_sink: int, heads: int = 4) -> Tensor:
+    """(1, heads, 5, 60): every head pays 0.4 to one key at every query, and twice that to another at every other one.
+
+    Both keys get the same 0.4 on average, and a background gets the rest.
+    """
+    attention = torch.full((1, heads, WINDOW - 1, CONTEXT), 0.2 / CONTEXT)
+    attention[..., block_of_sink * BLOCK + 2] = 0.4
+    attention[..., ::2, block_of_content * BLOCK + 2] = 0.8
+    attention[..., 1::2, block_of_content * BLOCK + 2] = 0.0
+    return attention
+
+
+def test_a_block_dense_with_sink_attention_is_worth_less() -> None:
+    attention, place = planted(block_of_content=2, block_of_sink=5), torch.arange(CONTEXT)[None]
+    spans = (place // BLOCK)[:, None]
+    densities = attention.mean((1, 2))[0].split(BLOCK)
+    assert densities[2].mean().item() == pytest.approx(densities[5].mean().item(), rel=0.01)
+    worth = adaptive().importance(attention, 2, spans, place)[0]
+    assert (worth.argmax(-1) == 2).all()
+    torch.testing.assert_close(worth[:, 2], torch.full((2,), 0.4 / BLOCK), rtol=1e-3, atol=0)
+    assert (worth[:, 5] < 1e-6).all()
+
+
+def test_what_most_heads_pay_at_most_queries_is_sink_attention() -> None:
+    attention = torch.full((2, 4, 5, 4), 0.01)
+    attention[0, :3, :, 1] = 0.5  # by three heads of four
+    attention[0, :2, :, 2] = 0.5  # by two
+    attention[0, :, :3, 3] = 0.5  # at three queries of five
+    expected = torch.tensor([[0.01, 0.5, 0.01, 0.5], [0.01] * 4])
+    torch.testing.assert_close(sink_attention(attention), expected)
+
+
+def test_first_tokens_are_sinks_whatever_they_draw() -> None:
+    attention, place = planted(0, 5), torch.arange(CONTEXT)[None]
+    spans = (place // BLOCK)[:, None]
+    worth = [adaptive(sink_tokens=n).importance(attention, 2, spans, place)[0, 0, 0].item() for n in (2, 3)]
+    assert worth[0] == pytest.approx(0.4 / BLOCK, rel=1e-3)
+    assert worth[1] == pytest.approx(0.0, abs=1e-6)
+
+
+def order_of_blocks(scores: Tensor) -> Tensor:
+    """(B, K, 7): the blocks without protected keys, those that go first in front."""
+    whole = scores[..., BLOCK : 8 * BLOCK].unflatten(-1, (7, BLOCK)).amin(-1)
+    return whole[..., :6].argsort(-1) + 1
+
+
+def test_temperature_0_drops_the_least_important_whatever_is_drawn(random_model: Build) -> None:
+    model, press = random_model(), adaptive(temperature=0.0)
+    worth = importances(model, press, context())
+    for step in (0, 1):
+        press.draw(step)
+        for scores, blocks in zip(evicted(model, press, context()), worth, strict=True):
+            assert torch.equal(order_of_blocks(scores), blocks[..., 1:7].argsort(-1) + 1)
+
+
+def test_temperature_1_keeps_in_proportion_to_importance() -> None:
+    """The block kept longest is drawn with odds proportional to its importance; at infinity all have the same."""
+
+    class Module(torch.nn.Module):
+        layer_idx = 0
+
+    draws = 2000
+    place = torch.arange(4).expand(draws, -1)
+    shares = {1.0: [0.1, 0.2, 0.3, 0.4], 0.5: [1 / 30, 4 / 30, 9 / 30, 16 / 30], math.inf: [0.25] * 4}
+    for temperature, odds in shares.items():
+        press = _Given(0.5, temperature=temperature)
+        press.given = torch.tensor([0.1, 0.2, 0.3, 0.4]).expand(draws, 1, -1)
+        longest = _priority(press, Module(), place).argmax(-1)
+        torch.testing.assert_close(longest.flatten().bincount() / draws, torch.tensor(odds), rtol=0, atol=0.045)
+
+
+class _Given(AdaptiveBlockDropoutPress):
+    """Has its importance from a test."""
+
+    given: Tensor
+
+    def importance(self, attention: Tensor, heads: int, spans: Tensor, place: Tensor) -> Tensor:  # noqa: ARG002
+        return self.given
+
+
+def _priority(press: AdaptiveBlockDropoutPress, module: Any, place: Tensor) -> Tensor:
+    kwargs = {"position_ids": place, "position_embeddings": (torch.zeros(1, 4, 2),) * 2}
+    shown = Shown(module, torch.zeros(len(place), 4, 2), torch.zeros(len(place), 1, 4, 2), kwargs, place)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adaptive_block_dropout, "window_attention", lambda *_: torch.zeros(1, 1, 1, 4))
+        return press.priority(shown, place[:, None])
+
+
+def test_layers_heads_steps_and_seeds_differ_and_repeat(random_model: Build) -> None:
+    model = random_model()
+
+    def at(step: int, **settings: Any) -> Tensor:
+        press = adaptive(temperature=50.0, **settings)
+        press.draw(step)
+        return torch.stack(evicted(model, press, context()))
+
+    before = torch.random.get_rng_state()
+    first = at(0)
+    assert torch.equal(first, at(0)) and torch.equal(torch.random.get_rng_state(), before)
+    assert not torch.equal(first, at(1)) and not torch.equal(first, at(0, seed=1))
+    assert len({tuple(row.tolist()) for row in first.flatten(0, 2)}) == 8
+
+
+def test_a_row_sees_no_other_row(random_model: Build) -> None:
+    others = context(1, rows=3)
+    others[1] = context()[1]
+    pairs = zip(
+        evicted(random_model(), adaptive(), others), evicted(random_model(), adaptive(), context()), strict=True
+    )
+    for left, right in pairs:
+        assert torch.equal(left[1], right[1])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_goes_first_and_changes_nothing_else(random_model: Build, side: str) -> None:
+    model, pads = random_model(), 11
+    short, ids = context()[:, : CONTEXT - pads], context(1)
+    mask = torch.ones(2, CONTEXT, dtype=torch.long)
+    real = slice(pads, None) if side == "left" else slice(0, CONTEXT - pads)
+    mask[1] = 0
+    mask[1, real], ids[1, real] = 1, short[1]
+    alone, padded = evicted(model, adaptive(), short), evicted(model, adaptive(), ids, attention_mask=mask)
+    for lone, among in zip(alone, padded, strict=True):
+        assert torch.equal(among[1, :, real].argsort(-1), lone[1].argsort(-1))
+        assert among[1][:, mask[1] == 0].max() < among[1][:, mask[1] == 1].min()
+
+
+def test_exactly_the_budget_stays_and_in_evaluation_all(random_model: Build) -> None:
+    for model in (random_model(), random_model().bfloat16()):
+        for training, left in ((True, 24), (False, CONTEXT)):
+            model.train(training)
+            cache = DynamicCache()
+            with torch.no_grad(), adaptive(0.6)(model):
+                model.model(context(), past_key_values=cache)
+            assert [layer.keys.shape[2] for layer in cache.layers] == [left] * 2
+
+
+def test_nothing_flows_through_the_choice_and_gradients_through_what_stays(random_model: Build) -> None:
+    model, press = random_model().train(), adaptive()
+    with press(model), catch_scores(press) as caught:
+        model.model(context(), past_key_values=DynamicCache())
+    assert len(caught) == 2 and not any(scored.scores.requires_grad for scored in caught)
+    evicting = ChunkedEviction(press, chunk_tokens=30, budget=20)
+    hidden = evicting(model, context(), context(5, tokens=8), compression_ratio=0.5, step=0).hidden
+    hidden.square().sum().backward()
+    grads = {name: p.grad for name, p in model.model.named_parameters()}
+    assert all(grad is not None and grad.isfinite().all() for grad in grads.values())
+    assert grads["layers.0.self_attn.k_proj.weight"].abs().sum() > 0
+
+
+def test_kvpress_s_wrappers_take_it(random_model: Build) -> None:
+    model = random_model()
+    halved = [KeyRerotationPress(adaptive()), ChunkPress(adaptive(), 20), ComposedPress([adaptive(), KnormPress()])]
+    for press in (*halved, AdaKVPress(adaptive())):
+        assert len(evicted(model, press, context())) >= 2
+
+
+@torch.no_grad()
+def test_it_works_while_tokens_are_decoded(random_model: Build) -> None:
+    model, cache = random_model().train(), DynamicCache()
+    with DecodingPress(adaptive(0.0), compression_interval=4, target_size=20)(model):
+        for position, token in enumerate(context()[:, :33].split(1, dim=1)):
+            model.model(token, past_key_values=cache, cache_position=torch.tensor([position]))
+    assert [layer.keys.shape[2] for layer in cache.layers] == [20, 20]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"window_size": 0}, {"sink_tokens": -1}, {"temperature": -0.5}, {"temperature": math.nan}, {"block_size": 0}],
+)
+def test_bad_settings_are_named(setting: dict[str, Any]) -> None:
+    name, value = next(iter(setting.items()))
+    with pytest.raises(ValueError, match=rf"AdaptiveBlockDropoutPress\.{name} is {value}: "):
+        adaptive(**setting)

@@ -1,0 +1,220 @@
+"""Whole sentences are dropped, and what a sentence is agrees with how people write."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from kvpress import AdaKVPress, ChunkPress, ComposedPress, KeyRerotationPress, KnormPress
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
+
+from sparsekv_pl.eviction.chunked import ChunkedEviction
+from sparsekv_pl.eviction.prefill import prefill
+from sparsekv_pl.presses.scores import catch_scores
+from sparsekv_pl.presses.sentence_dropout import SentenceDropoutPress
+from sparsekv_pl.presses.sentences import ends_sentence, sentence_table, trails_sentence
+
+Build = Callable[..., PreTrainedModel]
+TEXT = [
+    'He said: "Go away!"',
+    " She did not (who would?).",
+    " It rained... and then it stopped.",
+    ' "Why now?"',
+    " she asked (twice?!).\n\n",
+    "The values are 3 and 5; nothing else matters.",
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_models: dict[str, str]) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_models["llama"])
+
+
+@pytest.fixture
+def model(random_model: Build) -> PreTrainedModel:
+    return random_model(vocab_size=1024).train()
+
+
+def press_with(tokenizer: Any, ratio: float = 0.5, **settings: Any) -> SentenceDropoutPress:
+    press = SentenceDropoutPress(ratio, **{"protect_start": 2, "protect_recent": 5} | settings)
+    press.tokenizer = tokenizer
+    return press
+
+
+def ids_of(tokenizer: Any, text: str) -> Tensor:
+    return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+
+
+def numbers(tokenizer: Any, ids: Tensor, max_tokens: int = 1000) -> Tensor:
+    place = torch.arange(ids.shape[1]).expand_as(ids)
+    return sentence_table(tokenizer, ids.device).sentences(ids, place, max_tokens)
+
+
+def pieces(tokenizer: Any, ids: Tensor, max_tokens: int = 1000) -> list[str]:
+    """One row's text, cut where another sentence begins."""
+    row = numbers(tokenizer, ids, max_tokens)[0]
+    return [tokenizer.decode(ids[0][row == number]) for number in row.unique()]
+
+
+def test_real_sentences_are_found(tokenizer: Any) -> None:
+    found = pieces(tokenizer, ids_of(tokenizer, "".join(TEXT)))
+    dots = ["It rained...", "and then it stopped."]  # a mark in a sentence reads as its end
+    expected = [TEXT[0], "She did not (who would?).", *dots, *TEXT[3:]]
+    assert [piece.strip() for piece in found] == [piece.strip() for piece in expected]
+
+
+def test_special_tokens_end_a_sentence(tokenizer: Any) -> None:
+    assert pieces(tokenizer, ids_of(tokenizer, "<s>user\nWho are you</s><s>no one. I")) == [
+        "<s>",
+        "user\nWho are you</s>",
+        "<s>",
+        "no one.",
+        " I",
+    ]
+
+
+def test_scripts_other_than_latin() -> None:
+    words = ["你好", "。", "是吗", "？", "」", "हाँ", "।", "نعم", "؟", "Այո", "։", "no", ",", "[U]"]  # noqa: RUF001
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[U]"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+    ids = torch.arange(len(words) - 1)[None]
+    assert numbers(tokenizer, ids)[0].tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+
+
+def test_what_one_text_says() -> None:
+    ends = [".", " end!", '?"', "。", ".)\n", "…", "x\n\n", "\r\n\r\ny", '!")', "!' "]
+    assert all(ends_sentence(text) for text in ends)
+    assert not any(ends_sentence(text) for text in ["", " ", "\n", ",", ":", ". The", "a", '"', ")", ".5", "\ufffd"])
+    assert all(trails_sentence(text) for text in ['"', ")", "»", " ", "\n\n", "')", ").", "?!"])
+    assert not any(trails_sentence(text) for text in ["", ' "', " (", "(", " .", "a.", "“"])
+
+
+def test_a_long_sentence_is_split_and_the_next_starts_anew(tokenizer: Any) -> None:
+    ids = ids_of(tokenizer, "".join(TEXT))
+    whole, split = numbers(tokenizer, ids)[0], numbers(tokenizer, ids, 4)[0]
+    for number in whole.unique():
+        lengths = split[whole == number].unique(return_counts=True)[1].tolist()
+        assert all(length == 4 for length in lengths[:-1]) and lengths[-1] <= 4
+    assert len(split.unique()) == sum(-(-int(n) // 4) for n in whole.bincount())
+
+
+@torch.no_grad()
+def kept(model: PreTrainedModel, press: Any, ids: Tensor) -> Tensor:
+    """(layers, B, K, S) bool, by which of the full cache's keys are found in what is left."""
+    caches = DynamicCache(), DynamicCache()
+    model.model(input_ids=ids, past_key_values=caches[0])
+    with press(model):
+        model.model(input_ids=ids, past_key_values=caches[1])
+    pairs = zip(*(cache.layers for cache in caches), strict=True)
+    return torch.stack([(full.keys[:, :, :, None] == left.keys[:, :, None]).all(-1).any(-1) for full, left in pairs])
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.8])
+def test_all_that_goes_is_whole_sentences_but_one(model: PreTrainedModel, tokenizer: Any, ratio: float) -> None:
+    ids = ids_of(tokenizer, "".join(TEXT))
+    length = ids.shape[1]
+    sentence, press = numbers(tokenizer, ids)[0], press_with(tokenizer, ratio)
+    chosen = set()
+    for step in range(5):
+        press.draw(step)
+        keeping = kept(model, press, ids)
+        assert (keeping.sum(-1) == int(length * (1 - ratio))).all()
+        assert keeping[..., :2].all() and keeping[..., -5:].all()
+        for stays in keeping.view(-1, length):
+            chosen.add(tuple(stays.tolist()))
+            parts = [stays[2:-5][sentence[2:-5] == number].tolist() for number in sentence.unique()]
+            cut = [part for part in parts if len(set(part)) == 2]
+            assert len(cut) <= 1 and all(part == sorted(part) for part in cut)
+    assert len(chosen) > 5
+
+
+def order_of_keys(model: PreTrainedModel, press: Any, ids: Tensor, **stock: Any) -> Tensor:
+    with torch.no_grad(), catch_scores(press) as caught, press(model):
+        model.model(input_ids=ids, past_key_values=DynamicCache(), **stock)
+    return torch.stack([scored.scores.argsort(-1) for scored in caught])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_goes_first_and_changes_nothing_else(model: PreTrainedModel, tokenizer: Any, side: str) -> None:
+    text = ids_of(tokenizer, "".join(TEXT))
+    length, pads = text.shape[1], 9
+    alone = order_of_keys(model, press_with(tokenizer, max_tokens=6), text[:, : length - pads])[:, 0]
+    end = tokenizer.pad_token_id  # it is the end-of-text token here, which would end sentences
+    lone = text.clone()
+    mask = torch.ones_like(text)
+    real = slice(pads, None) if side == "left" else slice(0, length - pads)
+    mask[:] = 0
+    mask[:, real] = 1
+    lone[:], lone[:, real] = end, text[:, : length - pads]
+    both, masks = torch.cat([lone, text]), torch.cat([mask, torch.ones_like(mask)])
+    padded = order_of_keys(model, press_with(tokenizer, max_tokens=6), both, attention_mask=masks)[:, 0]
+    assert torch.equal(padded[..., pads:], alone + (pads if side == "left" else 0))
+
+
+def test_wrappers_that_show_the_whole_context_take_it(model: PreTrainedModel, tokenizer: Any) -> None:
+    ids = ids_of(tokenizer, "".join(TEXT))
+    with torch.no_grad():
+        for press in (KeyRerotationPress(press_with(tokenizer)), ComposedPress([press_with(tokenizer), KnormPress()])):
+            cache = DynamicCache()
+            with press(model):
+                model.model(input_ids=ids, past_key_values=cache)
+            assert [layer.keys.shape[2] for layer in cache.layers] == [ids.shape[1] // 2] * 2
+        with AdaKVPress(press_with(tokenizer))(model):
+            model.model(input_ids=ids, past_key_values=DynamicCache())
+    masked = len(model.model.layers[0].self_attn.masked_key_indices[0])
+    assert masked == 2 * (ids.shape[1] - ids.shape[1] // 2)
+
+
+def test_parts_of_a_context_are_refused(model: PreTrainedModel, tokenizer: Any) -> None:
+    ids = ids_of(tokenizer, "".join(TEXT))
+    unfit = [ChunkPress(press_with(tokenizer), 20), ComposedPress([KnormPress(0.5), press_with(tokenizer)])]
+    for press in unfit:
+        with pytest.raises(ValueError, match=r"SentenceDropoutPress .*BlockDropoutPress"), press(model):
+            model.model(input_ids=ids, past_key_values=DynamicCache())
+
+
+def test_many_chunks_know_the_context_s_sentences(model: PreTrainedModel, tokenizer: Any) -> None:
+    """A sentence that begins in one chunk and ends in the next is one, and evicted ones keep their numbers."""
+    ids = ids_of(tokenizer, "".join(TEXT))
+    press, seen = press_with(tokenizer, protect_recent=2), []
+    known = press.spans
+    press.spans = lambda shown: (seen.append(known(shown)), seen[-1])[1]  # type: ignore[method-assign]
+    with torch.no_grad():
+        done = prefill(model, ids, press, chunk_tokens=16, budget=20)
+    assert {kept.shape[-1] for kept in done.positions.values()} == {20}
+    assert len(seen) > 4
+    sentence = numbers(tokenizer, ids)[0]
+    for layer in range(2):
+        last = seen[-2 + layer]  # what the last chunk saw holds all that stayed
+        for head in range(2):
+            told = sentence[done.positions[layer][0, head]]
+            assert set(told.tolist()) <= set(last[0, head].tolist())
+    result = ChunkedEviction(press, chunk_tokens=16)(model, ids, ids[:, :6], compression_ratio=0.5, step=2)
+    result.hidden.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.model.parameters() if p.grad is not None)
+
+
+def test_the_tokenizer_beside_the_model_is_found(tiny_models: dict[str, str], tokenizer: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_models["llama"]).train()
+    ids = ids_of(tokenizer, "".join(TEXT))
+    found = SentenceDropoutPress(0.5, protect_start=2, protect_recent=5)
+    assert torch.equal(kept(model, found, ids), kept(model, press_with(tokenizer), ids))
+    assert found.tokenizer is None  # on another model it would be another
+
+
+def test_a_model_without_a_tokenizer_says_what_to_do(model: PreTrainedModel, tmp_path: Any) -> None:
+    model.config._name_or_path = model.name_or_path = ""
+    with pytest.raises(ValueError, match=r"press\.tokenizer = "), SentenceDropoutPress(0.5)(model):
+        pass
+    model.save_pretrained(tmp_path)
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"{tmp_path.name}.*press\.tokenizer = "), SentenceDropoutPress(0.5)(alone):
+        pass
+
+
+def test_bad_settings_are_named() -> None:
+    with pytest.raises(ValueError, match=r"SentenceDropoutPress\.max_tokens is 0: "):
+        SentenceDropoutPress(0.5, max_tokens=0)
