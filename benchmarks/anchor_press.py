@@ -1,6 +1,6 @@
 """What AnchorPress costs, against kvpress's SnapKV and ExpectedAttention and against the prefill that it follows.
 
-Run from the checkout: ``python benchmarks/anchor_press.py``. Takes about two minutes on one thread.
+Run from the checkout: ``python benchmarks/anchor_press.py``. Takes about three minutes on one idle thread.
 
 SmolLM2-135M-Instruct prefills the Python documentation once, in float32, and what each layer's hook is given is
 recorded. A press's time is that of its hooks over all 30 layers: to score, to choose and to copy what stays. One row,
@@ -22,7 +22,7 @@ from sparsekv_pl.eviction.replay import RecordedPrefill
 from sparsekv_pl.presses.anchor import AnchorPress
 from sparsekv_pl.presses.scores import press_name
 
-LENGTHS, RATIO, ROUNDS = (2_048, 8_192), 0.75, 7
+LENGTHS, RATIO, ROUNDS = (2_048, 8_192), 0.75, 5
 GOALS = {"over SnapKV": 0.5, "of the prefill": 0.01}
 
 

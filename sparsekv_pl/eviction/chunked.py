@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekv_pl.eviction.checkpointed import checkpointed_prefill
-from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.eviction.prefill import check_chunks, chunk_bounds, continue_from, prefill
 from sparsekv_pl.eviction.prefilled import Prefilled, mean_length
+from sparsekv_pl.eviction.reach import check_continuation
 from sparsekv_pl.eviction.result import Evicted, EvictedContext
 from sparsekv_pl.presses.draws import draw
-from sparsekv_pl.presses.scores import rerotates_keys, set_compression_ratio
+from sparsekv_pl.presses.scores import set_compression_ratio
 
 
 @dataclass
@@ -74,14 +74,13 @@ class ChunkedEviction:
         prefilled = fill(
             model, context_ids, self.press, self.chunk_tokens, self.budget, self.catch_scores, self.keep_context
         )
-        tokens, more = context_ids.shape[1], continuation_ids.shape[1]
-        check_positions(model, prefilled.next_position + more, tokens + more, rerotates_keys(self.press))
+        check_continuation(model, prefilled.next_position, continuation_ids.shape[1])
         kept = mean_length(prefilled.cache) * prefilled.mean_weight
         context = evicted_context(model, prefilled, context_ids) if self.keep_context else None
         hidden = continued(model, prefilled, continuation_ids)
         losses = {} if prefilled.notes is None else prefilled.notes.losses
         means = {name: torch.stack(terms).mean() for name, terms in losses.items()}
-        return Evicted(hidden, kept / tokens, prefilled.selections, means, context)
+        return Evicted(hidden, kept / context_ids.shape[1], prefilled.selections, means, context)
 
 
 def continued(model: PreTrainedModel, prefilled: Prefilled, ids: Tensor) -> Tensor:

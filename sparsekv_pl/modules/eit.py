@@ -16,9 +16,9 @@ from sparsekv_pl.backbone import Backbone, causal_lm
 from sparsekv_pl.batch import Batch, rows_of_equal_length
 from sparsekv_pl.eviction import Eviction
 from sparsekv_pl.eviction.dropout import KVDropout
-from sparsekv_pl.eviction.full_length import check_full_cache
 from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.eviction.prefill import full_cache
+from sparsekv_pl.eviction.reach import check_full_cache
 from sparsekv_pl.losses import token_nll
 from sparsekv_pl.metrics import ContinuationPerplexity
 from sparsekv_pl.modules.fit_together import check_evicts_in_evaluation, fit_together

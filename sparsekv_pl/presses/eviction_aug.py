@@ -1,5 +1,6 @@
 """EvictionAugPress: several presses, one drawn per step."""
 
+import math
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -45,7 +46,8 @@ class EvictionAugPress(BasePress, Draws):
             raise ValueError("EvictionAugPress.presses is empty: name at least one press")
         if self.weights is None:
             self.weights = [1.0] * len(self.presses)
-        if len(self.weights) != len(self.presses) or min(self.weights) < 0 or sum(self.weights) <= 0:
+        sound = all(0 <= weight < math.inf for weight in self.weights) and sum(self.weights) > 0
+        if len(self.weights) != len(self.presses) or not sound:
             raise ValueError(
                 f"EvictionAugPress.weights={self.weights}: give one non-negative weight for each of the "
                 f"{len(self.presses)} presses, not all 0"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsekv_pl.presses.sentences import sentence_table
+from sparsekv_pl.presses.sentences import SentenceTable, sentence_table
 from sparsekv_pl.presses.span_dropout import Shown, SpanDropoutPress
 from sparsekv_pl.presses.tokenizer import tokenizer_of
 from sparsekv_pl.presses.tokens import ReadsTokens, key_tokens
@@ -29,7 +29,7 @@ class SentenceDropoutPress(ReadsTokens, SpanDropoutPress):
     max_tokens: int = 128
     tokenizer: PreTrainedTokenizerBase | None = field(default=None, init=False, repr=False, compare=False)
     """Of the ids; by default the one that lies beside the model."""
-    _reads_with: PreTrainedTokenizerBase | None = field(default=None, init=False, repr=False, compare=False)
+    _table: SentenceTable | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,11 +38,11 @@ class SentenceDropoutPress(ReadsTokens, SpanDropoutPress):
     def post_init_from_model(self, model: PreTrainedModel) -> None:
         """Find the tokenizer; ``ValueError`` where there is none."""
         super().post_init_from_model(model)
-        self._reads_with = tokenizer_of(model, self.tokenizer)
+        self._table = sentence_table(tokenizer_of(model, self.tokenizer))
 
     def spans(self, shown: Shown) -> Tensor:
         """See ``SpanDropoutPress``."""
-        assert self._reads_with is not None
+        assert self._table is not None
         tokens = key_tokens(shown.module, shown.keys, shown.kwargs)
         if tokens is None:
             raise ValueError(
@@ -53,5 +53,5 @@ class SentenceDropoutPress(ReadsTokens, SpanDropoutPress):
         length = tokens.ids.shape[1]
         padded = length == shown.place.shape[1]  # only one forward over the whole context takes padding
         place = shown.place if padded else torch.arange(length, device=tokens.ids.device).expand_as(tokens.ids)
-        table = sentence_table(self._reads_with, tokens.ids.device)
+        table = self._table.to(tokens.ids.device)
         return tokens.at_keys(table.sentences(tokens.ids, place, self.max_tokens))

@@ -41,6 +41,10 @@ class SentenceTable:
         trails_V[[i for i, text in texts.items() if trails_sentence(text)]] = True
         return cls(ends_V, trails_V)
 
+    def to(self, device: torch.device) -> "SentenceTable":
+        """The same table on ``device``."""
+        return SentenceTable(self.ends_V.to(device), self.trails_V.to(device))
+
     def sentences(self, ids: Tensor, place: Tensor, max_tokens: int) -> Tensor:
         """(B, L) int64: the number of each token's sentence in its row, from 0.
 
@@ -79,14 +83,11 @@ def _closes(character: str) -> bool:
     return character in "\"'" or unicodedata.category(character) in ("Pe", "Pf")
 
 
-def sentence_table(tokenizer: PreTrainedTokenizerBase, device: torch.device) -> SentenceTable:
-    """The tokenizer's table on ``device``: built once, and again if the tokenizer is given tokens."""
-    return _table_on(tokenizer, len(tokenizer), special_ids(tokenizer), device)
+def sentence_table(tokenizer: PreTrainedTokenizerBase) -> SentenceTable:
+    """The tokenizer's table: built once, and again if the tokenizer is given tokens. Asking takes some milliseconds."""
+    return _table(tokenizer, len(tokenizer), special_ids(tokenizer))
 
 
 @lru_cache(maxsize=8)
-def _table_on(
-    tokenizer: PreTrainedTokenizerBase, _size: int, _special: frozenset[int], device: torch.device
-) -> SentenceTable:
-    table = SentenceTable.build(tokenizer)
-    return SentenceTable(table.ends_V.to(device), table.trails_V.to(device))
+def _table(tokenizer: PreTrainedTokenizerBase, _size: int, _special: frozenset[int]) -> SentenceTable:
+    return SentenceTable.build(tokenizer)

@@ -14,8 +14,8 @@ from sparsekv_pl.modules.eit import EITModule
 from sparsekv_pl.objectives import EIT, LM, Mixed, Objective, SelectionObjective
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw, trained
 
-LIMIT = 80
-"""Positions of the model. The data has contexts of 96 tokens and continuations of 16."""
+LIMIT = 100
+"""Positions of the model. The data has contexts of 96 tokens and continuations of 16 (of text) to 67 (of needles)."""
 
 
 def module(backbone: Any, press: BasePress, objective: Objective | None = None, limit: int = LIMIT) -> EITModule:
@@ -44,14 +44,14 @@ def test_rerotated_keys_and_a_budget_train_beyond_them(
 def test_a_teacher_cannot_read_them(
     objective: Objective, tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer
 ) -> None:
-    message = r"teacher reads .* 112 tokens, .* trained on 80 positions: use an objective without a teacher \(LM\), or"
+    message = r"teacher reads .* 112 tokens, .* trained on 100 positions: use an objective without a teacher \(LM\), or"
     with pytest.raises(ValueError, match=message):
         tiny_trainer().fit(module(tiny_backbone(), rerotating(), objective), datamodule=tiny_data())
-    tiny_trainer(max_steps=1).fit(module(tiny_backbone(), rerotating(), objective, 112), datamodule=tiny_data())
+    tiny_trainer(max_steps=1).fit(module(tiny_backbone(), rerotating(), objective, 163), datamodule=tiny_data())
 
 
 def test_nor_can_validation(tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer) -> None:
-    with pytest.raises(ValueError, match=r"it reads 112 tokens, .* trained on 80 positions: set trainer.limit_val_"):
+    with pytest.raises(ValueError, match=r"it reads 112 tokens, .* trained on 100 positions: set trainer.limit_val_"):
         tiny_trainer(limit_val_batches=1).fit(module(tiny_backbone(), rerotating()), datamodule=tiny_data())
 
 
@@ -60,9 +60,9 @@ def test_nor_can_a_student_that_moves_no_keys(
 ) -> None:
     press = SnapKVPress(window_size=8)
     with pytest.raises(ValueError, match=r"takes 112 positions, .* trained on 100 .*KeyRerotationPress"):
-        tiny_trainer().fit(module(tiny_backbone(), press, limit=100), datamodule=tiny_data())
+        tiny_trainer().fit(module(tiny_backbone(), press), datamodule=tiny_data())
     dropping = EITModule(tiny_backbone(), KVDropout(Anchors(recent=8), query_chunk=32), LM(), adamw)
-    causal_lm(dropping.model).config.max_position_embeddings = 100
+    causal_lm(dropping.model).config.max_position_embeddings = LIMIT
     with pytest.raises(ValueError, match="takes 112 positions"):
         tiny_trainer().fit(dropping, datamodule=tiny_data())
 

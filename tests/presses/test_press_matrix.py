@@ -14,6 +14,7 @@ from sparsekv_pl.eviction.chunked import continued
 from sparsekv_pl.eviction.kept import masked_keys
 from sparsekv_pl.eviction.prefill import full_cache, prefill
 from sparsekv_pl.presses.scores import learnable, set_compression_ratio
+from sparsekv_pl.presses.soft_threshold import SoftThresholdPress
 from tests.presses.press_bench import (
     Bench,
     MakeBench,
@@ -55,6 +56,21 @@ def check_gradients(at: Bench, press: Any, run: Run) -> None:
     grads = torch.autograd.grad([loss, *terms, *scores], weights, retain_graph=True, allow_unused=True)
     assert all(bool(grad.isfinite().all()) for grad in grads if grad is not None)
     assert all(bool(grad.isfinite().all()) and bool(grad.any()) for grad in torch.autograd.grad(loss, kept))
+
+
+@each_kind
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.5, "learnable": True}], ids=["budget", "learnable"])
+def test_gradients_where_keys_fade_out(bench: MakeBench, kind: str, setting: Setting, options: dict[str, Any]) -> None:
+    """SoftThresholdPress in training, which removes nothing."""
+    at = bench(kind, next(case for case in CASES if case.build is SoftThresholdPress), setting)
+    press = at.press(**options)
+    at.model.train()
+    prefilled = prefill(at.model, at.ids, press)
+    check_gradients(at, press, Run(prefilled, torch.empty(0)))
+    assert prefilled.notes is not None and len(prefilled.notes.key_log_weights) == 2
+    assert bool((prefilled.notes.key_log_weights[0] < 0).any()) or at.ids.shape[1] <= 2
+    assert prefilled.cache.get_seq_length() == at.ids.shape[1]
 
 
 def check_budget(at: Bench, run: Run) -> None:

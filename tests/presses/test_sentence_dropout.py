@@ -49,7 +49,7 @@ def ids_of(tokenizer: Any, text: str) -> Tensor:
 
 def numbers(tokenizer: Any, ids: Tensor, max_tokens: int = 1000) -> Tensor:
     place = torch.arange(ids.shape[1]).expand_as(ids)
-    return sentence_table(tokenizer, ids.device).sentences(ids, place, max_tokens)
+    return sentence_table(tokenizer).sentences(ids, place, max_tokens)
 
 
 def pieces(tokenizer: Any, ids: Tensor, max_tokens: int = 1000) -> list[str]:

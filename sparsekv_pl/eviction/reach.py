@@ -1,4 +1,4 @@
-"""What reads a whole context with nothing evicted, however the student is trained."""
+"""How far into a model's positions the passes beside an eviction reach: the full cache, and what follows a context."""
 
 from transformers import PreTrainedModel
 
@@ -23,4 +23,15 @@ def check_full_cache(model: PreTrainedModel, tokens: int, teacher: bool, validat
         raise ValueError(
             f"validation measures the full cache beside the evicted one, so it reads {tokens} tokens, but this model "
             f"was trained on {limit} positions: set trainer.limit_val_batches=0, {shorter}"
+        )
+
+
+def check_continuation(model: PreTrainedModel, position: int, tokens: int) -> None:
+    """Raise ``ValueError`` if a continuation of ``tokens`` tokens from ``position`` on ends beyond ``model``'s last."""
+    limit = position_limit(model)
+    if limit is not None and position + tokens > limit:
+        raise ValueError(
+            f"a continuation of {tokens} tokens from position {position} on takes {position + tokens} positions, but "
+            f"this model was trained on {limit} (max_position_embeddings): use shorter contexts or continuations; "
+            "or wrap the press in kvpress.KeyRerotationPress, with a budget that leaves room for the continuation"
         )
