@@ -198,7 +198,7 @@ LOSSES = {
     "ranking, 0.3": SelectionLoss(form="ranking", temperature=0.3),
     AS_MASSES: SelectionLoss(),
 }
-NOT_FOR = {"Knorm": {AS_MASSES}, "SnapKV": {AS_MASSES, "cross-entropy, 0.3"}, "LagKV": set()}
+NOT_FOR: dict[str, set[str]] = {"SnapKV": {AS_MASSES, "cross-entropy, 0.3"}, "LagKV": set()}
 """What would be the same as another loss: SnapKV's scores have a scale of their own."""
 
 
@@ -212,7 +212,7 @@ def train(model: Any, tokenizer: Any, presses: list[str]) -> None:
     rows = []
     for name in presses:
         for label, loss in LOSSES.items():
-            if label in NOT_FOR[press_name(PRESSES[name])]:
+            if label in NOT_FOR.get(press_name(PRESSES[name]), {AS_MASSES}):
                 continue
             with torch.no_grad():
                 for parameter, value in zip(trained, start, strict=True):

@@ -266,7 +266,7 @@ def test_contexts_beyond_the_models_positions_train_with_rerotated_keys(random_m
     "press, limit, message",
     [
         (KnormPress(), 47, "takes 48 positions, but this model was trained on 47 .*KeyRerotationPress"),
-        (KnormPress(), 55, "8 tokens that starts at position 48 takes 56 positions, .* trained on 55 .*KeyRerotation"),
+        (KnormPress(), 55, "8 tokens from position 48 on takes 56 positions, .* trained on 55 .*KeyRerotation"),
         (KeyRerotationPress(KnormPress()), 31, "takes 32 positions, but this model was trained on 31 .*lower budget"),
     ],
 )
