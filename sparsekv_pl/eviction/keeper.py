@@ -4,11 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from kvpress import BasePress, KeyRerotationPress, MergingPress, ScorerPress
+from kvpress import BasePress, KeyRerotationPress, ScorerPress
 from torch import Tensor
 from transformers import DynamicCache
 
 from sparsekv_pl.eviction.rotation import Rotation
+from sparsekv_pl.presses.deciding import selecting_press
 from sparsekv_pl.presses.scores import CaughtScores, catch_scores, press_name
 from sparsekv_pl.selection import Selection
 
@@ -28,7 +29,7 @@ class Keeper:
         self, press: BasePress, deciding: BasePress, with_scores: bool, follow: bool, inv_freq: Tensor | None
     ) -> None:
         self.press = press
-        self.deciding = deciding.press if isinstance(deciding, (KeyRerotationPress, MergingPress)) else deciding
+        self.deciding = selecting_press(deciding)
         self.rotation = None
         if isinstance(deciding, KeyRerotationPress):
             assert inv_freq is not None

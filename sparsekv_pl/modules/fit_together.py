@@ -1,8 +1,11 @@
 """Which objectives, evictions and presses go together: checked before a model is loaded."""
 
+from kvpress import ScorerPress
+
 from sparsekv_pl.eviction import Eviction
 from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.objectives import Objective
+from sparsekv_pl.presses.deciding import candidates, selecting_press
 from sparsekv_pl.presses.scores import only_trains, press_name, presses_in, trainable_scorers
 from sparsekv_pl.presses.sparse_reg import SparseRegPress
 
@@ -30,6 +33,12 @@ def fit_together(objective: Objective, eviction: Eviction) -> None:
         raise ValueError(
             f"the selection objective has nothing to train in {press_name(eviction.press)}: its scores do not depend "
             "on the model. Add a press that scores with queries, keys or hidden states, or leave the objective out"
+        )
+    silent = [press for press in candidates(eviction.press) if not isinstance(selecting_press(press), ScorerPress)]
+    if objective.needs_contexts and silent:
+        raise ValueError(
+            f"the reconstruction objective asks for what a press evicted, and {press_name(silent[0])} does not say "
+            "which pairs those are: take one that selects by scores (SnapKVPress, say), or leave the objective out"
         )
     eviction.catch_scores = objective.needs_selections
     eviction.keep_context = objective.needs_contexts

@@ -57,9 +57,9 @@ class Student:
         mass = AttentionMass(labels, batch["context_ids"].shape[1]) if objective.needs_selections else None
         teacher, teacher_layers = None, {}
         if objective.needs_teacher:
-            with _layers(self.teacher.network, kinds) as teacher_layers:
+            with _layers(self.teacher.network, kinds, labels) as teacher_layers:
                 teacher = self.teacher(batch["context_ids"], batch["continuation_ids"], mass)
-        with _layers(self._network, kinds) as student_layers:
+        with _layers(self._network, kinds, labels) as student_layers:
             evicted = self.evict(batch, compression_ratio, step)
         view = StudentView(
             hidden_NE=supervised(evicted.hidden, labels),
@@ -76,14 +76,17 @@ class Student:
 
 
 @contextmanager
-def _layers(model: PreTrainedModel, kinds: list[LayerOutput]) -> Iterator[dict[LayerOutput, dict[int, Tensor]]]:
+def _layers(
+    model: PreTrainedModel, kinds: list[LayerOutput], labels_BT: Tensor
+) -> Iterator[dict[LayerOutput, dict[int, Tensor]]]:
+    """Of the forward inside the block, what the layers make of the continuation, (B, T, E)."""
     with ExitStack() as stack:
-        yield {kind: stack.enter_context(layer_outputs(model, kind)) for kind in kinds}
+        yield {kind: stack.enter_context(layer_outputs(model, kind, labels_BT.shape[1])) for kind in kinds}
 
 
 def _rows(layers: dict[int, Tensor], labels_BT: Tensor) -> LayerRows:
-    """Of each layer's (B, T', E), the supervised rows; T' is T, or context and continuation together."""
-    return {layer: supervised(output[:, -labels_BT.shape[1] :], labels_BT) for layer, output in layers.items()}
+    """Of each layer's (B, T, E), the supervised rows."""
+    return {layer: supervised(output, labels_BT) for layer, output in layers.items()}
 
 
 def supervised(hidden_BTE: Tensor, labels_BT: Tensor) -> Tensor:

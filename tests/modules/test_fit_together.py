@@ -1,0 +1,61 @@
+"""Which presses may stand behind an objective that asks for evicted text."""
+
+import pytest
+from kvpress import (
+    AdaKVPress,
+    BasePress,
+    ChunkKVPress,
+    KeyRerotationPress,
+    KnormPress,
+    MergingPress,
+    ScorerPress,
+    SnapKVPress,
+    ThinKPress,
+)
+
+from sparsekv_pl.eviction.chunked import ChunkedEviction
+from sparsekv_pl.modules.fit_together import fit_together
+from sparsekv_pl.objectives import Reconstruction
+from sparsekv_pl.presses import EvictionAugPress, SparseRegPress
+from sparsekv_pl.presses.deciding import candidates, deciding_press, selecting_press
+
+
+@pytest.mark.parametrize(
+    "press",
+    [
+        KnormPress(),
+        KeyRerotationPress(KnormPress()),
+        MergingPress(KnormPress()),
+        EvictionAugPress([KnormPress(), SparseRegPress(press=SnapKVPress())]),
+    ],
+)
+def test_presses_that_select_by_scores_can_be_asked_for_what_they_evicted(press: BasePress) -> None:
+    eviction = ChunkedEviction(press)
+    fit_together(Reconstruction(), eviction)
+    assert eviction.keep_context
+
+
+@pytest.mark.parametrize(
+    "press, named",
+    [
+        (ThinKPress(), "ThinK"),
+        (EvictionAugPress([KnormPress(), AdaKVPress(KnormPress())]), "AdaKV"),
+        (EvictionAugPress([KnormPress(), ChunkKVPress(KnormPress())], weights=[1, 0]), "ChunkKV"),
+        (SparseRegPress(press=AdaKVPress(KnormPress())), "AdaKV"),
+    ],
+)
+def test_one_candidate_that_does_not_say_what_it_kept_is_refused_before_training(press: BasePress, named: str) -> None:
+    with pytest.raises(ValueError, match=f"{named}.* does not say which pairs"):
+        fit_together(Reconstruction(), ChunkedEviction(press))
+
+
+def test_the_deciding_press_of_every_step_is_a_candidate() -> None:
+    knorm, snapkv = KnormPress(), SnapKVPress()
+    press = EvictionAugPress([SparseRegPress(press=knorm), EvictionAugPress([snapkv])])
+    drawn = []
+    for step in range(20):
+        press.draw(step)
+        drawn.append(deciding_press(press))
+    assert [id(decided) for decided in candidates(press)] == [id(knorm), id(snapkv)]
+    assert {id(decided) for decided in drawn} == {id(knorm), id(snapkv)}
+    assert isinstance(selecting_press(KeyRerotationPress(knorm)), ScorerPress)
