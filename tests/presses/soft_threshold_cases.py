@@ -1,0 +1,46 @@
+"""What the tests of SoftThresholdPress share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from kvpress import BasePress
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsekv_pl.eviction.prefill import prefill
+from sparsekv_pl.presses.notes import PressNotes
+from sparsekv_pl.presses.soft_threshold import SoftThresholdPress
+
+Build = Callable[..., PreTrainedModel]
+LENGTH, WINDOW, SINKS = 24, 4, 2
+
+
+def press_with(ratio: float = 0.5, **settings: Any) -> SoftThresholdPress:
+    return SoftThresholdPress(ratio, **({"window_size": WINDOW, "sinks": SINKS} | settings))
+
+
+def ids(rows: int = 2, length: int = LENGTH, seed: int = 0) -> Tensor:
+    return torch.randint(1, 64, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def noted(model: PreTrainedModel, press: BasePress, context: Tensor | None = None) -> PressNotes:
+    notes = prefill(model.train(), ids() if context is None else context, press).notes
+    assert notes is not None
+    return notes
+
+
+@torch.no_grad()
+def received(model: PreTrainedModel, context: Tensor) -> list[Tensor]:
+    """(B, K, S) of each layer, from the whole attention: the reference."""
+    model.eval().set_attn_implementation("eager")
+    attentions = model.model(context, output_attentions=True).attentions
+    model.set_attn_implementation("sdpa")
+    return [
+        attention[:, :, -WINDOW:].mean(2).unflatten(1, (2, 2)).mean(2) * context.shape[1] for attention in attentions
+    ]
+
+
+def protected(length: int = LENGTH) -> Tensor:
+    index = torch.arange(length)
+    return (index < SINKS) | (index >= length - WINDOW)

@@ -1,0 +1,162 @@
+"""Dropping spans with padding, inside kvpress's wrappers, chunk by chunk, in bfloat16; gradients; settings."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from kvpress import AdaKVPress, BasePress, ChunkPress, ComposedPress, DecodingPress, KeyRerotationPress, KnormPress
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from sparsekv_pl.eviction.chunked import ChunkedEviction
+from sparsekv_pl.eviction.prefill import prefill
+from sparsekv_pl.presses.block_dropout import BlockDropoutPress
+from sparsekv_pl.presses.scores import catch_scores
+from sparsekv_pl.presses.span_dropout import Shown, SpanDropoutPress
+from tests.presses.span_cases import CONTEXT, RATIO, Build, blocks, both, context, evicted, kept, variable
+
+
+def order_of_keys(model: PreTrainedModel, press: BasePress, ids: Tensor, **stock: Any) -> Tensor:
+    """(layers, B, K, S): the keys, those that go first in front."""
+    with catch_scores(press) as caught:
+        evicted(model, press, ids, **stock)
+    for scored in caught:
+        assert scored.scores.dtype == torch.float32 and scored.scores.isfinite().all()
+        assert all(len(set(row.tolist())) == row.numel() for row in scored.scores.flatten(0, 1))
+    return torch.stack([scored.scores.argsort(-1) for scored in caught])
+
+
+@both
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("numbered", [False, True])
+def test_padding_goes_first_and_changes_nothing_else(
+    random_model: Build, build: Callable[..., Any], side: str, numbered: bool
+) -> None:
+    model, press, pads, short = random_model(), build(), 11, CONTEXT - 11
+    alone = order_of_keys(model, press, context()[:, :short])[:, 1]
+    ids, mask = context(1), torch.ones(2, CONTEXT, dtype=torch.long)
+    real = slice(pads, None) if side == "left" else slice(0, short)
+    mask[1] = 0
+    mask[1, real], ids[1, real] = 1, context()[1, :short]
+    stock = {"position_ids": (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)} if numbered else {}
+    padded = order_of_keys(model, press, ids, attention_mask=mask, **stock)[:, 1]
+    assert torch.equal(padded[..., pads:], alone + (pads if side == "left" else 0))
+    assert torch.equal(padded[..., :pads].sort(-1).values[0, 0], (mask[1] == 0).nonzero().squeeze(1))
+
+
+@both
+def test_kvpress_s_wrappers_take_it(random_model: Build, build: Callable[..., Any]) -> None:
+    model, budget = random_model(), CONTEXT // 2
+
+    def lengths(press: BasePress) -> list[int]:
+        return [layer.keys.shape[2] for layer in evicted(model, press, context()).layers]
+
+    assert lengths(KeyRerotationPress(build())) == [budget] * 2
+    assert lengths(ChunkPress(build(), chunk_length=20)) == [budget] * 2
+    assert lengths(ComposedPress([build(), KnormPress(0.5)])) == [budget // 2] * 2
+    evicted(model, AdaKVPress(build()), context())
+    for layer in model.model.layers:
+        rows, _, places = layer.self_attn.masked_key_indices
+        assert rows.bincount().tolist() == [2 * budget] * 2  # of both heads together
+        assert places.min() >= 3 and places.max() < CONTEXT - 6
+
+
+@torch.no_grad()
+def test_every_decoded_token_draws_anew(random_model: Build) -> None:
+    model = random_model().train()
+    press = blocks(0.0, protect_recent=0, block_size=2)
+    cache, found = DynamicCache(), []
+    with DecodingPress(press, compression_interval=4, target_size=20)(model), catch_scores(press) as caught:
+        for position, token in enumerate(context()[:, :40].split(1, dim=1)):
+            model.model(input_ids=token, past_key_values=cache, cache_position=torch.tensor([position]), use_cache=True)
+            if position % 4 == 0 and position > 20:  # the first token is a prefill
+                found.append(cache.layers[0].keys.shape[2])
+    assert found and set(found) == {20}
+    drawn = [scored.scores[0, 0].tolist() for scored in caught if scored.scores.shape[-1] == 24]
+    assert len(drawn) > 4 and len(set(map(tuple, drawn))) == len(drawn)
+
+
+def test_gradients_equal_those_of_a_dense_pass_that_hides_what_went(random_model: Build) -> None:
+    model, press, more = random_model().train(), blocks(shared=True), context(5, tokens=8)
+    keeping = kept(model, press, context())[0, :, 0]
+    evicting = ChunkedEviction(press)
+
+    def gradients(hidden: Tensor) -> list[Tensor]:
+        weight = torch.linspace(-1, 1, hidden.numel()).view(hidden.shape)
+        loss = (hidden * weight).sum()
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.model.parameters()))]
+
+    hidden = evicting(model, context(), more, compression_ratio=RATIO, step=0).hidden
+    visible = torch.ones(CONTEXT + 8, CONTEXT + 8).tril().bool().repeat(2, 1, 1)
+    visible[:, CONTEXT:, :CONTEXT] &= keeping[:, None]
+    mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[:, None]
+    dense = model.model(torch.cat([context(), more], 1), attention_mask=mask, use_cache=False).last_hidden_state
+    for found, expected in zip(gradients(hidden), gradients(dense[:, CONTEXT:]), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@both
+def test_bfloat16_draws_the_same(random_model: Build, build: Callable[..., Any]) -> None:
+    half = order_of_keys(random_model().bfloat16(), build(), context())
+    assert torch.equal(half, order_of_keys(random_model(), build(), context()))
+
+
+@both
+@pytest.mark.parametrize("rotated", [False, True])
+def test_every_chunk_of_a_prefill_draws_anew(
+    random_model: Build, build: Callable[..., Any], rotated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, press, firsts = random_model().train(), build(), []
+    known = SpanDropoutPress.uniform
+
+    def uniform(self: SpanDropoutPress, shown: Shown, *args: Any) -> Tensor:
+        firsts.append((shown.layer, *shown.firsts))
+        return known(self, shown, *args)
+
+    monkeypatch.setattr(SpanDropoutPress, "uniform", uniform)
+    outer = KeyRerotationPress(press) if rotated else press
+    ids = context(tokens=120)
+    evicting = ChunkedEviction(outer, chunk_tokens=20, budget=20)
+    result = evicting(model, ids, context(5, tokens=8), compression_ratio=RATIO, step=1)
+    assert result.kept_share == 20 / 120
+    # The first chunk fits; from the second on, chunks begin at true positions, though keys are turned to 0..39.
+    expected = {(layer, start, start) for layer in range(2) for start in range(0, 120, 20)}
+    assert set(firsts) == expected
+    result.hidden.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.model.parameters() if p.grad is not None)
+
+
+def test_chunks_protect_the_context_s_ends(random_model: Build) -> None:
+    press = blocks()
+    with torch.no_grad():
+        done = prefill(random_model().train(), context(tokens=120), press, 20, budget=30)
+    for positions in done.positions.values():
+        assert (positions[..., :3] == torch.arange(3)).all()
+        assert (positions[..., -6:] == torch.arange(114, 120)).all()
+
+
+@pytest.mark.parametrize(
+    ("build", "setting"),
+    [
+        (blocks, {"ratio": 1.0}),
+        (blocks, {"ratio": -0.1}),
+        (blocks, {"protect_start": -1}),
+        (blocks, {"protect_recent": -1}),
+        (blocks, {"seed": -1}),
+        (blocks, {"block_size": 0}),
+        (variable, {"shortest": 0}),
+        (variable, {"shortest": 8, "longest": 7}),
+    ],
+)
+def test_bad_settings_are_named(build: Callable[..., Any], setting: dict[str, Any]) -> None:
+    name, value = list(setting.items())[-1]
+    field = {"ratio": "compression_ratio"}.get(name, name)
+    kind = "BlockDropoutPress" if build is blocks else "VariableBlockPress"
+    with pytest.raises(ValueError, match=rf"{kind}\.{field} is {value}: "):
+        build(**setting)
+
+
+def test_defaults_are_those_of_the_seed() -> None:
+    press = BlockDropoutPress()
+    assert (press.block_size, press.protect_start, press.protect_recent) == (64, 4, 64)
