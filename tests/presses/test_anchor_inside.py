@@ -1,0 +1,255 @@
+"""AnchorPress inside wrappers, replays and kvpress's pipeline, its settings, and from YAML."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from kvpress import (
+    AdaKVPress,
+    BasePress,
+    ChunkPress,
+    ComposedPress,
+    CriticalAdaKVPress,
+    DecodingPress,
+    KeyDiffPress,
+    KeyRerotationPress,
+    KnormPress,
+    ScorerPress,
+    SnapKVPress,
+    ThinKPress,
+)
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    pipeline,
+)
+
+import sparsekv_pl.modules.eit  # noqa: F401  lets YAML name a press by its class
+from sparsekv_pl.anchors import Anchors, table_for
+from sparsekv_pl.eviction.prefill import prefill
+from sparsekv_pl.eviction.replay import RecordedPrefill
+from sparsekv_pl.eviction.setting import press_settings
+from sparsekv_pl.presses.anchor import AnchorPress
+from sparsekv_pl.presses.scores import press_name, scorers_in, set_compression_ratio, trainable_scorers
+from tests.presses.anchor_cases import (
+    CONTEXT,
+    FEW,
+    Build,
+    anchor,
+    check_against_loops,
+    context,
+    pressed,
+    scores_of,
+)
+
+
+def test_adakv_masks_no_anchor(random_model: Build) -> None:
+    model, press = random_model(), anchor(0.5)
+    anchors = FEW.mask(context(), table_for(press.tokenizer, torch.device("cpu")))
+    pressed(model, AdaKVPress(press))
+    for layer in model.model.layers:
+        rows, heads, places = layer.self_attn.masked_key_indices
+        assert len(rows) == 2 * 2 * CONTEXT // 2
+        assert not anchors[rows, places].any()
+        assert len(set(zip(rows.tolist(), heads.tolist(), places.tolist(), strict=True))) == len(rows)
+
+
+def test_adakv_and_too_many_anchors(random_model: Build) -> None:
+    model, press = random_model(), anchor(0.9)
+    pressed(model, AdaKVPress(press))
+    for layer in model.model.layers:
+        rows, heads, places = layer.self_attn.masked_key_indices
+        kept = torch.ones(2, 2, CONTEXT, dtype=torch.bool)
+        kept[rows, heads, places] = False
+        assert kept[0].nonzero()[:, 1].tolist() == [0, 1, 46, 47] * 2
+
+
+def test_chunk_press_keeps_the_ends_of_every_part(random_model: Build) -> None:
+    model = random_model()
+    cache = pressed(model, ChunkPress(anchor(0.5), chunk_length=16))
+    full = prefill(model, context(), None).cache
+    for layer, whole in zip(cache.layers, full.layers, strict=True):
+        assert layer.keys.shape[2] == CONTEXT // 2
+        found = torch.cdist(layer.values, whole.values).argmin(-1)
+        for part in range(0, CONTEXT, 16):
+            ends = {part, part + 1, *range(part + 12, part + 16)}
+            assert all(ends <= set(head) for head in found.flatten(0, 1).tolist())
+
+
+def test_key_rotation_leaves_the_same_keys_turned(random_model: Build) -> None:
+    model = random_model()
+    with torch.no_grad():
+        kept = prefill(model, context(), anchor(0.5), with_positions=True).positions
+        full = prefill(model, context(), None).cache
+    cache = pressed(model, KeyRerotationPress(anchor(0.5)))
+    for index, layer in enumerate(model.model.layers):
+        whole, ours = full.layers[index], cache.layers[index]
+        turned = KeyRerotationPress.rerotate_keys(layer.self_attn, kept[index], whole.keys)
+        torch.testing.assert_close(ours.keys, turned)
+        torch.testing.assert_close(ours.values, whole.values.gather(2, kept[index][..., None].expand_as(ours.values)))
+
+
+def test_composed_before_another_press(random_model: Build) -> None:
+    model = random_model()
+    think = ThinKPress(key_channel_compression_ratio=0.5, window_size=4)
+    cache, alone = pressed(model, ComposedPress([anchor(0.5), think])), pressed(model, anchor(0.5))
+    for layer, own in zip(cache.layers, alone.layers, strict=True):
+        assert torch.equal(layer.values, own.values)
+        assert (layer.keys == 0).any()
+    halved = pressed(model, ComposedPress([anchor(0.5), KnormPress(0.5)]))
+    assert [layer.keys.shape[2] for layer in halved.layers] == [CONTEXT // 4] * 2
+
+
+def test_decoding_keeps_the_first_and_the_newest_however_long(random_model: Build) -> None:
+    """Four evictions; the tokens of the keys are not known, so their order must be kept."""
+    model, cache = random_model(), DynamicCache()
+    press = DecodingPress(anchor(0.0), compression_interval=6, target_size=18)
+    ids, full = context(), prefill(model, context(), None).cache.layers[0].values
+    with torch.no_grad(), press(model):
+        model(ids[:, :24], past_key_values=cache)
+        for token in range(24, CONTEXT):
+            model(ids[:, token : token + 1], past_key_values=cache)
+            if token % 6 == 5:
+                found = torch.cdist(cache.layers[0].values, full).argmin(-1).flatten(0, 1)
+                assert found.shape[1] == 18
+                assert (found.diff(dim=-1) > 0).all()
+                assert found[:, :2].tolist() == [[0, 1]] * 4
+                assert found[:, -4:].tolist() == [list(range(token - 3, token + 1))] * 4
+    assert scorers_in(press)[0].compression_ratio == 0.0
+
+
+@pytest.mark.parametrize("inner", [KeyDiffPress, lambda: SnapKVPress(window_size=6)], ids=["KeyDiff", "SnapKV"])
+def test_a_replay_equals_a_prefill(random_model: Build, inner: Callable[[], ScorerPress]) -> None:
+    model, press = random_model(), anchor(0.5, inner())
+    recorded = RecordedPrefill(model, context())
+    for ratio in (0.5, 0.9, 0.25, 0.5):
+        press.compression_ratio = ratio
+        for wrapped in (press, AdaKVPress(press), KeyRerotationPress(press)):
+            with torch.no_grad():
+                fresh = prefill(model, context(), wrapped).cache
+            masks = [layer.self_attn.masked_key_indices for layer in model.model.layers]
+            replayed = recorded.evicted(wrapped).cache
+            for index, (layer, own) in enumerate(zip(replayed.layers, fresh.layers, strict=True)):
+                assert torch.equal(layer.keys, own.keys)
+                assert torch.equal(layer.values, own.values)
+                if isinstance(wrapped, AdaKVPress):
+                    again = model.model.layers[index].self_attn.masked_key_indices
+                    assert all(map(torch.equal, masks[index], again))
+
+
+def test_kvpress_s_own_pipeline(tiny_models: dict[str, str]) -> None:
+    """The tokenizer is the one beside the model's weights."""
+    model, own = (kind.from_pretrained(tiny_models["llama"]) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    asking, cache = pipeline("kv-press-text-generation", model=model, tokenizer=own, device="cpu"), DynamicCache()
+    text = "The tiger, old and grey, sleeps. Under the bridge; near the river. " * 6
+    press = AnchorPress(0.7, KnormPress(), Anchors(sinks=1, recent=3))
+    asking(text, question="Where?", max_new_tokens=2, press=press, cache=cache)
+    context_ids = asking.preprocess(text, ["Where?"], answer_prefix="", max_context_length=10_000)["context_ids"]
+    anchors = press.anchors.mask(context_ids, own)[0].nonzero()[:, 0]
+    budget = int(context_ids.shape[1] * 0.3)
+    assert 10 < len(anchors) < budget
+    full = prefill(model, context_ids, None).cache
+    for layer, whole in zip(cache.layers, full.layers, strict=True):
+        assert layer.keys.shape[2] == budget
+        same = (whole.keys[:, :, anchors, None] - layer.keys[:, :, None]).abs().amax(-1) < 1e-5
+        assert same.any(-1).all()
+
+
+def test_without_special_tokens_and_punctuation_no_tokenizer_is_needed(random_model: Build) -> None:
+    model, press = random_model(), AnchorPress(0.5, KnormPress(), Anchors(2, 4, special=False, punctuation=False))
+    with torch.no_grad():
+        check_against_loops(model, press, KnormPress(0.5))
+    with pytest.raises(ValueError, match=r"press\.tokenizer = "):
+        prefill(model, context(), AnchorPress(0.5))
+
+
+def test_a_wrapper_that_does_not_show_the_model_is_an_error(random_model: Build) -> None:
+    """kvpress's CriticalAdaKVPress."""
+    model, press = random_model(), anchor(0.5, KnormPress())
+    with pytest.raises(ValueError, match=r"post_init_from_model\(model\)"):
+        pressed(model, CriticalAdaKVPress(press))
+    press.post_init_from_model(model)
+    pressed(model, CriticalAdaKVPress(press), rows=1)  # it takes no more
+
+
+def test_the_scorer_works_at_the_ratio_of_the_whole(random_model: Build) -> None:
+    seen: list[float] = []
+
+    class Notes(KnormPress):
+        def score(self, *args: Any) -> Tensor:
+            seen.append(self.compression_ratio)
+            return super().score(*args)
+
+    press = anchor(0.5, Notes())
+    before = press_settings(press)
+    set_compression_ratio(press, 0.75)
+    pressed(random_model(), press)
+    assert seen == [0.75, 0.75]
+    set_compression_ratio(press, 0.5)
+    assert press_settings(press) == before  # what a run notes of a press does not depend on where it was used
+
+
+def test_it_is_one_scorer_and_trains() -> None:
+    press = AnchorPress()
+    assert scorers_in(AdaKVPress(press)) == trainable_scorers(press) == [press]
+    assert press_name(press) == "Anchor(KeyDiff)"
+    assert isinstance(press.press, KeyDiffPress)
+    assert press.anchors == Anchors(sinks=4, recent=64, special=True, punctuation=True)
+    assert AnchorPress().anchors is not press.anchors
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"compression_ratio": 1.0}, r"AnchorPress\.compression_ratio is 1\.0"),
+        ({"compression_ratio": -0.1}, r"AnchorPress\.compression_ratio is -0\.1"),
+        ({"press": AdaKVPress(KnormPress())}, r"AnchorPress\.press is AdaKVPress\(.*around AnchorPress"),
+        ({"press": None}, r"AnchorPress\.press is None"),
+        ({"press": KnormPress(0.5)}, r"AnchorPress\.press has a compression_ratio of 0\.5.*leave it out"),
+        ({"anchors": {"sinks": 1}}, r"AnchorPress\.anchors is \{'sinks': 1\}"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        AnchorPress(**settings)
+
+
+def parsed(init_args: dict[str, Any]) -> Any:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--press", type=BasePress)
+    config = {"press": {"class_path": "sparsekv_pl.presses.anchor.AnchorPress", "init_args": init_args}}
+    return parser.instantiate(parser.parse_object(config)).press
+
+
+def test_yaml_sets_the_anchors_and_the_scorer() -> None:
+    press = parsed(
+        {
+            "compression_ratio": 0.5,
+            "anchors": {"sinks": 1, "recent": 8, "punctuation": False},
+            "press": {"class_path": "kvpress.SnapKVPress", "init_args": {"window_size": 5}},
+        }
+    )
+    assert press == AnchorPress(0.5, SnapKVPress(window_size=5), Anchors(sinks=1, recent=8, punctuation=False))
+    assert type(press.press) is SnapKVPress
+    assert parsed({}) == AnchorPress()
+    assert parsed({"anchors": {"recent": 8}}).anchors == Anchors(recent=8)
+
+
+@pytest.mark.parametrize("wrong", [{"anchors": {"sink": 1}}, {"anchors": {"sinks": -1}}, {"tokenizer": "gpt2"}])
+def test_yaml_with_a_mistake_is_an_error(wrong: dict[str, Any]) -> None:
+    with pytest.raises((ArgumentError, ValueError), match=r"sink|tokenizer"):
+        parsed(wrong)
+
+
+def test_a_row_of_hardly_anything_but_padding(random_model: Build) -> None:
+    ids, mask = context(), torch.ones(2, CONTEXT, dtype=torch.long)
+    mask[1, 3:] = 0
+    for inner in (KnormPress(), SnapKVPress(window_size=6)):
+        for scores in scores_of(random_model(), anchor(0.5, inner), input_ids=ids, attention_mask=mask):
+            kept = scores.topk(24, dim=-1).indices
+            assert all({0, 1, 2} <= set(head) for head in kept[1].tolist())
+            assert all(set(first) >= {0, 1, 9, 21, 30, 38, 44, 45, 46, 47} for first in kept[0].tolist())
