@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data.text import Document, TextSource
+from data.cases import Frame
+from data.packing import Tokens, take_tokens
+from data.text import Document, EmbeddedText, TextSource
 
 TEMPLATE = (
     "<s>{% for message in messages %}[{{ message.role }}]{{ message.content }}<eos>{% endfor %}"
@@ -55,3 +58,9 @@ def plain_tokenizer() -> PreTrainedTokenizerFast:
 def numbered() -> Numbered:
     """Forty documents."""
     return Numbered()
+
+
+@pytest.fixture(scope="module")
+def plain(tokenizer: Any) -> tuple[Frame, Tokens]:
+    """One token per byte, so that texts can be compared letter by letter."""
+    return Frame(tokenizer), take_tokens(EmbeddedText().documents(), tokenizer, 30_000)
