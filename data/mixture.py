@@ -4,13 +4,12 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from data.collate import needle_batch, pad_id, text_batch
 from data.needles import NeedleTask
 from data.packing import DocumentStream, WindowStream, split_tokens, spread_windows
+from data.resumable import RankStatefulLoader, flat_settings, tokenizer_settings
 from data.text import EmbeddedText, Splits, TextSource
 from data.tokenized import TokenizedData
 from sparsekv_pl.batch import Batch
@@ -21,12 +20,26 @@ TRIED_CASES, SPARE = 256, 1.25
 """The shortest context must hold a quarter more than the largest of so many facts: of 20,000 none took that much."""
 
 
+STREAM_SETTINGS = (
+    "text",
+    "splits",
+    "seed",
+    "context_tokens",
+    "continuation_tokens",
+    "batch_size",
+    "retrieval_share",
+    "needles",
+    "shortest_context",
+)
+"""What decides the training stream, beside the tokenizer and the numbers of ranks and workers."""
+
+
 class EvictionData(TokenizedData):
     """Batches of context + continuation: plain text and needle cases, one kind per batch.
 
     Needs a tokenizer: the trainer's ``lightning_module.tokenizer``, or set ``tokenizer`` before ``setup``.
     Training is an endless stream (set ``trainer.max_steps``) that resumes exactly from Lightning's
-    checkpoints, on as many ranks and workers as it was saved with.
+    checkpoints; on other numbers of ranks or workers, or with changed data, it says so and stops.
 
     Parameters
     ----------
@@ -116,13 +129,13 @@ class EvictionData(TokenizedData):
                 f"{least - 1} tokens. Give at least {least}, or retrieval_share 0"
             )
 
-    def train_dataloader(self) -> "RankStatefulLoader":
+    def train_dataloader(self) -> RankStatefulLoader:
         """Endless; its length says only that ``trainer.max_steps`` ends it, never its own end."""
         rank, ranks, batches = 0, 1, 10**9
         if self.trainer is not None:
             rank, ranks = self.trainer.global_rank, self.trainer.world_size
             batches = self._batches_to_train()
-        return RankStatefulLoader(MixtureStream(self, rank, ranks), batches, self.num_workers)
+        return RankStatefulLoader(MixtureStream(self, rank, ranks), batches, self.num_workers, self.trainer)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Text windows of the validation split, then needle cases in its wordings."""
@@ -155,47 +168,18 @@ class EvictionData(TokenizedData):
         return batches + 1
 
 
-class RankStatefulLoader(StatefulDataLoader):
-    """Saves the state of every rank and gives each its own back; Lightning would give rank 0's to all.
-
-    The length is the loader's, not the stream's: torch would store that one and warn when a resumed run
-    passes it.
-    """
-
-    def __init__(self, stream: "MixtureStream", batches: int, num_workers: int) -> None:
-        pin_memory = torch.cuda.is_available()
-        super().__init__(stream, batch_size=None, num_workers=num_workers, pin_memory=pin_memory)
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def state_dict(self) -> dict[str, Any]:
-        """{"ranks": one state per rank}. A collective call when distributed: all ranks make it."""
-        own = super().state_dict()
-        if not _distributed():
-            return {"ranks": [own]}
-        states: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(states, own)
-        return {"ranks": states}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take this rank's state; ValueError when the checkpoint was saved by another number of ranks."""
-        states = state_dict["ranks"]
-        rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if _distributed() else (0, 1)
-        if len(states) != ranks:
-            raise ValueError(
-                f"the checkpoint holds the data state of {len(states)} ranks, this run has {ranks}: resume "
-                "with as many ranks"
-            )
-        super().load_state_dict(states[rank])
-
-
 class MixtureStream(IterableDataset[Batch]):
     """Endless training batches. Step s is text or retrieval by a draw from (seed, s), on all ranks."""
 
     def __init__(self, data: EvictionData, rank: int, ranks: int) -> None:
         self.data, self.rank, self.ranks = data, rank, ranks
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides which batches come, by name."""
+        found: dict[str, Any] = {"ranks": self.ranks}
+        for name in STREAM_SETTINGS:
+            found |= flat_settings(name, getattr(self.data, name))
+        return found | tokenizer_settings(self.data.tokenizer)
 
     def __iter__(self) -> "MixtureIterator":
         info = get_worker_info()
@@ -223,13 +207,14 @@ class MixtureIterator(Iterator[Batch]):
         rows = range(first, first + data.batch_size)
         lengths = [random.Random(f"length/{data.seed}/{row}").choice(data.context_lengths) for row in rows]
         self.step += self.workers
+        unusable = Batch(skipped_documents=self.windows.documents.blocks.skipped)  # type: ignore[typeddict-item]
         if retrieval:
             cases = zip(rows, windows, lengths, strict=True)
             needles = [self.task.case(row, text, context_tokens=length) for row, text, length in cases]
-            return needle_batch(needles, self.pad)
+            return needle_batch(needles, self.pad) | unusable
         tokens = data.continuation_tokens
         cut = [window.slice(0, length + tokens) for window, length in zip(windows, lengths, strict=True)]
-        return text_batch(cut, tokens, self.pad)
+        return text_batch(cut, tokens, self.pad) | unusable
 
     def state_dict(self) -> dict[str, Any]:
         """The next step and the text's state; everything else is a function of the step."""
@@ -250,7 +235,3 @@ def training_needles(data: EvictionData) -> NeedleTask:
 
 def _groups(rows: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,5 +1,6 @@
 """Documents to token windows: shuffled, endless, exactly resumable."""
 
+import hashlib
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -130,6 +131,8 @@ class DocumentStream(Iterator[Document]):
         self.found = False
         self.start = self.blocks.state_dict()
         self.order: list[Document] = []
+        self.documents = ""
+        """Fingerprint of the block's documents."""
 
     def __next__(self) -> Document:
         while self.position >= len(self.order):
@@ -139,9 +142,9 @@ class DocumentStream(Iterator[Document]):
         return self.order[self.position - 1]
 
     def _read_block(self) -> None:
-        self.block, self.position = self.block + 1, 0
-        self.start = self.blocks.state_dict()
-        documents = self.blocks.next()
+        start = self.blocks.state_dict()
+        documents = self.blocks.next()  # where this fails, the state is still that of the block before
+        self.start, self.block, self.position = start, self.block + 1, 0
         if documents is None:
             if not self.found:
                 raise ValueError(
@@ -149,6 +152,7 @@ class DocumentStream(Iterator[Document]):
                 )
             self.epoch, self.block, self.found = self.epoch + 1, 0, False
         self.order = list(documents or ())
+        self.documents = _fingerprint(self.order)
         random.Random(f"order/{self.seed}/{self.epoch}/{self.block}").shuffle(self.order)
 
     def state_dict(self) -> dict[str, Any]:
@@ -160,10 +164,11 @@ class DocumentStream(Iterator[Document]):
             "position": self.position,
             "found": self.found,
             "start": self.start,
+            "documents": self.documents,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Read on from a saved state; ValueError when it was saved with other numbers of ranks or workers."""
+        """Read on from a saved state; ValueError when it is another share's, or the source has other documents now."""
         if state["share"] != self.share:
             raise ValueError(
                 f"the state is of the {state['share']}, this stream reads the {self.share}: resume with as "
@@ -177,6 +182,19 @@ class DocumentStream(Iterator[Document]):
         else:
             self.block = 0
         self.position = state["position"]
+        if self.documents != state["documents"]:
+            raise ValueError(
+                f"the {self.share} of the text has other documents than the checkpoint read (epoch {self.epoch}, block "
+                f"{self.block}: fingerprint {self.documents}, was {state['documents']}): resume with the text as it "
+                "was, or start a new run"
+            )
+
+
+def _fingerprint(documents: list[Document]) -> str:
+    digest = hashlib.blake2b(digest_size=6)
+    for document in documents:
+        digest.update(f"{document.id}\0{len(document.text)}\0{document.text}\0".encode(errors="surrogatepass"))
+    return digest.hexdigest() if documents else ""
 
 
 class WindowStream(Iterator[Tokens]):

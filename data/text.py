@@ -3,52 +3,20 @@
 import hashlib
 import json
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from traceback import walk_tb
+from typing import Any
 
+from data.documents import Blocks, Document, Skipped, SourceFailed, TextSource
 from data.facts import Split
+from data.hub_stream import HubBlocks, python_value, table_documents
+from data.retries import Retries, file_read
+
+__all__ = ["Blocks", "Document", "EmbeddedText", "HubText", "LocalText", "SourceFailed", "Splits", "TextSource"]
 
 log = logging.getLogger(__name__)
-
-
-class Document(NamedTuple):
-    """A text with an id that is the same on every machine and in every run."""
-
-    id: str
-    text: str
-
-
-class Blocks(ABC):
-    """Reads the documents of one worker block by block; the reader's state is exact between two blocks."""
-
-    @abstractmethod
-    def next(self) -> list[Document] | None:
-        """The next block (it may be empty), or None at the end of the epoch, after which reading starts
-        again.
-        """
-
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]: ...
-
-    @abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class TextSource(ABC):
-    """A place that documents come from."""
-
-    @abstractmethod
-    def documents(self) -> Iterator[Document]:
-        """All documents once, in the source's order."""
-
-    def blocks(self, keep: Callable[[str], bool], number: int = 0, total: int = 1) -> Blocks:
-        """The share ``number`` of ``total`` of the documents whose id ``keep`` accepts; in memory, as one
-        block.
-        """
-        return _InMemory([d for d in self.documents() if keep(d.id)][number::total])
 
 
 @dataclass(frozen=True)
@@ -98,6 +66,9 @@ class LocalText(TextSource):
     """Local files, held in memory: .txt is one document, each row of .jsonl, .json (JSON lines) and .parquet
     is one.
 
+    Documents without usable text (none, empty, not a string, no valid Unicode) are skipped; ``skipped`` counts them in
+    the last reading.
+
     Parameters
     ----------
     paths
@@ -105,88 +76,100 @@ class LocalText(TextSource):
     text_field
         The key or column that holds the text.
     skip_broken
-        Skip broken JSONL lines instead of stopping; ``skipped`` counts them in the last reading, and the log
-        says how many.
+        Skip and count JSONL lines that are no JSON objects in UTF-8, too, instead of stopping.
+    skip_limit
+        More documents in a row that cannot be used stop the run.
     """
 
     paths: list[str]
     text_field: str = "text"
     skip_broken: bool = False
-    skipped: int = field(default=0, init=False)
+    skip_limit: int = field(default=100, compare=False)
+    skipped: int = field(default=0, init=False, compare=False)
 
     def documents(self) -> Iterator[Document]:
         """ValueError names the file (and the line) that is missing, empty, broken or of an unknown kind."""
         if not self.paths:
             raise ValueError("LocalText got an empty list of paths: name at least one file")
-        self.skipped = 0
         readers = {
             ".txt": self._text,
             ".jsonl": self._json_lines,
             ".json": self._json_lines,
             ".parquet": self._parquet,
         }
+        self.skipped = 0
         for path in map(Path, self.paths):
             if path.suffix not in readers:
                 raise ValueError(f"{path}: unknown kind of file, give one of {sorted(readers)}")
+            counter = Skipped(str(path), self.skip_limit)
             try:
-                found = list(readers[path.suffix](path))
-            except (OSError, UnicodeDecodeError) as error:
+                rows = readers[path.suffix](path, counter)
+                found = [Document(name, text) for name, text in rows if counter.usable(name, text)]
+            except OSError as error:
+                raise ValueError(f"{path}: not readable ({error}). Check the path and the file") from error
+            if not found:
                 raise ValueError(
-                    f"{path}: not readable as UTF-8 text or Parquet ({error}). Check the path and the file"
-                ) from error
-            if not any(document.text.strip() for document in found):
-                raise ValueError(
-                    f"{path}: holds no text. Remove it from paths, or name the right text_field ({self.text_field!r})"
+                    f"{path}: holds no text ({counter.count} documents cannot be used). Remove it from paths, or name "
+                    f"the right text_field ({self.text_field!r})"
                 )
+            self.skipped += counter.count
             yield from found
         if self.skipped:
-            log.warning("skipped %d broken lines in %d files", self.skipped, len(self.paths))
+            log.warning("skipped %d unusable documents in %d files", self.skipped, len(self.paths))
 
-    def _text(self, path: Path) -> Iterator[Document]:
-        yield Document(str(path), path.read_text(encoding="utf-8"))
+    def _text(self, path: Path, counter: Skipped) -> Iterator[tuple[str, Any]]:  # noqa: ARG002
+        content = path.read_bytes()
+        try:
+            yield str(path), content.decode().replace("\r\n", "\n").replace("\r", "\n")
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            raise ValueError(f"{path}, line {line}: not readable as UTF-8 text ({error}). Convert the file") from error
 
-    def _json_lines(self, path: Path) -> Iterator[Document]:
-        with path.open(encoding="utf-8") as lines:
+    def _json_lines(self, path: Path, counter: Skipped) -> Iterator[tuple[str, Any]]:
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
                 try:
-                    text = json.loads(line)[self.text_field]
-                    if not isinstance(text, str):
-                        raise TypeError(f"{self.text_field!r} is not a string")
-                except (ValueError, KeyError, TypeError) as error:
+                    row = json.loads(line.decode())
+                    if not isinstance(row, dict):
+                        raise TypeError(f"it is of type {type(row).__name__}")
+                except (ValueError, TypeError, RecursionError) as error:
+                    why = f"broken ({type(error).__name__}: {error})"
                     if not self.skip_broken:
                         raise ValueError(
-                            f"{path}, line {number}: broken ({type(error).__name__}: {error}). Each line is "
-                            "a JSON object with a string "
+                            f"{path}, line {number}: {why}. Each line is a JSON object with a string "
                             f"{self.text_field!r}; repair it or set skip_broken: true"
                         ) from error
-                    self.skipped += 1
-                    continue
-                yield Document(f"{path}:{number}", text)
+                    counter.skip(f"{path}:{number}", why)
+                else:
+                    yield f"{path}:{number}", row.get(self.text_field)
 
-    def _parquet(self, path: Path) -> Iterator[Document]:
+    def _parquet(self, path: Path, counter: Skipped) -> Iterator[tuple[str, Any]]:  # noqa: ARG002
         import pyarrow.parquet as parquet
-        from pyarrow import ArrowInvalid
+        from pyarrow import ArrowException
 
+        row = 0
         try:
             file = parquet.ParquetFile(path)
-        except ArrowInvalid as error:
-            raise ValueError(f"{path}: not a Parquet file ({error})") from error
-        names = file.schema_arrow.names
-        if self.text_field not in names:
-            raise ValueError(f"{path}: no column {self.text_field!r}, set text_field to one of {names}")
-        row = 0
-        for batch in file.iter_batches(columns=[self.text_field]):
-            for text in batch.column(0).to_pylist():
-                row += 1
-                if text:
-                    yield Document(f"{path}:{row}", text)
+            names = file.schema_arrow.names
+            if self.text_field not in names:
+                raise ValueError(f"{path}: no column {self.text_field!r}, set text_field to one of {names}")
+            for batch in file.iter_batches(columns=[self.text_field]):
+                for value in batch.column(0):
+                    row += 1
+                    yield f"{path}:{row}", python_value(value)
+        except ArrowException as error:
+            what = f"broken after row {row}" if row else "not a Parquet file"
+            raise ValueError(f"{path}: {what} ({error}). Repair or remove it") from error
 
 
 @dataclass
 class HubText(TextSource):
     """A Hugging Face dataset by name, streamed (the default) or downloaded whole.
+
+    A stream that stalls, drops or returns garbage is opened again at the same row. A shard that stays broken stops the
+    run by name. A row whose text cannot be used (none, empty, not a string, no valid Unicode) is skipped and counted.
 
     Parameters
     ----------
@@ -199,6 +182,10 @@ class HubText(TextSource):
     streaming
         Read on the fly. Documents are then shuffled in blocks of ``block_size``, which is what resumes
         exactly.
+    retries
+        When a read has stalled, and how often and how patiently the stream is opened again.
+    skip_limit
+        More rows in a row that cannot be used stop the run.
     """
 
     name: str = "HuggingFaceFW/fineweb-edu"
@@ -208,11 +195,22 @@ class HubText(TextSource):
     streaming: bool = True
     data_files: list[str] | None = None
     block_size: int = 256
+    retries: Retries = field(default_factory=Retries, compare=False)
+    skip_limit: int = field(default=100, compare=False)
+    skipped: int = field(default=0, init=False, compare=False)
 
     def documents(self) -> Iterator[Document]:
         """The documents in the dataset's order."""
-        for row in self._load():
-            yield self._document(row)
+        if self.streaming:
+            blocks = self.blocks(lambda _: True)
+            while (block := blocks.next()) is not None:
+                self.skipped = blocks.skipped
+                yield from block
+            return
+        counter = Skipped(self._source, self.skip_limit)
+        for table in self._open().with_format("arrow").iter(self.block_size):
+            yield from table_documents(table, self.name, self.text_field, counter)
+        self.skipped = counter.count
 
     def blocks(self, keep: Callable[[str], bool], number: int = 0, total: int = 1) -> Blocks:
         """Streamed: whole shards where they divide by ``total``, else every total-th row; filtered by
@@ -222,18 +220,36 @@ class HubText(TextSource):
             return super().blocks(keep, number, total)
         from datasets.distributed import split_dataset_by_node
 
-        return _HubBlocks(self, split_dataset_by_node(self._load(), rank=number, world_size=total), keep)
+        return HubBlocks(
+            lambda: split_dataset_by_node(self._open(), rank=number, world_size=total).with_format("arrow"),
+            lambda table, counter: table_documents(table, self.name, self.text_field, counter),
+            keep,
+            self.block_size,
+            Skipped(self._source, self.skip_limit),
+            self.retries,
+        )
 
-    def _load(self) -> Any:
-        from datasets import load_dataset
+    @property
+    def _source(self) -> str:
+        return f"dataset {self.name!r} (config {self.config!r}, split {self.split!r})"
+
+    def _open(self) -> Any:
+        from datasets import load_dataset_builder
 
         try:
-            found = load_dataset(
-                self.name, self.config, split=self.split, streaming=self.streaming, data_files=self.data_files
-            )
-        except (OSError, ValueError, RuntimeError) as error:
+            builder = load_dataset_builder(self.name, self.config, data_files=self.data_files)
+            if hasattr(builder.config, "on_mixed_types"):
+                # Where one row's text is a number, datasets would hand out all texts around it as JSON, in quotes.
+                builder.config.on_mixed_types = None
+            if self.streaming:
+                found: Any = builder.as_streaming_dataset(split=self.split)
+            else:
+                builder.download_and_prepare()
+                found = builder.as_dataset(split=self.split)
+        except (OSError, ValueError, RuntimeError, EOFError) as error:
+            shard = file_read(walk_tb(error.__traceback__))
             raise ValueError(
-                f"could not open the dataset {self.name!r} (config {self.config!r}, split {self.split!r}): "
+                f"could not open the {self._source}{f', shard {shard}' if shard else ''}: "
                 f"{error}. Check the name and "
                 "the connection (HF_HUB_OFFLINE), or use LocalText or EmbeddedText"
             ) from error
@@ -243,54 +259,3 @@ class HubText(TextSource):
                 f"dataset {self.name!r} has no column {self.text_field!r}: set text_field to one of {columns}"
             )
         return found
-
-    def _document(self, row: dict[str, Any]) -> Document:
-        text = row[self.text_field] or ""
-        known = row.get("id") or row.get("url") or hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
-        return Document(f"{self.name}/{known}", text)
-
-
-class _InMemory(Blocks):
-    def __init__(self, documents: list[Document]) -> None:
-        self.documents = documents
-        self.read = False
-
-    def next(self) -> list[Document] | None:
-        self.read = not self.read
-        return self.documents if self.read else None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"read": self.read}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.read = state["read"]
-
-
-class _HubBlocks(Blocks):
-    """``iter(batch_size)`` rather than ``iter()``: inside a worker the latter would divide the shards a
-    second time.
-    """
-
-    def __init__(self, source: HubText, stream: Any, keep: Callable[[str], bool]) -> None:
-        self.source, self.stream, self.keep = source, stream, keep
-        self.beginning = stream.state_dict() if hasattr(stream, "state_dict") else {}
-        self.state = self.beginning
-        self.batches: Iterator[dict[str, list[Any]]] | None = None
-
-    def next(self) -> list[Document] | None:
-        if self.batches is None:
-            self.batches = self.stream.iter(self.source.block_size)
-        batch = next(self.batches, None)
-        if batch is None:
-            self.load_state_dict(self.beginning)
-            return None
-        self.state = self.stream.state_dict()
-        rows = (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))
-        return [document for document in map(self.source._document, rows) if self.keep(document.id)]
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.stream.load_state_dict(state)
-        self.state, self.batches = state, None

@@ -30,14 +30,15 @@ class Batch(TypedDict):
     """The documents that row b was made of, for error messages and for proving that splits are disjoint."""
     tasks: list[str]
     """"text", or the name of the retrieval task that made row b."""
+    skipped_documents: NotRequired[int]
+    """Documents that whoever made the batch could not use so far."""
 
 
 def rows_of_equal_length(batch: Batch) -> Iterator[Batch]:
     """The batch in parts of equally long, unpadded contexts, so that each row gets what it would get alone.
 
-    Shorter parts come first, rows within a part in the batch's order. What a press draws at random it draws for a place
-    in the part that it sees: a row that comes first in its part gets what it would get alone, another one gets other
-    draws. Rows at the same place of two parts share theirs.
+    Shorter parts come first, rows within a part in the batch's order. What a press draws at random it draws for a row's
+    tokens, whatever part they come in.
     """
     lengths = context_lengths(batch)
     if set(lengths) == {batch["context_ids"].shape[1]}:

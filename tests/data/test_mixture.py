@@ -9,7 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from data import EvictionData
-from data.mixture import MixtureStream, RankStatefulLoader
+from data.mixture import MixtureStream
+from data.resumable import RankStatefulLoader
 from data.text import Splits
 from sparsekv_pl.batch import IGNORE
 
@@ -99,8 +100,9 @@ def test_resumes_to_the_token(tokenizer, numbered, workers, consumed):
 
 def test_state_of_other_ranks_is_refused(tokenizer, numbered):
     loader = _data(tokenizer, numbered).train_dataloader()
-    with pytest.raises(ValueError, match="2 ranks, this run has 1"):
-        loader.load_state_dict({"ranks": [{}, {}]})
+    saved = loader.state_dict()
+    with pytest.raises(ValueError, match="ranks was 2, is 1"):
+        loader.load_state_dict(saved | {"settings": saved["settings"] | {"ranks": 2}})
 
 
 def _rank_resumes(rank, tokenizer, source, folder):

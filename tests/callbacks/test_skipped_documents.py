@@ -1,0 +1,62 @@
+"""The count of unusable documents: the newest of every worker, added up."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from callbacks.skipped_documents import SkippedDocuments
+
+
+class Counts(IterableDataset[dict[str, Any]]):
+    """Worker w skips 10 ** w documents for each batch."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        worker = 0 if info is None else info.id
+        for batch in range(1, 10):
+            yield {"context_ids": torch.zeros(1, 2), "skipped_documents": batch * 10**worker}
+
+
+class Logs(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.logged: list[tuple[int, float]] = []
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:  # noqa: ARG002
+        return self.weight * 1.0
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        assert name == "data/skipped_documents"
+        self.logged.append((self.trainer.global_step, value))
+        super().log(name, value, *args, **kwargs)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("workers", "every", "expected"),
+    [(0, 2, [(2, 2), (4, 4), (6, 6)]), (2, 1, [(2, 11), (3, 12), (4, 22), (5, 23), (6, 33)])],
+)
+def test_the_newest_count_of_every_worker_is_added_up(tmp_path, workers, every, expected):
+    module = Logs()
+    trainer = pl.Trainer(
+        max_steps=6,
+        accelerator="cpu",
+        log_every_n_steps=every,
+        callbacks=SkippedDocuments(),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, DataLoader(Counts(), batch_size=None, num_workers=workers))
+    assert module.logged == expected
+    assert trainer.callback_metrics["data/skipped_documents"] == expected[-1][1]

@@ -1,0 +1,193 @@
+"""Real processes of train.py, killed with SIGKILL in the middle of gradient accumulation, then resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+ROOT = Path(__file__).parents[1]
+ACCUMULATED, STEPS, SAVED, KILLED_IN = 2, 4, 2, 6
+"""Checkpoints follow steps 2 and 4; the kill comes in step 4, when its first micro-batch (of index 6) has its
+gradient."""
+
+
+class Recorder(Callback):
+    """Writes a line for every micro-batch of this rank, whole at once; ``wait_in`` waits for the kill in that batch."""
+
+    def __init__(self, folder: str, wait_in: int | None = None) -> None:
+        self.folder, self.wait_in = Path(folder), wait_in
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        module: Any = pl_module
+        line = {
+            "batch": batch_idx,
+            "loss": outputs["loss"].item().hex(),
+            "compression_ratio": module.compression_ratio.hex(),
+            "press": getattr(module.press, "drawn", None),
+            "documents": batch["document_ids"],
+            "tokens": batch["context_ids"].sum().item(),
+        }
+        with (self.folder / f"{trainer.global_rank}.jsonl").open("a") as lines:
+            lines.write(json.dumps(line) + "\n")
+        if batch_idx == self.wait_in:
+            time.sleep(600)
+
+
+def config(model: str, folder: Path, ranks: int, workers: int, eviction: dict[str, Any]) -> dict[str, Any]:
+    schedule = {"class_path": "sparsekv_pl.schedules.Linear", "init_args": {"start": 0.4, "end": 0.8, "steps": 4}}
+    spread = {"class_path": "sparsekv_pl.schedules.Spread", "init_args": {"low": 0.1, "schedule": schedule}}
+    keeper = {"dirpath": str(folder), "filename": "{step}", "every_n_train_steps": SAVED, "save_top_k": -1}
+    module = {
+        "backbone": {"pretrained": model, "dtype": "float32", "lora": {"r": 4}},
+        "eviction": eviction,
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+        "lr_scheduler": {
+            "class_path": "torch.optim.lr_scheduler.OneCycleLR",
+            "init_args": {"max_lr": 0.01, "total_steps": STEPS + 1},
+        },
+    }
+    data = {
+        "context_tokens": 96,
+        "continuation_tokens": 16,
+        "batch_size": 2,
+        "num_workers": workers,
+    }
+    ddp = {
+        "class_path": "lightning.pytorch.strategies.DDPStrategy",
+        "init_args": {"process_group_backend": "gloo"},
+    }
+    trainer = {
+        "default_root_dir": str(folder),
+        "accelerator": "cpu",
+        "devices": ranks,
+        "strategy": "auto" if ranks == 1 else ddp,
+        "max_steps": STEPS,
+        "max_epochs": -1,
+        "accumulate_grad_batches": ACCUMULATED,
+        "gradient_clip_val": 1.0,
+        "limit_val_batches": 0,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "callbacks": [
+            {"class_path": "callbacks.curriculum.Curriculum", "init_args": {"schedule": spread}},
+            {"class_path": "tests.test_kill.Recorder", "init_args": {"folder": str(folder)}},
+            {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": keeper},
+        ],
+    }
+    return {
+        "seed_everything": 0,
+        "model": {"class_path": "sparsekv_pl.modules.eit.EITModule", "init_args": module},
+        "data": {"class_path": "data.mixture.EvictionData", "init_args": data},
+        "trainer": trainer,
+    }
+
+
+def start(path: Path, settings: dict[str, Any], wait_in: int | None = None, resume: Path | None = None) -> Any:
+    """train.py as the leader of a process group of its own: its ranks and workers are killed with it."""
+    path.mkdir(exist_ok=True)
+    recorder: dict[str, Any] = settings["trainer"]["callbacks"][1]["init_args"]
+    recorder["wait_in"] = wait_in
+    (path / "run.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "train.py", "fit", "--config", str(path / "run.yaml")]
+    command += [f"--ckpt_path={resume}"] if resume else []
+    with (path / "log.txt").open("w") as log:
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+
+
+def kill_in(path: Path, process: Any, ranks: int) -> None:
+    """SIGKILL, when every rank has the gradient of the micro-batch that it waits in."""
+    while process.poll() is None and not all(len(lines(path, rank)) > KILLED_IN for rank in range(ranks)):
+        time.sleep(0.05)
+    assert process.poll() is None, (path / "log.txt").read_text()[-2000:]
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def end(path: Path, process: Any) -> None:
+    assert process.wait(timeout=300) == 0, (path / "log.txt").read_text()[-2000:]
+
+
+def lines(path: Path, rank: int) -> list[dict[str, Any]]:
+    file = path / f"{rank}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def assert_same(one: Any, other: Any, where: str = "checkpoint") -> None:
+    """Bit for bit, all the way down."""
+    assert type(one) is type(other), where
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for name in one:
+            assert_same(one[name], other[name], f"{where}.{name}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for i, (left, right) in enumerate(zip(one, other, strict=True)):
+            assert_same(left, right, f"{where}[{i}]")
+    else:
+        assert one == other, where
+
+
+def state(path: Path) -> dict[str, Any]:
+    """All of the last checkpoint; of the callbacks' state the curriculum's: others hold paths and seconds."""
+    saved = torch.load(path / f"step={STEPS}.ckpt", weights_only=True)
+    saved["callbacks"] = saved["callbacks"].get("Curriculum")
+    return saved
+
+
+def press(name: str, **settings: Any) -> dict[str, Any]:
+    return {"class_path": name, "init_args": settings}
+
+
+DRAWN = press(
+    "sparsekv_pl.eviction.chunked.ChunkedEviction",
+    press=press(
+        "sparsekv_pl.presses.EvictionAugPress",
+        presses=[press("kvpress.SnapKVPress", window_size=8), press("sparsekv_pl.presses.BlockDropoutPress")],
+    ),
+)
+DROPOUT = press("sparsekv_pl.eviction.dropout.KVDropout")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "workers", "eviction"),
+    [(1, 0, DRAWN), (1, 2, DROPOUT), (2, 0, DROPOUT), (2, 2, DRAWN)],
+    ids=["1 rank 0 workers", "1 rank 2 workers", "2 ranks 0 workers", "2 ranks 2 workers"],
+)
+def test_killed_and_resumed_equals_uninterrupted(
+    ranks: int, workers: int, eviction: dict[str, Any], tiny_models: dict[str, str], tmp_path: Path
+) -> None:
+    def settings(path: Path) -> dict[str, Any]:
+        return config(tiny_models["llama"], path, ranks, workers, eviction)
+
+    paths = [tmp_path / name for name in ("whole", "killed", "resumed")]
+    whole, killed, resumed = paths
+    reference = start(whole, settings(whole))
+    try:
+        kill_in(killed, start(killed, settings(killed), wait_in=KILLED_IN), ranks)
+        assert sorted(path.name for path in killed.glob("*.ckpt")) == [f"step={SAVED}.ckpt"]
+        end(resumed, start(resumed, settings(resumed), resume=killed / f"step={SAVED}.ckpt"))
+        end(whole, reference)
+    finally:
+        if reference.poll() is None:
+            os.killpg(reference.pid, signal.SIGKILL)
+    done = SAVED * ACCUMULATED
+    for rank in range(ranks):
+        expected = lines(whole, rank)
+        assert [line["batch"] for line in expected] == list(range(STEPS * ACCUMULATED))
+        assert lines(killed, rank) == expected[: KILLED_IN + 1]
+        assert lines(resumed, rank) == expected[done:]
+    assert_same(state(whole), state(resumed))
