@@ -1,8 +1,11 @@
 """Train: python train.py fit --config configs/quickstart.yaml [--ckpt_path last] [--merge]."""
 
+from pathlib import Path
+
 from lightning.pytorch.cli import LightningArgumentParser
 
 from callbacks.adapter_export import AdapterExport
+from callbacks.checkpoint_files import chosen
 from sparsekv_pl.cli import CommandLine, run
 
 
@@ -16,6 +19,13 @@ class TrainCommandLine(CommandLine):
         parser.add_lightning_class_args(AdapterExport, "export")
         parser.add_argument("--merge", action="store_true", help="at the end, fold the adapter into the base: merged/")
         parser.link_arguments("merge", "export.merge")
+
+    def before_instantiate_classes(self) -> None:
+        """Look at the file or folder of --ckpt_path before a model is loaded."""
+        super().before_instantiate_classes()
+        settings = self.config.get(self.config.get("subcommand") or "", self.config)
+        if settings.get("ckpt_path") not in (None, "last", "best", "hpc") and "://" not in str(settings.ckpt_path):
+            settings.ckpt_path = str(chosen(Path(settings.ckpt_path)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,196 @@
+"""Checkpoints from which a run goes on exactly, whatever stopped it."""
+
+import signal
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.distributed.checkpoint import CheckpointException
+from typing_extensions import override
+
+from callbacks.checkpoint_files import (
+    CheckpointError,
+    WholeCheckpointIO,
+    checkpoints_in,
+    delete,
+    disk_error,
+    newest_readable,
+    not_saved,
+    written_whole,
+)
+from sparsekv_pl.modules.stop_signal import STOPS, HeldSignals, Stopped
+
+REQUEUES = (signal.SIGUSR1, signal.SIGUSR2)
+
+
+class SafeCheckpoint(ModelCheckpoint):
+    """Saves whole checkpoints between optimizer steps, keeps the last ones, and saves when a signal ends the run.
+
+    A checkpoint is written under a hidden name, brought to disk and renamed; where that fails the run stops with
+    ``CheckpointError`` on every rank. ``--ckpt_path last`` is the newest that can be read. The last step is always
+    saved.
+
+    A validation that falls on a step comes before its checkpoint, which so holds what an adaptive curriculum learnt.
+
+    SIGTERM and Ctrl-C wait for the end of the optimizer step and of its validation; all ranks then save together and
+    exit with 143 or 130. Where Lightning requeues a Slurm job, its signal waits likewise: inside a step its collectives
+    would cross those of training. A second Ctrl-C ends at once. After another error a single process saves what it
+    has, at the beginning of the optimizer step that was being worked on; several cannot agree then, and the last
+    checkpoint stands.
+
+    Parameters
+    ----------
+    every_n_train_steps
+        Optimizer steps from one checkpoint to the next.
+    keep
+        How many to keep; 2 or more, so that there is one before the newest. While one more is written the disk
+        holds ``keep`` + 1.
+    dirpath
+        A local folder; by default ``checkpoints`` in the logger's.
+    """
+
+    def __init__(self, every_n_train_steps: int, keep: int = 2, dirpath: str | None = None) -> None:
+        if keep < 2:
+            raise ValueError(f"SafeCheckpoint.keep={keep}: give 2 or more, so that there is one before the newest")
+        if every_n_train_steps < 1:
+            raise ValueError(f"SafeCheckpoint.every_n_train_steps={every_n_train_steps}: give 1 or more")
+        super().__init__(
+            dirpath,
+            filename="{step}",
+            monitor="step",  # Lightning's way to say: the last ones
+            mode="max",
+            save_top_k=keep,
+            every_n_train_steps=every_n_train_steps,
+            save_on_exception=True,
+            enable_version_counter=False,
+        )
+        self._signals = HeldSignals()
+        self._training = False
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """The same for every interval, so that a run resumed with another one still knows which files to delete."""
+        return type(self).__qualname__
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if "://" in str(self.dirpath):
+            raise ValueError(f"SafeCheckpoint.dirpath={self.dirpath}: give a local folder")
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        if trainer.is_global_zero and stage == "fit":
+            for left in Path(str(self.dirpath)).glob(".*.partial"):  # of a process that was killed
+                delete(left)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._last_global_step_saved = trainer.global_step  # what was resumed from is on disk
+        self._training, self._signals = True, HeldSignals()
+        self._signals.hold(*STOPS, *(number for number in REQUEUES if callable(signal.getsignal(number))))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loop = trainer.fit_loop
+        assert loop._data_fetcher is not None
+        # A resumed run does not validate at the step that it was saved at.
+        if not loop._should_accumulate() and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            self._obey(trainer)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._training and not trainer.sanity_checking and not trainer.fit_loop._should_accumulate():
+            if trainer.global_step % self._every_n_train_steps == 0 and not self._should_skip_saving_checkpoint(
+                trainer
+            ):
+                self._save_now(trainer)
+            self._obey(trainer)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_now(trainer)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, (CheckpointError, SystemExit)) or self._signals.asked:
+            return  # there is no room, or all is saved, or the user would not wait
+        if trainer.world_size > 1 or not self._training or not self._should_save_on_exception(trainer):
+            return
+        try:
+            self._save_now(trainer)
+        except Exception as error:
+            rank_zero_warn(str(error))
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._training = False
+        self._signals.release()
+
+    def _obey(self, trainer: Trainer) -> None:
+        """What any rank was asked; every rank calls this after every optimizer step."""
+        asked = torch.tensor(self._signals.asked, device=trainer.strategy.root_device)
+        number = int(trainer.strategy.reduce(asked, reduce_op="max"))
+        if number in REQUEUES:
+            self._signals.asked = 0
+            self._signals.before[number](number, None)
+        elif number:
+            if not self._should_skip_saving_checkpoint(trainer):
+                self._save_now(trainer)
+            self._stop(trainer, number)
+
+    def _stop(self, trainer: Trainer, number: int) -> None:
+        # Lightning's watch over processes it started would kill this one where another has exited first.
+        getattr(trainer.strategy.launcher, "procs", []).clear()
+        name = signal.Signals(number).name
+        rank_zero_info(f"{name}: stopped after step {trainer.global_step}; go on with --ckpt_path last")
+        raise Stopped(number)
+
+    def _save_now(self, trainer: Trainer) -> None:
+        self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    @override
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """As Lightning's, but a rank that fails stops the others too, and they do not wait for it."""
+        failure: BaseException | None = None
+        try:
+            self._write(trainer, Path(filepath))
+        except (Exception, CheckpointException) as error:
+            refused = None if isinstance(error, CheckpointError) else disk_error(error)  # of an export beside it
+            failure = CheckpointError(not_saved(Path(filepath), 0, refused)) if refused else error
+        if not trainer.strategy.reduce_boolean_decision(failure is None):
+            raise failure or CheckpointError(f"checkpoint {filepath} was not saved: see what another rank says")
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+
+    def _write(self, trainer: Trainer, path: Path) -> None:
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+        sharded = getattr(trainer.strategy, "_save_distributed_checkpoint", False)  # a folder, past the CheckpointIO
+        whole = sharded and trainer.is_global_zero
+        with written_whole(path, checkpoint) if whole else nullcontext(path) as target:
+            trainer.strategy.save_checkpoint(checkpoint, target)
+
+    @override
+    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
+        """Also the one that the run was resumed from, once newer ones are whole: else each resumption leaves one."""
+        return previous != current and Path(str(self.dirpath)).absolute() in Path(previous).absolute().parents
+
+    @override
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        """What ``--ckpt_path last`` is: of these and of those saved for a Slurm requeue the newest that can be read."""
+        folder = Path(str(self._ModelCheckpoint__resolve_ckpt_dir(trainer)))  # type: ignore[attr-defined]
+        found = [*checkpoints_in(folder), *Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt")]
+        return {str(newest_readable(found))} if found else set()
+
+
+__all__ = ["CheckpointError", "SafeCheckpoint"]

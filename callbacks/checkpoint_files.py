@@ -1,0 +1,251 @@
+"""Checkpoints on disk: written whole or not at all, read without running their code, the newest that can be read."""
+
+import io
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, ZipFile
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.utils._pytree import tree_leaves
+from typing_extensions import override
+
+SUFFIX = ".ckpt"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; nothing of it is left, and those before it are as they were."""
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Lightning's files, streamed to a hidden name beside the target and renamed when they are on disk.
+
+    Lightning's own builds a second copy of everything in memory, writes it under the system's folder for temporary
+    files and moves it from there, which is a copy that can end half-way wherever that is another disk.
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        with written_whole(Path(path), checkpoint) as partial, partial.open("wb") as file:
+            torch.save(checkpoint, file)
+
+    @override
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Callable[..., Any] | None = lambda storage, _: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        if weights_only is False:
+            raise ValueError("weights_only=false would run code that a checkpoint holds: leave it out")
+        return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+@contextmanager
+def written_whole(path: Path, content: Any) -> Iterator[Path]:
+    """A hidden name beside ``path``, for a file or folder; it becomes ``path`` when all of it is on disk.
+
+    Raises
+    ------
+    CheckpointError
+        Where the disk refuses: it names ``path``, how many bytes the tensors in ``content`` need and how many are
+        free, and the last checkpoint that can be read. The hidden file or folder is deleted then, as at any error.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    needed = sum(leaf.nbytes for leaf in tree_leaves(content) if isinstance(leaf, torch.Tensor))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        delete(partial)
+        yield partial
+        for file in [*partial.rglob("*"), partial]:
+            _sync(file)
+        _put(partial, path)
+    except BaseException as error:
+        delete(partial)
+        refused = disk_error(error)
+        if refused is None:
+            raise
+        raise CheckpointError(not_saved(path, needed, refused)) from error
+
+
+def delete(path: Path) -> None:
+    """A file, a folder with all in it, or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """The operating system's refusal behind ``error``: torch and safetensors hide it under errors of their own."""
+    if error is None or isinstance(error, OSError):
+        return error
+    if number := re.search(r"\(os error (\d+)\)", str(error)):
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    return disk_error(error.__cause__ or error.__context__) or next(
+        (
+            found
+            for failure, _ in getattr(error, "failures", {}).values()  # of torch.distributed.checkpoint, by rank
+            if (found := disk_error(failure)) is not None
+        ),
+        None,
+    )
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Those in a run's or its checkpoints' folder."""
+    return [*folder.glob(f"*{SUFFIX}"), *folder.glob(f"checkpoints/*{SUFFIX}")]
+
+
+def newest_readable(paths: Iterable[Path]) -> Path:
+    """The one saved last that can be read; each newer one is warned of.
+
+    Raises
+    ------
+    ValueError
+        If none of them can be read.
+    """
+    tried = []
+    for path in sorted(paths, key=_when, reverse=True):
+        why = fault(path)
+        if not why:
+            return path
+        tried.append(f"{path}: {why}")
+        rank_zero_warn(f"checkpoint not used: {tried[-1]}")
+    raise ValueError("no checkpoint can be read; start anew without --ckpt_path. " + "; ".join(tried))
+
+
+def chosen(path: Path) -> Path:
+    """What ``--ckpt_path`` means: a checkpoint, or of a run's folder the newest that can be read.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or none that can be read.
+    """
+    if not path.exists():
+        raise ValueError(f"--ckpt_path {path}: there is no such file or folder")
+    if path.is_dir() and not (path / "meta.pt").exists():
+        found = checkpoints_in(path)
+        if not found:
+            raise ValueError(f"--ckpt_path {path}: no {SUFFIX} in this folder or in checkpoints below it")
+        return newest_readable(found)
+    if why := fault(path):
+        raise ValueError(
+            f"--ckpt_path {path}: {why}; give another one, or the folder: then the newest readable is used"
+        )
+    return path
+
+
+def fault(path: Path) -> str:
+    """Why a checkpoint cannot be loaded; empty where it can. All of it is read, nothing in it is run."""
+    try:
+        if path.is_dir():
+            _check_shards(path)
+        _check_file(path / "meta.pt" if path.is_dir() else path)
+    except pickle.UnpicklingError as error:
+        return f"it holds objects whose code loading would run; it was not ({_first_line(error)})"
+    except (BadZipFile, EOFError, KeyError, OSError, RuntimeError, ValueError) as error:
+        return f"it is truncated or corrupt ({_first_line(error)})"
+    return ""
+
+
+def _check_file(path: Path) -> None:
+    with ZipFile(path) as archive:
+        broken = archive.testzip()  # torch writes the checksums and does not look at them when it reads
+    if broken:
+        raise ValueError(f"checksum of {broken} does not match")
+    torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Of sharded checkpoints' ``.metadata``, which torch unpickles as it is."""
+
+    @override
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name)
+        own = module.startswith("torch.distributed.checkpoint.") and getattr(found, "__module__", "") == module
+        if (own and isinstance(found, type)) or isinstance(found, torch.dtype):
+            return found
+        if (module, name) in {("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")}:
+            return found
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def _check_shards(folder: Path) -> None:
+    """Shards are as long as the metadata says, and what in them is pickled is plain: torch loads it as it is."""
+    with (folder / ".metadata").open("rb") as file:
+        metadata = _MetadataUnpickler(file).load()
+    for index, stored in metadata.storage_data.items():
+        shard = folder / stored.relative_path
+        if shard.stat().st_size < stored.offset + stored.length:
+            raise ValueError(f"{shard.name} ends early")
+        if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
+            with shard.open("rb") as file:
+                file.seek(stored.offset)
+                torch.load(io.BytesIO(file.read(stored.length)), weights_only=True)
+
+
+def _put(partial: Path, path: Path) -> None:
+    """Under its name, in place of what had it: a folder cannot be replaced in one go."""
+    before = path.with_name(f".{path.name}.before.partial")
+    if path.is_dir() and not path.is_symlink():
+        path.rename(before)
+    partial.replace(path)
+    delete(before)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def not_saved(path: Path, needed: int, error: OSError) -> str:
+    """One line: why, the bytes that the tensors need (0: not known) and those free, and the last good checkpoint."""
+    what = f" {error.filename}" if error.filename and Path(error.filename) != path else ""
+    saved = sorted(checkpoints_in(path.parent), key=_when, reverse=True)
+    return (
+        f"checkpoint {path} was not saved:{what} {error.strerror or error}. "
+        f"{f'Its tensors need {needed:,} bytes; ' if needed else ''}{_free(path):,} bytes are free. "
+        f"Last good checkpoint: {next((last for last in saved if not fault(last)), 'none')}. "
+        "Make room and go on with --ckpt_path last."
+    )
+
+
+def _free(path: Path) -> int:
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    return shutil.disk_usage(there).free
+
+
+def _when(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+__all__ = [
+    "CheckpointError",
+    "WholeCheckpointIO",
+    "checkpoints_in",
+    "chosen",
+    "delete",
+    "disk_error",
+    "fault",
+    "newest_readable",
+    "not_saved",
+    "written_whole",
+]

@@ -1,0 +1,117 @@
+"""Real processes of train.py and evaluate.py that are told to stop: what they save, how they exit, how they go on."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_evaluate_killed import PIECES, command, finished
+
+ROOT = Path(__file__).parents[1]
+STEPS = 24
+PATIENCE = 300
+"""Seconds for what takes ten on a machine that does nothing else."""
+
+
+def training(folder: Path, pretrained: str, *more: str) -> list[str]:
+    """Two micro-batches a step, one of sentences and questions, no validation."""
+    arguments = ["fit", "--config", "configs/quickstart.yaml", f"--model.backbone.pretrained={pretrained}"]
+    arguments += ["--model.backbone.dtype=float32", "--trainer.accelerator=cpu", "--trainer.precision=32-true"]
+    arguments += ["--data.context_tokens=96", "--data.continuation_tokens=16", "--data.batch_size=2"]
+    arguments += [f"--trainer.max_steps={STEPS}", "--trainer.accumulate_grad_batches=2"]
+    arguments += ["--trainer.limit_val_batches=0", "--trainer.callbacks.every_n_train_steps=4"]
+    arguments += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    arguments += [f"--trainer.default_root_dir={folder}", f"--trainer.logger.save_dir={folder}"]
+    return [sys.executable, "train.py", *arguments, *more]
+
+
+def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as file:
+        return subprocess.Popen(arguments, cwd=ROOT, stdout=file, stderr=file)
+
+
+def stop(process: subprocess.Popen[bytes], number: int, ready: Callable[[], bool], log: Path) -> int:
+    """The exit code of a process that gets signal ``number`` once it is ``ready``."""
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while process.poll() is None and not ready():
+            assert time.monotonic() < deadline, log.read_text()[-2000:]
+            time.sleep(0.005)
+        assert process.poll() is None, f"over before it could be stopped: {log.read_text()[-2000:]}"
+        process.send_signal(number)
+        return process.wait(PATIENCE)
+    finally:
+        process.kill()
+
+
+def saved_one(folder: Path) -> bool:
+    return any(folder.glob("checkpoints/*.ckpt"))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+
+
+def test_training_stopped_by_sigterm_goes_on_exactly(tiny_models: dict[str, str], tmp_path: Path) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    beside = start(training(straight, tiny_models["llama"]), straight / "log")
+    process = start(training(stopped, tiny_models["llama"]), stopped / "log")
+    code = stop(process, signal.SIGTERM, lambda: saved_one(stopped), stopped / "log")
+    said = (stopped / "log").read_text()
+    assert code == 128 + signal.SIGTERM, said[-2000:]
+    assert "SIGTERM: stopped after step" in said
+    assert "Traceback" not in said
+    saved = torch.load(checkpoints(stopped)[-1], weights_only=True)
+    assert 4 <= saved["global_step"] < STEPS
+    assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] == 2 * saved["global_step"]
+    on = start(training(stopped, tiny_models["llama"], "--ckpt_path=last"), stopped / "log")
+    assert on.wait(PATIENCE) == beside.wait(PATIENCE) == 0, (stopped / "log").read_text()[-2000:]
+    ends = [
+        torch.load(folder / "checkpoints" / f"step={STEPS}.ckpt", weights_only=True) for folder in (straight, stopped)
+    ]
+    for name, value in ends[0]["state_dict"].items():
+        assert torch.equal(value, ends[1]["state_dict"][name]), name
+    assert ends[0]["global_step"] == ends[1]["global_step"] == STEPS
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT])
+def test_two_ranks_stop_together(number: signal.Signals, tiny_models: dict[str, str], tmp_path: Path) -> None:
+    """Only the first is told; the other was started by it."""
+    ranks = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    process = start(training(tmp_path, tiny_models["llama"], *ranks), tmp_path / "log")
+    code = stop(process, number, lambda: saved_one(tmp_path), tmp_path / "log")
+    said = (tmp_path / "log").read_text()
+    assert code == 128 + number, said[-2000:]
+    assert "Traceback" not in said
+    step = int(re.findall(r"stopped after step (\d+)", said)[0])
+    assert step < STEPS
+    assert checkpoints(tmp_path)[-1].name == f"step={step}.ckpt"
+    assert torch.load(checkpoints(tmp_path)[-1], weights_only=True)["global_step"] == step
+    deadline = time.monotonic() + PATIENCE
+    while alive := [path for path in Path("/proc").glob("[0-9]*") if str(tmp_path).encode() in _arguments(path)]:
+        assert time.monotonic() < deadline, f"still running: {alive}"
+        time.sleep(0.1)
+
+
+def _arguments(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_evaluation_stopped_by_sigterm_keeps_what_is_finished(tiny_models: dict[str, str], tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process = start(command(tmp_path / "output", tiny_models["llama"]), log)
+    code = stop(process, signal.SIGTERM, lambda: finished(tmp_path / "output") >= 3, log)
+    assert code == 128 + signal.SIGTERM, log.read_text()[-2000:]
+    assert "Traceback" not in log.read_text()
+    assert 3 <= finished(tmp_path / "output") <= PIECES
+    assert not (tmp_path / "output" / "report.json").exists()
