@@ -8,9 +8,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from typing_extensions import override
 
+from callbacks.checkpoint_files import written_whole
 from callbacks.curriculum import Curriculum
+from sparsekv_pl.sharding import exported, gathered
 
 
 class AdapterExport(pl.Callback):
@@ -68,7 +71,7 @@ class AdapterExport(pl.Callback):
         folder = self._export(trainer, pl_module, "final")
         rank_zero_info(f"exported to {folder}")
         if self.merge and trainer.is_global_zero:
-            _write_merged(pl_module, folder.parent / "merged")
+            _write_merged(pl_module, folder)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -83,20 +86,18 @@ class AdapterExport(pl.Callback):
 
     def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> Path:
         folder = Path(self.directory or trainer.default_root_dir) / name
+        weights = gathered(pl_module)
+        config = Path(trainer.log_dir or ".") / "config.yaml"  # all ranks ask: the first one's answer is sent to all
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return folder
-        partial = folder.with_name(f".{name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        if _writes_itself(pl_module):
-            pl_module.save_trained(partial)  # type: ignore[operator]
-        else:
-            _write_model(trainer, pl_module, partial)
-        _write_json(partial / "training.json", self._summary(trainer, pl_module))
-        config = Path(trainer.log_dir or ".") / "config.yaml"
-        if config.exists():
-            shutil.copy(config, partial / "config.yaml")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        with written_whole(folder, weights) as partial:
+            if _writes_itself(pl_module):
+                pl_module.save_trained(partial)  # type: ignore[operator]
+            else:
+                _write_model(trainer, pl_module, partial, weights)
+            _write_json(partial / "training.json", self._summary(trainer, pl_module))
+            if config.exists():
+                shutil.copy(config, partial / "config.yaml")
         return folder
 
     def _summary(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
@@ -115,8 +116,11 @@ def _writes_itself(pl_module: pl.LightningModule) -> bool:
     return hasattr(pl_module, "save_trained")
 
 
-def _write_model(trainer: pl.Trainer, pl_module: pl.LightningModule, folder: Path) -> None:
-    pl_module.model.save_pretrained(folder)  # type: ignore[operator, union-attr]
+def _write_model(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, folder: Path, weights: dict[str, Tensor] | None
+) -> None:
+    """``weights`` are those that training changed, where the model's own are sharded."""
+    pl_module.model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator, union-attr]
     pl_module.tokenizer.save_pretrained(folder)  # type: ignore[operator, union-attr]
     curricula = [callback for callback in trainer.callbacks if isinstance(callback, Curriculum)]  # type: ignore[attr-defined]
     state = curricula[0].export_state(trainer.global_step) if curricula else {}
@@ -127,8 +131,10 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _write_merged(pl_module: pl.LightningModule, folder: Path) -> None:
-    model = pl_module.model
+def _write_merged(pl_module: pl.LightningModule, final: Path) -> None:
+    """Beside the export ``final``, from which a sharded model is read back: no process holds a whole one."""
+    folder, backbone = final.with_name("merged"), pl_module.backbone
+    model = exported(backbone, final) if backbone.sharded else pl_module.model  # type: ignore[arg-type, union-attr]
     merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model  # type: ignore[operator]
     merged.save_pretrained(folder)  # type: ignore[union-attr]
     pl_module.tokenizer.save_pretrained(folder)  # type: ignore[operator, union-attr]

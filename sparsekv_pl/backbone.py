@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,28 +18,9 @@ from transformers import (
 )
 
 from sparsekv_pl.gguf_checkpoint import EMBEDDED, convert, embedded_gguf
+from sparsekv_pl.lora import Lora, inject_lora, load_adapter
 from sparsekv_pl.placement import Placement, settle
 from sparsekv_pl.quantisation import four_bit, keep_unpacked, skeleton, stored_quantisation
-
-
-@dataclass
-class Lora:
-    """Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685) through peft.
-
-    Dropout defaults to 0 because SnapKV and ExpectedAttention recompute queries while they score: with dropout they
-    would score other queries than the model used.
-    """
-
-    r: int = 16
-    alpha: int = 32
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"lora.r={self.r} must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout={self.dropout} must be in [0, 1)")
 
 
 @dataclass
@@ -64,6 +46,9 @@ class Backbone:
         model keeps fused in one parameter, and layers placed outside the GPUs, stay in ``dtype``.
     placement
         Spreads the model over GPUs, CPU memory and disk, for evaluation; null loads it whole.
+    sharded
+        Builds the model without weights, for a strategy that gives each rank its share (ModelParallelStrategy; see
+        sharding.py). Rank 0 alone reads the weights.
     trust_remote_code
         Runs Python that the model's repository ships. Off unless you have read it.
     cache_dir
@@ -77,6 +62,7 @@ class Backbone:
     adapter: str | None = None
     load_in_4bit: bool = False
     placement: Placement | None = None
+    sharded: bool = False
     trust_remote_code: bool = False
     revision: str | None = None
     cache_dir: str | None = None
@@ -88,18 +74,20 @@ class Backbone:
         ------
         ValueError
             For a path that does not exist, an architecture that transformers does not know, a tokenizer whose ids do
-            not fit the embedding, LoRA targets that the model does not have, a placement that cannot be.
+            not fit the embedding, LoRA targets that the model does not have, a placement or a sharding that cannot be.
         """
         if trainable and self.load_in_4bit and self.lora is None and self.adapter is None:
             raise ValueError("load_in_4bit=true freezes the base weights: set lora, or load_in_4bit=false")
+        if self.sharded:
+            self._check_sharded(trainable)
         source = resolve(self.pretrained, self.cache_dir)
         tokenizer = self._tokenizer(source)
-        model = self._model(source, trainable)
+        model = self._skeleton(source) if self.sharded else self._model(source, trainable)
         check_vocabulary(model, tokenizer, self.pretrained)
         if self.adapter is not None:
-            return _load_adapter(model, self.adapter, trainable), tokenizer
+            return load_adapter(model, self.adapter, trainable), tokenizer
         if self.lora is not None and trainable:
-            return _inject_lora(model, self.lora), tokenizer
+            return inject_lora(model, self.lora), tokenizer
         return model, tokenizer
 
     def identity(self) -> dict[str, str | bool | None]:
@@ -151,6 +139,26 @@ class Backbone:
         if len(placed.get("device_map", {})) > 1:
             settle(model)
         return model
+
+    def _check_sharded(self, trainable: bool) -> None:
+        for name, clashes, instead in (
+            ("load_in_4bit=true", self.load_in_4bit, "4-bit weights train under DDP (trainer.strategy=ddp)"),
+            ("a placement", self.placement is not None, "placements are for evaluation: leave it out"),
+            ("evaluation", not trainable, "leave it out, and use a placement for a model that is too large"),
+        ):
+            if clashes:
+                raise ValueError(f"backbone.sharded=true does not go with {name}: {instead}")
+
+    def _skeleton(self, source: str) -> PreTrainedModel:
+        """The model on the meta device."""
+        with _explained(self.pretrained):
+            trusted = self.trust_remote_code
+            config = AutoConfig.from_pretrained(source, revision=self.revision, trust_remote_code=trusted)
+            if stored_quantisation(config):
+                raise ValueError("it is quantised, and sharding loses that: give full weights, or sharded=false")
+            model = skeleton(config, getattr(torch, self.dtype), trust_remote_code=trusted)
+            model.set_attn_implementation(self.attention)
+        return model.eval()
 
     def _placed(self, config: Any, quantisation: Any, trainable: bool) -> dict[str, Any]:
         """What ``from_pretrained`` needs for the placement, which is checked against everything else here."""
@@ -208,7 +216,7 @@ def _explained(pretrained: str) -> Iterator[None]:
     """Turn the many errors of a failed load into one that says what to do."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ValueError(
             f"pretrained={pretrained!r} could not be loaded: {error}\n"
             f"Give a hub id that you may read, a local Hugging Face folder, a .gguf file, or {EMBEDDED!r}; "
@@ -225,35 +233,6 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
             f"pretrained={pretrained!r}: the tokenizer's highest id is {highest} but the embedding has {rows} rows; "
             "the tokenizer belongs to another model, or the embedding must be resized first"
         )
-
-
-def _inject_lora(model: PreTrainedModel, lora: Lora) -> PreTrainedModel:
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-
-    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    missing = sorted(set(lora.targets) - names)
-    if missing:
-        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-        raise ValueError(f"lora.targets {missing} are not in {type(model).__name__}; its linear layers are {linear}")
-    if getattr(model, "is_loaded_in_4bit", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        target_modules=list(lora.targets),
-        lora_dropout=lora.dropout,
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, config)  # type: ignore[return-value]
-
-
-def _load_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> PreTrainedModel:
-    from peft import PeftModel
-
-    folder = Path(adapter).expanduser()
-    if not (folder / "adapter_config.json").exists():
-        raise ValueError(f"adapter={adapter!r} has no adapter_config.json: give a folder that a training run exported")
-    return PeftModel.from_pretrained(model, folder, is_trainable=trainable)  # type: ignore[return-value]
 
 
 def causal_lm(model: Any) -> PreTrainedModel:

@@ -41,11 +41,19 @@ class Teacher:
         return hidden[:, context_ids.shape[1] :]
 
     @property
+    def own_network(self) -> PreTrainedModel | None:
+        """The frozen copy, or None where the student's own layers compute."""
+        return self._copy[0] if self._copy else None
+
+    @property
     def network(self) -> PreTrainedModel:
         """What computes: the student's own layers, or the frozen copy."""
         return self._copy[0] if self._copy else causal_lm(self._model)
 
     @property
     def head_weight(self) -> Tensor | None:
-        """The teacher's own LM head (V, E), or None where it is the student's."""
-        return self._copy[0].get_output_embeddings().weight if self._copy else None
+        """The teacher's own LM head (V, E), or None where it is the student's. A sharded one is gathered."""
+        if not self._copy:
+            return None
+        weight = self._copy[0].get_output_embeddings().weight
+        return weight.full_tensor() if hasattr(weight, "full_tensor") else weight

@@ -5,7 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -47,6 +47,16 @@ def _tokenizer() -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """What a test leaves in the environment ends with it: Lightning's MASTER_PORT would be the next runs' too."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """{"llama": folder, "qwen3": folder}: random two-layer models in float32 with a tokenizer beside them."""
@@ -83,7 +93,8 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def tiny_backbone(tiny_models: dict[str, str]) -> Callable[..., "Backbone"]:
     """Backbone(**settings) of the tiny Llama in float32 with LoRA r 4, unless the settings say otherwise."""
-    from sparsekv_pl.backbone import Backbone, Lora
+    from sparsekv_pl.backbone import Backbone
+    from sparsekv_pl.lora import Lora
 
     def make(kind: str = "llama", **settings: Any) -> Backbone:
         defaults: dict[str, Any] = {"pretrained": tiny_models[kind], "dtype": "float32", "lora": Lora(r=4)}

@@ -13,10 +13,11 @@ from kvpress import BasePress, ExpectedAttentionPress, KnormPress, SnapKVPress
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from sparsekv_pl.backbone import EMBEDDED, Backbone, Lora, adapter_off, causal_lm, resolve
+from sparsekv_pl.backbone import EMBEDDED, Backbone, adapter_off, causal_lm, resolve
 from sparsekv_pl.eviction.decoding import greedy
 from sparsekv_pl.eviction.prefill import continue_from, prefill
 from sparsekv_pl.eviction.replay import RecordedPrefill
+from sparsekv_pl.lora import Lora
 from sparsekv_pl.placement import Placement
 
 MakeBackbone = Callable[..., Backbone]

@@ -8,7 +8,7 @@ attention and the mask interface; without the second, padding would be ignored. 
 keyword argument ``kept_columns`` of the model's forward, so that no module and no global holds it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +24,7 @@ from sparsekv_pl.attention.cached import attention_implementation
 from sparsekv_pl.attention.kept_columns import kept_columns_attention
 from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.result import Evicted
-from sparsekv_pl.presses.draws import generator
+from sparsekv_pl.presses.draws import generator, row_numbers
 from sparsekv_pl.schedules import check_compression_ratio
 
 NAME = "sparsekv_kept_columns"
@@ -54,14 +54,18 @@ class KVDropout:
     anchors
         What is never dropped. Its ``recent`` is also the window, in tokens, that every query has of its own.
     seed
-        Together with the step and the layer it decides every draw.
+        Together with the step, the layer and the row's context it decides every draw.
     query_chunk
         Queries per call of the attention kernel, in tokens: larger is fewer calls and more memory.
+    checkpoint
+        Keep no activations inside layers: backward runs each layer again, so that only one layer's live at a time
+        (https://arxiv.org/abs/1604.06174). Costs a second forward.
     """
 
     anchors: Anchors = field(default_factory=Anchors)
     seed: int = 0
     query_chunk: int = 128
+    checkpoint: bool = False
     tokenizer: PreTrainedTokenizerBase | AnchorTable | None = field(default=None, init=False, repr=False, compare=False)
     """Finds the special tokens and the punctuation among the anchors; set it before the first pass."""
 
@@ -98,11 +102,11 @@ class KVDropout:
         always = torch.cat([anchors, anchors.new_ones(continuation_ids.shape)], dim=1)
         removed = removed_tokens(always, compression_ratio)
         columns = KeptColumns(
-            draw=partial(draw_kept, always, removed, (self.seed, step)),
+            draw=partial(draw_kept, always, removed, [(self.seed, step, row) for row in row_numbers(context_ids)]),
             recent=max(1, self.anchors.recent),
             query_chunk=self.query_chunk,
         )
-        with _kept_columns_in(model):
+        with _checkpointed(model) if self.checkpoint else nullcontext(), _kept_columns_in(model):
             hidden = decoder_of(model)(
                 input_ids=torch.cat([context_ids, continuation_ids], dim=1),
                 use_cache=False,
@@ -117,19 +121,35 @@ def removed_tokens(always: Tensor, compression_ratio: float) -> Tensor:
     return ((~always).sum(dim=1).double() * compression_ratio).round().long()
 
 
-def draw_kept(always: Tensor, removed: Tensor, seed: tuple[int, int], layer_idx: int, kv_heads: int) -> Tensor:
+def draw_kept(
+    always: Tensor, removed: Tensor, seeds: Sequence[tuple[int, ...]], layer_idx: int, kv_heads: int
+) -> Tensor:
     """One layer's kept keys, (B, K, M) int64, sorted; rows that keep fewer than M end in S as filler.
 
-    ``always`` (B, S) bool and ``removed`` (B,) int64 on the CPU; every head of a row keeps equally many. The
-    draw happens on the CPU, so it is the same on every device.
+    ``always`` (B, S) bool and ``removed`` (B,) int64 on the CPU, ``seeds`` one per row; every head of a row keeps
+    equally many. The draw happens on the CPU, so it is the same on every device. More keys begin with the same draws,
+    so padding at the end changes none.
     """
-    batch, length = always.shape
-    rank_by = torch.rand(batch, kv_heads, length, generator=generator(*seed, layer_idx))
+    length = always.shape[1]
+    draws = [torch.rand(length, kv_heads, generator=generator(*seed, layer_idx)).T for seed in seeds]
+    rank_by = torch.stack(draws)
     rank_by.masked_fill_(always[:, None], -1.0)
     kept = length - removed[:, None, None]
     most = int(kept.max())
     chosen = rank_by.argsort(dim=-1)[..., :most]
     return chosen.masked_fill_(torch.arange(most) >= kept, length).sort(dim=-1).values
+
+
+@contextmanager
+def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
+    """Checkpoint every layer inside the block, and not for good: with a cache, layers would compute without it."""
+    already = model.is_gradient_checkpointing
+    model.gradient_checkpointing_enable()
+    try:
+        yield
+    finally:
+        if not already:
+            model.gradient_checkpointing_disable()
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """The LightningModule that trains a model to survive eviction."""
 
+import os
 from dataclasses import replace
 from typing import Any
 
 import torch
 from jsonargparse import set_parsing_settings
 from kvpress import BasePress
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -23,11 +24,14 @@ from sparsekv_pl.losses import token_nll
 from sparsekv_pl.metrics import ContinuationPerplexity
 from sparsekv_pl.modules.fit_together import check_evicts_in_evaluation, fit_together
 from sparsekv_pl.modules.student import Student, supervised, supervised_labels
-from sparsekv_pl.modules.training import optimizers, stop_if_not_finite
-from sparsekv_pl.objectives import EIT, Objective
+from sparsekv_pl.modules.training import guards, optimizers, watch
+from sparsekv_pl.objectives import EIT, Objective, StudentView
+from sparsekv_pl.presses.draws import generator
 from sparsekv_pl.presses.eviction_aug import EvictionAugPress
 from sparsekv_pl.presses.scores import learnable, press_name, rerotates_keys
+from sparsekv_pl.ranks import means_over_ranks
 from sparsekv_pl.schedules import check_compression_ratio
+from sparsekv_pl.sharding import shard
 from sparsekv_pl.teacher import Teacher
 
 set_parsing_settings(
@@ -113,34 +117,53 @@ class EITModule(LightningModule):
             if not rerotates_keys(getattr(eviction, "press", None)):
                 check_positions(causal_lm(self.model), reads, reads, rotates=False)
 
+    def configure_model(self) -> None:
+        """Share the weights out over the ranks, where ``backbone.sharded`` says so."""
+        shard(self)
+
     def on_fit_start(self) -> None:
         """Hugging Face models load in evaluation mode and Lightning keeps it."""
         self.train()
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        """An adapter's dropout draws from torch's own generator: set it by the place, as every draw of ours is."""
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # what seed_everything was given
+        torch.manual_seed(generator(seed, batch_idx, self.global_rank).initial_seed())
+
     def training_step(self, batch: Batch) -> Tensor:
         """One step of the objective on a context evicted at ``compression_ratio``."""
         terms, kept_share = self.loss_terms(batch, self.compression_ratio, self.global_step)
-        stop_if_not_finite(self, terms, batch, compression_ratio=f"{self.compression_ratio:.3f}")
-        self._log_step(terms, kept_share, batch)
+        watch(self, terms, batch, compression_ratio=f"{self.compression_ratio:.3f}")
+        told = means_over_ranks({**terms, "kept_share": torch.tensor(kept_share, device=self.device)})
+        self._log_step(told, batch)
         return terms["loss"]
 
     def loss_terms(self, batch: Batch, compression_ratio: float, step: int) -> tuple[dict[str, Tensor], float]:
         """The objective's terms on ``batch``, and the share of KV pairs that was kept."""
         view, kept_share = self.student.view(batch, compression_ratio, step)
-        return self.objective(view), kept_share
+        terms = self.objective(view)
+        return {**terms, "loss": terms["loss"] + self._nothing(view)}, kept_share
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Perplexity of the supervised tokens with the full cache and under eviction."""
+        place = batch_idx * self.trainer.world_size + self.global_rank
+        # Ranks take turns, and the last turn begins anew to give every rank a batch. That one has counted already, and
+        # runs all the same: the model may be sharded.
+        again = place >= len(self.trainer.val_dataloaders.dataset)  # type: ignore[union-attr]
         for part in rows_of_equal_length(batch):
             labels = part["labels"]
             full = full_cache(causal_lm(self.model), part["context_ids"], part["continuation_ids"])
-            evicted = self.validation_student.evict(part, self.validation_compression_ratio, batch_idx).hidden
+            evicted = self.validation_student.evict(part, self.validation_compression_ratio, place).hidden
             for metric, hidden in ((self.val_full, full), (self.val_evicted, evicted)):
                 nll = token_nll(supervised(hidden, labels), self.student.head_weight, supervised_labels(labels))
-                metric.update(nll)
+                metric.update(nll[:0] if again else nll)
         size = len(batch["labels"])
         self.log("val/perplexity_full", self.val_full, on_epoch=True, batch_size=size)
         self.log("val/perplexity_evicted", self.val_evicted, on_epoch=True, prog_bar=True, batch_size=size)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What stands between a loss that is not finite and the optimizer."""
+        return guards(self.trainer)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over what trains, and the learning-rate schedule if there is one."""
@@ -163,12 +186,18 @@ class EITModule(LightningModule):
             "objective": type(self.objective).__name__,
         }
 
-    def _log_step(self, terms: dict[str, Tensor], kept_share: float, batch: Batch) -> None:
-        logs = {f"train/{name}": value.detach() for name, value in terms.items()}
+    def _nothing(self, view: StudentView) -> Tensor:
+        """Zero, with a gradient of zero in the model and in what presses learn.
+
+        DDP waits for a gradient in every parameter, also at a step whose objective or press leaves some of them out.
+        """
+        return sum(((0 * part).sum() for part in self.press_parameters.values()), (0 * view.hidden_NE).sum())
+
+    def _log_step(self, terms: dict[str, Tensor], batch: Batch) -> None:
+        logs = {f"train/{name}": value for name, value in terms.items()}
         logs["train/compression_ratio"] = torch.tensor(self.compression_ratio)
-        logs["train/kept_share"] = torch.tensor(kept_share)
         self.log_dict(logs, batch_size=batch["labels"].shape[0])
-        self.log("loss", terms["loss"].detach(), prog_bar=True, logger=False, batch_size=batch["labels"].shape[0])
+        self.log("loss", terms["loss"], prog_bar=True, logger=False, batch_size=batch["labels"].shape[0])
 
 
 def _check_head(model: PreTrainedModel) -> None:

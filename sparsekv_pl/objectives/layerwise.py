@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparsekv_pl.layer_outputs import LayerOutput
 from sparsekv_pl.objectives.objective import Objective, StudentView
+from sparsekv_pl.ranks import rank_share
 
 SMALL = 0.01
 """Of the layer's median squared norm: squared norms below it count as this much."""
@@ -55,7 +56,8 @@ class Layerwise(Objective):
             )
         first = view.hidden_NE.device  # layers may lie on several
         errors = torch.stack([relative_error(student[layer], teacher[layer]).to(first) for layer in sorted(student)])
-        loss = (errors * errors.new_tensor(weights)).sum() / sum(weights)
+        share = rank_share(errors.new_tensor(len(view.labels_N)))
+        loss = share * (errors * errors.new_tensor(weights)).sum() / sum(weights)
         return {"loss": loss, f"layerwise_{self.match}": loss.detach()}
 
 

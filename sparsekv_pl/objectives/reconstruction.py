@@ -12,6 +12,7 @@ from sparsekv_pl.eviction.result import EvictedContext
 from sparsekv_pl.losses import CHUNK_TOKENS, distillation_loss
 from sparsekv_pl.objectives.objective import Objective, StudentView
 from sparsekv_pl.presses.draws import generator
+from sparsekv_pl.ranks import rank_share
 
 
 @dataclass
@@ -72,12 +73,12 @@ class Reconstruction(Objective):
         hidden, labels, lost = (torch.cat(parts) for parts in zip(*asked, strict=True))
         head = view.head_weight_VE
         terms = distillation_loss(hidden, None, head, labels, kl_weight=0.0, chunk_tokens=self.chunk_tokens)
-        count = terms.tokens.clamp(min=1)
+        count, share = terms.tokens.clamp(min=1), rank_share(terms.tokens)
         return {
-            "loss": terms.loss,
-            "reconstruction": terms.cross_entropy,
-            "reconstruction_lost": torch.where(labels != IGNORE, lost, 0).sum() / count,
-            "reconstruction_accuracy": _hits(hidden, head, labels, self.chunk_tokens) / count,
+            "loss": share * terms.loss,
+            "reconstruction": share * terms.cross_entropy,
+            "reconstruction_lost": share * torch.where(labels != IGNORE, lost, 0).sum() / count,
+            "reconstruction_accuracy": share * _hits(hidden, head, labels, self.chunk_tokens) / count,
         }
 
     def _ask(self, context: EvictedContext) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from sparsekv_pl.losses import CHUNK_TOKENS, distillation_loss
 from sparsekv_pl.objectives.objective import Objective, StudentView
+from sparsekv_pl.ranks import rank_share
 
 
 @dataclass
@@ -29,7 +30,8 @@ class LM(Objective):
             kl_weight=0.0,
             chunk_tokens=self.chunk_tokens,
         )
-        return {"loss": terms.loss, "cross_entropy": terms.cross_entropy}
+        share = rank_share(terms.tokens)
+        return {"loss": share * terms.loss, "cross_entropy": share * terms.cross_entropy}
 
 
 @dataclass
@@ -79,4 +81,5 @@ class EIT(Objective):
             teacher_head_weight_VE=view.teacher_head_weight_VE,
             chunk_tokens=self.chunk_tokens,
         )
-        return {"loss": terms.loss, "cross_entropy": terms.cross_entropy, "kl": terms.kl}
+        share = rank_share(terms.tokens)
+        return {"loss": share * terms.loss, "cross_entropy": share * terms.cross_entropy, "kl": share * terms.kl}

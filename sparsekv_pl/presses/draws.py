@@ -1,11 +1,16 @@
-"""What a press draws at random is a function of its seed, the step and the layer: the same on every rank and resume."""
+"""What a press draws at random is a function of its seed, the step, the layer and, where rows differ, the row's tokens.
 
+So a rank draws what one process would that has the rows of all, and a resumed run what the first one would have.
+"""
+
+import zlib
 from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
 import torch
 from kvpress import BasePress
+from torch import Tensor
 
 from sparsekv_pl.presses.scores import presses_in
 
@@ -30,3 +35,8 @@ def generator(*numbers: int) -> torch.Generator:
     # SeedSequence mixes: under a sum, neighbouring steps and layers would share their draws.
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
+
+
+def row_numbers(ids: Tensor) -> list[int]:
+    """A number for each row of token ids (B, L): what a row draws by it is its own, wherever in a batch it stands."""
+    return [zlib.crc32(row.tobytes()) for row in ids.cpu().numpy()]

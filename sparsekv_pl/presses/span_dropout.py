@@ -10,9 +10,9 @@ import torch
 from kvpress import ScorerPress
 from torch import Tensor, nn
 
-from sparsekv_pl.presses.draws import Draws, generator
+from sparsekv_pl.presses.draws import Draws, generator, row_numbers
 from sparsekv_pl.presses.notes import notes_in
-from sparsekv_pl.presses.tokens import real_keys
+from sparsekv_pl.presses.tokens import TOKEN_IDS, real_keys
 from sparsekv_pl.schedules import check_compression_ratio
 
 
@@ -50,6 +50,13 @@ class Shown:
             first = (self.kwargs["cache_position"][None] if positions is None else positions).amin(1)
         return [int(number) for number in first.expand(len(self.keys)).tolist()]
 
+    @cached_property
+    def rows(self) -> list[int]:
+        """A number for each row, by its new tokens where they are told (in a prefill of ours), else by its place."""
+        if notes_in(self.kwargs) is None:
+            return list(range(len(self.keys)))
+        return row_numbers(self.kwargs[TOKEN_IDS])
+
 
 @dataclass
 class SpanDropoutPress(Draws, ScorerPress):
@@ -57,8 +64,9 @@ class SpanDropoutPress(Draws, ScorerPress):
 
     Subclasses say where the spans are (``spans``) and, if not by lot, which stay longest (``priority``). Exactly the
     budget stays, so one span of each head is cut: its first tokens go first, because the hidden states of its last ones
-    have seen them. The draw depends on ``seed``, the step, the layer, the position of the chunk, the row and the KV
-    head, and on nothing in the other rows. A later chunk of a prefill chooses among the keys that are in the cache.
+    have seen them. The draw depends on ``seed``, the step, the layer, the position of the chunk, the row's tokens in it
+    (outside our prefill: the row's place) and the KV head, and on nothing in the other rows. A later chunk of a prefill
+    chooses among the keys that are in the cache.
 
     Padding goes first. Wrappers that ask for scores alone (AdaKVPress, ChunkPress, KeyRerotationPress) do not ask
     whether the model is in training, and evict in evaluation too. ChunkPress shows its parts one by one: each has
@@ -118,7 +126,8 @@ class SpanDropoutPress(Draws, ScorerPress):
         drawn = [
             torch.rand(count, heads, dtype=torch.float64, generator=generator(*numbers)).T
             for numbers in (
-                (self.seed, self.step, *layer, first, row, stream) for row, first in enumerate(shown.firsts)
+                (self.seed, self.step, *layer, first, row, stream)
+                for row, first in zip(shown.rows, shown.firsts, strict=True)
             )
         ]
         return torch.stack(drawn).to(shown.keys.device)

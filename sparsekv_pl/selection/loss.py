@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from sparsekv_pl.ranks import rank_share
 from sparsekv_pl.selection.forms import TINY, cross_entropy, evictable_keys, key_logits, ranking
 from sparsekv_pl.selection.mass import Selection
 
@@ -111,4 +112,5 @@ class SelectionLoss:
 
 
 def _mean(losses: Tensor, weights: Tensor) -> Tensor:
-    return (losses * weights).sum() / weights.sum().clamp(min=TINY)
+    total = weights.sum()
+    return rank_share(total) * (losses * weights).sum() / total.clamp(min=TINY)

@@ -17,8 +17,9 @@ from typing_extensions import override
 from callbacks.anchor_analysis import AnchorAnalysisCallback, evaluating, per_token
 from sparsekv_pl.analyses.anchors import observed
 from sparsekv_pl.attention.token_types import types_for
-from sparsekv_pl.backbone import Lora, causal_lm
+from sparsekv_pl.backbone import causal_lm
 from sparsekv_pl.eviction.chunked import ChunkedEviction
+from sparsekv_pl.lora import Lora
 from sparsekv_pl.modules.eit import EITModule
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw, trained
 

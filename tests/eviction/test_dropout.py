@@ -22,6 +22,7 @@ from sparsekv_pl.attention.cached import attention_implementation
 from sparsekv_pl.attention.kept_columns import kept_columns_mask
 from sparsekv_pl.eviction import dropout
 from sparsekv_pl.eviction.dropout import NAME, KeptColumns, KVDropout, draw_kept, removed_tokens
+from sparsekv_pl.presses.draws import row_numbers
 
 MODELS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 VOCABULARY, CONTEXT, CONTINUATION = 97, 48, 12
@@ -123,7 +124,7 @@ def test_masked_and_gathered_eviction_agree():
     always = method.anchors.mask(context, method.tokenizer)
     context, continuation = context[:1], continuation[:1]
     always = torch.cat([always[:1], torch.ones(1, CONTINUATION, dtype=torch.bool)], dim=1)
-    kept = draw_kept(always, removed_tokens(always, 0.6), (0, 5), layer_idx=0, kv_heads=2)
+    kept = draw_kept(always, removed_tokens(always, 0.6), [(0, 5, *row_numbers(context))], layer_idx=0, kv_heads=2)
     kept_context = kept[..., :-CONTINUATION, None].expand(-1, -1, -1, 8)
 
     cache = DynamicCache()
@@ -146,7 +147,9 @@ def test_masked_and_gathered_eviction_agree():
 def drawn(step: int = 0, seed: int = 0, layer: int = 0, ratio: float = 0.5) -> tuple[Tensor, Tensor]:
     always = torch.zeros(2, 40, dtype=torch.bool)
     always[:, :4], always[1, 4:20] = True, True
-    return always, draw_kept(always, removed_tokens(always, ratio), (seed, step), layer, kv_heads=3)
+    return always, draw_kept(
+        always, removed_tokens(always, ratio), [(seed, step, row) for row in range(2)], layer, kv_heads=3
+    )
 
 
 def test_every_head_keeps_the_anchors_and_as_many_others():
@@ -185,7 +188,7 @@ def test_kept_share_counts_anchors_and_the_context_alone():
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing_for_real_tokens(side):
     model, tokens = build(), ids()[0]
-    kept = draw_kept(torch.zeros_like(tokens, dtype=torch.bool), torch.tensor([30, 30]), (0, 0), 0, 2)
+    kept = draw_kept(torch.zeros_like(tokens, dtype=torch.bool), torch.tensor([30, 30]), [(0, 0, 0), (0, 0, 1)], 0, 2)
     pad = torch.zeros(2, 7, dtype=torch.long)
     mask = torch.ones_like(tokens)
     left = side == "left"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsekv_pl.anchors import Anchors, AnchorTable
-from sparsekv_pl.batch import IGNORE, Batch, rows_of_equal_length
+from sparsekv_pl.batch import IGNORE, Batch
 from sparsekv_pl.eviction import Eviction
 from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.dropout import KVDropout
@@ -101,10 +101,10 @@ def ragged(lengths: list[int]) -> Batch:
     )
 
 
-def rows_alone(batch: Batch, continuation_padding: bool = False) -> Iterator[Batch]:
-    """Each row as a batch of its own, without any padding unless the continuation's is asked for."""
+def rows_alone(batch: Batch) -> Iterator[Batch]:
+    """Each row as a batch of its own, without any padding."""
     for row, length in enumerate(batch["context_lengths"]):
-        end = TOKENS if continuation_padding else row + 6
+        end = row + 6
         yield Batch(
             context_ids=batch["context_ids"][row : row + 1, :length],
             continuation_ids=batch["continuation_ids"][row : row + 1, :end],
@@ -124,10 +124,10 @@ def terms_and_gradients(own: Student, batch: Batch) -> tuple[dict[str, Tensor], 
     return {name: term.detach() for name, term in terms.items()}, gradients, kept
 
 
-def check_weighted_mean(own: Student, batch: Batch, weights: list[float], **alone: Any) -> None:
+def check_weighted_mean(own: Student, batch: Batch, weights: list[float]) -> None:
     """The batch's terms, gradients and kept share are the means of the rows', the share's with equal weights."""
     terms, gradients, kept = terms_and_gradients(own, batch)
-    rows = [terms_and_gradients(own, row) for row in rows_alone(batch, **alone)]
+    rows = [terms_and_gradients(own, row) for row in rows_alone(batch)]
     shares = [weight / sum(weights) for weight in weights]
     for found, single in ((terms, [row[0] for row in rows]), (gradients, [row[1] for row in rows])):
         assert found
@@ -174,7 +174,7 @@ def test_padding_would_change_the_loss(random_model: MakeModel) -> None:
     assert abs(wrong["loss"] - right["loss"]) > 1e-2
 
 
-# --- KV dropout: draws belong to a place in the part ---
+# --- KV dropout: draws belong to a row's tokens ---
 
 
 def kv_dropout() -> KVDropout:
@@ -184,21 +184,11 @@ def kv_dropout() -> KVDropout:
     return eviction
 
 
-def test_rows_that_are_first_of_their_length_lose_what_they_lose_alone(random_model: MakeModel) -> None:
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_every_row_loses_what_it_loses_alone(lengths: list[int], random_model: MakeModel) -> None:
     own = student(random_model, kv_dropout(), EIT())
-    batch = ragged(LENGTHS["all different"])
-    check_weighted_mean(own, batch, supervised_tokens(batch), continuation_padding=True)
-
-
-def test_the_second_of_a_length_has_draws_of_its_own(random_model: MakeModel) -> None:
-    own = student(random_model, kv_dropout(), LM())
-    batch = ragged(LENGTHS["two alike"])
-    (short, both), alone = rows_of_equal_length(batch), list(rows_alone(batch, continuation_padding=True))
-    together = own.evict(both, RATIO, STEP).hidden
-    first, second = (own.evict(alone[row], RATIO, STEP).hidden[0] for row in (0, 2))
-    torch.testing.assert_close(together[0], first, rtol=1e-5, atol=1e-5)
-    assert (together[1] - second).abs().max() > 1e-2
-    torch.testing.assert_close(own.evict(short, RATIO, STEP).hidden, own.evict(alone[1], RATIO, STEP).hidden)
+    batch = ragged(lengths)
+    check_weighted_mean(own, batch, supervised_tokens(batch))
 
 
 # --- selection ---

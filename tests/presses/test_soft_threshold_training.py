@@ -196,7 +196,7 @@ def test_training_moves_a_learnable_threshold_and_saves_it(
     (threshold,) = learnable(trains.press).values()
     assert 1e-3 < abs(threshold.item() - 0.5) < 0.05  # two steps of AdamW at 1e-2
     trainer.save_checkpoint(tmp_path / "it.ckpt")
-    saved = torch.load(tmp_path / "it.ckpt", weights_only=False)["state_dict"]
+    saved = torch.load(tmp_path / "it.ckpt", weights_only=True)["state_dict"]
     assert torch.equal(saved[name], threshold)
     resumed = module()
     resumed.load_state_dict(saved, strict=False)

@@ -14,7 +14,7 @@ from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.presses.block_dropout import BlockDropoutPress
 from sparsekv_pl.presses.scores import catch_scores
 from sparsekv_pl.presses.span_dropout import Shown, SpanDropoutPress
-from tests.presses.span_cases import CONTEXT, RATIO, Build, blocks, both, context, evicted, kept, variable
+from tests.presses.span_cases import CONTEXT, RATIO, Build, blocks, both, context, evicted, variable
 
 
 def order_of_keys(model: PreTrainedModel, press: BasePress, ids: Tensor, **stock: Any) -> Tensor:
@@ -79,7 +79,8 @@ def test_every_decoded_token_draws_anew(random_model: Build) -> None:
 
 def test_gradients_equal_those_of_a_dense_pass_that_hides_what_went(random_model: Build) -> None:
     model, press, more = random_model().train(), blocks(shared=True), context(5, tokens=8)
-    keeping = kept(model, press, context())[0, :, 0]
+    positions = prefill(model, context(), press, with_positions=True).positions[0][:, 0]
+    keeping = torch.zeros(2, CONTEXT, dtype=torch.bool).scatter(1, positions, True)
     evicting = ChunkedEviction(press)
 
     def gradients(hidden: Tensor) -> list[Tensor]:

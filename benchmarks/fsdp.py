@@ -1,0 +1,136 @@
+"""Does training sharded over ranks (FSDP2) train as one process does, and what does it cost against DDP?
+
+Run from the checkout on a machine with two GPUs or more: ``python benchmarks/fsdp.py``. It prints PASS or FAIL for each
+check (benchmarks/fsdp_checks.py) and, of training LoRA on ``--pretrained``, time and peak memory of FSDP2 over DDP.
+``--gloo`` runs the checks alone, on two processes of the CPU. Exits with 0 where all pass, 1 where one fails, and 2
+where there is nothing to run on.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from fsdp_checks import CHECKS, check
+from fsdp_runs import Rows, Run, become, free_port, quiet
+from lightning.pytorch import Callback, Trainer
+from measure import report
+from torch.multiprocessing import start_processes
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sparsekv_pl.backbone import EMBEDDED, Backbone
+from sparsekv_pl.eviction.dropout import KVDropout
+from sparsekv_pl.lora import Lora
+from sparsekv_pl.modules.eit import EITModule
+
+WARM_UP, STEPS, CONTINUATION = 3, 13, 64
+
+
+class Meter(Callback):
+    """Seconds of the steps after the warm-up, and this rank's peak of GPU memory in bytes."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        if batch_idx == WARM_UP:
+            self.started = self._now()
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: ARG002
+        self.seconds = self._now() - self.started
+        self.peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def train(rank: int, run: Run, port: int, tokens: int) -> None:
+    """One rank of a measured run, a row per rank; its figures go to figures.RANK.json."""
+    become(rank, port)
+    backbone = Backbone(run.models["tied"], sharded=run.sharded)
+    module = EITModule(backbone, KVDropout(checkpoint=True))
+    module.compression_ratio = 0.5
+    meter = Meter()
+    trainer = Trainer(**run.settings() | {"max_steps": STEPS, "precision": "bf16-mixed", "callbacks": [meter]})
+    trainer.fit(module, Rows(run.ranks, tokens - CONTINUATION, CONTINUATION, STEPS))
+    (run.folder / f"figures.{rank}.json").write_text(json.dumps([meter.seconds, meter.peak]))
+
+
+def figures(run: Run, tokens: int) -> None:
+    """Print time and memory of FSDP2 and of DDP."""
+    rows, seconds, peaks = [], {}, {}
+    for name, sharded in (("ddp", False), ("fsdp2", True)):
+        ranked = replace(run, sharded=sharded)
+        start_processes(train, (ranked, free_port(), tokens), nprocs=run.ranks, start_method="spawn")
+        ranks = [json.loads((run.folder / f"figures.{rank}.json").read_text()) for rank in range(run.ranks)]
+        seconds[name], peaks[name] = (max(column) for column in zip(*ranks, strict=True))
+        speed = run.ranks * tokens * (STEPS - WARM_UP) / seconds[name]
+        rows.append({"strategy": name, "tokens/s": f"{speed:.0f}", "peak GiB/GPU": f"{peaks[name] / 2**30:.2f}"})
+    ratios = {"time_fsdp2_over_ddp": seconds["fsdp2"] / seconds["ddp"]}
+    ratios["memory_fsdp2_over_ddp"] = peaks["fsdp2"] / max(peaks["ddp"], 1)
+    report("fsdp", rows, ratios, floors={"memory_fsdp2_over_ddp": 1 / run.ranks}, goals={"memory_fsdp2_over_ddp": 0.9})
+
+
+def tiny_models(folder: Path) -> dict[str, str]:
+    """Random models of two layers beside SmolLM2's tokenizer, with tied embeddings and without."""
+    tokenizer = Backbone(EMBEDDED).load_tokenizer()
+    for name in ("tied", "untied"):
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.1,
+            tie_word_embeddings=name == "tied",
+        )
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return {name: str(folder / name) for name in ("tied", "untied")}
+
+
+def save_adapter(folder: Path, pretrained: str) -> None:
+    """An adapter whose both factors are random: a fresh one starts at zero, and half its gradients with it."""
+    torch.manual_seed(1)
+    model = Backbone(pretrained, dtype="float32", lora=Lora(r=4)).load()[0]
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data, std=0.05)
+    model.save_pretrained(folder / "adapter")
+
+
+def main() -> int:
+    """0 where every check passes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gloo", action="store_true", help="the checks alone, on two processes of the CPU")
+    parser.add_argument("--models", nargs=2, metavar=("TIED", "UNTIED"), help="folders of tiny models to check with")
+    parser.add_argument("--pretrained", default=EMBEDDED, help="what throughput and memory are measured of")
+    parser.add_argument("--tokens", type=int, default=2_048, help="of a row, in the measurement")
+    arguments = parser.parse_args()
+    gpus = torch.cuda.device_count()
+    if not arguments.gloo and gpus < 2:
+        print(f"NOT RUN: FSDP2 is for two GPUs or more and this machine has {gpus}; --gloo runs the checks on the CPU")
+        return 2
+    quiet()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        given = arguments.models and dict(zip(("tied", "untied"), arguments.models, strict=True))
+        models = given or tiny_models(folder)
+        save_adapter(folder, models["tied"])
+        found = check(Run(folder, models, 2, "cpu" if arguments.gloo else "gpu"))
+        for name in CHECKS:
+            print(f"FAIL {name}: {found[name]}" if found[name] else f"PASS {name}", flush=True)
+        if not arguments.gloo:
+            figures(Run(folder, {"tied": arguments.pretrained}, gpus, "gpu"), arguments.tokens)
+    return 1 if any(found.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

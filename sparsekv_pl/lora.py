@@ -1,0 +1,65 @@
+"""Low-rank adapters: put on a model, or loaded from what a run exported."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+
+@dataclass
+class Lora:
+    """Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685) through peft.
+
+    Dropout defaults to 0 because SnapKV and ExpectedAttention recompute queries while they score: with dropout they
+    would score other queries than the model used.
+    """
+
+    r: int = 16
+    alpha: int = 32
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"lora.r={self.r} must be at least 1")
+        if self.alpha <= 0:
+            raise ValueError(f"lora.alpha={self.alpha} must be above 0: the adapter's output is scaled by alpha / r")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout={self.dropout} must be in [0, 1)")
+
+
+def inject_lora(model: PreTrainedModel, lora: Lora) -> PreTrainedModel:
+    """``model`` with fresh adapters. Raises ``ValueError`` for targets that it does not have."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    missing = sorted(set(lora.targets) - names)
+    if missing:
+        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        raise ValueError(f"lora.targets {missing} are not in {type(model).__name__}; its linear layers are {linear}")
+    if getattr(model, "is_loaded_in_4bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.targets),
+        lora_dropout=lora.dropout,
+        task_type="CAUSAL_LM",
+    )
+    on_meta = model.device.type == "meta"
+    return get_peft_model(model, config, low_cpu_mem_usage=on_meta)  # type: ignore[return-value]
+
+
+def load_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> PreTrainedModel:
+    """``model`` with the adapter in folder ``adapter``. Raises ``ValueError`` where none is there."""
+    from peft import PeftConfig, PeftModel, get_peft_model
+
+    folder = Path(adapter).expanduser()
+    if not (folder / "adapter_config.json").exists():
+        raise ValueError(f"adapter={adapter!r} has no adapter_config.json: give a folder that a training run exported")
+    if model.device.type == "meta":
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = not trainable
+        return get_peft_model(model, config, low_cpu_mem_usage=True)
+    return PeftModel.from_pretrained(model, folder, is_trainable=trainable)  # type: ignore[return-value]
