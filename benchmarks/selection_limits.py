@@ -35,9 +35,10 @@ from data.facts import Split
 from data.needles import NeedleCase, NeedleTask, needle_ids
 from data.packing import split_tokens
 from data.text import EmbeddedText, Splits
-from sparsekv_pl.backbone import Backbone, Lora, causal_lm
+from sparsekv_pl.backbone import Backbone, causal_lm
 from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.prefill import prefill
+from sparsekv_pl.lora import Lora
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.scores import catch_scores, press_name
 from sparsekv_pl.selection import AttentionMass, SelectionLoss, evictable_keys, key_logits

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -16,7 +16,7 @@ from sparsekv_pl.backbone import Backbone, causal_lm
 from sparsekv_pl.batch import Batch
 from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.limits import check_positions
-from sparsekv_pl.modules.training import optimizers, stop_if_not_finite
+from sparsekv_pl.modules.training import guards, optimizers, watch
 
 TOP, SHARE = 16, 4
 """Validation compares the best 16 blocks of a row, or the best quarter of those visible where that is fewer."""
@@ -82,7 +82,7 @@ class GateDistillation(LightningModule):
     def training_step(self, batch: Batch) -> Tensor:
         """One step of all gates."""
         loss = self.loss(batch)
-        stop_if_not_finite(self, {"loss": loss}, batch)
+        watch(self, {"loss": loss}, batch)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["context_ids"]))
         return loss
 
@@ -113,6 +113,10 @@ class GateDistillation(LightningModule):
         logs = {f"val/{name}": torch.stack(values).mean() for name, values in measured.items()}
         logs |= {f"val/loss_layer_{layer:02d}": value for layer, value in enumerate(measured["loss"])}
         self.log_dict(logs, on_epoch=True, batch_size=len(batch["context_ids"]), sync_dist=True)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What stands between a loss that is not finite and the optimizer."""
+        return guards(self.trainer)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the gates, and the learning-rate schedule if there is one."""

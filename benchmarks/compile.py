@@ -1,0 +1,133 @@
+"""What torch.compile does to the parts of an EIT step, against the same part uncompiled.
+
+Run from the checkout: ``python benchmarks/compile.py``. Takes about ten minutes on two cores, most of it compiling.
+
+A ratio below 1 is a gain. Compiling itself is not in the ratios but in a column of its own: the seconds of the first
+call. A whole decoder layer is traced through the press's hook and the growing cache: ``graphs`` counts what was
+compiled, also anew because a length had changed, and ``breaks`` where the compiler gave up and Python went on.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from unittest.mock import patch
+
+import torch
+from kvpress import SnapKVPress
+from measure import paired_times, report
+from torch import Tensor
+
+from sparsekv_pl import losses
+from sparsekv_pl.backbone import Backbone, causal_lm
+from sparsekv_pl.batch import IGNORE
+from sparsekv_pl.decoder import decoder_of
+from sparsekv_pl.eviction.chunked import ChunkedEviction
+from sparsekv_pl.modules.eit import EITModule
+from sparsekv_pl.objectives import EIT, Mixed, SelectionObjective
+from sparsekv_pl.selection import Selection, SelectionLoss
+
+Step = Callable[[], object]
+CONTEXTS = (256, 240, 248, 232)
+"""Lengths come in turn: a compiler that needs one graph per length shows it."""
+CONTINUATION = 64
+PIECES = {"norms": ("input_layernorm", "post_attention_layernorm"), "mlp": ("mlp",)}
+
+
+def token_loss(compiled: bool) -> Step:
+    """Cross-entropy and KL of 256 tokens over SmolLM2's vocabulary, float32 arithmetic from bfloat16 inputs."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = partial(torch.randn, 256, 576, generator=generator, dtype=torch.bfloat16)
+    student, teacher = hidden().requires_grad_(), hidden()
+    head = torch.randn(49_152, 576, generator=generator).mul_(0.05).bfloat16()
+    labels = torch.randint(49_152, (256,), generator=generator)
+    chunk = torch.compile(losses._loss_and_grad, dynamic=True) if compiled else losses._loss_and_grad
+
+    def step() -> None:
+        with patch.object(losses, "_loss_and_grad", chunk):
+            losses.distillation_loss(student, teacher, head, labels, kl_weight=1.0).loss.backward()
+
+    return step
+
+
+def selection_loss(compiled: bool) -> Step:
+    """The selection loss of 30 layers: 4 rows, 3 KV heads, 1,024 keys."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(30, 4, 3, 1_024, generator=generator, requires_grad=True)
+    mass = torch.rand(30, 4, 3, 1_024, generator=generator)
+    loss = SelectionLoss()
+    heads = torch.compile(loss._heads, dynamic=True) if compiled else loss._heads
+
+    def step() -> None:
+        with patch.object(loss, "_heads", heads):
+            pairs = [(Selection(i, "SnapKV", scores[i]), mass[i]) for i in range(30)]
+            loss(pairs)["SnapKV"].backward()
+
+    return step
+
+
+def training_step(part: str, compiled: bool) -> Step:
+    """A whole EIT step without the optimizer's; of every layer, ``part`` is compiled."""
+    objective = Mixed([EIT(), SelectionObjective()])
+    module = EITModule(Backbone(), ChunkedEviction(SnapKVPress()), objective)
+    module.train()
+    if compiled:
+        for layer in decoder_of(causal_lm(module.model)).layers:
+            for piece in [layer] if part == "layer" else [getattr(layer, name) for name in PIECES[part]]:
+                piece.compile(dynamic=True)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(5, 40_000, (1, tokens + CONTINUATION), generator=generator) for tokens in CONTEXTS]
+
+    def step() -> None:
+        for ids in batches:
+            _train(module, ids)
+
+    return step
+
+
+def _train(module: EITModule, ids: Tensor) -> None:
+    module.zero_grad()
+    context, continuation = ids[:, :-CONTINUATION], ids[:, -CONTINUATION:]
+    labels = continuation.clone()
+    labels[:, 0] = IGNORE
+    batch = {"context_ids": context, "continuation_ids": continuation, "labels": labels}
+    with torch.autocast("cpu", torch.bfloat16):
+        terms, _ = module.loss_terms(batch, compression_ratio=0.5, step=0)  # type: ignore[arg-type]
+    terms["loss"].backward()
+
+
+PARTS: dict[str, Callable[[bool], Step]] = {
+    "token loss": token_loss,
+    "selection loss": selection_loss,
+    "step, norms compiled": partial(training_step, "norms"),
+    "step, MLPs compiled": partial(training_step, "mlp"),
+    "step, layers compiled": partial(training_step, "layer"),
+}
+
+
+def main() -> None:
+    """Each part compiled over uncompiled, in turn."""
+    rows, ratios = [], {}
+    for name, build in PARTS.items():
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        step, reference = build(True), build(False)
+        start = time.perf_counter()
+        step()
+        seconds = time.perf_counter() - start
+        timed = paired_times(step, reference)
+        counters = torch._dynamo.utils.counters
+        ratios[name] = timed.median
+        rows.append(
+            {
+                "part": name,
+                "time": f"{timed.median:.2f} ({timed.low:.2f}-{timed.high:.2f})",
+                "first call": f"{seconds:.0f} s",
+                "graphs": counters["stats"]["unique_graphs"],
+                "breaks": sum(counters["graph_break"].values()),
+            }
+        )
+    report("compile", rows, ratios, floors={}, goals={})
+
+
+if __name__ == "__main__":
+    main()
