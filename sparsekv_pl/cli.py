@@ -3,24 +3,38 @@
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import get_loader, set_loader
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from sparsekv_pl.config_values import check_shape, check_values, explained
+from sparsekv_pl.modules.precision import check_kept
+from sparsekv_pl.out_of_memory import out_of_memory_explained
+from sparsekv_pl.redaction import redacted
 
 NOISE = re.compile(
     r"Does not validate against any of the Union subtypes|Subtypes: |Errors:|Expected a <class 'NoneType'>|"
     r"Not a valid subclass of |Subclass types expect |a class path \(str\)|a dict with|"
-    r"Given value type: |Given value: .*(Namespace\(|NestedArg\(| object at )|"
+    r"Given value type: |Given value: .*(Namespace\(|NestedArg\(| object at )|Given value: .{80}|"
     r"Expected a path but .* not accessible or invalid"
 )
 """Lines of jsonargparse's errors about how it tried, not about what is wrong."""
+
+IN_LINE_NOISE = re.compile(
+    r"Type .{1,300}? expects a function or a callable class: |[.:]? Got value: (Namespace\(.*|.{160,})"
+)
+"""The same inside lines; a value that long is a whole section, not what is wrong in it."""
 
 CHATTER = (
     ".*'set_vital' is deprecated",  # torchdata
@@ -39,6 +53,7 @@ _load_yaml = get_loader("yaml")
 def _load_yaml_and_none(text: str) -> Any:
     """jsonargparse hands ``--model.backbone.adapter null`` on to the inner option as the text None."""
     value = _load_yaml(text)
+    check_shape(value)
     return None if value == "None" else value
 
 
@@ -64,6 +79,43 @@ class CommandLine(LightningCLI):
         # The model has its optimizer; a second one beside it would silently win.
         super().__init__(parser_class=Parser, auto_configure_optimizers=False, **settings)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, then check what types cannot say."""
+        super().parse_arguments(parser, args)
+        command = self.config.get(self.config.get("subcommand") or "", self.config)
+        settings = command.as_dict()
+        seed = settings.get("seed_everything")
+        if seed is not None and not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise ValueError(f"seed_everything is {seed}: give 0 to {2**32 - 1}")
+        trainer = {"class_path": "lightning.pytorch.Trainer", "init_args": settings["trainer"]}
+        check_values({**settings, "trainer": trainer}, "")
+
+    def instantiate_classes(self) -> None:
+        """All objects; an error says which one another package refused to make."""
+        self.parser.add_instantiator(explained, object)
+        with self._memory_explained():
+            super().instantiate_classes()
+
+    def instantiate_trainer(self, **settings: Any) -> Trainer:
+        """The trainer; what Lightning refuses becomes a ``ValueError`` with the settings that it speaks of."""
+        try:
+            trainer = super().instantiate_trainer(**settings)
+            check_kept(self._get(self.config, "trainer").get("precision"), trainer)
+            return trainer
+        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+            given = self._get(self.config, "trainer")
+            named = {name: value for name, value in given.items() if re.search(rf"\b{name}\b", str(error))}
+            told = "".join(f"; trainer.{name} is {value!r}" for name, value in named.items())
+            raise ValueError(f"trainer: {str(error).rstrip('.')}{told}") from error
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with self._memory_explained():
+            super()._run_subcommand(subcommand)
+
+    def _memory_explained(self) -> AbstractContextManager[None]:
+        command = self.config.get("subcommand") or ""
+        return out_of_memory_explained(self.config.get(command, self.config).as_dict(), training=command == "fit")
+
     @classmethod
     def subcommands(cls) -> dict[str, set[str]]:
         """Those of LightningCLI that this script offers."""
@@ -88,10 +140,16 @@ def run(command_line: Callable[[], Any]) -> None:
     quieten()
     try:
         command_line()
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
         if os.environ.get("JSONARGPARSE_DEBUG") or not _for_users(error):
             raise
         sys.exit(f"error: {plain(str(error))}")
+    except SIGTERMException as stopped:
+        sys.exit(stopped.code or 128 + signal.SIGTERM)
+    except (KeyboardInterrupt, SystemExit) as stopped:  # Lightning makes sys.exit(1) of Ctrl-C
+        if not any(isinstance(error, KeyboardInterrupt) for error in (stopped, stopped.__context__)):
+            raise
+        sys.exit(128 + signal.SIGINT)
 
 
 def quieten() -> None:
@@ -109,7 +167,7 @@ def plain(message: str) -> str:
     >>> plain('Parser key "model":\\n  Parser key "r":\\n    Errors:\\n      - Expected a <class \\'int\\'>')
     "model.r: Expected a <class 'int'>"
     """
-    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    lines = [IN_LINE_NOISE.sub("", line.strip().removeprefix("- ")) for line in message.splitlines()]
     keys, said = [], []
     for text in lines:
         while key := re.match(r'Parser key "(.+?)":\s*', text):
@@ -118,12 +176,16 @@ def plain(message: str) -> str:
         if text and not NOISE.match(text):
             said.append(text)
     classes = [text for text in said if text.startswith("Problem with given class_path")]
+    if said == classes:  # nothing else is left: a value where a class belongs
+        said += [text for text in lines if text.startswith("Not a valid subclass of ")][:1]
     said = [text for text in dict.fromkeys(said) if text not in classes[:-1]]
-    return ": ".join(filter(None, [".".join(dict.fromkeys(keys)), " ".join(said or lines)]))
+    return redacted(": ".join(filter(None, [".".join(dict.fromkeys(keys)), " ".join(said or lines)])))
 
 
 def _for_users(error: Exception) -> bool:
-    return isinstance(error, ValueError) or type(error).__module__.startswith("sparsekv_pl")
+    return isinstance(error, (ValueError, MisconfigurationException)) or type(error).__module__.startswith(
+        ("sparsekv_pl", "callbacks")
+    )
 
 
 __all__ = ["CommandLine", "LightningArgumentParser", "SaveEvaluationConfig", "run"]

@@ -77,11 +77,14 @@ def tokenizer_from_gguf(gguf: Path) -> PreTrainedTokenizerFast:
     Raises
     ------
     ValueError
-        If the file's tokenizer is not SmolLM's byte-level BPE, the one this was checked against id by id.
+        If the file is none, or its tokenizer is not SmolLM's byte-level BPE, the one this was checked against id by id.
     """
     from gguf import GGUFReader
 
-    fields = {name: field.contents() for name, field in GGUFReader(str(gguf)).fields.items()}
+    try:
+        fields = {name: field.contents() for name, field in GGUFReader(str(gguf)).fields.items()}
+    except (ValueError, IndexError, KeyError) as error:
+        raise ValueError(f"{gguf} is no whole GGUF file ({error}): fetch it again") from error
     family = (fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre"))
     if family != ("gpt2", "smollm"):
         raise ValueError(

@@ -29,12 +29,17 @@ FOUNDATIONS = {
         "backbone",
         "batch",
         "cache_shape",
+        "config_values",
         "decoder",
         "gguf_checkpoint",
         "layer_outputs",
+        "lora",
         "losses",
+        "out_of_memory",
         "placement",
         "quantisation",
+        "ranks",
+        "redaction",
         "schedules",
         "selection",
     )
@@ -55,6 +60,7 @@ PARTS = {
         "presses",
         "reporting",
         "results",
+        "sharding",
         "teacher",
     )
 }

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from sparsekv_pl.analyses.analysis import Analysis
 from sparsekv_pl.attention.gate import AttentionGates
+from sparsekv_pl.attention.sketchwalk import SketchWalk
 from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.batch import TEXT, CaseBatch
 from sparsekv_pl.eviction.prefill import continue_from
@@ -74,6 +75,8 @@ class BlockComparison(Analysis):
         seed: int = 0,
     ) -> None:
         _check({"top_k_blocks": [top_k_blocks], "budgets": budgets, "pass_budgets": pass_budgets}, threshold, dampings)
+        for damping in dampings:  # raises for settings that cannot be, before the model is loaded
+            SketchWalk(block_size, sketch_dim, exponent, dense_layers, damping, seed)
         super().__init__(backbone, output)
         layers = self.causal_lm.config.get_text_config().num_hidden_layers
         first = min(dense_layers, layers - 1)

@@ -1,0 +1,300 @@
+"""Every key of every config made wrong in a drawn way: refused in one line that names it, or rightly accepted."""
+
+import copy
+import functools
+import logging
+import math
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from lightning.pytorch import Trainer
+
+from evaluate import EvaluateCommandLine
+from sparsekv_pl.backbone import Backbone
+from sparsekv_pl.cli import run
+from train import TrainCommandLine
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+ABLATIONS = CONFIGS / "train" / "ablations"
+SMALL = CONFIGS / "train" / "small.yaml"
+SEED = 0
+"""Another seed draws another wrong value for every key."""
+
+NO_CLASS = ["nonsense", "kvpress.NoSuchPress", "os.path.join", "datetime.datetime", "no.such.module.Class", ""]
+NO_SETTINGS: list[Any] = ["many", [1, 2], True, 3.7, -7, math.nan, None, [None]]
+NO_NUMBER: list[Any] = ["many", [1, 2], {"nonsense": 1}, math.nan, math.inf, -math.inf, 10**30, "", [None], -7]
+ANYTHING: list[Any] = ["many", [1, 2], {"nonsense": 1}, True, None, 3.7, -7, 0, math.nan, math.inf, 10**30, "", [], "3"]
+NEGATIVE = {"max_steps", "max_epochs", "num_sanity_val_steps", "version", "seed_everything"}
+"""Numbers for which -1 or every integer means something, or of which Lightning names the key itself."""
+STRUCTURE = {"class_path", "init_args"}
+
+
+class Case(NamedTuple):
+    """A key of a config, and the files that its config goes over."""
+
+    config: Path
+    below: tuple[Path, ...]
+    path: tuple[str | int, ...]
+    value: Any
+
+    @property
+    def names(self) -> list[str]:
+        return [str(part) for part in self.path if isinstance(part, str) and part not in STRUCTURE]
+
+
+def shipped() -> Iterator[tuple[Path, tuple[Path, ...]]]:
+    for path in sorted(CONFIGS.rglob("*.yaml")):
+        if path.parent == ABLATIONS:
+            below = (CONFIGS / "quickstart.yaml", *([] if path.stem == "base" else [ABLATIONS / "base.yaml"]))
+            yield path, below
+        elif path == SMALL:
+            yield path, (CONFIGS / "train" / "mixed_8b.yaml",)
+        elif path.parent.name not in ("lm_eval_tasks", "cluster"):
+            yield path, ()
+
+
+def keys(node: Any, path: tuple[str | int, ...] = (), owner: str = "") -> Iterator[tuple[tuple[Any, ...], str, Any]]:
+    """(path, what identifies the setting, value): the same setting of the same class is tried in one config."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, value in items:
+        if isinstance(node, list) and not isinstance(value, dict | list):
+            continue
+        here = (*path, name)
+        inside = f"{node['class_path']}:" if isinstance(node, dict) and "class_path" in node else owner
+        setting = inside + ("" if isinstance(name, int) or name in STRUCTURE else f".{name}")
+        if not isinstance(name, int):
+            yield here, f"{setting} {name}", value
+        yield from keys(value, here, setting)
+
+
+def cases() -> dict[str, Case]:
+    found: dict[str, Case] = {}
+    for config, below in shipped():
+        for path, setting, value in keys(yaml.safe_load(config.read_text())):
+            found.setdefault(setting, Case(config, below, path, value))
+    rng = random.Random(SEED)
+    return {
+        setting: case
+        for setting, case in found.items()
+        if case.path[-1] not in STRUCTURE or rng.random() < 0.2  # all are handled alike, whatever the class
+    }
+
+
+CASES = cases()
+
+
+@pytest.fixture(scope="module")
+def local(tiny_models: dict[str, str], tiny_backbone: Callable[..., Backbone], tmp_path_factory: Any) -> Any:
+    """Makes a config's models local and loads each once."""
+    folder = tmp_path_factory.mktemp("adapter")
+    made = tiny_backbone().load()
+    made[0].save_pretrained(folder)
+
+    def localise(config: dict[str, Any], path: tuple[str | int, ...]) -> dict[str, Any]:
+        settings = (config.get("model") or {}).get("init_args", {})
+        backbone = settings.get("backbone", {})
+        if "pretrained" in backbone:
+            backbone |= {"pretrained": tiny_models["llama"], "load_in_4bit": False}
+        if "placement" not in path:
+            backbone.pop("placement", None)
+        if backbone.get("adapter"):
+            backbone["adapter"] = str(folder)
+        if "tokenizer" in settings:
+            settings["tokenizer"] = tiny_models["llama"]
+        if settings.get("include_path"):
+            settings["include_path"] = str(ROOT / settings["include_path"])
+        if (config.get("trainer") or {}).get("accelerator") == "gpu":
+            config["trainer"]["accelerator"] = "cpu"
+        return config
+
+    return localise
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is made, the optimizers too, but nothing runs; what an object writes lands outside the checkout."""
+
+    @functools.wraps(Trainer.fit)  # the command line's options are read off its signature
+    def fit(_trainer: Trainer, model: Any, **_: Any) -> None:
+        model.configure_optimizers()
+
+    @functools.wraps(Trainer.test)
+    def test(*_: Any, **__: Any) -> None:
+        pass
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    monkeypatch.setattr(Trainer, "test", test)
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.chdir(tmp_path)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+def started(config: Path, *files: Path) -> None:
+    evaluated = config.parent.name in ("evaluate", "analyze")
+    arguments = ["test" if evaluated else "fit"]
+    for file in files:
+        arguments += ["--config", str(file)]
+    command_line = EvaluateCommandLine if evaluated else TrainCommandLine
+    run(lambda: command_line(args=arguments, save_config_callback=None))
+
+
+def refusal(case: Case, config: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the user is told; empty if the config is accepted. Any other exception is a failure of the test."""
+    section = case.path[0]
+    files = []
+    for number, content in enumerate([*(yaml.safe_load(path.read_text()) for path in case.below), config]):
+        # Sections do not depend on each other: one alone is parsed in a fraction of the time.
+        alone = {name: value for name, value in content.items() if name in (section, f"{section}s")}
+        if "model" not in (section, *alone):
+            alone["model"] = {"class_path": "lightning.pytorch.demos.boring_classes.BoringModel"}
+        files.append(folder / f"{number}.yaml")
+        files[-1].write_text(yaml.safe_dump(alone, sort_keys=False))
+    capsys.readouterr()
+    try:
+        started(case.config, *files)
+    except SystemExit as end:
+        assert end.code not in (0, None)
+        printed = capsys.readouterr().err.strip().splitlines()
+        return end.code if isinstance(end.code, str) else printed[-1]
+    return ""
+
+
+def wrong(case: Case, rng: random.Random) -> tuple[str, Any, bool]:
+    """(the key's name, its wrong value, whether it must be refused)."""
+    name, value = case.path[-1], case.value
+    if name == "class_path":
+        return name, rng.choice(NO_CLASS), True
+    if name in ("init_args", "trainer"):
+        return name, rng.choice(NO_SETTINGS), True
+    if rng.random() < 0.2 and "options" not in case.path:
+        return f"{name}s", value, True
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        drawn = rng.choice(NO_NUMBER)
+        fine = (drawn == -7 and name in NEGATIVE) or (drawn == 10**30 and isinstance(value, float))
+        return str(name), drawn, not fine
+    return str(name), rng.choice(ANYTHING), False
+
+
+def check(said: str, case: Case, name: str, value: Any) -> None:
+    """One clear line, which names the key by its path, or by its name and value."""
+    assert said.startswith("error: ") and "\n" not in said
+    assert len(said) < 700
+    assert not re.search(r"Traceback|Namespace\(|object at 0x|Union subtypes|functools|NoneType' object", said)
+    names = [*case.names[:-1], name] if name not in STRUCTURE else case.names
+    if ".".join(names) in re.sub(r"\[\d+\]", "", said):
+        return
+    if name != case.path[-1] or isinstance(value, dict):  # an unknown key, or one that is missing now
+        assert any(text in said for text in (name, str(case.path[-1]), *(value if isinstance(value, dict) else ()))), (
+            said
+        )
+        return
+    if f"are required: {names[-1]}" in said:
+        return
+    parts = value if isinstance(value, list) else [value]
+    shown = {text for part in parts for text in (str(part), repr(part), "null" if part is None else repr(part))}
+    shown |= {str(float(part)) for part in parts if isinstance(part, int | float)}
+    assert names[-1] in said and any(text in said for text in shown), said
+
+
+def replaced(case: Case, name: str, value: Any, local: Any) -> dict[str, Any]:
+    config = local(yaml.safe_load(case.config.read_text()), case.path)
+    inside = config
+    for part in case.path[:-1]:
+        inside = inside[part]
+    del inside[case.path[-1]]
+    inside[name] = copy.deepcopy(value)
+    return config
+
+
+def test_there_are_many_keys_and_every_config_has_some() -> None:
+    assert len(CASES) > 200
+    assert len({case.config for case in CASES.values()}) > 30
+
+
+@pytest.mark.usefixtures("stage")
+@pytest.mark.parametrize("setting", CASES)
+def test_a_wrong_value_is_named_in_one_line(
+    setting: str, local: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = CASES[setting]
+    name, value, must = wrong(case, random.Random(f"{SEED} {setting}"))
+    said = refusal(case, replaced(case, name, value, local), tmp_path, capsys)
+    assert said or not must, f"{'.'.join(map(str, case.path))} = {name}: {value!r} is accepted"
+    if said:
+        check(said, case, name, value)
+
+
+EXPLICIT = {
+    "devices": (["--trainer.devices=-7", "--trainer.accelerator=cpu"], "trainer.devices is '?-7'?"),
+    "precision": (["--trainer.precision=banana"], "trainer.precision: .*banana"),
+    "steps": (["--trainer.max_steps=x"], "trainer.max_steps: .*x"),
+    "strategy": (["--trainer.strategy=banana"], "trainer: .*banana"),
+    "callback": (
+        ['--trainer.callbacks=[{"class_path": "collections.OrderedDict"}]'],
+        "trainer.callbacks: .*OrderedDict",
+    ),
+    "lr": (["--model.optimizer.init_args.lr=-1"], r"model.optimizer.lr is -1.0"),
+    "betas": (["--model.optimizer.init_args.betas=[2, 3]"], r"AdamW\(.*betas=.* refused: Invalid beta"),
+    "total_steps": (["--model.lr_scheduler.init_args.total_steps=0"], "model.lr_scheduler.total_steps is 0"),
+    "rank": (["--model.backbone.lora.r=0"], "lora.r=0 must be at least 1"),
+    "targets": (["--model.backbone.lora.targets=[nowhere]"], r"lora.targets \['nowhere'\] are not in"),
+    "window": (
+        ['--model.eviction.press={"class_path": "kvpress.SnapKVPress", "init_args": {"window_size": -1}}'],
+        "model.eviction.press.window_size is -1: give 1 or more",
+    ),
+    "ratio": (
+        ['--model.eviction.press={"class_path": "kvpress.SnapKVPress", "init_args": {"compression_ratio": 1.5}}'],
+        r"SnapKVPress\(compression_ratio=1.5.* refused: Compression ratio must be between 0 and 1",
+    ),
+    "adapter": (["--model.backbone.adapter=/nowhere"], "adapter='/nowhere' has no adapter_config.json"),
+}
+"""What is known only when an object is made."""
+
+
+@pytest.mark.usefixtures("stage")
+@pytest.mark.parametrize("mistake", EXPLICIT)
+def test_what_an_object_refuses_is_one_line(
+    mistake: str, tiny_models: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, message = EXPLICIT[mistake]
+    arguments = ["fit", "--config", str(CONFIGS / "quickstart.yaml"), *options]
+    arguments.append(f"--model.backbone.pretrained={tiny_models['llama']}")
+    with pytest.raises(SystemExit) as end:
+        run(lambda: TrainCommandLine(args=arguments, save_config_callback=None))
+    printed = capsys.readouterr().err.strip().splitlines()
+    said = end.value.code if isinstance(end.value.code, str) else printed[-1]
+    assert re.search(message, said), said
+    assert "\n" not in said and "Namespace(" not in said and len(said) < 500
+
+
+@pytest.mark.usefixtures("stage")
+def test_a_file_of_garbage_is_named_in_one_line(tmp_path: Path) -> None:
+    garbage = tmp_path / "model.gguf"
+    garbage.write_bytes(b"garbage" * 100)
+    arguments = ["fit", "--config", str(CONFIGS / "quickstart.yaml"), f"--model.backbone.pretrained={garbage}"]
+    arguments.append(f"--model.backbone.cache_dir={tmp_path}")
+    with pytest.raises(SystemExit) as end:
+        run(lambda: TrainCommandLine(args=arguments, save_config_callback=None))
+    assert str(end.value.code).startswith(f"error: {garbage} is no whole GGUF file")
+    assert "\n" not in str(end.value.code)
+
+
+def test_the_real_process_prints_one_line_and_ends_with_an_error(tmp_path: Path) -> None:
+    config = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
+    config["trainer"]["callbacks"][0]["class_path"] = None
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "train.py", "fit", "--config", str(tmp_path / "wrong.yaml")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (1, 2)
+    assert done.stderr.strip().splitlines()[-1] == (
+        "error: trainer.callbacks[0].class_path is null: give a class as package.module.Class"
+    )
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,138 @@
+"""No key, token or password in what a run writes or says."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from evaluate import EvaluateCommandLine
+from sparsekv_pl.cli import SaveEvaluationConfig, plain, run
+from sparsekv_pl.redaction import HIDDEN, check_no_secret, redacted
+from tests.scripted_server import Reply, failed, said, serving
+from train import TrainCommandLine
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SECRETS = {
+    "HF_TOKEN": "hf_FAKEfakeFAKEfakeFAKEfakeFAKEfake01",
+    "OPENAI_API_KEY": "sk-fake-0b9d4e8f2a61c7d35e90",
+    "GEMINI_API_KEY": "AIzaFAKE-fake_0123456789-fake_0123456789",
+    "WANDB_API_KEY": "f4ke0b9d4e8f2a61c7d35e90f4ke0b9d4e8f2a61",
+    "S3_SECRET": "a plain fake with spaces",
+}
+PASSWORD = "pa55word"
+ADDRESS = f"https://me:{PASSWORD}@host.example/data"
+
+
+@pytest.fixture(autouse=True)
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+
+def leaks(folder: Path, printed: str) -> list[str]:
+    """Which files, or the output, hold one of the secrets; read as bytes, so checkpoints and events too."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    texts = {str(path.relative_to(folder)): path.read_bytes() for path in files} | {"output": printed.encode()}
+    secrets = [secret.encode() for secret in (*SECRETS.values(), PASSWORD)]
+    return [name for name, text in texts.items() if any(secret in text for secret in secrets)]
+
+
+def test_a_training_writes_none(
+    tiny_models: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    arguments = ["fit", "--config", str(CONFIGS / "quickstart.yaml"), "--data.context_tokens=96"]
+    arguments += [f"--model.backbone.pretrained={tiny_models['llama']}", "--model.backbone.dtype=float32"]
+    arguments += [f"--trainer.default_root_dir={tmp_path}", f"--trainer.logger.save_dir={tmp_path}"]
+    arguments += ["--data.continuation_tokens=16", "--data.batch_size=2", "--trainer.accelerator=cpu"]
+    arguments += ["--data.validation_windows=2", "--data.validation_needles=2", "--trainer.precision=32-true"]
+    arguments += ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.enable_progress_bar=false"]
+    arguments += ["--trainer.callbacks.every_n_train_steps=1"]
+    run(lambda: TrainCommandLine(args=arguments))
+    printed = capfd.readouterr()
+    assert leaks(tmp_path, printed.out + printed.err + caplog.text) == []
+    written = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+    assert written >= {".ckpt", ".yaml", ".json", ".safetensors"}
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+def test_an_evaluation_of_a_hosted_model_writes_none(
+    tiny_models: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    key = SECRETS["OPENAI_API_KEY"]
+    replies = [said(f"my key is {key}"), failed(400, f"no such key: {key}"), Reply(f"Bearer {key}".encode())]
+    with serving(*replies) as (server, url):
+        arguments = ["test", "--config", str(CONFIGS / "evaluate" / "hosted.yaml"), f"--model.hosted.base_url={url}"]
+        arguments += ["--model.hosted.key_variable=OPENAI_API_KEY", "--model.hosted.retries=0"]
+        arguments += [f"--model.tokenizer={tiny_models['llama']}", f"--model.output={tmp_path}"]
+        arguments += [f"--trainer.logger.save_dir={tmp_path}", "--data.lengths=[96]", "--data.tasks=null"]
+        arguments += ["--trainer.enable_progress_bar=false"]
+        run(
+            lambda: EvaluateCommandLine(
+                args=arguments,
+                save_config_callback=SaveEvaluationConfig,
+                save_config_kwargs={"save_to_log_dir": False},
+            )
+        )
+        assert any(key in value for headers in server.headers for value in headers.values())  # it was sent
+    printed = capfd.readouterr()
+    assert leaks(tmp_path, printed.out + printed.err + caplog.text) == []
+    assert {"evaluation.yaml", "report.json"} <= {path.name for path in tmp_path.iterdir()}
+
+
+REFUSED = {
+    "address": "--data.text={class_path: data.text.HubText, init_args: {name: '" + ADDRESS + "'}}",
+    "token": f"--data.text={{class_path: data.text.HubText, init_args: {{name: {SECRETS['HF_TOKEN']}}}}}",
+    "file": "--data.text={class_path: data.text.LocalText, init_args: {paths: ['" + ADDRESS + "/a.txt']}}",
+    "model": f"--model.backbone.pretrained={ADDRESS}",
+    "environment's": f"--model.backbone.revision={SECRETS['S3_SECRET']}",
+    "logger": f"--trainer.logger.init_args.prefix={SECRETS['WANDB_API_KEY']}",
+    "unknown option": f"--data.api_key={SECRETS['GEMINI_API_KEY']}",
+    "wrong type": f"--data.batch_size={SECRETS['OPENAI_API_KEY']}",
+}
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_an_option_that_holds_one_is_refused_and_not_shown(
+    option: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(lambda: TrainCommandLine(args=["fit", "--config", str(CONFIGS / "quickstart.yaml"), REFUSED[option]]))
+    printed = capfd.readouterr()
+    told = f"{end.value.code} {printed.out} {printed.err}"
+    assert leaks(tmp_path, told) == []
+    assert "(not shown)" in told or HIDDEN in told or "is not accepted" in told
+
+
+def test_an_option_of_that_name_is_refused_whatever_it_holds() -> None:
+    with pytest.raises(ValueError, match=r"trainer\.logger\.api_key holds a key") as raised:
+        check_no_secret("trainer.logger.api_key", "quite ordinary")
+    assert "ordinary" not in str(raised.value)
+    for name in ("model.hosted.key_variable", "data.splits.key", "model.max_tokens", "model.hosted.max_tokens_total"):
+        check_no_secret(name, "OPENAI_API_KEY")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        f"403 for {ADDRESS}?x=1",
+        f"{{'Authorization': 'Bearer {PASSWORD}1234'}}",
+        f"https://host/file?X-Amz-Signature={PASSWORD}&x=1",
+        f"https://host/file?a=1&token={PASSWORD}",
+        *(f"the server says: {secret}." for secret in SECRETS.values()),
+    ],
+)
+def test_messages_are_blotted(message: str) -> None:
+    for told in (redacted(message), plain(message)):
+        assert HIDDEN in told
+        assert not any(secret in told for secret in (*SECRETS.values(), PASSWORD))
+
+
+@pytest.mark.parametrize(
+    "message", ["https://host:8000/v1 is not reached", "mail me@host.example", "sk-learn and hf_hub are names", "a=b"]
+)
+def test_other_messages_stay(message: str) -> None:
+    assert redacted(message) == message
