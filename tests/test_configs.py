@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from benchmarks.ablations import configs_of, names
 from data.mixture import EvictionData
@@ -21,7 +22,9 @@ ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "configs" / "train"
 SMALL = TRAIN / "small.yaml"
 """Goes over the configs that need a GPU and a hub, and makes each its small twin."""
-OVERLAYS = {SMALL, *(TRAIN / "ablations").glob("*.yaml")}
+FSDP = TRAIN / "fsdp.yaml"
+"""Goes over a training config too, and shares its model out over eight GPUs."""
+OVERLAYS = {SMALL, FSDP, TRAIN / "qlora.yaml", *(TRAIN / "ablations").glob("*.yaml")}
 CONFIGS = sorted(
     path for path in set((ROOT / "configs").rglob("*.yaml")) - OVERLAYS if path.parent.name != "lm_eval_tasks"
 )
@@ -67,6 +70,18 @@ def instantiate(path: Path, *overrides: str, over: Sequence[Path] = ()) -> Comma
     command_line = EvaluateCommandLine if evaluated else TrainCommandLine
     configs = [argument for file in (path, *over) for argument in ("--config", str(file))]
     return command_line(args=[*configs, *overrides], run=False, save_config_callback=None)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_training_is_sharded_over_as_many_ranks_as_share_the_data(tiny_models: dict[str, str]) -> None:
+    arguments = [f"--model.backbone.pretrained={tiny_models['llama']}", "--trainer.accelerator=cpu"]
+    made = instantiate(TRAIN / "eit_qwen3_8b.yaml", *arguments, over=[SMALL, FSDP])
+    check_training(made)
+    strategy = made.trainer.strategy
+    assert isinstance(strategy, ModelParallelStrategy)
+    assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (made.trainer.world_size, 1)
+    assert made.trainer.world_size == 8
+    assert all(parameter.is_meta for parameter in made.model.parameters())
 
 
 @pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
@@ -197,6 +212,6 @@ def test_the_quickstart_resumes_from_last_and_merges(quickstart: tuple[Path, lis
     folder, arguments = quickstart
     more = ["--trainer.max_steps=3", "--ckpt_path=last", "--merge", "--trainer.enable_progress_bar=false"]
     resumed = TrainCommandLine(args=[*arguments, *more], save_config_kwargs={"overwrite": True})
-    assert resumed.trainer.ckpt_path == str(folder / "checkpoints" / "last.ckpt")
+    assert resumed.trainer.ckpt_path == str(folder / "checkpoints" / "step=2.ckpt")
     assert json.loads((folder / "final" / "training.json").read_text())["steps"] == 3
     assert (folder / "merged" / "model.safetensors").exists()

@@ -1,0 +1,83 @@
+"""Follows the Dockerfile without a container engine: its COPY and pip steps in an empty folder, then a training step.
+
+Run from the checkout: ``python benchmarks/container_steps.py``. It downloads what the image would and takes minutes.
+What needs root (the compiler, the user) is not run. Prints PASS or FAIL.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECK = ".venv/bin/python train.py fit --config configs/quickstart.yaml --trainer.fast_dev_run=true"
+"""One step and one validation batch of the embedded model, with nothing but what was copied and installed."""
+
+
+def instructions(dockerfile: str) -> list[tuple[str, str]]:
+    """(instruction, rest) in order; comments dropped, continued lines joined, RUN's own options removed."""
+    lines = [line for line in dockerfile.splitlines() if not line.startswith("#")]
+    joined = re.sub(r"\s*\\\n\s*", " ", "\n".join(lines))
+    pairs = [line.partition(" ")[::2] for line in joined.splitlines() if line]
+    return [(name, re.sub(r"^(--mount=\S+ )+", "", rest)) for name, rest in pairs]
+
+
+def copied(sources: Sequence[str]) -> list[str]:
+    """The files and folders that a COPY takes; "." is all that .dockerignore, a list of exceptions, lets through."""
+    allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    return [path for source in sources for path in (allowed if source == "." else [source])]
+
+
+def copy(rest: str, folder: Path) -> None:
+    """What ``COPY rest`` does, into ``folder``."""
+    *sources, target = rest.split()
+    for path in copied(sources):
+        to = folder / target if (ROOT / path).is_dir() else folder / target / Path(path).name
+        if (ROOT / path).is_dir():
+            shutil.copytree(ROOT / path, to / path, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+        else:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / path, to)
+
+
+def timed(command: str, folder: Path, environment: dict[str, str]) -> bool:
+    """Whether the shell command succeeded; its time is printed, and its end if it failed."""
+    start = time.perf_counter()
+    done = subprocess.run(["sh", "-euc", command], cwd=folder, env=environment, capture_output=True, text=True)
+    print(f"{time.perf_counter() - start:6.1f} s  {'ok' if done.returncode == 0 else 'FAILED'}  {command}", flush=True)
+    if done.returncode:
+        print((done.stdout + done.stderr)[-3000:])
+    return done.returncode == 0
+
+
+def follow(folder: Path) -> bool:
+    """Whether every step that runs here did, up to the first that does not."""
+    own = Path(sys.base_prefix) / "bin"  # not the virtual environment that this runs in
+    environment = os.environ | {"PATH": f"{own}{os.pathsep}{os.environ['PATH']}", "HOME": str(folder)}
+    for name, rest in instructions((ROOT / "Dockerfile").read_text()):
+        if name == "ARG":
+            environment.setdefault(*rest.split("=", 1))
+        elif name == "COPY":
+            copy(rest, folder)
+        elif name == "RUN" and " pip " not in rest:
+            print(f"   not run      {rest}")
+        elif name == "RUN" and not all(timed(step, folder, environment) for step in rest.split(" && ")):
+            return False
+    return timed(CHECK, folder, environment | {"HF_HUB_OFFLINE": "1"})
+
+
+def main() -> None:
+    """Follow the steps in a folder that is deleted afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        passed = follow(Path(folder))
+    print("PASS" if passed else "FAIL")
+    sys.exit(not passed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The Dockerfile and compose.yaml: the steps of make setup, no root, no secret, and nothing named that is not there.
+
+No engine runs here; ``benchmarks/container_steps.py`` follows the steps themselves.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks import container_steps
+from benchmarks.container_steps import copied, copy, follow, instructions
+
+ROOT = Path(__file__).parents[1]
+DOCKERFILE = instructions((ROOT / "Dockerfile").read_text())
+COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
+SERVICES = COMPOSE["services"]
+SECRET = re.compile(r"TOKEN|SECRET|PASSW|API_KEY|hf_\w{8}", re.IGNORECASE)
+
+
+def values_of(instruction: str) -> list[str]:
+    return [rest for name, rest in DOCKERFILE if name == instruction]
+
+
+def linter(name: str) -> str:
+    """Where it is installed beside this interpreter, or anywhere; else the test is skipped."""
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    return found or pytest.skip(f"{name} is not installed")
+
+
+def test_the_dockerfile_is_linted() -> None:
+    done = subprocess.run([linter("hadolint"), "Dockerfile"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_compose_file_follows_its_specification() -> None:
+    command = [linter("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", "compose.yaml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_image_is_installed_as_make_setup_installs() -> None:
+    recipe = (ROOT / "Makefile").read_text().replace("$(PY)", ".venv/bin/python").replace("'.[dev]'", ".")
+    ours = re.findall(r"^\t(.*-m pip install.*)$", recipe, re.MULTILINE)
+    assert len(ours) == 2
+    steps = [step for run in values_of("RUN") if " pip " in run for step in run.split(" && ")]
+    torch = '.venv/bin/python -m pip install --constraint constraints.txt --no-deps --index-url "$TORCH_INDEX" torch'
+    assert steps == ["python -m venv .venv", torch, *ours]
+    assert values_of("FROM")[0].startswith("python:3.11-")  # as constraints.txt was made
+
+
+def test_it_does_not_run_as_root() -> None:
+    names = [name for name, _ in DOCKERFILE]
+    assert values_of("USER") == ["${USER_ID}"] and "USER_ID=1000" in values_of("ARG")
+    assert "RUN" not in names[names.index("USER") :]
+    assert any('useradd --create-home --uid "$USER_ID"' in run for run in values_of("RUN"))
+    for service in SERVICES.values():
+        assert "user" not in service and "privileged" not in service
+        assert service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"]
+
+
+def test_no_secret_reaches_a_layer() -> None:
+    assert not [rest for name, rest in DOCKERFILE if SECRET.search(rest)]
+    assert not SECRET.search(json.dumps([service["build"] for service in SERVICES.values()]))
+    given = SERVICES["cpu"]["environment"]
+    assert given == SERVICES["cuda"]["environment"] == ["HF_TOKEN", "HF_HUB_OFFLINE"]  # names alone: the host's values
+    assert "environment" not in SERVICES["tensorboard"]
+    ignored = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith(("#", "!"))]
+    assert ignored == ["*", "**/__pycache__"]  # all else is let in by name
+
+
+def test_what_is_copied_exists_and_is_what_a_run_needs() -> None:
+    for rest in values_of("COPY"):
+        assert not [path for path in copied(rest.split()[:-1]) if not (ROOT / path).exists()]
+    packages = {"sparsekv_pl", "data", "callbacks", "configs"}
+    assert set(copied(["."])) == packages | {
+        *("train.py", "evaluate.py", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"),
+    }
+    words = re.findall(r"configs/\S+\.yaml|\w+\.py", (ROOT / "compose.yaml").read_text() + values_of("CMD")[0])
+    assert len(words) > 2 and all((ROOT / word).exists() for word in words)
+
+
+def test_the_services_fit_the_image() -> None:
+    assert set(SERVICES) == {"cpu", "cuda", "tensorboard"}
+    declared = {value.partition("=")[0] for value in values_of("ARG")}
+    volumes = set(json.loads(values_of("VOLUME")[0]))
+    for name, service in SERVICES.items():
+        assert set(service["build"]["args"]) <= declared
+        mounts = {mount["target"]: mount for mount in service["volumes"]}
+        assert set(mounts) == (volumes if name != "tensorboard" else {"/app/output"})
+        assert mounts["/app/output"]["bind"] == {"create_host_path": False}  # else Docker makes it, and root owns it
+    environment = dict(word.split("=", 1) for word in values_of("ENV")[0].split())
+    assert environment["HF_HOME"].startswith("/cache/") and environment["XDG_CACHE_HOME"] == "/cache"
+    assert SERVICES["cuda"]["build"]["args"]["TORCH_INDEX"] == "https://pypi.org/simple"
+    assert "TORCH_INDEX" not in SERVICES["cpu"]["build"]["args"]
+    assert "TORCH_INDEX=https://download.pytorch.org/whl/cpu" in values_of("ARG")
+    assert all(port.startswith("127.0.0.1:") for port in SERVICES["tensorboard"]["ports"])
+
+
+def test_instructions_are_read_as_docker_reads_them() -> None:
+    text = '# comment\nFROM a:1\n\nRUN --mount=type=cache,target=/x \\\n    b \\\n    && c\n# between\nCMD ["d"]\n'
+    assert instructions(text) == [("FROM", "a:1"), ("RUN", "b && c"), ("CMD", '["d"]')]
+
+
+def test_copies_land_where_docker_puts_them(tmp_path: Path) -> None:
+    copy("sparsekv_pl/__init__.py sparsekv_pl/", tmp_path)
+    copy("pyproject.toml LICENSE ./", tmp_path)
+    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {"sparsekv_pl/__init__.py", "pyproject.toml", "LICENSE"}
+    copy(". .", tmp_path)
+    assert (tmp_path / "configs" / "train" / "small.yaml").exists() and (tmp_path / "train.py").exists()
+    assert not list(tmp_path.rglob("__pycache__")) and not (tmp_path / "tests").exists()
+
+
+def test_following_the_steps_stops_at_the_first_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(container_steps, "ROOT", tmp_path)
+    monkeypatch.setattr(container_steps, "CHECK", "echo checked > log")
+    (tmp_path / "Dockerfile").write_text('ARG WHO=us\nRUN apt-get update\nRUN echo pip "$WHO" > pip && : pip \n')
+    assert follow(tmp_path)
+    assert (tmp_path / "pip").read_text() == "pip us\n" and (tmp_path / "log").exists()
+    assert "not run      apt-get update" in capsys.readouterr().out
+    (tmp_path / "log").unlink()
+    (tmp_path / "Dockerfile").write_text("RUN false pip  && touch log\n")
+    assert not follow(tmp_path)
+    assert not (tmp_path / "log").exists()
