@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.installed
-BENCHMARKS := $(filter-out benchmarks/measure.py benchmarks/ablations.py benchmarks/container_steps.py $(wildcard benchmarks/fsdp*.py),$(sort $(wildcard benchmarks/*.py)))
+BENCHMARKS := $(filter-out benchmarks/measure.py benchmarks/ablations.py benchmarks/container_steps.py $(wildcard benchmarks/fsdp*.py benchmarks/soak*.py),$(sort $(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test lint types benchmark ablations clean
@@ -29,8 +29,10 @@ quickstart: $(STAMP) ## train the embedded model to survive eviction, and show b
 	@echo "output/quickstart also holds final/ (the adapter), checkpoint-N/, checkpoints/ and TensorBoard events:"
 	@echo "$(PY) -m tensorboard.main --logdir output"
 
-test: $(STAMP) ## run the tests; ARGS="-k losses" picks some
-	$(PY) -m pytest $(ARGS)
+# Tiny models gain nothing from a second thread, and the suite does from a second process.
+test: export OMP_NUM_THREADS = 1
+test: $(STAMP) ## run the tests, two at a time; ARGS="-k losses" picks some, ARGS="-n 0" takes one process
+	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(STAMP) ## check style and format
 	$(PY) -m ruff check .
