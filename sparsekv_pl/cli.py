@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from sparsekv_pl.config_values import check_shape, check_values, explained
 from sparsekv_pl.modules.precision import check_kept
 from sparsekv_pl.out_of_memory import out_of_memory_explained
-from sparsekv_pl.redaction import redacted
+from sparsekv_pl.redaction import redact_output, redacted
 
 NOISE = re.compile(
     r"Does not validate against any of the Union subtypes|Subtypes: |Errors:|Expected a <class 'NoneType'>|"
@@ -138,6 +138,7 @@ def run(command_line: Callable[[], Any]) -> None:
 
     disable_progress_bar()
     quieten()
+    redact_output()
     try:
         command_line()
     except (ValueError, RuntimeError, MisconfigurationException) as error:

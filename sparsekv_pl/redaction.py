@@ -1,7 +1,15 @@
 """Keys, tokens and passwords: found in settings, so that none is saved, and blotted out of messages."""
 
+import logging
 import os
 import re
+import sys
+import traceback
+import warnings
+from functools import wraps
+from inspect import unwrap
+from types import TracebackType
+from typing import Any
 
 HIDDEN = "[hidden]"
 SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$")
@@ -41,10 +49,35 @@ def check_no_secret(key: str, text: str) -> None:
         )
 
 
+class RedactedRecord(logging.LogRecord):
+    """A log record whose message shows no credential."""
+
+    def getMessage(self) -> str:
+        """The message, blotted."""
+        return redacted(super().getMessage())
+
+
+def redact_output() -> None:
+    """Blot credentials out of whatever this process logs from now on, warns of, or ends with."""
+    form = unwrap(warnings.formatwarning)
+
+    @wraps(form)
+    def warning(*args: Any, **kwargs: Any) -> str:
+        return redacted(form(*args, **kwargs))
+
+    warnings.formatwarning = warning
+    logging.setLogRecordFactory(RedactedRecord)
+    sys.excepthook = _uncaught
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, trace))))
+
+
 def _environment_secrets() -> list[str]:
     """Longest first, so that no part of one is left over by another."""
     found = {value.strip() for name, value in os.environ.items() if SECRET_VARIABLE.search(name.upper())}
     return sorted((value for value in found if len(value) >= SHORTEST), key=len, reverse=True)
 
 
-__all__ = ["check_no_secret", "redacted"]
+__all__ = ["check_no_secret", "redact_output", "redacted"]

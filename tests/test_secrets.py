@@ -1,13 +1,15 @@
 """No key, token or password in what a run writes or says."""
 
+import logging
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 from evaluate import EvaluateCommandLine
 from sparsekv_pl.cli import SaveEvaluationConfig, plain, run
-from sparsekv_pl.redaction import HIDDEN, check_no_secret, redacted
+from sparsekv_pl.redaction import HIDDEN, check_no_secret, redact_output, redacted
 from tests.scripted_server import Reply, failed, said, serving
 from train import TrainCommandLine
 
@@ -136,3 +138,29 @@ def test_messages_are_blotted(message: str) -> None:
 )
 def test_other_messages_stay(message: str) -> None:
     assert redacted(message) == message
+
+
+def test_logs_warnings_and_tracebacks_are_blotted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of any library: none is asked."""
+    monkeypatch.setenv("SOME_TOKEN", "a-secret-value")
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    factory = logging.getLogRecordFactory()
+    try:
+        redact_output()
+        logging.getLogger("some.library").warning("%s of %d from http://me:pa55word@host", "a-secret-value", 3)
+        logging.getLogger("some.library").warning("%s stays", "this")
+        shown = warnings.formatwarning("a-secret-value", UserWarning, "file.py", 1, "")
+        try:
+            raise RuntimeError("a-secret-value")
+        except RuntimeError as error:
+            sys.excepthook(RuntimeError, error, error.__traceback__)
+    finally:
+        logging.setLogRecordFactory(factory)
+    assert caplog.messages == ["[hidden] of 3 from http://[hidden]@host", "this stays"]
+    assert "[hidden]" in shown
+    printed = capsys.readouterr().err
+    assert "RuntimeError: [hidden]" in printed
+    assert "a-secret-value" not in shown + printed
