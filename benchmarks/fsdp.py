@@ -77,7 +77,7 @@ def figures(run: Run, tokens: int) -> None:
 
 
 def tiny_models(folder: Path) -> dict[str, str]:
-    """Random models of two layers beside SmolLM2's tokenizer, with tied embeddings and without."""
+    """Random models of three layers beside SmolLM2's tokenizer, with tied embeddings and without."""
     tokenizer = Backbone(EMBEDDED).load_tokenizer()
     for name in ("tied", "untied"):
         config = LlamaConfig(
