@@ -104,22 +104,16 @@ class SafeCheckpoint(ModelCheckpoint):
         assert loop._data_fetcher is not None
         # A resumed run does not validate at the step that it was saved at.
         if not loop._should_accumulate() and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-            self._obey(trainer)
+            self._end_step(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._training and not trainer.sanity_checking and not trainer.fit_loop._should_accumulate():
-            if trainer.global_step % self._every_n_train_steps == 0 and not self._should_skip_saving_checkpoint(
-                trainer
-            ):
-                self._save_now(trainer)
-            self._obey(trainer)
+            self._end_step(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._should_skip_saving_checkpoint(trainer):
-            self._save_now(trainer)
+        self._save_now(trainer)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -137,6 +131,11 @@ class SafeCheckpoint(ModelCheckpoint):
         self._training = False
         self._signals.release()
 
+    def _end_step(self, trainer: Trainer) -> None:
+        if trainer.global_step % self._every_n_train_steps == 0:
+            self._save_now(trainer)
+        self._obey(trainer)
+
     def _obey(self, trainer: Trainer) -> None:
         """What any rank was asked; every rank calls this after every optimizer step."""
         asked = torch.tensor(self._signals.asked, device=trainer.strategy.root_device)
@@ -145,8 +144,7 @@ class SafeCheckpoint(ModelCheckpoint):
             self._signals.asked = 0
             self._signals.before[number](number, None)
         elif number:
-            if not self._should_skip_saving_checkpoint(trainer):
-                self._save_now(trainer)
+            self._save_now(trainer)
             self._stop(trainer, number)
 
     def _stop(self, trainer: Trainer, number: int) -> None:
@@ -157,7 +155,9 @@ class SafeCheckpoint(ModelCheckpoint):
         raise Stopped(number)
 
     def _save_now(self, trainer: Trainer) -> None:
-        self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        """Unless this step is saved already."""
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     @override
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:

@@ -150,8 +150,8 @@ def test_logs_warnings_and_tracebacks_are_blotted(
     factory = logging.getLogRecordFactory()
     try:
         redact_output()
-        logging.getLogger("some.library").warning("%s of %d from http://me:pa55word@host", "a-secret-value", 3)
-        logging.getLogger("some.library").warning("%s stays", "this")
+        logging.getLogger("another.package").warning("%s of %d from http://me:pa55word@host", "a-secret-value", 3)
+        logging.getLogger("another.package").warning("%s stays", "this")
         shown = warnings.formatwarning("a-secret-value", UserWarning, "file.py", 1, "")
         try:
             raise RuntimeError("a-secret-value")

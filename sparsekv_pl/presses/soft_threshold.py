@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid, pad
 
 from sparsekv_pl.presses.draws import Draws
 from sparsekv_pl.presses.notes import notes_in
-from sparsekv_pl.presses.tokens import real_keys
+from sparsekv_pl.presses.tokens import key_places
 from sparsekv_pl.presses.window import window_attention, window_rows
 from sparsekv_pl.schedules import check_compression_ratio
 
@@ -113,13 +113,12 @@ class SoftThresholdPress(ScorerPress, Draws):
     ) -> Tensor:
         """(B, K, S) float32: the attention received; what always stays ties above all else, padding is below."""
         attention = window_attention(module, hidden_states, keys, kwargs, self.window_size)
-        real = real_keys(keys, kwargs)
-        count = keys.shape[2] if real is None else real.sum(-1)[:, None, None]
-        received = attention.sum(2) / window_rows(attention) * count
+        place = key_places(keys, kwargs)
+        received = attention.sum(2) / window_rows(attention) * (place.amax(-1) + 1)[:, None, None]
         scores = received.unflatten(1, (keys.shape[1], -1)).mean(2)
-        pinned = self._rank(keys, real) < compute_n_kept(keys.shape[2], self.compression_ratio)
+        pinned = self._rank(place) < compute_n_kept(keys.shape[2], self.compression_ratio)
         scores = scores.masked_fill(pinned[:, None], scores.detach().amax() + 1)
-        return scores if real is None else scores.masked_fill(~real[:, None], PADDING)
+        return scores.masked_fill((place < 0)[:, None], PADDING)
 
     def compress(
         self,
@@ -141,7 +140,7 @@ class SoftThresholdPress(ScorerPress, Draws):
             )
         scores = self.score(module, hidden_states, keys, values, attentions, kwargs)
         layer = int(module.layer_idx)  # type: ignore[arg-type]
-        notes.key_log_weights[layer] = self._log_weights(scores, self._rank(keys, real_keys(keys, kwargs)))
+        notes.key_log_weights[layer] = self._log_weights(scores, self._rank(key_places(keys, kwargs)))
         return keys, values
 
     def _log_weights(self, scores: Tensor, rank: Tensor) -> Tensor:
@@ -162,14 +161,10 @@ class SoftThresholdPress(ScorerPress, Draws):
         logits = self.temperature_now * (scores - threshold)
         return logsigmoid(logits.masked_fill(pinned, torch.inf).masked_fill(padding, -torch.inf))
 
-    def _rank(self, keys: Tensor, real: Tensor | None) -> Tensor:
-        """(B, S) int64: the order in which protected keys are kept, from 0 on; S for all others."""
-        batch, length = len(keys), keys.shape[2]
-        if real is None:
-            real = torch.ones(batch, length, dtype=torch.bool, device=keys.device)
-        index = real.cumsum(-1) - 1
-        count = real.sum(-1, keepdim=True)
-        from_end = count - 1 - index
-        rank = torch.where(index < self.sinks, index, count.clamp(max=self.sinks) + from_end)
-        protected = real & ((index < self.sinks) | (from_end < self.window_size))
-        return rank.where(protected, length)
+    def _rank(self, place: Tensor) -> Tensor:
+        """(B, S) int64: the order in which protected keys at ``place`` (B, S) are kept, from 0; S for all others."""
+        count = place.amax(-1, keepdim=True) + 1
+        from_end = count - 1 - place
+        rank = torch.where(place < self.sinks, place, count.clamp(max=self.sinks) + from_end)
+        protected = (place >= 0) & ((place < self.sinks) | (from_end < self.window_size))
+        return rank.where(protected, place.shape[1])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsekv_pl.presses.draws import Draws, generator, row_numbers
 from sparsekv_pl.presses.notes import notes_in
-from sparsekv_pl.presses.tokens import TOKEN_IDS, real_keys
+from sparsekv_pl.presses.tokens import TOKEN_IDS, key_places
 from sparsekv_pl.schedules import check_compression_ratio
 
 
@@ -143,16 +143,12 @@ class SpanDropoutPress(Draws, ScorerPress):
         kwargs: Mapping[str, Any],
     ) -> Tensor:
         """(B, K, S) float32, all of a row and head different: how long each key stays."""
-        batch, heads, length = keys.shape[:3]
-        real = real_keys(keys, kwargs)
-        if real is None:
-            real = torch.ones(batch, length, dtype=torch.bool, device=keys.device)
-        shown = Shown(module, hidden_states, keys, kwargs, (real.cumsum(1) - 1).masked_fill(~real, -1))
+        shown = Shown(module, hidden_states, keys, kwargs, key_places(keys, kwargs))
         spans = self.spans(shown)
         priority = self.priority(shown, spans)
         heads_told = max(spans.shape[1], priority.shape[1])
         at_key = priority.expand(-1, heads_told, -1).gather(-1, spans.expand(-1, heads_told, -1))
-        return self._ranked(at_key, shown.place).expand(-1, heads, -1).contiguous()
+        return self._ranked(at_key, shown.place).expand(-1, keys.shape[1], -1).contiguous()
 
     def compress(
         self,

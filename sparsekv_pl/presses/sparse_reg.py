@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from sparsekv_pl.presses.notes import notes_in
 from sparsekv_pl.presses.scores import set_compression_ratio
-from sparsekv_pl.presses.tokens import real_keys
+from sparsekv_pl.presses.tokens import key_places
 from sparsekv_pl.presses.window import window_attention, window_rows
 
 
@@ -101,23 +101,21 @@ class SparseRegPress(BasePress):
             tiny = torch.finfo(attention.dtype).tiny
             by_row = -(attention * attention.clamp(min=tiny).log()).sum(-1)
         else:
-            by_row = (attention * self._evictable(attention, real_keys(keys, kwargs))).sum(-1)
+            by_row = (attention * self._evictable(attention.shape[2], key_places(keys, kwargs))).sum(-1)
         return (by_row.sum(-1, keepdim=True) / window_rows(attention)).mean()
 
     def compress(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Raise ``ValueError``: a wrapper that asks for this would leave out the inner press."""
         raise ValueError("SparseRegPress cannot be a part of ComposedPress: put it around, with ComposedPress as press")
 
-    def _evictable(self, attention: Tensor, real: Tensor | None) -> Tensor:
-        """(B or 1, 1, W, S) bool: keys that are no sinks and not among a row's own last ``window_size``."""
-        rows, length = attention.shape[2:]
-        if real is None:
-            real = torch.ones(1, length, dtype=torch.bool, device=attention.device)
-        index = real.cumsum(-1) - 1
-        count = real.sum(-1, keepdim=True)
-        at = count - rows + torch.arange(rows, device=attention.device)
-        outside = index[:, None] <= at[..., None] - self.window_size
-        return (outside & (index >= self.sinks)[:, None])[:, None]
+    def _evictable(self, rows: int, place: Tensor) -> Tensor:
+        """(B, 1, W, S) bool, of keys at ``place`` (B, S) for the last W = ``rows`` queries: keys that are no sinks and
+        not among a row's own last ``window_size``.
+        """
+        last = place.amax(-1, keepdim=True)
+        at = last + 1 - rows + torch.arange(rows, device=place.device)
+        outside = place[:, None] <= at[..., None] - self.window_size
+        return (outside & (place >= self.sinks)[:, None])[:, None]
 
 
 @dataclass

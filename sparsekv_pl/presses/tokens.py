@@ -115,6 +115,17 @@ def real_keys(keys: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
     return mask[:, start : start + keys.shape[2]]
 
 
+def key_places(keys: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """(B, S) int64: the number of each key (B, K, S, D) among the real ones of its row, from 0; -1 for padding.
+
+    Raises as ``real_keys`` does.
+    """
+    real = real_keys(keys, kwargs)
+    if real is None:
+        return torch.arange(keys.shape[2], device=keys.device).expand(len(keys), -1)
+    return (real.cumsum(1) - 1).masked_fill(~real, -1)
+
+
 def first_key(keys: Tensor) -> int:
     """Where ``keys`` (B, K, S, D) begin in the cache: 0, but for the parts that kvpress's ChunkPress shows."""
     return keys.storage_offset() // keys.stride(2) % _whole(keys)

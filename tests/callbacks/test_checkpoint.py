@@ -1,10 +1,6 @@
-"""Checkpoints that are whole or absent, on a linear module: full disks, damage, malice, signals, what is kept."""
+"""When checkpoints are saved, on a linear module: steps, errors, full disks, signals, validations."""
 
-import os
-import pickle
 import re
-import resource
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,109 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 
 from callbacks.checkpoint import CheckpointError, SafeCheckpoint
-from callbacks.checkpoint_files import chosen, fault, newest_readable, written_whole
+from callbacks.checkpoint_files import fault
 from sparsekv_pl.modules.stop_signal import Stopped
+from tests.callbacks.checkpoint_cases import AtBatch, Line, Ranks, fill_disk, names, send
 from tests.tiny_training import MakeTrainer
-
-ROOM = 20_000
-"""Bytes that a test's file may have; a checkpoint of ``Line`` has more."""
-
-
-class Line(LightningModule):
-    """A linear map of 100 x 100; batch i is all i."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.map = nn.Linear(100, 100)
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002
-        return self.map(batch).square().mean()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
-
-    def train_dataloader(self) -> Any:
-        return DataLoader(torch.arange(24.0)[:, None].expand(24, 100), batch_size=1)  # type: ignore[arg-type]
-
-
-class AtBatch(Callback):
-    """Does something when micro-batch ``batch`` (from 0) starts."""
-
-    def __init__(self, batch: int, action: Callable[[], Any]) -> None:
-        self.batch, self.action = batch, action
-
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, _: Any, batch_idx: int) -> None:  # noqa: ARG002
-        if batch_idx == self.batch:
-            self.action()
-
-
-class Ranks(Callback):
-    """The checkpoint's own state, to see at which micro-batch it was saved."""
-
-    def on_save_checkpoint(self, trainer: Trainer, _: Any, checkpoint: dict[str, Any]) -> None:
-        checkpoint["ready"] = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-
-
-@pytest.fixture
-def fit(tiny_trainer: MakeTrainer, tmp_path: Path) -> Callable[..., tuple[Trainer, LightningModule]]:
-    def run(*more: Callback, every: int = 2, keep: int = 2, ckpt_path: Any = None, **settings: Any) -> Any:
-        saver, module = SafeCheckpoint(every, keep, str(tmp_path)), Line()
-        trainer = tiny_trainer(saver, *more, enable_checkpointing=True, **settings)
-        trainer.fit(module, ckpt_path=ckpt_path)
-        return trainer, module
-
-    return run
-
-
-@pytest.fixture
-def room() -> Iterator[None]:
-    """As much room after the test as before it."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def fill_disk() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-
-def send(number: int) -> None:
-    os.kill(os.getpid(), number)
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-def flip(path: Path, at: float) -> None:
-    """Turn one byte, ``at`` of the way into the file."""
-    content = bytearray(path.read_bytes())
-    content[int(at * len(content))] ^= 0xFF
-    path.write_bytes(content)
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-class Malice:
-    """Makes the folder ``path`` when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.path),)
-
-
-# --- what is saved and kept ---
 
 
 def test_the_last_ones_are_kept_and_the_last_step_is_among_them(fit: Any, tmp_path: Path) -> None:
@@ -210,148 +111,6 @@ def test_a_disk_that_an_export_fills_is_no_traceback_either(fit: Any, tmp_path: 
 
     with pytest.raises(CheckpointError, match=r"step=4\.ckpt was not saved: No space left on device"):
         fit(Export(), max_steps=6)
-
-
-@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
-def test_what_was_there_stays_until_the_new_one_is_whole(folder: bool, tmp_path: Path) -> None:
-    def write(content: str, fail: bool = False) -> None:
-        with written_whole(target, None) as partial:
-            if folder:
-                partial.mkdir()
-            (partial / "content" if folder else partial).write_text(content)
-            assert not fail
-        assert names(tmp_path) == {"it.ckpt"}
-
-    def read() -> str:
-        return (target / "content" if folder else target).read_text()
-
-    target = tmp_path / "it.ckpt"
-    write("old")
-    with pytest.raises(AssertionError):
-        write("half", fail=True)
-    assert names(tmp_path) == {"it.ckpt"}
-    assert read() == "old"
-    write("new")
-    assert read() == "new"
-
-
-def test_what_a_killed_process_left_is_deleted(fit: Any, tmp_path: Path) -> None:
-    (tmp_path / ".step=9.ckpt.partial").write_text("half")
-    fit(max_steps=2)
-    assert names(tmp_path) == {"step=2.ckpt"}
-
-
-# --- which one is read ---
-
-
-@pytest.mark.parametrize(
-    ("damage", "why"),
-    [(cut, "truncated or corrupt"), (lambda path: flip(path, 0.5), "checksum of .* does not match")],
-    ids=["truncated", "flipped"],
-)
-def test_the_one_before_a_damaged_one_is_used(
-    damage: Callable[[Path], None], why: str, fit: Any, tmp_path: Path
-) -> None:
-    _, straight = fit(max_steps=6, max_epochs=-1)
-    damage(tmp_path / "step=6.ckpt")
-    with pytest.warns(UserWarning, match=f"checkpoint not used: {tmp_path}/step=6.ckpt: .*{why}"):
-        trainer, module = fit(max_steps=6, max_epochs=-1, ckpt_path="last")
-    assert trainer.ckpt_path == str(tmp_path / "step=4.ckpt")
-    assert not fault(tmp_path / "step=6.ckpt"), "it is written anew"
-    assert trainer.global_step == 6
-    assert straight.map.weight.shape == module.map.weight.shape
-
-
-def test_no_readable_one_is_an_error_and_none_at_all_is_a_start(fit: Any, tmp_path: Path) -> None:
-    trainer, _ = fit(max_steps=4, ckpt_path="last")
-    assert trainer.global_step == 4
-    for path in tmp_path.glob("*.ckpt"):
-        cut(path)
-    with pytest.raises(ValueError, match=r"no checkpoint can be read; start anew .*step=4.*; .*step=2"):
-        fit(max_steps=4, ckpt_path="last")
-
-
-def test_ckpt_path_may_be_a_file_a_folder_or_a_run(fit: Any, tmp_path: Path) -> None:
-    fit(max_steps=4)
-    newest = tmp_path / "step=4.ckpt"
-    run = tmp_path / "run"
-    shutil.copytree(tmp_path, run / "checkpoints")
-    assert chosen(newest) == chosen(tmp_path) == newest
-    assert chosen(run).name == "step=4.ckpt"
-    cut(newest)
-    with pytest.raises(ValueError, match=r"step=4\.ckpt: it is truncated or corrupt"):
-        chosen(newest)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no \.ckpt in this folder"):
-        chosen(tmp_path / "empty")
-    with pytest.raises(ValueError, match="no such file or folder"):
-        chosen(tmp_path / "absent")
-
-
-def test_code_in_a_checkpoint_is_not_run(fit: Any, tmp_path: Path) -> None:
-    fit(max_steps=2)
-    content = torch.load(tmp_path / "step=2.ckpt", weights_only=True)
-    torch.save(content | {"more": Malice(tmp_path / "ran")}, tmp_path / "step=9.ckpt")
-    assert "whose code loading would run" in fault(tmp_path / "step=9.ckpt")
-    with pytest.raises(pickle.UnpicklingError):
-        fit(ckpt_path=tmp_path / "step=9.ckpt")
-    with pytest.warns(UserWarning, match=r"step=9\.ckpt: it holds objects"):
-        fit(max_steps=3, max_epochs=-1, ckpt_path="last")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_loading_with_code_cannot_be_asked_for(tiny_trainer: MakeTrainer, fit: Any, tmp_path: Path) -> None:
-    fit(max_steps=2)
-    trainer = tiny_trainer(SafeCheckpoint(2, dirpath=str(tmp_path)), enable_checkpointing=True)
-    with pytest.raises(ValueError, match="weights_only=false would run code"):
-        trainer.fit(Line(), ckpt_path=tmp_path / "step=2.ckpt", weights_only=False)
-
-
-# --- sharded ones ---
-
-
-@pytest.fixture
-def sharded(tmp_path: Path) -> Path:
-    """As Lightning's ModelParallelStrategy saves: torch's shards and metadata, and the rest in meta.pt."""
-    folder = tmp_path / "step=2.ckpt"
-    module = Line()
-    optimizer = module.configure_optimizers()
-    module.training_step(torch.ones(1, 100), 0).backward()
-    optimizer.step()
-    state = {"state_dict": module.state_dict(), "optimizer_0": optimizer.state_dict()}
-    dcp.save(state, checkpoint_id=folder, no_dist=True)
-    torch.save({"global_step": 2}, folder / "meta.pt")
-    return folder
-
-
-def test_a_sharded_one_is_read(sharded: Path) -> None:
-    assert fault(sharded) == ""
-    assert chosen(sharded.parent) == chosen(sharded) == sharded
-
-
-def test_a_damaged_sharded_one_is_not(sharded: Path) -> None:
-    shard = next(sharded.glob("*.distcp"))
-    cut(shard)
-    assert f"{shard.name} ends early" in fault(sharded)
-    shard.unlink()
-    assert "No such file" in fault(sharded)
-    with pytest.raises(ValueError, match="no checkpoint can be read"):
-        newest_readable([sharded])
-
-
-def test_code_in_a_sharded_one_is_not_run(sharded: Path, tmp_path: Path) -> None:
-    metadata = pickle.loads((sharded / ".metadata").read_bytes())
-    metadata.planner_data = Malice(tmp_path / "ran")
-    good = (sharded / ".metadata").read_bytes()
-    (sharded / ".metadata").write_bytes(pickle.dumps(metadata))
-    assert "posix.mkdir" in fault(sharded)
-    (sharded / ".metadata").write_bytes(good)
-    assert not fault(sharded)
-    shutil.rmtree(sharded)
-    dcp.save({"state_dict": {"more": Malice(tmp_path / "ran")}}, checkpoint_id=sharded, no_dist=True)
-    torch.save({}, sharded / "meta.pt")
-    assert "whose code loading would run" in fault(sharded)
-    assert not (tmp_path / "ran").exists()
 
 
 # --- signals ---

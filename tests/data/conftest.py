@@ -64,3 +64,11 @@ def numbered() -> Numbered:
 def plain(tokenizer: Any) -> tuple[Frame, Tokens]:
     """One token per byte, so that texts can be compared letter by letter."""
     return Frame(tokenizer), take_tokens(EmbeddedText().documents(), tokenizer, 30_000)
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that were to be waited."""
+    asked: list[float] = []
+    monkeypatch.setattr("data.retries.sleep", asked.append)
+    return asked

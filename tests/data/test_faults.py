@@ -1,94 +1,25 @@
-"""Text sources that stall, drop, return garbage, break for good, or hold documents that cannot be used."""
+"""A stream that stalls, drops or returns garbage is outlasted; one that breaks for good stops with an exact state."""
 
-import gzip
 import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as parquet
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from data.documents import Document, Skipped, SourceFailed
-from data.hub_stream import HubBlocks, table_documents
+from data.documents import Document, SourceFailed
+from data.hub_stream import HubBlocks
 from data.mixture import EvictionData
-from data.packing import DocumentStream
 from data.retries import Retries
-from data.text import HubText, LocalText, Splits, TextSource
-
-ROWS, SIZE = 24, 4
-
-
-class FaultyStream:
-    """What HubBlocks uses of a stream of datasets; before row n it does what ``faults[n]`` says, each once."""
-
-    def __init__(self, faults: dict[int, list[Any]]) -> None:
-        self.faults, self.row = faults, 0
-
-    def iter(self, size: int) -> Iterator[pa.Table]:
-        while self.row < ROWS:
-            rows = range(self.row, min(self.row + size, ROWS))
-            for row in rows:
-                self.row = row + 1  # what was read of a table that fails must be read again
-                if faults := self.faults.get(row):
-                    fault = faults.pop(0)
-                    if isinstance(fault, threading.Event):
-                        fault.wait(20)
-                    else:
-                        raise fault
-            yield pa.table({"id": [f"d{row}" for row in rows], "text": [f"text {row}" for row in rows]})
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"row": self.row}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.row = state["row"]
-
-
-def blocks(faults: dict[int, list[Any]], retries: Retries | None = None) -> HubBlocks:
-    return HubBlocks(
-        lambda: FaultyStream(faults),
-        lambda table, skipped: table_documents(table, "fake", "text", skipped),
-        lambda _: True,
-        SIZE,
-        Skipped("dataset 'fake'", 3),
-        retries or Retries(),
-    )
-
-
-def names(block: list[Document] | None) -> list[str]:
-    return [document.id for document in block or ()]
-
-
-ALL = [f"fake/d{row}" for row in range(ROWS)]
-
-
-def read(source: HubBlocks) -> list[str]:
-    """The ids of one epoch."""
-    found = []
-    while (block := source.next()) is not None:
-        found += names(block)
-    return found
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that were to be waited."""
-    asked: list[float] = []
-    monkeypatch.setattr("data.retries.sleep", asked.append)
-    return asked
-
-
-DROP, GARBAGE, LATE = ConnectionError("reset"), pa.ArrowInvalid("no JSON"), TimeoutError("read timed out")
+from data.text import Splits, TextSource
+from tests.data.faulty import ALL, DROP, GARBAGE, LATE, blocks, names, read
 
 
 @pytest.mark.parametrize(
@@ -139,219 +70,6 @@ def test_the_limit_stops_with_one_error_and_an_exact_state(waits):
 def test_retries_say_what_is_wrong_with_them(settings):
     with pytest.raises(ValueError, match=rf"retries\.{next(iter(settings))} is"):
         Retries(**settings)
-
-
-def lines(name: str, count: int = 9) -> bytes:
-    rows = [json.dumps({"id": f"{name}-{i}", "text": f"text {name} {i} {'word ' * 20}"}) for i in range(count)]
-    return ("\n".join(rows) + "\n").encode()
-
-
-def table_file(path: Path, count: int = 400) -> bytes:
-    parquet.write_table(pa.table({"text": [f"text {i} " * 30 for i in range(count)]}), path, row_group_size=100)
-    return path.read_bytes()
-
-
-def ids(source: HubText) -> list[str]:
-    return [document.id.removeprefix(f"{source.name}/") for document in source.documents()]
-
-
-@pytest.mark.parametrize("position", [0, 1])
-@pytest.mark.parametrize("kind", ["json", "mixed", "error page", "gzip", "parquet", "pages", "gone"])
-def test_a_broken_local_shard_is_named_at_once(tmp_path, kind, position, waits):
-    whole = table_file(tmp_path / "whole")
-    ending, good, broken = {
-        "json": ("jsonl", lines("a"), lines("b") + b'{"id": "x", "te\n'),
-        "mixed": ("jsonl", lines("a"), lines("b") + b'{"id": "x", "text": 3}\n'),
-        "error page": ("jsonl", lines("a"), b"<html>502 Bad Gateway</html>"),
-        "gzip": ("jsonl.gz", gzip.compress(lines("a")), gzip.compress(lines("b", 500))[:900]),
-        "parquet": ("parquet", whole, whole[: len(whole) // 2]),
-        "pages": ("parquet", whole, whole[:100] + b"\xff" * 900 + whole[1000:]),
-        "gone": ("jsonl", lines("a"), lines("b")),
-    }[kind]
-    paths = [tmp_path / f"{name}.{ending}" for name in ("one", "two")]
-    for path, content in zip(paths, [broken, good][:: 1 - 2 * position], strict=True):
-        path.write_bytes(content)
-    source = HubText("parquet" if ending == "parquet" else "json", data_files=[str(path) for path in paths])
-    with pytest.raises(ValueError, match=rf"(shard|FileNotFoundError:) .*{paths[position].name}"):
-        if kind == "gone":
-            opened = source.blocks(lambda _: True)
-            paths[position].unlink()
-            opened.next()
-        else:
-            ids(source)
-    assert waits == []
-
-
-class Shards(ThreadingHTTPServer):
-    """Serves ``files`` over HTTP with ranges; the first answers for a file are those of ``faults``, each once."""
-
-    daemon_threads = True
-
-    def __init__(self, files: dict[str, bytes], faults: dict[str, list[str]]) -> None:
-        self.files, self.faults, self.released = files, faults, threading.Event()
-        self.armed = False
-        super().__init__(("127.0.0.1", 0), Answer)
-
-    def url(self, name: str) -> str:
-        return f"http://127.0.0.1:{self.server_port}/{name}"
-
-
-class Answer(BaseHTTPRequestHandler):
-    """One request."""
-
-    server: Shards
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, body: bool) -> None:
-        name = self.path.strip("/")
-        content = self.server.files[name]
-        faults = self.server.faults.get(name)
-        fault = faults.pop(0) if body and faults and self.server.armed else None
-        if fault == "refuse":
-            self.send_error(503)
-            return
-        if fault == "garbage":
-            content = b"<html>" + b"x" * (len(content) - 6)
-        first, last = 0, len(content) - 1
-        if asked := self.headers.get("Range"):
-            begin, end = asked.removeprefix("bytes=").split("-")
-            first, last = int(begin), min(int(end or last), last)
-        self.send_response(206 if asked else 200)
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(last - first + 1))
-        self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
-        self.end_headers()
-        if not body:
-            return
-        half = (last - first) // 2
-        self.wfile.write(content[first : first + half] if fault in ("drop", "stall") else content[first : last + 1])
-        if fault == "stall":
-            self.server.released.wait(20)
-        if fault:
-            self.close_connection = True
-
-    def log_message(self, *_: Any) -> None:
-        """Silent."""
-
-
-@pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Shards]]:
-    """Starts servers. datasets' own repetitions of single requests, which take minutes, are off."""
-    monkeypatch.setattr("datasets.config.STREAMING_READ_MAX_RETRIES", 1)
-    monkeypatch.setattr("datasets.config.STREAMING_READ_RETRY_INTERVAL", 0)
-    monkeypatch.setattr("datasets.config.STREAMING_OPEN_MAX_RETRIES", 1)
-    monkeypatch.setattr("datasets.config.STREAMING_OPEN_RETRY_INTERVAL", 0)
-    started: list[Shards] = []
-
-    def start(*settings: Any) -> Shards:
-        started.append(Shards(*settings))
-        threading.Thread(target=started[-1].serve_forever, daemon=True).start()
-        return started[-1]
-
-    yield start
-    for server in started:
-        server.released.set()
-        server.shutdown()
-        server.server_close()
-
-
-@pytest.mark.parametrize("fault", ["drop", "stall", "refuse", "garbage"])
-def test_a_faulty_server_is_outlasted(serve, fault, waits):
-    files = {f"{name}.jsonl": lines(name) for name in ("a", "b", "c")}
-    server = serve(files, {"b.jsonl": [fault] * 2})
-    retries = Retries(timeout_seconds=1.5 if fault == "stall" else 60)
-    source = HubText("json", data_files=[server.url(name) for name in files], block_size=SIZE, retries=retries)
-    stream = source.blocks(lambda _: True)
-    server.armed = True
-    found = read(stream)
-    assert found == [f"json/{name}-{i}" for name in ("a", "b", "c") for i in range(9)]
-    assert waits
-    assert server.faults == {"b.jsonl": []}
-
-
-@pytest.mark.parametrize("fault", ["drop", "stall", "garbage"])
-def test_a_server_that_stays_faulty_stops_with_the_shard_named(serve, fault, waits):
-    files = {f"{name}.jsonl": lines(name) for name in ("a", "b")}
-    server = serve(files, {"b.jsonl": [fault] * 99})
-    retries = Retries(limit=1, timeout_seconds=1.5 if fault == "stall" else 60)
-    source = HubText("json", data_files=[server.url(name) for name in files], block_size=SIZE, retries=retries)
-    stream = source.blocks(lambda _: True)
-    server.armed = True
-    with pytest.raises(SourceFailed, match=rf"shard {server.url('b.jsonl')}: not readable in 2 tries"):
-        while stream.next() is not None:
-            pass
-    assert waits == [1]
-
-
-def unusable_rows(folder: Path) -> HubText:
-    """21 rows of which 7 cannot be used, at most 3 in a row."""
-    raw = [b"fine 0", b"", None, b"\xff\xfe", b"fine 4", b"nul \0", b"   "] * 3
-    binary = pa.array(raw, pa.binary())
-    texts = pa.StringArray.from_buffers(len(raw), binary.buffers()[1], binary.buffers()[2], binary.buffers()[0])
-    table = pa.table({"id": [f"row{i}" for i in range(len(raw))], "text": texts})
-    parquet.write_table(table, folder / "rows.parquet")
-    return HubText("parquet", data_files=[str(folder / "rows.parquet")], block_size=SIZE, skip_limit=3)
-
-
-def test_an_unusable_row_is_skipped_counted_and_the_first_is_named(tmp_path, caplog):
-    source = unusable_rows(tmp_path)
-    assert ids(source) == ["row0", "row4", "row7", "row11", "row14", "row18"]
-    assert source.skipped == 15
-    assert caplog.text.count("skipped parquet/row1: its text is empty") == 1
-    assert caplog.text.count("skipped") == 1
-    source.skip_limit = 2
-    with pytest.raises(SourceFailed, match=r"3 documents in a row cannot be used, the last is parquet/row3: .*UTF-8"):
-        ids(source)
-
-
-@pytest.mark.parametrize("consumed", [1, 3, 5, 9])
-def test_the_count_is_part_of_the_state(tmp_path, consumed):
-    source = unusable_rows(tmp_path)
-    streams = [DocumentStream(source, Splits(1, 0, 0), "train") for _ in range(2)]
-    for _ in range(consumed):
-        next(streams[0])
-    streams[1].load_state_dict(json.loads(json.dumps(streams[0].state_dict())))
-    for _ in range(12):
-        assert streams[1].blocks.skipped == streams[0].blocks.skipped > 0
-        assert next(streams[0]) == next(streams[1])
-
-
-def test_local_documents_that_cannot_be_used_are_counted_once(tmp_path):
-    path = tmp_path / "x.jsonl"
-    rows = [{"text": "one"}, {"other": 1}, {"text": None}, {"text": 3}, {"text": "\ud800"}, {"text": "two"}]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    source = LocalText([str(path)])
-    shares = [source.blocks(lambda _: True, number, 2) for number in range(2)]
-    assert [[document.text for document in share.next() or ()] for share in shares] == [["one"], ["two"]]
-    assert [share.skipped for share in shares] == [4, 0]
-    shares[0].next()
-    shares[0].next()
-    again = source.blocks(lambda _: True, 0, 2)
-    again.load_state_dict(shares[0].state_dict())
-    assert (again.skipped, again.next()) == (8, None)
-    source.skip_limit = 3
-    with pytest.raises(SourceFailed, match=r"x\.jsonl: 4 documents in a row cannot be used, the last is .*:5: .*surr"):
-        list(source.documents())
-
-
-def test_a_line_of_another_encoding_is_named(tmp_path):
-    path = tmp_path / "x.txt"
-    path.write_bytes(b"one\ntwo\ncaf\xe9\n")
-    with pytest.raises(ValueError, match=r"x\.txt, line 3: not readable as UTF-8"):
-        list(LocalText([str(path)]).documents())
-
-
-def test_a_parquet_file_that_breaks_off_is_named(tmp_path):
-    content = bytearray(table_file(tmp_path / "x.parquet"))
-    content[100:1000] = b"\xff" * 900
-    (tmp_path / "x.parquet").write_bytes(bytes(content))
-    with pytest.raises(ValueError, match=r"x\.parquet: not (a Parquet file|readable)"):
-        list(LocalText([str(tmp_path / "x.parquet")]).documents())
 
 
 @dataclass
