@@ -162,6 +162,17 @@ def tiny_trainer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., "Tra
     return make
 
 
+@pytest.fixture(scope="module")
+def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What lm_eval loads through datasets is cached in a folder of the test file's own."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # asks pip and the CPU, for seconds
+        yield
+
+
 @pytest.fixture(params=["llama", "qwen3"])
 def random_model(request: pytest.FixtureRequest) -> Callable[..., "PreTrainedModel"]:
     """Random float32 models of one architecture, built in memory: hidden 32, 4 query and 2 KV heads, vocabulary 64."""

@@ -1,6 +1,5 @@
 """What the tests of the planner share."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,10 +7,6 @@ from transformers import (
     Llama4Config,
     Llama4TextConfig,
 )
-
-from sparsekv_pl.backbone import Backbone
-
-MakeBackbone = Callable[..., Backbone]
 
 
 def scout(layers: int = 48) -> Llama4Config:

@@ -1,4 +1,4 @@
-"""The Slurm scripts: what they would run, how they are submitted, and a requeue by Lightning itself. No cluster here:
+"""The Slurm scripts: what they would run, and how they are submitted. No cluster here:
 sbatch, srun and scontrol are stand-ins on PATH that write down what they were given."""
 
 import json
@@ -14,44 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from safetensors.torch import load_file
-from torch import Tensor
 
 from configs.cluster import submit
 from configs.cluster.submit import TRAININGS, jobs_of, plan
 from evaluate import EvaluateCommandLine
 from sparsekv_pl.cli import CommandLine
+from tests.cluster_cases import CLUSTER, QWEN, ROOT, SCRIPTS, batch, dry, put_on_path
 from train import TrainCommandLine
-
-ROOT = Path(__file__).parents[1]
-CLUSTER = ROOT / "configs" / "cluster"
-SCRIPTS = sorted(CLUSTER.glob("*.sbatch"))
-QWEN = TRAININGS[0]
-SLURM = {
-    "SLURM_JOB_ID": "77",
-    "SLURM_JOB_NAME": "train",
-    "SLURM_NTASKS": "1",
-    "SLURM_NTASKS_PER_NODE": "1",
-    "SLURM_NNODES": "1",
-    "SLURM_NODEID": "0",
-    "SLURM_PROCID": "0",
-    "SLURM_LOCALID": "0",
-}
-
-
-def batch(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The script, run by bash from the checkout, outside a job unless ``environment`` says otherwise."""
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    command = ["bash", str(CLUSTER / script), *arguments]
-    return subprocess.run(command, cwd=ROOT, env=outside | environment, capture_output=True, text=True)
-
-
-def dry(script: str, *arguments: str, **environment: str) -> list[str]:
-    done = batch(script, "--dry-run", *arguments, **environment)
-    assert done.returncode == 0, done.stderr
-    return shlex.split(done.stdout)
 
 
 def parsed(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -71,13 +40,6 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.setattr(submit, "ROOT", tmp_path)
     return tmp_path
-
-
-def put_on_path(folder: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
-    (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 
 @pytest.fixture
@@ -273,43 +235,3 @@ def test_a_refusal_of_sbatch_is_passed_on(tmp_path: Path, monkeypatch: pytest.Mo
     put_on_path(tmp_path / "bin", "sbatch", "echo 'sbatch: error: invalid partition' >&2; exit 1", monkeypatch)
     with pytest.raises(SystemExit, match=r"error: sbatch said: .*invalid partition.*SBATCH_PARTITION"):
         submit.main([str(QWEN)])
-
-
-class Signal(Callback):
-    """The signal that Slurm sends before the time limit, in the middle of the second step's accumulation."""
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
-        if batch_idx == 3 and trainer.ckpt_path is None:
-            os.kill(os.getpid(), signal.SIGUSR1)
-
-
-def test_a_requeued_training_ends_as_one_that_was_never_stopped(
-    tiny_models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in SLURM.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
-    put_on_path(tmp_path / "bin", "scontrol", f'echo "$@" >> {tmp_path}/scontrol.log', monkeypatch)
-    run = tmp_path / "run"
-    more = ["--config", str(ROOT / "configs" / "train" / "small.yaml"), "--trainer.accumulate_grad_batches=2"]
-    more += [f"--model.backbone.pretrained={tiny_models['qwen3']}", "--model.backbone.dtype=float32"]
-    more += ["--data.batch_size=2", "--data.context_tokens=96", "--data.continuation_tokens=16"]
-    more += ["--model.eviction.anchors.recent=8", "--trainer.limit_val_batches=0", "--trainer.max_steps=3"]
-    more += [f"--trainer.default_root_dir={run}", f"--trainer.logger.save_dir={run}"]
-    more += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
-    command = dry("train.sbatch", str(QWEN), *more, SLURM_NTASKS_PER_NODE="1")
-
-    def train() -> dict[str, Tensor]:
-        arguments = command[command.index("train.py") + 1 :]
-        settings = {"save_config_kwargs": {"overwrite": True}, "trainer_defaults": {"callbacks": [Signal()]}}
-        TrainCommandLine(args=arguments, **settings)
-        return load_file(run / "final" / "adapter_model.safetensors")
-
-    unstopped = train()
-    assert (tmp_path / "scontrol.log").read_text() == "requeue 77\n"
-    shutil.rmtree(run / "final")
-    shutil.rmtree(run / "checkpoints")  # Slurm would have ended the job before these
-    requeued = train()
-    assert requeued.keys() == unstopped.keys()
-    assert all(requeued[name].equal(unstopped[name]) for name in unstopped)
-    assert torch.load(run / "hpc_ckpt_1.ckpt", weights_only=True)["global_step"] == 2

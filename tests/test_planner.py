@@ -17,7 +17,8 @@ from transformers import (
 from sparsekv_pl import planner
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.planner import plan
-from tests.planner_cases import MakeBackbone, cache_bytes, random_ids, tiny_llama4
+from tests.planner_cases import cache_bytes, random_ids, tiny_llama4
+from tests.tiny_training import MakeBackbone
 
 # --- the cache ---
 

@@ -18,7 +18,8 @@ from sparsekv_pl import planner
 from sparsekv_pl.backbone import EMBEDDED
 from sparsekv_pl.planner import GIB, duration, gib, plan
 from sparsekv_pl.quantisation import keep_unpacked, weight_bytes
-from tests.planner_cases import MakeBackbone, loaded_bytes, random_ids, scout, tiny_llama4
+from tests.planner_cases import loaded_bytes, random_ids, scout, tiny_llama4
+from tests.tiny_training import MakeBackbone
 
 # --- the weights ---
 

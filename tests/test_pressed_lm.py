@@ -1,40 +1,26 @@
 """Answers from an evicted cache through lm_eval's model interface: HFLM's without a press, the reference's with one."""
 
-import json
 import logging
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from kvpress import AdaKVPress, BasePress, KeyRerotationPress, KnormPress, SnapKVPress, StreamingLLMPress
 from lm_eval.api.instance import Instance
-from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from torch import Tensor
 
-from sparsekv_pl.backbone import Backbone, adapter_off
+from sparsekv_pl.backbone import adapter_off
 from sparsekv_pl.pressed_lm import PressedLM
+from tests.pressed_lm_cases import TEXT, adapted, hflm
+from tests.tiny_training import MakeBackbone
 
-TEXT = (
-    "The lookup of a name goes through the namespaces that the statement can see. A class definition is an executable "
-    "statement, and so is an import. The value of an expression list with at least one comma is a tuple. "
-)
 CONTEXT = TEXT * 2 + "Question: what is a class definition? Answer:"
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_backbone: Callable[..., Backbone]) -> tuple[Any, Any]:
-    """The tiny Llama with an adapter that does something, and its tokenizer."""
-    model, tokenizer = tiny_backbone().load()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model.eval(), tokenizer
+def tiny(tiny_backbone: MakeBackbone) -> tuple[Any, Any]:
+    return adapted(tiny_backbone())
 
 
 def asked(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
@@ -49,10 +35,6 @@ OPTIONS = asked(
     ("", "A tuple"),
     ("A space ", "follows"),
 )
-
-
-def hflm(tiny: tuple[Any, Any], **settings: Any) -> HFLM:
-    return HFLM(pretrained=tiny[0].get_base_model(), tokenizer=tiny[1], **settings)
 
 
 def loglikelihoods(lm: HFLM, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -234,93 +216,3 @@ def test_what_greedy_decoding_cannot_do_is_refused(tiny: tuple[Any, Any], settin
 def test_a_setting_below_one_token_is_refused(tiny: tuple[Any, Any], name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}=0"):
         PressedLM(*tiny, **{name: 0})
-
-
-LETTERS = "QXZJ"
-"""No other word of the contexts holds them as a token of its own."""
-
-
-def letters_task(folder: Path, before: str) -> dict[str, Any]:
-    """Which letter was named, after ``before`` and long before the question? Each of the four is right twice."""
-    rows = [
-        {
-            "text": f"{before}{LETTERS[i % 4]} is the letter. " + TEXT * 2 + "It is",
-            "options": list(LETTERS),
-            "answer": i % 4,
-        }
-        for i in range(8)
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {
-        "task": "letters",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{text}}",
-        "doc_to_choice": "{{options}}",
-        "doc_to_target": "answer",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        "num_fewshot": 0,
-    }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    import datasets
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        yield
-
-
-def evaluated(lm: HFLM, task: dict[str, Any]) -> dict[str, Any]:
-    found = evaluate(lm=lm, task_dict=TaskManager(include_defaults=False).load([task]), bootstrap_iters=0)
-    return found["results"]["letters"]
-
-
-def test_a_task_scores_as_with_hflm(tiny: tuple[Any, Any], tmp_path: Path) -> None:
-    task = letters_task(tmp_path, "")
-    assert evaluated(PressedLM(*tiny), task) == evaluated(hflm(tiny), task)
-
-
-def copier(tokenizer: Any) -> Any:
-    """One layer that looks at all tokens alike and says the letter that is among them."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=1024, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=8
-    )
-    model = LlamaForCausalLM(config).eval()
-    attention = model.model.layers[0].self_attn
-    with torch.no_grad():
-        for parameter in (*attention.parameters(), *model.model.layers[0].mlp.parameters(), model.lm_head.weight):
-            parameter.zero_()
-        attention.v_proj.weight.copy_(torch.eye(8))
-        attention.o_proj.weight.copy_(1000 * torch.eye(8))
-        spelled = [tokenizer.decode([token]).strip() for token in range(1024)]
-        places = torch.tensor([LETTERS.index(word) if word in list(LETTERS) else 7 for word in spelled])
-        model.model.embed_tokens.weight.copy_(torch.eye(8)[places])
-        model.lm_head.weight[:, :4] = torch.eye(8)[places][:, :4]
-    return model
-
-
-@pytest.mark.parametrize(
-    ("press", "before", "expected"),
-    [
-        (None, TEXT, 1.0),
-        (StreamingLLMPress(0.5), "", 1.0),  # the letter is among the first tokens, which stay
-        (StreamingLLMPress(0.5), TEXT, 0.25),  # it is gone: always the first option
-        (StreamingLLMPress(0.2), TEXT * 2, 1.0),
-    ],
-)
-def test_a_model_that_copies_scores_one_while_what_it_copies_is_kept(
-    tiny: tuple[Any, Any], tmp_path: Path, press: BasePress | None, before: str, expected: float
-) -> None:
-    assert evaluated(PressedLM(copier(tiny[1]), tiny[1], press), letters_task(tmp_path, before))["acc,none"] == expected
-
-
-def test_a_model_that_cannot_copy_scores_chance(tiny: tuple[Any, Any], tmp_path: Path) -> None:
-    blind = copier(tiny[1])
-    torch.nn.init.zeros_(blind.model.layers[0].self_attn.o_proj.weight)
-    assert evaluated(PressedLM(blind, tiny[1]), letters_task(tmp_path, ""))["acc,none"] == 0.25

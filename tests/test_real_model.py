@@ -2,27 +2,20 @@
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from kvpress import ExpectedAttentionPress
-from lightning.pytorch import Trainer
 
 from callbacks.curriculum import Curriculum
-from data.evaluation import EvaluationData
-from data.mixture import EvictionData
 from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.modules.eit import EITModule
 from sparsekv_pl.modules.evaluation import EvaluationModule, Setting
 from sparsekv_pl.objectives import EIT, Mixed, SelectionObjective
 from sparsekv_pl.schedules import Linear
-
-MakeCases = Callable[..., EvaluationData]
-MakeData = Callable[..., EvictionData]
-MakeTrainer = Callable[..., Trainer]
+from tests.tiny_training import MakeCases, MakeData, MakeTrainer
 
 
 def test_needles_are_found_with_the_full_cache_and_lost_under_expected_attention(

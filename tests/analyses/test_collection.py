@@ -9,19 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from transformers import DynamicCache
 
-from data.evaluation import EvaluationData
 from sparsekv_pl.analyses.collection import TensorCollection, Timestamps, summaries_of
 from sparsekv_pl.attention.statistics import StatisticsSettings, attention_statistics
 from sparsekv_pl.attention.tensor_files import read
-from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.eviction.prefill import continue_from
+from tests.tiny_training import MakeBackbone, MakeCases, MakeTrainer
 
-MakeBackbone = Callable[..., Backbone]
-MakeTrainer = Callable[..., Trainer]
-MakeCases = Callable[..., EvaluationData]
 SETTINGS = StatisticsSettings(window=32, top_k=8, block_size=16)
 
 

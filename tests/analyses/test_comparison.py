@@ -11,10 +11,10 @@ from lightning.pytorch import Trainer
 from data.evaluation import EvaluationData
 from sparsekv_pl.analyses.comparison import BlockComparison
 from sparsekv_pl.attention.gate import AttentionGates
-from sparsekv_pl.backbone import Backbone, causal_lm
+from sparsekv_pl.backbone import causal_lm
 from sparsekv_pl.measures.block_passes import BlockPasses
+from tests.tiny_training import MakeBackbone
 
-MakeBackbone = Callable[..., Backbone]
 SIZE = 8
 
 

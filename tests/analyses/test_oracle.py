@@ -7,18 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 
 from data.question_sources import LocalQuestions, PlantedQuestions
 from data.questions import QuestionData
 from data.text import EmbeddedText
 from sparsekv_pl.analyses.oracle import OracleBlocks, bm25_scores
 from sparsekv_pl.attention.cached import attention_implementation
-from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.eviction import prefill
+from tests.tiny_training import MakeBackbone, MakeTrainer
 
-MakeBackbone = Callable[..., Backbone]
-MakeTrainer = Callable[..., Trainer]
 Run = Callable[..., OracleBlocks]
 BLOCK = 32
 

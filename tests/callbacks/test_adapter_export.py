@@ -3,14 +3,12 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from kvpress import KVPressTextGenerationPipeline, SnapKVPress
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,10 +22,8 @@ from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.modules.eit import EITModule
 from sparsekv_pl.modules.gate_distillation import GateDistillation
 from sparsekv_pl.schedules import Linear
+from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer
 
-MakeBackbone = Callable[..., Backbone]
-MakeData = Callable[..., EvictionData]
-MakeTrainer = Callable[..., Trainer]
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 ALWAYS = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "curriculum.json", "training.json"}
 

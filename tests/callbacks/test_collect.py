@@ -10,19 +10,14 @@ from typing import Any
 import pytest
 import torch
 from kvpress import KnormPress
-from lightning.pytorch import Trainer
 
 from callbacks.collect import CollectTensors
-from data.evaluation import EvaluationData
 from sparsekv_pl.analyses.collection import TensorCollection
 from sparsekv_pl.attention.tensor_files import read
-from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.eviction.setting import Setting
 from sparsekv_pl.modules.evaluation import EvaluationModule
+from tests.tiny_training import MakeBackbone, MakeCases, MakeTrainer
 
-MakeBackbone = Callable[..., Backbone]
-MakeTrainer = Callable[..., Trainer]
-MakeCases = Callable[..., EvaluationData]
 Run = Callable[..., EvaluationModule]
 
 

@@ -1,7 +1,5 @@
 """Block-sparse attention on cases: equal to a dense pass where all blocks are chosen, else to a masked one."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +9,7 @@ from sparsekv_pl.attention.blocks import Blocks, TopBlocks
 from sparsekv_pl.attention.control_blocks import LocalBlocks, RandomBlocks
 from sparsekv_pl.attention.gate import AttentionGates
 from sparsekv_pl.attention.sketchwalk import SketchWalk
-from sparsekv_pl.backbone import Backbone, causal_lm
+from sparsekv_pl.backbone import causal_lm
 from sparsekv_pl.batch import TEXT, CaseBatch, CaseInfo
 from sparsekv_pl.measures.block_methods import (
     DENSE,
@@ -23,8 +21,8 @@ from sparsekv_pl.measures.block_methods import (
     thresholded,
 )
 from sparsekv_pl.measures.block_passes import BlockPasses
+from tests.tiny_training import MakeBackbone
 
-MakeBackbone = Callable[..., Backbone]
 SIZE, CONTEXT, CONTINUATION = 8, 64, 12
 LOCAL = BlockMethod("local", lambda: LocalBlocks(SIZE))
 

@@ -9,17 +9,14 @@ from typing import Any
 import pytest
 import torch
 from kvpress import BasePress, KnormPress, SnapKVPress
-from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
-from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.batch import TEXT, CaseBatch, CaseInfo
 from sparsekv_pl.eviction.setting import Setting
 from sparsekv_pl.measures import Measurement
 from sparsekv_pl.modules.evaluation import EvaluationModule
+from tests.tiny_training import MakeBackbone, MakeTrainer
 
-MakeBackbone = Callable[..., Backbone]
-MakeTrainer = Callable[..., Trainer]
 CONTEXT = 48
 
 

@@ -3,20 +3,24 @@
 import json
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from kvpress import BasePress, KnormPress, SnapKVPress, StreamingLLMPress
-from lightning.pytorch import Trainer
 
 from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.eviction.setting import Setting
 from sparsekv_pl.modules.harness import HarnessModule
 from sparsekv_pl.pressed_lm import PressedLM
 from sparsekv_pl.results import Record
+from tests.tiny_training import MakeBackbone, MakeTrainer
+
+Make = Callable[..., HarnessModule]
+Run = Callable[[HarnessModule], HarnessModule]
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 NOTES = "The lookup of a name goes through the namespaces that a statement can see. " * 3
 CHOICE = """
@@ -55,16 +59,6 @@ metric_list: [{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_bett
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    import datasets
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        patch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # asks pip and the CPU, for seconds
-        yield
-
-
 @pytest.fixture
 def tasks(tmp_path: Path) -> Path:
     """A folder with three tasks over the same four documents."""
@@ -79,7 +73,7 @@ def tasks(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def make(tiny_backbone: Callable[..., Backbone], tasks: Path, tmp_path: Path) -> Callable[..., HarnessModule]:
+def make(tiny_backbone: MakeBackbone, tasks: Path, tmp_path: Path) -> Make:
     """HarnessModule(**settings) of the tiny Llama: Knorm at 0.5 over the task ``choice``."""
 
     def made(backbone: dict[str, Any] | None = None, **settings: Any) -> HarnessModule:
@@ -108,7 +102,7 @@ def reported(monkeypatch: pytest.MonkeyPatch) -> list[list[Record]]:
 
 
 @pytest.fixture
-def run(tiny_trainer: Callable[..., Trainer]) -> Callable[[HarnessModule], HarnessModule]:
+def run(tiny_trainer: MakeTrainer) -> Run:
     def done(module: HarnessModule) -> HarnessModule:
         tiny_trainer().test(module, verbose=False)
         return module
@@ -125,9 +119,9 @@ def scores(module: HarnessModule) -> dict[tuple[str, ...], float]:
 
 
 def test_every_task_is_scored_under_every_press_base_and_trained(
-    make: Callable[..., HarnessModule],
-    run: Callable[[HarnessModule], HarnessModule],
-    tiny_backbone: Callable[..., Backbone],
+    make: Make,
+    run: Run,
+    tiny_backbone: MakeBackbone,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -170,9 +164,7 @@ def test_every_task_is_scored_under_every_press_base_and_trained(
 
 
 @pytest.mark.usefixtures("reported")
-def test_without_an_adapter_there_is_the_base_alone(
-    make: Callable[..., HarnessModule], run: Callable[[HarnessModule], HarnessModule]
-) -> None:
+def test_without_an_adapter_there_is_the_base_alone(make: Make, run: Run) -> None:
     before = torch.initial_seed(), random.getstate()
     module = run(make({"lora": None}, limit=2))
     assert (torch.initial_seed(), random.getstate()) == before  # though lm_eval seeds both
@@ -195,8 +187,8 @@ def count_work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.usefixtures("reported")
 def test_finished_work_is_not_done_again(
-    make: Callable[..., HarnessModule],
-    run: Callable[[HarnessModule], HarnessModule],
+    make: Make,
+    run: Run,
     tasks: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -220,8 +212,8 @@ class Broken(KnormPress):
 
 
 def test_a_press_that_fails_is_in_the_table_and_the_others_go_on(
-    make: Callable[..., HarnessModule],
-    run: Callable[[HarnessModule], HarnessModule],
+    make: Make,
+    run: Run,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
@@ -242,8 +234,8 @@ def test_a_press_that_fails_is_in_the_table_and_the_others_go_on(
 
 @pytest.mark.usefixtures("reported")
 def test_contexts_too_short_for_the_press_are_counted(
-    make: Callable[..., HarnessModule],
-    run: Callable[[HarnessModule], HarnessModule],
+    make: Make,
+    run: Run,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     module = run(make(settings=[Setting(SnapKVPress(window_size=500), [0.5])], limit=2))
@@ -266,7 +258,7 @@ def test_contexts_too_short_for_the_press_are_counted(
     ],
 )
 def test_bad_settings_are_refused_before_the_model_is_loaded(
-    make: Callable[..., HarnessModule], monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], named: str
+    make: Make, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], named: str
 ) -> None:
     monkeypatch.setattr(Backbone, "load", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=named):
@@ -278,9 +270,7 @@ def test_a_ratio_of_one_is_refused() -> None:
         Setting(KnormPress(), [1.0])
 
 
-def test_a_tokenizer_without_a_chat_template_is_refused(
-    make: Callable[..., HarnessModule], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tokenizer_without_a_chat_template_is_refused(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     load = Backbone.load
 
     def plain(self: Backbone, **settings: Any) -> Any:
@@ -293,17 +283,13 @@ def test_a_tokenizer_without_a_chat_template_is_refused(
         make(apply_chat_template=True)
 
 
-def test_an_unknown_task_is_refused_with_its_likes(
-    make: Callable[..., HarnessModule], run: Callable[[HarnessModule], HarnessModule], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unknown_task_is_refused_with_its_likes(make: Make, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lm_eval.tasks.manager.TaskIndex._iter_yaml_files", lambda root: sorted(root.glob("*.yaml")))
     with pytest.raises(ValueError, match=r"task 'choise' is neither .* similar: choice"):
         run(make(tasks=["choise"]))
 
 
-def test_more_than_one_device_is_refused(
-    make: Callable[..., HarnessModule], run: Callable[[HarnessModule], HarnessModule], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Trainer, "world_size", 2)
+def test_more_than_one_device_is_refused(make: Make, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning.pytorch.Trainer.world_size", 2)
     with pytest.raises(ValueError, match=r"trainer\.devices to 1"):
         run(make())

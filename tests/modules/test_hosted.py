@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
 
 from data.evaluation import EvaluationData
 from evaluate import EvaluateCommandLine
@@ -23,9 +22,9 @@ from sparsekv_pl.cli import SaveEvaluationConfig
 from sparsekv_pl.hosted_client import HostedModel
 from sparsekv_pl.modules.hosted import HostedModule, prompt_of
 from tests.scripted_server import Reply, failed, said, serving
+from tests.tiny_training import MakeTrainer
 
 KEY = "sk-test-0b9d4e8f2a61"
-MakeTrainer = Callable[..., Trainer]
 READY_SECONDS = 60
 
 

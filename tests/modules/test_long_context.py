@@ -16,14 +16,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from data.haystack import HaystackData
 from data.text import EmbeddedText
-from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.eviction.decoding import greedy
 from sparsekv_pl.eviction.prefill import ChunkedPrefill, prefill
 from sparsekv_pl.modules import long_context
 from sparsekv_pl.modules.long_context import STATE, LongContextModule
 from sparsekv_pl.results import Record
+from tests.tiny_training import MakeBackbone
 
-MakeBackbone = Callable[..., Backbone]
 TOKENS, CHUNK, BUDGET = 1500, 128, 200  # the tiny model's positions end at 1,024
 CHUNKS = 12
 TIMES = {"prefill_seconds", "decode_seconds", "eviction_seconds", "peak_bytes"}

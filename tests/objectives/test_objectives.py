@@ -1,4 +1,4 @@
-"""All objectives: chosen and mixed in YAML, trained under real eviction, and views of parts of a batch joined."""
+"""All objectives: chosen and mixed in YAML, and trained under real eviction."""
 
 import math
 import sys
@@ -16,7 +16,6 @@ from sparsekv_pl.anchors import Anchors
 from sparsekv_pl.batch import IGNORE, Batch
 from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.dropout import KVDropout
-from sparsekv_pl.eviction.result import EvictedContext
 from sparsekv_pl.modules.eit import EITModule
 from sparsekv_pl.objectives import (
     EIT,
@@ -27,12 +26,9 @@ from sparsekv_pl.objectives import (
     Reconstruction,
     SelectionObjective,
     SparseLM,
-    StudentView,
 )
-from sparsekv_pl.objectives.objective import joined
 from sparsekv_pl.presses.sparse_reg import SparseRegPress
 from sparsekv_pl.schedules import Linear
-from sparsekv_pl.selection import Selection
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw, trained
 from train import TrainCommandLine
 
@@ -155,41 +151,6 @@ def test_layerwise_compares_the_same_tokens_in_every_eviction(
 # --- sparse_lm and mixed ---
 
 
-def view(seed: int = 0, tokens: int = 5, **settings: Any) -> StudentView:
-    generator = torch.Generator().manual_seed(seed)
-    return StudentView(
-        hidden_NE=torch.randn(tokens, 8, generator=generator),
-        labels_N=torch.randint(0, 11, (tokens,), generator=generator),
-        head_weight_VE=torch.randn(11, 8, generator=torch.Generator().manual_seed(9)),
-        teacher_NE=torch.randn(tokens, 8, generator=generator),
-        **settings,
-    )
-
-
-def test_sparse_lm_adds_what_the_press_measured_with_its_gradient() -> None:
-    entropy, l1 = torch.tensor(0.5, requires_grad=True), torch.tensor(0.25)
-    terms = SparseLM()(view(press_losses={"entropy": entropy, "l1": l1}))
-    plain = LM()(view())
-    assert terms["loss"].item() == pytest.approx(plain["loss"].item() + 0.75)
-    assert torch.equal(terms["cross_entropy"], plain["cross_entropy"])
-    assert (terms["press/entropy"].item(), terms["press/l1"].item()) == (0.5, 0.25)
-    assert not terms["press/entropy"].requires_grad
-    terms["loss"].backward()
-    assert entropy.grad == 1
-
-
-def test_mixed_keeps_the_terms_of_two_of_a_kind_apart() -> None:
-    mixed = Mixed([EIT(kl_weight=1.0), LM(), EIT(kl_weight=2.0, temperature=3.0)], [1.0, 0.5, 2.0])
-    terms = mixed(view())
-    first, second, third = (objective(view()) for objective in mixed.objectives)
-    assert set(terms) == {"loss", "cross_entropy", "kl", "cross_entropy_2", "cross_entropy_3", "kl_3"}
-    assert torch.equal(terms["kl"], first["kl"])
-    assert torch.equal(terms["kl_3"], third["kl"])
-    assert not torch.equal(terms["kl"], terms["kl_3"])
-    expected = first["loss"] + 0.5 * second["loss"] + 2 * third["loss"]
-    torch.testing.assert_close(terms["loss"], expected)
-
-
 def test_mixed_asks_for_whatever_one_of_them_needs() -> None:
     mixed = everything()
     assert mixed.needs_teacher
@@ -211,53 +172,6 @@ def test_mixed_prepares_all_of_them(tiny_backbone: MakeBackbone) -> None:
 
 
 # --- views of parts of a batch ---
-
-
-def part(seed: int, rows: int, tokens: int) -> StudentView:
-    generator = torch.Generator().manual_seed(seed)
-    outputs = [{layer: torch.randn(tokens, 8, generator=generator) for layer in (0, 1)} for _ in range(2)]
-    ids = torch.randint(0, 11, (rows, 6 + seed), generator=generator)
-    selection = Selection(0, "Knorm", torch.randn(rows, 2, 6 + seed, generator=generator))
-    return view(
-        seed,
-        tokens,
-        layers={"hidden": (outputs[0], outputs[1])},
-        press_losses={"entropy": torch.tensor(float(seed))},
-        contexts=[EvictedContext(ids, torch.zeros(ids.shape), lambda ids: ids)],
-        selections=[(selection, torch.zeros(rows, 2, 6 + seed))],
-    )
-
-
-def test_the_parts_of_a_batch_are_joined_token_by_token() -> None:
-    parts = [part(1, rows=1, tokens=4), part(2, rows=3, tokens=2)]
-    whole = joined(parts, [1, 3])
-    assert torch.equal(whole.hidden_NE, torch.cat([p.hidden_NE for p in parts]))
-    assert torch.equal(whole.labels_N, torch.cat([p.labels_N for p in parts]))
-    teachers = [p.teacher_NE for p in parts]
-    assert whole.teacher_NE is not None
-    assert torch.equal(whole.teacher_NE, torch.cat(teachers))  # type: ignore[arg-type]
-    for which in (0, 1):
-        for layer in (0, 1):
-            expected = torch.cat([p.layers["hidden"][which][layer] for p in parts])
-            assert torch.equal(whole.layers["hidden"][which][layer], expected)
-    assert whole.press_losses["entropy"].item() == pytest.approx((1 * 1 + 3 * 2) / 4)  # by rows
-    assert [context.ids.shape for context in whole.contexts] == [(1, 7), (3, 8)]
-    assert [selection.scores.shape[0] for selection, _ in whole.selections] == [1, 3]
-
-
-def test_a_mean_over_tokens_of_a_joined_view_is_that_of_all_its_tokens() -> None:
-    parts = [part(1, rows=1, tokens=4), part(2, rows=3, tokens=2)]
-    for objective in (EIT(), Layerwise()):
-        alone = [objective(p)["loss"] for p in parts]
-        both = objective(joined(parts, [1, 3]))["loss"]
-        torch.testing.assert_close(both, (4 * alone[0] + 2 * alone[1]) / 6)
-
-
-def test_a_view_alone_is_its_own() -> None:
-    whole = part(1, rows=2, tokens=4)
-    assert joined([whole], [2]) is whole
-
-
 # --- YAML ---
 
 CHOSEN = """

@@ -1,8 +1,6 @@
-"""A press is told which tokens stand behind its keys, however it is used, and which keys are padding."""
+"""A press is told which tokens stand behind its keys, however it is used."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ from kvpress import (
     KnormPress,
     ScorerPress,
 )
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, pipeline
 
 from sparsekv_pl.eviction.chunked import ChunkedEviction
@@ -26,68 +23,8 @@ from sparsekv_pl.eviction.replay import RecordedPrefill
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.notes import PressNotes, notes_in
 from sparsekv_pl.presses.scores import set_compression_ratio
-from sparsekv_pl.presses.tokens import TOKEN_IDS, KeyTokens, ReadsTokens, key_tokens, real_keys
-
-Build = Callable[..., PreTrainedModel]
-CONTEXT, CHUNK = 48, 12
-
-
-@dataclass
-class Noted:
-    """What a press was told at one layer of one chunk."""
-
-    layer: int
-    tokens: KeyTokens | None
-    notes: PressNotes | None
-    real: Tensor | None
-    values: Tensor
-
-
-@dataclass
-class Blind(ScorerPress):
-    """Scores each KV head by something else, and notes what it is told."""
-
-    noted: list[Noted] = field(default_factory=list)
-
-    def score(self, module: Any, _: Any, keys: Tensor, values: Tensor, __: Any, kwargs: Any) -> Tensor:
-        real = real_keys(keys, kwargs)
-        noted = Noted(module.layer_idx, key_tokens(module, keys, kwargs), notes_in(kwargs), real, values.clone())
-        self.noted.append(noted)
-        return values.sum(-1)
-
-
-@dataclass
-class Reads(ReadsTokens, Blind):
-    """The same, and is told the ids."""
-
-
-def context() -> Tensor:
-    """No token twice in a row, so that a layer-0 value tells which token it came from."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.stack([torch.randperm(64, generator=generator)[:CONTEXT] for _ in range(2)])
-
-
-@torch.no_grad()
-def pressed(model: PreTrainedModel, press: BasePress, **inputs: Any) -> DynamicCache:
-    """As kvpress's pipeline uses a press: one forward of the decoder."""
-    cache = DynamicCache()
-    with press(model):
-        model.model(**({"input_ids": context()} | inputs), past_key_values=cache)
-    return cache
-
-
-@torch.no_grad()
-def check(model: PreTrainedModel, noted: Noted, seen: int = CONTEXT) -> None:
-    """The ids are those seen so far, and the token of every layer-0 key is the one that its value was made from."""
-    assert noted.tokens is not None
-    assert torch.equal(noted.tokens.ids, context()[:, :seen])
-    assert noted.tokens.positions.shape == noted.values.shape[:3]
-    if noted.layer == 0:
-        full = prefill(model, context(), None).cache.layers[0].values
-        expected = full.gather(2, noted.tokens.positions[..., None].expand_as(noted.values))
-        torch.testing.assert_close(noted.values, expected)
-        ids = context()[:, None].expand(-1, full.shape[1], -1).gather(-1, torch.cdist(noted.values, full).argmin(-1))
-        assert torch.equal(noted.tokens.at_keys(context()[:, :seen]), ids)
+from sparsekv_pl.presses.tokens import TOKEN_IDS, KeyTokens
+from tests.presses.tokens_cases import CHUNK, CONTEXT, Blind, Build, Reads, check, context, pressed
 
 
 def pre_hooks(model: PreTrainedModel) -> int:
@@ -292,54 +229,3 @@ def test_a_full_cache_prefill_carries_no_notes(random_model: Build) -> None:
         prefill(model, context(), KnormPress(0.5))
     assert seen[0] is None
     assert isinstance(seen[1], PressNotes)
-
-
-PADDED = torch.ones(2, CONTEXT, dtype=torch.long)
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("hidden", [slice(0, 5), slice(-5, None)], ids=["left", "right"])
-def test_padding_is_read_off_the_mask(random_model: Build, implementation: str, hidden: slice) -> None:
-    model, press, mask = random_model(), Blind(0.5), PADDED.clone()
-    model.set_attn_implementation(implementation)
-    mask[1, hidden] = 0
-    pressed(model, press, attention_mask=mask)
-    for noted in press.noted:
-        assert noted.real is not None
-        assert torch.equal(noted.real, mask.bool())
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("mask", [None, PADDED])
-def test_no_padding_is_none(random_model: Build, implementation: str, mask: Tensor | None) -> None:
-    model, press = random_model(), Blind(0.5)
-    model.set_attn_implementation(implementation)
-    pressed(model, press, attention_mask=mask)
-    assert [noted.real for noted in press.noted] == [None, None]
-    with torch.no_grad():
-        prefill(model, context(), press, CHUNK)
-    assert [noted.real for noted in press.noted] == [None] * 10
-
-
-def test_a_mask_of_two_dimensions_is_taken_as_it_is() -> None:
-    """As flash attention is given."""
-    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
-    real = real_keys(torch.zeros(2, 1, 3, 4), {"attention_mask": mask})
-    assert real is not None
-    assert real.tolist() == [[False, True, True], [True, True, True]]
-
-
-def test_padding_cannot_be_told_once_another_press_has_evicted(random_model: Build) -> None:
-    mask = PADDED.clone()
-    mask[1, :5] = 0
-    with pytest.raises(ValueError, match="put this press first"):
-        pressed(random_model(), ComposedPress([Blind(0.5), Blind(0.5)]), attention_mask=mask)
-
-
-def test_each_part_of_the_keys_has_its_own_padding(random_model: Build) -> None:
-    inner, mask = Blind(0.5), PADDED.clone()
-    mask[1, :5], mask[0, -3:] = 0, 0
-    pressed(random_model(), ChunkPress(inner, chunk_length=20), attention_mask=mask)
-    told = [noted.real for noted in inner.noted]
-    for layer in (told[:3], told[3:]):
-        assert torch.equal(torch.cat(layer, dim=1), mask.bool())
