@@ -1,10 +1,11 @@
-"""What AnchorPress costs, against kvpress's SnapKV and ExpectedAttention and against the prefill that it follows.
+"""What every press costs, against kvpress's SnapKV and against the prefill that it follows.
 
-Run from the checkout: ``python benchmarks/anchor_press.py``. Takes about three minutes on one idle thread.
+Run from the checkout: ``python benchmarks/press_cost.py``. Takes about five minutes on one idle thread.
 
 SmolLM2-135M-Instruct prefills the Python documentation once, in float32, and what each layer's hook is given is
 recorded. A press's time is that of its hooks over all 30 layers: to score, to choose and to copy what stays. One row,
-three quarters evicted, presses as they come. The scorers alone show what the anchors add to them.
+three quarters evicted, presses as they come; those that drop in training alone, as in training. The scorers inside
+AnchorPress alone show what the anchors add to them.
 """
 
 import statistics
@@ -19,22 +20,38 @@ from transformers import PreTrainedModel
 from data.text import EmbeddedText
 from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.eviction.replay import RecordedPrefill
-from sparsekv_pl.presses.anchor import AnchorPress
-from sparsekv_pl.presses.scores import press_name
+from sparsekv_pl.presses import (
+    AdaptiveBlockDropoutPress,
+    AnchorPress,
+    BlockDropoutPress,
+    SentenceDropoutPress,
+    SoftThresholdPress,
+    VariableBlockPress,
+)
+from sparsekv_pl.presses.scores import only_trains, press_name
 
 LENGTHS, RATIO, ROUNDS = (2_048, 8_192), 0.75, 5
 GOALS = {"over SnapKV": 0.5, "of the prefill": 0.01}
 
 
-def presses() -> list[kvpress.ScorerPress]:
+def presses() -> list[kvpress.BasePress]:
     """SnapKV, the reference, first."""
     return [
         kvpress.SnapKVPress(RATIO),
         kvpress.ExpectedAttentionPress(RATIO),
+        kvpress.TOVAPress(RATIO),
         kvpress.KeyDiffPress(RATIO),
-        AnchorPress(RATIO),
         kvpress.KnormPress(RATIO),
+        kvpress.LagKVPress(RATIO, lag_size=32),
+        kvpress.StreamingLLMPress(RATIO),
+        kvpress.RandomPress(RATIO, seed=0),
+        AnchorPress(RATIO),
         AnchorPress(RATIO, kvpress.KnormPress()),
+        SoftThresholdPress(RATIO),
+        BlockDropoutPress(RATIO),
+        VariableBlockPress(RATIO),
+        SentenceDropoutPress(RATIO),
+        AdaptiveBlockDropoutPress(RATIO),
     ]
 
 
@@ -47,6 +64,7 @@ def evicting(recorded: RecordedPrefill, press: kvpress.BasePress) -> Callable[[]
 
     @torch.no_grad()
     def step() -> None:
+        recorded.model.train(only_trains(press))
         for call in recorded.calls:
             press.forward_hook(call.module, [], call.kwargs | {"past_key_values": recorded.cache}, call.output)
         for layer, (keys, values) in zip(layers, whole, strict=True):
@@ -102,7 +120,7 @@ def main() -> None:
         more, found = compare(model, ids[:, :tokens])
         rows += more
         ratios |= found
-    report("anchor_press", rows, ratios, {}, {name: GOALS[name.split(" at ")[0]] for name in ratios})
+    report("press_cost", rows, ratios, {}, {name: GOALS[name.split(" at ")[0]] for name in ratios})
 
 
 if __name__ == "__main__":
