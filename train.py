@@ -1,11 +1,15 @@
 """Train: python train.py fit --config configs/quickstart.yaml [--ckpt_path last] [--merge]."""
 
 from pathlib import Path
+from typing import Any
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 
 from callbacks.adapter_export import AdapterExport
 from callbacks.checkpoint_files import chosen
+from callbacks.progress import StepsBar
 from sparsekv_pl.cli import CommandLine, run
 
 
@@ -26,6 +30,16 @@ class TrainCommandLine(CommandLine):
         settings = self.config.get(self.config.get("subcommand") or "", self.config)
         if settings.get("ckpt_path") not in (None, "last", "best", "hpc") and "://" not in str(settings.ckpt_path):
             settings.ckpt_path = str(chosen(Path(settings.ckpt_path)))
+
+    def instantiate_trainer(self, **settings: Any) -> Trainer:
+        """The trainer, with a bar that counts steps unless the run has another or none."""
+        given = self._get(self.config_init, "trainer")
+        callbacks = (
+            given.callbacks if isinstance(given.callbacks, list) else [given.callbacks] if given.callbacks else []
+        )
+        if given.enable_progress_bar is not False and not any(isinstance(made, ProgressBar) for made in callbacks):
+            settings["callbacks"] = [*callbacks, StepsBar()]
+        return super().instantiate_trainer(**settings)
 
 
 if __name__ == "__main__":
