@@ -34,10 +34,10 @@ class TrainCommandLine(CommandLine):
     def instantiate_trainer(self, **settings: Any) -> Trainer:
         """The trainer, with a bar that counts steps unless the run has another or none."""
         given = self._get(self.config_init, "trainer")
-        callbacks = (
-            given.callbacks if isinstance(given.callbacks, list) else [given.callbacks] if given.callbacks else []
-        )
-        if given.enable_progress_bar is not False and not any(isinstance(made, ProgressBar) for made in callbacks):
+        callbacks = given.callbacks or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        shows = given.enable_progress_bar is not False and not given.barebones
+        if shows and not any(isinstance(made, ProgressBar) for made in callbacks):
             settings["callbacks"] = [*callbacks, StepsBar()]
         return super().instantiate_trainer(**settings)
 

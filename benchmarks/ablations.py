@@ -113,11 +113,14 @@ def main() -> None:
     threads = max(1, (os.cpu_count() or 1) // given.jobs)
     run(BASE, given.output, threads)
     with ThreadPoolExecutor(given.jobs) as pool:
-        list(pool.map(lambda name: run(name, given.output, threads), [n for n in given.only if n != BASE]))
+        runs = {name: pool.submit(run, name, given.output, threads) for name in given.only if name != BASE}
+    failed = {name: ended.exception() for name, ended in runs.items() if ended.exception() is not None}
     finished = [name for name in names() if (given.output / name / "report.json").exists()]
     rendered = as_markdown(table(given.output, finished))
     (given.output / "table.md").write_text(rendered)
     print(rendered)
+    if failed:
+        sys.exit("\n".join(f"{name} failed: {error}" for name, error in failed.items()))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,12 @@ class StepsBar(RichProgressBar):
             self._update(self.train_progress_bar_id, trainer.global_step)
 
     @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        if trainer.max_steps > 0:
+            self._update(self.train_progress_bar_id, trainer.global_step)
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

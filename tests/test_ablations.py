@@ -83,3 +83,19 @@ def test_the_untouched_model_is_measured_once(tmp_path: Path, monkeypatch: pytes
 def test_a_run_that_fails_names_its_log(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"ended with 3: see .*some\.log"):
         ablations._logged([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "some.log", 1)
+
+
+def test_one_that_fails_leaves_the_table_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measured(name: str, output: Path, _threads: int) -> None:
+        if name == "loss_lm":
+            raise RuntimeError("train.py ended with 1")
+        report(output / name, 0.5, 13.0)
+
+    monkeypatch.setattr(ablations, "run", measured)
+    monkeypatch.setattr(sys, "argv", ["ablations.py", "--output", str(tmp_path), "--only", "loss_lm", "loss_eit"])
+    with pytest.raises(SystemExit, match=r"loss_lm failed: train\.py ended with 1"):
+        ablations.main()
+    assert "| loss_eit |" in (tmp_path / "table.md").read_text()
+    assert "| loss_eit |" in capsys.readouterr().out

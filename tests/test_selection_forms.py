@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsekv_pl.objectives import SelectionObjective
 from sparsekv_pl.objectives.objective import StudentView
-from sparsekv_pl.selection import Selection, SelectionLoss, key_logits, with_mass
+from sparsekv_pl.selection import Selection, SelectionLoss, evictable_keys, key_logits, with_mass
 from sparsekv_pl.selection.forms import ranking, teachers_top
 
 SHAPE = (2, 2, 24)
@@ -212,7 +212,7 @@ def test_layer_weights_must_be_as_many_as_the_layers() -> None:
         ({"form": "listwise"}, "form='listwise': give one of cross_entropy, ranking"),
         ({"heads": "some"}, "heads='some': give one of mass, equal"),
         ({"sinks": -1}, "sinks=-1"),
-        ({"temperature": 0.0}, "temperature=0.0: give a number above 0"),
+        ({"temperature": 0.0}, "temperature=0.0: give a finite number above 0"),
         ({"top_share": 0.0}, "top_share=0.0"),
         ({"top_share": 1.0}, "top_share=1.0"),
         ({"layer_weights": []}, r"layer_weights=\[\]"),
@@ -236,3 +236,11 @@ def test_the_objective_passes_its_settings_on() -> None:
     torch.testing.assert_close(terms["loss"], wanted)
     torch.testing.assert_close(terms["selection/Knorm"], wanted)
     assert not torch.isclose(wanted, SelectionLoss(sinks=2, heads="equal")([pair])["Knorm"])
+
+
+def test_a_rows_shares_do_not_depend_on_the_other_rows() -> None:
+    scores = torch.cat([random(3), random(4, -0.5), random(5)])  # masses in some rows, none in others
+    scores[0, 0, 3] = scores[-1, 1, 5] = scores.amax() + 1  # a tie between rows, which no rule made
+    alone = [key_logits(row, evictable_keys(row, 0)) for row in scores.split(1)]
+    torch.testing.assert_close(key_logits(scores, evictable_keys(scores, 0)), torch.cat(alone))
+    assert evictable_keys(scores, 0).all()

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekv_pl.eviction.checkpointed import checkpointed_prefill
+from sparsekv_pl.eviction.kept import masked_keys
 from sparsekv_pl.eviction.prefill import check_chunks, chunk_bounds, continue_from, prefill
 from sparsekv_pl.eviction.prefilled import Prefilled, mean_length
 from sparsekv_pl.eviction.reach import check_continuation
@@ -74,8 +75,7 @@ class ChunkedEviction:
         prefilled = fill(
             model, context_ids, self.press, self.chunk_tokens, self.budget, self.catch_scores, self.keep_context
         )
-        check_continuation(model, prefilled.next_position, continuation_ids.shape[1])
-        kept = mean_length(prefilled.cache) * prefilled.mean_weight
+        kept = (mean_length(prefilled.cache) - _hidden_pairs(model, len(context_ids))) * prefilled.mean_weight
         context = evicted_context(model, prefilled, context_ids) if self.keep_context else None
         hidden = continued(model, prefilled, continuation_ids)
         losses = {} if prefilled.notes is None else prefilled.notes.losses
@@ -84,9 +84,17 @@ class ChunkedEviction:
 
 
 def continued(model: PreTrainedModel, prefilled: Prefilled, ids: Tensor) -> Tensor:
-    """Hidden states (B, T, E) of a continuation (B, T), which joins the cache."""
+    """Hidden states (B, T, E) of a continuation (B, T), which joins the cache; ``ValueError`` where it ends too far."""
+    check_continuation(model, prefilled.next_position, ids.shape[1])
     weights = None if prefilled.notes is None else prefilled.notes.key_log_weights
     return continue_from(model, ids, prefilled.cache, prefilled.next_position, key_log_weights=weights)
+
+
+def _hidden_pairs(model: PreTrainedModel, rows: int) -> float:
+    """KV pairs per head that a head-wise press (AdaKVPress) hides in place of removing them, averaged over layers."""
+    hidden = [0 if masked is None else len(masked[0]) for masked in masked_keys(model)]
+    heads = model.config.get_text_config().num_key_value_heads
+    return sum(hidden) / len(hidden) / rows / heads
 
 
 def evicted_context(model: PreTrainedModel, prefilled: Prefilled, context_ids: Tensor) -> EvictedContext:

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from sparsekv_pl.eviction.rotation import Rotation
 from sparsekv_pl.presses.deciding import selecting_press
+from sparsekv_pl.presses.in_order import InOrderPress
 from sparsekv_pl.presses.scores import CaughtScores, catch_scores, press_name
 from sparsekv_pl.selection import Selection
 
@@ -17,9 +18,9 @@ from sparsekv_pl.selection import Selection
 class Keeper:
     """Notes scores, and puts kept pairs back in the order of their positions.
 
-    A ScorerPress leaves pairs in the order of their scores. Attention does not mind, but a later chunk's press that
-    protects the first tokens (sinks) or compares neighbours does, so between chunks the order is restored. The same
-    indices say which context position every pair came from, which a selection loss over later chunks needs.
+    A ScorerPress of kvpress's leaves pairs in the order of their scores. Attention does not mind, but a later chunk's
+    press that protects the first tokens (sinks) or compares neighbours does, so between chunks the order is restored.
+    The same indices say which context position every pair came from, which a selection loss over later chunks needs.
 
     ``follow`` says whether positions are wanted: always, where there are many chunks. ``inv_freq`` are the model's RoPE
     frequencies (see ``Rotation``), for a press that re-rotates keys.
@@ -30,6 +31,7 @@ class Keeper:
     ) -> None:
         self.press = press
         self.deciding = selecting_press(deciding)
+        self.in_order = isinstance(deciding, InOrderPress)
         self.rotation = None
         if isinstance(deciding, KeyRerotationPress):
             assert inv_freq is not None
@@ -108,11 +110,11 @@ class Keeper:
         indices = scored.scores.topk(kept, dim=-1).indices
         if kept < scored.scores.shape[-1]:
             ordered = indices.sort(dim=-1)
-            if self.rotation is None:
+            if self.rotation is not None:  # the press left them in order
+                layer.keys = self.rotation(scored.layer, keys, ordered.values)
+            elif not self.in_order:
                 index = ordered.indices.unsqueeze(-1).expand_as(keys)
                 layer.keys, layer.values = keys.gather(2, index), values.gather(2, index)
-            else:  # the press left them in order
-                layer.keys = self.rotation(scored.layer, keys, ordered.values)
             positions = positions.gather(-1, ordered.values)
             if scored.layer in self.log_weights:
                 self.log_weights[scored.layer] = self.log_weights[scored.layer].gather(-1, ordered.indices)

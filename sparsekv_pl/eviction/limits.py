@@ -1,12 +1,19 @@
 """What a model cannot do: positions it was not trained on, keys beyond its window, weights a press cannot read."""
 
-from kvpress import BasePress, CriticalAdaKVPress, CriticalKVPress, KVzipPress
+from kvpress import BasePress, ChunkKVPress, CriticalAdaKVPress, CriticalKVPress, KVzipPress
 from transformers import PreTrainedModel
 
+from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.presses.scores import press_name, presses_in
 
 READS_WEIGHTS = (CriticalAdaKVPress, CriticalKVPress, KVzipPress)
 """Presses that multiply with a layer's output projection themselves."""
+
+FIRST_ROW_DECIDES = (ChunkKVPress,)
+"""Presses that look at the scores of a batch's first row alone."""
+
+CHANGING_ROPE = ("dynamic", "longrope")
+"""Types of RoPE whose frequencies depend on how long the text is."""
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
@@ -31,6 +38,38 @@ def check_positions(model: PreTrainedModel, positions: int, tokens: int, rotates
         f"a context of {tokens} tokens takes {positions} positions, but this model was trained on {limit} "
         f"(max_position_embeddings): {fix}, so that budget + chunk_tokens is at most {limit}; or use a shorter context"
     )
+
+
+def check_rope(model: PreTrainedModel, first: int, total: int, rotates: bool = False) -> None:
+    """Raise ``ValueError`` if positions mean something else after ``total`` tokens than after the ``first`` of them.
+
+    RoPE of the types "dynamic" and "longrope" turns keys by other frequencies once a text is longer than the original
+    context: those that are in the cache by then were turned by the old ones. With ``rotates``, keys are turned again.
+    """
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if rotates:
+        dims = 2 * len(decoder_of(model).rotary_emb.inv_freq)
+        head = getattr(decoder_of(model).layers[0].self_attn, "head_dim", dims)
+        if kind in CHANGING_ROPE or dims != head:
+            why = f"RoPE of type {kind!r}" if dims == head else f"{dims} of {head} dimensions of a head turned by RoPE"
+            raise ValueError(f"keys cannot be re-rotated in a model with {why}: use a press without KeyRerotationPress")
+    original = rope.get("original_max_position_embeddings") or model.config.get_text_config().max_position_embeddings
+    crosses = first <= original if kind == "longrope" else kind in CHANGING_ROPE
+    if crosses and total > original:
+        raise ValueError(
+            f"this model's RoPE is of type {kind!r}: beyond {original} tokens it turns keys by other frequencies than "
+            f"those of the first {first} of {total} tokens were turned by, so a cache cannot be continued across: keep "
+            f"context and continuation within {original} tokens"
+        )
+
+
+def check_rows(press: BasePress, rows: int) -> None:
+    """Raise ``ValueError`` if ``press`` would choose for every one of ``rows`` rows what it chooses for the first."""
+    if rows > 1 and any(isinstance(inner, FIRST_ROW_DECIDES) for inner in presses_in(press)):
+        raise ValueError(
+            f"{press_name(press)} keeps in all {rows} rows of a batch what the first row's scores say: set batch_size=1"
+        )
 
 
 def check_sliding_window(model: PreTrainedModel, tokens: int) -> None:

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from sparsekv_pl.attention.cached import CACHED, attention_implementation
 from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.keeper import Keeper
-from sparsekv_pl.eviction.limits import check_positions, check_sliding_window, check_weights
+from sparsekv_pl.eviction.limits import check_positions, check_rope, check_rows, check_sliding_window, check_weights
 from sparsekv_pl.eviction.prefilled import Prefilled
 from sparsekv_pl.eviction.shifted_rotary import queries_from
 from sparsekv_pl.presses.deciding import deciding_press
@@ -25,9 +25,11 @@ from sparsekv_pl.presses.notes import NOTES, PressNotes
 from sparsekv_pl.presses.scores import (
     ONE_CHUNK,
     observation_window,
+    only_trains,
     press_name,
     presses_in,
     rerotates_keys,
+    scorers_in,
     set_compression_ratio,
 )
 from sparsekv_pl.presses.tokens import TOKEN_IDS, ReadsTokens
@@ -94,6 +96,7 @@ class ChunkedPrefill:
             follow = with_positions or len(self.bounds) > 1
             self.keeper = Keeper(press, self.deciding, with_scores, follow, inv_freq)
             self.notes = PressNotes(positions=self.keeper.positions, key_log_weights=self.keeper.log_weights)
+        check_rope(model, self.bounds[0][1], tokens, self.rotates)
         check_positions(model, self._positions(), tokens, self.rotates)
         self.cache = DynamicCache()
         self.chunks_done = 0
@@ -116,6 +119,8 @@ class ChunkedPrefill:
                 f"chunk {self.chunks_done} of {len(self.bounds)} has tokens {start} to {stop} but {chunk_ids.shape[1]} "
                 "were given: cut the context at the bounds"
             )
+        if self.press is not None:
+            check_rows(self.press, len(chunk_ids))
         held = self.cache.get_seq_length()
         position = held if self.rotates else start
         told = self._told(chunk_ids)
@@ -129,6 +134,12 @@ class ChunkedPrefill:
         position = self.cache.get_seq_length() if self.rotates else self.seen
         if self.press is None:
             return Prefilled(self.cache, position, [])
+        for layer, weights in self.keeper.log_weights.items():
+            if weights.shape[2] != self.cache.get_seq_length(layer):
+                raise ValueError(
+                    f"{press_name(self.press)} fades out {weights.shape[2]} keys, of which another press left "
+                    f"{self.cache.get_seq_length(layer)}: take the fading press alone"
+                )
         return Prefilled(self.cache, position, self.keeper.selections, self.notes, self.keeper.positions)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -177,11 +188,25 @@ class ChunkedPrefill:
         if ratio is not None:
             set_compression_ratio(self.deciding, _chunk_ratio(chunk, stop, ratio, self.budget))
         try:
-            with self.keeper(self.cache, stop), self.press(self.model):
+            with self._passing(), self.keeper(self.cache, stop), self.press(self.model):
                 yield
         finally:
             if ratio is not None:
                 set_compression_ratio(self.deciding, ratio)
+
+    @contextmanager
+    def _passing(self) -> Iterator[None]:
+        """In evaluation, presses for training alone keep everything, also in wrappers that only ask for scores."""
+        assert self.deciding is not None
+        passing = scorers_in(self.deciding) if only_trains(self.deciding) and not self.model.training else []
+        ratios = [scorer.compression_ratio for scorer in passing]
+        for scorer in passing:
+            scorer.compression_ratio = 0.0
+        try:
+            yield
+        finally:
+            for scorer, ratio in zip(passing, ratios, strict=True):
+                scorer.compression_ratio = ratio
 
     def _positions(self) -> int:
         """How many RoPE positions are in use at once."""

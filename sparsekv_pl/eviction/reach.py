@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel
 
-from sparsekv_pl.eviction.limits import position_limit
+from sparsekv_pl.eviction.limits import check_rope, position_limit
 
 
 def check_full_cache(model: PreTrainedModel, tokens: int, teacher: bool, validation: bool) -> None:
@@ -28,6 +28,7 @@ def check_full_cache(model: PreTrainedModel, tokens: int, teacher: bool, validat
 
 def check_continuation(model: PreTrainedModel, position: int, tokens: int) -> None:
     """Raise ``ValueError`` if a continuation of ``tokens`` tokens from ``position`` on ends beyond ``model``'s last."""
+    check_rope(model, position, position + tokens)
     limit = position_limit(model)
     if limit is not None and position + tokens > limit:
         raise ValueError(

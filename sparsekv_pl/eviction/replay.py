@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsekv_pl.decoder import decoder_of
-from sparsekv_pl.eviction.limits import check_weights
+from sparsekv_pl.eviction.limits import check_rows, check_weights
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.eviction.prefilled import Prefilled, copy_cache
 from sparsekv_pl.presses.scores import presses_in, rerotates_keys
@@ -87,6 +87,7 @@ class RecordedPrefill:
             call.module.masked_key_indices = None  # type: ignore[assignment]  # left by a head-wise press before this one
         if press is not None:
             check_weights(self.model, press)
+            check_rows(press, len(self.context_ids))
             with self._scored_once(press), press(self.model):
                 for call in self.calls:
                     kwargs = {**call.kwargs, "past_key_values": cache}

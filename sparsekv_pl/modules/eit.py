@@ -26,6 +26,7 @@ from sparsekv_pl.modules.fit_together import check_evicts_in_evaluation, fit_tog
 from sparsekv_pl.modules.student import Student, supervised, supervised_labels
 from sparsekv_pl.modules.training import guards, optimizers, watch
 from sparsekv_pl.objectives import EIT, Objective, StudentView
+from sparsekv_pl.presses.deciding import candidates
 from sparsekv_pl.presses.draws import generator
 from sparsekv_pl.presses.eviction_aug import EvictionAugPress
 from sparsekv_pl.presses.scores import learnable, press_name, rerotates_keys
@@ -114,7 +115,8 @@ class EITModule(LightningModule):
         for eviction in (self.eviction, self.validation_student.eviction):
             for tokens in getattr(data, "context_lengths", [context_tokens]):
                 eviction.check(tokens)
-            if not rerotates_keys(getattr(eviction, "press", None)):
+            press = getattr(eviction, "press", None)
+            if press is None or not all(map(rerotates_keys, candidates(press))):
                 check_positions(causal_lm(self.model), reads, reads, rotates=False)
 
     def configure_model(self) -> None:

@@ -1,5 +1,6 @@
 """The objective that makes student and teacher agree layer by layer, without a vocabulary."""
 
+import math
 from dataclasses import dataclass
 from typing import get_args
 
@@ -42,7 +43,7 @@ class Layerwise(Objective):
         if self.match not in get_args(LayerOutput):
             raise ValueError(f"Layerwise.match={self.match!r} must be one of {', '.join(get_args(LayerOutput))}")
         weights = self.layer_weights
-        if weights is not None and not (all(weight >= 0 for weight in weights) and sum(weights) > 0):
+        if weights is not None and not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
             raise ValueError(f"Layerwise.layer_weights={weights}: give none below 0 and at least one above")
         self.needs_layers = frozenset({self.match})
 

@@ -1,5 +1,7 @@
 """Several objectives at once."""
 
+import math
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +33,11 @@ class Mixed(Objective):
             raise ValueError("Mixed.objectives is empty: name at least one objective")
         if self.weights is None:
             self.weights = [1.0] * len(self.objectives)
-        if len(self.weights) != len(self.objectives):
+        sound = all(0 <= weight < math.inf for weight in self.weights)
+        if len(self.weights) != len(self.objectives) or not sound:
             raise ValueError(
-                f"Mixed.weights={self.weights}: give one weight for each of {len(self.objectives)} objectives"
+                f"Mixed.weights={self.weights}: give one finite weight, not negative, for each of "
+                f"{len(self.objectives)} objectives"
             )
         self.needs_teacher = any(objective.needs_teacher for objective in self.objectives)
         self.needs_selections = any(objective.needs_selections for objective in self.objectives)
@@ -52,5 +56,14 @@ class Mixed(Objective):
         for place, (objective, weight) in enumerate(zip(self.objectives, self.weights or [], strict=True), start=1):
             own = objective(view)
             losses.append(weight * own.pop("loss"))
-            terms |= {f"{name}_{place}" if name in terms else name: value for name, value in own.items()}
+            for name, value in own.items():
+                terms[_free(name, place, terms)] = value
         return {"loss": torch.stack(losses).sum(), **terms}
+
+
+def _free(name: str, place: int, taken: Container[str]) -> str:
+    """``name``, or that with the first number from ``place`` on that no other term has."""
+    number, free = place, name
+    while free in taken:
+        number, free = number + 1, f"{name}_{number}"
+    return free

@@ -66,14 +66,17 @@ class AdaptiveBlockDropoutPress(BlockDropoutPress):
         content = (received - sink).masked_fill(place[:, None] < self.sink_tokens, 0.0)
         blocks = spans.expand_as(content)
         empty = content.new_zeros(*content.shape[:2], span_count(spans))
-        length = empty.scatter_add(-1, blocks, (place >= 0).float()[:, None].expand_as(content))
+        length = empty.scatter_add(-1, blocks, (place >= 0).to(content)[:, None].expand_as(content))
         return empty.scatter_add(-1, blocks, content) / length.clamp(min=1)
 
 
 def sink_attention(attention: Tensor) -> Tensor:
     """(B, S): of the attention (B, H, W, S) to each key, what does not depend on who asks.
 
-    It is the median over a layer's heads and queries. The median is near the mean for a token that draws attention by
-    being itself (Xiao et al., arXiv 2309.17453), and near 0 for one that a few heads or queries read.
+    It is the median over a layer's heads and queries, but for rows of 0, which are no queries. The median is near the
+    mean for a token that draws attention by being itself (Xiao et al., arXiv 2309.17453), and near 0 for one that a few
+    heads or queries read.
     """
-    return attention.flatten(1, 2).median(dim=1).values
+    queries = attention.flatten(1, 2)
+    real = queries.sum(-1, keepdim=True) > 0
+    return queries.masked_fill(~real, torch.nan).nanmedian(dim=1).values.nan_to_num()

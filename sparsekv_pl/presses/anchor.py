@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from kvpress import KeyDiffPress, ScorerPress
-from kvpress.presses.base_press import is_prefilling
 from kvpress.utils import compute_n_kept
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekv_pl.anchors import Anchors, AnchorTable, table_for
+from sparsekv_pl.presses.in_order import InOrderPress
+from sparsekv_pl.presses.scores import trainable_scorers
 from sparsekv_pl.presses.tokenizer import tokenizer_of
 from sparsekv_pl.presses.tokens import ReadsTokens, key_tokens, real_keys
 from sparsekv_pl.schedules import check_compression_ratio
@@ -22,7 +23,7 @@ NOTHING_KNOWN = AnchorTable(torch.zeros(1, dtype=torch.bool), torch.zeros(1, dty
 
 
 @dataclass
-class AnchorPress(ReadsTokens, ScorerPress):
+class AnchorPress(ReadsTokens, InOrderPress):
     """Keep the anchors and fill the rest of the budget with what ``press`` scores highest, in training and evaluation.
 
     SparseKV's rule at inference. Sinks and recent tokens are from StreamingLLM (arXiv 2309.17453), special tokens and
@@ -35,7 +36,8 @@ class AnchorPress(ReadsTokens, ScorerPress):
     press is shown. That is so while tokens are decoded, for each part that ChunkPress and BlockPress cut, and behind
     another press in a ComposedPress: put this one first.
 
-    Gradients flow through the scores of all that is no anchor. Padding is no anchor and goes first.
+    Gradients flow through the scores of all that is no anchor. Padding is no anchor and goes first; the scorer sees it
+    as keys of 0, which KeyDiff and Knorm pass over. Other scorers of kvpress's let padding blur their scores.
 
     Parameters
     ----------
@@ -78,6 +80,11 @@ class AnchorPress(ReadsTokens, ScorerPress):
         if not isinstance(self.anchors, Anchors):
             raise ValueError(f"AnchorPress.anchors is {self.anchors!r}: give Anchors(sinks=4, recent=64, ...)")
 
+    @property
+    def scores_train(self) -> bool:
+        """Whether the scorer inside has something to train: see presses.scores.trainable_scorers."""
+        return bool(trainable_scorers(self.press))
+
     def post_init_from_model(self, model: PreTrainedModel) -> None:
         """Ask for the ids of every forward, and look up which of them are special or punctuation."""
         super().post_init_from_model(model)
@@ -96,9 +103,9 @@ class AnchorPress(ReadsTokens, ScorerPress):
     ) -> Tensor:
         """(B, K, S) float32: the inner scores, under one value that all anchors share, and padding under all."""
         real = real_keys(keys, kwargs)
-        inner = self._inner_scores(module, hidden_states, keys, values, attentions, kwargs)
-        # Each row by itself, so that no row's choice depends on another's.
-        by_rule = torch.stack([pinned(row) for row in inner])
+        shown = keys if real is None else keys.masked_fill(~real[:, None, :, None], 0)
+        inner = self._inner_scores(module, hidden_states, shown, values, attentions, kwargs)
+        by_rule = pinned(inner)
         if real is not None:
             by_rule = by_rule & real[:, None]
         # What the scorer keeps by rule has a score of no meaning: as an anchor it gets another, or it is worth nothing.
@@ -112,25 +119,6 @@ class AnchorPress(ReadsTokens, ScorerPress):
         # Not + 1 alone, which a large float32 swallows.
         scores = torch.where(stays, 1 + highest + highest.abs(), scores)
         return scores if real is None else torch.where(real[:, None], scores, lowest - 1 - lowest.abs())
-
-    def compress(
-        self,
-        module: nn.Module,
-        hidden_states: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        attentions: Tensor | None,
-        kwargs: Mapping[str, Any],
-    ) -> tuple[Tensor, Tensor]:
-        """As every ScorerPress; while decoding, what stays keeps its order, in which the next call finds the sinks."""
-        if self.compression_ratio == 0:
-            return keys, values
-        scores = self.score(module, hidden_states, keys, values, attentions, kwargs)
-        index = scores.topk(compute_n_kept(keys.shape[2], self.compression_ratio), dim=-1).indices
-        if not is_prefilling(kwargs["cache_position"], kwargs["hidden_states"].shape[1]):
-            index = index.sort(dim=-1).values
-        index = index[..., None].expand(-1, -1, -1, keys.shape[3])
-        return keys.gather(2, index), values.gather(2, index)
 
     def _inner_scores(self, module: nn.Module, hidden_states: Tensor, keys: Tensor, *rest: Any) -> Tensor:
         """Scores (B, K, S) of the press inside, at this ratio: CriticalKVPress scores by it."""

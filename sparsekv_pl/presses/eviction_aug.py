@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sparsekv_pl.presses.draws import Draws
-from sparsekv_pl.presses.scores import set_compression_ratio
+from sparsekv_pl.presses.scores import presses_in, scorers_in, set_compression_ratio
 
 
 @dataclass
@@ -44,6 +44,14 @@ class EvictionAugPress(BasePress, Draws):
     def __post_init__(self) -> None:
         if not self.presses:
             raise ValueError("EvictionAugPress.presses is empty: name at least one press")
+        for press in self.presses:
+            if not isinstance(press, BasePress):
+                raise ValueError(f"EvictionAugPress.presses has {press!r}, which is no press: give kvpress's or ours")
+            if any(isinstance(inner, EvictionAugPress) and inner.seed == self.seed for inner in presses_in(press)):
+                raise ValueError(
+                    f"EvictionAugPress.seed is {self.seed}, as is that of the EvictionAugPress inside it, so both "
+                    "would draw alike and some presses never: give them different seeds, or one list of presses"
+                )
         if self.weights is None:
             self.weights = [1.0] * len(self.presses)
         sound = all(0 <= weight < math.inf for weight in self.weights) and sum(self.weights) > 0
@@ -52,6 +60,7 @@ class EvictionAugPress(BasePress, Draws):
                 f"EvictionAugPress.weights={self.weights}: give one non-negative weight for each of the "
                 f"{len(self.presses)} presses, not all 0"
             )
+        self.drawn = next(number for number, weight in enumerate(self.weights) if weight)
 
     @property
     def press(self) -> BasePress:
@@ -79,7 +88,7 @@ class EvictionAugPress(BasePress, Draws):
     def __call__(self, model: PreTrainedModel) -> Generator:
         """Evict with the drawn press inside the block."""
         with ExitStack() as stack:
-            others = [press for press in self.presses if press is not self.press and isinstance(press, ScorerPress)]
+            others = [scorer for press in self.presses if press is not self.press for scorer in scorers_in(press)]
             if self.score_all and others:
                 stack.enter_context(_Scoring(others)(model))  # first: it must see the keys before they are evicted
             yield stack.enter_context(self.press(model))

@@ -11,6 +11,7 @@ from kvpress import (
     BasePress,
     BlockPress,
     ChunkPress,
+    CompactorPress,
     ComposedPress,
     CriticalAdaKVPress,
     DMSPress,
@@ -21,7 +22,10 @@ from kvpress import (
     KVComposePress,
     KVzipPress,
     LagKVPress,
+    LeverageScorePress,
     LUKVPress,
+    NonCausalAttnPress,
+    PyramidKVPress,
     RandomPress,
     ScorerPress,
     StreamingLLMPress,
@@ -37,6 +41,7 @@ ONE_CHUNK = (
     AdaKVPress,
     BlockPress,
     ChunkPress,
+    CompactorPress,
     CriticalAdaKVPress,
     DMSPress,
     DuoAttentionPress,
@@ -44,9 +49,13 @@ ONE_CHUNK = (
     FinchPress,
     KVComposePress,
     KVzipPress,
+    LeverageScorePress,
     LUKVPress,
+    NonCausalAttnPress,
+    PyramidKVPress,
 )
-"""Presses that mask pairs instead of removing them, or that look at the whole context at once: not for many chunks."""
+"""Presses that mask pairs instead of removing them, or that look at the whole context at once: not for many chunks.
+PyramidKVPress would share out its budget over layers anew at every chunk, each time of what is left."""
 
 
 @dataclass
@@ -85,6 +94,7 @@ def trainable_scorers(press: BasePress) -> list[ScorerPress]:
         scorer
         for scorer in scorers_in(press)
         if not isinstance(scorer, UNTRAINABLE)
+        and getattr(scorer, "scores_train", True)
         and not (isinstance(scorer, LagKVPress) and not scorer.cross_scoring)  # its score is a rank
     ]
 

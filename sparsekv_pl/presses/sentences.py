@@ -14,6 +14,9 @@ ENDS = frozenset(".!?…‼⁇⁈⁉。．｡！？؟۔।॥։።፧။។៕�
 """Full stops, exclamation and question marks: Latin, Chinese and Japanese, Arabic and Urdu, Devanagari, Armenian,
 Ethiopic, Burmese, Khmer, Canadian syllabics, Tibetan."""
 
+WORD_BEGINS = "\u2581"
+"""How SentencePiece's vocabularies write the space before a word."""
+
 
 @dataclass(frozen=True)
 class SentenceTable:
@@ -36,7 +39,7 @@ class SentenceTable:
         special, vocabulary = special_ids(tokenizer), list(tokenizer.get_vocab().values())
         ends_V = torch.zeros(max(vocabulary) + 1, dtype=torch.bool)
         trails_V = ends_V.clone()
-        texts = {i: str(tokenizer.decode([i])) for i in vocabulary if i not in special}
+        texts = {i: text_of(tokenizer, i) for i in vocabulary if i not in special}
         ends_V[[*special, *(i for i, text in texts.items() if ends_sentence(text))]] = True
         trails_V[[i for i, text in texts.items() if trails_sentence(text)]] = True
         return cls(ends_V, trails_V)
@@ -58,6 +61,12 @@ class SentenceTable:
         starts = real & ~trails & over.roll(1, dims=1) | (place == 0)
         inside = place - _last(starts, place)
         return ((starts | (inside % max_tokens == 0)) & real).cumsum(1).sub(1).clamp(min=0)
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """What ``token`` stands for inside a text: decoded alone, a piece that begins a word loses the space before it."""
+    text, piece = str(tokenizer.decode([token])), str(tokenizer.convert_ids_to_tokens(token))
+    return f" {text}" if piece.startswith(WORD_BEGINS) and not text[:1].isspace() else text
 
 
 def _last(where: Tensor, place: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ from math import isfinite
 from typing import Any
 
 import torch
-from kvpress import ScorerPress
 from kvpress.utils import compute_n_kept
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, pad
 
 from sparsekv_pl.presses.draws import Draws
+from sparsekv_pl.presses.in_order import InOrderPress
 from sparsekv_pl.presses.notes import notes_in
 from sparsekv_pl.presses.tokens import key_places
 from sparsekv_pl.presses.window import window_attention, window_rows
@@ -22,7 +22,7 @@ PADDING = -1.0
 
 
 @dataclass
-class SoftThresholdPress(ScorerPress, Draws):
+class SoftThresholdPress(InOrderPress, Draws):
     """Weigh every key by sigmoid(temperature * (attention - threshold)) in training, and evict by attention after it.
 
     ``attention`` is what a key receives from the last ``window_size`` queries, a mean over them and over the query
@@ -75,7 +75,7 @@ class SoftThresholdPress(ScorerPress, Draws):
     def __post_init__(self) -> None:
         check_compression_ratio("SoftThresholdPress.compression_ratio", self.compression_ratio)
         for name, least in (("window_size", 1), ("sinks", 0), ("anneal_steps", 1)):
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:
                 raise ValueError(f"SoftThresholdPress.{name}={getattr(self, name)} must be at least {least}")
         for name in ("temperature", "final_temperature"):
             value = getattr(self, name)
@@ -127,7 +127,7 @@ class SoftThresholdPress(ScorerPress, Draws):
         keys: Tensor,
         values: Tensor,
         attentions: Tensor | None,
-        kwargs: dict[str, Any],
+        kwargs: Mapping[str, Any],
     ) -> tuple[Tensor, Tensor]:
         """Note the log-weights (B, K, S) in training, else evict. See ``ScorerPress.compress``."""
         notes = notes_in(kwargs)

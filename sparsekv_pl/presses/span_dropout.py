@@ -7,10 +7,10 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from kvpress import ScorerPress
 from torch import Tensor, nn
 
 from sparsekv_pl.presses.draws import Draws, generator, row_numbers
+from sparsekv_pl.presses.in_order import InOrderPress
 from sparsekv_pl.presses.notes import notes_in
 from sparsekv_pl.presses.tokens import TOKEN_IDS, key_places
 from sparsekv_pl.schedules import check_compression_ratio
@@ -59,7 +59,7 @@ class Shown:
 
 
 @dataclass
-class SpanDropoutPress(Draws, ScorerPress):
+class SpanDropoutPress(Draws, InOrderPress):
     """Drop spans of neighbouring tokens, whole ones, while the model is in training; keep everything in evaluation.
 
     Subclasses say where the spans are (``spans``) and, if not by lot, which stay longest (``priority``). Exactly the
@@ -69,8 +69,8 @@ class SpanDropoutPress(Draws, ScorerPress):
     chooses among the keys that are in the cache.
 
     Padding goes first. Wrappers that ask for scores alone (AdaKVPress, ChunkPress, KeyRerotationPress) do not ask
-    whether the model is in training, and evict in evaluation too. ChunkPress shows its parts one by one: each has
-    protected ends of its own, and all have one draw.
+    whether the model is in training: outside our prefill they evict in evaluation too. ChunkPress shows its parts one
+    by one: each has protected ends of its own, and all have one draw.
 
     Parameters
     ----------
@@ -93,6 +93,7 @@ class SpanDropoutPress(Draws, ScorerPress):
     shared: bool = False
     step: int = field(default=0, init=False)
     only_trains: ClassVar[bool] = True
+    scores_train: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_compression_ratio(f"{type(self).__name__}.compression_ratio", self.compression_ratio)
@@ -156,14 +157,13 @@ class SpanDropoutPress(Draws, ScorerPress):
         hidden_states: Tensor,
         keys: Tensor,
         values: Tensor,
-        attentions: Tensor,
-        kwargs: dict[str, Any],
+        attentions: Tensor | None,
+        kwargs: Mapping[str, Any],
     ) -> tuple[Tensor, Tensor]:
         """Everything in evaluation, what scores highest in training."""
         if not module.training:
             return keys, values
-        kept: tuple[Tensor, Tensor] = super().compress(module, hidden_states, keys, values, attentions, kwargs)
-        return kept
+        return super().compress(module, hidden_states, keys, values, attentions, kwargs)
 
     def _ranked(self, priority: Tensor, place: Tensor) -> Tensor:
         """(B, 1 or K, S) float32 of the priorities of keys (B, 1 or K, S): padding, then spans, then protected keys."""

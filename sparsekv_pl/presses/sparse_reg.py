@@ -60,8 +60,10 @@ class SparseRegPress(BasePress):
             raise ValueError(f"SparseRegPress.kind={self.kind!r} must be 'entropy' or 'l1'")
         if not (self.weight >= 0 and isfinite(self.weight)):
             raise ValueError(f"SparseRegPress.weight={self.weight} must be at least 0 and finite")
+        if self.press is not None and not isinstance(self.press, BasePress):
+            raise ValueError(f"SparseRegPress.press={self.press!r} is no press: give kvpress's or ours, or null")
         for name, least in (("window_size", 1), ("sinks", 0)):
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:
                 raise ValueError(f"SparseRegPress.{name}={getattr(self, name)} must be at least {least}")
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
             raise ValueError(f"SparseRegPress.layers={self.layers}: name layers by numbers from 0, or null for all")

@@ -16,11 +16,11 @@ TINY = 1e-9
 def pinned(scores: Tensor) -> Tensor:
     """True where a press gave its highest score by rule (its window, its sinks) and not by looking.
 
-    kvpress presses pin by padding with one value above all others, so pinned keys tie for the maximum of the whole
-    tensor.
+    kvpress presses pin by padding with one value above all others, so pinned keys tie for the maximum of their row of
+    scores (B, K, S).
     """
-    ties = scores == scores.amax()
-    return ties if int(ties.sum()) > 1 else torch.zeros_like(ties)
+    ties = scores == scores.amax((1, 2), keepdim=True)
+    return ties & (ties.sum((1, 2), keepdim=True) > 1)
 
 
 def evictable_keys(scores: Tensor, sinks: int, positions: Tensor | None = None) -> Tensor:
@@ -40,7 +40,11 @@ def key_logits(scores: Tensor, evictable: Tensor, temperature: float = 1.0, stan
     Masses become their logs, which have a scale; other scores, and with ``standardise`` those logs too, are
     standardised and divided by ``temperature``.
     """
-    masses = bool(((scores.detach() >= 0) | ~evictable).all())
+    alike = ((scores.detach() >= 0) | ~evictable).flatten(1).all(1)
+    if alike.any() and not alike.all():  # each row by itself: what another row scores must not matter
+        rows = zip(scores.split(1), evictable.split(1), strict=True)
+        return torch.cat([key_logits(row, its, temperature, standardise) for row, its in rows])
+    masses = bool(alike.all())
     if masses:
         scores = torch.where(evictable, scores, 0)
         scores = (scores / scores.sum(-1, keepdim=True).clamp(min=TINY)).clamp(min=TINY).log()

@@ -1,5 +1,6 @@
 """The selection loss over all layers, chunks, rows and heads of a step."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -57,12 +58,12 @@ class SelectionLoss:
                 raise ValueError(f"{name}={getattr(self, name)!r}: give one of {', '.join(get_args(kind))}")
         if self.sinks < 0:
             raise ValueError(f"sinks={self.sinks}: give 0 or more tokens")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature}: give a number above 0")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature}: give a finite number above 0")
         if not 0 < self.top_share < 1:
             raise ValueError(f"top_share={self.top_share}: give a fraction of the keys between 0 and 1")
         weights = self.layer_weights
-        if weights is not None and (not weights or min(weights) < 0 or max(weights) == 0):
+        if weights is not None and not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
             raise ValueError(f"layer_weights={weights}: give a number of at least 0 per layer, not all 0, or null")
 
     def __call__(self, selections: Iterable[tuple[Selection, Tensor]]) -> dict[str, Tensor]:

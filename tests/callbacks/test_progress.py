@@ -82,3 +82,8 @@ def test_a_training_has_it_unless_it_has_another_or_none(
     trainer = TrainCommandLine(args=arguments, run=False, save_config_callback=None).trainer
     assert [type(made) for made in trainer.callbacks if isinstance(made, ProgressBar)] == expected
     assert any(isinstance(made, SafeCheckpoint) for made in trainer.callbacks), "the config's own stay"
+
+
+def test_a_new_epoch_does_not_begin_anew(shown: Any) -> None:
+    said = shown(max_steps=4, max_epochs=-1, limit_train_batches=2)
+    assert [counts for _, *counts in said] == [[done, 4] for done in (0, 1, 2, 3, 4)]

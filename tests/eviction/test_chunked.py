@@ -7,7 +7,6 @@ import torch
 from kvpress import (
     AdaKVPress,
     BasePress,
-    ChunkKVPress,
     CriticalKVPress,
     ExpectedAttentionPress,
     KeyDiffPress,
@@ -186,7 +185,6 @@ def token_by_token(model: PreTrainedModel, press: BasePress) -> Tensor:
         AdaKVPress(SnapKVPress(0.7, window_size=4)),
         KeyRerotationPress(ExpectedAttentionPress(0.5)),
         CriticalKVPress(SnapKVPress(0.5, window_size=4)),
-        ChunkKVPress(SnapKVPress(0.5, window_size=4), chunk_length=5),
         SimLayerKVPress(lazy_threshold=0.0, n_recent=8),
         EvictionAugPress([TOVAPress(0.5), KnormPress(0.5)], score_all=True),
     ],
@@ -259,3 +257,9 @@ def test_a_model_with_a_sliding_window_is_an_error() -> None:
     config.layer_types = ["full_attention", "sliding_attention"]
     with pytest.raises(ValueError, match="sliding window of 8"):
         evict(Qwen3ForCausalLM(config), KnormPress())
+
+
+def test_pairs_that_a_press_hides_do_not_count_as_kept(random_model: Build) -> None:
+    hiding = ChunkedEviction(AdaKVPress(SnapKVPress(window_size=4)))
+    evicted = hiding(random_model(), *ids(), compression_ratio=0.5, step=0)
+    assert evicted.kept_share == pytest.approx(0.5, abs=0.02)

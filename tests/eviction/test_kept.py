@@ -120,11 +120,11 @@ def test_what_a_headwise_press_masks_is_not_kept(random_model: Build, press: Ada
 
 
 def test_chunks_stay_or_go_as_a_whole(random_model: Build) -> None:
-    recorded = RecordedPrefill(random_model(), ids())
+    recorded = RecordedPrefill(random_model(), ids()[:1])
     for mask in kept(recorded, ChunkKVPress(snap(0.5), chunk_length=5))[0]:
         chunks = mask.unflatten(-1, (-1, 5)).sum(-1)
         assert set(chunks.unique().tolist()) == {0, 5}
-        assert int(mask.sum()) == 2 * 2 * 20
+        assert int(mask.sum()) == 2 * 20
 
 
 def test_blocks_score_by_parts_and_keep_the_best(random_model: Build) -> None:

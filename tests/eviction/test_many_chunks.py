@@ -17,6 +17,7 @@ from kvpress import (
     KeyRerotationPress,
     KnormPress,
     MergingPress,
+    NonCausalAttnPress,
     PerLayerCompressionPress,
     PyramidKVPress,
     ScorerPress,
@@ -220,18 +221,6 @@ def test_a_press_that_was_not_drawn_changes_nothing(random_model: Build, other: 
         assert torch.equal(layer.keys, expected.keys)
 
 
-def test_layers_with_budgets_of_their_own(random_model: Build) -> None:
-    press = PyramidKVPress(window_size=2, beta=2)
-    eviction = ChunkedEviction(press, CHUNK, catch_scores=True)
-    evicted = eviction(random_model(), *ids(), compression_ratio=RATIO, step=0)
-    assert evicted.hidden.isfinite().all()
-    assert 0.25 < evicted.kept_share < 0.75
-    assert all(
-        (selection.positions.diff(dim=-1) > 0).all() and int(selection.positions.max()) < CONTEXT
-        for selection in evicted.selections
-    )
-
-
 @pytest.mark.parametrize(
     "press", [KnormPress(0.4), EvictionAugPress([KnormPress(0.4), TOVAPress(0.2)])], ids=press_name
 )
@@ -262,6 +251,8 @@ def test_after_an_exception_ratio_rotary_and_hooks_are_as_before(random_model: B
         (AdaKVPress(KnormPress(0.5)), False, "cannot evict from 4 chunks"),
         (EvictionAugPress([KnormPress(0.5), BlockPress(KnormPress(0.5))]), False, "cannot evict from 4 chunks"),
         (ChunkKVPress(KnormPress(0.5)), True, "cannot evict from 4 chunks"),
+        (PyramidKVPress(0.5, window_size=2), False, "cannot evict from 4 chunks"),
+        (NonCausalAttnPress(0.5), False, "cannot evict from 4 chunks"),
         (PerLayerCompressionPress(KnormPress(), [0.3, 0.6]), False, "no compression_ratio to set"),
         (ComposedPress([KnormPress(0.5), TOVAPress(0.5)]), False, "no compression_ratio to set"),
     ],

@@ -6,12 +6,15 @@ import pytest
 import torch
 from kvpress import BasePress, ExpectedAttentionPress, KeyRerotationPress, SnapKVPress
 
+from callbacks.curriculum import Curriculum
 from sparsekv_pl.anchors import Anchors
 from sparsekv_pl.backbone import causal_lm
 from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.dropout import KVDropout
 from sparsekv_pl.modules.eit import EITModule
-from sparsekv_pl.objectives import EIT, LM, Mixed, Objective, SelectionObjective
+from sparsekv_pl.objectives import EIT, LM, Mixed, Objective, Reconstruction, SelectionObjective
+from sparsekv_pl.presses import EvictionAugPress
+from sparsekv_pl.schedules import Fixed
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw, trained
 
 LIMIT = 100
@@ -72,3 +75,20 @@ def test_budget_and_chunk_together_must_fit(
 ) -> None:
     with pytest.raises(ValueError, match=r"takes 56 positions, .* trained on 50 .*lower budget or chunk_tokens"):
         tiny_trainer().fit(module(tiny_backbone(), rerotating(), limit=50), datamodule=tiny_data())
+
+
+def test_one_press_of_several_that_moves_no_keys_is_enough(
+    tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer
+) -> None:
+    press = EvictionAugPress([rerotating(), SnapKVPress(window_size=8)], weights=[1, 1e-9])
+    with pytest.raises(ValueError, match=r"takes 112 positions, .* trained on 100"):
+        tiny_trainer().fit(module(tiny_backbone(), press), datamodule=tiny_data())
+
+
+def test_a_question_after_the_context_must_fit_too(
+    tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer
+) -> None:
+    asking = EITModule(tiny_backbone(), ChunkedEviction(SnapKVPress(window_size=8)), Reconstruction(), adamw)
+    causal_lm(asking.model).config.max_position_embeddings = 112  # as many as context and continuation take
+    with pytest.raises(ValueError, match=r"a continuation of \d+ tokens from position 96 on takes"):
+        tiny_trainer(Curriculum(Fixed(0.5)), limit_val_batches=0).fit(asking, datamodule=tiny_data(retrieval_share=0.0))

@@ -8,6 +8,7 @@ from kvpress import (
     KeyRerotationPress,
     KnormPress,
     MergingPress,
+    RandomPress,
     ScorerPress,
     SnapKVPress,
     ThinKPress,
@@ -15,8 +16,16 @@ from kvpress import (
 
 from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.modules.fit_together import fit_together
-from sparsekv_pl.objectives import Reconstruction
-from sparsekv_pl.presses import EvictionAugPress, SparseRegPress
+from sparsekv_pl.objectives import Reconstruction, SelectionObjective
+from sparsekv_pl.presses import (
+    AdaptiveBlockDropoutPress,
+    AnchorPress,
+    BlockDropoutPress,
+    EvictionAugPress,
+    SentenceDropoutPress,
+    SparseRegPress,
+    VariableBlockPress,
+)
 from sparsekv_pl.presses.deciding import candidates, deciding_press, selecting_press
 
 
@@ -51,7 +60,7 @@ def test_one_candidate_that_does_not_say_what_it_kept_is_refused_before_training
 
 def test_the_deciding_press_of_every_step_is_a_candidate() -> None:
     knorm, snapkv = KnormPress(), SnapKVPress()
-    press = EvictionAugPress([SparseRegPress(press=knorm), EvictionAugPress([snapkv])])
+    press = EvictionAugPress([SparseRegPress(press=knorm), EvictionAugPress([snapkv], seed=1)])
     drawn = []
     for step in range(20):
         press.draw(step)
@@ -59,3 +68,20 @@ def test_the_deciding_press_of_every_step_is_a_candidate() -> None:
     assert [id(decided) for decided in candidates(press)] == [id(knorm), id(snapkv)]
     assert {id(decided) for decided in drawn} == {id(knorm), id(snapkv)}
     assert isinstance(selecting_press(KeyRerotationPress(knorm)), ScorerPress)
+
+
+@pytest.mark.parametrize(
+    "press",
+    [
+        RandomPress(),
+        BlockDropoutPress(),
+        AdaptiveBlockDropoutPress(),
+        VariableBlockPress(),
+        SentenceDropoutPress(),
+        AnchorPress(press=RandomPress()),
+    ],
+)
+def test_a_selection_loss_needs_scores_to_align(press: BasePress) -> None:
+    with pytest.raises(ValueError, match="has nothing to train in"):
+        fit_together(SelectionObjective(), ChunkedEviction(press))
+    fit_together(SelectionObjective(), ChunkedEviction(EvictionAugPress([press, AnchorPress()])))

@@ -11,6 +11,7 @@ from sparsekv_pl.objectives import (
     LM,
     Layerwise,
     Mixed,
+    SelectionObjective,
     SparseLM,
     StudentView,
 )
@@ -96,3 +97,20 @@ def test_a_mean_over_tokens_of_a_joined_view_is_that_of_all_its_tokens() -> None
 def test_a_view_alone_is_its_own() -> None:
     whole = part(1, rows=2, tokens=4)
     assert joined([whole], [2]) is whole
+
+
+def test_no_term_of_nested_objectives_is_lost() -> None:
+    nested = Mixed([Mixed([LM(), LM()]), LM(), Mixed([LM(), EIT()])])(view())
+    assert len([name for name in nested if name.startswith("cross_entropy")]) == 5
+    assert set(nested) >= {"cross_entropy", "cross_entropy_2", "cross_entropy_3", "kl"}
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_weights_that_would_maximise_or_spoil_a_loss_are_refused(weight: float) -> None:
+    for make in (
+        lambda: Mixed([LM()], [weight]),
+        lambda: Layerwise(layer_weights=[weight, 1.0]),
+        lambda: SelectionObjective(layer_weights=[weight, 1.0]),
+    ):
+        with pytest.raises(ValueError, match=r"weights=\["):
+            make()

@@ -227,7 +227,6 @@ OURS = (
         protects=anchors,
         in_order=True,
         shortest=3,
-        padding_blurs="KeyDiffPress compares keys with the mean of all, padding too",
     ),
     PressCase(
         lambda ratio, **options: AnchorPress(ratio, SnapKVPress(**options), Anchors(recent=4, punctuation=False)),

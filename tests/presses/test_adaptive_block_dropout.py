@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.eviction.chunked import ChunkedEviction
+from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.presses import adaptive_block_dropout
 from sparsekv_pl.presses.adaptive_block_dropout import AdaptiveBlockDropoutPress, sink_attention
 from sparsekv_pl.presses.scores import catch_scores
@@ -250,3 +251,15 @@ def test_bad_settings_are_named(setting: dict[str, Any]) -> None:
     name, value = next(iter(setting.items()))
     with pytest.raises(ValueError, match=rf"AdaptiveBlockDropoutPress\.{name} is {value}: "):
         adaptive(**setting)
+
+
+def test_rows_that_are_no_queries_do_not_count_as_sinks() -> None:
+    attention = torch.rand(1, 2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([torch.zeros(1, 2, 5, 8), attention], dim=2)
+    assert torch.equal(sink_attention(padded), sink_attention(attention))
+
+
+def test_in_float64_too(random_model: Build) -> None:
+    press = AdaptiveBlockDropoutPress(0.5, window_size=8, protect_recent=8)
+    ids = torch.randint(0, 64, (1, 48), generator=torch.Generator().manual_seed(0))
+    assert prefill(random_model().double().train(), ids, press).cache.get_seq_length() == 24

@@ -8,6 +8,8 @@ from kvpress import (
     AdaKVPress,
     BasePress,
     ExpectedAttentionPress,
+    KeyDiffPress,
+    KeyRerotationPress,
     KnormPress,
     RandomPress,
     SnapKVPress,
@@ -17,6 +19,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.presses import EvictionAugPress
+from sparsekv_pl.presses.deciding import deciding_press
+from sparsekv_pl.presses.draws import draw
 from sparsekv_pl.presses.scores import catch_scores
 
 Build = Callable[..., PreTrainedModel]
@@ -166,3 +170,30 @@ def test_kvpress_s_own_pipeline_takes_it(tiny_models: dict[str, str]) -> None:
     press.compression_ratio = 0.5
     assert asking(context, press=press, **asked)["answer"] == alone
     assert asking(context, **asked)["answer"] != alone
+
+
+def test_one_inside_another_draws_by_itself() -> None:
+    with pytest.raises(ValueError, match=r"EvictionAugPress\.seed is 0, as is that of"):
+        EvictionAugPress([KnormPress(), AdaKVPress(KnormPress()), EvictionAugPress(presses())])
+    press = EvictionAugPress([KnormPress(), EvictionAugPress([SnapKVPress(), StreamingLLMPress()], seed=1)])
+    drawn = set()
+    for step in range(40):
+        draw(press, step)
+        drawn.add(type(deciding_press(press)))
+    assert drawn == {KnormPress, SnapKVPress, StreamingLLMPress}
+
+
+def test_before_the_first_draw_it_is_a_press_that_can_be_drawn() -> None:
+    assert EvictionAugPress(presses(), weights=[0, 0, 1]).press == presses()[2]
+
+
+def test_what_is_no_press_is_named() -> None:
+    with pytest.raises(ValueError, match="'SnapKV', which is no press"):
+        EvictionAugPress(["SnapKV"])
+
+
+def test_scorers_in_wrappers_score_too(random_model: Build) -> None:
+    press = EvictionAugPress([KnormPress(0.5), KeyRerotationPress(KeyDiffPress(0.5))], score_all=True)
+    with catch_scores(press) as caught:
+        evicted(random_model(), press)
+    assert {type(scored.scorer) for scored in caught} == {KnormPress, KeyDiffPress}

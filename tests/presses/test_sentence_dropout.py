@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from kvpress import AdaKVPress, ChunkPress, ComposedPress, KeyRerotationPress, KnormPress
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -218,3 +218,13 @@ def test_a_model_without_a_tokenizer_says_what_to_do(model: PreTrainedModel, tmp
 def test_bad_settings_are_named() -> None:
     with pytest.raises(ValueError, match=r"SentenceDropoutPress\.max_tokens is 0: "):
         SentenceDropoutPress(0.5, max_tokens=0)
+
+
+def test_a_piece_that_begins_a_word_begins_a_sentence() -> None:
+    """SentencePiece's opening quote: decoded alone it looks like a closing one."""
+    words = ["<s>", "\u2581He", "\u2581left", ".", '\u2581"', "Go", "\u2581now", '"', "\u2581she"]
+    raw = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<s>"))
+    raw.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>")
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 3, 7, 8]])
+    assert numbers(tokenizer, ids).tolist() == [[0, 0, 0, 1, 1, 1, 1, 1, 2]]

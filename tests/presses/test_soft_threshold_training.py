@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from kvpress import AdaKVPress, ChunkPress, DecodingPress, KeyRerotationPress
+from kvpress import AdaKVPress, ChunkPress, ComposedPress, DecodingPress, KeyRerotationPress, KnormPress
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -202,3 +202,10 @@ def test_training_moves_a_learnable_threshold_and_saves_it(
     resumed.load_state_dict(saved, strict=False)
     assert resumed.press is not None
     assert torch.equal(next(iter(learnable(resumed.press).values())), threshold)
+
+
+def test_keys_that_another_press_removes_after_they_were_weighed_are_an_error(random_model: Build) -> None:
+    press = ComposedPress([SoftThresholdPress(0.5, window_size=8), KnormPress(0.5)])
+    ids = torch.randint(0, 64, (1, 96), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"fades out 96 keys, of which another press left 48"):
+        prefill(random_model().train(), ids, press)

@@ -1,0 +1,72 @@
+"""What a model cannot do is said before anything runs: RoPE that changes, partly turned heads, presses of one row."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from kvpress import ChunkKVPress, KeyRerotationPress, KnormPress
+from torch import Tensor
+from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel
+
+from sparsekv_pl.eviction.chunked import ChunkedEviction
+from sparsekv_pl.eviction.prefill import full_cache, prefill
+from sparsekv_pl.eviction.replay import RecordedPrefill
+
+Build = Callable[..., PreTrainedModel]
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0] * 4,
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+}
+
+
+def ids(tokens: int, rows: int = 1) -> Tensor:
+    return torch.randint(0, 64, (rows, tokens), generator=torch.Generator().manual_seed(tokens))
+
+
+def phi3(**settings: Any) -> PreTrainedModel:
+    shape = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+    config = Phi3Config(vocab_size=64, num_hidden_layers=2, pad_token_id=0, **(shape | settings))
+    return Phi3ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("rope", [DYNAMIC, LONG], ids=["dynamic", "longrope"])
+def test_a_cache_is_not_continued_where_rope_changes(rope: dict[str, Any], random_model: Build) -> None:
+    model = random_model(max_position_embeddings=256, rope_parameters=rope)
+    prefill(model, ids(48), KnormPress(0.5), chunk_tokens=16)
+    with pytest.raises(ValueError, match=r"beyond 64 tokens it turns keys by other frequencies"):
+        prefill(model, ids(80), KnormPress(0.5), chunk_tokens=40)
+    with pytest.raises(ValueError, match=r"those of the first 60 of 70 tokens"):
+        ChunkedEviction(KnormPress())(model, ids(60), ids(10), compression_ratio=0.5, step=0)
+    with pytest.raises(
+        ValueError, match=rf"keys cannot be re-rotated in a model with RoPE of type '{rope['rope_type']}'"
+    ):
+        prefill(model, ids(48), KeyRerotationPress(KnormPress(0.5)))
+
+
+@torch.no_grad()
+def test_beyond_the_change_longrope_is_as_it_was(random_model: Build) -> None:
+    model = random_model(max_position_embeddings=256, rope_parameters=LONG)
+    whole = model.model(ids(90)).last_hidden_state
+    torch.testing.assert_close(full_cache(model, ids(90)[:, :80], ids(90)[:, 80:]), whole[:, 80:])
+
+
+def test_partly_turned_heads_are_not_turned_again() -> None:
+    model = phi3(partial_rotary_factor=0.5)
+    prefill(model, ids(48), KnormPress(0.5))
+    with pytest.raises(ValueError, match=r"4 of 8 dimensions of a head turned by RoPE"):
+        prefill(model, ids(48), KeyRerotationPress(KnormPress(0.5)))
+
+
+def test_a_press_that_reads_the_first_row_alone_takes_one_row(random_model: Build) -> None:
+    model, press = random_model(), ChunkKVPress(KnormPress(0.5), chunk_length=4)
+    assert prefill(model, ids(48), press).cache.get_seq_length() == 24
+    assert RecordedPrefill(model, ids(48)).evicted(press).cache.get_seq_length() == 24
+    for run in (prefill, lambda made, given, what: RecordedPrefill(made, given).evicted(what)):
+        with pytest.raises(ValueError, match=r"ChunkKV\(Knorm\) keeps in all 3 rows .* set batch_size=1"):
+            run(model, ids(48, rows=3), press)
