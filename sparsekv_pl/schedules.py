@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from typing_extensions import override
 
 def check_compression_ratio(name: str, value: float) -> None:
     """Raise ValueError unless ``value``, the setting ``name``, is a fraction of KV pairs to remove."""
-    if not 0 <= value < 1:
+    if not (isinstance(value, Real) and 0 <= value < 1):
         raise ValueError(
-            f"{name} is {value}: a compression ratio is the fraction of KV pairs removed, at least 0 and "
+            f"{name} is {value!r}: a compression ratio is the fraction of KV pairs removed, at least 0 and "
             f"below 1 (to keep 30 %, write 0.7)"
         )
 

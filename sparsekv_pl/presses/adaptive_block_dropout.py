@@ -46,7 +46,7 @@ class AdaptiveBlockDropoutPress(BlockDropoutPress):
         super().__post_init__()
         self.check_at_least("window_size", 1)
         self.check_at_least("sink_tokens", 0)
-        self.check_at_least("temperature", 0)
+        self.check_at_least("temperature", 0, whole=False)
 
     def priority(self, shown: Shown, spans: Tensor) -> Tensor:
         """(B, K, N): the noisy log-importance of the blocks."""

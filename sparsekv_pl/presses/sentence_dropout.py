@@ -42,7 +42,11 @@ class SentenceDropoutPress(ReadsTokens, SpanDropoutPress):
 
     def spans(self, shown: Shown) -> Tensor:
         """See ``SpanDropoutPress``."""
-        assert self._table is not None
+        if self._table is None:
+            raise ValueError(
+                "SentenceDropoutPress does not know the tokenizer, as the press around it never passes the model on: "
+                "call its post_init_from_model(model) first"
+            )
         tokens = key_tokens(shown.module, shown.keys, shown.kwargs)
         if tokens is None:
             raise ValueError(

@@ -100,11 +100,13 @@ class SpanDropoutPress(Draws, InOrderPress):
         for name in ("protect_start", "protect_recent", "seed"):
             self.check_at_least(name, 0)
 
-    def check_at_least(self, name: str, minimum: float) -> None:
-        """Raise ``ValueError`` where the setting ``name`` is below ``minimum``."""
+    def check_at_least(self, name: str, minimum: float, whole: bool = True) -> None:
+        """Raise ``ValueError`` where the setting ``name`` is below ``minimum``, or no ``whole`` number."""
         value = getattr(self, name)
-        if not value >= minimum:
-            raise ValueError(f"{type(self).__name__}.{name} is {value}: give {minimum} or more")
+        if not value >= minimum or (whole and value % 1):
+            raise ValueError(
+                f"{type(self).__name__}.{name} is {value}: give {'a whole number of ' * whole}{minimum} or more"
+            )
 
     def draw(self, step: int) -> None:
         """Drop other spans than at other steps."""

@@ -24,9 +24,11 @@ SPANS = [BlockDropoutPress, AdaptiveBlockDropoutPress, VariableBlockPress, Sente
 RATIOS = [*SPANS, SoftThresholdPress, AnchorPress]
 
 CASES: list[tuple[Any, str, Any, dict[str, Any]]] = [
-    *((press, "compression_ratio", value, {}) for press in RATIOS for value in (-0.1, 1.0, 1.5, math.nan)),
+    *((press, "compression_ratio", value, {}) for press in RATIOS for value in (-0.1, 1.0, 1.5, math.nan, "0.5", None)),
     *((press, name, -1, {}) for press in SPANS for name in ("protect_start", "protect_recent", "seed")),
     (BlockDropoutPress, "block_size", 0, {}),
+    (BlockDropoutPress, "block_size", 2.5, {}),
+    (BlockDropoutPress, "seed", 0.5, {}),
     (AdaptiveBlockDropoutPress, "block_size", 0, {}),
     (AdaptiveBlockDropoutPress, "window_size", 0, {}),
     (AdaptiveBlockDropoutPress, "sink_tokens", -1, {}),
@@ -36,6 +38,7 @@ CASES: list[tuple[Any, str, Any, dict[str, Any]]] = [
     (VariableBlockPress, "longest", 15, {"shortest": 16}),
     (SentenceDropoutPress, "max_tokens", 0, {}),
     (SoftThresholdPress, "window_size", 0, {}),
+    (SoftThresholdPress, "window_size", math.nan, {}),
     (SoftThresholdPress, "sinks", -1, {}),
     (SoftThresholdPress, "anneal_steps", 0, {}),
     *((SoftThresholdPress, "temperature", value, {}) for value in (0.0, -1.0, math.inf, math.nan)),
@@ -46,6 +49,7 @@ CASES: list[tuple[Any, str, Any, dict[str, Any]]] = [
     (SparseRegPress, "kind", "l2", {}),
     *((SparseRegPress, "weight", value, {}) for value in (-0.1, math.inf, math.nan)),
     (SparseRegPress, "window_size", 0, {}),
+    (SparseRegPress, "press", "SnapKV", {}),
     (SparseRegPress, "sinks", -1, {}),
     (SparseRegPress, "layers", [], {}),
     (SparseRegPress, "layers", [0, -1], {}),

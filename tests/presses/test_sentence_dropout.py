@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from kvpress import AdaKVPress, ChunkPress, ComposedPress, KeyRerotationPress, KnormPress
+from kvpress import AdaKVPress, ChunkPress, ComposedPress, KeyRerotationPress, KnormPress, PerLayerCompressionPress
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
@@ -228,3 +228,10 @@ def test_a_piece_that_begins_a_word_begins_a_sentence() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>")
     ids = torch.tensor([[1, 2, 3, 4, 5, 6, 3, 7, 8]])
     assert numbers(tokenizer, ids).tolist() == [[0, 0, 0, 1, 1, 1, 1, 1, 2]]
+
+
+def test_a_wrapper_that_never_shows_the_model_is_named(model: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match=r"SentenceDropoutPress does not know the tokenizer"):
+        prefill(
+            model, torch.zeros(1, 48, dtype=torch.long), PerLayerCompressionPress(SentenceDropoutPress(), [0.5, 0.5])
+        )
