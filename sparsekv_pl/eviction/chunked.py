@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from sparsekv_pl.eviction.checkpointed import checkpointed_prefill
 from sparsekv_pl.eviction.kept import masked_keys
-from sparsekv_pl.eviction.prefill import check_chunks, chunk_bounds, continue_from, prefill
+from sparsekv_pl.eviction.limits import check_chunks
+from sparsekv_pl.eviction.prefill import chunk_bounds, continue_from, prefill
 from sparsekv_pl.eviction.prefilled import Prefilled, mean_length
 from sparsekv_pl.eviction.reach import check_continuation
 from sparsekv_pl.eviction.result import Evicted, EvictedContext

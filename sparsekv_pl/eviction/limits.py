@@ -1,10 +1,10 @@
-"""What a model cannot do: positions it was not trained on, keys beyond its window, weights a press cannot read."""
+"""What a model or a press cannot do: positions not trained on, keys beyond a window, weights on disk, chunks."""
 
 from kvpress import BasePress, ChunkKVPress, CriticalAdaKVPress, CriticalKVPress, KVzipPress
 from transformers import PreTrainedModel
 
 from sparsekv_pl.decoder import decoder_of
-from sparsekv_pl.presses.scores import press_name, presses_in
+from sparsekv_pl.presses.scores import ONE_CHUNK, observation_window, press_name, presses_in
 
 READS_WEIGHTS = (CriticalAdaKVPress, CriticalKVPress, KVzipPress)
 """Presses that multiply with a layer's output projection themselves."""
@@ -90,4 +90,21 @@ def check_weights(model: PreTrainedModel, press: BasePress) -> None:
         raise ValueError(
             f"{press_name(press)} reads weights of the model, some of which lie on disk: use another press, or a "
             "placement with enough memory"
+        )
+
+
+def check_chunks(press: BasePress, bounds: list[tuple[int, int]], with_scores: bool) -> None:
+    """Raise ``ValueError`` where ``press`` cannot be run in chunks of these bounds."""
+    shortest, window = min(stop - start for start, stop in bounds), observation_window(press)
+    if shortest <= window:
+        raise ValueError(
+            f"{press_name(press)} looks at a window of {window} tokens but the context is run in chunks of {shortest}: "
+            "use a longer context, longer chunks (chunk_tokens) or a smaller window_size (n_sink)"
+        )
+    # ChunkKVPress moves groups of pairs: its scores do not tell which it kept.
+    unfit = (*ONE_CHUNK, ChunkKVPress) if with_scores else ONE_CHUNK
+    if len(bounds) > 1 and any(isinstance(p, unfit) or getattr(p, "one_chunk", False) for p in presses_in(press)):
+        raise ValueError(
+            f"{press_name(press)} cannot evict from {len(bounds)} chunks: it masks KV pairs instead of removing them, "
+            "or looks at the whole context at once. Use one chunk (chunk_tokens: null) or another press"
         )

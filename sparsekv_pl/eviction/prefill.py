@@ -10,21 +10,26 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from kvpress import BasePress, ChunkKVPress
+from kvpress import BasePress
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.attention.cached import CACHED, attention_implementation
 from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.keeper import Keeper
-from sparsekv_pl.eviction.limits import check_positions, check_rope, check_rows, check_sliding_window, check_weights
+from sparsekv_pl.eviction.limits import (
+    check_chunks,
+    check_positions,
+    check_rope,
+    check_rows,
+    check_sliding_window,
+    check_weights,
+)
 from sparsekv_pl.eviction.prefilled import Prefilled
 from sparsekv_pl.eviction.shifted_rotary import queries_from
 from sparsekv_pl.presses.deciding import deciding_press
 from sparsekv_pl.presses.notes import NOTES, PressNotes
 from sparsekv_pl.presses.scores import (
-    ONE_CHUNK,
-    observation_window,
     only_trains,
     press_name,
     presses_in,
@@ -233,23 +238,6 @@ def prefill(
     for start, stop in filling.bounds:
         filling.advance(context_ids[:, start:stop])
     return filling.result()
-
-
-def check_chunks(press: BasePress, bounds: list[tuple[int, int]], with_scores: bool) -> None:
-    """Raise ``ValueError`` where ``press`` cannot be run in chunks of these bounds."""
-    shortest, window = min(stop - start for start, stop in bounds), observation_window(press)
-    if shortest <= window:
-        raise ValueError(
-            f"{press_name(press)} looks at a window of {window} tokens but the context is run in chunks of {shortest}: "
-            "use a longer context, longer chunks (chunk_tokens) or a smaller window_size (n_sink)"
-        )
-    # ChunkKVPress moves groups of pairs: its scores do not tell which it kept.
-    unfit = (*ONE_CHUNK, ChunkKVPress) if with_scores else ONE_CHUNK
-    if len(bounds) > 1 and any(isinstance(p, unfit) or getattr(p, "one_chunk", False) for p in presses_in(press)):
-        raise ValueError(
-            f"{press_name(press)} cannot evict from {len(bounds)} chunks: it masks KV pairs instead of removing them, "
-            "or looks at the whole context at once. Use one chunk (chunk_tokens: null) or another press"
-        )
 
 
 def full_cache(model: PreTrainedModel, context_ids: Tensor, continuation_ids: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ from typing import Any
 
 from kvpress import BasePress
 
-from sparsekv_pl.eviction.prefill import check_chunks, chunk_bounds
+from sparsekv_pl.eviction.limits import check_chunks
+from sparsekv_pl.eviction.prefill import chunk_bounds
 from sparsekv_pl.presses.scores import observation_window, press_name, set_compression_ratio
 from sparsekv_pl.schedules import check_compression_ratio
 
