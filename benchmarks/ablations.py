@@ -1,7 +1,7 @@
 """Every ablation under configs/train/ablations, trained small, measured on the same cases, in one table.
 
 Run from the checkout: ``make ablations``, or ``python benchmarks/ablations.py --only loss_lm selection_weight_1``. One
-takes about twelve minutes on one core. What is finished is not done again: a run that was stopped goes on.
+takes about ten minutes on one core. What is finished is not done again: a run that was stopped goes on.
 """
 
 import argparse
