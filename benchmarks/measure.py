@@ -41,8 +41,8 @@ def peak_memory(script: str | Path, function: str, *args: object) -> int:
 
 def paired_times(step: Callable[[], object], reference: Callable[[], object], rounds: int = 3) -> Ratio:
     """Time of ``step`` over that of ``reference``, in turn, as a busy machine slows both; after a warm-up."""
-    _seconds(step), _seconds(reference)
-    ratios = [_seconds(step) / _seconds(reference) for _ in range(rounds)]
+    seconds(step), seconds(reference)
+    ratios = [seconds(step) / seconds(reference) for _ in range(rounds)]
     return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
 
@@ -68,7 +68,8 @@ def report(
     print(json.dumps(result))
 
 
-def _seconds(step: Callable[[], object]) -> float:
+def seconds(step: Callable[[], object]) -> float:
+    """How long ``step`` takes."""
     start = time.perf_counter()
     step()
     return time.perf_counter() - start

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import kvpress
 import torch
-from measure import paired_times, report
+from measure import paired_times, report, seconds
 from transformers import PreTrainedModel
 
 from data.text import EmbeddedText
@@ -59,25 +59,18 @@ def evicting(recorded: RecordedPrefill, press: kvpress.BasePress) -> Callable[[]
     """Every layer's hook once. Not ``recorded.evicted``, which copies the cache first and keeps scores."""
     with press(recorded.model):
         pass  # to prepare it
-    layers = recorded.cache.layers
+    layers, trains = recorded.cache.layers, only_trains(press)
     whole = [(layer.keys, layer.values) for layer in layers]
 
     @torch.no_grad()
     def step() -> None:
-        recorded.model.train(only_trains(press))
         for call in recorded.calls:
+            call.module.training = trains  # what a press asks; model.train() would be timed
             press.forward_hook(call.module, [], call.kwargs | {"past_key_values": recorded.cache}, call.output)
         for layer, (keys, values) in zip(layers, whole, strict=True):
             layer.keys, layer.values = keys, values
 
     return step
-
-
-def seconds(step: Callable[[], object]) -> float:
-    """How long ``step`` takes."""
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
 
 
 def compare(model: PreTrainedModel, ids: torch.Tensor) -> tuple[list[dict[str, object]], dict[str, float]]:

@@ -22,7 +22,7 @@ class StepsBar(RichProgressBar):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if self.is_enabled and trainer.max_steps > 0:
+        if self.is_enabled and trainer.max_steps > 0:  # a run that goes on inside an epoch starts none
             self._initialize_train_progress_bar_id()
             self._update(self.train_progress_bar_id, trainer.global_step)
 

@@ -26,9 +26,10 @@ def check_compression_ratio(name: str, value: float) -> None:
         )
 
 
-def _check_at_least(name: str, value: float, minimum: float) -> None:
-    if not value >= minimum:
-        raise ValueError(f"{name} is {value}: give {minimum} or more")
+def check_at_least(name: str, value: float, minimum: float, whole: bool = False) -> None:
+    """Raise ValueError where ``value``, the setting ``name``, is below ``minimum``, or no ``whole`` number."""
+    if not value >= minimum or (whole and value % 1):
+        raise ValueError(f"{name} is {value}: give {'a whole number of ' * whole}{minimum} or more")
 
 
 class Schedule(ABC):
@@ -93,7 +94,7 @@ class Fixed(WarmedUp):
 
     def __post_init__(self) -> None:
         check_compression_ratio("Fixed.compression_ratio", self.compression_ratio)
-        _check_at_least("Fixed.warmup_steps", self.warmup_steps, 0)
+        check_at_least("Fixed.warmup_steps", self.warmup_steps, 0)
 
     @override
     def after_warmup(self, step: int) -> float:
@@ -113,8 +114,8 @@ class Linear(WarmedUp):
         name = type(self).__name__
         check_compression_ratio(f"{name}.start", self.start)
         check_compression_ratio(f"{name}.end", self.end)
-        _check_at_least(f"{name}.steps", self.steps, 1)
-        _check_at_least(f"{name}.warmup_steps", self.warmup_steps, 0)
+        check_at_least(f"{name}.steps", self.steps, 1)
+        check_at_least(f"{name}.warmup_steps", self.warmup_steps, 0)
 
     def progress(self, step: int) -> float:
         """The share of the way from ``start`` to ``end``, 0 to 1."""
@@ -153,7 +154,7 @@ class Step(WarmedUp):
             )
         if any(a >= b for a, b in pairwise([0, *self.boundaries])):
             raise ValueError(f"Step.boundaries is {self.boundaries}: give steps above 0, each larger than the last")
-        _check_at_least("Step.warmup_steps", self.warmup_steps, 0)
+        check_at_least("Step.warmup_steps", self.warmup_steps, 0)
 
     @override
     def after_warmup(self, step: int) -> float:
@@ -198,9 +199,9 @@ class Adaptive(WarmedUp):
     def __post_init__(self) -> None:
         check_compression_ratio("Adaptive.start", self.start)
         check_compression_ratio("Adaptive.maximum", self.maximum)
-        _check_at_least("Adaptive.maximum", self.maximum, self.start)
+        check_at_least("Adaptive.maximum", self.maximum, self.start)
         for name, minimum in (("tolerance", 0), ("patience", 1), ("back_off", 0), ("warmup_steps", 0)):
-            _check_at_least(f"Adaptive.{name}", getattr(self, name), minimum)
+            check_at_least(f"Adaptive.{name}", getattr(self, name), minimum)
         if not self.step_size > 0:
             raise ValueError(f"Adaptive.step_size is {self.step_size}: give a rise above 0, or use Fixed")
         self.level = self.start
@@ -268,7 +269,7 @@ class Spread(Schedule):
 
     def __post_init__(self) -> None:
         check_compression_ratio("Spread.low", self.low)
-        _check_at_least("Spread.seed", self.seed, 0)
+        check_at_least("Spread.seed", self.seed, 0)
 
     @override
     def ratio(self, step: int) -> float:

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekv_pl.eviction.checkpointed import checkpointed_prefill
-from sparsekv_pl.eviction.kept import masked_keys
+from sparsekv_pl.eviction.ledger import ledger
 from sparsekv_pl.eviction.limits import check_chunks
 from sparsekv_pl.eviction.prefill import chunk_bounds, continue_from, prefill
-from sparsekv_pl.eviction.prefilled import Prefilled, mean_length
+from sparsekv_pl.eviction.prefilled import Prefilled
 from sparsekv_pl.eviction.reach import check_continuation
 from sparsekv_pl.eviction.result import Evicted, EvictedContext
 from sparsekv_pl.presses.draws import draw
@@ -76,7 +76,7 @@ class ChunkedEviction:
         prefilled = fill(
             model, context_ids, self.press, self.chunk_tokens, self.budget, self.catch_scores, self.keep_context
         )
-        kept = (mean_length(prefilled.cache) - _hidden_pairs(model, len(context_ids))) * prefilled.mean_weight
+        kept = ledger(model, prefilled.cache).kept_pairs * prefilled.mean_weight
         context = evicted_context(model, prefilled, context_ids) if self.keep_context else None
         hidden = continued(model, prefilled, continuation_ids)
         losses = {} if prefilled.notes is None else prefilled.notes.losses
@@ -89,13 +89,6 @@ def continued(model: PreTrainedModel, prefilled: Prefilled, ids: Tensor) -> Tens
     check_continuation(model, prefilled.next_position, ids.shape[1])
     weights = None if prefilled.notes is None else prefilled.notes.key_log_weights
     return continue_from(model, ids, prefilled.cache, prefilled.next_position, key_log_weights=weights)
-
-
-def _hidden_pairs(model: PreTrainedModel, rows: int) -> float:
-    """KV pairs per head that a head-wise press (AdaKVPress) hides in place of removing them, averaged over layers."""
-    hidden = [0 if masked is None else len(masked[0]) for masked in masked_keys(model)]
-    heads = model.config.get_text_config().num_key_value_heads
-    return sum(hidden) / len(hidden) / rows / heads
 
 
 def evicted_context(model: PreTrainedModel, prefilled: Prefilled, context_ids: Tensor) -> EvictedContext:

@@ -46,7 +46,8 @@ def check_rope(model: PreTrainedModel, first: int, total: int, rotates: bool = F
     RoPE of the types "dynamic" and "longrope" turns keys by other frequencies once a text is longer than the original
     context: those that are in the cache by then were turned by the old ones. With ``rotates``, keys are turned again.
     """
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
     if rotates:
         dims = 2 * len(decoder_of(model).rotary_emb.inv_freq)
@@ -54,7 +55,7 @@ def check_rope(model: PreTrainedModel, first: int, total: int, rotates: bool = F
         if kind in CHANGING_ROPE or dims != head:
             why = f"RoPE of type {kind!r}" if dims == head else f"{dims} of {head} dimensions of a head turned by RoPE"
             raise ValueError(f"keys cannot be re-rotated in a model with {why}: use a press without KeyRerotationPress")
-    original = rope.get("original_max_position_embeddings") or model.config.get_text_config().max_position_embeddings
+    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
     crosses = first <= original if kind == "longrope" else kind in CHANGING_ROPE
     if crosses and total > original:
         raise ValueError(

@@ -13,7 +13,7 @@ from sparsekv_pl.presses.draws import Draws, generator, row_numbers
 from sparsekv_pl.presses.in_order import InOrderPress
 from sparsekv_pl.presses.notes import notes_in
 from sparsekv_pl.presses.tokens import TOKEN_IDS, key_places
-from sparsekv_pl.schedules import check_compression_ratio
+from sparsekv_pl.schedules import check_at_least, check_compression_ratio
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,7 @@ class SpanDropoutPress(Draws, InOrderPress):
 
     def check_at_least(self, name: str, minimum: float, whole: bool = True) -> None:
         """Raise ``ValueError`` where the setting ``name`` is below ``minimum``, or no ``whole`` number."""
-        value = getattr(self, name)
-        if not value >= minimum or (whole and value % 1):
-            raise ValueError(
-                f"{type(self).__name__}.{name} is {value}: give {'a whole number of ' * whole}{minimum} or more"
-            )
+        check_at_least(f"{type(self).__name__}.{name}", getattr(self, name), minimum, whole)
 
     def draw(self, step: int) -> None:
         """Drop other spans than at other steps."""

@@ -40,15 +40,14 @@ def key_logits(scores: Tensor, evictable: Tensor, temperature: float = 1.0, stan
     Masses become their logs, which have a scale; other scores, and with ``standardise`` those logs too, are
     standardised and divided by ``temperature``.
     """
-    alike = ((scores.detach() >= 0) | ~evictable).flatten(1).all(1)
-    if alike.any() and not alike.all():  # each row by itself: what another row scores must not matter
+    masses = ((scores.detach() >= 0) | ~evictable).flatten(1).all(1).tolist()
+    if any(masses) and not all(masses):  # each row by itself: what another row scores must not matter
         rows = zip(scores.split(1), evictable.split(1), strict=True)
         return torch.cat([key_logits(row, its, temperature, standardise) for row, its in rows])
-    masses = bool(alike.all())
-    if masses:
+    if all(masses):
         scores = torch.where(evictable, scores, 0)
         scores = (scores / scores.sum(-1, keepdim=True).clamp(min=TINY)).clamp(min=TINY).log()
-    if standardise or not masses:
+    if standardise or not all(masses):
         scores = _standardised(scores, evictable) / temperature
     return scores.masked_fill(~evictable, -torch.inf)
 
