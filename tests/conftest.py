@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.termination import pytest_configure, pytest_runtest_setup  # noqa: F401, the hooks of this plugin
+
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,10 @@ def fill_disk() -> None:
 
 
 def send(number: int) -> None:
-    os.kill(os.getpid(), number)
+    """Call the handler of signal ``number``: a real SIGTERM would end the test run (tests/termination.py)."""
+    handler = signal.getsignal(number)
+    assert callable(handler), f"no handler of {number}"
+    handler(number, None)
 
 
 def names(folder: Path) -> set[str]:
