@@ -237,8 +237,8 @@ def soak(folder: Path, steps: int) -> Iterator[Check]:
             run.stop()
         server.close()
     split = Splits()
-    names = {f"json/{row['id']}" for rows in shards.values() for row in rows}
-    train = {name for name in names if split.of(name) == "train"}
+    rows = [row for shard in shards.values() for row in shard]
+    train = {f"json/{row['id']}" for row in rows if split.of(row["text"]) == "train"}
     records = alone.all_records()
     yield same_steps(records, disturbed.all_records(), steps * 2)
     yield same_documents(records, disturbed.all_records(), train)

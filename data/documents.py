@@ -16,7 +16,7 @@ class SourceFailed(ValueError):
 
 
 class Document(NamedTuple):
-    """A text with an id that is the same on every machine and in every run."""
+    """A text with the name that records and messages call it by."""
 
     id: str
     text: str
@@ -52,10 +52,10 @@ class TextSource(ABC):
         """All documents once, in the source's order."""
 
     def blocks(self, keep: Callable[[str], bool], number: int = 0, total: int = 1) -> Blocks:
-        """The share ``number`` of ``total`` of the documents whose id ``keep`` accepts; in memory, as one
+        """The share ``number`` of ``total`` of the documents whose text ``keep`` accepts; in memory, as one
         block. Share 0 counts what the source skipped.
         """
-        kept = [document for document in self.documents() if keep(document.id)]
+        kept = [document for document in self.documents() if keep(document.text)]
         return InMemory(kept[number::total], self.skipped if number == 0 else 0)
 
 

@@ -49,8 +49,8 @@ class EvaluationData(TokenizedData):
     Parameters
     ----------
     text
-        Where text comes from; the default needs no download and has some 14,000 held-out tokens.
-        data.python_source.PythonSource has 240,000, and 2.5 million where splits hold out all of it.
+        Where text comes from; the default needs no download and has some 15,000 held-out tokens.
+        data.python_source.PythonSource has 250,000, and 2.5 million where splits hold out all of it.
     splits
         Shares of the documents: give those that the model was trained with.
     tasks

@@ -17,7 +17,7 @@ class Reader(NamedTuple):
 
 
 class HubBlocks(Blocks):
-    """The documents of ``open_stream()`` whose id ``keep`` accepts, ``size`` rows of the stream to a block.
+    """The documents of ``open_stream()`` whose text ``keep`` accepts, ``size`` rows of the stream to a block.
 
     ``iter(batch_size)`` rather than ``iter()``: inside a worker the latter would divide the shards a
     second time.
@@ -53,7 +53,7 @@ class HubBlocks(Blocks):
             self.reader, self.position = Reader(reader.stream), self.beginning
             return None
         counter = copy(self.counter)
-        found = [document for document in self.documents(table, counter) if self.keep(document.id)]
+        found = [document for document in self.documents(table, counter) if self.keep(document.text)]
         self.reader, self.position, self.counter = reader, position, counter
         return found
 

@@ -62,7 +62,7 @@ class EvictionData(TokenizedData):
         Cases in validation (val_dataloader). They are deterministic: they depend on the text, the tokenizer, the
         lengths and ``seed`` alone. data/evaluation.py makes the held-out cases.
     splits
-        Shares of the documents; the splits never share one, and evaluation needs the same shares.
+        Shares of the documents; the splits never share a text, and evaluation needs the same shares.
     shortest_context
         Draws the context length of every training row evenly from ``shortest_context`` to ``context_tokens`` tokens;
         null makes all ``context_tokens`` long. Validation stays at ``context_tokens``. Rows of one length run together

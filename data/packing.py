@@ -80,7 +80,7 @@ def split_tokens(source: TextSource, splits: Splits, split: Split, tokenizer: An
 
     Raises ValueError when no document belongs to the split.
     """
-    documents = (document for document in source.documents() if splits.of(document.id) == split)
+    documents = (document for document in source.documents() if splits.of(document.text) == split)
     text = take_tokens(documents, tokenizer, enough_for(span))
     if not text.ids:
         raise ValueError(
@@ -126,7 +126,7 @@ class DocumentStream(Iterator[Document]):
     ) -> None:
         self.share = f"{split} share {number} of {total}"
         self.seed = seed
-        self.blocks: Blocks = source.blocks(lambda document_id: splits.of(document_id) == split, number, total)
+        self.blocks: Blocks = source.blocks(lambda text: splits.of(text) == split, number, total)
         self.epoch, self.block, self.position = 0, 0, 0
         self.found = False
         self.start = self.blocks.state_dict()

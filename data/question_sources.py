@@ -66,7 +66,7 @@ class PlantedQuestions(QuestionSource):
     Parameters
     ----------
     text
-        Where text comes from. The default, the Python library's source, has 240,000 held-out tokens of SmolLM2's
+        Where text comes from. The default, the Python library's source, has 250,000 held-out tokens of SmolLM2's
         tokenizer; documents are stretches of it and may overlap.
     splits
         Shares of the text's documents: give those that the model was trained with.

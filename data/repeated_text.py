@@ -1,5 +1,6 @@
 """One sentence over and over: for those who compare with evaluations that hide needles in it."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,7 +11,8 @@ DOCUMENT_CHARACTERS = 10_000
 
 @dataclass
 class RepeatedText(TextSource):
-    """A sentence repeated in documents of about 10,000 characters, so that every split has its share of them.
+    """A sentence repeated in documents of 10,000 characters and more, each one sentence longer than the one before:
+    a document's split follows from its text, and so every split has its share of them.
 
     Text without content is easy to read past and easy to evict: figures are not those of real text.
 
@@ -34,6 +36,10 @@ class RepeatedText(TextSource):
     def documents(self) -> Iterator[Document]:
         """repeated/0, repeated/1, ..."""
         repeats = -(-DOCUMENT_CHARACTERS // (len(self.sentence) + 1))
-        text = " ".join([self.sentence] * repeats)
-        for number in range(-(-self.characters // len(text))):
+        given = 0
+        for number in itertools.count():
+            if given >= self.characters:
+                return
+            text = " ".join([self.sentence] * (repeats + number))
+            given += len(text)
             yield Document(f"repeated/{number}", text)

@@ -68,10 +68,11 @@ def test_splits_share_no_document(tokenizer, numbered):
         "train": _take(data.train_dataloader(), 30),
         "validation": data.val_dataloader(),
     }
+    texts = {document.id: document.text for document in numbered.documents()}
     for split, batches in loaders.items():
         seen = {name for batch in batches for row in batch["document_ids"] for name in row.split(" + ")}
         assert seen
-        assert {data.splits.of(name) for name in seen} == {split}
+        assert {data.splits.of(texts[name]) for name in seen} == {split}
 
 
 def test_validation_is_deterministic_and_counts_its_cases(tokenizer, numbered):

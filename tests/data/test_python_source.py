@@ -18,7 +18,7 @@ def test_it_is_much_text_in_every_split(documents):
     assert sum(len(document.text) for document in documents) > 5_000_000
     shares = {split: 0 for split in ("train", "validation", "held_out")}
     for document in documents:
-        shares[Splits().of(document.id)] += len(document.text)
+        shares[Splits().of(document.text)] += len(document.text)
     assert min(shares.values()) > 500_000
 
 

@@ -87,7 +87,7 @@ def test_planted_answers_are_spread_over_the_whole_document(bpe: Any) -> None:
     counts = [sum(tenth / 10 <= place < (tenth + 1) / 10 for place in places) for tenth in range(10)]
     assert sum(counts) == 40
     assert min(counts) >= 2
-    assert max(counts) <= 6
+    assert max(counts) <= 7
 
 
 def test_a_planted_question_is_the_same_in_every_run(bpe: Any, plain_tokenizer: Any) -> None:

@@ -87,7 +87,7 @@ def test_shares_of_every_split_are_disjoint_and_complete(kind: str, shards: int,
     text = source(kind, shards, tmp_path)
     whole: dict[str, set[str]] = {"train": set(), "validation": set(), "held_out": set()}
     for document in text.documents():
-        whole[SPLITS.of(document.id)].add(document.id)
+        whole[SPLITS.of(document.text)].add(document.id)
     assert kind == "embedded" or sum(map(len, whole.values())) == DOCUMENTS
     for total in SHARES:
         for split in ("train", "validation", "held_out") if total in (2, 6) else ("train",):
@@ -106,7 +106,7 @@ def test_loaders_with_worker_processes_read_everything_once(
     text = source("hub", shards, tmp_path)
     data = EvictionData(text, context_tokens=15, continuation_tokens=5, batch_size=1, retrieval_share=0, splits=SPLITS)
     data.tokenizer = tokenizer
-    train = {document.id for document in text.documents() if SPLITS.of(document.id) == "train"}
+    train = {document.id for document in text.documents() if SPLITS.of(document.text) == "train"}
     turns = max(1, workers)
     shares = []
     for rank in range(ranks):
