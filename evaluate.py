@@ -8,6 +8,12 @@ class EvaluateCommandLine(CommandLine):
 
     commands = ("test", "predict")
 
+    def before_instantiate_classes(self) -> None:
+        """Refuse a checkpoint: nothing that evaluate.py makes can be read from one."""
+        super().before_instantiate_classes()
+        if (path := self._get(self.config, "ckpt_path")) is not None:
+            raise ValueError(f"ckpt_path is {path}: give model.backbone.adapter what the training exported instead")
+
 
 if __name__ == "__main__":
     run(

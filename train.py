@@ -28,7 +28,7 @@ class TrainCommandLine(CommandLine):
         """Look at the file or folder of --ckpt_path before a model is loaded."""
         super().before_instantiate_classes()
         settings = self.config.get(self.config.get("subcommand") or "", self.config)
-        if settings.get("ckpt_path") not in (None, "last", "best", "hpc") and "://" not in str(settings.ckpt_path):
+        if settings.get("ckpt_path") not in (None, "last", "best", "hpc"):
             settings.ckpt_path = str(chosen(Path(settings.ckpt_path)))
 
     def instantiate_trainer(self, **settings: Any) -> Trainer:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -19,6 +19,21 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 SUFFIX = ".ckpt"
+SHARDED = "meta.pt"
+"""In a sharded checkpoint's folder: what is no tensor."""
+
+METADATA = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+        *("TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},
+}
+"""Module -> its classes and functions that stand in a sharded checkpoint's metadata, besides torch's dtypes."""
 
 
 class CheckpointError(RuntimeError):
@@ -131,9 +146,11 @@ def chosen(path: Path) -> Path:
     ValueError
         If there is none, or none that can be read.
     """
-    if not path.exists():
+    if re.match(r"\w+:/", str(path)):
+        raise ValueError(f"--ckpt_path {path}: give a local file or folder, not an address")
+    if not path.is_dir() and not path.is_file():
         raise ValueError(f"--ckpt_path {path}: there is no such file or folder")
-    if path.is_dir() and not (path / "meta.pt").exists():
+    if path.is_dir() and not (path / SHARDED).exists():
         found = checkpoints_in(path)
         if not found:
             raise ValueError(f"--ckpt_path {path}: no {SUFFIX} in this folder or in checkpoints below it")
@@ -150,10 +167,10 @@ def fault(path: Path) -> str:
     try:
         if path.is_dir():
             _check_shards(path)
-        _check_file(path / "meta.pt" if path.is_dir() else path)
+        _check_file(path / SHARDED if path.is_dir() else path)
     except pickle.UnpicklingError as error:
         return f"it holds objects whose code loading would run; it was not ({_first_line(error)})"
-    except (BadZipFile, EOFError, KeyError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # unpickling what anyone may have written raises anything
         return f"it is truncated or corrupt ({_first_line(error)})"
     return ""
 
@@ -163,21 +180,25 @@ def _check_file(path: Path) -> None:
         broken = archive.testzip()  # torch writes the checksums and does not look at them when it reads
     if broken:
         raise ValueError(f"checksum of {broken} does not match")
-    torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    keys = {"global_step"} if path.name == SHARDED else {"global_step", "state_dict", "optimizer_states"}
+    if missing := sorted(keys - set(content if isinstance(content, dict) else ())):
+        raise ValueError(f"no {missing[0]} in it: it is not from a training run")
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Of sharded checkpoints' ``.metadata``, which torch unpickles as it is."""
+    """Of sharded checkpoints' ``.metadata``, which torch unpickles as it is.
+
+    Looking a name up imports its module, and importing runs code: what is not known to stand in such a file is refused
+    by its name.
+    """
 
     @override
     def find_class(self, module: str, name: str) -> Any:
-        found = super().find_class(module, name)
-        own = module.startswith("torch.distributed.checkpoint.") and getattr(found, "__module__", "") == module
-        if (own and isinstance(found, type)) or isinstance(found, torch.dtype):
-            return found
-        if (module, name) in {("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")}:
-            return found
-        raise pickle.UnpicklingError(f"{module}.{name}")
+        known = name in METADATA.get(module, ())
+        if not known and not (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
 
 
 def _check_shards(folder: Path) -> None:

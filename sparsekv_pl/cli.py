@@ -87,8 +87,13 @@ class CommandLine(LightningCLI):
         seed = settings.get("seed_everything")
         if seed is not None and not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise ValueError(f"seed_everything is {seed}: give 0 to {2**32 - 1}")
+        if settings.get("weights_only") is False:
+            raise ValueError("weights_only is false: that would run code that a checkpoint holds; leave it out")
         trainer = {"class_path": "lightning.pytorch.Trainer", "init_args": settings["trainer"]}
         check_values({**settings, "trainer": trainer}, "")
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning's takes settings out of the checkpoint, classes to make and code to trust among them."""
 
     def instantiate_classes(self) -> None:
         """All objects; an error says which one another package refused to make."""

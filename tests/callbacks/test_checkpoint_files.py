@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -92,6 +93,34 @@ def test_ckpt_path_may_be_a_file_a_folder_or_a_run(fit: Any, tmp_path: Path) -> 
         chosen(tmp_path / "absent")
 
 
+def not_a_checkpoint(kind: str, path: Path) -> None:
+    if kind == "tensors":
+        torch.save({"weight": torch.ones(2)}, path)
+    elif kind == "a list":
+        torch.save([1, 2], path)
+    elif kind == "another zip":
+        with ZipFile(path, "w") as archive:
+            archive.writestr("document.xml", "<text/>")
+    else:
+        path.write_bytes({"empty": b"", "text": b"a: 1\n", "gguf": b"GGUF" + bytes(100)}[kind])
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "gguf", "another zip", "tensors", "a list"])
+def test_a_foreign_file_is_named(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "it.ckpt"
+    not_a_checkpoint(kind, path)
+    with pytest.raises(
+        ValueError, match=rf"^--ckpt_path {path}: it is truncated or corrupt \([^\n]+\); give another one"
+    ):
+        chosen(path)
+
+
+@pytest.mark.parametrize("address", ["https://host/step=2.ckpt", "s3://bucket/run", "file:///tmp/step=2.ckpt"])
+def test_an_address_is_not_fetched(address: str) -> None:
+    with pytest.raises(ValueError, match="give a local file or folder, not an address"):
+        chosen(Path(address))
+
+
 def test_code_in_a_checkpoint_is_not_run(fit: Any, tmp_path: Path) -> None:
     fit(max_steps=2)
     content = torch.load(tmp_path / "step=2.ckpt", weights_only=True)
@@ -155,4 +184,13 @@ def test_code_in_a_sharded_one_is_not_run(sharded: Path, tmp_path: Path) -> None
     dcp.save({"state_dict": {"more": Malice(tmp_path / "ran")}}, checkpoint_id=sharded, no_dist=True)
     torch.save({}, sharded / "meta.pt")
     assert "whose code loading would run" in fault(sharded)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_metadata_imports_nothing_that_it_names(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs_at_import.py").write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module, name in [("runs_at_import", "Any"), ("torch.distributed.checkpoint.metadata", "io.open")]:
+        (sharded / ".metadata").write_bytes(b"\x80\x04c" + f"{module}\n{name}\n.".encode())
+        assert f"({module}.{name})" in fault(sharded)
     assert not (tmp_path / "ran").exists()
