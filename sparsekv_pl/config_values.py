@@ -70,8 +70,8 @@ def check_values(value: Any, key: str, hint: Any = Any) -> None:
         raise ValueError(f"{key} is {value}: give a finite number")
     if isinstance(value, int) and abs(value) > LARGEST:
         raise ValueError(f"{key} is {value}: give a number within 64 bits")
-    if isinstance(value, str):
-        check_no_secret(key, value)
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        check_no_secret(key, str(value))
     if isinstance(value, list | tuple):
         for index, item in enumerate(value):
             check_values(item, f"{key}[{index}]", hint)

@@ -1,6 +1,5 @@
 """Asking a model behind an OpenAI-compatible endpoint, within limits on tokens and on money."""
 
-import ipaddress
 import os
 import re
 import threading
@@ -9,9 +8,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
 
+from sparsekv_pl.hosted_address import check_address, host_of, is_loopback
 from sparsekv_pl.hosted_reply import Answer, Usage, error_kind, error_message, read_reply
+from sparsekv_pl.redaction import redacted
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -93,7 +93,7 @@ class HostedModel:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_address(self.base_url)
+        check_address(self.base_url)
         if self.key_variable is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", self.key_variable):
             # Not shown: it may be the key itself.
             raise ValueError("hosted.key_variable must be the name of an environment variable in capitals, not a key")
@@ -125,9 +125,8 @@ class HostedModel:
             return None
         key = os.environ.get(self.key_variable, "").strip()
         if not key:
-            raise ValueError(
-                f"the environment variable {self.key_variable} is not set: put the key of {self.base_url} there"
-            )
+            host = host_of(self.base_url)
+            raise ValueError(f"the environment variable {self.key_variable} is not set: put the key of {host} there")
         if not (key.isascii() and key.isprintable()):
             raise ValueError(f"the environment variable {self.key_variable} holds characters that no key has")
         return key
@@ -186,7 +185,7 @@ class HostedModel:
 
         self.check(requests)
         key = self.key()
-        transport = DefaultHttpxClient(timeout=self.timeout, trust_env=not _loopback(self.base_url))
+        transport = DefaultHttpxClient(timeout=self.timeout, trust_env=not is_loopback(self.base_url))
         # Without a key of its own the client would send the environment's OPENAI_API_KEY to any endpoint.
         with OpenAI(
             api_key=key or "none",
@@ -263,31 +262,9 @@ class _Asking:
                 self.halted = f"an earlier request was refused: {answer.message}"
         else:
             answer = read_reply(completion, request.prompt_tokens, self.count_tokens)
-        text, message = self.blot(answer.text), self.blot(answer.message)[:MESSAGE_CHARACTERS]
+        text, message = self.blot(answer.text), redacted(self.blot(answer.message))[:MESSAGE_CHARACTERS]
         return replace(answer, text=text, message=message, seconds=time.perf_counter() - start)
 
     def blot(self, text: str) -> str:
         """``text`` without the key, which some servers repeat in what they say."""
         return text.replace(self.key, "[key]") if self.key else text
-
-
-def _loopback(base_url: str) -> bool:
-    host = urlsplit(base_url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _check_address(base_url: str) -> None:
-    """Raise ``ValueError`` for what is no plain web address; it is not shown, for it may hold a key."""
-    try:
-        address = urlsplit(base_url)
-        plain = address.scheme in ("http", "https") and address.hostname and address.port != 0
-    except ValueError:
-        plain = False
-    if not plain or address.username or address.password or address.query or address.fragment:
-        raise ValueError(
-            "hosted.base_url must be http(s)://host[:port]/path, without credentials, ? or #; "
-            "a key belongs in the environment variable that hosted.key_variable names"
-        )

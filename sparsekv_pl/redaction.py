@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import sys
 import traceback
 import warnings
@@ -11,19 +10,8 @@ from inspect import unwrap
 from types import TracebackType
 from typing import Any
 
-HIDDEN = "[hidden]"
-SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$")
-SECRET_SETTING = re.compile(
-    r"(^|_)(api_?key|access_key|auth|bearer|hf_token|token|secret|password|passwd)$", re.IGNORECASE
-)
-SHAPES = re.compile(
-    r"(?<=://)[^/\s@'\"]+(?=@)"  # http://user:password@host
-    r"|(?<=[?&](?:sig|key)=)[^&\s'\"]+|(?<=[?&]token=)[^&\s'\"]+|(?<=[?&]api_key=)[^&\s'\"]+"
-    r"|(?<=[?&]X-Amz-Signature=)[^&\s'\"]+|(?<=[Bb]earer )[\w.~+/=-]{8,}"
-    r"|\b(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16}|AIza[\w-]{30,})"
-)
-"""How credentials look in addresses and headers, and the beginnings of those of Hugging Face, OpenAI, GitHub, AWS and
-Google."""
+from sparsekv_pl.secret_shapes import HIDDEN, is_secret_name, without_secrets
+
 SHORTEST = 8
 """A variable's value with fewer characters is no key, and may be part of any word."""
 
@@ -36,13 +24,12 @@ def redacted(text: str) -> str:
     """
     for secret in _environment_secrets():
         text = text.replace(secret, HIDDEN)
-    return SHAPES.sub(HIDDEN, text)
+    return without_secrets(text)
 
 
 def check_no_secret(key: str, text: str) -> None:
     """Raise ``ValueError`` if the setting ``key`` holds a credential: configurations are saved, also in checkpoints."""
-    name = key.rpartition(".")[2]
-    if (text and SECRET_SETTING.search(name)) or redacted(text) != text:
+    if (text and is_secret_name(key)) or redacted(text) != text:
         raise ValueError(
             f"{key} holds a key, token or password (not shown), and configurations are saved with what they make: "
             "put it in the environment, where its library looks for it (HF_TOKEN, WANDB_API_KEY, ...)"
@@ -76,8 +63,12 @@ def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackT
 
 def _environment_secrets() -> list[str]:
     """Longest first, so that no part of one is left over by another."""
-    found = {value.strip() for name, value in os.environ.items() if SECRET_VARIABLE.search(name.upper())}
+    found = {value.strip() for name, value in os.environ.items() if _holds_secret(name)}
     return sorted((value for value in found if len(value) >= SHORTEST), key=len, reverse=True)
+
+
+def _holds_secret(variable: str) -> bool:
+    return is_secret_name(variable.lower()) or variable.upper().endswith(("KEY", "TOKEN", "SECRET"))
 
 
 __all__ = ["check_no_secret", "redact_output", "redacted"]

@@ -127,6 +127,7 @@ def test_loopback_does_not_go_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -
         ({"base_url": "localhost:8000/v1"}, "hosted.base_url"),
         ({"base_url": f"https://{KEY}@api.example.com/v1"}, "hosted.base_url"),
         ({"base_url": f"https://api.example.com/v1?key={KEY}"}, "hosted.base_url"),
+        ({"base_url": f"https://gateway.example.com/{KEY}/v1"}, "hosted.base_url"),
         ({"base_url": "http://localhost:eighty/v1"}, "hosted.base_url"),
         ({"key_variable": KEY}, "hosted.key_variable"),
         ({"timeout": 0.0}, "hosted.timeout=0.0"),

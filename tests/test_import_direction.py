@@ -41,6 +41,7 @@ FOUNDATIONS = {
         "ranks",
         "redaction",
         "schedules",
+        "secret_shapes",
         "selection",
     )
 }
@@ -49,6 +50,7 @@ PARTS = {
     for name in (
         "adapter",
         "eviction",
+        "hosted_address",
         "hosted_client",
         "hosted_reply",
         "measures",

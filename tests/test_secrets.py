@@ -67,7 +67,8 @@ def test_an_evaluation_of_a_hosted_model_writes_none(
     key = SECRETS["OPENAI_API_KEY"]
     replies = [said(f"my key is {key}"), failed(400, f"no such key: {key}"), Reply(f"Bearer {key}".encode())]
     with serving(*replies) as (server, url):
-        arguments = ["test", "--config", str(CONFIGS / "evaluate" / "hosted.yaml"), f"--model.hosted.base_url={url}"]
+        arguments = ["test", "--config", str(CONFIGS / "evaluate" / "hosted.yaml")]
+        arguments += [f"--model.hosted.base_url={url}/account-4711"]
         arguments += ["--model.hosted.key_variable=OPENAI_API_KEY", "--model.hosted.retries=0"]
         arguments += [f"--model.tokenizer={tiny_models['llama']}", f"--model.output={tmp_path}"]
         arguments += [f"--trainer.logger.save_dir={tmp_path}", "--data.lengths=[96]", "--data.tasks=null"]
@@ -82,7 +83,9 @@ def test_an_evaluation_of_a_hosted_model_writes_none(
         assert any(key in value for headers in server.headers for value in headers.values())  # it was sent
     printed = capfd.readouterr()
     assert leaks(tmp_path, printed.out + printed.err + caplog.text) == []
-    assert {"evaluation.yaml", "report.json"} <= {path.name for path in tmp_path.iterdir()}
+    reports = list(tmp_path.glob("report.*"))
+    assert {"report.json", "report.md", "report.html"} <= {path.name for path in reports}
+    assert not any(b"account-4711" in path.read_bytes() for path in [*reports, tmp_path / "cases.csv"])
 
 
 REFUSED = {
@@ -91,6 +94,9 @@ REFUSED = {
     "file": "--data.text={class_path: data.text.LocalText, init_args: {paths: ['" + ADDRESS + "/a.txt']}}",
     "model": f"--model.backbone.pretrained={ADDRESS}",
     "environment's": f"--model.backbone.revision={SECRETS['S3_SECRET']}",
+    "header": f"--trainer.logger.init_args.comment={{X-Api-Key: {PASSWORD}}}",
+    "named": f"--trainer.logger.init_args.private_key={PASSWORD}",
+    "unrecognised": f"--trainer.passphrase={PASSWORD}",
     "logger": f"--trainer.logger.init_args.prefix={SECRETS['WANDB_API_KEY']}",
     "unknown option": f"--data.api_key={SECRETS['GEMINI_API_KEY']}",
     "wrong type": f"--data.batch_size={SECRETS['OPENAI_API_KEY']}",
@@ -117,13 +123,65 @@ def test_an_option_of_that_name_is_refused_whatever_it_holds() -> None:
         check_no_secret(name, "OPENAI_API_KEY")
 
 
+TAIL = "FAKEfake0123FAKEfake4567FAKEfake8901"
+SHAPED = {
+    "GitHub": f"github_pat_11{TAIL}_{TAIL}",
+    "GitHub's old": f"ghp_{TAIL}",
+    "NVIDIA": f"nvapi-{TAIL}-{TAIL}",
+    "Groq": f"gsk_{TAIL}",
+    "GitLab": "glpat-FAKEfake0123FAKEfake",
+    "Slack": "xoxb-1234567890-1234567890-FAKEfakeFAKEfake",
+    "web token": f"eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJtZSJ9.{TAIL}",
+    "AWS": "AKIAFAKEFAKE01234567",
+    "Stripe": "sk_live_FAKEfake0123FAKEfake4567",
+    "SendGrid": f"SG.FAKEfake0123FAKEfake45.{TAIL}FAKEfak",
+    "Hugging Face": f"hf_{TAIL}",
+    "OpenAI": f"sk-proj-{TAIL}",
+    "PEM": f"-----BEGIN RSA PRIVATE KEY-----\\n{TAIL}\\n-----END RSA PRIVATE KEY-----",
+    "Basic": "Basic bWU6cGE1NXdvcmQ=",  # me:pa55word
+}
+"""Known wherever they stand."""
+
+NAMES = (
+    *("X-Api-Key", "Authorization", "secret_key", "private_key", "passphrase", "api_key", "clientSecret", "hf_token"),
+    *("aws_secret_access_key", "Proxy-Authorization", "password", "x-auth-token", "Cookie"),
+)
+
+
+@pytest.mark.parametrize("kind", SHAPED)
+def test_a_key_is_known_by_its_shape(kind: str) -> None:
+    secret = SHAPED[kind]
+    for place in ("the server says: {}.", "{}", "https://host/v1/{}/x", "x={}", "{{'a': ['{}']}}"):
+        text = place.format(secret)
+        for shown in (redacted(text), plain(text)):
+            assert HIDDEN in shown
+            assert secret[-8:] not in shown and TAIL not in shown
+        with pytest.raises(ValueError, match=r"^model\.note holds a key") as raised:
+            check_no_secret("model.note", text)
+        assert secret not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_key_is_known_by_its_name(name: str) -> None:
+    for text in (
+        *("{0}: {1}", "{0}={1}", "{{'{0}': '{1}'}}", '{{\\"{0}\\": \\"{1}\\"}}', "a=1 --logger.{0} {1} --b 2"),
+        *("--logger.{0}={1}", "https://host/v1?a=b&{0}={1}", "see: https://host/?{0}={1}", "{0}: Bearer {1}"),
+    ):
+        shown = redacted(text.format(name, PASSWORD))
+        assert PASSWORD not in shown and HIDDEN in shown and name in shown, shown
+    for key in (f"trainer.logger.{name}", f"model.hosted.options.extra_headers.{name}", f"model.{name}[0]"):
+        with pytest.raises(ValueError, match="holds a key") as raised:
+            check_no_secret(key, PASSWORD)
+        assert PASSWORD not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     "message",
     [
-        f"403 for {ADDRESS}?x=1",
-        f"{{'Authorization': 'Bearer {PASSWORD}1234'}}",
         f"https://host/file?X-Amz-Signature={PASSWORD}&x=1",
-        f"https://host/file?a=1&token={PASSWORD}",
+        f"https://host/file?a=1&key={PASSWORD}",
+        f"403 for {ADDRESS}?x=1",
+        f"url=https://host/file?access_token={PASSWORD}",
         *(f"the server says: {secret}." for secret in SECRETS.values()),
     ],
 )
@@ -134,7 +192,13 @@ def test_messages_are_blotted(message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "message", ["https://host:8000/v1 is not reached", "mail me@host.example", "sk-learn and hf_hub are names", "a=b"]
+    "message",
+    [
+        *("https://host:8000/v1 is not reached", "mail me@host.example", "sk-learn and hf_hub are names", "a=b"),
+        *("model.hosted.key_variable: give a NAME", "Option 'api_key' is not accepted", "pad_token: </s>, token=None"),
+        *("/data/models--a/snapshots/0123456789abcdef0123456789abcdef01234567/", "a basic understanding of keys"),
+        *("max_tokens_total=5", "hf_hub_download_timeout_seconds", "data.splits.key is 3: give a name"),
+    ],
 )
 def test_other_messages_stay(message: str) -> None:
     assert redacted(message) == message

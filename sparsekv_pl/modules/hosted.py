@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule
 from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.batch import TEXT, CaseBatch, CaseInfo
 from sparsekv_pl.gguf_checkpoint import EMBEDDED
+from sparsekv_pl.hosted_address import host_of
 from sparsekv_pl.hosted_client import HostedModel, Request
 from sparsekv_pl.hosted_reply import FINAL, Answer, Usage
 from sparsekv_pl.metrics.retrieval import RetrievalScores, retrieval_scores
@@ -192,7 +193,9 @@ class HostedModule(LightningModule):
             means = {f"hosted/{name}": float(value) for name, value in scores.compute().items()}
             self.logger.log_metrics(means)
         usage = self._summary(records)
-        measured = run_environment(self, self.started, endpoint=self.hosted.base_url, device="hosted", usage=usage)
+        measured = run_environment(
+            self, self.started, endpoint=host_of(self.hosted.base_url), device="hosted", usage=usage
+        )
         paths = write_run(self.output, records, {}, measured, self.title)
         console = Console()
         console.print(terminal_table(records))

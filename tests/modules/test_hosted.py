@@ -132,7 +132,7 @@ def test_two_words_fit_a_hosted_model_and_scores_are_those_of_retrieval(
     assert [record["exact"] for record in records] == [0.0] * 4
     assert {record["prompt_tokens"] for record in records} == {7}
     assert {body["temperature"] for body in server.bodies} == {0}
-    assert report(tmp_path)["environment"]["endpoint"] == url
+    assert report(tmp_path)["environment"]["endpoint"] == url.removesuffix("/v1")
 
 
 def test_the_answers_own_beginning_is_not_scored(
