@@ -1,7 +1,6 @@
 """The LightningDataModule of evaluation: retrieval cases by length, depth and seed, and windows of plain text."""
 
 import itertools
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +14,7 @@ from data.packing import Tokens, enough_for, split_tokens, window_starts
 from data.text import EmbeddedText, Splits, TextSource
 from data.tokenized import TokenizedData
 from sparsekv_pl.batch import TEXT, CaseBatch, CaseInfo
+from sparsekv_pl.seeding import random_for
 
 MakeCase = Callable[[], Case]
 
@@ -191,7 +191,7 @@ class EvaluationData(TokenizedData):
     def _retrieval_case(self, place: Place) -> Case:
         task, length = place.task, place.length
         # The id is all that a case is drawn from: the facts are the same whether or not the press sees the question.
-        rng = random.Random(place.id)
+        rng = random_for(place.id)
         case = task.case(self._frame, self._texts[task.name, length], length, place.depth, rng, self.query_aware)
         if len(case.context_ids) != length:
             raise ValueError(f"task {task.name} made a context of {len(case.context_ids)} tokens instead of {length}")

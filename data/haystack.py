@@ -1,7 +1,6 @@
 """Haystacks of any length: one context of exactly so many tokens, a needle at every depth, a question for each."""
 
 import logging
-import random
 from array import array
 from collections.abc import Iterator, Sequence
 
@@ -19,6 +18,7 @@ from data.python_source import PythonSource
 from data.text import Document, Splits, TextSource
 from data.tokenized import TokenizedData
 from sparsekv_pl.batch import CaseBatch, CaseInfo
+from sparsekv_pl.seeding import random_for
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class HaystackData(TokenizedData):
 
     def _room(self, length: int) -> tuple[list[Fact], list[list[int]], int]:
         """The facts of a haystack, their tokens, and the tokens of text beside them."""
-        facts = draw_facts(random.Random(f"haystack/L{length}/s{self.seed}"), "held_out", len(self.depths))
+        facts = draw_facts(random_for("haystack", f"L{length}", f"s{self.seed}"), "held_out", len(self.depths))
         needles = [needle_ids(self.frame, fact) for fact in facts]
         return facts, needles, filler_room(self.frame.room(length, "", False), needles, length)
 

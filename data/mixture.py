@@ -1,6 +1,5 @@
 """The LightningDataModule: plain text and retrieval cases mixed by a share, the same on every resume."""
 
-import random
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ from data.resumable import RankStatefulLoader, flat_settings, tokenizer_settings
 from data.text import EmbeddedText, Splits, TextSource
 from data.tokenized import TokenizedData
 from sparsekv_pl.batch import Batch
+from sparsekv_pl.seeding import random_for
 
 DEPTHS = 10
 """Validation's needles cycle over this many depths, evenly from 0 to 1."""
@@ -202,10 +202,10 @@ class MixtureIterator(Iterator[Batch]):
     def __next__(self) -> Batch:
         data = self.data
         windows = [next(self.windows) for _ in range(data.batch_size)]
-        retrieval = random.Random(f"kind/{data.seed}/{self.step}").random() < data.retrieval_share
+        retrieval = random_for("kind", data.seed, self.step).random() < data.retrieval_share
         first = (self.step * self.ranks + self.rank) * data.batch_size
         rows = range(first, first + data.batch_size)
-        lengths = [random.Random(f"length/{data.seed}/{row}").choice(data.context_lengths) for row in rows]
+        lengths = [random_for("length", data.seed, row).choice(data.context_lengths) for row in rows]
         self.step += self.workers
         unusable = Batch(skipped_documents=self.windows.documents.blocks.skipped)  # type: ignore[typeddict-item]
         if retrieval:

@@ -9,6 +9,7 @@ from data.chat import next_turn
 from data.facts import Fact, Split, draw_facts
 from data.packing import Tokens
 from sparsekv_pl.batch import IGNORE
+from sparsekv_pl.seeding import random_for
 
 QUESTION_FIRST_SHARE = 0.1
 MIN_FILLER_SHARE = 0.5
@@ -109,7 +110,7 @@ class NeedleTask:
         return beside
 
     def _rng(self, index: int) -> random.Random:
-        return random.Random(f"needle/{self.seed}/{self.split}/{index}")
+        return random_for("needle", self.seed, self.split, index)
 
     def _facts_and_prefix(self, rng: random.Random) -> tuple[list[Fact], list[int]]:
         facts = draw_facts(rng, self.split, self._count(rng))

@@ -1,13 +1,13 @@
 """Documents to token windows: shuffled, endless, exactly resumable."""
 
 import hashlib
-import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from data.facts import Split
 from data.text import Blocks, Document, Splits, TextSource
+from sparsekv_pl.seeding import random_for
 
 JOINT = "\n\n"
 """Stands after every document."""
@@ -153,7 +153,7 @@ class DocumentStream(Iterator[Document]):
             self.epoch, self.block, self.found = self.epoch + 1, 0, False
         self.order = list(documents or ())
         self.documents = _fingerprint(self.order)
-        random.Random(f"order/{self.seed}/{self.epoch}/{self.block}").shuffle(self.order)
+        random_for("order", self.seed, self.epoch, self.block).shuffle(self.order)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next document will be read."""

@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import random
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -18,6 +17,7 @@ from data.needles import QUESTION_OPENING, filler_room, needle_ids
 from data.packing import Tokens, split_tokens
 from data.python_source import PythonSource
 from data.text import Splits, TextSource
+from sparsekv_pl.seeding import random_for
 
 GOLDEN = (5**0.5 - 1) / 2
 """Multiples of it, without their whole part, lie evenly in [0, 1) however many there are (H. Weyl, 1916)."""
@@ -93,7 +93,7 @@ class PlantedQuestions(QuestionSource):
             yield self._planted(frame, text, max_tokens, number)
 
     def _planted(self, frame: Frame, text: Tokens, max_tokens: int, number: int) -> Question:
-        rng = random.Random(f"questions/{self.seed}/{number}")
+        rng = random_for("questions", self.seed, number)
         asked, *others = draw_facts(rng, "held_out", self.facts)
         room = document_room(frame, max_tokens, asked.question, asked.answer_prefix) - SPARE_TOKENS
         needles = [needle_ids(frame, fact) for fact in (asked, *others)]

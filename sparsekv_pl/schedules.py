@@ -13,8 +13,9 @@ from itertools import pairwise
 from numbers import Real
 from typing import Any
 
-import torch
 from typing_extensions import override
+
+from sparsekv_pl.seeding import random_for
 
 
 def check_compression_ratio(name: str, value: float) -> None:
@@ -276,9 +277,7 @@ class Spread(Schedule):
         high = self.schedule.ratio(step)
         if high <= self.low:
             return high
-        # torch's CPU generator reads only 32 bits of its seed: (seed << 32) + step would lose the seed.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        return self.low + (high - self.low) * torch.rand((), generator=generator, dtype=torch.float64).item()
+        return self.low + (high - self.low) * random_for("compression ratio", self.seed, step).random()
 
     @property
     @override

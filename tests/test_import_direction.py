@@ -42,6 +42,7 @@ FOUNDATIONS = {
         "redaction",
         "schedules",
         "secret_shapes",
+        "seeding",
         "selection",
     )
 }
@@ -77,7 +78,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(PARTS, FOUNDATIONS | PARTS | {LIBRARY}),
     **dict.fromkeys(MODULES, FOUNDATIONS | PARTS | {LIBRARY}),
     COMMAND_LINE: WHOLE_LIBRARY,
-    "data": {f"{LIBRARY}.batch"},
+    "data": {f"{LIBRARY}.batch", f"{LIBRARY}.seeding"},
     "callbacks": WHOLE_LIBRARY,
     "benchmarks": EVERYTHING,
     "configs": EVERYTHING,  # what makes the data of a local task

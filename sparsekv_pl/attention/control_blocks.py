@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sparsekv_pl.attention.blocks import block_count, first_block
+from sparsekv_pl.seeding import generator_for
 
 
 @dataclass
@@ -38,8 +38,7 @@ class RandomBlocks:
         first, count = first_block(queries, key.shape[2], self.block_size), block_count(key.shape[2], self.block_size)
         scores = torch.zeros(rows, heads, count - first, count)
         for block in range(first, count):
-            state = np.random.SeedSequence((self.seed, layer, block)).generate_state(1, np.uint64)
-            generator = torch.Generator().manual_seed(int(state[0]))
+            generator = generator_for("control blocks", self.seed, layer, block)
             scores[:, :, block - first, : block + 1] = torch.rand(rows, heads, block + 1, generator=generator)
         return scores.to(query.device)
 

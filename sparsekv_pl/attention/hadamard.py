@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from sparsekv_pl.seeding import generator_for
+
 
 class SubsampledHadamard(nn.Module):
     """Maps (..., dim) to (..., sketch_dim), linearly; what is mapped by one object may be compared.
@@ -45,7 +47,7 @@ class SubsampledHadamard(nn.Module):
                 f"sketch_dim={sketch_dim} must be between 1 and {self.size}, the next power of two of {dim} "
                 f"coordinates: use sketch_dim={self.size} to keep inner products as they are"
             )
-        generator = torch.Generator().manual_seed(seed)
+        generator = generator_for("sketch", seed)
         signs = torch.randint(2, (dim,), generator=generator) * 2.0 - 1
         coordinates = torch.randperm(self.size, generator=generator)[:sketch_dim].sort().values
         self.register_buffer("signs", signs, persistent=False)

@@ -24,8 +24,9 @@ from sparsekv_pl.attention.cached import attention_implementation
 from sparsekv_pl.attention.kept_columns import kept_columns_attention
 from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.result import Evicted
-from sparsekv_pl.presses.draws import generator, row_numbers
+from sparsekv_pl.presses.draws import row_numbers
 from sparsekv_pl.schedules import check_compression_ratio
+from sparsekv_pl.seeding import generator_for
 
 NAME = "sparsekv_kept_columns"
 """The name under which transformers finds this attention."""
@@ -131,7 +132,8 @@ def draw_kept(
     so padding at the end changes none.
     """
     length = always.shape[1]
-    draws = [torch.rand(length, kv_heads, generator=generator(*seed, layer_idx)).T for seed in seeds]
+    generators = [generator_for("kept keys", *seed, layer_idx) for seed in seeds]
+    draws = [torch.rand(length, kv_heads, generator=generator).T for generator in generators]
     rank_by = torch.stack(draws)
     rank_by.masked_fill_(always[:, None], -1.0)
     kept = length - removed[:, None, None]

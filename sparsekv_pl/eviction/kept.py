@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.decoder import decoder_of
+from sparsekv_pl.seeding import generator_for
 
 Masked = Sequence[Tensor]
 """Three (M,) int64: rows, KV heads and keys that a head-wise press hides (kvpress's ``masked_key_indices``)."""
@@ -144,7 +145,7 @@ def _find_rotated(there: _Pairs, here: _Pairs, rotary: nn.Module) -> Tensor | No
 
 def _fingerprint(rows: Tensor) -> Tensor:
     """(B, K, n) int64, equal for rows (B, K, n, D) of equal bits and different for others, as good as always."""
-    generator = torch.Generator().manual_seed(0)
+    generator = generator_for("fingerprint")
     # Odd factors are invertible modulo 2**64: a change in one number is never lost.
     factors = torch.randint(-(2**63), 2**63 - 1, (rows.shape[-1],), generator=generator) | 1
     return (_bits(rows).long() * factors.to(rows.device)).sum(-1)

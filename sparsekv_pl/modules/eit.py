@@ -27,11 +27,11 @@ from sparsekv_pl.modules.student import Student, supervised, supervised_labels
 from sparsekv_pl.modules.training import guards, optimizers, watch
 from sparsekv_pl.objectives import EIT, Objective, StudentView
 from sparsekv_pl.presses.deciding import candidates
-from sparsekv_pl.presses.draws import generator
 from sparsekv_pl.presses.eviction_aug import EvictionAugPress
 from sparsekv_pl.presses.scores import learnable, press_name, rerotates_keys
 from sparsekv_pl.ranks import means_over_ranks
 from sparsekv_pl.schedules import check_compression_ratio
+from sparsekv_pl.seeding import seed_for
 from sparsekv_pl.sharding import shard
 from sparsekv_pl.teacher import Teacher
 
@@ -130,7 +130,7 @@ class EITModule(LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
         """An adapter's dropout draws from torch's own generator: set it by the place, as every draw of ours is."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # what seed_everything was given
-        torch.manual_seed(generator(seed, batch_idx, self.global_rank).initial_seed())
+        torch.manual_seed(seed_for("adapter dropout", seed, self.current_epoch, batch_idx, self.global_rank))
 
     def training_step(self, batch: Batch) -> Tensor:
         """One step of the objective on a context evicted at ``compression_ratio``."""

@@ -11,8 +11,8 @@ from sparsekv_pl.batch import IGNORE
 from sparsekv_pl.eviction.result import EvictedContext
 from sparsekv_pl.losses import CHUNK_TOKENS, distillation_loss
 from sparsekv_pl.objectives.objective import Objective, StudentView
-from sparsekv_pl.presses.draws import generator
 from sparsekv_pl.ranks import rank_share
+from sparsekv_pl.seeding import generator_for
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Reconstruction(Objective):
 
 def _draws(rows: Sequence[Sequence[int]], count: int) -> Tensor:
     """(B, count) in [0, 1), seeded by each row's token ids."""
-    return torch.stack([torch.rand(count, generator=generator(*row)) for row in rows])
+    return torch.stack([torch.rand(count, generator=generator_for("asked block", *row)) for row in rows])
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What a press draws at random is a function of its seed, the step, the layer and, where rows differ, the row's tokens.
+"""Presses that draw: anew at every step, and by the row's tokens where rows differ.
 
 So a rank draws what one process would that has the rows of all, and a resumed run what the first one would have.
 """
@@ -7,8 +7,6 @@ import zlib
 from abc import ABC, abstractmethod
 from typing import Any
 
-import numpy as np
-import torch
 from kvpress import BasePress
 from torch import Tensor
 
@@ -28,13 +26,6 @@ def draw(press: BasePress, step: int) -> None:
     for inner in presses_in(press):
         if isinstance(inner, Draws):
             inner.draw(step)
-
-
-def generator(*numbers: int) -> torch.Generator:
-    """A CPU generator seeded from non-negative ``numbers``, such as (seed, step, layer)."""
-    # SeedSequence mixes: under a sum, neighbouring steps and layers would share their draws.
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
 
 
 def row_numbers(ids: Tensor) -> list[int]:

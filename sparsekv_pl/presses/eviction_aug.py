@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from sparsekv_pl.presses.draws import Draws
 from sparsekv_pl.presses.scores import presses_in, scorers_in, set_compression_ratio
+from sparsekv_pl.seeding import random_for
 
 
 @dataclass
@@ -79,9 +80,8 @@ class EvictionAugPress(BasePress, Draws):
 
     def draw(self, step: int) -> BasePress:
         """Choose the press of ``step`` and return it."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        odds = torch.tensor(self.weights, dtype=torch.float64)
-        self.drawn = int(torch.multinomial(odds, 1, generator=generator))
+        rng = random_for("press", self.seed, step)
+        self.drawn = rng.choices(range(len(self.presses)), self.weights)[0]
         return self.press
 
     @contextmanager

@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sparsekv_pl.presses.draws import Draws, generator, row_numbers
+from sparsekv_pl.presses.draws import Draws, row_numbers
 from sparsekv_pl.presses.in_order import InOrderPress
 from sparsekv_pl.presses.notes import notes_in
 from sparsekv_pl.presses.tokens import TOKEN_IDS, key_places
 from sparsekv_pl.schedules import check_at_least, check_compression_ratio
+from sparsekv_pl.seeding import generator_for
 
 
 @dataclass(frozen=True)
@@ -122,13 +123,11 @@ class SpanDropoutPress(Draws, InOrderPress):
         More of them begin with the same ones, so padding changes no draw. 1 instead of K where all heads share theirs.
         """
         heads, layer = (1, ()) if self.shared else (shown.keys.shape[1], (shown.layer,))
-        drawn = [
-            torch.rand(count, heads, dtype=torch.float64, generator=generator(*numbers)).T
-            for numbers in (
-                (self.seed, self.step, *layer, first, row, stream)
-                for row, first in zip(shown.rows, shown.firsts, strict=True)
-            )
+        generators = [
+            generator_for("spans", type(self).__name__, self.seed, self.step, *layer, first, row, stream)
+            for row, first in zip(shown.rows, shown.firsts, strict=True)
         ]
+        drawn = [torch.rand(count, heads, dtype=torch.float64, generator=generator).T for generator in generators]
         return torch.stack(drawn).to(shown.keys.device)
 
     @torch.no_grad()

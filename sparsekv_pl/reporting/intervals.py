@@ -8,6 +8,8 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sparsekv_pl.seeding import seed_for
+
 Interval = tuple[float, float]
 Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 """Sums over cases, (..., C), to statistics of them, (..., S); NaN where one is undefined."""
@@ -96,7 +98,7 @@ def paired_bootstrap(
 @lru_cache(maxsize=4)
 def _times_drawn(cases: int, seed: int) -> NDArray[np.float64]:
     """(resamples, cases): how often each resample drew each case. Sums over a resample are then a matrix product."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed_for("bootstrap", seed))
     return generator.multinomial(cases, np.full(cases, 1 / cases), size=BOOTSTRAP_RESAMPLES).astype(np.float64)
 
 
