@@ -20,6 +20,7 @@ from sparsekv_pl.backbone import causal_lm
 from sparsekv_pl.batch import Batch
 from sparsekv_pl.reporting.anchors.figures import layers_figure
 from sparsekv_pl.reporting.anchors.report import layer_table, type_rows
+from sparsekv_pl.reporting.console import show
 from sparsekv_pl.reporting.figures import png
 from sparsekv_pl.reporting.files import json_bytes, replace_all
 
@@ -157,7 +158,6 @@ class AnchorAnalysisCallback(pl.Callback):
 
     def _say(self) -> None:
         from rich import box
-        from rich.console import Console
         from rich.table import Table
 
         before, after = self.measured[0], self.measured[-1]
@@ -167,7 +167,7 @@ class AnchorAnalysisCallback(pl.Callback):
         for name, old in before["scalars"].items():
             new = after["scalars"][name]
             table.add_row(name, f"{old:.4g}", f"{new:.4g}", f"{new - old:+.2g}")
-        Console().print(table)
+        show(table)
 
 
 @contextmanager

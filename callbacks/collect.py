@@ -18,6 +18,7 @@ from sparsekv_pl.attention.statistics import StatisticsSettings
 from sparsekv_pl.backbone import causal_lm
 from sparsekv_pl.batch import CaseBatch
 from sparsekv_pl.decoder import decoder_of
+from sparsekv_pl.reporting.console import show
 from sparsekv_pl.reporting.files import json_bytes, replace_all
 from sparsekv_pl.results import Record, gathered
 
@@ -76,8 +77,6 @@ class CollectTensors(pl.Callback):
         ValueError
             If it does not fit, if the data has none of the lengths, or if the module has no model.
         """
-        from rich.console import Console
-
         if not hasattr(pl_module, "model"):
             raise ValueError(f"CollectTensors needs a model of its own, which {type(pl_module).__name__} has not")
         model = causal_lm(pl_module.model)
@@ -94,7 +93,7 @@ class CollectTensors(pl.Callback):
         dtype = attention_dtype(model, str(trainer.precision))
         told = disk_need(self.output, model, dict.fromkeys(lengths, self.samples), self.capture.layers, dtype)
         if trainer.is_global_zero:
-            Console().print("to collect at most: " + told, soft_wrap=True)
+            show("to collect at most: " + told)
         self._look_at(pl_module.model, model)
 
     @override
@@ -116,8 +115,6 @@ class CollectTensors(pl.Callback):
     @override
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write a summary of each length."""
-        from rich.console import Console
-
         records = gathered(self.records)
         if not trainer.is_global_zero:
             return
@@ -126,7 +123,7 @@ class CollectTensors(pl.Callback):
         told = f"collected {len(records)} tensor files in {self.output}"
         if not records:
             told = "collected no tensors: no whole context went through the model in one forward (see CollectTensors)"
-        Console().print(", ".join([told, *map(str, paths)]), soft_wrap=True)
+        show(", ".join([told, *map(str, paths)]))
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

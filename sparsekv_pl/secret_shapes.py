@@ -74,7 +74,7 @@ def _library_patterns() -> list[re.Pattern[str]]:
 
     modules = [importlib.import_module(f"detect_secrets.plugins.{name}") for name in PLUGINS]
     detectors = {kind.__module__: kind for kind in RegexBasedDetector.__subclasses__()}
-    return [pattern for module in modules for pattern in detectors[module.__name__].denylist]
+    return [pattern for module in modules for pattern in detectors[module.__name__]().denylist]
 
 
 def _basic(match: re.Match[str]) -> str:

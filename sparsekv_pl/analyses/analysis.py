@@ -16,6 +16,7 @@ from sparsekv_pl.backbone import Backbone, adapter_off, causal_lm
 from sparsekv_pl.batch import CaseBatch
 from sparsekv_pl.eviction.limits import position_limit
 from sparsekv_pl.reporting import run_environment
+from sparsekv_pl.reporting.console import show_report
 from sparsekv_pl.results import Record, Results, gathered, key_of
 
 
@@ -89,10 +90,8 @@ class Analysis(LightningModule, ABC):
         records = gathered(self.records)
         if not self.trainer.is_global_zero or not records:
             return
-        from rich.console import Console
-
         paths = self.write(records, run_environment(self, self.started, model=self.identity))
-        Console().print("report: " + ", ".join(str(path) for path in paths), soft_wrap=True)
+        show_report(paths)
 
     def _variant(self, variant: str) -> AbstractContextManager[Any]:
         return adapter_off(self.model) if variant == "base" else nullcontext()

@@ -18,6 +18,7 @@ from sparsekv_pl.reporting.analysis import write_analysis
 from sparsekv_pl.reporting.anchors.figures import anchor_figures
 from sparsekv_pl.reporting.anchors.report import PICTURES, anchor_sections, anchor_summary, anchor_yaml
 from sparsekv_pl.reporting.conditions import VARIANTS
+from sparsekv_pl.reporting.console import show
 from sparsekv_pl.results import Record
 
 
@@ -97,20 +98,16 @@ class AnchorAnalysis(Analysis):
         )
 
     def _say(self, summaries: dict[str, Any], snippet: str) -> None:
-        from rich.console import Console
-
-        console = Console()
         for variant, summary in summaries.items():
             shown = [row for row in summary["types"] if row["times_chance"] is not None]
             times = ", ".join(f"{row['type']} {row['times_chance']:.2f}" for row in shown)
-            console.print(f"{variant}, times chance: {times}", soft_wrap=True)
+            show(f"{variant}, times chance: {times}")
         for kept in list(summaries.values())[-1]["rule"]["kept"]:
-            console.print(
+            show(
                 f"{kept['name']}: {kept['attention']:.1%} of the attention, "
-                f"{kept['tokens_at_the_end']:.0f} tokens at a text's end",
-                soft_wrap=True,
+                f"{kept['tokens_at_the_end']:.0f} tokens at a text's end"
             )
-        console.print(f"recommended {snippet}", soft_wrap=True, markup=False)
+        show(f"recommended {snippet}")
 
 
 def observed(model: PreTrainedModel, ids: Tensor, types: Tensor) -> ReceivedAttention:

@@ -17,6 +17,7 @@ from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.batch import CaseBatch
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.reporting import sparsity_figure, write_analysis
+from sparsekv_pl.reporting.console import show
 from sparsekv_pl.reporting.files import json_bytes
 from sparsekv_pl.reporting.page import Section, Table
 from sparsekv_pl.results import Record, Results
@@ -75,8 +76,6 @@ class TensorCollection(Analysis):
 
     def on_predict_start(self) -> None:
         """Number the samples, and say what they take of the disk. Raises ValueError if that is more than is free."""
-        from rich.console import Console
-
         cases = self.trainer.predict_dataloaders.dataset  # type: ignore[union-attr]
         variant = next(iter(self.variants))
         seen, missing = Counter[int](), Counter[int]()
@@ -91,7 +90,7 @@ class TensorCollection(Analysis):
         dtype = attention_dtype(self.causal_lm, str(self.trainer.precision))
         told = disk_need(self.output, self.causal_lm, missing, self.capture.layers, dtype)
         if self.trainer.is_global_zero:
-            Console().print("to collect: " + told, soft_wrap=True)
+            show("to collect: " + told)
 
     def measure(self, batch: CaseBatch) -> list[Record]:
         """Collect every row of the batch; a record per layer and sample."""

@@ -21,6 +21,7 @@ from sparsekv_pl.measures.block_agreement import AgreementSettings, BlockAgreeme
 from sparsekv_pl.measures.block_methods import block_methods, oracle
 from sparsekv_pl.measures.block_passes import BlockPasses
 from sparsekv_pl.reporting.comparison.report import comparison_report
+from sparsekv_pl.reporting.console import show
 from sparsekv_pl.results import Record, digest_of
 
 
@@ -145,13 +146,10 @@ class BlockComparison(Analysis):
 
     def write(self, records: list[Record], environment: dict[str, object]) -> list[Path]:
         """See ``Analysis.write``."""
-        from rich.console import Console
-
         settings = {**self.described(), "gates": self.gates_folder}
         timestamp = time.strftime("%Y%m%d_%H%M%S")
         said, paths = comparison_report(self.output, records, settings, environment, timestamp)
-        for line in said:
-            Console().print(line, markup=False, highlight=False, soft_wrap=True)
+        show(*said)
         return paths
 
     def _gates(self) -> AttentionGates | None:

@@ -13,6 +13,7 @@ from sparsekv_pl.attention.hot_blocks import HotBlocks
 from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.batch import CaseBatch, CaseInfo
 from sparsekv_pl.eviction.prefill import continue_from
+from sparsekv_pl.reporting.console import show
 from sparsekv_pl.reporting.oracle.findings import Choice
 from sparsekv_pl.reporting.oracle.report import write_oracle
 from sparsekv_pl.results import Record
@@ -79,12 +80,10 @@ class OracleBlocks(Analysis):
 
     def write(self, records: list[Record], environment: dict[str, object]) -> list[Path]:
         """See ``Analysis.write``."""
-        from rich.console import Console
-
         said, paths = write_oracle(
             self.output, records, self.choice, self.block_size, self.named, self.quantisation, environment
         )
-        Console().print(said, markup=False, highlight=False, soft_wrap=True)
+        show(said)
         return paths
 
     def _record(self, context: Tensor, asked: Tensor, case: CaseInfo) -> Record:

@@ -17,6 +17,7 @@ from sparsekv_pl.batch import CaseBatch
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.metrics.sparsity import AttentionSparsity
 from sparsekv_pl.reporting.analysis import write_analysis
+from sparsekv_pl.reporting.console import show
 from sparsekv_pl.reporting.statistics import statistics_files, statistics_sections, summaries_of
 from sparsekv_pl.reporting.statistics_figures import statistics_figures
 from sparsekv_pl.results import Record
@@ -91,15 +92,13 @@ class AttentionStatisticsAnalysis(Analysis):
         )
 
     def _say(self, summaries: list[dict[str, Any]]) -> None:
-        from rich.console import Console
-
         for summary in summaries:
             told = [
                 f"{row['label']} {' -> '.join(f'{value:.3g}' for value in row['means'].values())}"
                 for row in summary["overall"]
             ]
             head = f"{summary['task']}, {summary['length']} tokens, {' -> '.join(summary['variants'])}"
-            Console().print(f"{head}: {'; '.join(told)}", soft_wrap=True)
+            show(f"{head}: {'; '.join(told)}")
 
 
 def run_observed(

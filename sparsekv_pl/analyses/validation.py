@@ -19,6 +19,7 @@ from sparsekv_pl.attention.sketchwalk import SketchWalk
 from sparsekv_pl.attention.tensor_files import LayerTensors, TensorFileError, read
 from sparsekv_pl.monitoring import timed
 from sparsekv_pl.reporting import run_environment, write_analysis
+from sparsekv_pl.reporting.console import show, show_report
 from sparsekv_pl.reporting.files import json_bytes
 from sparsekv_pl.reporting.page import Table
 from sparsekv_pl.reporting.validation.figures import validation_figure
@@ -101,8 +102,6 @@ class SketchWalkValidation(LightningModule):
         records = gathered(self.records)
         if not self.trainer.is_global_zero or not records:
             return
-        from rich.console import Console
-
         stamp = time.strftime("%Y%m%d_%H%M%S", time.localtime(self.started))
         told = summary(records, self.settings | {"top_k_blocks": self.top_k_blocks, "repeats": self.repeats})
         results = [{name: record[name] for name in MEASUREMENT} for record in records if "refused" not in record]
@@ -116,10 +115,9 @@ class SketchWalkValidation(LightningModule):
             {"validation.png": ("Cosine similarity and speed-up by layer", validation_figure(records))},
             dict(zip(names, map(json_bytes, (results, told)), strict=True)),
         )
-        console = Console()
-        console.print(_for_terminal(expected_table(told)))
-        console.print(f"validated {told['files']} files, refused {len(told['refused'])}", soft_wrap=True)
-        console.print("report: " + ", ".join(str(path) for path in paths), soft_wrap=True)
+        show(_for_terminal(expected_table(told)))
+        show(f"validated {told['files']} files, refused {len(told['refused'])}")
+        show_report(paths)
 
     def _sample(self, paths: Sequence[Path]) -> list[Record]:
         selector, records = self.selector(), []

@@ -22,6 +22,7 @@ from sparsekv_pl.measures import Measurement
 from sparsekv_pl.measures.sparsity import LABELS, attention_sparsity
 from sparsekv_pl.metrics import PerplexityAndKL, RetrievalScores
 from sparsekv_pl.reporting import run_environment, sparsity_figure, terminal_table, write_kvpress_layout, write_run
+from sparsekv_pl.reporting.console import show, show_report
 from sparsekv_pl.reporting.files import json_bytes, replace_all
 from sparsekv_pl.results import Record, Results, gathered, key_of
 
@@ -108,8 +109,6 @@ class EvaluationModule(LightningModule):
         records, sparsities = gathered(self.records), gathered(self.sparsities)
         if not self.trainer.is_global_zero or not records:
             return
-        from rich.console import Console
-
         measured = run_environment(self, self.started)
         sparsity = self._sparsity(sparsities)
         figures = {f"Attention sparsity, {variant}": sparsity_figure(means) for variant, means in sparsity.items()}
@@ -124,9 +123,8 @@ class EvaluationModule(LightningModule):
         )
         if sparsity:
             paths += replace_all(self.output, {"sparsity.json": json_bytes(sparsity)})
-        console = Console()
-        console.print(terminal_table(records))
-        console.print("report: " + ", ".join(str(path) for path in paths), soft_wrap=True)
+        show(terminal_table(records))
+        show_report(paths)
 
     def _batches(self) -> int:
         return len(self.trainer.test_dataloaders.dataset)  # type: ignore[union-attr]

@@ -20,6 +20,7 @@ from sparsekv_pl.backbone import Backbone, adapter_off
 from sparsekv_pl.eviction.setting import Point, Setting, points_of
 from sparsekv_pl.modules.harness_records import case_records, score_records, table
 from sparsekv_pl.presses.scores import set_compression_ratio
+from sparsekv_pl.reporting.console import show, show_report
 from sparsekv_pl.results import Record, Results, digest_of, key_of
 
 if TYPE_CHECKING:
@@ -138,21 +139,18 @@ class HarnessModule(LightningModule):
 
     def on_test_end(self) -> None:
         """Write the report and print the table."""
-        from rich.console import Console
-
         from sparsekv_pl.reporting import run_environment, write_run
 
         scores = [record for record in self.records if "metric" in record]
         if self.logger is not None:
             self.logger.log_metrics({_name(score): score["value"] for score in scores if score["value"] is not None})
-        console = Console()
-        console.print(table(self.records))
+        show(table(self.records))
         # Reports pair cases that are right or wrong; a task without such (perplexity, F1) stands in the table alone.
         paired = [record for record in self.records if "exact" in record or "error" in record]
         if paired:
             measured = run_environment(self, self.started, lm_eval=metadata.version("lm_eval"), scores=scores)
             paths = write_run(self.output, paired, self.training_summary, measured, self.title)
-            console.print("report: " + ", ".join(str(path) for path in paths), soft_wrap=True)
+            show_report(paths)
 
     def _measured(self, piece: Piece) -> list[Record]:
         """A failure is reported and does not stop the others."""

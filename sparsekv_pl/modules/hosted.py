@@ -18,6 +18,7 @@ from sparsekv_pl.hosted_client import HostedModel, Request
 from sparsekv_pl.hosted_reply import FINAL, Answer, Usage
 from sparsekv_pl.metrics.retrieval import RetrievalScores, retrieval_scores
 from sparsekv_pl.reporting import run_environment, terminal_table, write_run
+from sparsekv_pl.reporting.console import show, show_report
 from sparsekv_pl.results import Record, Results, key_of
 
 log = logging.getLogger(__name__)
@@ -161,12 +162,13 @@ class HostedModule(LightningModule):
 
     def _ask(self, questions: Sequence[Question]) -> dict[str, Record]:
         """Keep the answers that are final in ``results``; return the records of the others, by key."""
+        from rich.markup import escape
         from rich.progress import Progress
 
         name = "hosted_" + re.sub(r"[^\w.-]+", "_", self.hosted.model)
         unfinished: dict[str, Record] = {}
         with Progress(disable=self.trainer.progress_bar_callback is None) as progress:
-            task = progress.add_task(f"asking {self.hosted.model}", total=len(questions))
+            task = progress.add_task(f"asking {escape(self.hosted.model)}", total=len(questions))
 
             def arrived(index: int, answer: Answer) -> None:
                 question = questions[index]
@@ -182,8 +184,6 @@ class HostedModule(LightningModule):
         return unfinished
 
     def _report(self, records: Sequence[Record]) -> None:
-        from rich.console import Console
-
         print(self._summary(records))
         scores = RetrievalScores()
         answered = [record for record in records if "error" not in record]
@@ -197,9 +197,8 @@ class HostedModule(LightningModule):
             self, self.started, endpoint=host_of(self.hosted.base_url), device="hosted", usage=usage
         )
         paths = write_run(self.output, records, {}, measured, self.title)
-        console = Console()
-        console.print(terminal_table(records))
-        console.print("report: " + ", ".join(str(path) for path in paths), soft_wrap=True)
+        show(terminal_table(records))
+        show_report(paths)
 
     def _summary(self, records: Sequence[Record]) -> str:
         """How many answers and errors, what they took, and who counted."""

@@ -28,6 +28,7 @@ from sparsekv_pl.monitoring import Phases
 from sparsekv_pl.planner import plan
 from sparsekv_pl.presses.scores import press_name
 from sparsekv_pl.reporting import run_environment, terminal_table, write_run
+from sparsekv_pl.reporting.console import show, show_report
 from sparsekv_pl.results import Record, Results, key_of
 from sparsekv_pl.schedules import check_compression_ratio
 
@@ -156,13 +157,10 @@ class LongContextModule(LightningModule):
         self._log(self.phases.scalars(), 0)
         if not self.records:
             return
-        from rich.console import Console
-
         measured = run_environment(self, self.started, device=str(self._input_device))
         paths = write_run(self.output, self.records, self.training_summary, measured, self.title)
-        console = Console()
-        console.print(terminal_table(self.records))
-        console.print("report: " + ", ".join(str(path) for path in paths), soft_wrap=True)
+        show(terminal_table(self.records))
+        show_report(paths)
 
     @property
     def _input_device(self) -> torch.device:
@@ -248,8 +246,6 @@ class LongContextModule(LightningModule):
             self.logger.log_metrics(metrics, step)
 
     def _show_plan(self, filling: ChunkedPrefill, batch: CaseBatch) -> None:
-        from rich.console import Console
-
         tokens = batch["context_ids"].shape[1]
         planned = plan(
             self.backbone.pretrained,
@@ -263,9 +259,8 @@ class LongContextModule(LightningModule):
             tokens_per_second=self.tokens_per_second,
             cache_dir=self.backbone.cache_dir,
         )
-        console = Console(highlight=False)
-        console.print("\n".join(planned.lines()), soft_wrap=True, markup=False)
         depths = ", ".join(str(case.depth) for case in batch["cases"])
-        console.print(
-            f"{filling.chunks_left:,} chunks, questions for needles at {depths}. Dry: stopped before inference"
+        show(
+            *planned.lines(),
+            f"{filling.chunks_left:,} chunks, questions for needles at {depths}. Dry: stopped before inference",
         )

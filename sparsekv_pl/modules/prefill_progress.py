@@ -3,8 +3,9 @@
 import time
 from typing import Self
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from sparsekv_pl.reporting.console import console
 
 LINE_SECONDS = 30.0
 
@@ -21,7 +22,7 @@ class PrefillProgress:
     def __init__(self, tokens: int, done: int) -> None:
         self.tokens, self.first = tokens, done
         self.started = self.said = time.monotonic()
-        self.console = Console()
+        self.console = console()
         self.bar = Progress(
             TextColumn("reading"),
             BarColumn(),

@@ -1,10 +1,15 @@
 """Files that are either the old ones or the new ones, never half of each."""
 
+import csv
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+FORMULA = re.compile(r"[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+"""How a cell begins that is a formula or, after a line's end, may be one; so do the full-width signs."""
 
 
 def replace(path: Path, data: bytes) -> None:
@@ -31,10 +36,21 @@ def json_bytes(content: Any) -> bytes:
 
 
 def csv_bytes(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """A line per row and a column per key, in the order they first appear; None is empty, a list is JSON."""
+    """A line per row and a column per key, in the order they first appear; None is empty, a list is JSON.
+
+    A text that a spreadsheet would execute gets an apostrophe before it, as OWASP advises:
+    https://owasp.org/www-community/attacks/CSV_Injection
+    """
     import pandas as pd
 
-    plain = [{k: json.dumps(v) if isinstance(v, (list, dict)) else v for k, v in row.items()} for row in rows]
+    plain = [{_cell(name): _cell(value) for name, value in row.items()} for row in rows]
     columns = list(dict.fromkeys(key for row in plain for key in row))
-    # dtype object: integers with gaps would become floats.
-    return pd.DataFrame(plain, columns=columns, dtype=object).to_csv(index=False, lineterminator="\n").encode()
+    table = pd.DataFrame(plain, columns=columns, dtype=object)  # else integers with gaps would become floats
+    # Quoted, because a bare carriage return ends a line for spreadsheets and not for pandas.
+    return table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC).encode()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, (list, dict)):
+        return json.dumps(value)
+    return f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value

@@ -1,26 +1,27 @@
 """One page in two languages: sections of text, tables and pictures, as Markdown and as self-contained HTML."""
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 MARKDOWN = """\
-# {{ title }}
+# {{ title | line }}
 {% for section in sections %}
 
-## {{ section.title }}
+## {{ section.title | line }}
 {% for picture in section.pictures %}
 
-![{{ picture.alt }}]({{ picture.name }})
+![{{ picture.alt | alt }}]({{ picture.name }})
 {% endfor %}
 {% for paragraph in section.paragraphs %}
 
-{{ paragraph }}
+{{ paragraph | line }}
 {% endfor %}
 {% for table in section.tables %}
 {% if table.caption %}
 
-**{{ table.caption }}**
+**{{ table.caption | line }}**
 {% endif %}
 
 | {{ table.header | map("cell") | join(" | ") }} |
@@ -72,6 +73,16 @@ td { overflow-wrap: anywhere; }
 </html>
 """
 
+MARKUP = re.compile(
+    r"[\\`*|~$@]|\](?=[(\[:])|&(?=#?\w+;)|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<=[A-Za-z]):(?=//)|(?<=www)\.",
+    re.IGNORECASE,
+)
+"""Characters that mean something in GitHub's Markdown, those of addresses that it links by itself among them."""
+IN_BRACKETS = re.compile(rf"{MARKUP.pattern}|[\[\]]", re.IGNORECASE)
+"""The same in a picture's text, whose brackets are the page's own."""
+BEGINNING = re.compile(r"^(\d{0,9})([#>=+.)-])")
+"""Of a line that would be a heading, a quotation or a list."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -105,7 +116,7 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
     from jinja2 import Environment
 
     environment = Environment(trim_blocks=True, keep_trailing_newline=True)
-    environment.filters["cell"] = _cell
+    environment.filters |= {"cell": _cell, "line": _line, "alt": _alt}
     return environment.from_string(MARKDOWN).render(title=title, sections=sections)
 
 
@@ -118,6 +129,14 @@ def html(title: str, sections: Sequence[Section], pictures: Mapping[str, bytes])
     return environment.from_string(HTML).render(title=title, sections=sections, images=images)
 
 
-def _cell(text: str) -> str:
-    """Text that neither ends a cell nor is taken for a tag."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+def _cell(text: str, marks: re.Pattern[str] = MARKUP) -> str:
+    """Text on one line, in which Markdown sees no markup, link, formula, tag, or end of a cell."""
+    return marks.sub(r"\\\g<0>", " ".join(text.split())).replace("<", "&lt;")
+
+
+def _line(text: str) -> str:
+    return BEGINNING.sub(r"\1\\\2", _cell(text))
+
+
+def _alt(text: str) -> str:
+    return _cell(text, IN_BRACKETS)
