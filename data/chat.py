@@ -13,16 +13,9 @@ def chat_frame(tokenizer: Any) -> tuple[str, str]:
     """
     if tokenizer.chat_template is None:
         return tokenizer.bos_token or "", "\n"
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": MARK}],
-        add_generation_prompt=True,
-        tokenize=False,
-        enable_thinking=False,
-    )
+    rendered = _rendered(tokenizer, [{"role": "user", "content": MARK}], add_generation_prompt=True)
     if rendered.count(MARK) != 1:
-        raise ValueError(
-            f"the chat template repeats or drops the user's message: {rendered!r}. Set tokenizer.chat_template = None"
-        )
+        raise _refused(tokenizer, f"repeats or drops the user's message: {rendered[:200]!r}")
     prefix, suffix = rendered.split(MARK)
     return prefix, suffix
 
@@ -33,7 +26,22 @@ def next_turn(tokenizer: Any) -> str:
         return "\n"
     answer = MARK.replace("text", "answer")
     user = {"role": "user", "content": MARK}
-    rendered = tokenizer.apply_chat_template(
-        [user, {"role": "assistant", "content": answer}, user], tokenize=False, enable_thinking=False
+    rendered = _rendered(tokenizer, [user, {"role": "assistant", "content": answer}, user])
+    after = rendered.partition(answer)[2]
+    if MARK not in after:
+        raise _refused(tokenizer, f"drops or reorders messages: {rendered[:200]!r}")
+    return after.split(MARK)[0]
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, str]], **settings: Any) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **settings)
+    except Exception as error:  # a template is a program of the model's; Jinja's sandbox refuses one by an error
+        raise _refused(tokenizer, f"fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+
+
+def _refused(tokenizer: Any, why: str) -> ValueError:
+    return ValueError(
+        f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} {why}; mend it in the model's folder "
+        "(chat_template.jinja or tokenizer_config.json), or delete it there to go without"
     )
-    return rendered.split(answer)[1].split(MARK)[0]

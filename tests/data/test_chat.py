@@ -19,6 +19,25 @@ def test_repeating_template_is_refused(tokenizer, monkeypatch):
         chat_frame(tokenizer)
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ raise_exception('one message alone') }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+        "{{ messages[0].content + 1 }}",
+        "{{ 1 / 0 }}",
+        "{% if %}",
+    ],
+)
+@pytest.mark.parametrize("needed", [chat_frame, next_turn])
+def test_a_template_that_fails_is_one_line(template, needed, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(ValueError, match=r"^the chat template of .+ (fails: \w+: |drops or)[^\n]+; mend it"):
+        needed(tokenizer)
+
+
 def test_frame_is_the_one_of_kvpress(tokenizer):
     pipeline = SimpleNamespace(tokenizer=tokenizer)
     theirs = KVPressTextGenerationPipeline.preprocess(pipeline, "Body.", ["\n\nWho?"], "It is", 10**6)
