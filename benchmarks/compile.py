@@ -23,9 +23,11 @@ from sparsekv_pl.batch import IGNORE
 from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.modules.eit import EITModule
+from sparsekv_pl.native_precision import decide
 from sparsekv_pl.objectives import EIT, Mixed, SelectionObjective
 from sparsekv_pl.selection import Selection, SelectionLoss
 
+NATIVE = decide(accelerator="cpu")
 Step = Callable[[], object]
 CONTEXTS = (256, 240, 248, 232)
 """Lengths come in turn: a compiler that needs one graph per length shows it."""
@@ -34,11 +36,12 @@ PIECES = {"norms": ("input_layernorm", "post_attention_layernorm"), "mlp": ("mlp
 
 
 def token_loss(compiled: bool) -> Step:
-    """Cross-entropy and KL of 256 tokens over SmolLM2's vocabulary, float32 arithmetic from bfloat16 inputs."""
+    """Cross-entropy and KL of 256 tokens over SmolLM2's vocabulary, float32 arithmetic, inputs of the native type."""
     generator = torch.Generator().manual_seed(0)
-    hidden = partial(torch.randn, 256, 576, generator=generator, dtype=torch.bfloat16)
+    dtype = getattr(torch, NATIVE.dtype)
+    hidden = partial(torch.randn, 256, 576, generator=generator, dtype=dtype)
     student, teacher = hidden().requires_grad_(), hidden()
-    head = torch.randn(49_152, 576, generator=generator).mul_(0.05).bfloat16()
+    head = torch.randn(49_152, 576, generator=generator).mul_(0.05).to(dtype)
     labels = torch.randint(49_152, (256,), generator=generator)
     chunk = torch.compile(losses._loss_and_grad, dynamic=True) if compiled else losses._loss_and_grad
 
@@ -68,7 +71,7 @@ def selection_loss(compiled: bool) -> Step:
 def training_step(part: str, compiled: bool) -> Step:
     """A whole EIT step without the optimizer's; of every layer, ``part`` is compiled."""
     objective = Mixed([EIT(), SelectionObjective()])
-    module = EITModule(Backbone(), ChunkedEviction(SnapKVPress()), objective)
+    module = EITModule(Backbone(dtype=NATIVE.dtype), ChunkedEviction(SnapKVPress()), objective)
     module.train()
     if compiled:
         for layer in decoder_of(causal_lm(module.model)).layers:
@@ -90,7 +93,7 @@ def _train(module: EITModule, ids: Tensor) -> None:
     labels = continuation.clone()
     labels[:, 0] = IGNORE
     batch = {"context_ids": context, "continuation_ids": continuation, "labels": labels}
-    with torch.autocast("cpu", torch.bfloat16):
+    with NATIVE.autocast():
         terms, _ = module.loss_terms(batch, compression_ratio=0.5, step=0)  # type: ignore[arg-type]
     terms["loss"].backward()
 
@@ -106,6 +109,7 @@ PARTS: dict[str, Callable[[bool], Step]] = {
 
 def main() -> None:
     """Each part compiled over uncompiled, in turn."""
+    print(NATIVE)
     rows, ratios = [], {}
     for name, build in PARTS.items():
         torch.compiler.reset()

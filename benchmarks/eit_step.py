@@ -18,8 +18,10 @@ from sparsekv_pl.backbone import Backbone, causal_lm
 from sparsekv_pl.batch import IGNORE
 from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.modules.eit import EITModule
+from sparsekv_pl.native_precision import decide
 from sparsekv_pl.objectives import EIT, Mixed, Objective, SelectionObjective
 
+NATIVE = decide(accelerator="cpu")
 LENGTHS = (1_024, 2_048)
 CONTINUATION_SHARE = 1 / 4
 OBJECTIVES: dict[str, Callable[[], Objective]] = {
@@ -38,10 +40,10 @@ def build_step(method: str, tokens: int) -> Callable[[], None]:
     torch.manual_seed(0)
     ids = torch.randint(5, 40_000, (1, tokens))
     if method == "plain":
-        model, _ = Backbone().load()
+        model, _ = Backbone(dtype=NATIVE.dtype).load()
         model.train()
         return lambda: _plain(model, ids)
-    module = EITModule(Backbone(), ChunkedEviction(ExpectedAttentionPress()), OBJECTIVES[method]())
+    module = EITModule(Backbone(dtype=NATIVE.dtype), ChunkedEviction(ExpectedAttentionPress()), OBJECTIVES[method]())
     module.train()
     cut = int(tokens * (1 - CONTINUATION_SHARE))
     labels = ids[:, cut:].clone()
@@ -51,7 +53,7 @@ def build_step(method: str, tokens: int) -> Callable[[], None]:
 
 def _plain(model: torch.nn.Module, ids: torch.Tensor) -> None:
     model.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16):
+    with NATIVE.autocast():
         logits = causal_lm(model)(input_ids=ids, use_cache=False).logits
         loss = cross_entropy(logits[0, :-1].float(), ids[0, 1:])
     loss.backward()
@@ -60,13 +62,14 @@ def _plain(model: torch.nn.Module, ids: torch.Tensor) -> None:
 def _eit(module: EITModule, context: torch.Tensor, continuation: torch.Tensor, labels: torch.Tensor) -> None:
     module.zero_grad()
     batch = {"context_ids": context, "continuation_ids": continuation, "labels": labels}
-    with torch.autocast("cpu", torch.bfloat16):
+    with NATIVE.autocast():
         terms, _ = module.loss_terms(batch, compression_ratio=0.5, step=0)  # type: ignore[arg-type]
     terms["loss"].backward()
 
 
 def main() -> None:
     """Measure every objective at every length."""
+    print(NATIVE)
     rows, ratios, goals = [], {}, {}
     for tokens in LENGTHS:
         plain_memory = peak_memory(__file__, "build_step", "plain", tokens)

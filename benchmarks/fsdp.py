@@ -27,6 +27,7 @@ from sparsekv_pl.backbone import EMBEDDED, Backbone
 from sparsekv_pl.eviction.dropout import KVDropout
 from sparsekv_pl.lora import Lora
 from sparsekv_pl.modules.eit import EITModule
+from sparsekv_pl.native_precision import decide
 
 WARM_UP, STEPS, CONTINUATION = 3, 13, 64
 
@@ -52,11 +53,12 @@ class Meter(Callback):
 def train(rank: int, run: Run, port: int, tokens: int) -> None:
     """One rank of a measured run, a row per rank; its figures go to figures.RANK.json."""
     become(rank, port)
-    backbone = Backbone(run.models["tied"], sharded=run.sharded)
+    native = decide(sharded=True)  # for DDP too: one precision for both
+    backbone = Backbone(run.models["tied"], native.dtype, sharded=run.sharded)
     module = EITModule(backbone, KVDropout(checkpoint=True))
     module.compression_ratio = 0.5
     meter = Meter()
-    trainer = Trainer(**run.settings() | {"max_steps": STEPS, "precision": "bf16-mixed", "callbacks": [meter]})
+    trainer = Trainer(**run.settings() | {"max_steps": STEPS, "precision": native.precision, "callbacks": [meter]})
     trainer.fit(module, Rows(run.ranks, tokens - CONTINUATION, CONTINUATION, STEPS))
     (run.folder / f"figures.{rank}.json").write_text(json.dumps([meter.seconds, meter.peak]))
 

@@ -2,9 +2,10 @@
 
 Run from the checkout: ``python benchmarks/long_context_step.py``. Takes about half an hour on one core.
 
-SmolLM2-135M-Instruct, LoRA r 16, bf16-mixed, the LM objective under ExpectedAttention. Every length is read in chunks
-and continued in the same way, so a longer context differs in its number of chunks alone, and ideally costs neither more
-memory nor more time per token. What has to grow is the state kept between chunks, which is printed.
+SmolLM2-135M-Instruct, LoRA r 16, the LM objective under ExpectedAttention, in what the CPU computes in natively. Every
+length is read in chunks and continued in the same way, so a longer context differs in its number of chunks alone, and
+ideally costs neither more memory nor more time per token. What has to grow is the state kept between chunks, which is
+printed.
 """
 
 from collections.abc import Callable
@@ -18,8 +19,10 @@ from sparsekv_pl.batch import IGNORE
 from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.prefill import ChunkedPrefill
 from sparsekv_pl.modules.eit import EITModule
+from sparsekv_pl.native_precision import decide
 from sparsekv_pl.objectives import LM
 
+NATIVE = decide(accelerator="cpu")
 SHORT, LONG = 2_048, 8_192
 CHUNK = BUDGET = CONTINUATION = 512
 WITHOUT = (2_048, 4_096)
@@ -34,7 +37,7 @@ def build_step(tokens: int, checkpoint: bool) -> Callable[[], None]:
 
     def step() -> None:
         module.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
+        with NATIVE.autocast():
             terms, _ = module.loss_terms(batch, compression_ratio=0.0, step=0)  # type: ignore[arg-type]
         terms["loss"].backward()
 
@@ -44,7 +47,7 @@ def build_step(tokens: int, checkpoint: bool) -> Callable[[], None]:
 def _module(checkpoint: bool) -> EITModule:
     torch.manual_seed(0)
     eviction = ChunkedEviction(ExpectedAttentionPress(), CHUNK, BUDGET, checkpoint=checkpoint)
-    module = EITModule(Backbone(), eviction, LM())
+    module = EITModule(Backbone(dtype=NATIVE.dtype), eviction, LM())
     module.train()
     return module
 
@@ -60,7 +63,7 @@ def _batch(tokens: int) -> dict[str, torch.Tensor]:
 def state_bytes() -> int:
     """Bytes that a checkpointed step keeps for each chunk once the budget is full."""
     filling = ChunkedPrefill(causal_lm(_module(True).model), ExpectedAttentionPress(), 2 * CHUNK, CHUNK, BUDGET)
-    with torch.autocast("cpu", torch.bfloat16):
+    with NATIVE.autocast():
         for ids in _batch(2 * CHUNK + CONTINUATION)["context_ids"].split(CHUNK, dim=1):
             filling.advance(ids)
     return sum(tensor.nbytes for tensor in filling.state_dict().values())
@@ -68,6 +71,7 @@ def state_bytes() -> int:
 
 def main() -> None:
     """Measure memory at every length, and time at the two that are compared."""
+    print(NATIVE)
     lengths = [(SHORT, True), (LONG, True), *((tokens, False) for tokens in WITHOUT)]
     memory = {key: peak_memory(__file__, "build_step", *key) for key in lengths}
     timed = paired_times(build_step(LONG, True), build_step(SHORT, True))

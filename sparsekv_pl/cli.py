@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sparsekv_pl.config_values import check_shape, check_values, explained
-from sparsekv_pl.modules.precision import check_kept
+from sparsekv_pl.modules.precision import check_kept, decide_settings
 from sparsekv_pl.out_of_memory import out_of_memory_explained
 from sparsekv_pl.redaction import redact_output, redacted
 
@@ -40,7 +40,7 @@ CHATTER = (
     ".*'set_vital' is deprecated",  # torchdata
     ".*isinstance\\(treespec, LeafSpec\\)",  # Lightning
     ".*`IterableDataset` has `__len__` defined",  # data/mixture.py gives every worker its own share
-    ".*Precision bf16-mixed is not supported by the model summary",
+    ".*Precision (bf)?16-mixed is not supported by the model summary",
     ".*was called before the ``update`` method",  # text without questions, or questions without text
     ".*module\\(s\\) in eval mode at the start of training",  # a frozen backbone
     ".*does not have many workers",  # batches are made while the model computes; the default needs no workers
@@ -94,6 +94,11 @@ class CommandLine(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning's takes settings out of the checkpoint, classes to make and code to trust among them."""
+
+    def before_instantiate_classes(self) -> None:
+        """Decide what the run computes in, where that was left out: the saved configuration says it."""
+        command = self.config.get("subcommand") or ""
+        decide_settings(self.config.get(command, self.config), trains=command in ("fit", "validate"))
 
     def instantiate_classes(self) -> None:
         """All objects; an error says which one another package refused to make."""

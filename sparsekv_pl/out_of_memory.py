@@ -36,8 +36,10 @@ REMEDIES = {
     "checkpoint": Remedy("true recomputes activations", spent=(True,), training=True),
     "load_in_4bit": Remedy("true", spent=(True,)),
     "lora": Remedy("an adapter instead of every weight", spent=("given",), training=True),
-    "dtype": Remedy("bfloat16", spent=("bfloat16", "float16")),
-    "precision": Remedy("bf16-mixed", spent=("bf16-mixed", "bf16-true", "16-mixed", "16-true")),
+    "dtype": Remedy("bfloat16, where the machine computes in it", spent=("bfloat16", "float16")),
+    "precision": Remedy(
+        "bf16-mixed, where the machine computes in it", spent=("bf16-mixed", "bf16-true", "16-mixed", "16-true")
+    ),
     "placement": Remedy("{} spreads the weights over GPUs, CPU and disk", spent=("given",)),
     "sharded": Remedy("--config configs/train/fsdp.yaml shares the model out over GPUs", spent=(True,), training=True),
 }

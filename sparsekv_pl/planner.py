@@ -1,13 +1,13 @@
 """What a long context will take, from the model's config alone: KV bytes, weights, time, and where it will not fit."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from sparsekv_pl.backbone import resolve
 from sparsekv_pl.cache_shape import CacheShape, cache_shape, kept_pairs, windowed_pairs
+from sparsekv_pl.native_precision import AUTO, AskedDtype, decide
 from sparsekv_pl.placement import in_bytes
 from sparsekv_pl.quantisation import (
     four_bit,
@@ -88,7 +88,7 @@ def plan(
     pretrained: str | PreTrainedConfig,
     tokens: int,
     *,
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+    dtype: AskedDtype = AUTO,
     load_in_4bit: bool = False,
     compression_ratio: float | None = None,
     budget: int | None = None,
@@ -130,7 +130,8 @@ def plan(
     """
     _check(tokens, compression_ratio, budget, chunk_tokens, batch, tokens_per_second, decode_tokens_per_second)
     config = _config(pretrained, cache_dir)
-    torch_dtype: torch.dtype = getattr(torch, dtype)
+    decided = decide().dtype if dtype == AUTO else dtype
+    torch_dtype: torch.dtype = getattr(torch, decided)
     quantised = load_in_4bit and not stored_quantisation(config)
     model = skeleton(config, torch_dtype, four_bit(config, torch_dtype) if quantised else None)
     shape, chunk = cache_shape(config), -(-tokens // -(-tokens // (chunk_tokens or tokens)))
@@ -143,7 +144,7 @@ def plan(
         name=pretrained if isinstance(pretrained, str) else type(pretrained).__name__,
         tokens=tokens,
         batch=batch,
-        dtype=dtype,
+        dtype=decided,
         chunk_tokens=chunk,
         parameters=parameter_count(model),
         weight_bytes=weight_bytes(model),

@@ -16,6 +16,7 @@ from data.text import EmbeddedText
 from evaluate import EvaluateCommandLine
 from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.cli import CommandLine
+from sparsekv_pl.native_precision import decide
 from train import TrainCommandLine
 
 ROOT = Path(__file__).parents[1]
@@ -185,6 +186,9 @@ def test_the_quickstart_exports_what_it_trained(
     assert list(folder.glob("events.out.tfevents.*"))
     resolved = yaml.safe_load((folder / "final" / "config.yaml").read_text())
     assert resolved["trainer"]["max_steps"] == 2
+    summary = json.loads((folder / "final" / "training.json").read_text())
+    assert resolved["trainer"]["precision"] == summary["precision"] == decide(accelerator="cpu").precision
+    assert resolved["model"]["init_args"]["backbone"]["dtype"] == summary["dtype"] == "float32"
     assert resolved["model"]["init_args"]["backbone"]["pretrained"] == tiny_models["llama"]
 
 

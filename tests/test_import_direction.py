@@ -35,6 +35,7 @@ FOUNDATIONS = {
         "layer_outputs",
         "lora",
         "losses",
+        "native_precision",
         "out_of_memory",
         "placement",
         "quantisation",

@@ -164,13 +164,13 @@ def test_it_warns_where_memory_is_short(settings: dict[str, Any], warning: str |
 
 
 def test_memory_is_looked_for_where_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = plan(EMBEDDED, 100)
+    found = plan(EMBEDDED, 100, dtype="float32")
     assert "RAM available" in found.memory
     assert found.memory_limit > GIB // 10
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (10 + index, 100))
-    found = plan(EMBEDDED, 100)
+    found = plan(EMBEDDED, 100, dtype="float32")
     assert (found.memory_limit, found.memory) == (21, "free on 2 GPU(s)")
 
 

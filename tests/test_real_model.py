@@ -13,6 +13,7 @@ from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.modules.eit import EITModule
 from sparsekv_pl.modules.evaluation import EvaluationModule, Setting
+from sparsekv_pl.native_precision import decide
 from sparsekv_pl.objectives import EIT, Mixed, SelectionObjective
 from sparsekv_pl.schedules import Linear
 from tests.tiny_training import MakeCases, MakeData, MakeTrainer
@@ -23,7 +24,7 @@ def test_needles_are_found_with_the_full_cache_and_lost_under_expected_attention
 ) -> None:
     module = EvaluationModule(Backbone(), [Setting(ExpectedAttentionPress(), [0.5])], str(tmp_path))
     data = tiny_cases(lengths=[256], batch_size=8, windows=0, depths=[0.0, 0.25, 0.5, 0.75], cases_per_cell=2)
-    tiny_trainer(precision="bf16-mixed").test(module, data, verbose=False)
+    tiny_trainer(precision=decide().precision).test(module, data, verbose=False)
     accuracy = {row["press"]: row["before"] for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
     assert accuracy["full cache"] >= 0.75
     assert accuracy["ExpectedAttention"] <= 0.375
@@ -31,7 +32,7 @@ def test_needles_are_found_with_the_full_cache_and_lost_under_expected_attention
 
 def test_a_step_of_the_quickstarts_training_runs(tiny_data: MakeData, tiny_trainer: MakeTrainer) -> None:
     module = EITModule(Backbone(), ChunkedEviction(ExpectedAttentionPress()), Mixed([EIT(), SelectionObjective()]))
-    trainer = tiny_trainer(Curriculum(Linear(0.5, 0.5)), max_steps=1, precision="bf16-mixed")
+    trainer = tiny_trainer(Curriculum(Linear(0.5, 0.5)), max_steps=1, precision=decide().precision)
     trainer.fit(module, tiny_data(context_tokens=128, retrieval_share=1.0))
     logs = {name: float(value) for name, value in trainer.callback_metrics.items()}
     assert 0 < logs["train/loss"] < 20

@@ -15,6 +15,7 @@ from sparsekv_pl.adapter import training_summary, variants_of
 from sparsekv_pl.backbone import Backbone, adapter_off, causal_lm
 from sparsekv_pl.batch import CaseBatch
 from sparsekv_pl.eviction.limits import position_limit
+from sparsekv_pl.native_precision import warn_of_emulation
 from sparsekv_pl.reporting import run_environment
 from sparsekv_pl.reporting.console import show_report
 from sparsekv_pl.results import Record, Results, gathered, key_of
@@ -66,6 +67,7 @@ class Analysis(LightningModule, ABC):
                 f"lengths has {longest} tokens, but this model was trained on {limit} positions "
                 "(max_position_embeddings): use shorter contexts, or another model"
             )
+        warn_of_emulation(self.trainer)
         self.results = Results(self.output / "results", self.global_rank)
         self.records: list[Record] = []
         self.started = time.time()
@@ -90,8 +92,8 @@ class Analysis(LightningModule, ABC):
         records = gathered(self.records)
         if not self.trainer.is_global_zero or not records:
             return
-        paths = self.write(records, run_environment(self, self.started, model=self.identity))
-        show_report(paths)
+        told = run_environment(self, self.started, dtype=self.identity["dtype"], model=self.identity)
+        show_report(self.write(records, told))
 
     def _variant(self, variant: str) -> AbstractContextManager[Any]:
         return adapter_off(self.model) if variant == "base" else nullcontext()

@@ -16,6 +16,7 @@ from sparsekv_pl.attention.statistics import StatisticsSettings
 from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.batch import CaseBatch
 from sparsekv_pl.eviction.prefill import continue_from
+from sparsekv_pl.native_precision import dtype_of
 from sparsekv_pl.reporting import sparsity_figure, write_analysis
 from sparsekv_pl.reporting.console import show
 from sparsekv_pl.reporting.files import json_bytes
@@ -24,9 +25,6 @@ from sparsekv_pl.results import Record, Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-"""A trainer's precisions that decide what attention computes in, whatever the weights are stored in."""
 
 
 class TensorCollection(Analysis):
@@ -148,9 +146,8 @@ def model_path(pretrained: str, adapter: str | None) -> str:
 
 
 def attention_dtype(model: torch.nn.Module, precision: str) -> torch.dtype:
-    """What attention computes in."""
-    weights: torch.dtype = model.dtype  # type: ignore[assignment]
-    return MIXED.get(precision, weights)
+    """What attention computes in: under autocast what it casts to, else what the weights are stored in."""
+    return getattr(torch, dtype_of(precision)) if precision.endswith("mixed") else model.dtype  # type: ignore[return-value]
 
 
 def summaries_of(records: Sequence[Record], statistics: StatisticsSettings) -> dict[str, dict[str, Any]]:

@@ -138,6 +138,7 @@ class SketchWalkValidation(LightningModule):
             top_k_blocks=self.top_k_blocks,
             repeats=self.repeats,
             device=str(self.device),
+            precision=str(self.trainer.precision),
             files=[[path.name, *_version(path)] for path in paths],
         )
 

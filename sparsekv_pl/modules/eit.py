@@ -183,6 +183,7 @@ class EITModule(LightningModule):
         members = press.presses if isinstance(press, EvictionAugPress) else [press] if press is not None else []
         return {
             "base": self.backbone.pretrained,
+            "dtype": self.backbone.dtype,
             "eviction": type(self.eviction).__name__,
             "presses": [press_name(member) for member in members],
             "objective": type(self.objective).__name__,

@@ -21,6 +21,7 @@ from sparsekv_pl.eviction.setting import Point, Setting, points_of
 from sparsekv_pl.measures import Measurement
 from sparsekv_pl.measures.sparsity import LABELS, attention_sparsity
 from sparsekv_pl.metrics import PerplexityAndKL, RetrievalScores
+from sparsekv_pl.native_precision import warn_of_emulation
 from sparsekv_pl.reporting import run_environment, sparsity_figure, terminal_table, write_kvpress_layout, write_run
 from sparsekv_pl.reporting.console import show, show_report
 from sparsekv_pl.reporting.files import json_bytes, replace_all
@@ -81,6 +82,7 @@ class EvaluationModule(LightningModule):
             check_positions(causal_lm(self.model), length, length, rotates=False)
             for setting in self.settings:
                 setting.check(length)
+        warn_of_emulation(self.trainer)
         self.results = Results(self.output / "results", self.global_rank)
         self.records: list[Record] = []
         self.sparsities: list[Record] = []
@@ -109,7 +111,7 @@ class EvaluationModule(LightningModule):
         records, sparsities = gathered(self.records), gathered(self.sparsities)
         if not self.trainer.is_global_zero or not records:
             return
-        measured = run_environment(self, self.started)
+        measured = run_environment(self, self.started, dtype=self.identity["dtype"])
         sparsity = self._sparsity(sparsities)
         figures = {f"Attention sparsity, {variant}": sparsity_figure(means) for variant, means in sparsity.items()}
         paths = write_run(self.output, records, self.training_summary, measured, self.title, figures)

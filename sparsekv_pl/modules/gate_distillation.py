@@ -137,6 +137,7 @@ class GateDistillation(LightningModule):
         shape = self.gates.shape
         return {
             "base": self.backbone.pretrained,
+            "dtype": self.backbone.dtype,
             "adapter": self.backbone.adapter,
             "objective": type(self).__name__,
             "block_size": shape.block_size,

@@ -19,6 +19,7 @@ from sparsekv_pl.adapter import seen_in_training, training_summary, variants_of
 from sparsekv_pl.backbone import Backbone, adapter_off
 from sparsekv_pl.eviction.setting import Point, Setting, points_of
 from sparsekv_pl.modules.harness_records import case_records, score_records, table
+from sparsekv_pl.native_precision import warn_of_emulation
 from sparsekv_pl.presses.scores import set_compression_ratio
 from sparsekv_pl.reporting.console import show, show_report
 from sparsekv_pl.results import Record, Results, digest_of, key_of
@@ -118,6 +119,7 @@ class HarnessModule(LightningModule):
                 f"lm_eval tasks run on one device, not on {self.trainer.world_size}: set trainer.devices to 1, and run "
                 "other tasks in a run of their own"
             )
+        warn_of_emulation(self.trainer)
         self.manager = task_manager(self.tasks, self.include_path)
         self.results = Results(self.output / "results")
         self.records: list[Record] = []
@@ -148,7 +150,8 @@ class HarnessModule(LightningModule):
         # Reports pair cases that are right or wrong; a task without such (perplexity, F1) stands in the table alone.
         paired = [record for record in self.records if "exact" in record or "error" in record]
         if paired:
-            measured = run_environment(self, self.started, lm_eval=metadata.version("lm_eval"), scores=scores)
+            more = {"dtype": self.identity["dtype"], "lm_eval": metadata.version("lm_eval"), "scores": scores}
+            measured = run_environment(self, self.started, **more)
             paths = write_run(self.output, paired, self.training_summary, measured, self.title)
             show_report(paths)
 

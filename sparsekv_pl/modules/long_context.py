@@ -25,6 +25,7 @@ from sparsekv_pl.measures import Measurement
 from sparsekv_pl.modules.prefill_progress import PrefillProgress
 from sparsekv_pl.modules.stop_signal import stop_signal
 from sparsekv_pl.monitoring import Phases
+from sparsekv_pl.native_precision import warn_of_emulation
 from sparsekv_pl.planner import plan
 from sparsekv_pl.presses.scores import press_name
 from sparsekv_pl.reporting import run_environment, terminal_table, write_run
@@ -111,6 +112,7 @@ class LongContextModule(LightningModule):
             )
         for length in getattr(self.trainer.datamodule, "lengths", []):  # type: ignore[attr-defined]
             self._filling(length)
+        warn_of_emulation(self.trainer)
         self.results = Results(self.output / "results", self.global_rank)
         self.saved = SavedState(self.output / STATE)
         self.records: list[Record] = []
@@ -157,7 +159,7 @@ class LongContextModule(LightningModule):
         self._log(self.phases.scalars(), 0)
         if not self.records:
             return
-        measured = run_environment(self, self.started, device=str(self._input_device))
+        measured = run_environment(self, self.started, device=str(self._input_device), dtype=self.backbone.dtype)
         paths = write_run(self.output, self.records, self.training_summary, measured, self.title)
         show(terminal_table(self.records))
         show_report(paths)

@@ -1,22 +1,47 @@
-"""Which precisions can train here."""
+"""The precision of a run: decided where it was left out, refused where it could only fail."""
+
+from collections.abc import Mapping
+from pkgutil import resolve_name
+from typing import Any
 
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.utilities import rank_zero_info
+
+from sparsekv_pl.native_precision import decide, warn_of_emulation
+
+
+def decide_settings(settings: Namespace, trains: bool) -> None:
+    """Put what ``decide`` says in the place of a precision and a dtype that were left out, and say it.
+
+    ``settings`` are a command's, resolved. Without a backbone there is no model to run, and Lightning's default stays.
+    """
+    backbone = settings.model.get("init_args", {}).get("backbone")
+    if backbone is None:
+        return
+    trainer, plugin = settings.trainer, _plugin(settings.trainer.get("plugins"))
+    accelerator = trainer.get("accelerator")
+    decision = decide(
+        trainer.get("precision") if plugin is None else plugin.get("precision", "32-true"),
+        backbone.dtype,
+        accelerator=accelerator if isinstance(accelerator, str) else "auto",
+        every_weight=trains and backbone.lora is None and backbone.adapter is None,
+        sharded=backbone.sharded,
+    )
+    if plugin is None:
+        trainer.precision = decision.precision
+    backbone.dtype = decision.dtype
+    rank_zero_info(str(decision))
 
 
 def check_precision(trainer: Trainer, module: LightningModule) -> None:
-    """Raise ``ValueError`` for a precision that could only fail, or that the device does not have.
+    """Raise ``ValueError`` for a precision that could only fail; warn of one that the device emulates.
 
     Called once the parameters have the dtype and the device that they train in.
     """
-    device = trainer.strategy.root_device
-    if trainer.precision.startswith("bf16") and device.type == "cuda":
-        with torch.cuda.device(device):
-            if not torch.cuda.is_bf16_supported(including_emulation=False):
-                raise ValueError(
-                    f"trainer.precision={trainer.precision}: {torch.cuda.get_device_name(device)} does not compute in "
-                    "bfloat16: give 16-mixed, or 32-true"
-                )
+    warn_of_emulation(trainer)
     half = [name for name, p in module.named_parameters() if p.requires_grad and p.dtype == torch.float16]
     if half:
         raise ValueError(
@@ -30,7 +55,15 @@ def check_kept(asked: object, trainer: Trainer) -> None:
     """Raise ``ValueError`` where Lightning has put another precision in the place of the one that was ``asked`` for."""
     if str(asked) in ("16", "16-mixed") and trainer.precision != "16-mixed":
         raise ValueError(
-            f"precision={asked} would become {trainer.precision}, as Lightning has no float16 for a CPU: give "
-            "bf16-mixed or 32-true; to try the float16 path there, leave precision out and set plugins to a "
-            "lightning.pytorch.plugins.MixedPrecision with precision 16-mixed and device cpu"
+            f"precision={asked} would become {trainer.precision}, as Lightning has no float16 for a CPU: leave "
+            "precision out, or give bf16-mixed or 32-true; to try the float16 path there, leave precision out and set "
+            "plugins to a lightning.pytorch.plugins.MixedPrecision with precision 16-mixed and device cpu"
         )
+
+
+def _plugin(plugins: Any) -> Mapping[str, Any] | None:
+    """The settings of the plugin that decides the precision, if one of ``plugins`` does."""
+    for plugin in plugins if isinstance(plugins, list) else [plugins]:
+        if isinstance(plugin, Namespace) and issubclass(resolve_name(plugin.class_path), Precision):
+            return (plugin.get("init_args") or Namespace()).as_dict()
+    return None

@@ -28,7 +28,10 @@ def environment() -> dict[str, object]:
 
 
 def run_environment(module: "LightningModule", started: float, **more: object) -> dict[str, object]:
-    """``environment`` and how this run measured: seed, device, precision and the seconds since ``started`` (epoch)."""
+    """``environment`` and how this run measured: seed, device, precision and the seconds since ``started`` (epoch).
+
+    ``more`` says the base weights' dtype, where there are any.
+    """
     import torch
 
     return {

@@ -152,22 +152,6 @@ def test_float16_parameters_are_refused_before_training(
     assert not terms.steps
 
 
-def test_a_gpu_without_bfloat16_is_named(
-    monkeypatch: pytest.MonkeyPatch, tiny_backbone: MakeBackbone, tiny_trainer: MakeTrainer
-) -> None:
-    from contextlib import nullcontext
-
-    from sparsekv_pl.modules.precision import check_precision
-
-    trainer = tiny_trainer(precision="bf16-mixed")
-    monkeypatch.setattr(trainer.strategy, "_root_device", torch.device("cuda", 0))
-    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    with pytest.raises(ValueError, match="bf16-mixed: Tesla V100 does not compute in bfloat16: give 16-mixed"):
-        check_precision(trainer, module(tiny_backbone()))
-
-
 @pytest.mark.parametrize("precision", ["16-mixed", "16"])
 def test_float16_on_a_cpu_is_not_silently_bfloat16(
     precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
