@@ -7,6 +7,7 @@ class EvaluateCommandLine(CommandLine):
     """test (measures) and predict (analyses)."""
 
     commands = ("test", "predict")
+    reports = True
 
     def before_instantiate_classes(self) -> None:
         """Refuse a checkpoint: nothing that evaluate.py makes can be read from one."""

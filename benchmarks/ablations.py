@@ -37,14 +37,13 @@ def configs_of(name: str) -> list[Path]:
 def train_command(name: str, output: Path) -> list[str]:
     """What trains it."""
     configs = [argument for path in configs_of(name) for argument in ("--config", str(path))]
-    folders = [f"--trainer.default_root_dir={output}", f"--trainer.logger.save_dir={output}"]
-    return [sys.executable, str(ROOT / "train.py"), "fit", *configs, *folders]
+    return [sys.executable, str(ROOT / "train.py"), "fit", *configs, f"--name={output.absolute()}"]
 
 
 def evaluate_command(output: Path) -> list[str]:
     """What measures it."""
-    folders = [f"--model.backbone.adapter={output / 'final'}", f"--model.output={output}"]
-    return [sys.executable, str(ROOT / "evaluate.py"), "test", "--config", str(EVALUATION), *folders]
+    configs = ["--config", str(EVALUATION)]
+    return [sys.executable, str(ROOT / "evaluate.py"), "test", *configs, f"--name={output.absolute()}"]
 
 
 def run(name: str, output: Path, threads: int) -> None:

@@ -18,7 +18,7 @@ class Curriculum(pl.Callback):
     Parameters
     ----------
     schedule
-        The curriculum: ratio by optimizer step.
+        The curriculum: ratio by optimizer step. Its shares of the run follow the trainer's ``max_steps``.
     monitor
         The metric that an adaptive schedule learns from, once per validation (not the sanity check):
         perplexity under eviction. Pure schedules do not use it. Every rank takes rank 0's value, so that
@@ -50,6 +50,7 @@ class Curriculum(pl.Callback):
                 f"{type(pl_module).__name__} has no attribute compression_ratio, so the Curriculum would "
                 f"change nothing: train a module that evicts, or remove the callback"
             )
+        self.schedule = self.schedule.over(trainer.max_steps)
 
     @override
     def on_train_batch_start(

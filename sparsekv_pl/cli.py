@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import get_loader, set_loader
+from jsonargparse import Namespace, get_loader, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -22,6 +22,8 @@ from sparsekv_pl.config_values import check_shape, check_values, explained
 from sparsekv_pl.modules.precision import check_kept, decide_settings
 from sparsekv_pl.out_of_memory import out_of_memory_explained
 from sparsekv_pl.redaction import redact_output, redacted
+from sparsekv_pl.run_length import fill_length
+from sparsekv_pl.run_name import add_name, fill_name
 
 NOISE = re.compile(
     r"Does not validate against any of the Union subtypes|Subtypes: |Errors:|Expected a <class 'NoneType'>|"
@@ -69,15 +71,33 @@ class Parser(LightningArgumentParser):
             self.exit(2, f"error: {plain(message)}\n")
         super().error(message, ex)
 
+    def instantiate(self, cfg: Namespace, **settings: Any) -> Namespace:
+        """Objects of ``cfg``, with what follows from the run's name and length filled in for them alone.
+
+        The configuration that is saved says each once, so that another ``--name`` over it names the run as wholly.
+        """
+        if "trainer" in cfg:
+            cfg = cfg.clone()
+            fill_name(cfg)
+            fill_length(cfg)
+        return super().instantiate(cfg, **settings)
+
 
 class CommandLine(LightningCLI):
     """LightningCLI limited to ``commands``. Model and data are chosen by class_path, so that --help imports neither."""
 
     commands: Sequence[str] = ()
+    reports: bool = False
+    """Whether it measures, so that there is a report to name."""
 
     def __init__(self, **settings: Any) -> None:
         # The model has its optimizer; a second one beside it would silently win.
         super().__init__(parser_class=Parser, auto_configure_optimizers=False, **settings)
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Lightning's, and the run's name."""
+        super().add_core_arguments_to_parser(parser)
+        add_name(parser, self.reports)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, then check what types cannot say."""

@@ -1,20 +1,20 @@
 """Compression curricula: which fraction of the KV pairs is removed at which training step.
 
-Training starts near the full cache and removes more as the model learns to do without. What the literature
-(SparseKV, the seed of this project) writes as "keep 0.9 -> 0.3" is compression_ratio 0.1 -> 0.7 here. Steps
-are optimizer steps, from 0.
+Training starts near the full cache and removes more as the model learns to do without. SparseKV's "keep 0.9 -> 0.3" is
+compression_ratio 0.1 -> 0.7 here. Steps are optimizer steps, from 0; lengths are steps or shares of the run
+(run_length.py).
 """
 
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from dataclasses import dataclass, field, fields
-from itertools import pairwise
 from numbers import Real
 from typing import Any
 
 from typing_extensions import override
 
+from sparsekv_pl.run_length import Steps, check_boundaries, check_settled, check_steps, in_steps
 from sparsekv_pl.seeding import random_for
 
 
@@ -43,6 +43,10 @@ class Schedule(ABC):
     def ratio(self, step: int) -> float:
         """The compression ratio of optimizer step ``step`` (from 0), 0 <= ratio < 1."""
 
+    def over(self, max_steps: int) -> "Schedule":
+        """This schedule in a run of ``max_steps`` steps; itself where its lengths are steps already."""
+        return in_steps(self, max_steps)
+
     @property
     def observes(self) -> bool:
         """Whether ``observe`` changes anything, so that a validation perplexity must exist."""
@@ -65,15 +69,15 @@ class Schedule(ABC):
 
     def describe(self) -> dict[str, Any]:
         """The schedule as a config has it: ``{"class_path": ..., "init_args": {...}}``, JSON-able."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}  # type: ignore[arg-type]
-        init_args = {k: v.describe() if isinstance(v, Schedule) else v for k, v in values.items()}
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.init}  # type: ignore[arg-type]
+        init_args = {k: v.describe() if isinstance(v, Schedule) else v for k, v in given.items()}
         return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": init_args}
 
 
 class WarmedUp(Schedule):
     """Begins ``warmup_steps`` late; until then the ratio rises linearly from 0 to the start."""
 
-    warmup_steps: int
+    warmup_steps: Steps
 
     @abstractmethod
     def after_warmup(self, step: int) -> float:
@@ -81,9 +85,10 @@ class WarmedUp(Schedule):
 
     @override
     def ratio(self, step: int) -> float:
+        check_settled(self)
         if step < self.warmup_steps:
             return self.after_warmup(0) * step / self.warmup_steps
-        return self.after_warmup(step - self.warmup_steps)
+        return self.after_warmup(step - int(self.warmup_steps))
 
 
 @dataclass(frozen=True)
@@ -91,11 +96,11 @@ class Fixed(WarmedUp):
     """The same ratio at every step."""
 
     compression_ratio: float = 0.5
-    warmup_steps: int = 0
+    warmup_steps: Steps = 0
 
     def __post_init__(self) -> None:
         check_compression_ratio("Fixed.compression_ratio", self.compression_ratio)
-        check_at_least("Fixed.warmup_steps", self.warmup_steps, 0)
+        check_steps("Fixed.warmup_steps", self.warmup_steps, 0)
 
     @override
     def after_warmup(self, step: int) -> float:
@@ -104,19 +109,19 @@ class Fixed(WarmedUp):
 
 @dataclass(frozen=True)
 class Linear(WarmedUp):
-    """In a straight line from ``start`` to ``end`` over ``steps`` steps, then ``end``."""
+    """In a straight line from ``start`` to ``end`` over ``steps`` (by default the whole run), then ``end``."""
 
     start: float = 0.1
     end: float = 0.7
-    steps: int = 1000
-    warmup_steps: int = 0
+    steps: Steps = 1.0
+    warmup_steps: Steps = 0
 
     def __post_init__(self) -> None:
         name = type(self).__name__
         check_compression_ratio(f"{name}.start", self.start)
         check_compression_ratio(f"{name}.end", self.end)
-        check_at_least(f"{name}.steps", self.steps, 1)
-        check_at_least(f"{name}.warmup_steps", self.warmup_steps, 0)
+        check_steps(f"{name}.steps", self.steps, 1)
+        check_steps(f"{name}.warmup_steps", self.warmup_steps, 0)
 
     def progress(self, step: int) -> float:
         """The share of the way from ``start`` to ``end``, 0 to 1."""
@@ -130,7 +135,7 @@ class Linear(WarmedUp):
 
 @dataclass(frozen=True)
 class Cosine(Linear):
-    """From ``start`` to ``end`` over ``steps`` steps along half a cosine: slow, fast, slow. Then ``end``."""
+    """From ``start`` to ``end`` over ``steps`` along half a cosine: slow, fast, slow. Then ``end``."""
 
     @override
     def progress(self, step: int) -> float:
@@ -142,8 +147,8 @@ class Step(WarmedUp):
     """Piecewise constant: ``values[i]`` until step ``boundaries[i]``, from there on ``values[i + 1]``."""
 
     values: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7])
-    boundaries: list[int] = field(default_factory=lambda: [250, 500, 750])
-    warmup_steps: int = 0
+    boundaries: list[int] | list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])
+    warmup_steps: Steps = 0
 
     def __post_init__(self) -> None:
         for i, value in enumerate(self.values):
@@ -153,9 +158,8 @@ class Step(WarmedUp):
                 f"Step has {len(self.values)} values and {len(self.boundaries)} boundaries: give one value "
                 f"more than boundaries, because a boundary lies between two values"
             )
-        if any(a >= b for a, b in pairwise([0, *self.boundaries])):
-            raise ValueError(f"Step.boundaries is {self.boundaries}: give steps above 0, each larger than the last")
-        check_at_least("Step.warmup_steps", self.warmup_steps, 0)
+        check_boundaries("Step.boundaries", self.boundaries)
+        check_steps("Step.warmup_steps", self.warmup_steps, 0)
 
     @override
     def after_warmup(self, step: int) -> float:
@@ -166,9 +170,8 @@ class Step(WarmedUp):
 class Adaptive(WarmedUp):
     """Raises the ratio while validation perplexity under eviction holds; holds or backs off when it rises.
 
-    The first validation sets the reference; after that the reference is the best perplexity seen. A
-    validation holds if its perplexity is at most ``(1 + tolerance)`` times the reference. Validations during
-    the warm-up count too.
+    The first validation sets the reference; after that it is the best perplexity seen. A validation holds if its
+    perplexity is at most ``(1 + tolerance)`` times the reference. Validations during the warm-up count too.
 
     Parameters
     ----------
@@ -192,7 +195,7 @@ class Adaptive(WarmedUp):
     tolerance: float = 0.02
     patience: int = 1
     back_off: float = 0.05
-    warmup_steps: int = 0
+    warmup_steps: Steps = 0
     level: float = field(init=False)
     best: float | None = field(init=False, default=None)
     held: int = field(init=False, default=0)
@@ -201,8 +204,9 @@ class Adaptive(WarmedUp):
         check_compression_ratio("Adaptive.start", self.start)
         check_compression_ratio("Adaptive.maximum", self.maximum)
         check_at_least("Adaptive.maximum", self.maximum, self.start)
-        for name, minimum in (("tolerance", 0), ("patience", 1), ("back_off", 0), ("warmup_steps", 0)):
+        for name, minimum in (("tolerance", 0), ("patience", 1), ("back_off", 0)):
             check_at_least(f"Adaptive.{name}", getattr(self, name), minimum)
+        check_steps("Adaptive.warmup_steps", self.warmup_steps, 0)
         if not self.step_size > 0:
             raise ValueError(f"Adaptive.step_size is {self.step_size}: give a rise above 0, or use Fixed")
         self.level = self.start
@@ -220,9 +224,7 @@ class Adaptive(WarmedUp):
     def observe(self, perplexity: float) -> None:
         """Raise, hold or lower the ratio. Infinity is a rise; NaN or a value below 1 a ValueError."""
         if not perplexity >= 1:
-            raise ValueError(
-                f"validation perplexity under eviction is {perplexity}, but exp(loss) is at least 1: check it"
-            )
+            raise ValueError(f"validation perplexity under eviction is {perplexity}: exp(loss) is at least 1, check it")
         limit = math.inf if self.best is None else self.best * (1 + self.tolerance)
         if math.isinf(perplexity) or perplexity > limit:
             self.held = 0

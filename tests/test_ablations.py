@@ -54,7 +54,7 @@ def test_each_file_goes_over_the_base(tmp_path: Path) -> None:
     assert [path.name for path in configs_of("loss_lm")] == ["quickstart.yaml", "base.yaml", "loss_lm.yaml"]
     command = ablations.train_command("loss_lm", tmp_path)
     assert command[0] == sys.executable and command.count("--config") == 3
-    assert f"--trainer.default_root_dir={tmp_path}" in command
+    assert f"--name={tmp_path}" in command
 
 
 def test_what_is_finished_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from configs.cluster import submit
 from configs.cluster.submit import TRAININGS, jobs_of, plan
 from evaluate import EvaluateCommandLine
 from sparsekv_pl.cli import CommandLine
+from sparsekv_pl.run_name import fill_name
 from tests.cluster_cases import CLUSTER, QWEN, ROOT, SCRIPTS, batch, dry, put_on_path
 from train import TrainCommandLine
 
@@ -31,7 +32,9 @@ def parsed(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(CommandLine, "instantiate_classes", lambda _self: None)
     monkeypatch.setattr(CommandLine, "_run_subcommand", lambda _self, _name: None)
     made = line(args=list(command[start + 2 :]), save_config_callback=None)
-    return made.config[made.subcommand]
+    config = made.config[made.subcommand]
+    fill_name(config)
+    return config
 
 
 @pytest.fixture
@@ -103,12 +106,12 @@ def test_the_command_of_every_job_is_one_that_the_real_parser_takes(
     assert Path(init.output) / "report.json" == job.result
     assert init.backbone.get("adapter") == ("output/eit_qwen3_8b/final" if job.phase == "trained" else None)
     if config.trainer.logger:
-        assert config.trainer.logger.init_args.save_dir == init.output
+        assert config.trainer.logger.init_args.save_dir == init.output == config.trainer.default_root_dir
 
 
 @pytest.mark.parametrize("name", ["matrix", "niah"])
 def test_a_baseline_is_its_trained_evaluation_without_the_adapter(name: str) -> None:
-    adapter = "--model.backbone.adapter=output/eit_qwen3_8b/final"
+    adapter = "--model.backbone.adapter=final"
     trained = JOBS[f"trained {name}"].arguments
     assert JOBS[f"baseline {name}"].arguments == tuple(word for word in trained if word != adapter) != trained
 
@@ -222,7 +225,7 @@ def test_a_baseline_or_a_trained_model_alone(checkout: Path) -> None:
 def test_what_cannot_be_planned_is_said_in_one_line(sbatch: Callable[[], list[list[str]]]) -> None:
     for arguments, said in [
         (["configs/none.yaml"], "no config at configs/none.yaml"),
-        (["configs/train/small.yaml"], "sets no 'default_root_dir'"),
+        (["configs/train/small.yaml"], "sets no 'name'"),
         ([str(QWEN), "--gpus=3"], "accumulate_grad_batches: 8 in .* does not divide by --gpus 3"),
     ]:
         with pytest.raises(SystemExit, match=f"^error: .*{said}"):

@@ -113,7 +113,8 @@ def test_every_ablation_changes_something(name: str, tiny_models: dict[str, str]
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT / "configs").as_posix())
 @pytest.mark.usefixtures("elsewhere")
 def test_every_config_is_instantiated(path: Path, tiny_models: dict[str, str], adapter: str) -> None:
-    settings = yaml.safe_load(path.read_text())["model"]["init_args"]
+    config = yaml.safe_load(path.read_text())
+    settings = config["model"]["init_args"]
     backbone = settings.get("backbone")
     overrides = []
     if backbone is not None or "tokenizer" in settings:
@@ -126,7 +127,7 @@ def test_every_config_is_instantiated(path: Path, tiny_models: dict[str, str], a
         overrides.append(f"--model.include_path={ROOT / settings['include_path']}")
     made = instantiate(path, *overrides)
     if isinstance(made, EvaluateCommandLine):
-        assert settings["output"] == str(made.model.output)
+        assert made.model.output == Path("output", config.get("name", ""), config.get("report", ""))
     else:
         check_training(made)
     if backbone is not None or "tokenizer" in settings:
@@ -167,8 +168,7 @@ def quickstart(tiny_models: dict[str, str], tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("quickstart")
     arguments = ["fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), *TINY_RUN, "--data.context_tokens=96"]
     arguments += [f"--model.backbone.pretrained={tiny_models['llama']}"]
-    arguments += [f"--trainer.default_root_dir={folder}", f"--trainer.logger.save_dir={folder}"]
-    arguments += ["--data.validation_windows=2", "--data.validation_needles=2"]
+    arguments += [f"--name={folder}", "--data.validation_windows=2", "--data.validation_needles=2"]
     arguments += ["--trainer.max_steps=2", "--trainer.val_check_interval=2"]
     arguments += ["--trainer.callbacks.every_n_train_steps=1"]  # of the last callback, the ModelCheckpoint
     start("train.py", *arguments)
@@ -192,16 +192,15 @@ def test_the_quickstart_exports_what_it_trained(
     assert resolved["model"]["init_args"]["backbone"]["pretrained"] == tiny_models["llama"]
 
 
-def test_the_quickstart_ends_in_a_report(
-    quickstart: tuple[Path, list[str]], tiny_models: dict[str, str], tmp_path: Path
-) -> None:
+def test_the_quickstart_ends_in_a_report(quickstart: tuple[Path, list[str]], tiny_models: dict[str, str]) -> None:
     arguments = [f"--model.backbone.pretrained={tiny_models['llama']}", *TINY_RUN]
-    arguments += [f"--model.backbone.adapter={quickstart[0] / 'final'}", f"--model.output={tmp_path}"]
+    arguments += [f"--name={quickstart[0]}", "--report=table"]
     arguments += ["--data.lengths=[96]", "--data.windows=2", "--data.depths=[0.2, 0.8]", "--data.cases_per_cell=1"]
-    arguments += [f"--trainer.logger.save_dir={tmp_path}"]
     said = start("evaluate.py", "test", "--config", "configs/evaluate/quickstart.yaml", *arguments)
-    assert all((tmp_path / f"report.{kind}").stat().st_size > 0 for kind in ("json", "csv", "md", "png"))
-    report = json.loads((tmp_path / "report.json").read_text())
+    table = quickstart[0] / "table"
+    assert all((table / f"report.{kind}").stat().st_size > 0 for kind in ("json", "csv", "md", "png"))
+    assert list(table.glob("events.out.tfevents.*"))
+    report = json.loads((table / "report.json").read_text())
     assert report["training"]["steps"] == 2
     seen = {row["press"]: row["seen_in_training"] for row in report["rows"]}
     assert all(press in said for press in seen)

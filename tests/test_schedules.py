@@ -199,6 +199,10 @@ def test_a_ratio_outside_zero_to_one_is_named(kind: Any, name: str, settings: An
         (Fixed, {"warmup_steps": -1}, "Fixed.warmup_steps is -1: give 0 or more"),
         (Linear, {"steps": 0}, "Linear.steps is 0: give 1 or more"),
         (Cosine, {"steps": 0}, "Cosine.steps is 0"),
+        (Linear, {"steps": 40.0}, "Linear.steps is 40.0: give 1 or more steps as a whole number, or a share"),
+        (Linear, {"steps": 0.0}, "Linear.steps is 0.0: .* above 0 to 1.0"),
+        (Fixed, {"warmup_steps": -0.1}, "Fixed.warmup_steps is -0.1: .* from 0 to 1.0"),
+        (Step, {"values": [0.1, 0.2, 0.3], "boundaries": [0.5, 9]}, r"boundaries is \[0.5, 9\]"),
         (Step, {"values": [0.1], "boundaries": [5]}, "1 values and 1 boundaries"),
         (Step, {"values": [0.1, 0.2, 0.3], "boundaries": [5, 5]}, r"boundaries is \[5, 5\]"),
         (Step, {"values": [0.1, 0.2], "boundaries": [0]}, r"boundaries is \[0\]: give steps above 0"),
@@ -213,3 +217,24 @@ def test_a_ratio_outside_zero_to_one_is_named(kind: Any, name: str, settings: An
 def test_bad_settings_are_named(kind: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kind(**settings)
+
+
+@pytest.mark.parametrize(
+    ("shares", "steps"),
+    [
+        (Linear(0.1, 0.7), Linear(0.1, 0.7, 40)),
+        (Cosine(0.1, 0.7, steps=0.5, warmup_steps=0.25), Cosine(0.1, 0.7, 15, 10)),
+        (Linear(0.1, 0.7, steps=1.0, warmup_steps=8), Linear(0.1, 0.7, 32, 8)),
+        (Step(), Step(boundaries=[10, 20, 30])),
+        (Fixed(0.5, warmup_steps=0.1), Fixed(0.5, 4)),
+        (Adaptive(warmup_steps=0.1), Adaptive(warmup_steps=4)),
+        (Spread(Linear(0.1, 0.7, 0.8), low=0.05), Spread(Linear(0.1, 0.7, 32), low=0.05)),
+    ],
+)
+def test_shares_follow_the_length_of_the_run(shares: Schedule, steps: Schedule) -> None:
+    assert shares.over(40) == steps == steps.over(1000)
+    assert shares.over(1).ratio(0) >= 0  # the shortest run there is
+    with pytest.raises(ValueError, match=r"a share of the run, and trainer.max_steps is -1: give max_steps, or"):
+        shares.over(-1)
+    with pytest.raises(ValueError, match=r"has shares of a run, .*: ask schedule.over\(max_steps\)"):
+        shares.ratio(3)

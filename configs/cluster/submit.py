@@ -63,27 +63,26 @@ class Job:
 def jobs_of(training: Path, gpus: int) -> list[Job]:
     """Every job for one training config, each after those that it needs."""
     config = _read(training)
+    old = config.get("trainer", {}).get("default_root_dir")
     try:
         model = config["model"]["init_args"]["backbone"]["pretrained"]
-        folder = Path(config["trainer"]["default_root_dir"])
+        run = config["name"] if old is None else str(ROOT / old)
     except KeyError as error:
         raise ValueError(f"{training} sets no {error}, so it is no training on its own: take {TRAININGS[0]}") from None
-    adapter = f"--model.backbone.adapter={folder / 'final'}"
+    folder = Path("output") / run
 
     def evaluation(phase: str, path: str, arguments: Iterable[str], needs: tuple[Job, ...] = ()) -> Job:
-        output = folder / Path(path).stem
-        given = [path, f"--model.backbone.pretrained={model}", f"--model.output={output}", *arguments]
-        if _read(Path(path))["trainer"].get("logger"):
-            given.append(f"--trainer.logger.save_dir={output}")
-        name = f"{folder.name}-{output.name}"
-        return Job(phase, name, "evaluate.sbatch", tuple(given), output / "report.json", needs)
+        report = _read(Path(path))["report"]
+        given = (path, f"--name={run}", f"--model.backbone.pretrained={model}", *arguments)
+        result = folder / report / "report.json"
+        return Job(phase, f"{folder.name}-{report}", "evaluate.sbatch", given, result, needs)
 
     analyses = [evaluation("analyse", path, more) for path, more in ANALYSES.items()]
     baselines = [evaluation("baseline", path, more) for path, more in EVALUATIONS.items()]
     given = (str(training), *_same_batch(training, config["trainer"], gpus))
     train = Job("train", f"{folder.name}-train", "train.sbatch", given, folder / "final", tuple(analyses))
     trained = [
-        evaluation("trained", path, [*more, adapter], (train, baseline))
+        evaluation("trained", path, [*more, "--model.backbone.adapter=final"], (train, baseline))
         for (path, more), baseline in zip(EVALUATIONS.items(), baselines, strict=True)
     ]
     return [*analyses, *baselines, train, *trained]

@@ -31,7 +31,7 @@ class Analysis(LightningModule, ABC):
     backbone
         The model; with ``backbone.adapter`` everything is measured twice, with the adapter off (base) and on (trained).
     output
-        Folder for the report, its pictures and the finished work.
+        Folder for the report, its pictures and the finished work; subclasses have a default for null.
     """
 
     def __init__(self, backbone: Backbone, output: str) -> None:

@@ -45,7 +45,7 @@ class AnchorAnalysis(Analysis):
     def __init__(
         self,
         backbone: Backbone,
-        output: str = "output/anchors",
+        output: str | None = None,
         sinks: int = 4,
         carrying: float = 0.8,
         threshold: float = 2.0,
@@ -60,7 +60,7 @@ class AnchorAnalysis(Analysis):
                 raise ValueError(f"{name} is {value}: give a share of the attention above 0 and at most 1")
         if threshold <= 0:
             raise ValueError(f"threshold is {threshold}: give a multiple of chance above 0")
-        super().__init__(backbone, output)
+        super().__init__(backbone, output or "output/anchors")
         self.sinks, self.carrying, self.threshold, self.recent_mass = sinks, carrying, threshold, recent_mass
 
     def described(self) -> dict[str, Any]:

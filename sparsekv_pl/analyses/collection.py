@@ -41,7 +41,7 @@ class TensorCollection(Analysis):
     backbone
         The model.
     output
-        Folder for the tensor files, summaries and the report.
+        Folder for the tensor files, summaries and the report; null: where the run's name says, else output/collect.
     layers
         Layers to write; null for all. Sketch&Walk goes from layer to layer and is tested best on all.
     statistics
@@ -51,11 +51,11 @@ class TensorCollection(Analysis):
     def __init__(
         self,
         backbone: Backbone,
-        output: str = "output/collect",
+        output: str | None = None,
         layers: list[int] | None = None,
         statistics: StatisticsSettings | None = None,
     ) -> None:
-        super().__init__(backbone, output)
+        super().__init__(backbone, output or "output/collect")
         self.variants = dict(list(self.variants.items())[-1:])
         self.statistics = statistics or DEFAULT_STATISTICS
         path = model_path(backbone.pretrained, backbone.adapter)

@@ -35,7 +35,8 @@ class BlockComparison(Analysis):
     backbone
         The model.
     output
-        Folder for the report; besides, comparison_results_{timestamp}.json with every measured number and
+        Folder for the report (null: where the run's name says, else output/compare); besides,
+        comparison_results_{timestamp}.json with every measured number and
         comparison_summary_{timestamp}.json with their means.
     gates
         Folder with trained gates (configs/train/gate.yaml makes one); null compares without a gate.
@@ -61,7 +62,7 @@ class BlockComparison(Analysis):
     def __init__(
         self,
         backbone: Backbone,
-        output: str,
+        output: str | None = None,
         gates: str | None = None,
         block_size: int = 64,
         sketch_dim: int = 64,
@@ -78,7 +79,7 @@ class BlockComparison(Analysis):
         _check({"top_k_blocks": [top_k_blocks], "budgets": budgets, "pass_budgets": pass_budgets}, threshold, dampings)
         for damping in dampings:  # raises for settings that cannot be, before the model is loaded
             SketchWalk(block_size, sketch_dim, exponent, dense_layers, damping, seed)
-        super().__init__(backbone, output)
+        super().__init__(backbone, output or "output/compare")
         layers = self.causal_lm.config.get_text_config().num_hidden_layers
         first = min(dense_layers, layers - 1)
         drawn = sorted({first, (first + layers) // 2, layers - 1}) if picture_layers is None else list(picture_layers)

@@ -50,7 +50,7 @@ class OracleBlocks(Analysis):
     def __init__(
         self,
         backbone: Backbone,
-        output: str = "output/oracle",
+        output: str | None = None,
         block_size: int = 512,
         top_k: int = 5,
         layers: list[int] | None = None,
@@ -59,7 +59,7 @@ class OracleBlocks(Analysis):
         for name, value in {"block_size": block_size, "top_k": top_k}.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}: give at least 1")
-        super().__init__(backbone, output)
+        super().__init__(backbone, output or "output/oracle")
         config = self.causal_lm.config.get_text_config()
         _check("layers", layers, config.num_hidden_layers)
         _check("heads", heads, config.num_attention_heads)

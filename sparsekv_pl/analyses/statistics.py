@@ -44,7 +44,7 @@ class AttentionStatisticsAnalysis(Analysis):
     def __init__(
         self,
         backbone: Backbone,
-        output: str = "output/statistics",
+        output: str | None = None,
         statistics: StatisticsSettings | None = None,
         anchors: Anchors | None = None,
         chunk_tokens: int | None = 1024,
@@ -53,7 +53,7 @@ class AttentionStatisticsAnalysis(Analysis):
         block = self.statistics.query_block
         if chunk_tokens is not None and (chunk_tokens < 1 or chunk_tokens % block):
             raise ValueError(f"chunk_tokens={chunk_tokens} must be a positive multiple of query_block={block}, or null")
-        super().__init__(backbone, output)
+        super().__init__(backbone, output or "output/statistics")
         self.anchors, self.chunk_tokens = anchors or Anchors(recent=0), chunk_tokens
 
     def described(self) -> dict[str, Any]:

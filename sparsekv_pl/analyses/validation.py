@@ -40,7 +40,7 @@ class SketchWalkValidation(LightningModule):
     Parameters
     ----------
     output
-        Folder for all of that.
+        Folder for all of that; null: where the run's name says, else output/sketchwalk.
     block_size, sketch_dim, exponent, dense_layers, damping, seed
         See ``SketchWalk``.
     top_k_blocks
@@ -51,7 +51,7 @@ class SketchWalkValidation(LightningModule):
 
     def __init__(
         self,
-        output: str = "output/sketchwalk",
+        output: str | None = None,
         block_size: int = 64,
         sketch_dim: int = 64,
         top_k_blocks: int = 16,
@@ -64,7 +64,7 @@ class SketchWalkValidation(LightningModule):
         super().__init__()
         if repeats < 1:
             raise ValueError(f"repeats={repeats} times nothing: give at least 1")
-        self.output, self.top_k_blocks, self.repeats = Path(output), top_k_blocks, repeats
+        self.output, self.top_k_blocks, self.repeats = Path(output or "output/sketchwalk"), top_k_blocks, repeats
         self.settings = {
             "block_size": block_size,
             "sketch_dim": sketch_dim,

@@ -46,6 +46,7 @@ class EvaluationModule(LightningModule):
         Presses and ratios. The full cache is always measured.
     output
         Folder for the report, its pictures and tables, and the finished work.
+        Null: where the run's name says, else output/evaluation.
     title
         Of the report.
     stability
@@ -58,14 +59,14 @@ class EvaluationModule(LightningModule):
         self,
         backbone: Backbone,
         settings: list[Setting],
-        output: str = "output/evaluation",
+        output: str | None = None,
         title: str = "Base against trained",
         stability: bool = False,
         sparsity: bool = False,
     ) -> None:
         super().__init__()
         self.settings, self.points = settings, points_of(settings)
-        self.output, self.title = Path(output), title
+        self.output, self.title = Path(output or "output/evaluation"), title
         self.stability, self.sparsity = stability, sparsity
         self.training_summary = training_summary(backbone.adapter)
         self.model, self.tokenizer = backbone.load(trainable=False)

@@ -78,6 +78,7 @@ class HarnessModule(LightningModule):
         with 1 presses see it (query-aware), with the question's length they do not.
     output
         Folder for the report, lm_eval's own results (``lm_eval/``), and the finished work (``results/``).
+        Null: where the run's name says, else output/lm_eval.
     title
         Of the report.
     """
@@ -92,7 +93,7 @@ class HarnessModule(LightningModule):
         num_fewshot: int | None = None,
         apply_chat_template: bool = False,
         held_back: int = 1,
-        output: str = "output/lm_eval",
+        output: str | None = None,
         title: str = "lm-evaluation-harness under eviction",
     ) -> None:
         super().__init__()
@@ -100,7 +101,7 @@ class HarnessModule(LightningModule):
         self.include_path = None if include_path is None else Path(include_path)
         self.limit, self.num_fewshot, self.held_back = limit, num_fewshot, held_back
         self.apply_chat_template = apply_chat_template
-        self.output, self.title = Path(output), title
+        self.output, self.title = Path(output or "output/lm_eval"), title
         self._check()
         self.training_summary = training_summary(backbone.adapter)
         self.model, self.tokenizer = backbone.load(trainable=False)

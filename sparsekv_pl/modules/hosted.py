@@ -55,7 +55,7 @@ class HostedModule(LightningModule):
         ``pretrained`` of a Backbone, of which only the tokenizer is loaded. It cuts contexts to their lengths and
         estimates what a request takes; the endpoint counts with its own.
     output
-        Folder for the report and the finished work.
+        Folder for the report and the finished work; null: where the run's name says, else output/hosted.
     title
         Of the report.
     extra_tokens
@@ -69,7 +69,7 @@ class HostedModule(LightningModule):
         self,
         hosted: HostedModel,
         tokenizer: str = EMBEDDED,
-        output: str = "output/hosted",
+        output: str | None = None,
         title: str = "Hosted model",
         extra_tokens: int = 32,
         dry: bool = False,
@@ -77,7 +77,7 @@ class HostedModule(LightningModule):
         super().__init__()
         if extra_tokens < 0:
             raise ValueError(f"extra_tokens={extra_tokens} must be at least 0")
-        self.hosted, self.output, self.title = hosted, Path(output), title
+        self.hosted, self.output, self.title = hosted, Path(output or "output/hosted"), title
         self.extra_tokens, self.dry = extra_tokens, dry
         self.tokenizer = Backbone(pretrained=tokenizer).load_tokenizer()
 

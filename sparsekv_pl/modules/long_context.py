@@ -58,6 +58,7 @@ class LongContextModule(LightningModule):
         Most tokens of a chunk. Memory is that of budget + chunk_tokens.
     output
         Folder for the report, the finished work and the state of an unfinished one.
+        Null: where the run's name says, else output/long_context.
     title
         Of the report.
     save_every
@@ -74,7 +75,7 @@ class LongContextModule(LightningModule):
         press: BasePress | None,
         budget: int | None = 2048,
         chunk_tokens: int = 1024,
-        output: str = "output/long_context",
+        output: str | None = None,
         title: str = TITLE,
         save_every: int = 64,
         dry: bool = False,
@@ -89,7 +90,7 @@ class LongContextModule(LightningModule):
         if press is not None:
             check_compression_ratio("press.compression_ratio", press.compression_ratio)
         self.press, self.budget, self.chunk_tokens = press, budget, chunk_tokens
-        self.output, self.title, self.save_every = Path(output), title, save_every
+        self.output, self.title, self.save_every = Path(output or "output/long_context"), title, save_every
         self.dry, self.tokens_per_second = dry, tokens_per_second
         self.backbone = backbone
         self.variant = "base" if backbone.adapter is None else "trained"

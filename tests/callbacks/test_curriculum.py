@@ -123,6 +123,12 @@ def test_pure_schedules_need_no_metric_and_no_validation(tmp_path: Path) -> None
     assert len(module.ratios) == 8
 
 
+def test_shares_follow_the_trainers_max_steps(tmp_path: Path) -> None:
+    module = Evicting()
+    trainer(tmp_path, Curriculum(Spread(Linear(0.2, 0.6), low=0.5)), max_steps=4).fit(module)
+    assert module.ratios[:3] == pytest.approx([0.2, 0.3, 0.4])
+
+
 def test_adaptive_without_validation_stops_before_training(tmp_path: Path) -> None:
     module = Evicting()
     with pytest.raises(ValueError, match="no validation"):
@@ -147,5 +153,5 @@ def test_the_exported_state_is_json_and_says_what_was_trained() -> None:
 
 def test_the_global_random_state_is_left_alone() -> None:
     before = torch.get_rng_state()
-    Spread(Linear()).ratio(3)
+    Spread(Linear(steps=9)).ratio(3)
     assert torch.equal(before, torch.get_rng_state())

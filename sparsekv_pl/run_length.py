@@ -1,0 +1,119 @@
+"""A run's length is said once, as trainer.max_steps: what lasts as long as the run, or a share of it, follows."""
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from jsonargparse import Namespace
+
+if TYPE_CHECKING:
+    from sparsekv_pl.schedules import Schedule
+
+Steps = int | float
+"""A whole number counts optimizer steps; a number with a point, 0 to 1, is a share of the run."""
+
+LASTING = ("warmup_steps", "steps", "boundaries")
+"""Settings of schedules that are ``Steps``; the latter two begin when the warm-up ends and share what it leaves."""
+
+Kind = TypeVar("Kind", bound="Schedule")
+
+
+def check_steps(name: str, value: Steps, minimum: int) -> None:
+    """Raise ValueError where ``value``, the setting ``name``, is neither ``minimum`` steps or more nor a share."""
+    share = isinstance(value, float)
+    if not (minimum <= value if not share else 0 <= value <= 1 and (value or not minimum)):
+        raise ValueError(
+            f"{name} is {value}: give {minimum} or more steps as a whole number, or a share of the run "
+            f"{'above' if minimum else 'from'} 0 to 1.0"
+        )
+
+
+def check_boundaries(name: str, boundaries: Sequence[Steps]) -> None:
+    """Raise ValueError unless ``boundaries``, the setting ``name``, are rising steps, or rising shares."""
+    if any(a >= b for a, b in pairwise([0, *boundaries])) or len({type(boundary) for boundary in boundaries}) > 1:
+        raise ValueError(
+            f"{name} is {boundaries}: give steps above 0, each larger than the last, or shares of the run up to 1.0"
+        )
+    for boundary in boundaries:
+        check_steps(name, boundary, 1)
+
+
+def check_settled(schedule: "Schedule") -> None:
+    """Raise ValueError where ``schedule`` has shares of a run whose length it was not given."""
+    if found := _shares(schedule):
+        raise ValueError(f"{type(schedule).__name__} has shares of a run, {found}: ask schedule.over(max_steps)")
+
+
+def in_steps(schedule: Kind, max_steps: int) -> Kind:
+    """``schedule``, and one inside it, with shares of a run of ``max_steps`` optimizer steps as steps.
+
+    Raises
+    ------
+    ValueError
+        Where there are shares, and ``max_steps`` says no length (-1).
+    """
+    inner = getattr(schedule, "schedule", None)
+    if inner is not None:
+        return replace(schedule, schedule=in_steps(inner, max_steps))  # type: ignore[type-var]
+    found = _shares(schedule)
+    if not found:
+        return schedule
+    if max_steps < 1:
+        name, value = next(iter(found.items()))
+        raise ValueError(
+            f"{type(schedule).__name__}.{name} is {value}, a share of the run, and trainer.max_steps is {max_steps}: "
+            f"give max_steps, or {name} as whole numbers of steps"
+        )
+    warmup = getattr(schedule, "warmup_steps", 0)
+    settled = {"warmup_steps": round(warmup * max_steps)} if "warmup_steps" in found else {}
+    left = max(1, max_steps - settled.get("warmup_steps", warmup))
+    if "steps" in found:
+        settled["steps"] = max(1, round(found["steps"] * left))
+    if "boundaries" in found:
+        settled["boundaries"] = _apart([round(share * left) for share in found["boundaries"]])
+    return replace(schedule, **settled)  # type: ignore[type-var]
+
+
+def _shares(schedule: "Schedule") -> dict[str, Any]:
+    """The settings of ``schedule`` that are shares of a run's length."""
+    lasting = {f.name: getattr(schedule, f.name) for f in fields(schedule) if f.name in LASTING}  # type: ignore[arg-type]
+    return {name: value for name, value in lasting.items() if _is_share(value)}
+
+
+def _is_share(value: Any) -> bool:
+    return any(isinstance(item, float) for item in (value if isinstance(value, list) else [value]))
+
+
+def _apart(boundaries: Sequence[int]) -> list[int]:
+    """Each at least one step after the one before: a short run rounds neighbours together."""
+    apart: list[int] = []
+    for boundary in boundaries:
+        apart.append(max(boundary, (apart[-1] if apart else 0) + 1))
+    return apart
+
+
+def fill_length(settings: Namespace) -> None:
+    """Give a learning-rate schedule of ``settings``, those of one command, the run's length as its ``total_steps``.
+
+    Raises
+    ------
+    ValueError
+        Where it ends before the run does, which would stop training there, or where nothing says its length.
+    """
+    key, max_steps = "model.init_args.lr_scheduler.init_args", settings.get("trainer.max_steps")
+    schedule = settings.get(key)
+    if not isinstance(schedule, Namespace) or "total_steps" not in schedule or schedule.get("epochs") is not None:
+        return
+    total = schedule.total_steps
+    if total is None and max_steps < 1:
+        raise ValueError(
+            f"model.lr_scheduler.total_steps follows trainer.max_steps, which is {max_steps}: give either of them"
+        )
+    if total is not None and total < max_steps:
+        raise ValueError(
+            f"model.lr_scheduler.total_steps is {total}, and trainer.max_steps {max_steps}: training would stop at "
+            f"step {total}. Leave total_steps out, and it follows max_steps"
+        )
+    if total is None:
+        settings[f"{key}.total_steps"] = max_steps
