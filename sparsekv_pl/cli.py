@@ -71,16 +71,16 @@ class Parser(LightningArgumentParser):
             self.exit(2, f"error: {plain(message)}\n")
         super().error(message, ex)
 
-    def instantiate(self, cfg: Namespace, **settings: Any) -> Namespace:
-        """Objects of ``cfg``, with what follows from the run's name and length filled in for them alone.
+    def instantiate(self, namespace: Namespace, *args: Any, **settings: Any) -> Namespace:
+        """Objects of ``namespace``, with what follows from the run's name and length filled in for them alone.
 
         The configuration that is saved says each once, so that another ``--name`` over it names the run as wholly.
         """
-        if "trainer" in cfg:
-            cfg = cfg.clone()
-            fill_name(cfg)
-            fill_length(cfg)
-        return super().instantiate(cfg, **settings)
+        if "trainer" in namespace:
+            namespace = namespace.clone()
+            fill_name(namespace)
+            fill_length(namespace)
+        return super().instantiate(namespace, *args, **settings)
 
 
 class CommandLine(LightningCLI):

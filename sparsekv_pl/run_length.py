@@ -3,12 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from jsonargparse import Namespace
-
-if TYPE_CHECKING:
-    from sparsekv_pl.schedules import Schedule
 
 Steps = int | float
 """A whole number counts optimizer steps; a number with a point, 0 to 1, is a share of the run."""
@@ -16,7 +13,8 @@ Steps = int | float
 LASTING = ("warmup_steps", "steps", "boundaries")
 """Settings of schedules that are ``Steps``; the latter two begin when the warm-up ends and share what it leaves."""
 
-Kind = TypeVar("Kind", bound="Schedule")
+Schedule = TypeVar("Schedule", bound=Any)
+"""A dataclass of schedules.py."""
 
 
 def check_steps(name: str, value: Steps, minimum: int) -> None:
@@ -39,13 +37,13 @@ def check_boundaries(name: str, boundaries: Sequence[Steps]) -> None:
         check_steps(name, boundary, 1)
 
 
-def check_settled(schedule: "Schedule") -> None:
+def check_settled(schedule: Any) -> None:
     """Raise ValueError where ``schedule`` has shares of a run whose length it was not given."""
     if found := _shares(schedule):
         raise ValueError(f"{type(schedule).__name__} has shares of a run, {found}: ask schedule.over(max_steps)")
 
 
-def in_steps(schedule: Kind, max_steps: int) -> Kind:
+def in_steps(schedule: Schedule, max_steps: int) -> Schedule:
     """``schedule``, and one inside it, with shares of a run of ``max_steps`` optimizer steps as steps.
 
     Raises
@@ -55,7 +53,7 @@ def in_steps(schedule: Kind, max_steps: int) -> Kind:
     """
     inner = getattr(schedule, "schedule", None)
     if inner is not None:
-        return replace(schedule, schedule=in_steps(inner, max_steps))  # type: ignore[type-var]
+        return replace(schedule, schedule=in_steps(inner, max_steps))
     found = _shares(schedule)
     if not found:
         return schedule
@@ -72,12 +70,12 @@ def in_steps(schedule: Kind, max_steps: int) -> Kind:
         settled["steps"] = max(1, round(found["steps"] * left))
     if "boundaries" in found:
         settled["boundaries"] = _apart([round(share * left) for share in found["boundaries"]])
-    return replace(schedule, **settled)  # type: ignore[type-var]
+    return replace(schedule, **settled)
 
 
-def _shares(schedule: "Schedule") -> dict[str, Any]:
+def _shares(schedule: Any) -> dict[str, Any]:
     """The settings of ``schedule`` that are shares of a run's length."""
-    lasting = {f.name: getattr(schedule, f.name) for f in fields(schedule) if f.name in LASTING}  # type: ignore[arg-type]
+    lasting = {f.name: getattr(schedule, f.name) for f in fields(schedule) if f.name in LASTING}
     return {name: value for name, value in lasting.items() if _is_share(value)}
 
 

@@ -169,7 +169,7 @@ def quickstart(tiny_models: dict[str, str], tmp_path_factory: pytest.TempPathFac
     arguments = ["fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), *TINY_RUN, "--data.context_tokens=96"]
     arguments += [f"--model.backbone.pretrained={tiny_models['llama']}"]
     arguments += [f"--name={folder}", "--data.validation_windows=2", "--data.validation_needles=2"]
-    arguments += ["--trainer.max_steps=2", "--trainer.val_check_interval=2"]
+    arguments += ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--model.lr_scheduler.total_steps=9"]
     arguments += ["--trainer.callbacks.every_n_train_steps=1"]  # of the last callback, the ModelCheckpoint
     start("train.py", *arguments)
     return folder, arguments

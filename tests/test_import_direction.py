@@ -41,6 +41,8 @@ FOUNDATIONS = {
         "quantisation",
         "ranks",
         "redaction",
+        "run_length",
+        "run_name",
         "schedules",
         "secret_shapes",
         "seeding",
