@@ -84,8 +84,8 @@ class CollectTensors(pl.Callback):
         lengths = [length for length in self.lengths if length in offered]
         if not lengths:
             raise ValueError(f"CollectTensors.lengths={self.lengths}, but the data has {offered}: give one of these")
-        identity = getattr(pl_module, "identity", {})
-        path = model_path(str(identity.get("pretrained", "")), getattr(pl_module, "adapter", None))
+        base = getattr(pl_module, "base", {})
+        path = model_path(str(base.get("pretrained", "")), getattr(pl_module, "adapter", None))
         self.capture = TensorCapture(self.output, model, path, self.layers, self.statistics)
         self.capture.rank = trainer.global_rank
         self.records: list[Record] = []

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from sparsekv_pl.chat_date import render
+
 MARK = "<<<the text goes here>>>"
 WORD_STARTS = ("Ġ", "Ċ", "▁", " ", "\n")
 """How tokens that begin with whitespace are spelled in byte-level, sentencepiece and plain vocabularies."""
@@ -35,7 +37,7 @@ def next_turn(tokenizer: Any) -> str:
 
 def _rendered(tokenizer: Any, messages: list[dict[str, str]], **settings: Any) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **settings)
+        return render(tokenizer, messages, enable_thinking=False, **settings)
     except Exception as error:  # a template is a program of the model's; Jinja's sandbox refuses one by an error
         raise _refused(tokenizer, f"fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
 

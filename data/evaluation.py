@@ -97,6 +97,7 @@ class EvaluationData(TokenizedData):
         self.lengths, self.depths, self.seeds = list(lengths), list(depths), list(seeds)
         self.cases_per_cell, self.windows, self.continuation_tokens = cases_per_cell, windows, continuation_tokens
         self.batch_size, self.query_aware = batch_size, query_aware
+        self.has_text = windows > 0
         self._check()
 
     def _check(self) -> None:

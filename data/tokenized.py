@@ -8,6 +8,9 @@ from lightning.pytorch import LightningDataModule
 class TokenizedData(LightningDataModule):
     """Has a ``tokenizer``: the trainer's ``lightning_module.tokenizer``, or what is set before ``setup``."""
 
+    has_text = False
+    """Whether some of its cases are windows of text, which are read and not answered."""
+
     def __init__(self) -> None:
         super().__init__()
         self.tokenizer: Any = None

@@ -6,19 +6,14 @@ from typing import Any
 
 from kvpress import BasePress
 
+from sparsekv_pl.fingerprint import folder_digest
 from sparsekv_pl.presses.scores import press_name, presses_in
-from sparsekv_pl.results import digest_of, key_of
-
-TRAINING_SUMMARY = "training.json"
-"""Written beside an exported adapter by callbacks/adapter_export.py."""
+from sparsekv_pl.weight_match import TRAINING_SUMMARY
 
 
 def fingerprint(adapter: str | None) -> str | None:
     """Of an adapter's weights and settings: the folder may be trained anew under the same name."""
-    if adapter is None:
-        return None
-    files = [path for path in sorted(Path(adapter).glob("adapter_*")) if path.is_file()]
-    return key_of(files=[[path.name, digest_of(path)] for path in files])
+    return None if adapter is None else folder_digest(Path(adapter).expanduser(), ["adapter_*"])
 
 
 def variants_of(adapter: str | None) -> dict[str, str | None]:
@@ -28,7 +23,7 @@ def variants_of(adapter: str | None) -> dict[str, str | None]:
 
 def training_summary(adapter: str | None) -> dict[str, Any]:
     """What the adapter's training run wrote about itself; empty where it wrote nothing."""
-    path = None if adapter is None else Path(adapter) / TRAINING_SUMMARY
+    path = None if adapter is None else Path(adapter).expanduser() / TRAINING_SUMMARY
     return json.loads(path.read_text()) if path is not None and path.exists() else {}
 
 

@@ -13,17 +13,20 @@ from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
+from sparsekv_pl.fingerprint import model_digest
 from sparsekv_pl.gguf_checkpoint import EMBEDDED, convert, embedded_gguf
+from sparsekv_pl.keys import settings_of
 from sparsekv_pl.lora import Lora, inject_lora, load_adapter
 from sparsekv_pl.native_precision import AUTO, AskedDtype, decide
 from sparsekv_pl.placement import Placement, settle
 from sparsekv_pl.quantisation import four_bit, keep_unpacked, skeleton, stored_quantisation
+from sparsekv_pl.weight_match import check_base, load_whole
 
 
 @dataclass
@@ -77,8 +80,9 @@ class Backbone:
         Raises
         ------
         ValueError
-            For a path that does not exist, an architecture that transformers does not know, a tokenizer whose ids do
-            not fit the embedding, LoRA targets that the model does not have, a placement or a sharding that cannot be.
+            For a path that does not exist, an architecture that transformers does not know, weights that are missing
+            or unused, a tokenizer whose ids do not fit the embedding, LoRA targets that the model does not have, an
+            adapter of another base or without effect, a placement or a sharding that cannot be.
         """
         if trainable and self.load_in_4bit and self.lora is None and self.adapter is None:
             raise ValueError("load_in_4bit=true freezes the base weights: set lora, or load_in_4bit=false")
@@ -90,20 +94,44 @@ class Backbone:
         model = self._skeleton(source) if self.sharded else self._model(source, trainable)
         check_vocabulary(model, tokenizer, self.pretrained)
         if self.adapter is not None:
+            check_base(Path(self.adapter).expanduser(), self.pretrained, Path(source), self.files)
             return load_adapter(model, self.adapter, trainable), tokenizer
         if self.lora is not None and trainable:
             return inject_lora(model, self.lora), tokenizer
         return model, tokenizer
 
-    def identity(self) -> dict[str, str | bool | None]:
-        """What decides the loaded model's outputs: the part of a finished measurement's key that names the model."""
+    def identity(self) -> dict[str, Any]:
+        """What decides the base model's outputs: the part of a finished measurement's key that is the model.
+
+        The files count by their content. Those of a hub model are there once it is loaded.
+        """
         assert self.dtype != AUTO
+        return {
+            "files": model_digest(self.files()),
+            "dtype": self.dtype,
+            "attention": self.attention,
+            "load_in_4bit": self.load_in_4bit,
+            "placement": settings_of(self.placement),
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+    def described(self) -> dict[str, str | bool | None]:
+        """The base model as reports call it."""
         return {
             "pretrained": self.pretrained,
             "revision": self.revision,
             "dtype": self.dtype,
             "load_in_4bit": self.load_in_4bit,
         }
+
+    def files(self) -> Path:
+        """The GGUF file or the folder that holds the base model; a hub model's lies in Hugging Face's cache."""
+        path = embedded_gguf() if self.pretrained == EMBEDDED else Path(self.pretrained).expanduser()
+        if path.exists():
+            return path
+        with _explained(self.pretrained):
+            config = cached_file(self.pretrained, "config.json", revision=self.revision, local_files_only=True)
+        return Path(str(config)).parent
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer alone."""
@@ -140,7 +168,7 @@ class Backbone:
                 settings["quantization_config"] = four_bit(config, dtype, trusted)
         placed = {} if self.placement is None else self._placed(config, settings.get("quantization_config"), trainable)
         with _explained(self.pretrained):
-            model = AutoModelForCausalLM.from_pretrained(
+            model = load_whole(
                 source,
                 revision=self.revision,
                 dtype=dtype,

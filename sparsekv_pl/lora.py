@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from sparsekv_pl.weight_match import check_adapter_keys, check_adapts, check_head
+
 
 @dataclass
 class Lora:
@@ -48,18 +50,36 @@ def inject_lora(model: PreTrainedModel, lora: Lora) -> PreTrainedModel:
         task_type="CAUSAL_LM",
     )
     on_meta = model.device.type == "meta"
-    return get_peft_model(model, config, low_cpu_mem_usage=on_meta)  # type: ignore[return-value]
+    adapted = get_peft_model(model, config, low_cpu_mem_usage=on_meta)
+    check_head(model, f"lora.targets={list(lora.targets)}")
+    return adapted  # type: ignore[return-value]
 
 
 def load_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> PreTrainedModel:
-    """``model`` with the adapter in folder ``adapter``. Raises ``ValueError`` where none is there."""
-    from peft import PeftConfig, PeftModel, get_peft_model
+    """``model`` with the adapter in folder ``adapter``.
+
+    Raises ``ValueError`` where none is there, or one that would change nothing of what is computed here, or not all
+    that it was trained to.
+    """
+    from peft import PeftConfig, get_peft_model
 
     folder = Path(adapter).expanduser()
     if not (folder / "adapter_config.json").exists():
         raise ValueError(f"adapter={adapter!r} has no adapter_config.json: give a folder that a training run exported")
-    if model.device.type == "meta":
-        config = PeftConfig.from_pretrained(str(folder))
-        config.inference_mode = not trainable
-        return get_peft_model(model, config, low_cpu_mem_usage=True)
-    return PeftModel.from_pretrained(model, folder, is_trainable=trainable)  # type: ignore[return-value]
+    config = PeftConfig.from_pretrained(str(folder))
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"adapter={adapter!r} is of type {config.peft_type}, which puts tokens before the prompt and changes no "
+            "layer: the decoder alone is run here, so it would do nothing. Give a LoRA"
+        )
+    trained_on, config.inference_mode = config.base_model_name_or_path, not trainable
+    on_meta = model.device.type == "meta"
+    adapted = get_peft_model(model, config, low_cpu_mem_usage=on_meta)
+    config.base_model_name_or_path = trained_on
+    if not on_meta:
+        found = adapted.load_adapter(str(folder), "default", is_trainable=trainable)
+        check_adapter_keys(adapter, found.missing_keys, found.unexpected_keys)
+        adapted.train(trainable)
+    check_adapts(model, adapter)
+    check_head(model, f"adapter={adapter!r}")
+    return adapted

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekv_pl.backbone import causal_lm
+from sparsekv_pl.chat_date import DAY
 from sparsekv_pl.eviction.decoding import greedy
 from sparsekv_pl.eviction.ledger import ledger
 from sparsekv_pl.eviction.prefill import chunk_bounds, continue_from, prefill
@@ -113,6 +114,7 @@ class PressedLM(HFLM):
             super().__init__(
                 pretrained=causal_lm(model), tokenizer=tokenizer, backend="causal", batch_size=1, max_length=max_length
             )
+        self.chat_template_args: dict[str, Any] = {**self.chat_template_args, "strftime_now": DAY.strftime}
         self.press, self.chunk_tokens = press, chunk_tokens
         self.held_back, self.rolling_tokens = held_back, rolling_tokens
         self.evictions: dict[str, list[Eviction]] = {}

@@ -12,19 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsekv_pl.keys import canonical
+
 log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 """One measured case: column -> number, text, list of texts, or None."""
-
-
-def key_of(**described: Any) -> str:
-    """A key for a piece of work: equal exactly when everything that decides its outcome is equal.
-
-    >>> key_of(press="SnapKV", ratio=0.5) == key_of(ratio=0.5, press="SnapKV")
-    True
-    """
-    return hashlib.blake2b(_canonical(described).encode(), digest_size=16).hexdigest()
 
 
 class Results:
@@ -67,11 +60,6 @@ def gathered(records: Sequence[Record]) -> list[Record]:
     return [record for part in parts for record in part]
 
 
-def digest_of(path: Path) -> str:
-    """Of a file's bytes."""
-    return hashlib.file_digest(path.open("rb"), "sha256").hexdigest()
-
-
 def _read(path: Path) -> dict[str, list[Record]]:
     """The sound lines of a file; where others stand between them, the file is written anew without those."""
     pieces: dict[str, list[Record]] = {}
@@ -95,8 +83,4 @@ def _read(path: Path) -> dict[str, list[Record]]:
 
 
 def _checksum(body: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(_canonical(body).encode(), digest_size=8).hexdigest()
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, allow_nan=False)
+    return hashlib.blake2b(canonical(body).encode(), digest_size=8).hexdigest()

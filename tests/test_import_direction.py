@@ -29,9 +29,12 @@ FOUNDATIONS = {
         "backbone",
         "batch",
         "cache_shape",
+        "chat_date",
         "config_values",
         "decoder",
+        "fingerprint",
         "gguf_checkpoint",
+        "keys",
         "layer_outputs",
         "lora",
         "losses",
@@ -47,6 +50,7 @@ FOUNDATIONS = {
         "secret_shapes",
         "seeding",
         "selection",
+        "weight_match",
     )
 }
 PARTS = {
@@ -81,7 +85,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(PARTS, FOUNDATIONS | PARTS | {LIBRARY}),
     **dict.fromkeys(MODULES, FOUNDATIONS | PARTS | {LIBRARY}),
     COMMAND_LINE: WHOLE_LIBRARY,
-    "data": {f"{LIBRARY}.batch", f"{LIBRARY}.seeding"},
+    "data": {f"{LIBRARY}.{name}" for name in ("batch", "chat_date", "seeding")},
     "callbacks": WHOLE_LIBRARY,
     "benchmarks": EVERYTHING,
     "configs": EVERYTHING,  # what makes the data of a local task

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from sparsekv_pl.results import Results, digest_of, key_of
+from sparsekv_pl.fingerprint import digest_of
+from sparsekv_pl.keys import key_of
+from sparsekv_pl.results import Results
 
 RECORD = {"case": "facts/1", "exact": 1.0, "answers": ["48213", "Ünïcode\n"], "depth": None}
 

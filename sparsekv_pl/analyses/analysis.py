@@ -16,9 +16,10 @@ from sparsekv_pl.backbone import Backbone, adapter_off, causal_lm
 from sparsekv_pl.batch import CaseBatch
 from sparsekv_pl.eviction.limits import position_limit
 from sparsekv_pl.native_precision import warn_of_emulation
+from sparsekv_pl.keys import batch_of, computed_by, key_of
 from sparsekv_pl.reporting import run_environment
 from sparsekv_pl.reporting.console import show_report
-from sparsekv_pl.results import Record, Results, gathered, key_of
+from sparsekv_pl.results import Record, Results, gathered
 
 
 class Analysis(LightningModule, ABC):
@@ -39,7 +40,8 @@ class Analysis(LightningModule, ABC):
         self.output = Path(output)
         self.training_summary = training_summary(backbone.adapter)
         self.model, self.tokenizer = backbone.load(trainable=False)
-        self.identity, self.variants = backbone.identity(), variants_of(backbone.adapter)
+        self.base, self.identity = backbone.described(), backbone.identity()
+        self.variants = variants_of(backbone.adapter)
 
     @abstractmethod
     def described(self) -> dict[str, Any]:
@@ -92,7 +94,7 @@ class Analysis(LightningModule, ABC):
         records = gathered(self.records)
         if not self.trainer.is_global_zero or not records:
             return
-        told = run_environment(self, self.started, dtype=self.identity["dtype"], model=self.identity)
+        told = run_environment(self, self.started, dtype=self.identity["dtype"], model=self.base)
         show_report(self.write(records, told))
 
     def _variant(self, variant: str) -> AbstractContextManager[Any]:
@@ -104,8 +106,6 @@ class Analysis(LightningModule, ABC):
             settings=self.described(),
             model=self.identity,
             adapter=self.variants[variant],
-            precision=str(self.trainer.precision),
-            context=batch["context_ids"].tolist(),
-            continuation=batch["continuation_ids"].tolist(),
-            cases=[[case.id, case.answers] for case in batch["cases"]],
+            computed_by=computed_by(self),
+            batch=batch_of(batch, named=True),
         )

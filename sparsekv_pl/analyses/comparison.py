@@ -17,12 +17,13 @@ from sparsekv_pl.attention.sketchwalk import SketchWalk
 from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.batch import TEXT, CaseBatch
 from sparsekv_pl.eviction.prefill import continue_from
+from sparsekv_pl.fingerprint import folder_digest
 from sparsekv_pl.measures.block_agreement import AgreementSettings, BlockAgreement
 from sparsekv_pl.measures.block_methods import block_methods, oracle
 from sparsekv_pl.measures.block_passes import BlockPasses
 from sparsekv_pl.reporting.comparison.report import comparison_report
 from sparsekv_pl.reporting.console import show
-from sparsekv_pl.results import Record, digest_of
+from sparsekv_pl.results import Record
 
 
 class BlockComparison(Analysis):
@@ -154,10 +155,10 @@ class BlockComparison(Analysis):
         return paths
 
     def _gates(self) -> AttentionGates | None:
-        self.gates_digest: dict[str, str] | None = None
+        self.gates_digest: str | None = None
         if self.gates_folder is None:
             return None
-        folder = Path(self.gates_folder)
+        folder = Path(self.gates_folder).expanduser()
         if not folder.is_dir():
             raise ValueError(
                 f"gates={folder}: there is no such folder. Train gates first (python train.py fit --config "
@@ -170,7 +171,7 @@ class BlockComparison(Analysis):
                 f"{gates.shape.block_size} tokens: give their block_size"
             )
         gates.check(self.causal_lm)
-        self.gates_digest = {path.name: digest_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
+        self.gates_digest = folder_digest(folder)
         return gates.eval()
 
 

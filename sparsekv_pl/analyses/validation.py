@@ -17,6 +17,8 @@ from sparsekv_pl.attention.block_sparse import block_sparse_attention
 from sparsekv_pl.attention.blocks import NOTHING, Blocks, Selector, TopBlocks, block_count
 from sparsekv_pl.attention.sketchwalk import SketchWalk
 from sparsekv_pl.attention.tensor_files import LayerTensors, TensorFileError, read
+from sparsekv_pl.fingerprint import digest_of
+from sparsekv_pl.keys import computed_by, key_of
 from sparsekv_pl.monitoring import timed
 from sparsekv_pl.reporting import run_environment, write_analysis
 from sparsekv_pl.reporting.console import show, show_report
@@ -24,7 +26,7 @@ from sparsekv_pl.reporting.files import json_bytes
 from sparsekv_pl.reporting.page import Table
 from sparsekv_pl.reporting.validation.figures import validation_figure
 from sparsekv_pl.reporting.validation.summary import MEASUREMENT, expected_table, sections, summary
-from sparsekv_pl.results import Record, Results, gathered, key_of
+from sparsekv_pl.results import Record, Results, gathered
 
 if TYPE_CHECKING:
     from rich.table import Table as TerminalTable
@@ -137,9 +139,8 @@ class SketchWalkValidation(LightningModule):
             settings=self.settings,
             top_k_blocks=self.top_k_blocks,
             repeats=self.repeats,
-            device=str(self.device),
-            precision=str(self.trainer.precision),
-            files=[[path.name, *_version(path)] for path in paths],
+            computed_by=computed_by(self),
+            files=[[path.name, digest_of(path) if path.exists() else None] for path in paths],
         )
 
 
@@ -240,11 +241,6 @@ def _milliseconds(turns: Sequence[Selector], layer: int, *states: Tensor) -> tup
     times = [(timed(partial(_dense, *states))[1], timed(partial(_sparse, turn, layer, *states))[1]) for turn in turns]
     dense, sparse = zip(*times, strict=True)
     return 1000 * median(dense), 1000 * median(sparse)
-
-
-def _version(path: Path) -> list[int]:
-    """Changes when the file does; nothing for one that is not there (any more)."""
-    return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else []
 
 
 def _for_terminal(table: Table) -> "TerminalTable":

@@ -8,7 +8,9 @@ from kvpress import BasePress
 
 from sparsekv_pl.eviction.limits import check_chunks
 from sparsekv_pl.eviction.prefill import chunk_bounds
-from sparsekv_pl.presses.scores import observation_window, press_name, set_compression_ratio
+from sparsekv_pl.keys import settings_of
+from sparsekv_pl.presses.deciding import deciding_press
+from sparsekv_pl.presses.scores import observation_window, only_trains, press_name, set_compression_ratio
 from sparsekv_pl.schedules import check_compression_ratio
 
 
@@ -39,13 +41,28 @@ class Point:
         spelled = f"{self.press_name}_{self.compression_ratio:g}_{self.prefill}".replace(" ", "_")
         return "".join(letter if letter.isalnum() or letter in "_-" else "-" for letter in spelled)
 
+    def unfit(self) -> str | None:
+        """Why the press cannot be measured at this ratio; None where it can."""
+        try:
+            if self.press is not None:
+                set_compression_ratio(self.press, self.compression_ratio)
+        except ValueError as error:
+            return str(error)
+        return None
+
     def described(self) -> dict[str, Any]:
         """All that decides what this point does, as JSON can hold it."""
         return {
-            "press": press_settings(self.press, self.compression_ratio),
+            "press": self._press_settings(),
             "chunk_tokens": self.chunk_tokens,
             "decoding_interval": self.decoding_interval,
         }
+
+    def _press_settings(self) -> Any:
+        if self.press is None:
+            return None
+        set_compression_ratio(self.press, self.compression_ratio)
+        return settings_of(self.press)
 
 
 @dataclass
@@ -78,6 +95,7 @@ class Setting:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1 token, or null")
+        check_evicts(self.press)
         if self.chunk_tokens is not None and self.decoding_interval is not None:
             raise ValueError("a setting evicts in chunks or during decoding: set chunk_tokens or decoding_interval")
 
@@ -97,6 +115,16 @@ class Setting:
             )
 
 
+def check_evicts(press: BasePress) -> None:
+    """Raise ``ValueError`` for a press with which an evaluation would be one of the full cache under its name."""
+    deciding = deciding_press(press)
+    if deciding is not None and only_trains(deciding):
+        raise ValueError(
+            f"{press_name(press)} evicts in training alone, so the full cache would be measured under its name: "
+            "evaluate with a press that evicts then too (SnapKVPress, KeyDiffPress)"
+        )
+
+
 def points_of(settings: list[Setting]) -> list[Point]:
     """The full cache, then every setting's points. ``ValueError`` where two could not be told apart in a report."""
     points = [Point(), *(point for setting in settings for point in setting.points())]
@@ -108,21 +136,3 @@ def points_of(settings: list[Setting]) -> list[Point]:
                 "rows could not be told apart; remove one, or measure it in a run of its own"
             )
     return points
-
-
-def press_settings(press: BasePress | None, compression_ratio: float | None = None) -> Any:
-    """Class and settings of a press and of those in it; ``compression_ratio`` stands for whatever it is set to now."""
-    if press is None:
-        return None
-    if compression_ratio is not None:
-        set_compression_ratio(press, compression_ratio)
-    public = {name: value for name, value in vars(press).items() if not name.startswith("_")}
-    return {"class": type(press).__name__, **{name: _plain(value) for name, value in sorted(public.items())}}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, BasePress):
-        return press_settings(value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else None

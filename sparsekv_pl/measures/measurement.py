@@ -49,11 +49,16 @@ class Measurement:
         with phases("point"):
             rows, costs = self._rows(point)
         shared = costs | {"peak_bytes": phases.peak_bytes()}
-        if self.with_stability and self.is_text and point.press is not None and point.prefill == "dense":
+        if self.tells_stability(point):
             rows = [row | stable for row, stable in zip(rows, self._stable(point.press), strict=True)]
         return [shared | row for row in rows]
 
-    def _stable(self, press: BasePress) -> list[Record]:
+    def tells_stability(self, point: Point) -> bool:
+        """Whether the records of ``point`` say how stable its press's choice is."""
+        return self.with_stability and self.is_text and point.press is not None and point.prefill == "dense"
+
+    def _stable(self, press: BasePress | None) -> list[Record]:
+        assert press is not None
         try:
             return self._stability.of(press)
         except ValueError as error:  # a press that merges or changes pairs has scores, but no stability

@@ -20,6 +20,7 @@ from sparsekv_pl.eviction.dropout import KVDropout
 from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.eviction.prefill import full_cache
 from sparsekv_pl.eviction.reach import check_full_cache
+from sparsekv_pl.fingerprint import weights_digest
 from sparsekv_pl.losses import token_nll
 from sparsekv_pl.metrics import ContinuationPerplexity
 from sparsekv_pl.modules.fit_together import check_evicts_in_evaluation, fit_together
@@ -184,6 +185,7 @@ class EITModule(LightningModule):
         return {
             "base": self.backbone.pretrained,
             "dtype": self.backbone.dtype,
+            "base_weights": weights_digest(self.backbone.files()),
             "eviction": type(self.eviction).__name__,
             "presses": [press_name(member) for member in members],
             "objective": type(self.objective).__name__,

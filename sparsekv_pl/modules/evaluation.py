@@ -18,6 +18,7 @@ from sparsekv_pl.backbone import Backbone, adapter_off, causal_lm
 from sparsekv_pl.batch import TEXT, CaseBatch
 from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.eviction.setting import Point, Setting, points_of
+from sparsekv_pl.keys import batch_of, computed_by, key_of
 from sparsekv_pl.measures import Measurement
 from sparsekv_pl.measures.sparsity import LABELS, attention_sparsity
 from sparsekv_pl.metrics import PerplexityAndKL, RetrievalScores
@@ -25,7 +26,7 @@ from sparsekv_pl.native_precision import warn_of_emulation
 from sparsekv_pl.reporting import run_environment, sparsity_figure, terminal_table, write_kvpress_layout, write_run
 from sparsekv_pl.reporting.console import show, show_report
 from sparsekv_pl.reporting.files import json_bytes, replace_all
-from sparsekv_pl.results import Record, Results, gathered, key_of
+from sparsekv_pl.results import Record, Results, gathered
 
 set_parsing_settings(subclasses_enabled=[BasePress])
 
@@ -70,11 +71,12 @@ class EvaluationModule(LightningModule):
         self.stability, self.sparsity = stability, sparsity
         self.training_summary = training_summary(backbone.adapter)
         self.model, self.tokenizer = backbone.load(trainable=False)
-        self.adapter, self.identity = backbone.adapter, backbone.identity()
+        self.adapter, self.base, self.identity = backbone.adapter, backbone.described(), backbone.identity()
         self.variants = variants_of(backbone.adapter)
         names = [_name(variant, point) for variant in self.variants for point in self.points]
         self.retrieval = nn.ModuleDict({name: RetrievalScores() for name in names})
         self.text = nn.ModuleDict({name: PerplexityAndKL() for name in names})
+        self.unfit = {point.name: why for point in self.points if (why := point.unfit())}
         self.failed: set[str] = set()
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
@@ -84,10 +86,21 @@ class EvaluationModule(LightningModule):
             for setting in self.settings:
                 setting.check(length)
         warn_of_emulation(self.trainer)
+        self._check_text()
         self.results = Results(self.output / "results", self.global_rank)
         self.records: list[Record] = []
         self.sparsities: list[Record] = []
         self.started = time.time()
+
+    def _check_text(self) -> None:
+        if getattr(self.trainer.datamodule, "has_text", True):  # type: ignore[attr-defined]
+            return
+        for point in self.points:
+            if point.decoding_interval is not None:
+                raise ValueError(
+                    f"{point.press_name} has decoding_interval={point.decoding_interval}, and the data has no text to "
+                    "read while it evicts: set data.windows, or leave decoding_interval out"
+                )
 
     def test_step(self, batch: CaseBatch, batch_idx: int) -> None:
         """Measure one batch at every point, base and trained."""
@@ -120,7 +133,7 @@ class EvaluationModule(LightningModule):
         write_kvpress_layout(
             self.output / "kvpress",
             records,
-            str(self.identity["pretrained"]),
+            str(self.base["pretrained"]),
             self.adapter,
             query_aware,
         )
@@ -147,13 +160,13 @@ class EvaluationModule(LightningModule):
             "seen_in_training": seen_in_training(point.press, self.training_summary),
         }
         who = [{"case": c.id, "task": c.task, "depth": c.depth, "seed": c.seed} | where for c in batch["cases"]]
-        key = self._key(batch, variant, point.described() | {"stability": self.stability})
-        found = self.results.get(key)
+        key = None if point.name in self.unfit else self._key_at(measurement, variant, point)
+        found = None if key is None else self.results.get(key)
         if found is None:
             found = self._measured(measurement, variant, point)
             if found is None:
                 return []
-            if "error" not in found[0]:
+            if key is not None and "error" not in found[0]:
                 self.results.put(key, found, _name(variant, point))
         return [case | record for case, record in zip(who, found, strict=False)]
 
@@ -182,6 +195,9 @@ class EvaluationModule(LightningModule):
         """None where this point failed before. A failure is reported and does not stop the others."""
         if _name(variant, point) in self.failed:
             return None
+        if point.name in self.unfit:
+            self.failed.add(_name(variant, point))
+            return [{"error": self.unfit[point.name]}]
         try:
             return measurement.at(point)
         except Exception as error:
@@ -189,15 +205,17 @@ class EvaluationModule(LightningModule):
             self.failed.add(_name(variant, point))
             return [{"error": f"{type(error).__name__}: {error}"}]
 
+    def _key_at(self, measurement: Measurement, variant: str, point: Point) -> str:
+        stability = {"stability": measurement.tells_stability(point)}
+        return self._key(measurement.batch, variant, point.described() | stability)
+
     def _key(self, batch: CaseBatch, variant: str, measured: Any) -> str:
         return key_of(
             model=self.identity,
             adapter=self.variants[variant],
-            precision=str(self.trainer.precision),
+            computed_by=computed_by(self),
             measured=measured,
-            context=batch["context_ids"].tolist(),
-            continuation=batch["continuation_ids"].tolist(),
-            cases=[[case.id, case.answers, case.max_new_tokens] for case in batch["cases"]],
+            batch=batch_of(batch, named=False),
         )
 
     def _add(self, variant: str, point: Point, records: Iterable[Record]) -> None:

@@ -16,6 +16,7 @@ from sparsekv_pl.backbone import Backbone, causal_lm
 from sparsekv_pl.batch import Batch
 from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.limits import check_positions
+from sparsekv_pl.fingerprint import weights_digest
 from sparsekv_pl.modules.training import guards, optimizers, watch
 
 TOP, SHARE = 16, 4
@@ -138,6 +139,7 @@ class GateDistillation(LightningModule):
         return {
             "base": self.backbone.pretrained,
             "dtype": self.backbone.dtype,
+            "base_weights": weights_digest(self.backbone.files()),
             "adapter": self.backbone.adapter,
             "objective": type(self).__name__,
             "block_size": shape.block_size,

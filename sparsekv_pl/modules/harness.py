@@ -18,11 +18,13 @@ from torch.utils.data import DataLoader
 from sparsekv_pl.adapter import seen_in_training, training_summary, variants_of
 from sparsekv_pl.backbone import Backbone, adapter_off
 from sparsekv_pl.eviction.setting import Point, Setting, points_of
+from sparsekv_pl.fingerprint import folder_digest
+from sparsekv_pl.keys import computed_by, key_of
 from sparsekv_pl.modules.harness_records import case_records, score_records, table
 from sparsekv_pl.native_precision import warn_of_emulation
 from sparsekv_pl.presses.scores import set_compression_ratio
 from sparsekv_pl.reporting.console import show, show_report
-from sparsekv_pl.results import Record, Results, digest_of, key_of
+from sparsekv_pl.results import Record, Results
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -98,7 +100,7 @@ class HarnessModule(LightningModule):
     ) -> None:
         super().__init__()
         self.points, self.tasks = points_of(settings), tasks
-        self.include_path = None if include_path is None else Path(include_path)
+        self.include_path = None if include_path is None else Path(include_path).expanduser()
         self.limit, self.num_fewshot, self.held_back = limit, num_fewshot, held_back
         self.apply_chat_template = apply_chat_template
         self.output, self.title = Path(output or "output/lm_eval"), title
@@ -109,7 +111,7 @@ class HarnessModule(LightningModule):
             raise ValueError(
                 f"the tokenizer of {backbone.pretrained} has no chat template: set apply_chat_template to false"
             )
-        self.identity = backbone.identity()
+        self.base, self.identity = backbone.described(), backbone.identity()
         self.variants = variants_of(backbone.adapter)
         self.pieces = [Piece(v, point, task) for v in self.variants for point in self.points for task in tasks]
 
@@ -133,7 +135,8 @@ class HarnessModule(LightningModule):
     def test_step(self, index: int) -> None:
         """Do one piece of work, or read it if it is done."""
         piece = self.pieces[index]
-        found = self.results.get(self._key(piece))
+        unfit = piece.point.unfit()
+        found = [{"error": unfit}] if unfit else self.results.get(self._key(piece))
         if found is None:
             found = self._measured(piece)
             if "error" not in found[0]:
@@ -181,7 +184,7 @@ class HarnessModule(LightningModule):
             )
             results = simple_evaluate(
                 lm,
-                model_args=self.identity | {"adapter": self.variants[piece.variant]} | point.described(),
+                model_args=self.base | {"adapter": self.variants[piece.variant]} | point.described(),
                 tasks=[piece.task],
                 task_manager=self.manager,
                 limit=self.limit,
@@ -211,18 +214,15 @@ class HarnessModule(LightningModule):
         }
 
     def _key(self, piece: Piece) -> str:
-        # A task's data may lie beside it: whatever changes there, the work is done again.
-        files = sorted(self.include_path.rglob("*")) if self.include_path is not None else []
         return key_of(
             model=self.identity,
             adapter=self.variants[piece.variant],
-            precision=str(self.trainer.precision),
+            computed_by=computed_by(self),
             point=piece.point.described(),
             held_back=self.held_back,
             task=piece.task,
-            files=[
-                [path.name, digest_of(path)] for path in files if path.suffix in (".yaml", ".py", ".json", ".jsonl")
-            ],
+            # A task's data may lie beside it: whatever changes there, the work is done again.
+            files=None if self.include_path is None else folder_digest(self.include_path),
             limit=self.limit,
             num_fewshot=self.num_fewshot,
             apply_chat_template=self.apply_chat_template,

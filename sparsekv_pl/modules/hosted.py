@@ -16,10 +16,11 @@ from sparsekv_pl.gguf_checkpoint import EMBEDDED
 from sparsekv_pl.hosted_address import host_of
 from sparsekv_pl.hosted_client import HostedModel, Request
 from sparsekv_pl.hosted_reply import FINAL, Answer, Usage
+from sparsekv_pl.keys import key_of
 from sparsekv_pl.metrics.retrieval import RetrievalScores, retrieval_scores
 from sparsekv_pl.reporting import run_environment, terminal_table, write_run
 from sparsekv_pl.reporting.console import show, show_report
-from sparsekv_pl.results import Record, Results, key_of
+from sparsekv_pl.results import Record, Results
 
 log = logging.getLogger(__name__)
 
@@ -136,13 +137,12 @@ class HostedModule(LightningModule):
         request = Request(prompt, self._count(prompt), info.max_new_tokens + self.extra_tokens)
         key = key_of(
             model=self.hosted.model,
-            base_url=self.hosted.base_url,
+            base_url=self.hosted.base_url.rstrip("/"),
             options=self.hosted.options,
             length_parameter=self.hosted.length_parameter,
             most_tokens=self.hosted.most(request).completion_tokens,
             prompt=prompt,
-            case=info.id,
-            answers=info.answers,
+            scored=[info.answers, info.answer_prefix, info.question],
         )
         return Question(key, described, info, request)
 

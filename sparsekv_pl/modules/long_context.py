@@ -1,6 +1,5 @@
 """The LightningModule that reads a context of any length in flat memory, and asks for what is hidden in it."""
 
-import hashlib
 import json
 import time
 from contextlib import ExitStack
@@ -20,17 +19,18 @@ from sparsekv_pl.eviction.ledger import ledger
 from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.eviction.prefill import ChunkedPrefill
 from sparsekv_pl.eviction.saved_state import SavedState
-from sparsekv_pl.eviction.setting import press_settings
+from sparsekv_pl.eviction.setting import check_evicts
+from sparsekv_pl.keys import batch_of, computed_by, key_of, settings_of
 from sparsekv_pl.measures import Measurement
 from sparsekv_pl.modules.prefill_progress import PrefillProgress
 from sparsekv_pl.modules.stop_signal import stop_signal
 from sparsekv_pl.monitoring import Phases
 from sparsekv_pl.native_precision import warn_of_emulation
 from sparsekv_pl.planner import plan
-from sparsekv_pl.presses.scores import press_name
+from sparsekv_pl.presses.scores import compression_ratio_of, press_name
 from sparsekv_pl.reporting import run_environment, terminal_table, write_run
 from sparsekv_pl.reporting.console import show, show_report
-from sparsekv_pl.results import Record, Results, key_of
+from sparsekv_pl.results import Record, Results
 from sparsekv_pl.schedules import check_compression_ratio
 
 set_parsing_settings(subclasses_enabled=[BasePress])
@@ -88,8 +88,10 @@ class LongContextModule(LightningModule):
         if press is None and budget is not None:
             raise ValueError(f"budget={budget} needs a press that selects what stays: name one, or set budget to null")
         if press is not None:
-            check_compression_ratio("press.compression_ratio", press.compression_ratio)
+            check_compression_ratio("press.compression_ratio", compression_ratio_of(press))
+            check_evicts(press)
         self.press, self.budget, self.chunk_tokens = press, budget, chunk_tokens
+        self.press_settings = settings_of(press)  # a prefill sets the ratio anew for each chunk
         self.output, self.title, self.save_every = Path(output or "output/long_context"), title, save_every
         self.dry, self.tokens_per_second = dry, tokens_per_second
         self.backbone = backbone
@@ -233,15 +235,13 @@ class LongContextModule(LightningModule):
         """Of everything that decides what a haystack's records are."""
         backbone = self.backbone
         return key_of(
-            model=list(backbone.identity().values()),
+            model=backbone.identity(),
             adapter=fingerprint(backbone.adapter),
-            precision=str(self.trainer.precision),
-            press=press_settings(self.press),
+            computed_by=computed_by(self),
+            press=self.press_settings,
             budget=self.budget,
             chunk_tokens=self.chunk_tokens,
-            context=hashlib.blake2b(batch["context_ids"].numpy().data).hexdigest(),
-            continuation=batch["continuation_ids"].tolist(),
-            cases=[[case.id, case.answers, case.max_new_tokens] for case in batch["cases"]],
+            batch=batch_of(batch, named=True),
         )
 
     def _log(self, metrics: dict[str, Any], step: int) -> None:

@@ -169,6 +169,14 @@ def set_compression_ratio(press: BasePress, ratio: float) -> None:
     )
 
 
+def compression_ratio_of(press: BasePress) -> float:
+    """The fraction of KV pairs that ``press`` is set to remove. ``ValueError`` where it does not say."""
+    with suppress(AttributeError, AssertionError):  # which of them is up to the press
+        if (ratio := press.compression_ratio) is not None:
+            return float(ratio)
+    raise ValueError(f"{press_name(press)} has no compression_ratio of its own: name a press that has one")
+
+
 def rerotates_keys(press: BasePress | None) -> bool:
     """Whether kept keys move to positions 0..budget-1, so that what follows continues from the cache's length."""
     if press is None:

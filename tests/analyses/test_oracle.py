@@ -65,7 +65,7 @@ def test_the_seeds_file_holds_what_eager_attention_gives(run: Run, tmp_path: Pat
     written = read(tmp_path, "oracle_data.json")
     assert list(written) == ["metadata", "samples"]
     assert written["metadata"] == {
-        "model": module.identity["pretrained"],
+        "model": module.base["pretrained"],
         "quantization": "none (float32)",
         "block_size": BLOCK,
         "num_samples": 4,

@@ -2,19 +2,38 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from kvpress import BasePress, KnormPress, SnapKVPress
+from kvpress import (
+    AdaKVPress,
+    BasePress,
+    CAMPress,
+    ComposedPress,
+    DMSPress,
+    KnormPress,
+    PerLayerCompressionPress,
+    SimLayerKVPress,
+    SnapKVPress,
+    ThinKPress,
+    TOVAPress,
+)
 from torch.utils.data import DataLoader
 
 from sparsekv_pl.batch import TEXT, CaseBatch, CaseInfo
 from sparsekv_pl.eviction.setting import Setting
 from sparsekv_pl.measures import Measurement
 from sparsekv_pl.modules.evaluation import EvaluationModule
+from sparsekv_pl.modules.long_context import LongContextModule
+from sparsekv_pl.presses import EvictionAugPress
+from sparsekv_pl.presses.block_dropout import BlockDropoutPress
+from sparsekv_pl.presses.scores import press_name
+from sparsekv_pl.presses.sparse_reg import SparseRegPress
+from sparsekv_pl.presses.variable_block import VariableBlockPress
 from tests.tiny_training import MakeBackbone, MakeTrainer
 
 CONTEXT = 48
@@ -231,6 +250,54 @@ def test_scores_reach_the_logger(tiny_backbone: MakeBackbone, tiny_trainer: Make
     logged = (tmp_path / "log" / "metrics.csv").read_text()
     for name in ("base_SnapKV_0-75_dense/perplexity", "base_SnapKV_0-75_dense/kl", "base_full_cache_0_dense/exact"):
         assert name in logged
+
+
+UNFIT = [
+    SimLayerKVPress(),
+    ThinKPress(),
+    ComposedPress([KnormPress(), SnapKVPress()]),
+    DMSPress(KnormPress()),
+    PerLayerCompressionPress(KnormPress(), [0.5, 0.5]),
+    CAMPress(KnormPress()),
+]
+
+
+def test_a_press_without_a_ratio_to_set_is_a_line_in_the_table(
+    run: Callable[..., Any], measured: list[str], tmp_path: Path
+) -> None:
+    run(points=[*(Setting(press, [0.5]) for press in UNFIT), Setting(TOVAPress(), [0.5])])
+    assert set(measured) == {"full-cache_0_dense", "TOVA_0-5_dense"}
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert report.count("has no compression_ratio to set") >= len(UNFIT)
+
+
+def test_reading_while_evicting_needs_text(
+    tiny_backbone: MakeBackbone, tiny_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    from data.evaluation import EvaluationData
+
+    module = EvaluationModule(tiny_backbone(), [Setting(KnormPress(), [0.5], decoding_interval=8)], str(tmp_path))
+    with pytest.raises(ValueError, match=r"Knorm has decoding_interval=8, and the data has no text .*data\.windows"):
+        tiny_trainer().test(module, EvaluationData(lengths=[96], windows=0))
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    "press",
+    [
+        BlockDropoutPress(),
+        AdaKVPress(VariableBlockPress()),
+        SparseRegPress(),
+        EvictionAugPress([BlockDropoutPress(), KnormPress()]),
+    ],
+    ids=press_name,
+)
+def test_what_evicts_in_training_alone_is_not_evaluated(press: BasePress, tiny_backbone: MakeBackbone) -> None:
+    said = rf"{re.escape(press_name(press))} evicts in training alone"
+    with pytest.raises(ValueError, match=said):
+        Setting(press, [0.5])
+    with pytest.raises(ValueError, match=said):
+        LongContextModule(tiny_backbone(), press)
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0])

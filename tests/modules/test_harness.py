@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from kvpress import BasePress, KnormPress, SnapKVPress, StreamingLLMPress
+from kvpress import BasePress, KnormPress, SnapKVPress, StreamingLLMPress, ThinKPress
 
 from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.eviction.setting import Setting
@@ -219,14 +219,16 @@ def test_a_press_that_fails_is_in_the_table_and_the_others_go_on(
     caplog: pytest.LogCaptureFixture,
     reported: list[list[Record]],
 ) -> None:
-    settings = [Setting(Broken(), [0.5]), Setting(KnormPress(), [0.5])]
+    settings = [Setting(Broken(), [0.5]), Setting(ThinKPress(), [0.5]), Setting(KnormPress(), [0.5])]
     with caplog.at_level(logging.ERROR):
         module = run(make(settings=settings))
     failed = [record for record in module.records if "error" in record]
-    assert [(record["press"], record["error"]) for record in failed] == [("Broken", "RuntimeError: out of scores")]
+    (broken, unfit) = failed
+    assert (broken["press"], broken["error"]) == ("Broken", "RuntimeError: out of scores")
+    assert unfit["press"] == "ThinK" and "ThinK has no compression_ratio to set" in unfit["error"]
     assert ("base", "Knorm", "choice", "acc") in scores(module)
     assert "out of scores" in "".join(capsys.readouterr().out.split("\n")) + caplog.text
-    assert failed[0] in reported[0]
+    assert broken in reported[0] and unfit in reported[0]
     made = count_work(monkeypatch)
     run(make(settings=settings))
     assert made == ["Broken"]  # a failure is tried again

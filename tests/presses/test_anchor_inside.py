@@ -32,7 +32,7 @@ import sparsekv_pl.modules.eit  # noqa: F401  lets YAML name a press by its clas
 from sparsekv_pl.anchors import Anchors, table_for
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.eviction.replay import RecordedPrefill
-from sparsekv_pl.eviction.setting import press_settings
+from sparsekv_pl.keys import settings_of
 from sparsekv_pl.presses.anchor import AnchorPress
 from sparsekv_pl.presses.scores import press_name, scorers_in, set_compression_ratio, trainable_scorers
 from tests.presses.anchor_cases import (
@@ -185,12 +185,12 @@ def test_the_scorer_works_at_the_ratio_of_the_whole(random_model: Build) -> None
             return super().score(*args)
 
     press = anchor(0.5, Notes())
-    before = press_settings(press)
+    before = settings_of(press)
     set_compression_ratio(press, 0.75)
     pressed(random_model(), press)
     assert seen == [0.75, 0.75]
     set_compression_ratio(press, 0.5)
-    assert press_settings(press) == before  # what a run notes of a press does not depend on where it was used
+    assert settings_of(press) == before  # what a run notes of a press does not depend on where it was used
 
 
 def test_it_is_one_scorer_and_trains() -> None:
