@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data.chat import WORD_STARTS, chat_frame
+from data.encoding import Encoder
 from data.packing import Tokens
 from sparsekv_pl.batch import CaseInfo
 
@@ -27,7 +28,7 @@ class Case:
     info: CaseInfo
 
 
-class Frame:
+class Frame(Encoder):
     """The chat template cut where kvpress's pipeline cuts it: prefix | context question | suffix, answer prefix.
 
     A tokenizer without a chat template has its bos token (or nothing) as the prefix and a line break as the
@@ -40,23 +41,9 @@ class Frame:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+        super().__init__(tokenizer)
         self.prefix, self.question_suffix = chat_frame(tokenizer)
-        self.prefix_ids = self.encode(self.prefix)
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids without added special tokens (those spelled out in ``text`` count)."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
-
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """``encode`` of each text, faster than one by one."""
-        if not texts:
-            return []
-        return [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Plain text of token ids, spaces left as they are."""
-        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        self.prefix_ids = self.start(self.prefix)
 
     def room(self, length: int, question: str, query_aware: bool) -> int:
         """Tokens of a ``length``-token context that remain beside the prefix and, query-aware, the question.
@@ -133,7 +120,8 @@ def stretch(frame: Frame, haystack: Tokens, count: int, rng: random.Random, at: 
     """``count`` tokens from a random place of the haystack on where tokens 0 and ``at`` both begin a word.
 
     Where there is no such place within ``REACH`` tokens, ``at`` alone begins one, and where there is none for it either
-    the place stays as drawn. ValueError when the haystack is empty or too short.
+    the place stays as drawn. No character is cut in two: where none ends at the last token, line ends take the place of
+    its part. ValueError when the haystack is empty or too short.
     """
     if not haystack.ids:
         raise ValueError("the haystack is empty: give the task some text to hide facts in")
@@ -148,21 +136,31 @@ def stretch(frame: Frame, haystack: Tokens, count: int, rng: random.Random, at: 
     also = word_starts(frame, haystack.ids[drawn + at : drawn + at + reach]) if at < count else begins
     both = (i for i, pair in enumerate(zip(begins, also, strict=True)) if all(pair))
     start = drawn + next(both, also.index(True) if True in also else 0)
-    return haystack.slice(start, start + count)
+    start = frame.before_character(haystack.ids, start)
+    end = frame.before_character(haystack.ids, start + count)
+    filler = haystack.slice(start, end)
+    filler.ids += [frame.line_end] * (start + count - end)
+    return filler
 
 
 def word_starts(frame: Frame, ids: list[int]) -> list[bool]:
     """Which of the tokens begin a word; all that do not continue one where the tokens carry no spaces."""
     tokens = frame.tokenizer.convert_ids_to_tokens(ids)
     starts = [token.startswith(WORD_STARTS) for token in tokens]
-    return starts if any(starts) else [not token.startswith("##") for token in tokens]
+    if any(starts):
+        return starts
+    return [begins and not token.startswith("##") for begins, token in zip(frame.begins(ids), tokens, strict=True)]
 
 
-def hide(filler: Sequence[int], needles: Sequence[Sequence[int]], places: Sequence[int]) -> list[int]:
-    """``filler`` with ``needles[i]`` after its first ``places[i]`` tokens; at one place, in the order given."""
+def hide(frame: Frame, filler: Sequence[int], needles: Sequence[Sequence[int]], places: Sequence[int]) -> list[int]:
+    """``filler`` with ``needles[i]`` after its first ``places[i]`` tokens, at one place in the order given.
+
+    A place within a character moves behind it.
+    """
     ids: list[int] = []
     done = 0
-    for place, needle in sorted(zip(places, needles, strict=True), key=lambda pair: pair[0]):
+    moved = [frame.behind_character(filler, place) for place in places]
+    for place, needle in sorted(zip(moved, needles, strict=True), key=lambda pair: pair[0]):
         ids += [*filler[done:place], *needle]
         done = place
     return [*ids, *filler[done:]]

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 log = logging.getLogger(__name__)
 
+BOM = "\ufeff"
+"""What some editors put before a text: it is not part of it."""
 LONGEST = 100_000_000
 """Characters of a document, far above any book: more is a broken file, and would take the tokenizer's memory."""
 
@@ -89,7 +91,7 @@ def fault(text: Any) -> str | None:
         return "its text is not UTF-8"
     if not isinstance(text, str):
         return f"its text is of type {type(text).__name__}, not a string"
-    if not text.strip():
+    if not text.removeprefix(BOM).strip():
         return "its text is empty"
     if "\0" in text:
         return "its text has NUL characters"

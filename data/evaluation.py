@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.cases import Case, CaseTask, Frame
 from data.collate import case_batch, pad_id
 from data.fact_task import Facts
-from data.packing import Tokens, enough_for, split_tokens, window_starts
+from data.packing import Tokens, enough_for, split_tokens, window_at, window_starts
 from data.text import EmbeddedText, Splits, TextSource
 from data.tokenized import TokenizedData
 from sparsekv_pl.batch import TEXT, CaseBatch, CaseInfo
@@ -179,7 +179,7 @@ class EvaluationData(TokenizedData):
         if not self.windows:
             return []
         fresh = self.continuation_tokens
-        starts = window_starts(len(self._texts[TEXT, length].ids), self.windows, length + fresh, fresh)
+        starts = window_starts(self._texts[TEXT, length], self.windows, length + fresh, fresh, self._frame)
         return [partial(self._text_case, length, start) for start in starts]
 
     def _places(self, task: CaseTask, length: int) -> Iterator[Place]:
@@ -199,13 +199,13 @@ class EvaluationData(TokenizedData):
         return replace(case, info=replace(case.info, id=place.id, seed=place.seed))
 
     def _text_case(self, length: int, start: int) -> Case:
-        end = start + length + self.continuation_tokens
-        window = self._texts[TEXT, length].slice(start, end)
+        fresh = self.continuation_tokens
+        window = window_at(self._texts[TEXT, length], start, length + fresh, fresh, self._frame)
         context, continuation = window.ids[:length], window.ids[length:]
         info = CaseInfo(
-            id=f"{TEXT}/L{length}+{self.continuation_tokens}/t{start}",
+            id=f"{TEXT}/L{length}+{fresh}/t{start}",
             task=TEXT,
-            context=self._frame.decode(context),
+            context=self._frame.decode(context[len(self._frame.opening) :]),
             document_ids=tuple(window.document_ids),
         )
         return Case(context, continuation, info)

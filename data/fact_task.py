@@ -56,4 +56,4 @@ class Facts(CaseTask):
             depth=depth,
             document_ids=tuple(filler.document_ids),
         )
-        return frame.build(hide(filler.ids, needles, places), question, asked.answer_prefix, info, query_aware)
+        return frame.build(hide(frame, filler.ids, needles, places), question, asked.answer_prefix, info, query_aware)

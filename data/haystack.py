@@ -128,7 +128,7 @@ class HaystackData(TokenizedData):
         """(1, L) int64: prefix, then the filler with the needles at their depths."""
         text = torch.frombuffer(filler, dtype=torch.int32)
         parts, done = [torch.tensor(self.frame.prefix_ids, dtype=torch.int32)], 0
-        places = [round(depth * len(text)) for depth in self.depths]
+        places = [self.frame.behind_character(filler, round(depth * len(text))) for depth in self.depths]
         for place, needle in sorted(zip(places, needles, strict=True), key=lambda pair: pair[0]):
             parts += [text[done:place], torch.tensor(needle, dtype=torch.int32)]
             done = place
@@ -152,7 +152,8 @@ class HaystackData(TokenizedData):
                 ids.extend(self.frame.encode(piece))
         if stream.epoch:
             log.warning("the text is shorter than the haystack: its documents come round %d times", stream.epoch + 1)
-        return ids[:count], tuple(documents), stream.epoch + 1
+        end = self.frame.before_character(ids, count)
+        return ids[:end] + array("i", [self.frame.line_end] * (count - end)), tuple(documents), stream.epoch + 1
 
 
 class Haystacks(Dataset[CaseBatch]):
@@ -170,4 +171,10 @@ class Haystacks(Dataset[CaseBatch]):
 
 def _pieces(document: Document) -> Iterator[str]:
     text = document.text + JOINT
-    return (text[start : start + PIECE_CHARACTERS] for start in range(0, len(text), PIECE_CHARACTERS))
+    start = 0
+    while start < len(text):
+        end = start + PIECE_CHARACTERS
+        line_end = text.rfind("\n", start, end) + 1 if end < len(text) else end  # no token goes across
+        end = line_end or end
+        yield text[start:end]
+        start = end

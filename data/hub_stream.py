@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from copy import copy
 from typing import Any, NamedTuple
 
-from data.documents import Blocks, Document, Skipped
+from data.documents import BOM, Blocks, Document, Skipped
 from data.retries import Retries
 
 
@@ -89,6 +89,7 @@ def table_documents(table: Any, name: str, text_field: str, skipped: Skipped) ->
         known = next(filter(None, (python_value(column[row]) for column in given)), None)
         if not skipped.usable(f"{name}/{known or '(a row without id)'}", text):
             continue
+        text = text.removeprefix(BOM)
         yield Document(f"{name}/{known or hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}", text)
 
 

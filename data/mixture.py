@@ -6,8 +6,15 @@ from typing import Any, cast
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.collate import needle_batch, pad_id, text_batch
+from data.encoding import Encoder
 from data.needles import NeedleTask
-from data.packing import DocumentStream, WindowStream, split_tokens, spread_windows
+from data.packing import (
+    DocumentStream,
+    WindowStream,
+    split_tokens,
+    spread_windows,
+    window_at,
+)
 from data.resumable import RankStatefulLoader, flat_settings, tokenizer_settings
 from data.text import EmbeddedText, Splits, TextSource
 from data.tokenized import TokenizedData
@@ -144,7 +151,8 @@ class EvictionData(TokenizedData):
     def _validation_batches(self) -> list[Batch]:
         length = self.context_tokens + self.continuation_tokens
         text = split_tokens(self.text, self.splits, "validation", self.tokenizer, length)
-        windows = spread_windows(text, self.validation_windows, length, self.continuation_tokens)
+        encoder = Encoder(self.tokenizer)
+        windows = spread_windows(text, self.validation_windows, length, self.continuation_tokens, encoder)
         task = NeedleTask(self.tokenizer, self.context_tokens, self.seed, "validation")
         cases = [task.case(i, text, depth=i % DEPTHS / (DEPTHS - 1)) for i in range(self.validation_needles)]
         pad, size = pad_id(self.tokenizer), self.batch_size
@@ -213,7 +221,8 @@ class MixtureIterator(Iterator[Batch]):
             needles = [self.task.case(row, text, context_tokens=length) for row, text, length in cases]
             return needle_batch(needles, self.pad) | unusable
         tokens = data.continuation_tokens
-        cut = [window.slice(0, length + tokens) for window, length in zip(windows, lengths, strict=True)]
+        encoder, spans = self.windows.encoder, [length + tokens for length in lengths]
+        cut = [window_at(window, 0, span, tokens, encoder) for window, span in zip(windows, spans, strict=True)]
         return text_batch(cut, tokens, self.pad) | unusable
 
     def state_dict(self) -> dict[str, Any]:

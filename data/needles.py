@@ -88,11 +88,11 @@ class NeedleTask:
         needles = self._fit(facts, len(prefix_ids), length)
         filler = stretch(self.frame, text, length - len(prefix_ids) - sum(map(len, needles)), rng)
         depth = checked_depth(depth, rng)
-        position = round(depth * len(filler.ids))
+        position = self.frame.behind_character(filler.ids, round(depth * len(filler.ids)))
         places = [position, *(rng.randint(0, len(filler.ids)) for _ in needles[1:])]
         continuation, labels = self._continuation(facts[: len(needles)] if self.ask == "all" else facts[:1])
         return NeedleCase(
-            prefix_ids + hide(filler.ids, needles, places),
+            prefix_ids + hide(self.frame, filler.ids, needles, places),
             continuation,
             labels,
             filler.document_ids,
@@ -117,7 +117,7 @@ class NeedleTask:
         prefix = self.frame.prefix
         if self.split == "train" and rng.random() < QUESTION_FIRST_SHARE:
             prefix = prefix + facts[0].question + "\n\n"
-        return facts, self.frame.encode(prefix)
+        return facts, self.frame.start(prefix)
 
     def _count(self, rng: random.Random) -> int:
         least, most = self.needles
@@ -139,16 +139,17 @@ class NeedleTask:
         return kept
 
     def _continuation(self, facts: list[Fact]) -> tuple[list[int], list[int]]:
-        encode = self.frame.encode
-        ids: list[int] = []
-        labels: list[int] = []
+        texts: list[str] = []
         for number, fact in enumerate(facts):
             opening = self.next_turn if number else QUESTION_OPENING
-            head = encode(f"{opening}{fact.question}{self.frame.question_suffix}{fact.answer_prefix}")
-            value, stop = encode(f" {fact.value}"), encode(".")
-            ids += head + value + stop
-            labels += [IGNORE] * len(head) + value
-            labels += stop if self.supervise == "value_and_stop" else [IGNORE] * len(stop)
+            asked = f"{opening}{fact.question}{self.frame.question_suffix}{fact.answer_prefix}"
+            texts += [asked, f" {fact.value}", "."]
+        supervised = (False, True, self.supervise == "value_and_stop") * len(facts)
+        ids: list[int] = []
+        labels: list[int] = []
+        for part, counts in zip(self.frame.parts(texts), supervised, strict=True):
+            ids += part
+            labels += part if counts else [IGNORE] * len(part)
         return ids, labels
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from data.encoding import Encoder
 from data.facts import Split
 from data.text import Blocks, Document, Splits, TextSource
 from sparsekv_pl.seeding import random_for
@@ -50,18 +51,18 @@ class Tokens:
         return Tokens(self.ids[start:end], spans)
 
 
-def encode_document(tokenizer: Any, document: Document, joint: str = JOINT) -> list[int]:
-    """A document's tokens without special tokens, with the joint after it."""
-    return list(tokenizer.encode(document.text + joint, add_special_tokens=False, verbose=False))
+def encode_document(encoder: Encoder, document: Document, joint: str = JOINT) -> list[int]:
+    """A document's tokens as they follow another document's, without special tokens, with the joint after it."""
+    return encoder.encode(document.text + joint)
 
 
 def take_tokens(documents: Iterable[Document], tokenizer: Any, enough: int) -> Tokens:
     """Documents joined, in order, until there are ``enough`` tokens (the last document is not cut) or no more
     documents.
     """
-    taken = Tokens()
+    taken, encoder = Tokens(), Encoder(tokenizer)
     for document in documents:
-        taken.append(document.id, encode_document(tokenizer, document))
+        taken.append(document.id, encode_document(encoder, document))
         if len(taken.ids) >= enough:
             break
     return taken
@@ -89,28 +90,42 @@ def split_tokens(source: TextSource, splits: Splits, split: Split, tokenizer: An
     return text
 
 
-def spread_windows(text: Tokens, count: int, window: int, fresh: int) -> list[Tokens]:
-    """The windows of ``window_starts`` over ``text``."""
-    return [text.slice(start, start + window) for start in window_starts(len(text.ids), count, window, fresh)]
+def spread_windows(text: Tokens, count: int, window: int, fresh: int, encoder: Encoder) -> list[Tokens]:
+    """The windows of ``window_starts`` over ``text``, opened."""
+    starts = window_starts(text, count, window, fresh, encoder)
+    return [window_at(text, start, window, fresh, encoder) for start in starts]
 
 
-def window_starts(tokens: int, count: int, window: int, fresh: int) -> list[int]:
+def window_at(text: Tokens, start: int, window: int, fresh: int, encoder: Encoder) -> Tokens:
+    """``window`` tokens of ``text``, of which the last ``fresh`` are the continuation.
+
+    The first is a bos instead where the tokenizer begins a text with one. The continuation begins with a character:
+    where the context would end within one, line ends at its beginning push the text on.
+    """
+    first, end = encoder.opening, start + window - fresh
+    begin = encoder.behind_character(text.ids, start + len(first))
+    spare = end - encoder.before_character(text.ids, end)
+    piece = text.slice(begin, start + window - spare)
+    return Tokens([*first, *[encoder.line_end] * (window - len(first) - len(piece.ids)), *piece.ids], piece.spans)
+
+
+def window_starts(text: Tokens, count: int, window: int, fresh: int, encoder: Encoder) -> list[int]:
     """Where ``count`` windows of ``window`` tokens begin, spread evenly; their last ``fresh`` tokens never overlap.
 
-    Contexts may overlap where text is short: what is predicted is then still predicted once. ValueError when there
-    is no room for ``count``.
+    They begin with whole characters. Contexts may overlap where text is short: what is predicted is then still
+    predicted once, but for tokens of a character on the border. ValueError when there is no room for ``count``.
     """
     if count == 0:
         return []
-    last = tokens - window
+    last, first = len(text.ids) - window, len(encoder.opening)
     step = last // max(count - 1, 1)
     if last < 0 or (count > 1 and step < fresh):
         room = 0 if last < 0 else last // fresh + 1
         raise ValueError(
-            f"{count} windows of {window} tokens asked of a split with {tokens} tokens, which has room for {room}: "
-            "ask for fewer windows, raise the split's share or give more text"
+            f"{count} windows of {window} tokens asked of a split with {len(text.ids)} tokens, which has room for "
+            f"{room}: ask for fewer windows, raise the split's share or give more text"
         )
-    return [i * step for i in range(count)]
+    return [max(0, encoder.before_character(text.ids, i * step + first) - first) for i in range(count)]
 
 
 class DocumentStream(Iterator[Document]):
@@ -200,18 +215,21 @@ def _fingerprint(documents: list[Document]) -> str:
 class WindowStream(Iterator[Tokens]):
     """Packs a document stream into windows of exactly ``window`` tokens; what is left over begins the next
     window.
+
+    The rest of a character that the window before has cut is left out.
     """
 
     def __init__(self, documents: DocumentStream, tokenizer: Any, window: int) -> None:
-        self.documents, self.tokenizer, self.window = documents, tokenizer, window
+        self.documents, self.encoder, self.window = documents, Encoder(tokenizer), window
         self.rest = Tokens()
 
     def __next__(self) -> Tokens:
         while len(self.rest.ids) < self.window:
             document = next(self.documents)
-            self.rest.append(document.id, encode_document(self.tokenizer, document))
+            self.rest.append(document.id, encode_document(self.encoder, document))
         window = self.rest.slice(0, self.window)
-        self.rest = self.rest.slice(self.window, len(self.rest.ids))
+        next_one = self.encoder.behind_character(self.rest.ids, self.window)
+        self.rest = self.rest.slice(next_one, len(self.rest.ids))
         return window
 
     def state_dict(self) -> dict[str, Any]:

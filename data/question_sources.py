@@ -154,9 +154,9 @@ class LocalQuestions(QuestionSource):
         if not self.paths:
             raise ValueError("LocalQuestions got an empty list of paths: name at least one file")
         fields = self.document_field, self.question_field, self.answer_field
-        for path in map(Path, self.paths):
+        for path in (Path(path).expanduser() for path in self.paths):
             try:
-                lines = path.read_text(encoding="utf-8").splitlines()
+                lines = path.read_text(encoding="utf-8-sig").split("\n")
             except (OSError, UnicodeDecodeError) as error:
                 raise ValueError(
                     f"{path}: not readable as UTF-8 text ({error}). Check the path and the file"

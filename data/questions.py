@@ -73,6 +73,7 @@ class QuestionData(TokenizedData):
         room = document_room(self.frame, self.max_tokens, question.question, question.answer_prefix)
         ids, answer = self._tokens(question)
         self.cut += len(ids) > room
+        room = self.frame.before_character(ids, room)
         prefix = len(self.frame.prefix_ids)
         info = CaseInfo(
             id=question.id,
@@ -94,9 +95,7 @@ class QuestionData(TokenizedData):
                 f"{type(self.tokenizer).__name__} does not say which characters a token stands for, so the place of "
                 f"the answer to {question.id} cannot be told: use a fast tokenizer"
             )
-        encoded = self.tokenizer(
-            question.document, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
+        ids, offsets = self.frame.with_offsets(question.document)
         start, end = question.answer_at
-        inside = [i for i, (first, last) in enumerate(encoded["offset_mapping"]) if first < end and last > start]
-        return list(encoded["input_ids"]), (inside[0], inside[-1] + 1) if inside else None
+        inside = [i for i, (first, last) in enumerate(offsets) if first < end and last > start]
+        return ids, (inside[0], inside[-1] + 1) if inside else None

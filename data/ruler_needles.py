@@ -163,7 +163,7 @@ class Niah(CaseTask):
             depth=depth,
             document_ids=filler.document_ids,
         )
-        context = head + hide(filler.ids, statements, places) + tail
+        context = head + hide(frame, filler.ids, statements, places) + tail
         return frame.build(context, question, answer_prefix, info, query_aware)
 
     def _draw(self, rng: random.Random) -> dict[str, list[str]]:

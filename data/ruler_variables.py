@@ -139,4 +139,4 @@ class VariableTracking(CaseTask):
         places = [at, *sorted(filler.near(rng.randint(at, count)) for _ in range(self.hops))]
         for _ in chains[1:]:
             places += sorted(filler.near(rng.randint(0, count)) for _ in range(self.hops + 1))
-        return head + hide(filler.ids, statements, places) + tail, filler.document_ids
+        return head + hide(frame, filler.ids, statements, places) + tail, filler.document_ids

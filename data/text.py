@@ -10,7 +10,7 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
-from data.documents import Blocks, Document, Skipped, SourceFailed, TextSource
+from data.documents import BOM, Blocks, Document, Skipped, SourceFailed, TextSource
 from data.facts import Split
 from data.hub_stream import HubBlocks, python_value, table_documents
 from data.retries import Retries, file_read
@@ -41,7 +41,7 @@ class Splits:
 
     def of(self, text: str) -> Split:
         """The split of a document with this text; whitespace and Unicode's normal forms make no difference."""
-        content = unicodedata.normalize("NFC", " ".join(text.split())).encode()
+        content = unicodedata.normalize("NFC", " ".join(text.removeprefix(BOM).split())).encode()
         digest = hashlib.blake2b(content, digest_size=8, key=self.key.encode()).digest()
         draw = int.from_bytes(digest, "big") / 2**64
         if draw < self.train:
@@ -100,13 +100,13 @@ class LocalText(TextSource):
             ".parquet": self._parquet,
         }
         self.skipped = 0
-        for path in map(Path, self.paths):
+        for path in (Path(path).expanduser() for path in self.paths):
             if path.suffix not in readers:
                 raise ValueError(f"{path}: unknown kind of file, give one of {sorted(readers)}")
             counter = Skipped(str(path), self.skip_limit)
             try:
                 rows = readers[path.suffix](path, counter)
-                found = [Document(name, text) for name, text in rows if counter.usable(name, text)]
+                found = [Document(name, text.removeprefix(BOM)) for name, text in rows if counter.usable(name, text)]
             except OSError as error:
                 raise ValueError(f"{path}: not readable ({error}). Check the path and the file") from error
             if not found:
@@ -122,7 +122,7 @@ class LocalText(TextSource):
     def _text(self, path: Path, counter: Skipped) -> Iterator[tuple[str, Any]]:  # noqa: ARG002
         content = path.read_bytes()
         try:
-            yield str(path), content.decode().replace("\r\n", "\n").replace("\r", "\n")
+            yield str(path), content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
             line = content.count(b"\n", 0, error.start) + 1
             raise ValueError(f"{path}, line {line}: not readable as UTF-8 text ({error}). Convert the file") from error
@@ -133,7 +133,7 @@ class LocalText(TextSource):
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line.decode())
+                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                     if not isinstance(row, dict):
                         raise TypeError(f"it is of type {type(row).__name__}")
                 except (ValueError, TypeError, RecursionError) as error:

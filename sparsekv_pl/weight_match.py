@@ -71,6 +71,8 @@ def check_base(adapter: Path, pretrained: str, source: Path, files: Callable[[],
     one is a folder and the other a hub's name, that is a warning: a copy of a hub's model may be called anything.
     ``files`` finds the base's files, and ``source`` is where they were loaded from: a GGUF file is converted before.
     """
+    if not (adapter / "adapter_config.json").exists():
+        return  # load_adapter says so
     trained_on = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path") or ""
     summary = adapter / TRAINING_SUMMARY
     known = json.loads(summary.read_text()) if summary.exists() else {}

@@ -92,9 +92,9 @@ def gguf(tmp_path: Path, tiny_models: dict[str, str], monkeypatch: pytest.Monkey
                 log.write(f"{gguf_file}\n")
             if (Path(folder) / gguf_file).read_text() == "broken":
                 raise KeyboardInterrupt
-            return AutoModelForCausalLM.from_pretrained(tiny_models["llama"])
+            return AutoModelForCausalLM.from_pretrained(tiny_models["llama"], output_loading_info=True)
 
-    monkeypatch.setattr(gguf_checkpoint, "AutoModelForCausalLM", Reader)
+    monkeypatch.setattr("sparsekv_pl.weight_match.AutoModelForCausalLM", Reader)
     tokenizer = AutoTokenizer.from_pretrained(tiny_models["llama"])
     monkeypatch.setattr(gguf_checkpoint, "tokenizer_from_gguf", lambda _: tokenizer)
     path = tmp_path / "model.gguf"

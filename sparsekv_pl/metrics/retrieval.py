@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from unicodedata import category, normalize
 
 import torch
 from torch import Tensor
@@ -12,9 +13,24 @@ RETRIEVAL_SCORES = ("substring", "exact", "f1", "rouge_l")
 
 # One to three digits with a full stop or bracket; a value of more digits at a sentence's end is none.
 _NUMBERING = re.compile(r"(?:^|(?<=\s))\(?\d{1,3}[.)]\s+")
-_END = re.compile(r"[.!?](?=\s|$)|\n\s*\n")
-_SEPARATORS = re.compile(r"[,;]|\band\b", re.IGNORECASE)
-_OUTER_MARKS = re.compile(r"^[\W_]+|[\W_]+$")
+_END = re.compile(r"[.!?](?=\s|$)|[\u3002\uff01\uff1f]|\n\s*\n")
+_SEPARATORS = re.compile(r"[,;\u3001\uff0c\uff1b]|\band\b", re.IGNORECASE)
+_SPACELESS = "".join(
+    f"{chr(first)}-{chr(last)}"
+    for first, last in (
+        (0x0E00, 0x0EFF),  # Thai, Lao
+        (0x1000, 0x109F),  # Myanmar
+        (0x1780, 0x17FF),  # Khmer
+        (0x3005, 0x3007),  # Japanese iteration marks
+        (0x3040, 0x30FF),  # Hiragana, Katakana
+        (0x3400, 0x4DBF),  # Han
+        (0x4E00, 0x9FFF),
+        (0xF900, 0xFAFF),
+        (0x20000, 0x323AF),
+    )
+)
+_UNITS = re.compile(f"[{_SPACELESS}]|[^{_SPACELESS}]+")
+"""A character of a script without spaces, which counts as a word, or a run of others."""
 
 
 def retrieval_scores(prediction: str, answers: Sequence[str]) -> dict[str, float]:
@@ -28,6 +44,9 @@ def retrieval_scores(prediction: str, answers: Sequence[str]) -> dict[str, float
     - f1: SQuAD's token F1 of the whole prediction; several answers are joined.
     - rouge_l: ROUGE-L F-measure, likewise.
 
+    In all of them text counts in Unicode's composed form (NFC), and in scripts without spaces between words (Chinese,
+    Japanese, Thai, ...) every character is a word.
+
     >>> retrieval_scores(" 4823915.", ["4823915"])
     {'substring': 1.0, 'exact': 1.0, 'f1': 1.0, 'rouge_l': 1.0}
     >>> retrieval_scores("red, and blue. Also", ["blue", "red", "grey"])["exact"]
@@ -35,12 +54,14 @@ def retrieval_scores(prediction: str, answers: Sequence[str]) -> dict[str, float
     """
     if not answers or not all(_words(answer) for answer in answers):
         raise ValueError(f"answers are {list(answers)!r}: give at least one, each with a letter or digit")
+    prediction, answers = normalize("NFC", prediction), [normalize("NFC", answer) for answer in answers]
     lowered, joined = prediction.lower(), " ".join(answers)
     exact = _first_words(prediction, answers[0]) if len(answers) == 1 else _same_items(prediction, answers)
     f1 = squad(
-        {"prediction_text": prediction, "id": ""}, {"answers": {"answer_start": [0], "text": [joined]}, "id": ""}
+        {"prediction_text": _spaced(prediction), "id": ""},
+        {"answers": {"answer_start": [0], "text": [_spaced(joined)]}, "id": ""},
     )["f1"]
-    rouge = rouge_score(prediction, joined, rouge_keys="rougeL")["rougeL_fmeasure"]
+    rouge = rouge_score(prediction, joined, normalizer=_plain, tokenizer=_units, rouge_keys="rougeL")["rougeL_fmeasure"]
     return {
         "substring": sum(answer.lower() in lowered for answer in answers) / len(answers),
         "exact": float(exact),
@@ -51,7 +72,46 @@ def retrieval_scores(prediction: str, answers: Sequence[str]) -> dict[str, float
 
 def _words(text: str) -> list[str]:
     """Words without case and outer punctuation; marks alone are none."""
-    return [word for part in text.split() if (word := _OUTER_MARKS.sub("", part).casefold())]
+    return [word for part in _units(text) if (word := _without_outer_marks(part).casefold())]
+
+
+def _units(text: str) -> list[str]:
+    """Split at spaces, and where a character is a word."""
+    return [unit for part in text.split() for unit in _joined_marks(_UNITS.findall(part))]
+
+
+def _joined_marks(units: list[str]) -> list[str]:
+    """Vowel signs and tones (Unicode's category M) stand with the character that they belong to."""
+    joined: list[str] = []
+    for unit in units:
+        if joined and all(category(letter)[0] == "M" for letter in unit):
+            joined[-1] += unit
+        else:
+            joined.append(unit)
+    return joined
+
+
+def _spaced(text: str) -> str:
+    """With spaces around words of one character, and without the marks of such scripts."""
+    return " ".join(map(_without_foreign_marks, _units(text))) if re.search(f"[{_SPACELESS}]", text) else text
+
+
+def _without_foreign_marks(unit: str) -> str:
+    return "".join(letter for letter in unit if letter.isascii() or category(letter)[0] != "P")
+
+
+def _plain(text: str) -> str:
+    """In lower case, with a space for all that is no letter, digit or mark on a letter."""
+    return "".join(letter if _counts(letter) else " " for letter in text.lower())
+
+
+def _counts(letter: str) -> bool:
+    return letter.isalnum() or category(letter)[0] == "M"
+
+
+def _without_outer_marks(part: str) -> str:
+    inside = [i for i, letter in enumerate(part) if _counts(letter)]
+    return part[inside[0] : inside[-1] + 1] if inside else ""
 
 
 def _first_words(prediction: str, answer: str) -> bool:
@@ -61,13 +121,13 @@ def _first_words(prediction: str, answer: str) -> bool:
 
 def _same_items(prediction: str, answers: Sequence[str]) -> bool:
     expected = {" ".join(_words(answer)) for answer in answers}
-    single_words = not any(" " in answer for answer in expected)
+    single_words = not any(" " in answer.strip() for answer in answers)
     listed = _END.split(_NUMBERING.sub(", ", prediction.strip()), maxsplit=1)[0]
     items: set[str] = set()
     for line in listed.splitlines():
         for part in _SEPARATORS.split(line):
-            words = _words(part)
-            items |= set(words) if single_words else {" ".join(words)} - {""}
+            named = part.split() if single_words else [part]
+            items |= {" ".join(_words(one)) for one in named} - {""}
         if len(items) >= len(expected):
             break
     return items == expected

@@ -119,7 +119,8 @@ def test_the_report_and_its_pictures(run: Run, tmp_path: Path, capsys: pytest.Ca
         start, end = batch["cases"][0].answer_span  # type: ignore[misc]
         assert sample["answer_blocks"] == sorted({start // BLOCK, (end - 1) // BLOCK})
         assert sum(sample["block_scores"]) + sample["beyond"] == pytest.approx(1)
-        assert sample["answer_blocks"][0] == max(range(len(sample["bm25"])), key=sample["bm25"].__getitem__)
+        best = max(range(len(sample["bm25"])), key=sample["bm25"].__getitem__)
+        assert sample["answer_blocks"][0] - best in (0, 1), "the statement begins a line before its value may"
     text = (tmp_path / "report.md").read_text()
     for name in ("mass", "recall", "layers", "samples", "heads"):
         assert f"({name}.png)" in text

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from data.cases import Frame, checked_depth, hide, stretch, word_starts
+from data.encoding import Encoder
 from data.packing import Tokens
 from sparsekv_pl.batch import CaseInfo
 
@@ -57,13 +58,13 @@ def test_depth_is_drawn_only_where_none_is_given() -> None:
             checked_depth(depth, random.Random(0))
 
 
-def test_hide_puts_each_needle_after_so_many_tokens() -> None:
-    filler = [0, 1, 2, 3]
-    assert hide(filler, [[8, 8], [9]], [3, 1]) == [0, 9, 1, 2, 8, 8, 3]
-    assert hide(filler, [[7], [8], [9]], [4, 0, 4]) == [8, 0, 1, 2, 3, 7, 9]
-    assert hide(filler, [], []) == filler
+def test_hide_puts_each_needle_after_so_many_tokens(tokenizer: Any) -> None:
+    frame, filler = Frame(tokenizer), [0, 1, 2, 3]
+    assert hide(frame, filler, [[8, 8], [9]], [3, 1]) == [0, 9, 1, 2, 8, 8, 3]
+    assert hide(frame, filler, [[7], [8], [9]], [4, 0, 4]) == [8, 0, 1, 2, 3, 7, 9]
+    assert hide(frame, filler, [], []) == filler
     with pytest.raises(ValueError, match="zip"):
-        hide(filler, [[7]], [])
+        hide(frame, filler, [[7]], [])
 
 
 @pytest.mark.parametrize("at", [0, 1, 90, 100])
@@ -104,5 +105,5 @@ def test_stretch_needs_enough_text(tokenizer: Any) -> None:
     ],
 )
 def test_words_begin_where_the_vocabulary_says_so(tokens: list[str], starts: list[bool]) -> None:
-    frame: Any = SimpleNamespace(tokenizer=SimpleNamespace(convert_ids_to_tokens=lambda ids: [tokens[i] for i in ids]))
+    frame = Encoder(SimpleNamespace(convert_ids_to_tokens=lambda ids: [tokens[i] for i in ids]))
     assert word_starts(frame, list(range(len(tokens)))) == starts

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 
 from data.cases import CaseTask, Frame
+from data.encoding import Encoder
 from data.evaluation import EvaluationData
 from data.fact_task import Facts
 from data.mixture import EvictionData
@@ -157,7 +158,7 @@ def test_windows_are_spread_over_the_held_out_text(make, source, tokenizer):
     cases = _cases(make(tasks=[]))
     text = split_tokens(source, SPLITS, "held_out", tokenizer, 320)
     for (context, continuation, info), window in zip(
-        list(cases.values())[:5], spread_windows(text, 5, 320, 20), strict=True
+        list(cases.values())[:5], spread_windows(text, 5, 320, 20, Encoder(tokenizer)), strict=True
     ):
         assert (context, continuation) == (window.ids[:300], window.ids[300:])
         assert info.document_ids == tuple(window.document_ids)

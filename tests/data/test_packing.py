@@ -5,6 +5,7 @@ from itertools import chain
 
 import pytest
 
+from data.encoding import Encoder
 from data.packing import DocumentStream, Tokens, WindowStream, encode_document, spread_windows, take_tokens
 from data.text import Splits
 
@@ -43,7 +44,7 @@ def test_windows_are_the_documents_in_order_without_gaps(numbered, tokenizer):
     expected, owner = [], []
     for _ in range(20):
         document = next(documents)
-        ids = encode_document(tokenizer, document)
+        ids = encode_document(Encoder(tokenizer), document)
         expected += ids
         owner += [document.id] * len(ids)
     for i in range(60):
@@ -77,16 +78,16 @@ def test_share_without_documents_is_an_error(numbered):
         next(DocumentStream(numbered, ALL, "train", 0, 1, 2))
 
 
-def test_spread_windows_never_predict_a_token_twice():
+def test_spread_windows_never_predict_a_token_twice(tokenizer):
     text = Tokens(list(range(100)), [("a", 60), ("b", 40)])
-    windows = spread_windows(text, 7, window=40, fresh=10)
+    windows = spread_windows(text, 7, window=40, fresh=10, encoder=Encoder(tokenizer))
     predicted = [i for window in windows for i in window.ids[-10:]]
     assert len(predicted) == len(set(predicted)) == 70
     assert windows[0].document_ids == ["a"]
     assert windows[3].document_ids == ["a", "b"]
     assert windows[-1].document_ids == ["b"]
     with pytest.raises(ValueError, match=r"8 windows of 40 tokens.*room for 7"):
-        spread_windows(text, 8, window=40, fresh=10)
+        spread_windows(text, 8, window=40, fresh=10, encoder=Encoder(tokenizer))
 
 
 def test_take_tokens_stops_when_there_is_enough(numbered, tokenizer):

@@ -267,7 +267,7 @@ def test_documents_are_those_of_the_filler(plain: tuple[Frame, Tokens]) -> None:
     texts = [document for document in EmbeddedText().documents() if len(document.text) > 3000][:4]
     haystack = Tokens()
     for document in texts:
-        haystack.append(document.id, encode_document(frame.tokenizer, document))
+        haystack.append(document.id, encode_document(frame, document))
     case = Niah().case(frame, haystack, 1000, 0.5, random.Random(0))
     by_id = {document.id: document.text for document in texts}
     assert 1 <= len(case.info.document_ids) <= 2

@@ -7,6 +7,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from data.packing import DocumentStream
+from data.question_sources import LocalQuestions
 from data.text import EmbeddedText, HubText, LocalText, Splits
 
 
@@ -121,3 +122,28 @@ def test_hub_stream_resumes_exactly(tmp_path, consumed):
 def test_unreachable_dataset_says_what_to_do():
     with pytest.raises(ValueError, match=r"nobody/nothing.*EmbeddedText"):
         list(HubText("nobody/nothing").documents())
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path, monkeypatch):
+    bom = b"\xef\xbb\xbf"
+    rows = ['{"text": "first"}', '{"text": "\\ufeffsecond"}']
+    (tmp_path / "a.txt").write_bytes(bom + b"plain")
+    (tmp_path / "b.jsonl").write_bytes(bom + "\n".join(rows).encode())
+    (tmp_path / "c.csv").write_bytes(bom + b"text,more\nfirst,x\nsecond,y\n")
+    parquet.write_table(pa.table({"text": ["first", "\ufeffsecond"]}), tmp_path / "d.parquet")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    local = LocalText([str(tmp_path / "a.txt"), "~/b.jsonl", "~/d.parquet"], skip_broken=True)
+    assert [d.text for d in local.documents()] == ["plain", "first", "second", "first", "second"]
+    assert local.skipped == 0
+    for kind, name in (("csv", "c.csv"), ("json", "b.jsonl"), ("parquet", "d.parquet"), ("text", "a.txt")):
+        for streaming in (True, False):
+            hub = HubText(kind, data_files=[str(tmp_path / name)], streaming=streaming)
+            texts = [d.text for d in hub.documents()]
+            assert texts == (["plain"] if kind == "text" else ["first", "second"]), (kind, streaming)
+    assert Splits().of("\ufefffirst") == Splits().of("first")
+
+
+def test_a_byte_order_mark_before_questions_drops_none(tmp_path):
+    row = {"document": "Some text.", "question": "What?", "answer": "text"}
+    (tmp_path / "q.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(row).encode() + b"\n" + json.dumps(row).encode())
+    assert len(list(LocalQuestions([str(tmp_path / "q.jsonl")]).samples(None, 100))) == 2

@@ -5,6 +5,7 @@ import pickle
 import random
 import re
 import string
+import unicodedata
 from collections import Counter
 from typing import Any
 
@@ -177,3 +178,47 @@ def test_scoring_needs_no_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nltk, "download", refuse)
     monkeypatch.setattr(nltk.data, "find", refuse)
     assert retrieval_scores("42", ["42"])["rouge_l"] == 1
+
+
+SPACELESS = [
+    ("東京。", "東京", True),
+    ("東京是日本的首都", "東京", True),
+    ("「東京」", "東京", True),
+    ("京都", "東京", False),
+    ("48213。接下來", "48213", True),
+    ("482130。接下來", "48213", False),
+    ("東京タワーです", "東京タワー", True),
+    ("กรุงเทพฯ เป็นเมือง", "กรุงเทพ", True),
+    ("ปารีส", "กรุงเทพ", False),
+]
+
+
+@pytest.mark.parametrize(("prediction", "answer", "exact"), SPACELESS)
+def test_in_scripts_without_spaces_every_character_is_a_word(prediction: str, answer: str, exact: bool) -> None:
+    scores = retrieval_scores(prediction, [answer])
+    assert scores["exact"] == exact
+    if exact:
+        assert scores["substring"] == 1
+        assert scores["f1"] > 0.3 and scores["rouge_l"] > 0.3
+    assert retrieval_scores(answer, [answer]) == dict.fromkeys(scores, 1.0)
+
+
+@pytest.mark.parametrize("listed", ["紅色、藍色。", "藍色, 紅色", "紅色 藍色", "藍色\n紅色"])
+def test_lists_in_scripts_without_spaces(listed: str) -> None:
+    assert retrieval_scores(listed, ["紅色", "藍色"])["exact"] == 1
+    assert retrieval_scores(listed, ["紅色", "綠色"])["exact"] == 0
+
+
+@pytest.mark.parametrize("answer", ["café", "Ångström", "naïve Zoë", "हिन्दी", "Ünïcödé"])
+def test_composed_and_decomposed_letters_are_the_same(answer: str) -> None:
+    for form in ("NFC", "NFD"):
+        for other in ("NFC", "NFD"):
+            said = unicodedata.normalize(form, f"{answer}, they said")
+            scores = retrieval_scores(said, [unicodedata.normalize(other, answer)])
+            assert (scores["substring"], scores["exact"]) == (1, 1)
+            assert scores["rouge_l"] > 0.3 and scores["f1"] > 0.3
+
+
+def test_a_vowel_sign_makes_another_word() -> None:
+    assert retrieval_scores("की", ["कि"])["exact"] == 0
+    assert retrieval_scores("cafe", ["café"])["exact"] == 0

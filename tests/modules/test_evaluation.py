@@ -266,7 +266,7 @@ def test_a_press_without_a_ratio_to_set_is_a_line_in_the_table(
     run: Callable[..., Any], measured: list[str], tmp_path: Path
 ) -> None:
     run(points=[*(Setting(press, [0.5]) for press in UNFIT), Setting(TOVAPress(), [0.5])])
-    assert set(measured) == {"full-cache_0_dense", "TOVA_0-5_dense"}
+    assert set(measured) == {"full_cache_0_dense", "TOVA_0-5_dense"}
     report = (tmp_path / "run" / "report.md").read_text()
     assert report.count("has no compression_ratio to set") >= len(UNFIT)
 

@@ -1,0 +1,136 @@
+"""Text to tokens as one whole: parts get no prefix of their own, and no cut falls into a character."""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+BEFORE = ("\n", "a", "0", ".")
+"""Something that a text is encoded after, and cut off again: the first with which it shares no token."""
+
+
+class Encoder:
+    """What a tokenizer makes of text in the middle of a text.
+
+    Tokenizers of the SentencePiece family put a space (the dummy prefix) in front of what they are given. It belongs to
+    the beginning of a text alone: in front of each part it would be a piece that the whole text does not have.
+
+    Parameters
+    ----------
+    tokenizer
+        A transformers tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def start(self, text: str) -> list[int]:
+        """Token ids of the beginning of a text, without added special tokens (those spelled out in it count)."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of text that another text goes before."""
+        if not text or not self.has_prefix:
+            return self.start(text)
+        before, skipped = self._before(text)
+        return self.start(before + text)[skipped:]
+
+    def parts(self, texts: Sequence[str]) -> list[list[int]]:
+        """``encode`` of all texts joined, cut where they meet; a token across a cut belongs to what comes before it."""
+        if not self.tokenizer.is_fast:
+            return [self.encode(text) for text in texts]
+        whole = "".join(texts)
+        before, skipped = self._before(whole)
+        encoded = self.tokenizer(before + whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, offsets = encoded["input_ids"][skipped:], encoded["offset_mapping"][skipped:]
+        ends = list(accumulate(map(len, texts), initial=len(before)))[1:]
+        found: list[list[int]] = [[] for _ in texts]
+        for token, (first, _) in zip(ids, offsets, strict=True):
+            found[next((i for i, end in enumerate(ends) if first < end), len(ends) - 1)].append(token)
+        return found
+
+    def with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """``encode``, and the characters [start, end) that each token stands for. Needs a fast tokenizer."""
+        before, skipped = self._before(text)
+        encoded = self.tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets = [(max(0, first - len(before)), last - len(before)) for first, last in encoded["offset_mapping"]]
+        return list(encoded["input_ids"][skipped:]), offsets[skipped:]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Plain text of token ids, spaces left as they are."""
+        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """``encode`` of each text, faster than one by one where it can be."""
+        if not texts or self.has_prefix:
+            return [self.encode(text) for text in texts]
+        return [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+    def behind_character(self, ids: Sequence[int], place: int) -> int:
+        """``place``, or the next one where a character begins or the text ends."""
+        while place < len(ids) and not self.begins([ids[place]])[0]:
+            place += 1
+        return place
+
+    def before_character(self, ids: Sequence[int], place: int) -> int:
+        """``place``, or the one before where a character begins."""
+        while 0 < place < len(ids) and not self.begins([ids[place]])[0]:
+            place -= 1
+        return place
+
+    @cached_property
+    def line_end(self) -> int:
+        """A token that fills a place in which no whole character fits: where each takes three tokens, say."""
+        return self.encode("\n")[-1]
+
+    def begins(self, ids: Sequence[int]) -> list[bool]:
+        """Which tokens begin a character; the others go on with the bytes of one."""
+        tokens = self.tokenizer.convert_ids_to_tokens(list(ids))
+        return [not 0x80 <= self._first_byte(token) < 0xC0 for token in tokens]
+
+    @cached_property
+    def opening(self) -> list[int]:
+        """Special tokens that the tokenizer puts in front of a text: Gemma and Llama want their bos there."""
+        bare, ids = self.start("a"), list(self.tokenizer("a", verbose=False)["input_ids"])
+        return ids[: ids.index(bare[0])] if bare and bare[0] in ids else []
+
+    @cached_property
+    def has_prefix(self) -> bool:
+        """Whether a text's first word has another token at the text's beginning than after a line's end."""
+        bare, after = self.start("a"), self.start("\na")
+        return after[-len(bare) :] != bare
+
+    def _before(self, text: str) -> tuple[str, int]:
+        """What to encode ``text`` after, and how many tokens that takes."""
+        if not self.has_prefix:
+            return "", 0
+        whole = text[:64]
+        for before in BEFORE:
+            alone = self.start(before)
+            if self.start(before + whole)[: len(alone)] == alone:
+                return before, len(alone)
+        raise ValueError(
+            f"{type(self.tokenizer).__name__} merges {whole[:20]!r} with whatever stands before it, so it cannot be "
+            "cut there: use another tokenizer"
+        )
+
+    def _first_byte(self, token: str | bytes | None) -> int:
+        """0 for a token that is no bytes."""
+        if isinstance(token, bytes):
+            return token[0] if token else 0
+        if not token:
+            return 0
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return int(token[3:5], 16)
+        return self._alphabet.get(token[0], 0) if self._alphabet else 0
+
+    @cached_property
+    def _alphabet(self) -> dict[str, int]:
+        """Character -> byte in a byte-level vocabulary; empty for others."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None or '"ByteLevel"' not in json.dumps(json.loads(backend.to_str())["decoder"]):
+            return {}
+        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = [byte for byte in range(256) if byte not in printable]
+        return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
