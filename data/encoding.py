@@ -82,7 +82,7 @@ class Encoder:
     @cached_property
     def line_end(self) -> int:
         """A token that fills a place in which no whole character fits: where each takes three tokens, say."""
-        return self.encode("\n")[-1]
+        return (self.encode("\n") or self.encode("."))[-1]  # WordPiece drops line ends
 
     def begins(self, ids: Sequence[int]) -> list[bool]:
         """Which tokens begin a character; the others go on with the bytes of one."""
