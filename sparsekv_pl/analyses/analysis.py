@@ -15,8 +15,8 @@ from sparsekv_pl.adapter import training_summary, variants_of
 from sparsekv_pl.backbone import Backbone, adapter_off, causal_lm
 from sparsekv_pl.batch import CaseBatch
 from sparsekv_pl.eviction.limits import position_limit
-from sparsekv_pl.native_precision import warn_of_emulation
 from sparsekv_pl.keys import batch_of, computed_by, key_of
+from sparsekv_pl.native_precision import warn_of_emulation
 from sparsekv_pl.reporting import run_environment
 from sparsekv_pl.reporting.console import show_report
 from sparsekv_pl.results import Record, Results, gathered
