@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sparsekv_pl.config_values import check_shape, check_values, explained
-from sparsekv_pl.modules.precision import check_kept, decide_settings
+from sparsekv_pl.modules.precision import decide_settings
 from sparsekv_pl.out_of_memory import out_of_memory_explained
 from sparsekv_pl.redaction import redact_output, redacted
 from sparsekv_pl.run_length import fill_length
@@ -129,9 +129,7 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **settings: Any) -> Trainer:
         """The trainer; what Lightning refuses becomes a ``ValueError`` with the settings that it speaks of."""
         try:
-            trainer = super().instantiate_trainer(**settings)
-            check_kept(self._get(self.config, "trainer").get("precision"), trainer)
-            return trainer
+            return super().instantiate_trainer(**settings)
         except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
             given = self._get(self.config, "trainer")
             named = {name: value for name, value in given.items() if re.search(rf"\b{name}\b", str(error))}

@@ -10,26 +10,37 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities import rank_zero_info
 
-from sparsekv_pl.native_precision import decide, warn_of_emulation
+from sparsekv_pl.native_precision import AUTO, decide, warn_of_emulation
 
 
 def decide_settings(settings: Namespace, trains: bool) -> None:
     """Put what ``decide`` says in the place of a precision and a dtype that were left out, and say it.
 
     ``settings`` are a command's, resolved. Without a backbone there is no model to run, and Lightning's default stays.
+
+    Raises
+    ------
+    ValueError
+        For float16 on a CPU, in whose place Lightning would put bfloat16.
     """
-    backbone = settings.model.get("init_args", {}).get("backbone")
-    if backbone is None:
-        return
     trainer, plugin = settings.trainer, _plugin(settings.trainer.get("plugins"))
-    accelerator = trainer.get("accelerator")
+    asked, accelerator = trainer.get("precision"), trainer.get("accelerator")
+    backbone = settings.model.get("init_args", {}).get("backbone") or Namespace()
     decision = decide(
-        trainer.get("precision") if plugin is None else plugin.get("precision", "32-true"),
-        backbone.dtype,
+        asked if plugin is None else plugin.get("precision", "32-true"),
+        backbone.get("dtype", AUTO),
         accelerator=accelerator if isinstance(accelerator, str) else "auto",
-        every_weight=trains and backbone.lora is None and backbone.adapter is None,
-        sharded=backbone.sharded,
+        every_weight=trains and backbone.get("lora") is None and backbone.get("adapter") is None,
+        sharded=backbone.get("sharded", False),
     )
+    if str(asked) in ("16", "16-mixed") and decision.device == "cpu":
+        raise ValueError(
+            f"precision={asked} would become bf16-mixed, as Lightning has no float16 for a CPU: leave precision out, "
+            "or give bf16-mixed or 32-true; to try the float16 path there, leave precision out and set plugins to a "
+            "lightning.pytorch.plugins.MixedPrecision with precision 16-mixed and device cpu"
+        )
+    if not backbone:
+        return
     if plugin is None:
         trainer.precision = decision.precision
     backbone.dtype = decision.dtype
@@ -48,16 +59,6 @@ def check_precision(trainer: Trainer, module: LightningModule) -> None:
             f"{len(half)} parameters would train in float16 (the first is {half[0]}; trainer.precision="
             f"{trainer.precision}): AdamW's eps is 0 there and small gradients vanish. For float16 with a loss scaler "
             "give precision 16-mixed, and backbone.dtype float32 or bfloat16 where every weight trains"
-        )
-
-
-def check_kept(asked: object, trainer: Trainer) -> None:
-    """Raise ``ValueError`` where Lightning has put another precision in the place of the one that was ``asked`` for."""
-    if str(asked) in ("16", "16-mixed") and trainer.precision != "16-mixed":
-        raise ValueError(
-            f"precision={asked} would become {trainer.precision}, as Lightning has no float16 for a CPU: leave "
-            "precision out, or give bf16-mixed or 32-true; to try the float16 path there, leave precision out and set "
-            "plugins to a lightning.pytorch.plugins.MixedPrecision with precision 16-mixed and device cpu"
         )
 
 
