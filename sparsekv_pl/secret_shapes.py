@@ -1,7 +1,9 @@
 """How keys, tokens and passwords look, and what they are called: detect-secrets' patterns, and what it lacks."""
 
 import importlib
+import logging
 import re
+import warnings
 from base64 import b64decode
 from functools import cache
 
@@ -70,8 +72,11 @@ def without_secrets(text: str) -> str:
 
 @cache
 def _library_patterns() -> list[re.Pattern[str]]:
+    shown = warnings.showwarning
     from detect_secrets.plugins.base import RegexBasedDetector
 
+    if warnings.showwarning is not shown:
+        logging.captureWarnings(False)  # its log module has them captured, and then no one sees a warning any more
     modules = [importlib.import_module(f"detect_secrets.plugins.{name}") for name in PLUGINS]
     detectors = {kind.__module__: kind for kind in RegexBasedDetector.__subclasses__()}
     return [pattern for module in modules for pattern in detectors[module.__name__]().denylist]

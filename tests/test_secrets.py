@@ -1,6 +1,7 @@
 """No key, token or password in what a run writes or says."""
 
 import logging
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -202,6 +203,15 @@ def test_messages_are_blotted(message: str) -> None:
 )
 def test_other_messages_stay(message: str) -> None:
     assert redacted(message) == message
+
+
+def test_warnings_are_still_shown() -> None:
+    """detect-secrets, once imported, would have all of them captured."""
+    script = "import warnings; from sparsekv_pl.redaction import redacted; redacted('a'); warnings.warn('seen')"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=CONFIGS.parent, capture_output=True, text=True, check=True
+    )
+    assert "UserWarning: seen" in done.stderr
 
 
 def test_logs_warnings_and_tracebacks_are_blotted(
