@@ -35,6 +35,8 @@ def inject_lora(model: PreTrainedModel, lora: Lora) -> PreTrainedModel:
     """``model`` with fresh adapters. Raises ``ValueError`` for targets that it does not have."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
+    from sparsekv_pl.cpu_products import quicken
+
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     missing = sorted(set(lora.targets) - names)
     if missing:
@@ -52,6 +54,8 @@ def inject_lora(model: PreTrainedModel, lora: Lora) -> PreTrainedModel:
     on_meta = model.device.type == "meta"
     adapted = get_peft_model(model, config, low_cpu_mem_usage=on_meta)
     check_head(model, f"lora.targets={list(lora.targets)}")
+    if not on_meta:
+        quicken(adapted)
     return adapted  # type: ignore[return-value]
 
 
@@ -62,6 +66,8 @@ def load_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> PreTr
     that it was trained to.
     """
     from peft import PeftConfig, get_peft_model
+
+    from sparsekv_pl.cpu_products import quicken
 
     folder = Path(adapter).expanduser()
     if not (folder / "adapter_config.json").exists():
@@ -80,6 +86,7 @@ def load_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> PreTr
         found = adapted.load_adapter(str(folder), "default", is_trainable=trainable)
         check_adapter_keys(adapter, found.missing_keys, found.unexpected_keys)
         adapted.train(trainable)
+        quicken(adapted)
     check_adapts(model, adapter)
     check_head(model, f"adapter={adapter!r}")
     return adapted

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from sparsekv_pl.attention.cached import CACHED, Observer, attention_implementation
 from sparsekv_pl.backbone import adapter_off, causal_lm
 from sparsekv_pl.decoder import decoder_of
+from sparsekv_pl.eviction.unread import last_mlp_for
 
 
 class Teacher:
@@ -36,7 +37,8 @@ class Teacher:
             torch.nn.Module.to(model, context_ids.device)
         ids = torch.cat([context_ids, continuation_ids], dim=1)
         extra = {} if observer is None else {"observer": observer}
-        with adapter_off(self._model), attention_implementation(model, CACHED):
+        computed = last_mlp_for(model, continuation_ids.shape[1])
+        with adapter_off(self._model), attention_implementation(model, CACHED), computed:
             hidden = decoder_of(model)(input_ids=ids, use_cache=False, **extra).last_hidden_state
         return hidden[:, context_ids.shape[1] :]
 

@@ -31,6 +31,7 @@ FOUNDATIONS = {
         "cache_shape",
         "chat_date",
         "config_values",
+        "cpu_products",
         "decoder",
         "fingerprint",
         "gguf_checkpoint",
@@ -50,6 +51,7 @@ FOUNDATIONS = {
         "secret_shapes",
         "seeding",
         "selection",
+        "shadow",
         "weight_match",
     )
 }

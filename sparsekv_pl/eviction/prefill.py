@@ -27,6 +27,7 @@ from sparsekv_pl.eviction.limits import (
 )
 from sparsekv_pl.eviction.prefilled import Prefilled
 from sparsekv_pl.eviction.shifted_rotary import queries_from
+from sparsekv_pl.eviction.unread import last_mlp_for
 from sparsekv_pl.presses.deciding import deciding_press
 from sparsekv_pl.presses.notes import NOTES, PressNotes
 from sparsekv_pl.presses.scores import (
@@ -37,6 +38,7 @@ from sparsekv_pl.presses.scores import (
     scorers_in,
     set_compression_ratio,
 )
+from sparsekv_pl.presses.shared_work import shared_work
 from sparsekv_pl.presses.tokens import TOKEN_IDS, ReadsTokens
 
 
@@ -129,7 +131,8 @@ class ChunkedPrefill:
         held = self.cache.get_seq_length()
         position = held if self.rotates else start
         told = self._told(chunk_ids)
-        with self._evicting(held, start, stop), queries_from(self.model, position if self.press is not None else 0):
+        rotated = queries_from(self.model, position if self.press is not None else 0)
+        with self._evicting(held, start, stop), rotated, last_mlp_for(self.model, 0):
             continue_from(self.model, chunk_ids, self.cache, position, **told)
         self.chunks_done += 1
 
@@ -193,7 +196,8 @@ class ChunkedPrefill:
         if ratio is not None:
             set_compression_ratio(self.deciding, _chunk_ratio(chunk, stop, ratio, self.budget))
         try:
-            with self._passing(), self.keeper(self.cache, stop), self.press(self.model):
+            shared = shared_work(self.model, self.press)
+            with self._passing(), self.keeper(self.cache, stop), shared, self.press(self.model):
                 yield
         finally:
             if ratio is not None:

@@ -1,0 +1,96 @@
+"""What scorers would compute a second time, or alike in every layer, and get instead within one prefill.
+
+Scorers that look at queries (SnapKV, TOVA, ExpectedAttention) project the hidden states again that their layer has just
+projected; ExpectedAttention averages the rotations of hundreds of future positions, which are the same in every layer.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from kvpress import BasePress, ExpectedAttentionPress
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsekv_pl.decoder import decoder_of
+from sparsekv_pl.presses.scores import presses_in
+from sparsekv_pl.shadow import shadowed
+
+
+@contextmanager
+def shared_work(model: PreTrainedModel, press: BasePress) -> Iterator[None]:
+    """Let the presses in ``press`` use, inside the block, what ``model``'s layers or other layers' presses computed.
+
+    Instances are shadowed for the block; classes stay as they are. With dropout in an adapter a press then scores the
+    very queries that attended.
+    """
+    queries, rotations = _Queries(), _Rotations()
+    with ExitStack() as stack:
+        for layer in decoder_of(model).layers:
+            projection = getattr(layer.self_attn, "q_proj", None)
+            if projection is not None:
+                stack.enter_context(shadowed(projection, "forward", queries.project))
+        for inner in presses_in(press):
+            if isinstance(inner, ExpectedAttentionPress):
+                stack.enter_context(shadowed(inner, "apply_avg_rope", rotations.apply))
+        yield
+
+
+class _Queries:
+    """The newest projection of queries; rows of its input are not projected again."""
+
+    def __init__(self) -> None:
+        self.newest: tuple[Callable[..., Tensor], Tensor, int, Tensor] | None = None
+
+    def project(self, projection: Callable[..., Tensor], hidden: Tensor) -> Tensor:
+        """``projection`` of hidden states (B, L, E)."""
+        if self.newest is not None and self.newest[0] == projection:
+            _, whole, version, queries = self.newest
+            rows = _rows(whole, hidden) if _version(whole) == version else None
+            if rows is not None:
+                return queries[:, rows]
+        queries = projection(hidden)
+        self.newest = projection, hidden, _version(hidden), queries
+        return queries
+
+
+class _Rotations:
+    """ExpectedAttention's mean rotation (D, D), by how many tokens were read."""
+
+    def __init__(self) -> None:
+        self.means: dict[tuple[Any, ...], Tensor] = {}
+
+    def apply(
+        self,
+        original: Callable[..., tuple[Tensor, Tensor | None]],
+        module: nn.Module,
+        mean: Tensor,
+        covariance: Tensor | None,
+        tokens: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``apply_avg_rope`` of the queries' ``mean`` (B, H, D) and ``covariance`` (B, H, D, D)."""
+        key = (original, tokens, module.rotary_emb, mean.shape[-1], mean.dtype, mean.device)
+        if key not in self.means:
+            unit = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+            self.means[key] = original(module, unit, None, tokens)[0]
+        turned = self.means[key]  # unit vectors after the rotation: its transpose
+        if covariance is not None:
+            covariance = turned.T @ (covariance @ turned)
+        return mean @ turned, covariance
+
+
+def _rows(whole: Tensor, part: Tensor) -> slice | None:
+    """Which rows of ``whole`` (B, L, E) ``part`` (B, n, E) is a view of; None where it is none."""
+    if part.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr() or part.dtype != whole.dtype:
+        return None
+    if part.dim() != 3 or part.stride() != whole.stride() or part.shape[::2] != whole.shape[::2]:
+        return None
+    start, rest = divmod(int(part.storage_offset() - whole.storage_offset()), int(whole.stride(1)))
+    inside = rest == 0 and start >= 0 and start + part.shape[1] <= whole.shape[1]
+    return slice(start, start + part.shape[1]) if inside else None
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts what was written into ``tensor``; in inference mode nobody counts, and no press writes."""
+    return 0 if tensor.is_inference() else tensor._version

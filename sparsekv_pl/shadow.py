@@ -1,0 +1,19 @@
+"""Another function in place of one instance's method, for a while."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+
+@contextmanager
+def shadowed(owner: object, name: str, instead: Callable[..., Any]) -> Iterator[None]:
+    """``owner.name`` is ``instead`` inside the block, which gets the original as its first argument."""
+    own = vars(owner).get(name)
+    setattr(owner, name, partial(instead, getattr(owner, name)))
+    try:
+        yield
+    finally:
+        vars(owner).pop(name)
+        if own is not None:
+            setattr(owner, name, own)
