@@ -129,6 +129,14 @@ def token_nll(
     return nll_N
 
 
+@torch.no_grad()
+def log_probabilities(hidden_NE: Tensor, head_weight_VE: Tensor) -> Tensor:
+    """(N, V), float32 or wider, of hidden states (N, E) under a head (V, E), as the losses here compute them."""
+    hidden, head_VE = _matmul_input(hidden_NE), _matmul_input(head_weight_VE)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _logits(hidden, head_VE, 1.0).log_softmax(-1)
+
+
 class _Settings(NamedTuple):
     kl_weight: float
     temperature: float

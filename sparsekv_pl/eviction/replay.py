@@ -31,6 +31,7 @@ from sparsekv_pl.eviction.limits import check_rows, check_weights
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.eviction.prefilled import Prefilled, copy_cache
 from sparsekv_pl.presses.scores import presses_in, rerotates_keys
+from sparsekv_pl.presses.shared_work import shared_work
 
 SAME_AT_EVERY_RATIO = (
     ExpectedAttentionPress,
@@ -88,7 +89,7 @@ class RecordedPrefill:
         if press is not None:
             check_weights(self.model, press)
             check_rows(press, len(self.context_ids))
-            with self._scored_once(press), press(self.model):
+            with shared_work(self.model, press), self._scored_once(press), press(self.model):
                 for call in self.calls:
                     kwargs = {**call.kwargs, "past_key_values": cache}
                     press.forward_hook(call.module, [], kwargs, call.output)

@@ -14,7 +14,8 @@ from sparsekv_pl.batch import TEXT, CaseBatch
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.eviction.prefilled import Prefilled
 from sparsekv_pl.measures.block_methods import DENSE, BlockMethod, FirstDense, Watched
-from sparsekv_pl.measures.measurement import Measurement, reading_scores
+from sparsekv_pl.measures.measurement import Measurement
+from sparsekv_pl.measures.reading import reading_scores
 from sparsekv_pl.metrics.retrieval import RETRIEVAL_SCORES
 from sparsekv_pl.results import Record
 

@@ -5,7 +5,6 @@ from functools import cached_property
 
 import torch
 from kvpress import BasePress
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekv_pl.batch import TEXT, CaseBatch, CaseInfo
@@ -15,7 +14,7 @@ from sparsekv_pl.eviction.prefill import continue_from, prefill
 from sparsekv_pl.eviction.prefilled import Prefilled
 from sparsekv_pl.eviction.replay import RecordedPrefill, replayable
 from sparsekv_pl.eviction.setting import Point
-from sparsekv_pl.losses import distillation_loss
+from sparsekv_pl.measures.reading import FullCacheReading
 from sparsekv_pl.measures.stability import StabilityProbe
 from sparsekv_pl.metrics.retrieval import retrieval_scores
 from sparsekv_pl.monitoring import Phases, timed
@@ -91,10 +90,12 @@ class Measurement:
         return timed(lambda: RecordedPrefill(self.model, self.batch["context_ids"]))
 
     @cached_property
-    def _full(self) -> Tensor:
-        """(B, T, E): what the model makes of the continuation with its full cache."""
-        full = self._recorded[0].evicted(None)
-        return continue_from(self.model, self.batch["continuation_ids"], full.cache, full.next_position)
+    def _full(self) -> FullCacheReading:
+        """What the model makes of the continuation with its full cache."""
+        full, ids = self._recorded[0].evicted(None), self.batch["continuation_ids"]
+        hidden = continue_from(self.model, ids, full.cache, full.next_position)
+        head, lengths = self.model.get_output_embeddings().weight, self.batch["continuation_lengths"].tolist()
+        return FullCacheReading(hidden, head, ids, lengths)
 
     def _row(self, row: int) -> "Measurement":
         batch, rows = self.batch, slice(row, row + 1)
@@ -144,35 +145,18 @@ class Measurement:
 
     def _read(self, point: Point, prefilled: Prefilled) -> list[Record]:
         """Perplexity and KL of the continuation. Its first token is left out: the context's last predicts it, uncut."""
-        ids, lengths = self.batch["continuation_ids"], self.batch["continuation_lengths"].tolist()
-        if point.decoding_interval is None:
+        ids = self.batch["continuation_ids"]
+        if point.press is None:
+            hidden = self._full.hidden
+        elif point.decoding_interval is None:
             hidden = continue_from(self.model, ids, prefilled.cache, prefilled.next_position)
         else:
-            assert point.press is not None
             budget = max(1, int(self.batch["context_ids"].shape[1] * (1 - point.compression_ratio)))
             hidden = read_while_evicting(self.model, prefilled, ids, point.press, budget, point.decoding_interval)
-        head = self.model.get_output_embeddings().weight
-        rows = []
-        for row, length in enumerate(lengths):
-            rows.append(reading_scores(hidden[row, :length], self._full[row, :length], head, ids[row, :length]))
-        return rows
+        return self._full.scores(hidden)
 
     @cached_property
     def _stop_ids(self) -> set[int]:
         config = self.model.generation_config
         known = [config.eos_token_id if config is not None else None, self.tokenizer.eos_token_id]
         return {i for item in known if item is not None for i in (item if isinstance(item, list) else [item])}
-
-
-def reading_scores(hidden: Tensor, teacher: Tensor, head: Tensor, ids: Tensor) -> Record:
-    """Sums over the tokens ``ids`` (T,) of a continuation but the first, in nats, and how many they are.
-
-    ``hidden`` and ``teacher`` (T, E) are what was made of them, here and with the full cache; ``head`` (V, E).
-    """
-    losses = distillation_loss(hidden[:-1], teacher[:-1], head, ids[1:], kl_weight=1.0)
-    tokens = int(losses.tokens)
-    return {
-        "nll": float(losses.cross_entropy) * tokens,
-        "kl": max(0.0, float(losses.kl)) * tokens,
-        "tokens": tokens,
-    }
