@@ -18,12 +18,12 @@ from sparsekv_pl.batch import Batch, rows_of_equal_length
 from sparsekv_pl.eviction import Eviction
 from sparsekv_pl.eviction.dropout import KVDropout
 from sparsekv_pl.eviction.limits import check_positions
-from sparsekv_pl.eviction.prefill import full_cache
 from sparsekv_pl.eviction.reach import check_full_cache
 from sparsekv_pl.fingerprint import weights_digest
 from sparsekv_pl.losses import token_nll
 from sparsekv_pl.metrics import ContinuationPerplexity
 from sparsekv_pl.modules.fit_together import check_evicts_in_evaluation, fit_together
+from sparsekv_pl.modules.one_prefill import full_and_evicted
 from sparsekv_pl.modules.student import Student, supervised, supervised_labels
 from sparsekv_pl.modules.training import guards, optimizers, watch
 from sparsekv_pl.objectives import EIT, Objective, StudentView
@@ -155,8 +155,7 @@ class EITModule(LightningModule):
         again = place >= len(self.trainer.val_dataloaders.dataset)  # type: ignore[union-attr]
         for part in rows_of_equal_length(batch):
             labels = part["labels"]
-            full = full_cache(causal_lm(self.model), part["context_ids"], part["continuation_ids"])
-            evicted = self.validation_student.evict(part, self.validation_compression_ratio, place).hidden
+            full, evicted = full_and_evicted(self.validation_student, part, self.validation_compression_ratio, place)
             for metric, hidden in ((self.val_full, full), (self.val_evicted, evicted)):
                 nll = token_nll(supervised(hidden, labels), self.student.head_weight, supervised_labels(labels))
                 metric.update(nll[:0] if again else nll)

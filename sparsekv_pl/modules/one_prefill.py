@@ -1,0 +1,46 @@
+"""Validation's two sides, the full cache and an evicted one, from one prefill where the press only looks on."""
+
+import torch
+from torch import Tensor
+
+from sparsekv_pl.backbone import causal_lm
+from sparsekv_pl.batch import Batch
+from sparsekv_pl.eviction import Eviction
+from sparsekv_pl.eviction.chunked import ChunkedEviction, continued
+from sparsekv_pl.eviction.prefill import full_cache
+from sparsekv_pl.eviction.replay import SAME_AT_EVERY_RATIO, RecordedPrefill
+from sparsekv_pl.modules.student import Student
+from sparsekv_pl.presses.deciding import candidates, deciding_press
+from sparsekv_pl.presses.draws import draw
+from sparsekv_pl.presses.scores import set_compression_ratio
+
+
+@torch.no_grad()
+def full_and_evicted(student: Student, batch: Batch, compression_ratio: float, place: int) -> tuple[Tensor, Tensor]:
+    """Hidden states (B, T, E) of the continuations of equally long contexts, with the full cache and under eviction.
+
+    A sharded model, whose layers have their weights only while they run, and evictions that need more than one look at
+    a dense prefill (chunks, a budget, KV dropout, presses that write) take a prefill for each.
+    """
+    model, eviction = causal_lm(student.model), student.eviction
+    context, continuation = batch["context_ids"], batch["continuation_ids"]
+    if not _looks_on(eviction, context.shape[1]) or any(hasattr(p, "full_tensor") for p in model.parameters()):
+        return full_cache(model, context, continuation), student.evict(batch, compression_ratio, place).hidden
+    assert isinstance(eviction, ChunkedEviction)
+    draw(eviction.press, place)
+    set_compression_ratio(eviction.press, compression_ratio)
+    recorded = RecordedPrefill(model, context)
+    full, evicted = (
+        continued(model, recorded.evicted(press), continuation) for press in (None, deciding_press(eviction.press))
+    )
+    return full, evicted
+
+
+def _looks_on(eviction: Eviction, tokens: int) -> bool:
+    """Whether what ``eviction`` keeps of ``tokens`` tokens depends on a dense prefill alone."""
+    return (
+        isinstance(eviction, ChunkedEviction)
+        and (eviction.chunk_tokens is None or eviction.chunk_tokens >= tokens)
+        and eviction.budget is None
+        and all(type(press) in SAME_AT_EVERY_RATIO for press in candidates(eviction.press))
+    )
