@@ -1,12 +1,12 @@
 """What is known of a trained adapter's folder."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from kvpress import BasePress
 
 from sparsekv_pl.fingerprint import folder_digest
+from sparsekv_pl.json_file import read_mapping
 from sparsekv_pl.presses.scores import press_name, presses_in
 from sparsekv_pl.weight_match import TRAINING_SUMMARY
 
@@ -22,9 +22,12 @@ def variants_of(adapter: str | None) -> dict[str, str | None]:
 
 
 def training_summary(adapter: str | None) -> dict[str, Any]:
-    """What the adapter's training run wrote about itself; empty where it wrote nothing."""
+    """What the adapter's training run wrote about itself; empty where it wrote nothing.
+
+    Raises ``ValueError`` for a file that is damaged.
+    """
     path = None if adapter is None else Path(adapter).expanduser() / TRAINING_SUMMARY
-    return json.loads(path.read_text()) if path is not None and path.exists() else {}
+    return read_mapping(path) if path is not None and path.exists() else {}
 
 
 def seen_in_training(press: BasePress | None, summary: dict[str, Any]) -> bool:

@@ -18,12 +18,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from sparsekv_pl.config_extent import check_depth, check_extent
 from sparsekv_pl.config_values import check_shape, check_values, explained
 from sparsekv_pl.modules.precision import decide_settings
 from sparsekv_pl.out_of_memory import out_of_memory_explained
 from sparsekv_pl.redaction import redact_output, redacted
 from sparsekv_pl.run_length import fill_length
 from sparsekv_pl.run_name import add_name, fill_name
+from sparsekv_pl.user_errors import told
 
 NOISE = re.compile(
     r"Does not validate against any of the Union subtypes|Subtypes: |Errors:|Expected a <class 'NoneType'>|"
@@ -54,7 +56,9 @@ _load_yaml = get_loader("yaml")
 
 def _load_yaml_and_none(text: str) -> Any:
     """jsonargparse hands ``--model.backbone.adapter null`` on to the inner option as the text None."""
+    check_depth(text)
     value = _load_yaml(text)
+    check_extent(value)
     check_shape(value)
     return None if value == "None" else value
 
@@ -65,8 +69,26 @@ set_loader("yaml", _load_yaml_and_none, exceptions=(yaml.YAMLError,))
 class Parser(LightningArgumentParser):
     """Says what is wrong with an argument in one line."""
 
+    _reading = "the value"
+    """The file that is being read."""
+
+    def parse_path(self, path: str | os.PathLike[str], *args: Any, **settings: Any) -> Namespace:
+        """A file's settings; what is wrong with the file itself is said with its name."""
+        before, self._reading = self._reading, str(path)
+        try:
+            return super().parse_path(path, *args, **settings)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no text in UTF-8 (byte {error.start}): give a YAML file") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        finally:
+            self._reading = before
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with code 2."""
+        message = message.replace('"<unicode string>"', self._reading).replace(
+            "Unexpected config: ", f"{self._reading} holds no settings: "
+        )
         if self.exit_on_error and not os.environ.get("JSONARGPARSE_DEBUG"):
             self.exit(2, f"error: {plain(message)}\n")
         super().error(message, ex)
@@ -130,10 +152,10 @@ class CommandLine(LightningCLI):
         """The trainer; what Lightning refuses becomes a ``ValueError`` with the settings that it speaks of."""
         try:
             return super().instantiate_trainer(**settings)
-        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+        except (MisconfigurationException, RuntimeError, ValueError, TypeError, ImportError) as error:
             given = self._get(self.config, "trainer")
             named = {name: value for name, value in given.items() if re.search(rf"\b{name}\b", str(error))}
-            told = "".join(f"; trainer.{name} is {value!r}" for name, value in named.items())
+            told = "".join(f"; trainer.{name} is {_brief(value)}" for name, value in named.items())
             raise ValueError(f"trainer: {str(error).rstrip('.')}{told}") from error
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -169,12 +191,13 @@ def run(command_line: Callable[[], Any]) -> None:
     redact_output()
     try:
         command_line()
-    except (ValueError, RuntimeError, MisconfigurationException) as error:
-        if os.environ.get("JSONARGPARSE_DEBUG") or not _for_users(error):
-            raise
-        sys.exit(f"error: {plain(str(error))}")
     except SIGTERMException as stopped:
         sys.exit(stopped.code or 128 + signal.SIGTERM)
+    except Exception as error:
+        line = told(error)
+        if os.environ.get("JSONARGPARSE_DEBUG") or line is None:
+            raise
+        sys.exit(f"error: {plain(line)}")
     except (KeyboardInterrupt, SystemExit) as stopped:  # Lightning makes sys.exit(1) of Ctrl-C
         if not any(isinstance(error, KeyboardInterrupt) for error in (stopped, stopped.__context__)):
             raise
@@ -211,10 +234,12 @@ def plain(message: str) -> str:
     return redacted(": ".join(filter(None, [".".join(dict.fromkeys(keys)), " ".join(said or lines)])))
 
 
-def _for_users(error: Exception) -> bool:
-    return isinstance(error, (ValueError, MisconfigurationException)) or type(error).__module__.startswith(
-        ("sparsekv_pl", "callbacks")
-    )
+def _brief(value: Any) -> str:
+    """A setting's value, of objects their classes alone."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_brief, value))}]"
+    path = value.get("class_path") if isinstance(value, Namespace) else None
+    return str(path).rpartition(".")[2] if path else repr(value)
 
 
 __all__ = ["CommandLine", "LightningArgumentParser", "SaveEvaluationConfig", "run"]

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sparsekv_pl.fingerprint import digest_of
 from sparsekv_pl.weight_match import load_whole
@@ -50,7 +50,7 @@ def convert(gguf: Path, cache_dir: Path) -> Path:
     partial = Path(tempfile.mkdtemp(dir=cache_dir, prefix=".partial-"))
     try:
         tokenizer = tokenizer_from_gguf(gguf)
-        model = load_whole(gguf.parent, gguf_file=gguf.name, dtype="float32")
+        model = _model_of(gguf)
         for config in (model.config, model.generation_config):
             config.bos_token_id = tokenizer.bos_token_id
             config.eos_token_id = tokenizer.eos_token_id
@@ -84,15 +84,30 @@ def tokenizer_from_gguf(gguf: Path) -> PreTrainedTokenizerFast:
 
     try:
         fields = {name: field.contents() for name, field in GGUFReader(str(gguf)).fields.items()}
-    except (ValueError, IndexError, KeyError) as error:
-        raise ValueError(f"{gguf} is no whole GGUF file ({error}): fetch it again") from error
+    except Exception as error:
+        raise _damaged(gguf, error) from error
     family = (fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre"))
     if family != ("gpt2", "smollm"):
         raise ValueError(
             f"{gguf.name} holds a tokenizer of kind {family}, which is not rebuilt from GGUF here; "
             "convert the model to a Hugging Face folder and give that folder as `pretrained`"
         )
-    return _byte_level_bpe(fields)
+    try:
+        return _byte_level_bpe(fields)
+    except Exception as error:
+        raise _damaged(gguf, error) from error
+
+
+def _model_of(gguf: Path) -> PreTrainedModel:
+    try:
+        return load_whole(gguf.parent, gguf_file=gguf.name, dtype="float32")
+    except Exception as error:
+        raise _damaged(gguf, error) from error
+
+
+def _damaged(gguf: Path, error: Exception) -> ValueError:
+    """Readers raise whatever the damage leads to."""
+    return ValueError(f"{gguf} is no whole GGUF file ({type(error).__name__}: {error}): fetch it again")
 
 
 def _byte_level_bpe(fields: dict[str, Any]) -> PreTrainedTokenizerFast:

@@ -1,12 +1,17 @@
 """Low-rank adapters: put on a model, or loaded from what a run exported."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from sparsekv_pl.weight_match import check_adapter_keys, check_adapts, check_head
+
+WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass
@@ -23,6 +28,8 @@ class Lora:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        if not self.targets or not all(self.targets):
+            raise ValueError(f"lora.targets={list(self.targets)} must name at least one layer, such as q_proj")
         if self.r < 1:
             raise ValueError(f"lora.r={self.r} must be at least 1")
         if self.alpha <= 0:
@@ -52,7 +59,10 @@ def inject_lora(model: PreTrainedModel, lora: Lora) -> PreTrainedModel:
         task_type="CAUSAL_LM",
     )
     on_meta = model.device.type == "meta"
-    adapted = get_peft_model(model, config, low_cpu_mem_usage=on_meta)
+    try:
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=on_meta)
+    except ValueError as error:
+        raise ValueError(f"lora.targets={list(lora.targets)}: {_in_a_line(error)}") from error
     check_head(model, f"lora.targets={list(lora.targets)}")
     if not on_meta:
         quicken(adapted)
@@ -62,17 +72,23 @@ def inject_lora(model: PreTrainedModel, lora: Lora) -> PreTrainedModel:
 def load_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> PreTrainedModel:
     """``model`` with the adapter in folder ``adapter``.
 
-    Raises ``ValueError`` where none is there, or one that would change nothing of what is computed here, or not all
-    that it was trained to.
+    Raises
+    ------
+    ValueError
+        Where none is there, where it is damaged or holds numbers that are not finite, and for one that would change
+        nothing of what is computed here, or not all that it was trained to.
     """
     from peft import PeftConfig, get_peft_model
 
     from sparsekv_pl.cpu_products import quicken
 
     folder = Path(adapter).expanduser()
-    if not (folder / "adapter_config.json").exists():
-        raise ValueError(f"adapter={adapter!r} has no adapter_config.json: give a folder that a training run exported")
-    config = PeftConfig.from_pretrained(str(folder))
+    for name in ("adapter_config.json", WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"adapter={adapter!r} has no {name}: give a folder that a training run exported")
+    with _damage_named(adapter):
+        _check_finite(folder / WEIGHTS)
+        config = PeftConfig.from_pretrained(str(folder))
     if config.is_prompt_learning:
         raise ValueError(
             f"adapter={adapter!r} is of type {config.peft_type}, which puts tokens before the prompt and changes no "
@@ -80,13 +96,39 @@ def load_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> PreTr
         )
     trained_on, config.inference_mode = config.base_model_name_or_path, not trainable
     on_meta = model.device.type == "meta"
-    adapted = get_peft_model(model, config, low_cpu_mem_usage=on_meta)
-    config.base_model_name_or_path = trained_on
-    if not on_meta:
-        found = adapted.load_adapter(str(folder), "default", is_trainable=trainable)
+    with _damage_named(adapter):
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=on_meta)
+        config.base_model_name_or_path = trained_on
+        found = None if on_meta else adapted.load_adapter(str(folder), "default", is_trainable=trainable)
+    if found is not None:
         check_adapter_keys(adapter, found.missing_keys, found.unexpected_keys)
         adapted.train(trainable)
         quicken(adapted)
     check_adapts(model, adapter)
     check_head(model, f"adapter={adapter!r}")
     return adapted
+
+
+@contextmanager
+def _damage_named(adapter: str) -> Iterator[None]:
+    """Peft, safetensors and torch each have their own errors for a file that is damaged."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"adapter={adapter!r} cannot be loaded: {_in_a_line(error)}; give a whole folder that a training run of "
+            "this model exported"
+        ) from error
+
+
+def _check_finite(weights: Path) -> None:
+    with safe_open(weights, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  it is no mapping
+            if not torch.isfinite(file.get_tensor(name)).all():
+                raise ValueError(f"{WEIGHTS}: {name} holds NaN or infinity")
+
+
+def _in_a_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return f"{kind}{text if len(text) <= 300 else f'{text[:300]}...'}".rstrip(".:")

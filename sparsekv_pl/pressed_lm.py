@@ -184,7 +184,7 @@ class PressedLM(HFLM):
         if following >= self.max_length:
             raise ValueError(
                 f"{following} tokens after the context leave no room for it: the model reads {self.max_length} "
-                "(max_length)"
+                "(max_length); take a model that reads more, or a task with shorter answers"
             )
         return context[following - self.max_length :]
 

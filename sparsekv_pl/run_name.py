@@ -6,6 +6,8 @@ from pathlib import Path
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from sparsekv_pl.output_folder import check_output
+
 OUTPUT = Path("output")
 UNNAMED = str(OUTPUT / "NAME")
 """Where a logger writes whose folder nobody gave: it stands for the run's own."""
@@ -74,4 +76,5 @@ def _report_folder(settings: Namespace, run: Path | None) -> Path | None:
             settings["model.init_args.output"] = output
     if output is None:
         return None
+    check_output("model.output", output)
     return Path(output) if report is not None else Path(output) / "evaluation"

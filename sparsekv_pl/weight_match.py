@@ -1,6 +1,5 @@
 """Whether weights on disk belong to the model that they are loaded into: else numbers would be wrong in silence."""
 
-import json
 import logging
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsekv_pl.fingerprint import weights_digest
+from sparsekv_pl.json_file import read_mapping
 
 log = logging.getLogger(__name__)
 
@@ -73,9 +73,9 @@ def check_base(adapter: Path, pretrained: str, source: Path, files: Callable[[],
     """
     if not (adapter / "adapter_config.json").exists():
         return  # load_adapter says so
-    trained_on = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path") or ""
+    trained_on = read_mapping(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
     summary = adapter / TRAINING_SUMMARY
-    known = json.loads(summary.read_text()) if summary.exists() else {}
+    known = read_mapping(summary) if summary.exists() else {}
     name, digest = known.get("base", trained_on), known.get("base_weights")
     folder = Path(trained_on).expanduser()
     if digest is None and trained_on and (folder / "config.json").exists():

@@ -295,6 +295,6 @@ def test_the_real_process_prints_one_line_and_ends_with_an_error(tmp_path: Path)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode in (1, 2)
     assert done.stderr.strip().splitlines()[-1] == (
-        "error: trainer.callbacks[0].class_path is null: give a class as package.module.Class"
+        f"error: {tmp_path}/wrong.yaml: trainer.callbacks[0].class_path is null: give a class as package.module.Class"
     )
     assert "Traceback" not in done.stderr

@@ -27,6 +27,7 @@ from sparsekv_pl.reporting import run_environment, sparsity_figure, terminal_tab
 from sparsekv_pl.reporting.console import show, show_report
 from sparsekv_pl.reporting.files import json_bytes, replace_all
 from sparsekv_pl.results import Record, Results, gathered
+from sparsekv_pl.user_errors import log_failure
 
 set_parsing_settings(subclasses_enabled=[BasePress])
 
@@ -201,7 +202,7 @@ class EvaluationModule(LightningModule):
         try:
             return measurement.at(point)
         except Exception as error:
-            log.exception("%s at %s, %s failed; the others go on", point.press_name, point.compression_ratio, variant)
+            log_failure(log, f"{point.press_name} at {point.compression_ratio}, {variant}", error)
             self.failed.add(_name(variant, point))
             return [{"error": f"{type(error).__name__}: {error}"}]
 

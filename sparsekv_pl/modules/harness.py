@@ -25,6 +25,7 @@ from sparsekv_pl.native_precision import warn_of_emulation
 from sparsekv_pl.presses.scores import set_compression_ratio
 from sparsekv_pl.reporting.console import show, show_report
 from sparsekv_pl.results import Record, Results
+from sparsekv_pl.user_errors import log_failure
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -164,7 +165,7 @@ class HarnessModule(LightningModule):
         try:
             return self._run(piece)
         except Exception as error:
-            log.exception("%s of %s failed; the others go on", piece.task, piece.setting)
+            log_failure(log, f"{piece.task} of {piece.setting}", error)
             return [{"error": f"{type(error).__name__}: {error}"}]
 
     def _run(self, piece: Piece) -> list[Record]:

@@ -1,0 +1,50 @@
+"""Which errors a user can mend, and the line that says how."""
+
+import errno
+import logging
+import os
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from yaml import YAMLError
+
+REMEDIES = {
+    errno.ENOENT: "give a path that exists",
+    errno.ENOTDIR: "a file stands where a folder should be: give another path",
+    errno.EEXIST: "a file stands where a folder should be: give another path",
+    errno.EISDIR: "a folder stands where a file should be: give another path",
+    errno.EACCES: "give one that this user may read and write",
+    errno.EPERM: "give one that this user may read and write",
+    errno.EROFS: "give a place that can be written",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ENOSPC: "make room, or give a place on another disk",
+    errno.EDQUOT: "make room, or give a place on another disk",
+}
+OURS = ("sparsekv_pl", "callbacks", "data")
+
+
+def told(error: BaseException) -> str | None:
+    """What to say of ``error``; None for a mistake in the program, of which the traceback says more."""
+    if isinstance(error, OSError):
+        return _of_system(error)
+    if isinstance(error, (ValueError, MisconfigurationException, YAMLError)):
+        return str(error)
+    return str(error) if type(error).__module__.partition(".")[0] in OURS else None
+
+
+def log_failure(log: logging.Logger, what: str, error: Exception) -> None:
+    """Log that ``what`` failed: in a line where that is enough, else with the traceback."""
+    line = told(error)
+    log.error("%s failed, the others go on: %s", what, line or "a mistake in the program", exc_info=line is None)
+
+
+def _of_system(error: OSError) -> str:
+    """File, what is wrong with it, and the fix; an OSError of a hub or a connection says it itself."""
+    if error.errno is None:
+        return str(error) or type(error).__name__
+    files = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    return ": ".join(
+        filter(None, [" -> ".join(files), error.strerror or os.strerror(error.errno), REMEDIES.get(error.errno)])
+    )
+
+
+__all__ = ["log_failure", "told"]
