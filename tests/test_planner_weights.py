@@ -14,12 +14,21 @@ from transformers import (
     LlamaConfig,
 )
 
-from sparsekv_pl import planner
+from sparsekv_pl import native_precision, planner
 from sparsekv_pl.backbone import EMBEDDED
+from sparsekv_pl.native_precision import Machine
 from sparsekv_pl.planner import GIB, duration, gib, plan
 from sparsekv_pl.quantisation import keep_unpacked, weight_bytes
 from tests.planner_cases import loaded_bytes, random_ids, scout, tiny_llama4
 from tests.tiny_training import MakeBackbone
+
+
+@pytest.fixture(autouse=True)
+def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All plans here are for a machine that computes in it."""
+    machine = Machine("cuda", "NVIDIA A100", (8, 0))
+    monkeypatch.setattr(native_precision, "probe", lambda *_, **__: machine)
+
 
 # --- the weights ---
 
@@ -164,13 +173,13 @@ def test_it_warns_where_memory_is_short(settings: dict[str, Any], warning: str |
 
 
 def test_memory_is_looked_for_where_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = plan(EMBEDDED, 100, dtype="float32")
+    found = plan(EMBEDDED, 100)
     assert "RAM available" in found.memory
     assert found.memory_limit > GIB // 10
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (10 + index, 100))
-    found = plan(EMBEDDED, 100, dtype="float32")
+    found = plan(EMBEDDED, 100)
     assert (found.memory_limit, found.memory) == (21, "free on 2 GPU(s)")
 
 
