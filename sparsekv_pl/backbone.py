@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from sparsekv_pl.computed import check_computed
 from sparsekv_pl.fingerprint import model_digest
 from sparsekv_pl.gguf_checkpoint import EMBEDDED, convert, embedded_gguf
 from sparsekv_pl.keys import settings_of
@@ -79,9 +80,10 @@ class Backbone:
         Raises
         ------
         ValueError
-            For a path that does not exist, an architecture that transformers does not know, weights that are missing
-            or unused, a tokenizer whose ids do not fit the embedding, LoRA targets that the model does not have, an
-            adapter of another base or without effect, a placement or a sharding that cannot be.
+            For a path that does not exist, an architecture that transformers does not know, a head or an attention that
+            is not computed here, weights that are missing or unused, a tokenizer whose ids do not fit the embedding,
+            LoRA targets that the decoder does not have, an adapter of another base or without effect, a placement or a
+            sharding that cannot be.
         """
         if trainable and self.load_in_4bit and self.lora is None and self.adapter is None:
             raise ValueError("load_in_4bit=true freezes the base weights: set lora, or load_in_4bit=false")
@@ -92,11 +94,12 @@ class Backbone:
         tokenizer = self._tokenizer(source)
         model = self._skeleton(source) if self.sharded else self._model(source, trainable)
         check_vocabulary(model, tokenizer, self.pretrained)
+        check_computed(model)
         if self.adapter is not None:
             check_base(Path(self.adapter).expanduser(), self.pretrained, Path(source), self.files)
             return load_adapter(model, self.adapter, trainable), tokenizer
         if self.lora is not None and trainable:
-            return inject_lora(model, self.lora), tokenizer
+            return inject_lora(model, self.lora, self.revision), tokenizer
         return model, tokenizer
 
     def identity(self) -> dict[str, Any]:
@@ -267,9 +270,15 @@ def _explained(pretrained: str) -> Iterator[None]:
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pretrained: str) -> None:
-    """Raise ``ValueError`` if the tokenizer can produce an id that the embedding does not have."""
+    """Raise ``ValueError`` if the tokenizer makes ids of text that the embedding does not have.
+
+    Special tokens that only images or sounds stand for may lie beyond it, as in text-only Gemma 3: a text that spells
+    one out fails at the embedding.
+    """
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
-    highest = max(tokenizer.get_vocab().values())
+    unread = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    unread -= {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    highest = max(set(tokenizer.get_vocab().values()) - unread)
     if highest >= rows:
         raise ValueError(
             f"pretrained={pretrained!r}: the tokenizer's highest id is {highest} but the embedding has {rows} rows; "

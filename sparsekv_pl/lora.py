@@ -1,14 +1,17 @@
 """Low-rank adapters: put on a model, or loaded from what a run exported."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
+from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.weight_match import check_adapter_keys, check_adapts, check_head
 
 WEIGHTS = "adapter_model.safetensors"
@@ -38,23 +41,32 @@ class Lora:
             raise ValueError(f"lora.dropout={self.dropout} must be in [0, 1)")
 
 
-def inject_lora(model: PreTrainedModel, lora: Lora) -> PreTrainedModel:
-    """``model`` with fresh adapters. Raises ``ValueError`` for targets that it does not have."""
+def inject_lora(model: PreTrainedModel, lora: Lora, revision: str | None = None) -> PreTrainedModel:
+    """``model`` with fresh adapters in its decoder: not in what sees or hears beside it, nor in the head.
+
+    ``revision`` is the base's, for whoever loads the adapter. Raises ``ValueError`` for targets that the decoder does
+    not have.
+    """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     from sparsekv_pl.cpu_products import quicken
 
-    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    decoder = decoder_of(model)
+    names = {name.rsplit(".", 1)[-1] for name, _ in decoder.named_modules()} | {"lm_head"}  # refused below, by name
     missing = sorted(set(lora.targets) - names)
     if missing:
-        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-        raise ValueError(f"lora.targets {missing} are not in {type(model).__name__}; its linear layers are {linear}")
+        linear = sorted({n.rsplit(".", 1)[-1] for n, m in decoder.named_modules() if isinstance(m, torch.nn.Linear)})
+        raise ValueError(
+            f"lora.targets {missing} are not in the decoder of {type(model).__name__}; its linear layers are {linear}"
+        )
     if getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         target_modules=list(lora.targets),
+        exclude_modules=_beside(model, decoder, lora.targets),
+        revision=revision,
         lora_dropout=lora.dropout,
         task_type="CAUSAL_LM",
     )
@@ -67,6 +79,22 @@ def inject_lora(model: PreTrainedModel, lora: Lora) -> PreTrainedModel:
     if not on_meta:
         quicken(adapted)
     return adapted  # type: ignore[return-value]
+
+
+def _beside(model: PreTrainedModel, decoder: torch.nn.Module, targets: Collection[str]) -> str | None:
+    """A pattern of the parts of ``model`` beside its decoder that have modules called as ``targets``, if there are any.
+
+    A vision tower's have the same names; its adapters would be trained by nothing and exported.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    inside = names.get(id(decoder), "").split(".")
+    parts = set()
+    for name in names.values():
+        path = name.split(".")
+        if path[-1] in targets and path[-1] != "lm_head" and path[: len(inside)] != inside:
+            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(path, inside, strict=False)))
+            parts.add(".".join(path[: shared + 1]))
+    return "|".join(rf"{re.escape(part)}(\..*)?" for part in sorted(parts)) or None
 
 
 def load_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> PreTrainedModel:

@@ -22,10 +22,12 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekv_pl.backbone import causal_lm
 from sparsekv_pl.chat_date import DAY
+from sparsekv_pl.computed import check_computed
 from sparsekv_pl.eviction.decoding import greedy
 from sparsekv_pl.eviction.ledger import ledger
 from sparsekv_pl.eviction.prefill import chunk_bounds, continue_from, prefill
 from sparsekv_pl.eviction.prefilled import Prefilled
+from sparsekv_pl.eviction.press_fit import check_press
 from sparsekv_pl.presses.scores import observation_window
 
 log = logging.getLogger(__name__)
@@ -110,6 +112,8 @@ class PressedLM(HFLM):
         for name, value in {"held_back": held_back, "rolling_tokens": rolling_tokens}.items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1 token")
+        check_computed(causal_lm(model))
+        check_press(causal_lm(model), press)
         with _without_advice():
             super().__init__(
                 pretrained=causal_lm(model), tokenizer=tokenizer, backend="causal", batch_size=1, max_length=max_length

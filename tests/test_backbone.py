@@ -7,12 +7,13 @@ import pytest
 import torch
 from kvpress import BasePress, ExpectedAttentionPress, KnormPress, SnapKVPress
 from torch import Tensor
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from sparsekv_pl.backbone import Backbone, adapter_off, causal_lm
 from sparsekv_pl.eviction.decoding import greedy
 from sparsekv_pl.eviction.prefill import continue_from, prefill
 from sparsekv_pl.eviction.replay import RecordedPrefill
-from sparsekv_pl.lora import Lora
+from sparsekv_pl.lora import Lora, inject_lora
 from sparsekv_pl.placement import Placement
 from tests.tiny_training import MakeBackbone
 
@@ -215,3 +216,17 @@ def test_weights_on_disk_are_for_evaluation(tiny_backbone: MakeBackbone, tmp_pat
 
 
 # --- wrong sources ---
+
+
+def test_lora_leaves_what_sees_and_the_head_alone() -> None:
+    """A vision tower calls its projections as a decoder does."""
+    text = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    sees = CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=sees, text_config=text))
+    assert any("vision" in name and "q_proj" in name for name, _ in model.named_modules())
+    adapted = inject_lora(model, Lora(r=2, targets=("q_proj", "down_proj")))
+    trains = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert len(trains) == 2 * 2 * 2  # layers, targets, factors
+    assert all("language_model" in name for name in trains)
+    with pytest.raises(ValueError, match=r"adapts the head \(lm_head\)"):
+        inject_lora(LlamaForCausalLM(text), Lora(targets=("lm_head",)))

@@ -31,6 +31,7 @@ FOUNDATIONS = {
         "cache_shape",
         "chat_date",
         "config_extent",
+        "computed",
         "config_values",
         "cpu_products",
         "decoder",

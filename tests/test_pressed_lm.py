@@ -9,6 +9,7 @@ from kvpress import AdaKVPress, BasePress, KeyRerotationPress, KnormPress, SnapK
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
+from transformers import GraniteConfig, GraniteForCausalLM
 
 from sparsekv_pl.backbone import adapter_off
 from sparsekv_pl.pressed_lm import PressedLM
@@ -56,6 +57,14 @@ def test_without_a_press_loglikelihoods_are_hflms(tiny: tuple[Any, Any], max_len
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
     assert [said for _, said in found] == [said for _, said in expected]
     assert max_length or found[-1][1]
+
+
+def test_a_model_whose_logits_would_not_be_hflms_is_refused(tiny: tuple[Any, Any]) -> None:
+    config = GraniteConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, logits_scaling=8.0
+    )
+    with pytest.raises(ValueError, match=r"config\.logits_scaling=8\.0"):
+        PressedLM(GraniteForCausalLM(config), tiny[1])
 
 
 def test_a_context_that_is_cut_is_reported(tiny: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:

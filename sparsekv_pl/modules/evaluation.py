@@ -17,6 +17,7 @@ from sparsekv_pl.adapter import seen_in_training, training_summary, variants_of
 from sparsekv_pl.backbone import Backbone, adapter_off, causal_lm
 from sparsekv_pl.batch import TEXT, CaseBatch
 from sparsekv_pl.eviction.limits import check_positions
+from sparsekv_pl.eviction.press_fit import check_press
 from sparsekv_pl.eviction.setting import Point, Setting, points_of
 from sparsekv_pl.keys import batch_of, computed_by, key_of
 from sparsekv_pl.measures import Measurement
@@ -72,6 +73,8 @@ class EvaluationModule(LightningModule):
         self.stability, self.sparsity = stability, sparsity
         self.training_summary = training_summary(backbone.adapter)
         self.model, self.tokenizer = backbone.load(trainable=False)
+        for setting in settings:
+            check_press(causal_lm(self.model), setting.press)
         self.adapter, self.base, self.identity = backbone.adapter, backbone.described(), backbone.identity()
         self.variants = variants_of(backbone.adapter)
         names = [_name(variant, point) for variant in self.variants for point in self.points]

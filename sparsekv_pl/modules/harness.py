@@ -16,7 +16,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
 from sparsekv_pl.adapter import seen_in_training, training_summary, variants_of
-from sparsekv_pl.backbone import Backbone, adapter_off
+from sparsekv_pl.backbone import Backbone, adapter_off, causal_lm
+from sparsekv_pl.eviction.press_fit import check_press
 from sparsekv_pl.eviction.setting import Point, Setting, points_of
 from sparsekv_pl.fingerprint import folder_digest
 from sparsekv_pl.keys import computed_by, key_of
@@ -108,6 +109,8 @@ class HarnessModule(LightningModule):
         self._check()
         self.training_summary = training_summary(backbone.adapter)
         self.model, self.tokenizer = backbone.load(trainable=False)
+        for setting in settings:
+            check_press(causal_lm(self.model), setting.press)
         if apply_chat_template and not self.tokenizer.chat_template:
             raise ValueError(
                 f"the tokenizer of {backbone.pretrained} has no chat template: set apply_chat_template to false"

@@ -18,6 +18,7 @@ from sparsekv_pl.batch import CaseBatch
 from sparsekv_pl.eviction.ledger import ledger
 from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.eviction.prefill import ChunkedPrefill
+from sparsekv_pl.eviction.press_fit import check_press
 from sparsekv_pl.eviction.saved_state import SavedState
 from sparsekv_pl.eviction.setting import check_evicts
 from sparsekv_pl.keys import batch_of, computed_by, key_of, settings_of
@@ -100,6 +101,7 @@ class LongContextModule(LightningModule):
         self.phases, self.between = Phases(), ExitStack()
         with self.phases("load"):
             self.model, self.tokenizer = backbone.load(trainable=False)
+        check_press(causal_lm(self.model), press)
 
     @property
     def lm(self) -> PreTrainedModel:
