@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
 from callbacks.checkpoint_files import written_whole
 from callbacks.curriculum import Curriculum
+from sparsekv_pl.backbone import causal_lm
+from sparsekv_pl.batch import tokens_given
 from sparsekv_pl.sharding import exported, gathered
 
 
@@ -37,7 +40,8 @@ class AdapterExport(pl.Callback):
         self.directory = directory
         self.merge = merge
         self._seconds = 0.0
-        self._tokens = 0
+        self._tokens = 0  # of this rank, since the start or the resume
+        self._tokens_before = 0  # of all ranks
         self._started = 0.0
         self._exported = -1
 
@@ -47,6 +51,12 @@ class AdapterExport(pl.Callback):
             raise ValueError(
                 f"--merge folds an adapter into its base, but {type(pl_module).__name__} trains none: leave --merge out"
             )
+        if (
+            stage == "fit"
+            and not _writes_itself(pl_module)
+            and (self.merge or not hasattr(pl_module.model, "peft_config"))
+        ):
+            _check_generation_config(pl_module.model)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -56,7 +66,7 @@ class AdapterExport(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._tokens += trainer.world_size * (batch["context_ids"].numel() + batch["continuation_ids"].numel())
+        self._tokens += tokens_given(batch)
 
     @override
     def on_save_checkpoint(
@@ -75,18 +85,26 @@ class AdapterExport(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self._elapsed(), "tokens": self._tokens}
+        return {"seconds": self._elapsed(), "tokens": self._all_tokens()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._seconds, self._tokens = state_dict["seconds"], state_dict["tokens"]
+        self._seconds, self._tokens_before = state_dict["seconds"], state_dict["tokens"]
 
     def _elapsed(self) -> float:
         return self._seconds + (time.perf_counter() - self._started if self._started else 0.0)
 
+    def _all_tokens(self) -> int:
+        """Of all ranks, which call it together."""
+        ranks = [self._tokens]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            ranks = ranks * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(ranks, self._tokens)
+        return self._tokens_before + sum(ranks)
+
     def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> Path:
         folder = Path(self.directory or trainer.default_root_dir) / name
-        weights = gathered(pl_module)
+        weights, tokens = gathered(pl_module), self._all_tokens()
         config = Path(trainer.log_dir or ".") / "config.yaml"  # all ranks ask: the first one's answer is sent to all
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return folder
@@ -95,22 +113,36 @@ class AdapterExport(pl.Callback):
                 pl_module.save_trained(partial)  # type: ignore[operator]
             else:
                 _write_model(trainer, pl_module, partial, weights)
-            _write_json(partial / "training.json", self._summary(trainer, pl_module))
+            _write_json(partial / "training.json", self._summary(trainer, pl_module, tokens))
             if config.exists():
                 shutil.copy(config, partial / "config.yaml")
         return folder
 
-    def _summary(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+    def _summary(self, trainer: pl.Trainer, pl_module: pl.LightningModule, tokens: int) -> dict[str, Any]:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         return {
             "steps": trainer.global_step,
             "seconds": round(self._elapsed(), 1),
-            "tokens": self._tokens,
+            "tokens": tokens,
             "trainable_parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
             "precision": str(trainer.precision),
             **pl_module.describe_training(),  # type: ignore[operator]
             "last_metrics": metrics,
         }
+
+
+def _check_generation_config(model: Any) -> None:
+    """Raise ``ValueError`` where transformers would refuse to write the model's generation_config with it."""
+    config = getattr(causal_lm(model), "generation_config", None)
+    if config is None:
+        return
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        raise ValueError(
+            f"{causal_lm(model).name_or_path}: its generation_config.json cannot be saved with the trained model "
+            f"({' '.join(str(error).split())}). Mend it in a local copy of the model, or delete it there"
+        ) from error
 
 
 def _writes_itself(pl_module: pl.LightningModule) -> bool:
@@ -136,7 +168,19 @@ def _write_merged(pl_module: pl.LightningModule, final: Path) -> None:
     """Beside the export ``final``, from which a sharded model is read back: no process holds a whole one."""
     folder, backbone = final.with_name("merged"), pl_module.backbone
     model = exported(backbone, final) if backbone.sharded else pl_module.model  # type: ignore[arg-type, union-attr]
+    _untie(model)
     merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model  # type: ignore[operator]
     merged.save_pretrained(folder)  # type: ignore[union-attr]
     pl_module.tokenizer.save_pretrained(folder)  # type: ignore[operator, union-attr]
     rank_zero_info(f"merged model in {folder}")
+
+
+def _untie(model: Any) -> None:
+    """Give the head weights of its own where an adapter changes those of the input embeddings that it shares."""
+    base = causal_lm(model)
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    own = getattr(embedding, "base_layer", None)  # peft's wrapper
+    if own is not None and own.weight is head.weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():
+            config.tie_word_embeddings = False

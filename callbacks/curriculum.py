@@ -51,6 +51,22 @@ class Curriculum(pl.Callback):
                 f"change nothing: train a module that evicts, or remove the callback"
             )
         self.schedule = self.schedule.over(trainer.max_steps)
+        pl_module.compression_ratio = self.schedule.ratio(trainer.global_step)  # type: ignore[assignment]
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raise ValueError before the first step where an adaptive schedule would never learn anything."""
+        if not self.schedule.observes:
+            return
+        batches, every = sum(trainer.num_val_batches), trainer.val_check_batch or 0  # None: by the clock
+        trained = trainer.max_steps * trainer.accumulate_grad_batches
+        if batches == 0 or (0 < trained < every):
+            what = "validation has no cases" if batches == 0 else f"validation comes after {every} of {trained} batches"
+            raise ValueError(
+                f"{type(self.schedule).__name__} adapts to {self.monitor!r}, but {what}: give data.validation_windows "
+                "or data.validation_needles above 0 and a trainer.val_check_interval within the run, or choose a "
+                "schedule that does not adapt"
+            )
 
     @override
     def on_train_batch_start(

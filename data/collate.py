@@ -35,6 +35,9 @@ def needle_batch(cases: Sequence[NeedleCase], pad: int) -> Batch:
         "document_ids": [" + ".join(case.document_ids) for case in cases],
         "tasks": [case.task for case in cases],
     }
+    continuations = [len(case.continuation_ids) for case in cases]
+    if min(continuations) < max(continuations):
+        batch["continuation_lengths"] = continuations
     return _with_lengths(batch, [len(case.context_ids) for case in cases])
 
 

@@ -24,6 +24,8 @@ class Batch(TypedDict):
     padding would be scored and kept like text."""
     continuation_ids: Tensor
     """(B, T) int64, padded on the right, where a causal model cannot see the padding."""
+    continuation_lengths: NotRequired[list[int]]
+    """Tokens of each row's continuation; every row has T where it is missing."""
     labels: Tensor
     """(B, T) int64."""
     document_ids: list[str]
@@ -66,6 +68,12 @@ def context_lengths(batch: Batch) -> list[int]:
 def tokens_read(batch: Batch) -> int:
     """Tokens that a model computes: padding after a context is cut off, padding after a continuation is read too."""
     return sum(context_lengths(batch)) + batch["continuation_ids"].numel()
+
+
+def tokens_given(batch: Batch) -> int:
+    """Tokens of text in a batch, without any padding."""
+    rows, longest = batch["continuation_ids"].shape
+    return sum(context_lengths(batch)) + sum(batch.get("continuation_lengths", [longest] * rows))
 
 
 TEXT = "text"

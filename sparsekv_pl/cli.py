@@ -25,7 +25,9 @@ from sparsekv_pl.out_of_memory import out_of_memory_explained
 from sparsekv_pl.redaction import redact_output, redacted
 from sparsekv_pl.run_length import fill_length
 from sparsekv_pl.run_name import add_name, fill_name
+from sparsekv_pl.trainer_limits import check_limits
 from sparsekv_pl.user_errors import told
+from sparsekv_pl.yaml_keys import check_unique_keys
 
 NOISE = re.compile(
     r"Does not validate against any of the Union subtypes|Subtypes: |Errors:|Expected a <class 'NoneType'>|"
@@ -60,6 +62,8 @@ def _load_yaml_and_none(text: str) -> Any:
     value = _load_yaml(text)
     check_extent(value)
     check_shape(value)
+    if isinstance(value, dict | list):
+        check_unique_keys(text)
     return None if value == "None" else value
 
 
@@ -131,6 +135,7 @@ class CommandLine(LightningCLI):
             raise ValueError(f"seed_everything is {seed}: give 0 to {2**32 - 1}")
         if settings.get("weights_only") is False:
             raise ValueError("weights_only is false: that would run code that a checkpoint holds; leave it out")
+        check_limits(settings["trainer"], str(self.config.get("subcommand")))
         trainer = {"class_path": "lightning.pytorch.Trainer", "init_args": settings["trainer"]}
         check_values({**settings, "trainer": trainer}, "")
 

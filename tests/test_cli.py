@@ -93,6 +93,9 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "choice": (["--model.backbone.dtype", "int3"], r"model.backbone.dtype: .*'bfloat16'.*Got value: int3"),
     "path": (["--model.backbone.pretrained", "/no/such"], "pretrained='/no/such': there is no such folder"),
     "config": (["--config", "nofile.yaml"], "File does not exist: .*nofile.yaml"),
+    "key twice": (["--trainer", "{max_steps: 3, max_steps: 4}"], "key max_steps stands twice, in lines 1 and 1"),
+    "steps": (["--trainer.min_steps", "9", "--trainer.max_steps", "4"], "trainer.min_steps is 9, above .*max_steps, 4"),
+    "no batches": (["--trainer.limit_train_batches", "0"], "trainer.limit_train_batches is 0, so fit would do nothing"),
 }
 
 

@@ -58,6 +58,8 @@ FOUNDATIONS = {
         "shadow",
         "user_errors",
         "weight_match",
+        "trainer_limits",
+        "yaml_keys",
     )
 }
 PARTS = {

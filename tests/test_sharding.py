@@ -11,9 +11,11 @@ from torch.distributed import destroy_process_group, init_process_group
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from callbacks.curriculum import Curriculum
 from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.modules.eit import EITModule
 from sparsekv_pl.placement import Placement
+from sparsekv_pl.schedules import Fixed
 from sparsekv_pl.sharding import shard
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer
 
@@ -64,7 +66,7 @@ def test_a_strategy_that_does_not_shard_is_refused(
 ) -> None:
     module = EITModule(tiny_backbone(sharded=True), ChunkedEviction(SnapKVPress(window_size=8)))
     with pytest.raises(ValueError, match=r"add --config configs/train/fsdp.yaml"):
-        tiny_trainer().fit(module, tiny_data())
+        tiny_trainer(Curriculum(Fixed(0.5))).fit(module, tiny_data())
 
 
 @pytest.fixture

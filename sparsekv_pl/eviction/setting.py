@@ -1,5 +1,6 @@
 """What is measured: a press at a compression ratio, and when it evicts."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,16 @@ from sparsekv_pl.eviction.limits import check_chunks
 from sparsekv_pl.eviction.prefill import chunk_bounds
 from sparsekv_pl.keys import settings_of
 from sparsekv_pl.presses.deciding import deciding_press
-from sparsekv_pl.presses.scores import observation_window, only_trains, press_name, set_compression_ratio
+from sparsekv_pl.presses.scores import (
+    observation_window,
+    only_trains,
+    press_name,
+    set_compression_ratio,
+    written_ratio,
+)
 from sparsekv_pl.schedules import check_compression_ratio
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,8 @@ class Setting:
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1 token, or null")
         check_evicts(self.press)
+        if written := written_ratio(self.press):
+            log.warning("%s counts for nothing: compression_ratios sets the ratio", written)
         if self.chunk_tokens is not None and self.decoding_interval is not None:
             raise ValueError("a setting evicts in chunks or during decoding: set chunk_tokens or decoding_interval")
 

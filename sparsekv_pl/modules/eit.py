@@ -1,5 +1,6 @@
 """The LightningModule that trains a model to survive eviction."""
 
+import logging
 import os
 from dataclasses import replace
 from typing import Any
@@ -11,30 +12,33 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
-from transformers import PreTrainedModel
 
 from sparsekv_pl.backbone import Backbone, causal_lm
 from sparsekv_pl.batch import Batch, rows_of_equal_length
 from sparsekv_pl.eviction import Eviction
 from sparsekv_pl.eviction.dropout import KVDropout
 from sparsekv_pl.eviction.limits import check_positions
+from sparsekv_pl.eviction.press_fit import check_press
 from sparsekv_pl.eviction.reach import check_full_cache
 from sparsekv_pl.fingerprint import weights_digest
 from sparsekv_pl.losses import token_nll
 from sparsekv_pl.metrics import ContinuationPerplexity
 from sparsekv_pl.modules.fit_together import check_evicts_in_evaluation, fit_together
 from sparsekv_pl.modules.one_prefill import full_and_evicted
+from sparsekv_pl.modules.resumption import check_resumable
 from sparsekv_pl.modules.student import Student, supervised, supervised_labels
 from sparsekv_pl.modules.training import guards, optimizers, watch
 from sparsekv_pl.objectives import EIT, Objective, StudentView
 from sparsekv_pl.presses.deciding import candidates
 from sparsekv_pl.presses.eviction_aug import EvictionAugPress
-from sparsekv_pl.presses.scores import learnable, press_name, rerotates_keys
+from sparsekv_pl.presses.scores import learnable, press_name, rerotates_keys, written_ratio
 from sparsekv_pl.ranks import means_over_ranks
 from sparsekv_pl.schedules import check_compression_ratio
 from sparsekv_pl.seeding import seed_for
 from sparsekv_pl.sharding import shard
 from sparsekv_pl.teacher import Teacher
+
+log = logging.getLogger(__name__)
 
 set_parsing_settings(
     subclasses_enabled=[BasePress]
@@ -82,11 +86,15 @@ class EITModule(LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.validation_compression_ratio = validation_compression_ratio
-        self.compression_ratio = 0.0
+        self.compression_ratio: float | None = None
         """Of the next training step; the Curriculum callback sets it."""
         self.strict_loading = False  # checkpoints hold what trains; the frozen base comes from `backbone`
         self.model, self.tokenizer = backbone.load()
-        _check_head(causal_lm(self.model))
+        for evicts, sets in ((eviction, "the Curriculum"), (validation_eviction, "validation_compression_ratio")):
+            press = getattr(evicts, "press", None)
+            check_press(causal_lm(self.model), press)
+            if written := written_ratio(press):
+                log.warning("%s counts for nothing: %s sets the ratio", written, sets)
         self.teacher = Teacher(self.model)
         for evicting in (eviction, validation_eviction):
             if isinstance(evicting, KVDropout):
@@ -103,8 +111,17 @@ class EITModule(LightningModule):
         """The training eviction's press; None where it has none (KVDropout)."""
         return getattr(self.eviction, "press", None)
 
-    def setup(self, stage: str) -> None:  # noqa: ARG002
-        """Check, before anything expensive, that the data's contexts can be evicted from, and read by the teacher."""
+    def setup(self, stage: str) -> None:
+        """Check, before anything expensive, that something is evicted, and that the data's contexts can be."""
+        self._check_contexts()
+        if stage == "fit" and self.compression_ratio is None:
+            raise ValueError(
+                "nothing says how much training evicts: add callbacks.curriculum.Curriculum to trainer.callbacks, with "
+                "a schedule (Fixed, say); the press's own compression_ratio does not count"
+            )
+
+    def _check_contexts(self) -> None:
+        """Raise ``ValueError`` where contexts cannot be evicted from, or the teacher cannot read them."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         context_tokens = getattr(data, "context_tokens", None)
         if context_tokens is None:
@@ -135,6 +152,7 @@ class EITModule(LightningModule):
 
     def training_step(self, batch: Batch) -> Tensor:
         """One step of the objective on a context evicted at ``compression_ratio``."""
+        assert self.compression_ratio is not None  # see setup
         terms, kept_share = self.loss_terms(batch, self.compression_ratio, self.global_step)
         watch(self, terms, batch, compression_ratio=f"{self.compression_ratio:.3f}")
         told = means_over_ranks({**terms, "kept_share": torch.tensor(kept_share, device=self.device)})
@@ -172,6 +190,10 @@ class EITModule(LightningModule):
         optimizer: Optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         return optimizers(optimizer, self.lr_scheduler)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse what cannot go on."""
+        check_resumable(self, checkpoint)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what trains: the base weights are on disk already."""
         trains = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -199,16 +221,6 @@ class EITModule(LightningModule):
 
     def _log_step(self, terms: dict[str, Tensor], batch: Batch) -> None:
         logs = {f"train/{name}": value for name, value in terms.items()}
-        logs["train/compression_ratio"] = torch.tensor(self.compression_ratio)
+        logs["train/compression_ratio"] = torch.tensor(float(self.compression_ratio or 0))
         self.log_dict(logs, batch_size=batch["labels"].shape[0])
         self.log("loss", terms["loss"], prog_bar=True, logger=False, batch_size=batch["labels"].shape[0])
-
-
-def _check_head(model: PreTrainedModel) -> None:
-    """The losses compute logits as hidden states times the head's weight, and nothing else."""
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    if softcap is not None or getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise ValueError(
-            f"{type(model).__name__} has a head with a bias or capped logits (final_logit_softcapping={softcap}), "
-            "which the chunked losses do not compute: choose a model without"
-        )

@@ -17,6 +17,7 @@ from sparsekv_pl.batch import Batch
 from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.fingerprint import weights_digest
+from sparsekv_pl.modules.resumption import check_resumable
 from sparsekv_pl.modules.training import guards, optimizers, watch
 
 TOP, SHARE = 16, 4
@@ -123,6 +124,10 @@ class GateDistillation(LightningModule):
         """The optimizer over the gates, and the learning-rate schedule if there is one."""
         optimizer: Optimizer = self.optimizer(list(self.gates.parameters()))
         return optimizers(optimizer, self.lr_scheduler)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse what cannot go on."""
+        check_resumable(self, checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the gates alone."""

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from sparsekv_pl.batch import Batch
 from sparsekv_pl.modules.precision import check_precision
+from sparsekv_pl.modules.resumption import Resumption
 
 log = logging.getLogger(__name__)
 
@@ -119,9 +120,9 @@ class NonFinite(Callback):
 
 
 def guards(trainer: Trainer) -> list[Callback]:
-    """For ``configure_callbacks``: the ``NonFinite`` that stops at once, unless the trainer has one."""
+    """For ``configure_callbacks``: ``Resumption``, and a ``NonFinite`` that stops at once unless there is one."""
     given = trainer.callbacks  # type: ignore[attr-defined]
-    return [] if any(isinstance(callback, NonFinite) for callback in given) else [NonFinite()]
+    return [Resumption(), *([] if any(isinstance(callback, NonFinite) for callback in given) else [NonFinite()])]
 
 
 def watch(module: LightningModule, terms: Mapping[str, Tensor], batch: Batch, **told: object) -> None:

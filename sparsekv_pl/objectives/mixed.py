@@ -33,11 +33,11 @@ class Mixed(Objective):
             raise ValueError("Mixed.objectives is empty: name at least one objective")
         if self.weights is None:
             self.weights = [1.0] * len(self.objectives)
-        sound = all(0 <= weight < math.inf for weight in self.weights)
+        sound = all(0 <= weight < math.inf for weight in self.weights) and any(self.weights)
         if len(self.weights) != len(self.objectives) or not sound:
             raise ValueError(
                 f"Mixed.weights={self.weights}: give one finite weight, not negative, for each of "
-                f"{len(self.objectives)} objectives"
+                f"{len(self.objectives)} objectives, and at least one above 0"
             )
         self.needs_teacher = any(objective.needs_teacher for objective in self.objectives)
         self.needs_selections = any(objective.needs_selections for objective in self.objectives)

@@ -177,6 +177,15 @@ def compression_ratio_of(press: BasePress) -> float:
     raise ValueError(f"{press_name(press)} has no compression_ratio of its own: name a press that has one")
 
 
+def written_ratio(press: BasePress | None) -> str | None:
+    """The ratio that was written in ``press`` or in one inside it (``SnapKV.compression_ratio=0.5``), if one was."""
+    for inner in () if press is None else presses_in(press):
+        ratio = vars(inner).get("compression_ratio")
+        if ratio and ratio != getattr(type(inner), "compression_ratio", None):
+            return f"{press_name(inner)}.compression_ratio={ratio}"
+    return None
+
+
 def rerotates_keys(press: BasePress | None) -> bool:
     """Whether kept keys move to positions 0..budget-1, so that what follows continues from the cache's length."""
     if press is None:

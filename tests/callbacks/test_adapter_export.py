@@ -3,22 +3,28 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from kvpress import KVPressTextGenerationPipeline, SnapKVPress
 from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from callbacks.adapter_export import AdapterExport
 from callbacks.curriculum import Curriculum
+from data.collate import needle_batch
 from data.mixture import EvictionData
+from data.needles import NeedleCase
 from sparsekv_pl.attention.gate import AttentionGates
-from sparsekv_pl.backbone import Backbone
+from sparsekv_pl.backbone import Backbone, causal_lm
+from sparsekv_pl.batch import tokens_given
 from sparsekv_pl.eviction.chunked import ChunkedEviction
+from sparsekv_pl.lora import Lora
 from sparsekv_pl.modules.eit import EITModule
 from sparsekv_pl.modules.gate_distillation import GateDistillation
 from sparsekv_pl.schedules import Linear
@@ -156,6 +162,44 @@ def test_merge_writes_a_plain_model_with_the_same_logits(
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").encode("Hi there") == module.tokenizer.encode("Hi there")
 
 
+def test_merging_into_embeddings_that_the_head_shares_leaves_the_head_alone(
+    tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    backbone = tiny_backbone(lora=Lora(r=4, targets=("embed_tokens", "q_proj")), revision="main")
+    train(tmp_path, backbone, tiny_data(), tiny_trainer, merge=True)
+    adapted = PeftModel.from_pretrained(backbone.load(trainable=False)[0], tmp_path / "final")
+    assert adapted.config.tie_word_embeddings
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-4, atol=1e-4)
+    for name in ("final", "checkpoint-2"):
+        assert json.loads((tmp_path / name / "adapter_config.json").read_text())["revision"] == "main"
+
+
+@pytest.mark.parametrize("merge", [True, False], ids=["merge", "full"])
+def test_a_generation_config_that_cannot_be_saved_stops_before_the_first_step(
+    merge: bool, tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    module = untrained(tiny_backbone(**({} if merge else {"lora": None})))
+    config = causal_lm(module.model).generation_config
+    assert config is not None
+    config.do_sample, config.temperature = False, 0.6  # as many models on the hub have it
+    callbacks = (Curriculum(Linear()), AdapterExport(str(tmp_path), merge=merge))
+    with pytest.raises(ValueError, match=r"generation_config\.json cannot be saved.*temperature") as refused:
+        tiny_trainer(*callbacks).fit(module, tiny_data())
+    assert "\n" not in str(refused.value)
+    assert module.global_step == 0
+
+
+def test_tokens_are_counted_without_padding() -> None:
+    case = NeedleCase([1, 2, 3], [4, 5], [4, 5], [], fact=cast(Any, None), depth=0.0, position=0)
+    batch = needle_batch([case, replace(case, context_ids=[1], continuation_ids=[4, 5, 6, 7])], pad=0)
+    assert (batch["context_ids"].shape, batch["continuation_ids"].shape) == ((2, 3), (2, 4))
+    assert tokens_given(batch) == 3 + 2 + 1 + 4
+    export = AdapterExport()
+    export.on_train_batch_end(cast(Any, None), cast(Any, None), None, batch, 0)
+    assert export.state_dict()["tokens"] == 10
+
+
 def test_full_fine_tuning_exports_the_model(
     tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
@@ -186,7 +230,8 @@ def test_time_and_tokens_go_on_after_a_resume(
 def test_fast_dev_run_writes_nothing(
     tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
-    trainer = tiny_trainer(AdapterExport(str(tmp_path)), max_steps=1, fast_dev_run=1)
+    callbacks = (Curriculum(Linear()), AdapterExport(str(tmp_path)))
+    trainer = tiny_trainer(*callbacks, max_steps=1, fast_dev_run=1)
     trainer.fit(untrained(tiny_backbone()), tiny_data())
     assert names(tmp_path) == set()
 

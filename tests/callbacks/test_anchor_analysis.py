@@ -15,12 +15,14 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from typing_extensions import override
 
 from callbacks.anchor_analysis import AnchorAnalysisCallback, evaluating, per_token
+from callbacks.curriculum import Curriculum
 from sparsekv_pl.analyses.anchors import observed
 from sparsekv_pl.attention.token_types import types_for
 from sparsekv_pl.backbone import causal_lm
 from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.lora import Lora
 from sparsekv_pl.modules.eit import EITModule
+from sparsekv_pl.schedules import Fixed
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw, trained
 
 
@@ -48,7 +50,7 @@ def fit(
     module: EITModule, data: Any, make_trainer: MakeTrainer, *callbacks: pl.Callback, **settings: Any
 ) -> tuple[pl.Trainer, list[Any]]:
     losses = Losses()
-    trainer = make_trainer(*callbacks, losses, **settings)
+    trainer = make_trainer(Curriculum(Fixed(0.5)), *callbacks, losses, **settings)
     torch.manual_seed(5)
     trainer.fit(module, data)
     return trainer, losses.seen
@@ -152,7 +154,7 @@ def test_a_resumed_run_keeps_its_probe_and_its_beginning(
     settings: dict[str, Any] = {"max_epochs": -1, "enable_checkpointing": True}
     fit(make(), tiny_data(), tiny_trainer, first, saver, max_steps=2, **settings)
     second = AnchorAnalysisCallback(every_n_steps=2)
-    trainer = tiny_trainer(second, max_steps=4, max_epochs=-1)
+    trainer = tiny_trainer(Curriculum(Fixed(0.5)), second, max_steps=4, max_epochs=-1)
     trainer.fit(make(), tiny_data(), ckpt_path=str(tmp_path / "last.ckpt"))
     assert second.probe == first.probe
     assert [found["step"] for found in second.measured] == [0, 2, 4]

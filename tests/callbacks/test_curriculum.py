@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from callbacks.curriculum import Curriculum
 from sparsekv_pl.schedules import Adaptive, Linear, Schedule, Spread
@@ -133,6 +134,21 @@ def test_adaptive_without_validation_stops_before_training(tmp_path: Path) -> No
     module = Evicting()
     with pytest.raises(ValueError, match="no validation"):
         trainer(tmp_path, Curriculum(Adaptive()), limit_val_batches=0).fit(module)
+    assert module.ratios == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [({"limit_val_batches": 1.0}, "no cases"), ({"val_check_interval": 5}, "after 5 of 4 batches")],
+)
+def test_adaptive_that_would_never_learn_stops_before_training(
+    tmp_path: Path, settings: dict[str, Any], why: str
+) -> None:
+    module = Evicting([20.0, 20.0])
+    if "limit_val_batches" in settings:
+        module.val_dataloader = lambda: DataLoader([])  # type: ignore[method-assign, arg-type, return-value]
+    with pytest.raises(ValueError, match=f"Adaptive adapts to 'val/perplexity_evicted', but .*{why}"):
+        trainer(tmp_path, Curriculum(Adaptive()), **settings).fit(module)
     assert module.ratios == []
 
 

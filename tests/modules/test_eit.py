@@ -1,12 +1,13 @@
 """The training module in a real Trainer, on tiny models: teacher, objectives, evictions, validation, accumulation."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from kvpress import ExpectedAttentionPress, KnormPress, RandomPress, SnapKVPress, StreamingLLMPress
+from kvpress import BasePress, ExpectedAttentionPress, KnormPress, RandomPress, SnapKVPress, StreamingLLMPress
 from torch import Tensor
 
 from callbacks.curriculum import Curriculum
@@ -15,11 +16,12 @@ from sparsekv_pl.backbone import causal_lm
 from sparsekv_pl.batch import IGNORE
 from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.dropout import KVDropout
+from sparsekv_pl.eviction.setting import Setting
 from sparsekv_pl.modules.eit import EITModule
 from sparsekv_pl.modules.student import supervised, supervised_labels
 from sparsekv_pl.objectives import EIT, LM, Mixed, Objective, SelectionObjective, StudentView
 from sparsekv_pl.presses import EvictionAugPress
-from sparsekv_pl.schedules import Linear, Spread
+from sparsekv_pl.schedules import Fixed, Linear, Spread
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw, mixed, trained
 
 OBJECTIVES: dict[str, Callable[[], Objective]] = {
@@ -90,7 +92,7 @@ def test_the_teacher_of_full_fine_tuning_does_not_drift(
     assert head is not None
     before = module.teacher(context, continuation) @ head.T
     student = module.student.head_weight.detach().clone()
-    tiny_trainer(max_steps=2).fit(module, tiny_data())
+    tiny_trainer(Curriculum(Fixed(0.5)), max_steps=2).fit(module, tiny_data())
     assert not torch.equal(module.student.head_weight, student)
     assert torch.equal(module.teacher(context, continuation) @ head.T, before)
     assert not any(name.startswith("teacher") for name, _ in module.named_parameters())
@@ -100,7 +102,7 @@ def test_at_the_start_and_without_eviction_student_and_teacher_agree(
     tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer
 ) -> None:
     """LoRA starts as zero, so at compression 0 the KL term is 0."""
-    trainer = tiny_trainer(max_steps=1)
+    trainer = tiny_trainer(Curriculum(Fixed(0.0)), max_steps=1)
     trainer.fit(EITModule(tiny_backbone(), snapkv()), tiny_data())
     assert trainer.callback_metrics["train/kl"] == pytest.approx(0, abs=1e-5)
     assert trainer.callback_metrics["train/kept_share"] == 1
@@ -203,6 +205,21 @@ def test_validation_logs_perplexity_full_and_evicted_at_its_own_ratio(
     second = trainer.validate(module, tiny_data(), verbose=False)[0]
     assert second["val/perplexity_full"] == first["val/perplexity_full"]
     assert second["val/perplexity_evicted"] != pytest.approx(first["val/perplexity_evicted"], rel=1e-4)
+
+
+@pytest.mark.parametrize("press", [SnapKVPress(0.3, window_size=8), EvictionAugPress([KnormPress(0.3)])])
+def test_a_ratio_that_is_written_in_a_press_and_overridden_is_warned_of(
+    press: BasePress, tiny_backbone: MakeBackbone, caplog: pytest.LogCaptureFixture
+) -> None:
+    EITModule(tiny_backbone(), snapkv(), validation_eviction=ChunkedEviction(KnormPress()))
+    Setting(SnapKVPress(), [0.5])
+    assert not caplog.records
+    EITModule(tiny_backbone(), ChunkedEviction(press))
+    EITModule(tiny_backbone(), snapkv(), validation_eviction=ChunkedEviction(press))
+    Setting(press, [0.5])
+    told = ("the Curriculum", "validation_compression_ratio", "compression_ratios")
+    for record, sets in zip(caplog.records, told, strict=True):
+        assert re.fullmatch(rf".*compression_ratio=0.3 counts for nothing: {sets} sets the ratio", record.getMessage())
 
 
 # --- accumulation ---

@@ -37,7 +37,7 @@ def test_rerotated_keys_and_a_budget_train_beyond_them(
 ) -> None:
     made = module(tiny_backbone() if lora else tiny_backbone(lora=None), rerotating())
     before = trained(made)
-    tiny_trainer(max_steps=2).fit(made, datamodule=tiny_data())
+    tiny_trainer(Curriculum(Fixed(0.5)), max_steps=2).fit(made, datamodule=tiny_data())
     after = trained(made)
     assert all(bool(parameter.isfinite().all()) for parameter in after.values())
     assert any(not torch.equal(after[name], parameter) for name, parameter in before.items())
@@ -50,7 +50,8 @@ def test_a_teacher_cannot_read_them(
     message = r"teacher reads .* 112 tokens, .* trained on 100 positions: use an objective without a teacher \(LM\), or"
     with pytest.raises(ValueError, match=message):
         tiny_trainer().fit(module(tiny_backbone(), rerotating(), objective), datamodule=tiny_data())
-    tiny_trainer(max_steps=1).fit(module(tiny_backbone(), rerotating(), objective, 163), datamodule=tiny_data())
+    fits = module(tiny_backbone(), rerotating(), objective, 163)
+    tiny_trainer(Curriculum(Fixed(0.5)), max_steps=1).fit(fits, datamodule=tiny_data())
 
 
 def test_nor_can_validation(tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer) -> None:

@@ -148,7 +148,7 @@ def test_float16_parameters_are_refused_before_training(
 ) -> None:
     terms = Terms()
     with pytest.raises(ValueError, match=r"would train in float16 .* give precision 16-mixed"):
-        tiny_trainer(terms, **settings).fit(module(tiny_backbone(**backbone)), tiny_data())
+        tiny_trainer(Curriculum(Fixed(0.5)), terms, **settings).fit(module(tiny_backbone(**backbone)), tiny_data())
     assert not terms.steps
 
 

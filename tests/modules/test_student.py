@@ -276,7 +276,7 @@ def test_contexts_of_different_lengths_train(
     eviction: Callable[[], Eviction], tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer
 ) -> None:
     module = EITModule(tiny_backbone(), eviction(), optimizer=adamw)
-    before = trained(module)
+    module.compression_ratio, before = 0.5, trained(module)
     data = tiny_data(context_tokens=192, shortest_context=128, batch_size=3, retrieval_share=0.5)
     trainer = tiny_trainer(max_steps=2, limit_val_batches=1, val_check_interval=2)
     trainer.fit(module, data)

@@ -223,3 +223,8 @@ def test_all_of_them_are_chosen_in_yaml(
     assert attention == Layerwise("attention", [1.0, 3.0])
     assert made.model.eviction.keep_context
     assert made.model.eviction.catch_scores
+
+
+def test_a_mixture_that_weighs_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Mixed.weights=\[0, 0\].*at least one above 0"):
+        Mixed([EIT(), LM()], [0, 0])
