@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
+from sparsekv_pl.fingerprint import weights_digest
+
 log = logging.getLogger(__name__)
 
 RECORD = "decided_by"
@@ -83,7 +85,8 @@ def _decided(module: LightningModule) -> dict[str, Any]:
     adapter = getattr(module.model, "peft_config", {}).get("default")
     optimizer = module.optimizer([nn.Parameter(torch.zeros(2, 2))])  # type: ignore[operator]
     return {
-        **{f"model.backbone.{name}": getattr(backbone, name) for name in ("pretrained", "revision", "load_in_4bit")},
+        "the base's weights (model.backbone.pretrained)": weights_digest(backbone.files())[:12],
+        "model.backbone.load_in_4bit": backbone.load_in_4bit,
         "model.backbone.lora.alpha": getattr(adapter, "lora_alpha", None),
         "model.optimizer": type(optimizer).__name__,
     }

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
 import torch
 from kvpress import SnapKVPress
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from safetensors.torch import load_file, save_file
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
 
@@ -58,10 +60,11 @@ def fit(
         lora: Lora | None = None,
         stopping: int = 3,
         curriculum: bool = True,
+        **backbone: Any,
     ) -> EITModule:
         torch.manual_seed(0)
         module = EITModule(
-            tiny_backbone(lora=lora or Lora(r=4)),
+            tiny_backbone(lora=lora or Lora(r=4), **backbone),
             ChunkedEviction(SnapKVPress(window_size=8)),
             LM(),
             optimizer=optimizer or adamw(),
@@ -130,6 +133,20 @@ def test_what_has_no_one_meaning_is_refused_by_name(
     with pytest.raises(ValueError, match=named) as refused:
         fit(**{"steps": DONE + 1, "resume": True} | changed)
     assert "\n" not in str(refused.value)
+
+
+def test_the_base_may_lie_elsewhere_but_not_be_another(
+    fit: Callable[..., EITModule], tiny_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    fit(DONE)
+    elsewhere = tmp_path_factory.mktemp("base")
+    copytree(tiny_models["llama"], elsewhere, dirs_exist_ok=True)
+    assert fit(DONE + 1, resume=True, pretrained=str(elsewhere)).global_step == DONE + 1
+    weights = load_file(elsewhere / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, elsewhere / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"the base's weights \(model\.backbone\.pretrained\) was \w+, is \w+"):
+        fit(DONE + 2, resume=True, pretrained=str(elsewhere))
 
 
 def test_without_a_curriculum_nothing_is_trained_or_exported(fit: Callable[..., EITModule], tmp_path: Path) -> None:
