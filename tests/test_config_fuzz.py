@@ -137,17 +137,20 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
-def started(config: Path, *files: Path) -> None:
+def started(config: Path, *files: Path) -> Any:
+    """The settings of the command, parsed."""
     evaluated = config.parent.name in ("evaluate", "analyze")
     arguments = ["test" if evaluated else "fit"]
     for file in files:
         arguments += ["--config", str(file)]
     command_line = EvaluateCommandLine if evaluated else TrainCommandLine
-    run(lambda: command_line(args=arguments, save_config_callback=None))
+    made: list[Any] = []
+    run(lambda: made.append(command_line(args=arguments, save_config_callback=None)))
+    return made[0].config[arguments[0]].as_dict()
 
 
-def refusal(case: Case, config: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """What the user is told; empty if the config is accepted. Any other exception is a failure of the test."""
+def tried(case: Case, config: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, Any]:
+    """(what the user is told, the settings that are accepted); any other exception is a failure of the test."""
     section = case.path[0]
     files = []
     for number, content in enumerate([*(yaml.safe_load(path.read_text()) for path in case.below), config]):
@@ -159,12 +162,11 @@ def refusal(case: Case, config: dict[str, Any], folder: Path, capsys: pytest.Cap
         files[-1].write_text(yaml.safe_dump(alone, sort_keys=False))
     capsys.readouterr()
     try:
-        started(case.config, *files)
+        return "", started(case.config, *files)
     except SystemExit as end:
         assert end.code not in (0, None)
         printed = capsys.readouterr().err.strip().splitlines()
-        return end.code if isinstance(end.code, str) else printed[-1]
-    return ""
+        return end.code if isinstance(end.code, str) else printed[-1], None
 
 
 def wrong(case: Case, rng: random.Random) -> tuple[str, Any, bool]:
@@ -204,6 +206,28 @@ def check(said: str, case: Case, name: str, value: Any) -> None:
     assert names[-1] in said and any(text in said for text in shown), said
 
 
+def check_kept(settings: Any, case: Case, name: str, value: Any) -> None:
+    """An accepted value is what the run has: not dropped, not another number, not a switch made of a word."""
+    path = (*case.path[:-1], name)
+    for part in path:
+        if isinstance(settings, list) and not isinstance(part, int):
+            settings = settings[0]  # one callback stands for a list of one
+        settings = settings[part]
+    assert same(value, settings), f"{'.'.join(map(str, path))} = {value!r} became {settings!r}"
+
+
+def same(value: Any, kept: Any) -> bool:
+    if isinstance(value, dict):
+        return isinstance(kept, dict) and all(name in kept and same(value[name], kept[name]) for name in value)
+    if isinstance(value, list):
+        return isinstance(kept, list | tuple) and len(kept) == len(value) and all(map(same, value, kept))
+    if value is None or isinstance(value, bool) or isinstance(kept, bool):
+        return value is kept
+    if isinstance(value, int | float) and isinstance(kept, int | float):
+        return value == kept
+    return str(value) == str(kept)
+
+
 def replaced(case: Case, name: str, value: Any, local: Any) -> dict[str, Any]:
     config = local(yaml.safe_load(case.config.read_text()), case.path)
     inside = config
@@ -222,14 +246,25 @@ def test_there_are_many_keys_and_every_config_has_some() -> None:
 @pytest.mark.usefixtures("stage")
 @pytest.mark.parametrize("setting", CASES)
 def test_a_wrong_value_is_named_in_one_line(
-    setting: str, local: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    setting: str, local: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], record_property: Any
 ) -> None:
     case = CASES[setting]
     name, value, must = wrong(case, random.Random(f"{SEED} {setting}"))
-    said = refusal(case, replaced(case, name, value, local), tmp_path, capsys)
+    said, settings = tried(case, replaced(case, name, value, local), tmp_path, capsys)
+    record_property("outcome", "refused" if said else "accepted")
     assert said or not must, f"{'.'.join(map(str, case.path))} = {name}: {value!r} is accepted"
     if said:
         check(said, case, name, value)
+    else:
+        check_kept(settings, case, name, value)
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"), [("3", 3.5), (True, 1), (1, True), (None, 0), ([1, 2], [1]), ({"a": 1}, {}), ("x", None)]
+)
+def test_a_value_that_became_another_is_noticed(value: Any, kept: Any) -> None:
+    assert not same(value, kept)
+    assert same(value, copy.deepcopy(value))
 
 
 EXPLICIT = {
