@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 REFUSED_FOR_ALL = {401, 403, 404}
 """Statuses that every further request would get too: wrong key, no right, no such model or address."""
 MESSAGE_CHARACTERS = 300
+LONGEST_WAIT = 86_400
+"""Seconds: a day; a clock fails beyond some number of them."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,8 @@ class HostedModel:
         for name, least in {"concurrency": 1, "retries": 0, "thinking_tokens": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"hosted.{name}={getattr(self, name)} must be at least {least}")
-        if self.timeout <= 0:
-            raise ValueError(f"hosted.timeout={self.timeout} must be more than 0 seconds")
+        if not 0 < self.timeout <= LONGEST_WAIT:
+            raise ValueError(f"hosted.timeout={self.timeout} must be more than 0 seconds and at most {LONGEST_WAIT:,}")
         prices = (self.dollars_per_million_input, self.dollars_per_million_output)
         if any(price is not None and price < 0 for price in prices):
             raise ValueError(f"hosted.dollars_per_million_input and _output are {prices}: give prices of 0 or more")

@@ -68,6 +68,8 @@ def _environment_secrets() -> list[str]:
 
 
 def _holds_secret(variable: str) -> bool:
+    if variable in ("PWD", "OLDPWD"):  # where the shell is
+        return False
     return is_secret_name(variable.lower()) or variable.upper().endswith(("KEY", "TOKEN", "SECRET"))
 
 

@@ -214,6 +214,15 @@ def test_warnings_are_still_shown() -> None:
     assert "UserWarning: seen" in done.stderr
 
 
+def test_only_variables_that_hold_a_secret_are_blotted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PWD", "OLDPWD", "HOME", "KEYBOARD"):
+        monkeypatch.setenv(name, "/work/folder")
+    assert redacted("/work/folder/a.txt") == "/work/folder/a.txt"
+    for name in ("MY_KEY", "DB_PASSWORD", "SERVICE_AUTH", "GITLAB_TOKEN", "SSH_PASSPHRASE"):
+        monkeypatch.setenv(name, f"a plain secret of {name}")
+        assert redacted(f"it is a plain secret of {name}") == f"it is {HIDDEN}"
+
+
 def test_logs_warnings_and_tracebacks_are_blotted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
