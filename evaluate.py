@@ -1,5 +1,7 @@
 """Evaluate: python evaluate.py test --config configs/evaluate/quickstart.yaml; run again, it goes on where it was."""
 
+from callbacks.progress_lines import progress
+from callbacks.stopping import Stopping
 from sparsekv_pl.cli import CommandLine, SaveEvaluationConfig, run
 
 
@@ -8,6 +10,8 @@ class EvaluateCommandLine(CommandLine):
 
     commands = ("test", "predict")
     reports = True
+    progress = staticmethod(progress)
+    always = (Stopping,)
 
     def before_instantiate_classes(self) -> None:
         """Refuse a checkpoint: nothing that evaluate.py makes can be read from one."""

@@ -1,15 +1,13 @@
 """Train: python train.py fit --config configs/quickstart.yaml [--ckpt_path last] [--merge]."""
 
 from pathlib import Path
-from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 
 from callbacks.adapter_export import AdapterExport
 from callbacks.checkpoint_files import chosen
-from callbacks.progress import StepsBar
+from callbacks.progress_lines import progress
+from callbacks.stopping import Stopping
 from sparsekv_pl.cli import CommandLine, run
 
 
@@ -17,6 +15,8 @@ class TrainCommandLine(CommandLine):
     """fit and validate, with the export of what was trained."""
 
     commands = ("fit", "validate")
+    progress = staticmethod(progress)
+    always = (Stopping,)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Every run exports; --merge also writes a plain Hugging Face model."""
@@ -30,16 +30,6 @@ class TrainCommandLine(CommandLine):
         settings = self.config.get(self.config.get("subcommand") or "", self.config)
         if settings.get("ckpt_path") not in (None, "last", "best", "hpc"):
             settings.ckpt_path = str(chosen(Path(settings.ckpt_path)))
-
-    def instantiate_trainer(self, **settings: Any) -> Trainer:
-        """The trainer, with a bar that counts steps unless the run has another or none."""
-        given = self._get(self.config_init, "trainer")
-        callbacks = given.callbacks or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        shows = given.enable_progress_bar is not False and not given.barebones
-        if shows and not any(isinstance(made, ProgressBar) for made in callbacks):
-            settings["callbacks"] = [*callbacks, StepsBar()]
-        return super().instantiate_trainer(**settings)
 
 
 if __name__ == "__main__":

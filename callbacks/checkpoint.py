@@ -23,7 +23,8 @@ from callbacks.checkpoint_files import (
     not_saved,
     written_whole,
 )
-from sparsekv_pl.modules.stop_signal import STOPS, HeldSignals, Stopped
+from sparsekv_pl.modules.stop_signal import HeldSignals, Stopped
+from sparsekv_pl.second_signal import STOPS
 
 REQUEUES = (signal.SIGUSR1, signal.SIGUSR2)
 
@@ -39,7 +40,7 @@ class SafeCheckpoint(ModelCheckpoint):
 
     SIGTERM and Ctrl-C wait for the end of the optimizer step and of its validation; all ranks then save together and
     exit with 143 or 130. Where Lightning requeues a Slurm job, its signal waits likewise: inside a step its collectives
-    would cross those of training. A second Ctrl-C ends at once. After another error a single process saves what it
+    would cross those of training. A second one ends at once. After another error a single process saves what it
     has, at the beginning of the optimizer step that was being worked on; several cannot agree then, and the last
     checkpoint stands.
 
@@ -94,7 +95,8 @@ class SafeCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._last_global_step_saved = trainer.global_step  # what was resumed from is on disk
         self._training, self._signals = True, HeldSignals()
-        self._signals.hold(*STOPS, *(number for number in REQUEUES if callable(signal.getsignal(number))))
+        requeues = (number for number in REQUEUES if callable(signal.getsignal(number)))
+        self._signals.hold(*STOPS, *requeues, doing="finishing the step and saving")
 
     @override
     def on_train_batch_end(

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import cached_file
+from transformers.utils.logging import disable_progress_bar
 
 from sparsekv_pl.computed import check_computed
 from sparsekv_pl.fingerprint import model_digest
@@ -90,6 +91,7 @@ class Backbone:
         if self.sharded:
             self._check_sharded(trainable)
         self._decide_dtype(trainable)
+        disable_progress_bar()  # of loading: transformers' is a line in a log for each tensor
         source = resolve(self.pretrained, self.cache_dir)
         tokenizer = self._tokenizer(source)
         model = self._skeleton(source) if self.sharded else self._model(source, trainable)

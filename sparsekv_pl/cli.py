@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import Namespace, get_loader, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -22,9 +23,11 @@ from sparsekv_pl.config_extent import check_depth, check_extent
 from sparsekv_pl.config_values import check_shape, check_values, explained
 from sparsekv_pl.modules.precision import decide_settings
 from sparsekv_pl.out_of_memory import out_of_memory_explained
+from sparsekv_pl.pace import without_bars
 from sparsekv_pl.redaction import redact_output, redacted
 from sparsekv_pl.run_length import fill_length
 from sparsekv_pl.run_name import add_name, fill_name
+from sparsekv_pl.second_signal import second_stops_at_once
 from sparsekv_pl.trainer_limits import check_limits
 from sparsekv_pl.user_errors import told
 from sparsekv_pl.yaml_keys import check_unique_keys
@@ -115,6 +118,10 @@ class CommandLine(LightningCLI):
     commands: Sequence[str] = ()
     reports: bool = False
     """Whether it measures, so that there is a report to name."""
+    progress: Callable[[], ProgressBar] | None = None
+    """What shows how far a run is."""
+    always: Sequence[type[Callback]] = ()
+    """Callbacks of every run."""
 
     def __init__(self, **settings: Any) -> None:
         # The model has its optimizer; a second one beside it would silently win.
@@ -156,12 +163,22 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **settings: Any) -> Trainer:
         """The trainer; what Lightning refuses becomes a ``ValueError`` with the settings that it speaks of."""
         try:
-            return super().instantiate_trainer(**settings)
+            return super().instantiate_trainer(callbacks=self._callbacks(), **settings)
         except (MisconfigurationException, RuntimeError, ValueError, TypeError, ImportError) as error:
             given = self._get(self.config, "trainer")
             named = {name: value for name, value in given.items() if re.search(rf"\b{name}\b", str(error))}
             told = "".join(f"; trainer.{name} is {_brief(value)}" for name, value in named.items())
             raise ValueError(f"trainer: {str(error).rstrip('.')}{told}") from error
+
+    def _callbacks(self) -> list[Callback]:
+        """The configuration's, ``always``, and ``progress`` unless the run shows its own or none."""
+        given = self._get(self.config_init, "trainer")
+        callbacks = given.callbacks or []
+        callbacks = [*(callbacks if isinstance(callbacks, list) else [callbacks]), *(made() for made in self.always)]
+        shows = given.enable_progress_bar is not False and not given.barebones
+        if shows and self.progress is not None and not any(isinstance(made, ProgressBar) for made in callbacks):
+            return [*callbacks, self.progress()]
+        return callbacks
 
     def _run_subcommand(self, subcommand: str) -> None:
         with self._memory_explained():
@@ -189,13 +206,11 @@ class SaveEvaluationConfig(SaveConfigCallback):
 
 def run(command_line: Callable[[], Any]) -> None:
     """Run, and show an error that a user can mend as one line. JSONARGPARSE_DEBUG=true shows where it came from."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
     quieten()
     redact_output()
     try:
-        command_line()
+        with without_bars(), second_stops_at_once():
+            command_line()
     except SIGTERMException as stopped:
         sys.exit(stopped.code or 128 + signal.SIGTERM)
     except Exception as error:

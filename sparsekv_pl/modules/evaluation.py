@@ -24,6 +24,7 @@ from sparsekv_pl.measures import Measurement
 from sparsekv_pl.measures.sparsity import LABELS, attention_sparsity
 from sparsekv_pl.metrics import PerplexityAndKL, RetrievalScores
 from sparsekv_pl.native_precision import warn_of_emulation
+from sparsekv_pl.pieces import piece_done
 from sparsekv_pl.reporting import run_environment, sparsity_figure, terminal_table, write_kvpress_layout, write_run
 from sparsekv_pl.reporting.console import show, show_report
 from sparsekv_pl.reporting.files import json_bytes, replace_all
@@ -110,14 +111,15 @@ class EvaluationModule(LightningModule):
         """Measure one batch at every point, base and trained."""
         if batch_idx * self.trainer.world_size + self.global_rank >= self._batches():
             return  # ranks take turns, and the last turn begins anew to give every rank a batch
-        for variant in self.variants:
+        for turn, variant in enumerate(self.variants):
             with self._variant(variant):
                 measurement = Measurement(causal_lm(self.model), self.tokenizer, batch, self.stability)
                 if self.sparsity and measurement.is_text:
                     self._add_sparsity(variant, batch)
-                for point in self.points:
+                for number, point in enumerate(self.points, turn * len(self.points) + 1):
                     if point.decoding_interval is None or measurement.is_text:
                         self._add(variant, point, self._piece(measurement, variant, point))
+                    piece_done(self, number, len(self.variants) * len(self.points))
 
     def on_test_end(self) -> None:
         """Write the report and print the table."""

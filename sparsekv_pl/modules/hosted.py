@@ -18,8 +18,9 @@ from sparsekv_pl.hosted_client import HostedModel, Request
 from sparsekv_pl.hosted_reply import FINAL, Answer, Usage
 from sparsekv_pl.keys import key_of
 from sparsekv_pl.metrics.retrieval import RetrievalScores, retrieval_scores
+from sparsekv_pl.pace import Pace
 from sparsekv_pl.reporting import run_environment, terminal_table, write_run
-from sparsekv_pl.reporting.console import show, show_report
+from sparsekv_pl.reporting.console import console, show, show_report
 from sparsekv_pl.results import Record, Results
 
 log = logging.getLogger(__name__)
@@ -167,7 +168,9 @@ class HostedModule(LightningModule):
 
         name = "hosted_" + re.sub(r"[^\w.-]+", "_", self.hosted.model)
         unfinished: dict[str, Record] = {}
-        with Progress(disable=self.trainer.progress_bar_callback is None) as progress:
+        shows, terminal = self.trainer.progress_bar_callback is not None, console().is_terminal
+        pace = Pace(f"asking {self.hosted.model}", "requests", len(questions))
+        with Progress(disable=not (shows and terminal)) as progress:
             task = progress.add_task(f"asking {escape(self.hosted.model)}", total=len(questions))
 
             def arrived(index: int, answer: Answer) -> None:
@@ -178,6 +181,8 @@ class HostedModule(LightningModule):
                 else:
                     unfinished[question.key] = record
                 progress.advance(task)
+                if shows and not terminal:
+                    pace.reached(progress.tasks[task].completed)
 
             if questions:
                 self.hosted.ask([question.request for question in questions], self._count, arrived)

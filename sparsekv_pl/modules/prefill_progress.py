@@ -5,9 +5,8 @@ from typing import Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from sparsekv_pl.pace import LINE_SECONDS
 from sparsekv_pl.reporting.console import console
-
-LINE_SECONDS = 30.0
 
 
 class PrefillProgress:

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM that wait for the end of what is running, and the exit codes that follow."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -8,8 +9,9 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-STOPS = (signal.SIGINT, signal.SIGTERM)
+from sparsekv_pl.second_signal import STOPS
 
 
 class Stopped(SystemExit):
@@ -22,8 +24,8 @@ class Stopped(SystemExit):
 class HeldSignals:
     """Signals that are noted, not obeyed, until their holder comes to a good moment.
 
-    A second Ctrl-C raises KeyboardInterrupt at once. Other signals may come as often as they like: process launchers
-    and schedulers send SIGTERM to a process, to its parent and to their group.
+    A second Ctrl-C raises KeyboardInterrupt at once; on the command line a second of either ends the process
+    (second_signal.py).
     """
 
     def __init__(self) -> None:
@@ -32,12 +34,18 @@ class HeldSignals:
         self.before: dict[int, Any] = {}
         """Held signal -> its handler before."""
 
-    def hold(self, *numbers: int, also: Callable[[int, FrameType | None], Any] | None = None) -> None:
-        """From now on only note ``numbers``, and call ``also`` at once. Does nothing outside the main thread."""
+    def hold(self, *numbers: int, doing: str = "", also: Callable[[int, FrameType | None], Any] | None = None) -> None:
+        """From now on only note ``numbers``, and call ``also`` at once. Does nothing outside the main thread.
+
+        The first of ``STOPS`` says what is being done until it is obeyed.
+        """
 
         def note(number: int, frame: FrameType | None) -> None:
             if number == signal.SIGINT and self.asked:
                 raise KeyboardInterrupt
+            if number in STOPS and self.asked not in STOPS and doing and not getattr(rank_zero_only, "rank", 0):
+                line = f"{signal.Signals(number).name}: {doing}; a second one stops at once\n"
+                os.write(2, line.encode())  # whatever is half printed is not entered again
             self.asked = max(self.asked, number)
             if also is not None:
                 also(number, frame)
@@ -64,9 +72,7 @@ class HeldSignals:
 def stop_signal() -> Iterator[HeldSignals]:
     """Set by the first Ctrl-C or SIGTERM, so that a chunk is never left half run."""
     held = HeldSignals()
-    on_sigterm = signal.getsignal(signal.SIGTERM)  # Lightning's, which tells the processes that it started
-    held.hold(signal.SIGINT)
-    held.hold(signal.SIGTERM, also=on_sigterm if callable(on_sigterm) else None)
+    held.hold(*STOPS, doing="finishing the chunk and saving")
     try:
         yield held
     finally:

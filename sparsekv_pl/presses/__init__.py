@@ -7,7 +7,10 @@ from sparsekv_pl.presses.eviction_aug import EvictionAugPress
 from sparsekv_pl.presses.sentence_dropout import SentenceDropoutPress
 from sparsekv_pl.presses.soft_threshold import SoftThresholdPress
 from sparsekv_pl.presses.sparse_reg import SparseRegPress
+from sparsekv_pl.presses.untested_models import shorten_warnings
 from sparsekv_pl.presses.variable_block import VariableBlockPress
+
+shorten_warnings()
 
 __all__ = [
     "AdaptiveBlockDropoutPress",

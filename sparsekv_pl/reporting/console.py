@@ -8,12 +8,16 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+WIDEST = 10_000
+"""Columns of a file: nothing is folded or cut."""
+
 
 def console() -> "Console":
-    """A console that takes nothing in a text for a style, a link or an emoji."""
+    """Takes nothing in a text for a style, a link or an emoji; in a file lines are as long as they are."""
     from rich.console import Console
 
-    return Console(markup=False, emoji=False)
+    made = Console(markup=False, emoji=False)
+    return made if made.is_terminal or made.is_jupyter else Console(markup=False, emoji=False, width=WIDEST)
 
 
 def show(*shown: "str | Table") -> None:

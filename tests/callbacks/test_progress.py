@@ -78,6 +78,7 @@ def test_a_training_has_it_unless_it_has_another_or_none(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     arguments = ["--config", str(QUICKSTART), f"--model.backbone.pretrained={tiny_models['llama']}", option]
     trainer = TrainCommandLine(args=arguments, run=False, save_config_callback=None).trainer
     assert [type(made) for made in trainer.callbacks if isinstance(made, ProgressBar)] == expected
