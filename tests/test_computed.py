@@ -23,6 +23,7 @@ from sparsekv_pl.backbone import Backbone, check_vocabulary
 from sparsekv_pl.computed import ATTENTION_SETTINGS, HEAD_SETTINGS, check_computed
 from sparsekv_pl.eviction.prefill import full_cache
 from sparsekv_pl.eviction.press_fit import check_press
+from sparsekv_pl.presses.adaptive_block_dropout import AdaptiveBlockDropoutPress
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -51,6 +52,13 @@ MADE: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**SIZES | NARROW, sliding_window=64)),
     "smollm3": lambda: hf.SmolLM3ForCausalLM(hf.SmolLM3Config(**SIZES)),
     "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**SIZES)),
+    "phi3": lambda: hf.Phi3ForCausalLM(
+        hf.Phi3Config(
+            **SIZES,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            eos_token_id=1,
+        )
+    ),
     "lfm2": lambda: hf.Lfm2ForCausalLM(
         hf.Lfm2Config(**SIZES, layer_types=["conv", "full_attention", "conv", "full_attention"])
     ),
@@ -139,11 +147,13 @@ FITS: dict[str, list[BasePress]] = {
     "gemma3": [KeyDiffPress(), SnapKVPress(), TOVAPress()],
     "smollm3": [KeyDiffPress()],
     "olmo2": [KeyRerotationPress(KeyDiffPress())],
+    "phi3": [KeyDiffPress(), AdaptiveBlockDropoutPress()],
 }
 UNFIT: dict[str, list[BasePress]] = {
     "gemma3": [ExpectedAttentionPress(), KeyRerotationPress(KeyDiffPress())],
     "smollm3": [KeyRerotationPress(KeyDiffPress()), ExpectedAttentionPress(), AdaKVPress(SnapKVPress())],
     "olmo2": [SnapKVPress(), ExpectedAttentionPress()],
+    "phi3": [SnapKVPress(), ExpectedAttentionPress(), KeyRerotationPress(KeyDiffPress())],
     "lfm2": [ExpectedAttentionPress(), KeyRerotationPress(KeyDiffPress()), KeyDiffPress()],
     "qwen3-next": [ExpectedAttentionPress(), KeyRerotationPress(KeyDiffPress()), KeyDiffPress()],
 }

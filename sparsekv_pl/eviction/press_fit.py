@@ -5,6 +5,7 @@ turned by the RoPE that lies in ``rotary_emb``. Models that do something else ar
 when the first context has been read.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,8 +40,10 @@ from sparsekv_pl.presses.soft_threshold import SoftThresholdPress
 from sparsekv_pl.presses.sparse_reg import SparseRegPress
 from sparsekv_pl.seeding import generator_for
 
+READS_WINDOW = (AdaptiveBlockDropoutPress, SoftThresholdPress, SparseRegPress)
+"""Presses of ours that compute queries (presses/window.py): RoPE may turn a part of the dimensions alone."""
+
 COMPUTES_QUERIES = (
-    AdaptiveBlockDropoutPress,
     CAMPress,
     CapPress,
     CompactorPress,
@@ -50,8 +53,6 @@ COMPUTES_QUERIES = (
     NonCausalAttnPress,
     SimLayerKVPress,
     SnapKVPress,
-    SoftThresholdPress,
-    SparseRegPress,
     TOVAPress,
     ThinKPress,
 )
@@ -122,8 +123,10 @@ def _checks(press: BasePress) -> Iterator[tuple[str, Check]]:
     """What ``press`` relies on, in words and as a relative error."""
     if isinstance(press, READS_ROTARY):
         yield "asks the model's RoPE (rotary_emb) for later positions", _rotary_error
-    if isinstance(press, COMPUTES_QUERIES):
+    if isinstance(press, READS_WINDOW):
         yield "computes queries from q_proj and RoPE", _query_error
+    if isinstance(press, COMPUTES_QUERIES):
+        yield "computes queries from q_proj and a RoPE that turns all of them", _whole_query_error
     if isinstance(press, COMPUTES_KEYS):
         yield "computes keys from k_proj and RoPE", _key_error
     if rerotates_keys(press):
@@ -143,6 +146,10 @@ def _query_error(_: PreTrainedModel, layer: int, seen: list[_Seen]) -> float:
     return _error(_by_rope(query, *first.rotary[layer]), first.query[layer])
 
 
+def _whole_query_error(model: PreTrainedModel, layer: int, seen: list[_Seen]) -> float:
+    return _query_error(model, layer, seen) if _turned_whole(seen[0], layer) else math.inf
+
+
 def _key_error(_: PreTrainedModel, layer: int, seen: list[_Seen]) -> float:
     first = seen[0]
     key = get_prerope_key_states(first.modules[layer], first.hidden[layer])
@@ -151,13 +158,18 @@ def _key_error(_: PreTrainedModel, layer: int, seen: list[_Seen]) -> float:
 
 def _rotary_error(model: PreTrainedModel, layer: int, seen: list[_Seen]) -> float:
     asked = decoder_of(model).rotary_emb(seen[0].hidden[layer], torch.arange(TOKENS, device=model.device)[None])
-    return max(_error(mine, used) for mine, used in zip(asked, seen[0].rotary[layer], strict=True))
+    error = max(_error(mine, used) for mine, used in zip(asked, seen[0].rotary[layer], strict=True))
+    return error if _turned_whole(seen[0], layer) else math.inf
 
 
 def _turn_error(model: PreTrainedModel, layer: int, seen: list[_Seen]) -> float:
     first, later = (each.key[layer] for each in seen)
     by = torch.full(first.shape[:3], SHIFT, device=first.device)
     return _error(turned(first, by, decoder_of(model).rotary_emb.inv_freq), later)
+
+
+def _turned_whole(seen: _Seen, layer: int) -> bool:
+    return seen.rotary[layer][0].shape[-1] == seen.query[layer].shape[-1]
 
 
 def _by_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
