@@ -52,6 +52,7 @@ def test_a_requeued_training_ends_as_one_that_was_never_stopped(
     shutil.rmtree(run / "final")
     shutil.rmtree(run / "checkpoints")  # Slurm would have ended the job before these
     requeued = train()
+    assert (run / "checkpoints" / "step=3.ckpt").exists(), "a resumed run's checkpoints lie where they did"
     assert requeued.keys() == unstopped.keys()
     assert all(requeued[name].equal(unstopped[name]) for name in unstopped)
     assert torch.load(run / "hpc_ckpt_1.ckpt", weights_only=True)["global_step"] == 2

@@ -58,7 +58,7 @@ class Resumption(Callback):
             return
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             for name, value in self._given.get(id(callback), {}).items():
-                if getattr(callback, name) is not value:
+                if value is not None and getattr(callback, name) is not value:  # what was left out is found at setup
                     setattr(callback, name, value)
         _apply(pl_module, trainer)
 
