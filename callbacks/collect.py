@@ -60,7 +60,7 @@ class CollectTensors(pl.Callback):
     ) -> None:
         if samples < 1 or not lengths:
             raise ValueError(f"samples={samples}, lengths={list(lengths)} collect nothing: give at least one of each")
-        self.output, self.lengths, self.layers, self.samples = Path(output), list(lengths), layers, samples
+        self.output, self.lengths, self.layers, self.samples = Path(output).expanduser(), list(lengths), layers, samples
         self.tasks, self.statistics = tasks, statistics
         self.timestamps = Timestamps()
         self._handles: list[Any] = []

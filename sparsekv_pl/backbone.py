@@ -246,7 +246,7 @@ def resolve(pretrained: str, cache_dir: str | None = None) -> str:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ValueError(f"pretrained={pretrained!r}: there is no such GGUF file")
-        return str(convert(path, Path(cache_dir or Path(HF_HOME) / "sparsekv_pl")))
+        return str(convert(path, Path(cache_dir or Path(HF_HOME) / "sparsekv_pl").expanduser()))
     if path.is_dir():
         if not (path / "config.json").exists():
             raise ValueError(

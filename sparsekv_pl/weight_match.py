@@ -95,6 +95,17 @@ def check_base(adapter: Path, pretrained: str, source: Path, files: Callable[[],
         )
 
 
+def check_gates(gates: Path, pretrained: str, files: Callable[[], Path]) -> None:
+    """Raise ``ValueError`` where the gates in this folder say that they were trained on another model."""
+    summary = gates / TRAINING_SUMMARY
+    known = json.loads(summary.read_text()) if summary.exists() else {}
+    if "base_weights" in known and known["base_weights"] != weights_digest(files()):
+        raise ValueError(
+            f"gates={str(gates)!r} were trained on {known.get('base')!r}, and pretrained={pretrained!r} has other "
+            "weights: give the model that they were trained on"
+        )
+
+
 def check_adapts(model: nn.Module, adapter: str) -> None:
     """Raise ``ValueError`` where no layer of the model that computes was changed by the adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer

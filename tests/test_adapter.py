@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from kvpress import CriticalKVPress, KeyRerotationPress, KnormPress, SnapKVPress
 
 from sparsekv_pl.adapter import fingerprint, seen_in_training, training_summary
@@ -27,3 +28,15 @@ def test_a_fingerprint_is_of_weights_and_settings(tmp_path: Path) -> None:
     assert fingerprint(str(tmp_path)) != before
     assert fingerprint(None) is None
     assert training_summary(None) == {}
+
+
+def test_an_adapter_under_the_home_folder_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+    (tmp_path / "adapter" / "training.json").write_text('{"steps": 3}')
+    monkeypatch.setenv("HOME", str(tmp_path))
+    first = fingerprint("~/adapter")
+    assert first == fingerprint(str(tmp_path / "adapter"))
+    assert training_summary("~/adapter") == {"steps": 3}
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"others")
+    assert fingerprint("~/adapter") != first

@@ -159,3 +159,15 @@ def test_what_does_change_layers_loads_with_its_values(
         assert torch.equal(value, model.state_dict()[name]), name
     assert model.peft_config["default"].base_model_name_or_path == tiny_backbone().pretrained  # type: ignore[operator, union-attr, index]
     assert not model.training and not causal_lm(model).training
+
+
+def test_gates_of_another_base_are_refused(tiny_models: dict[str, str], tmp_path: Path) -> None:
+    from sparsekv_pl.fingerprint import weights_digest
+    from sparsekv_pl.weight_match import check_gates
+
+    check_gates(tmp_path, "a/model", Path)  # nothing is known of them
+    summary = {"base": "a/name", "base_weights": weights_digest(Path(tiny_models["llama"]))}
+    (tmp_path / "training.json").write_text(json.dumps(summary))
+    check_gates(tmp_path, "a/model", lambda: Path(tiny_models["llama"]))
+    with pytest.raises(ValueError, match="were trained on 'a/name', and pretrained='a/model' has other weights"):
+        check_gates(tmp_path, "a/model", lambda: Path(tiny_models["qwen3"]))

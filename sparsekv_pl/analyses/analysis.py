@@ -38,7 +38,7 @@ class Analysis(LightningModule, ABC):
 
     def __init__(self, backbone: Backbone, output: str) -> None:
         super().__init__()
-        self.output = Path(output)
+        self.output = Path(output).expanduser()
         self.training_summary = training_summary(backbone.adapter)
         self.model, self.tokenizer = backbone.load(trainable=False)
         self.base, self.identity = backbone.described(), backbone.identity()

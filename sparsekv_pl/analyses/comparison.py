@@ -24,6 +24,7 @@ from sparsekv_pl.measures.block_passes import BlockPasses
 from sparsekv_pl.reporting.comparison.report import comparison_report
 from sparsekv_pl.reporting.console import show
 from sparsekv_pl.results import Record
+from sparsekv_pl.weight_match import check_gates
 
 
 class BlockComparison(Analysis):
@@ -81,6 +82,8 @@ class BlockComparison(Analysis):
         for damping in dampings:  # raises for settings that cannot be, before the model is loaded
             SketchWalk(block_size, sketch_dim, exponent, dense_layers, damping, seed)
         super().__init__(backbone, output or "output/compare")
+        if gates is not None:
+            check_gates(Path(gates).expanduser(), backbone.pretrained, backbone.files)
         layers = self.causal_lm.config.get_text_config().num_hidden_layers
         first = min(dense_layers, layers - 1)
         drawn = sorted({first, (first + layers) // 2, layers - 1}) if picture_layers is None else list(picture_layers)

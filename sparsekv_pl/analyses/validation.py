@@ -66,7 +66,8 @@ class SketchWalkValidation(LightningModule):
         super().__init__()
         if repeats < 1:
             raise ValueError(f"repeats={repeats} times nothing: give at least 1")
-        self.output, self.top_k_blocks, self.repeats = Path(output or "output/sketchwalk"), top_k_blocks, repeats
+        self.output = Path(output or "output/sketchwalk").expanduser()
+        self.top_k_blocks, self.repeats = top_k_blocks, repeats
         self.settings = {
             "block_size": block_size,
             "sketch_dim": sketch_dim,

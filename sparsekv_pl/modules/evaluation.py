@@ -70,7 +70,7 @@ class EvaluationModule(LightningModule):
     ) -> None:
         super().__init__()
         self.settings, self.points = settings, points_of(settings)
-        self.output, self.title = Path(output or "output/evaluation"), title
+        self.output, self.title = Path(output or "output/evaluation").expanduser(), title
         self.stability, self.sparsity = stability, sparsity
         self.training_summary = training_summary(backbone.adapter)
         self.model, self.tokenizer = backbone.load(trainable=False)

@@ -1,13 +1,12 @@
 """The LightningModule that runs lm-evaluation-harness's tasks under each press and ratio, base and trained."""
 
-import difflib
 import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jsonargparse import set_parsing_settings
 from kvpress import BasePress
@@ -22,14 +21,12 @@ from sparsekv_pl.eviction.setting import Point, Setting, points_of
 from sparsekv_pl.fingerprint import folder_digest
 from sparsekv_pl.keys import computed_by, key_of
 from sparsekv_pl.modules.harness_records import case_records, score_records, table
+from sparsekv_pl.modules.harness_tasks import named_files, task_manager
 from sparsekv_pl.native_precision import warn_of_emulation
 from sparsekv_pl.presses.scores import set_compression_ratio
 from sparsekv_pl.reporting.console import show, show_report
 from sparsekv_pl.results import Record, Results
 from sparsekv_pl.user_errors import log_failure
-
-if TYPE_CHECKING:
-    from lm_eval.tasks import TaskManager
 
 set_parsing_settings(subclasses_enabled=[BasePress])
 
@@ -105,7 +102,7 @@ class HarnessModule(LightningModule):
         self.include_path = None if include_path is None else Path(include_path).expanduser()
         self.limit, self.num_fewshot, self.held_back = limit, num_fewshot, held_back
         self.apply_chat_template = apply_chat_template
-        self.output, self.title = Path(output or "output/lm_eval"), title
+        self.output, self.title = Path(output or "output/lm_eval").expanduser(), title
         self._check()
         self.training_summary = training_summary(backbone.adapter)
         self.model, self.tokenizer = backbone.load(trainable=False)
@@ -117,6 +114,8 @@ class HarnessModule(LightningModule):
             )
         self.base, self.identity = backbone.described(), backbone.identity()
         self.variants = variants_of(backbone.adapter)
+        self.named: dict[str, list[str]] = {}
+        """By task: digests of the local files that it names as its data."""
         self.pieces = [Piece(v, point, task) for v in self.variants for point in self.points for task in tasks]
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
@@ -128,6 +127,7 @@ class HarnessModule(LightningModule):
             )
         warn_of_emulation(self.trainer)
         self.manager = task_manager(self.tasks, self.include_path)
+        self.named = {task: named_files(self.manager, task) for task in self.tasks}
         self.results = Results(self.output / "results")
         self.records: list[Record] = []
         self.started = time.time()
@@ -227,6 +227,7 @@ class HarnessModule(LightningModule):
             task=piece.task,
             # A task's data may lie beside it: whatever changes there, the work is done again.
             files=None if self.include_path is None else folder_digest(self.include_path),
+            named_files=self.named.get(piece.task),
             limit=self.limit,
             num_fewshot=self.num_fewshot,
             apply_chat_template=self.apply_chat_template,
@@ -252,30 +253,6 @@ class HarnessModule(LightningModule):
                     f"{point.press_name} has decoding_interval={point.decoding_interval}, but lm_eval tasks are "
                     "evicted from before the answer: leave it out"
                 )
-
-
-def task_manager(tasks: list[str], include_path: Path | None) -> "TaskManager":
-    """lm_eval's index of tasks: of ``include_path``, and of lm_eval's own (10 s) only where ``tasks`` needs them.
-
-    Raises
-    ------
-    ValueError
-        For a task in neither.
-    """
-    from lm_eval.tasks import TaskManager
-
-    if include_path is not None:
-        local = TaskManager(include_path=include_path, include_defaults=False)
-        if set(tasks) <= set(local.all_tasks):
-            return local
-    manager = TaskManager(include_path=include_path)
-    for task in tasks:
-        if task not in manager.task_index:
-            near = ", ".join(difflib.get_close_matches(task, manager.all_tasks)) or "see `lm_eval ls tasks`"
-            raise ValueError(
-                f"task {task!r} is neither lm_eval's nor in include_path={str(include_path)!r}; similar: {near}"
-            )
-    return manager
 
 
 def _name(record: Record) -> str:

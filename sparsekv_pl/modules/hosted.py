@@ -79,7 +79,7 @@ class HostedModule(LightningModule):
         super().__init__()
         if extra_tokens < 0:
             raise ValueError(f"extra_tokens={extra_tokens} must be at least 0")
-        self.hosted, self.output, self.title = hosted, Path(output or "output/hosted"), title
+        self.hosted, self.output, self.title = hosted, Path(output or "output/hosted").expanduser(), title
         self.extra_tokens, self.dry = extra_tokens, dry
         self.tokenizer = Backbone(pretrained=tokenizer).load_tokenizer()
 

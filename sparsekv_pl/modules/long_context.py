@@ -93,7 +93,8 @@ class LongContextModule(LightningModule):
             check_evicts(press)
         self.press, self.budget, self.chunk_tokens = press, budget, chunk_tokens
         self.press_settings = settings_of(press)  # a prefill sets the ratio anew for each chunk
-        self.output, self.title, self.save_every = Path(output or "output/long_context"), title, save_every
+        self.output = Path(output or "output/long_context").expanduser()
+        self.title, self.save_every = title, save_every
         self.dry, self.tokens_per_second = dry, tokens_per_second
         self.backbone = backbone
         self.variant = "base" if backbone.adapter is None else "trained"
