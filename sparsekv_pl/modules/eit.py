@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -201,12 +201,14 @@ class EITModule(LightningModule):
 
     def describe_training(self) -> dict[str, Any]:
         """What an exported adapter says of how it was trained, JSON-able."""
+        splits = getattr(getattr(self._trainer, "datamodule", None), "splits", None)
         press = self.press
         members = press.presses if isinstance(press, EvictionAugPress) else [press] if press is not None else []
         return {
             "base": self.backbone.pretrained,
             "dtype": self.backbone.dtype,
             "base_weights": weights_digest(self.backbone.files()),
+            "splits": None if splits is None else asdict(splits),
             "eviction": type(self.eviction).__name__,
             "presses": [press_name(member) for member in members],
             "objective": type(self.objective).__name__,

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ class EvaluationModule(LightningModule):
                 setting.check(length)
         warn_of_emulation(self.trainer)
         self._check_text()
+        self._compare_splits()
         self.results = Results(self.output / "results", self.global_rank)
         self.records: list[Record] = []
         self.sparsities: list[Record] = []
@@ -106,6 +108,20 @@ class EvaluationModule(LightningModule):
                     f"{point.press_name} has decoding_interval={point.decoding_interval}, and the data has no text to "
                     "read while it evicts: set data.windows, or leave decoding_interval out"
                 )
+
+    def _compare_splits(self) -> None:
+        splits = getattr(self.trainer.datamodule, "splits", None)  # type: ignore[attr-defined]
+        if splits is None or not self.training_summary:
+            return
+        own, trained = asdict(splits), self.training_summary.get("splits")
+        if own != trained:
+            log.warning(
+                "the data is divided by %s, and %s was trained on a division by %s: of the same text it may have seen "
+                "what is held out here; give the splits that it was trained with",
+                own,
+                self.adapter,
+                trained or "document names, as before splits followed from the text",
+            )
 
     def test_step(self, batch: CaseBatch, batch_idx: int) -> None:
         """Measure one batch at every point, base and trained."""

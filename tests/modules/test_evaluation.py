@@ -2,7 +2,6 @@
 
 import csv
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from kvpress import (
-    AdaKVPress,
-    BasePress,
     CAMPress,
     ComposedPress,
     DMSPress,
@@ -28,12 +25,6 @@ from sparsekv_pl.batch import TEXT, CaseBatch, CaseInfo
 from sparsekv_pl.eviction.setting import Setting
 from sparsekv_pl.measures import Measurement
 from sparsekv_pl.modules.evaluation import EvaluationModule
-from sparsekv_pl.modules.long_context import LongContextModule
-from sparsekv_pl.presses import EvictionAugPress
-from sparsekv_pl.presses.block_dropout import BlockDropoutPress
-from sparsekv_pl.presses.scores import press_name
-from sparsekv_pl.presses.sparse_reg import SparseRegPress
-from sparsekv_pl.presses.variable_block import VariableBlockPress
 from tests.tiny_training import MakeBackbone, MakeTrainer
 
 CONTEXT = 48
@@ -269,86 +260,3 @@ def test_a_press_without_a_ratio_to_set_is_a_line_in_the_table(
     assert set(measured) == {"full_cache_0_dense", "TOVA_0-5_dense"}
     report = (tmp_path / "run" / "report.md").read_text()
     assert report.count("has no compression_ratio to set") >= len(UNFIT)
-
-
-def test_reading_while_evicting_needs_text(
-    tiny_backbone: MakeBackbone, tiny_trainer: MakeTrainer, tmp_path: Path
-) -> None:
-    from data.evaluation import EvaluationData
-
-    module = EvaluationModule(tiny_backbone(), [Setting(KnormPress(), [0.5], decoding_interval=8)], str(tmp_path))
-    with pytest.raises(ValueError, match=r"Knorm has decoding_interval=8, and the data has no text .*data\.windows"):
-        tiny_trainer().test(module, EvaluationData(lengths=[96], windows=0))
-    assert not (tmp_path / "results").exists()
-
-
-@pytest.mark.parametrize(
-    "press",
-    [
-        BlockDropoutPress(),
-        AdaKVPress(VariableBlockPress()),
-        SparseRegPress(),
-        EvictionAugPress([BlockDropoutPress(), KnormPress()]),
-    ],
-    ids=press_name,
-)
-def test_what_evicts_in_training_alone_is_not_evaluated(press: BasePress, tiny_backbone: MakeBackbone) -> None:
-    said = rf"{re.escape(press_name(press))} evicts in training alone"
-    with pytest.raises(ValueError, match=said):
-        Setting(press, [0.5])
-    with pytest.raises(ValueError, match=said):
-        LongContextModule(tiny_backbone(), press)
-
-
-@pytest.mark.parametrize("ratio", [-0.1, 1.0])
-def test_a_ratio_outside_0_to_1_is_refused(ratio: float) -> None:
-    with pytest.raises(ValueError, match=f"{ratio}"):
-        Setting(KnormPress(), [0.5, ratio])
-
-
-@pytest.mark.parametrize(
-    ("press", "chunks", "interval", "message"),
-    [
-        (KnormPress(), 0, None, "chunk_tokens=0"),
-        (KnormPress(), None, 0, "decoding_interval=0"),
-        (KnormPress(), 8, 8, "chunk_tokens or decoding_interval"),
-    ],
-)
-def test_bad_settings_are_refused(press: BasePress, chunks: int | None, interval: int | None, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Setting(press, [0.5], chunks, interval)
-
-
-def test_settings_that_the_report_could_not_tell_apart_are_refused(tiny_backbone: MakeBackbone) -> None:
-    twice = [Setting(SnapKVPress(window_size=8), [0.5]), Setting(SnapKVPress(window_size=16), [0.25, 0.5])]
-    with pytest.raises(ValueError, match=r"SnapKV at 0\.5, dense, more than once"):
-        EvaluationModule(tiny_backbone(), twice)
-
-
-def test_a_context_longer_than_the_model_stops_before_measuring(
-    tiny_backbone: MakeBackbone, tiny_trainer: MakeTrainer, tmp_path: Path
-) -> None:
-    from data.evaluation import EvaluationData
-
-    module = EvaluationModule(tiny_backbone(), settings(), str(tmp_path))
-    with pytest.raises(ValueError, match=r"takes 1025 positions, .* trained on 1024 .*KeyRerot"):
-        tiny_trainer().test(module, EvaluationData(lengths=[96, 1025]))
-    assert not (tmp_path / "results").exists()
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        (Setting(SnapKVPress(window_size=96), [0.5]), "SnapKV looks at a window of 96"),
-        (Setting(SnapKVPress(window_size=16), [0.5], chunk_tokens=12), "SnapKV looks at a window of 16"),
-        (Setting(SnapKVPress(window_size=16), [0.5], decoding_interval=8), "decoding_interval=8 is shorter"),
-    ],
-)
-def test_contexts_shorter_than_a_window_stop_before_measuring(
-    setting: Setting, message: str, tiny_backbone: MakeBackbone, tiny_trainer: MakeTrainer, tmp_path: Path
-) -> None:
-    from data.evaluation import EvaluationData
-
-    module = EvaluationModule(tiny_backbone(), [setting], str(tmp_path))
-    with pytest.raises(ValueError, match=message):
-        tiny_trainer().test(module, EvaluationData(lengths=[96]))
