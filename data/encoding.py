@@ -1,6 +1,5 @@
 """Text to tokens as one whole: parts get no prefix of their own, and no cut falls into a character."""
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -128,8 +127,8 @@ class Encoder:
     @cached_property
     def _alphabet(self) -> dict[str, int]:
         """Character -> byte in a byte-level vocabulary; empty for others."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None or '"ByteLevel"' not in json.dumps(json.loads(backend.to_str())["decoder"]):
+        decoder = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "decoder", None)
+        if decoder is None or b'"ByteLevel"' not in decoder.__getstate__():  # its settings as JSON
             return {}
         printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         others = [byte for byte in range(256) if byte not in printable]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cases import Frame, stretch
+from data.documents import BOM
 from data.facts import Fact, draw_facts
 from data.needles import QUESTION_OPENING, filler_room, needle_ids
 from data.packing import Tokens, split_tokens
@@ -274,4 +275,4 @@ def _text(row: Mapping[str, Any], field: str, name: str) -> str:
     value = value_at(row, field, name)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{name}: {field!r} holds {value!r:.80}: name a field with text")
-    return value
+    return value.removeprefix(BOM)
