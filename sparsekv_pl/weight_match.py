@@ -98,7 +98,7 @@ def check_base(adapter: Path, pretrained: str, source: Path, files: Callable[[],
 def check_gates(gates: Path, pretrained: str, files: Callable[[], Path]) -> None:
     """Raise ``ValueError`` where the gates in this folder say that they were trained on another model."""
     summary = gates / TRAINING_SUMMARY
-    known = json.loads(summary.read_text()) if summary.exists() else {}
+    known = read_mapping(summary) if summary.exists() else {}
     if "base_weights" in known and known["base_weights"] != weights_digest(files()):
         raise ValueError(
             f"gates={str(gates)!r} were trained on {known.get('base')!r}, and pretrained={pretrained!r} has other "
