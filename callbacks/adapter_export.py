@@ -72,13 +72,17 @@ class AdapterExport(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self._exported != trainer.global_step:
+        finder = not self._started  # saves the state that it goes back to
+        if self._exported != trainer.global_step and not finder:
             self._exported = trainer.global_step
             self._export(trainer, pl_module, f"checkpoint-{trainer.global_step}")
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = self._export(trainer, pl_module, "final")
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_info("fast_dev_run: nothing exported")
+            return
         rank_zero_info(f"exported to {folder}")
         if self.merge and trainer.is_global_zero:
             _write_merged(pl_module, folder)

@@ -246,7 +246,7 @@ def not_saved(path: Path, needed: int, error: OSError) -> str:
 
 
 def _free(path: Path) -> int:
-    there = next(folder for folder in path.absolute().parents if folder.exists())
+    there = next((folder for folder in path.absolute().parents if folder.exists()), Path("/"))
     return shutil.disk_usage(there).free
 
 

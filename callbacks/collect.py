@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,6 +20,7 @@ from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.reporting.console import show
 from sparsekv_pl.reporting.files import json_bytes, replace_all
 from sparsekv_pl.results import Record, gathered
+from sparsekv_pl.run_output import RunOutput
 
 
 class CollectTensors(pl.Callback):
@@ -60,7 +60,7 @@ class CollectTensors(pl.Callback):
     ) -> None:
         if samples < 1 or not lengths:
             raise ValueError(f"samples={samples}, lengths={list(lengths)} collect nothing: give at least one of each")
-        self.output, self.lengths, self.layers, self.samples = Path(output).expanduser(), list(lengths), layers, samples
+        self.output, self.lengths, self.layers, self.samples = RunOutput(output), list(lengths), layers, samples
         self.tasks, self.statistics = tasks, statistics
         self.timestamps = Timestamps()
         self._handles: list[Any] = []
@@ -86,12 +86,13 @@ class CollectTensors(pl.Callback):
             raise ValueError(f"CollectTensors.lengths={self.lengths}, but the data has {offered}: give one of these")
         base = getattr(pl_module, "base", {})
         path = model_path(str(base.get("pretrained", "")), getattr(pl_module, "adapter", None))
-        self.capture = TensorCapture(self.output, model, path, self.layers, self.statistics)
+        self.folder = self.output.of(trainer)
+        self.capture = TensorCapture(self.folder, model, path, self.layers, self.statistics)
         self.capture.rank = trainer.global_rank
         self.records: list[Record] = []
         self._seen = Counter[int]()
         dtype = attention_dtype(model, str(trainer.precision))
-        told = disk_need(self.output, model, dict.fromkeys(lengths, self.samples), self.capture.layers, dtype)
+        told = disk_need(self.folder, model, dict.fromkeys(lengths, self.samples), self.capture.layers, dtype)
         if trainer.is_global_zero:
             show("to collect at most: " + told)
         self._look_at(pl_module.model, model)
@@ -119,8 +120,8 @@ class CollectTensors(pl.Callback):
         if not trainer.is_global_zero:
             return
         files = summaries_of(records, self.capture.statistics)
-        paths = replace_all(self.output, {name: json_bytes(content) for name, content in files.items()})
-        told = f"collected {len(records)} tensor files in {self.output}"
+        paths = replace_all(self.folder, {name: json_bytes(content) for name, content in files.items()})
+        told = f"collected {len(records)} tensor files in {self.folder}"
         if not records:
             told = "collected no tensors: no whole context went through the model in one forward (see CollectTensors)"
         show(", ".join([told, *map(str, paths)]))

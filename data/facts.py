@@ -232,7 +232,7 @@ def draw_facts(rng: random.Random, split: Split, count: int) -> list[Fact]:
     harder case.
     """
     facts = [draw_fact(rng, split)]
-    kind = next(k for k in KINDS if k.name == facts[0].kind) if rng.random() < 0.5 else None
+    kind = {kind.name: kind for kind in KINDS}[facts[0].kind] if rng.random() < 0.5 else None
     while len(facts) < count:
         fact = draw_fact(rng, split, kind)
         if all(fact.subject != other.subject and fact.value != other.value for other in facts):

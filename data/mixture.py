@@ -1,8 +1,10 @@
 """The LightningDataModule: plain text and retrieval cases mixed by a share, the same on every resume."""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, cast
 
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.collate import needle_batch, pad_id, text_batch
@@ -18,6 +20,7 @@ from data.packing import (
 from data.resumable import RankStatefulLoader, flat_settings, tokenizer_settings
 from data.text import EmbeddedText, Splits, TextSource
 from data.tokenized import TokenizedData
+from data.without_epochs import batches_to_train, without_epochs
 from sparsekv_pl.batch import Batch
 from sparsekv_pl.seeding import random_for
 
@@ -124,8 +127,10 @@ class EvictionData(TokenizedData):
         return range(longest if self.shortest_context is None else self.shortest_context, longest + 1)
 
     def setup(self, stage: str | None = None) -> None:
-        """Take the tokenizer; ValueError where the shortest contexts have no room for a fact."""
+        """Take the tokenizer; ValueError where the trainer cannot train on a stream, or a fact has no room."""
         super().setup(stage)
+        if stage == TrainerFn.FITTING and self.trainer is not None:
+            without_epochs(self.trainer)
         if self.shortest_context is None or self.retrieval_share == 0:
             return
         task = training_needles(self)
@@ -136,17 +141,24 @@ class EvictionData(TokenizedData):
                 f"{least - 1} tokens. Give at least {least}, or retrieval_share 0"
             )
 
-    def train_dataloader(self) -> RankStatefulLoader:
-        """Endless; its length says only that ``trainer.max_steps`` ends it, never its own end."""
-        rank, ranks, batches = 0, 1, 10**9
-        if self.trainer is not None:
-            rank, ranks = self.trainer.global_rank, self.trainer.world_size
-            batches = self._batches_to_train()
-        return RankStatefulLoader(MixtureStream(self, rank, ranks), batches, self.num_workers, self.trainer)
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Endless; its length says only that ``trainer.max_steps`` ends it, never its own end.
+
+        With ``trainer.overfit_batches`` the first so many batches, the same in every epoch.
+        """
+        trainer = self.trainer
+        if trainer is None:
+            return RankStatefulLoader(MixtureStream(self, 0, 1), 10**9, self.num_workers)
+        stream, batches = MixtureStream(self, trainer.global_rank, trainer.world_size), batches_to_train(trainer)
+        if trainer.overfit_batches:  # type: ignore[attr-defined]
+            return _in_order(list(islice(stream, batches)))
+        # One more than is trained: an epoch that never ends cannot be saved at its end, where loaders forget their
+        # place.
+        return RankStatefulLoader(stream, batches + 1, self.num_workers, trainer)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Text windows of the validation split, then needle cases in its wordings."""
-        return DataLoader(cast(Any, self._validation_batches()), batch_size=None, shuffle=False)
+        return _in_order(self._validation_batches())
 
     def _validation_batches(self) -> list[Batch]:
         length = self.context_tokens + self.continuation_tokens
@@ -158,22 +170,6 @@ class EvictionData(TokenizedData):
         pad, size = pad_id(self.tokenizer), self.batch_size
         batches = [text_batch(rows, self.continuation_tokens, pad) for rows in _groups(windows, size)]
         return batches + [needle_batch(rows, pad) for rows in _groups(cases, size)]
-
-    def _batches_to_train(self) -> int:
-        trainer = self.trainer
-        assert trainer is not None
-        if trainer.max_steps < 1:
-            raise ValueError(f"trainer.max_steps is {trainer.max_steps}: set it, the training stream has no end")
-        batches = trainer.max_steps * trainer.accumulate_grad_batches
-        limit = trainer.limit_train_batches
-        if limit != 1.0 and (isinstance(limit, float) or limit < batches):
-            raise ValueError(
-                f"trainer.limit_train_batches is {limit}: set trainer.max_steps alone, the training stream "
-                "has no epochs"
-            )
-        # One more than is trained: an epoch that never ends cannot be saved at its end, where loaders forget
-        # their place.
-        return batches + 1
 
 
 class MixtureStream(IterableDataset[Batch]):
@@ -240,6 +236,10 @@ def training_needles(data: EvictionData) -> NeedleTask:
     return NeedleTask(
         data.tokenizer, data.context_tokens, data.seed, "train", data.needles, "value_and_stop", ask="all"
     )
+
+
+def _in_order(batches: list[Batch]) -> DataLoader[Batch]:
+    return DataLoader(cast(Any, batches), batch_size=None, shuffle=False)
 
 
 def _groups(rows: Sequence[Any], size: int) -> list[Sequence[Any]]:

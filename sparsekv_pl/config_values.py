@@ -122,7 +122,15 @@ def explained(made: type, *args: Any, **settings: Any) -> Any:
         return made(*args, **settings)
     except refusals as error:
         given = ", ".join(f"{name}={_shown(value)}" for name, value in settings.items())
-        raise ValueError(f"{made.__name__}({given}) is refused: {error or type(error).__name__}") from error
+        reason = str(error) or _unsaid(made)
+        raise ValueError(f"{made.__name__}({given}) is refused: {reason}") from error
+
+
+def _unsaid(made: type) -> str:
+    """What an assertion without words means."""
+    if made.__module__.startswith("kvpress"):
+        return "it takes a press that scores (kvpress.ScorerPress) and no other"
+    return "an assertion failed"
 
 
 def _imported(path: str) -> Any:

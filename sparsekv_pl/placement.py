@@ -170,7 +170,7 @@ def _layers(model: PreTrainedModel) -> nn.ModuleList:
 def _named(model: PreTrainedModel, devices: Sequence[Device], main: Device) -> dict[str, Device]:
     """Module name -> device, for every module that holds weights; one name per layer."""
     layers = _layers(model)
-    prefix = next(name for name, module in model.named_modules() if module is layers)
+    [prefix] = [name for name, module in model.named_modules() if module is layers]
     holders = [name for name, m in model.named_modules() if [*m.parameters(recurse=False), *m.buffers(recurse=False)]]
     named: dict[str, Device] = {name: main for name in holders if not name.startswith(f"{prefix}.")}
     return named | {f"{prefix}.{index}": device for index, device in enumerate(devices)}

@@ -82,6 +82,7 @@ PARTS = {
         "presses",
         "reporting",
         "results",
+        "run_output",
         "sharding",
         "teacher",
     )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from transformers import PreTrainedModel
 
 from sparsekv_pl.adapter import training_summary, variants_of
@@ -21,9 +20,10 @@ from sparsekv_pl.pieces import piece_done
 from sparsekv_pl.reporting import run_environment
 from sparsekv_pl.reporting.console import show_report
 from sparsekv_pl.results import Record, Results, gathered
+from sparsekv_pl.run_output import WritesOutput
 
 
-class Analysis(LightningModule, ABC):
+class Analysis(WritesOutput, ABC):
     """Measures every batch of a datamodule once, keeps what is finished in ``output/results``, and ends in a report.
 
     A run that was killed, or that is given more batches, measures what is missing.

@@ -70,7 +70,7 @@ class TensorCollection(Analysis):
         """See ``Analysis``."""
         super().setup(stage)
         self.results = CollectedResults(self.output, self.global_rank)
-        self.capture.rank = self.global_rank
+        self.capture.folder, self.capture.rank = self.output, self.global_rank
 
     def on_predict_start(self) -> None:
         """Number the samples, and say what they take of the disk. Raises ValueError if that is more than is free."""

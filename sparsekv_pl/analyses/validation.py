@@ -9,7 +9,6 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 
@@ -27,12 +26,13 @@ from sparsekv_pl.reporting.page import Table
 from sparsekv_pl.reporting.validation.figures import validation_figure
 from sparsekv_pl.reporting.validation.summary import MEASUREMENT, expected_table, sections, summary
 from sparsekv_pl.results import Record, Results, gathered
+from sparsekv_pl.run_output import WritesOutput
 
 if TYPE_CHECKING:
     from rich.table import Table as TerminalTable
 
 
-class SketchWalkValidation(LightningModule):
+class SketchWalkValidation(WritesOutput):
     """Runs Sketch&Walk over every sample's layers in order, beside dense attention; there is no model.
 
     Writes validation_results_{timestamp}.json (a record per file, see ``validated``), a summary of them as

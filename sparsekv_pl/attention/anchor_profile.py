@@ -177,7 +177,7 @@ def recommended(profile: AnchorProfile, threshold: float = 2.0, recent_mass: flo
     sinks = next((n for n, times in enumerate(leading) if times < threshold), LEADING)
     rest = ~profile.sinks(sinks)
     held = profile.held(rest)
-    recent = next(edge for edge, share in held if share >= recent_mass - 1e-9)
+    recent = next((edge for edge, share in held if share >= recent_mass - 1e-9), held[-1][0])
     far = rest & ~profile.recent(recent)
     times = {name: profile.portion(far & profile.types(name), far).times_chance for name in ("special", "punctuation")}
     default = Anchors()

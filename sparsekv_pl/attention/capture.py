@@ -181,7 +181,7 @@ def disk_need(
         If it is more than is free.
     """
     sizes = {length: count * sample_bytes(model, length, len(layers), dtype) for length, count in samples.items()}
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    there = next((path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()), Path("/"))
     free, need = shutil.disk_usage(there).free, sum(sizes.values())
     parts = [f"{samples[n]} x {n} tokens {_readable(size)}" for n, size in sorted(sizes.items())]
     name = str(dtype).removeprefix("torch.")

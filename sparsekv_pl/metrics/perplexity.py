@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from sparsekv_pl.metrics.additive import AdditiveMetric
 
 
-class ContinuationPerplexity(Metric):
+class ContinuationPerplexity(AdditiveMetric):
     """exp(mean negative log-likelihood per supervised token), over all rows and ranks.
 
     >>> metric = ContinuationPerplexity()
@@ -18,12 +19,11 @@ class ContinuationPerplexity(Metric):
     """
 
     higher_is_better = False
-    is_differentiable = False
     nll: Tensor
     tokens: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.add_state("nll", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -37,7 +37,7 @@ class ContinuationPerplexity(Metric):
         return (self.nll / self.tokens.clamp(min=1)).exp().float()
 
 
-class PerplexityAndKL(Metric):
+class PerplexityAndKL(AdditiveMetric):
     """Perplexity, and KL in nats per token, from sums over cases; over all ranks. Empty where nothing was added.
 
     >>> metric = PerplexityAndKL()
@@ -47,11 +47,10 @@ class PerplexityAndKL(Metric):
     """
 
     higher_is_better = False
-    is_differentiable = False
     sums: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.add_state("sums", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, record: Mapping[str, Any]) -> None:

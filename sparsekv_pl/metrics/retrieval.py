@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 from unicodedata import category, normalize
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.functional.text import rouge_score, squad
+
+from sparsekv_pl.metrics.additive import AdditiveMetric
 
 RETRIEVAL_SCORES = ("substring", "exact", "f1", "rouge_l")
 
@@ -133,7 +135,7 @@ def _same_items(prediction: str, answers: Sequence[str]) -> bool:
     return items == expected
 
 
-class RetrievalScores(Metric):
+class RetrievalScores(AdditiveMetric):
     """Means of ``retrieval_scores`` over all cases and ranks; NaN where there is none.
 
     >>> metric = RetrievalScores()
@@ -144,12 +146,11 @@ class RetrievalScores(Metric):
     """
 
     higher_is_better = True
-    is_differentiable = False
     total: Tensor
     cases: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.add_state("total", torch.zeros(len(RETRIEVAL_SCORES), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("cases", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 

@@ -1,15 +1,17 @@
 """How sparse attention is, by layer and head."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from sparsekv_pl.attention.statistics import LayerStatistics
+from sparsekv_pl.metrics.additive import AdditiveMetric
 
 MEASURES = ("effective_support", "top_k_coverage", "block_sparsity", "anchor_share")
 
 
-class AttentionSparsity(Metric):
+class AttentionSparsity(AdditiveMetric):
     """Means over all counted queries of all rows, batches and ranks, by layer and head.
 
     ``compute`` returns ``effective_support`` (keys), ``top_k_coverage``, ``block_sparsity`` and ``anchor_share`` (each
@@ -25,15 +27,14 @@ class AttentionSparsity(Metric):
     """
 
     higher_is_better = None
-    is_differentiable = False
     effective_support: Tensor
     top_k_coverage: Tensor
     block_sparsity: Tensor
     anchor_share: Tensor
     queries: Tensor
 
-    def __init__(self, layers: int, heads: int) -> None:
-        super().__init__()
+    def __init__(self, layers: int, heads: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         for name in MEASURES:
             self.add_state(name, torch.zeros(layers, heads, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("queries", torch.zeros(layers, 1, dtype=torch.int64), dist_reduce_fx="sum")

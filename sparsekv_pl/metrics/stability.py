@@ -13,10 +13,12 @@ Importance is the attention that a continuation's tokens pay to the context unde
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from sparsekv_pl.metrics.additive import AdditiveMetric
 
 
 class ContextImportance:
@@ -168,7 +170,7 @@ def heaviest(importance: Tensor, budget: int) -> Tensor:
     return kept.scatter_(-1, importance.topk(budget, dim=-1).indices, True)
 
 
-class EvictionStability(Metric):
+class EvictionStability(AdditiveMetric):
     """Mean against worst case of retained importance, over all continuations, layers, heads and ranks.
 
     ``compute`` returns scalars: ``mean_retained``, ``min_retained`` (each continuation's worst step, averaged),
@@ -182,15 +184,14 @@ class EvictionStability(Metric):
     """
 
     higher_is_better = True
-    is_differentiable = False
     min_retained: Tensor
     mean_retained: Tensor
     retained_variance: Tensor
     worst_retained: Tensor
     continuations: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         for name in ("min_retained", "mean_retained", "retained_variance"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("worst_retained", torch.tensor(torch.inf), dist_reduce_fx="min")

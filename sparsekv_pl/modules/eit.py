@@ -11,7 +11,7 @@ from kvpress import BasePress
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 
 from sparsekv_pl.backbone import Backbone, causal_lm
 from sparsekv_pl.batch import Batch, rows_of_equal_length
@@ -25,9 +25,10 @@ from sparsekv_pl.losses import token_nll
 from sparsekv_pl.metrics import ContinuationPerplexity
 from sparsekv_pl.modules.fit_together import check_evicts_in_evaluation, fit_together
 from sparsekv_pl.modules.one_prefill import full_and_evicted
+from sparsekv_pl.modules.optimizers import configured
 from sparsekv_pl.modules.resumption import check_resumable
 from sparsekv_pl.modules.student import Student, supervised, supervised_labels
-from sparsekv_pl.modules.training import guards, optimizers, watch
+from sparsekv_pl.modules.training import guards, watch
 from sparsekv_pl.objectives import EIT, Objective, StudentView
 from sparsekv_pl.presses.deciding import candidates
 from sparsekv_pl.presses.eviction_aug import EvictionAugPress
@@ -85,6 +86,7 @@ class EITModule(LightningModule):
         self.eviction = eviction
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.lr: float | None = None
         self.validation_compression_ratio = validation_compression_ratio
         self.compression_ratio: float | None = None
         """Of the next training step; the Curriculum callback sets it."""
@@ -187,8 +189,7 @@ class EITModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over what trains, and the learning-rate schedule if there is one."""
-        optimizer: Optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        return optimizers(optimizer, self.lr_scheduler)
+        return configured(self, [p for p in self.parameters() if p.requires_grad])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what cannot go on."""

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from jsonargparse import set_parsing_settings
 from kvpress import BasePress
-from lightning.pytorch import LightningModule
 from torch import nn
 
 from sparsekv_pl.adapter import seen_in_training, training_summary, variants_of
@@ -30,6 +29,7 @@ from sparsekv_pl.reporting import run_environment, sparsity_figure, terminal_tab
 from sparsekv_pl.reporting.console import show, show_report
 from sparsekv_pl.reporting.files import json_bytes, replace_all
 from sparsekv_pl.results import Record, Results, gathered
+from sparsekv_pl.run_output import WritesOutput
 from sparsekv_pl.user_errors import log_failure
 
 set_parsing_settings(subclasses_enabled=[BasePress])
@@ -37,7 +37,7 @@ set_parsing_settings(subclasses_enabled=[BasePress])
 log = logging.getLogger(__name__)
 
 
-class EvaluationModule(LightningModule):
+class EvaluationModule(WritesOutput):
     """Retrieval, perplexity and KL with the full cache and under each press and ratio, with what each costs.
 
     Finished work is kept in ``output/results`` and not done again: a run that was killed, or that is given one press

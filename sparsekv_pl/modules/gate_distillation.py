@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 
 from sparsekv_pl.attention.cached import CACHED, Observer, attention_implementation
 from sparsekv_pl.attention.gate import AttentionGates
@@ -17,8 +17,9 @@ from sparsekv_pl.batch import Batch
 from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.fingerprint import weights_digest
+from sparsekv_pl.modules.optimizers import configured
 from sparsekv_pl.modules.resumption import check_resumable
-from sparsekv_pl.modules.training import guards, optimizers, watch
+from sparsekv_pl.modules.training import guards, watch
 
 TOP, SHARE = 16, 4
 """Validation compares the best 16 blocks of a row, or the best quarter of those visible where that is fewer."""
@@ -62,6 +63,7 @@ class GateDistillation(LightningModule):
     ) -> None:
         super().__init__()
         self.backbone, self.optimizer, self.lr_scheduler = backbone, optimizer, lr_scheduler
+        self.lr: float | None = None
         self.strict_loading = False  # checkpoints hold the gates; the frozen model comes from `backbone`
         self.model, self.tokenizer = backbone.load(trainable=False)
         self.model.requires_grad_(False)
@@ -122,8 +124,7 @@ class GateDistillation(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the gates, and the learning-rate schedule if there is one."""
-        optimizer: Optimizer = self.optimizer(list(self.gates.parameters()))
-        return optimizers(optimizer, self.lr_scheduler)
+        return configured(self, self.gates.parameters())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what cannot go on."""

@@ -10,7 +10,6 @@ from typing import Any
 
 from jsonargparse import set_parsing_settings
 from kvpress import BasePress
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
@@ -26,6 +25,7 @@ from sparsekv_pl.native_precision import warn_of_emulation
 from sparsekv_pl.presses.scores import set_compression_ratio
 from sparsekv_pl.reporting.console import show, show_report
 from sparsekv_pl.results import Record, Results
+from sparsekv_pl.run_output import WritesOutput
 from sparsekv_pl.user_errors import log_failure
 
 set_parsing_settings(subclasses_enabled=[BasePress])
@@ -47,7 +47,7 @@ class Piece:
         return f"{self.variant}_{self.point.name}"
 
 
-class HarnessModule(LightningModule):
+class HarnessModule(WritesOutput):
     """Scores of lm-evaluation-harness's tasks after an eviction (https://github.com/EleutherAI/lm-evaluation-harness).
 
     Every task is run by ``lm_eval.simple_evaluate`` on ``sparsekv_pl.pressed_lm.PressedLM``, which says how contexts

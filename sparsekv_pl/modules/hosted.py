@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning.pytorch import LightningModule
-
 from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.batch import TEXT, CaseBatch, CaseInfo
 from sparsekv_pl.gguf_checkpoint import EMBEDDED
@@ -22,6 +20,7 @@ from sparsekv_pl.pace import Pace
 from sparsekv_pl.reporting import run_environment, terminal_table, write_run
 from sparsekv_pl.reporting.console import console, show, show_report
 from sparsekv_pl.results import Record, Results
+from sparsekv_pl.run_output import WritesOutput
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ class Question(NamedTuple):
     request: Request
 
 
-class HostedModule(LightningModule):
+class HostedModule(WritesOutput):
     """Retrieval cases answered by a model behind an OpenAI-compatible endpoint.
 
     The user's message is the context, the question and the beginning of the answer, one after the other, as RULER asks

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from jsonargparse import set_parsing_settings
 from kvpress import BasePress
-from lightning.pytorch import LightningModule
 from transformers import PreTrainedModel
 
 from sparsekv_pl.adapter import fingerprint, seen_in_training, training_summary
@@ -32,6 +31,7 @@ from sparsekv_pl.presses.scores import compression_ratio_of, press_name
 from sparsekv_pl.reporting import run_environment, terminal_table, write_run
 from sparsekv_pl.reporting.console import show, show_report
 from sparsekv_pl.results import Record, Results
+from sparsekv_pl.run_output import WritesOutput
 from sparsekv_pl.schedules import check_compression_ratio
 
 set_parsing_settings(subclasses_enabled=[BasePress])
@@ -40,7 +40,7 @@ STATE, PHASES = "state.safetensors", "phases.json"
 TITLE = "Needles in a long context"
 
 
-class LongContextModule(LightningModule):
+class LongContextModule(WritesOutput):
     """Prefills haystacks in chunks under an eviction budget, then answers every question from a copy of the cache.
 
     Can be stopped (Ctrl-C ends after the running chunk) or killed: a rerun goes on from ``output/state.safetensors``,

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.cli import LRSchedulerCallable
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
@@ -15,6 +14,7 @@ from typing_extensions import override
 
 from sparsekv_pl.batch import Batch
 from sparsekv_pl.modules.precision import check_precision
+from sparsekv_pl.modules.refused_callbacks import refuse_callbacks
 from sparsekv_pl.modules.resumption import Resumption
 
 log = logging.getLogger(__name__)
@@ -22,14 +22,6 @@ log = logging.getLogger(__name__)
 
 class NonFiniteLossError(RuntimeError):
     """A loss or gradient became infinite or NaN; the optimizer has not stepped on it."""
-
-
-def optimizers(optimizer: Optimizer, lr_scheduler: LRSchedulerCallable | None) -> Any:
-    """What ``configure_optimizers`` returns; the schedule, if there is one, steps once per optimizer step."""
-    if lr_scheduler is None:
-        return optimizer
-    schedule = {"scheduler": lr_scheduler(optimizer), "interval": "step", "name": "learning_rate"}
-    return {"optimizer": optimizer, "lr_scheduler": schedule}
 
 
 class MicroBatch(NamedTuple):
@@ -120,7 +112,14 @@ class NonFinite(Callback):
 
 
 def guards(trainer: Trainer) -> list[Callback]:
-    """For ``configure_callbacks``: ``Resumption``, and a ``NonFinite`` that stops at once unless there is one."""
+    """For ``configure_callbacks``: ``Resumption``, and a ``NonFinite`` that stops at once unless there is one.
+
+    Raises
+    ------
+    ValueError
+        For a callback of the trainer that cannot work.
+    """
+    refuse_callbacks(trainer)
     given = trainer.callbacks  # type: ignore[attr-defined]
     return [Resumption(), *([] if any(isinstance(callback, NonFinite) for callback in given) else [NonFinite()])]
 
@@ -131,8 +130,10 @@ def watch(module: LightningModule, terms: Mapping[str, Tensor], batch: Batch, **
     Nothing is raised here: under DDP the other ranks would wait for this one's gradients for ever.
     """
     callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
-    guard = next(callback for callback in callbacks if isinstance(callback, NonFinite))
-    guard.watch(MicroBatch({name: term.detach() for name, term in terms.items()}, told, batch["document_ids"]))
+    detached = {name: term.detach() for name, term in terms.items()}
+    for guard in callbacks:
+        if isinstance(guard, NonFinite):  # the finders of a batch size and a learning rate take all callbacks away
+            guard.watch(MicroBatch(detached, told, batch["document_ids"]))
 
 
 def _fault(window: list[MicroBatch], optimizer: Optimizer, scaling: bool) -> str:

@@ -61,7 +61,7 @@ class EvictionAugPress(BasePress, Draws):
                 f"EvictionAugPress.weights={self.weights}: give one non-negative weight for each of the "
                 f"{len(self.presses)} presses, not all 0"
             )
-        self.drawn = next(number for number, weight in enumerate(self.weights) if weight)
+        self.drawn = [weight > 0 for weight in self.weights].index(True)
 
     @property
     def press(self) -> BasePress:
@@ -88,10 +88,29 @@ class EvictionAugPress(BasePress, Draws):
     def __call__(self, model: PreTrainedModel) -> Generator:
         """Evict with the drawn press inside the block."""
         with ExitStack() as stack:
-            others = [scorer for press in self.presses if press is not self.press for scorer in scorers_in(press)]
-            if self.score_all and others:
+            if others := self._others():
                 stack.enter_context(_Scoring(others)(model))  # first: it must see the keys before they are evicted
             yield stack.enter_context(self.press(model))
+
+    def post_init_from_model(self, model: PreTrainedModel) -> None:
+        """Called by presses around this one; each press inside calls its own."""
+        for press in self.presses:
+            press.post_init_from_model(model)
+
+    def score(self, *_: Any, **__: Any) -> torch.Tensor:
+        """Raise ``ValueError``: a press that needs the scores of the one inside it (DMSPress) would get none."""
+        raise ValueError("EvictionAugPress has no scores of its own: put it around the press that asks")
+
+    def forward_hook(self, module: nn.Module, input: list[Any], kwargs: dict[str, Any], output: Any) -> Any:
+        """Evict from one layer with the drawn press: what ComposedPress and PrefillDecodingPress call."""
+        if others := self._others():
+            _Scoring(others).forward_hook(module, input, kwargs, output)
+        return self.press.forward_hook(module, input, kwargs, output)
+
+    def _others(self) -> list[ScorerPress]:
+        """The scorers that score beside the press of this step."""
+        others = [scorer for press in self.presses if press is not self.press for scorer in scorers_in(press)]
+        return others if self.score_all else []
 
 
 @dataclass

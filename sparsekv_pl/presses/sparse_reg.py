@@ -25,8 +25,8 @@ class SparseRegPress(BasePress):
     eviction, never an L x L matrix. Each layer adds ``weight`` times its loss to what the prefill notes, and the
     objective adds the mean over layers and chunks. In evaluation the inner press is all there is.
 
-    It goes around a press, ComposedPress and EvictionAugPress included, or is one of EvictionAugPress's; it does not go
-    into ComposedPress.
+    It goes around a press, ComposedPress and EvictionAugPress included, is one of EvictionAugPress's, or goes into
+    ComposedPress and PrefillDecodingPress.
 
     Parameters
     ----------
@@ -106,9 +106,19 @@ class SparseRegPress(BasePress):
             by_row = (attention * self._evictable(attention.shape[2], key_places(keys, kwargs))).sum(-1)
         return (by_row.sum(-1, keepdim=True) / window_rows(attention)).mean()
 
-    def compress(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Raise ``ValueError``: a wrapper that asks for this would leave out the inner press."""
-        raise ValueError("SparseRegPress cannot be a part of ComposedPress: put it around, with ComposedPress as press")
+    def post_init_from_model(self, model: PreTrainedModel) -> None:
+        """Called by presses around this one; the inner press calls its own."""
+        if self.press is not None:
+            self.press.post_init_from_model(model)
+
+    def score(self, *_: Any, **__: Any) -> Tensor:
+        """Raise ``ValueError``: a press that needs the scores of the one inside it (DMSPress) would get none."""
+        raise ValueError("SparseRegPress has no scores of its own: put it around the press that asks")
+
+    def forward_hook(self, module: nn.Module, input: list[Any], kwargs: dict[str, Any], output: Any) -> Any:
+        """Measure one layer and evict from it: what ComposedPress and PrefillDecodingPress call."""
+        _Measuring(self).forward_hook(module, input, kwargs, output)
+        return output if self.press is None else self.press.forward_hook(module, input, kwargs, output)
 
     def _evictable(self, rows: int, place: Tensor) -> Tensor:
         """(B, 1, W, S) bool, of keys at ``place`` (B, S) for the last W = ``rows`` queries: keys that are no sinks and

@@ -1,0 +1,38 @@
+"""Where a run writes: the folder it was given, or one that is thrown away where the trainer only tries the code."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+
+
+class RunOutput:
+    """A folder, or with ``trainer.fast_dev_run`` a temporary one in its place, gone with this object."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        self._scratch: TemporaryDirectory[str] | None = None
+
+    def of(self, trainer: Any) -> Path:
+        """Where a run of ``trainer`` (None: not attached yet) writes."""
+        if trainer is None or not trainer.fast_dev_run:
+            return self.folder
+        if self._scratch is None:
+            self._scratch = TemporaryDirectory(prefix="fast_dev_run-")
+            rank_zero_info(f"fast_dev_run: nothing is written to {self.folder}; a temporary folder takes its place")
+        return Path(self._scratch.name)
+
+
+class WritesOutput(LightningModule):
+    """A module whose results land in ``output``; fast_dev_run leaves nothing there."""
+
+    @property
+    def output(self) -> Path:
+        """The folder of this run."""
+        return self._run_output.of(self._trainer)
+
+    @output.setter
+    def output(self, folder: str | Path) -> None:
+        self._run_output = RunOutput(folder)

@@ -1,0 +1,153 @@
+"""What torchmetrics asks of every metric: its keywords, merging, plotting, forward, cloning, pickling, wrappers."""
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.utilities.checks import check_forward_full_state_property
+from torchmetrics.wrappers import MetricTracker, Running
+
+from sparsekv_pl import metrics
+from sparsekv_pl.attention.statistics import LayerStatistics
+from sparsekv_pl.metrics import (
+    AttentionSparsity,
+    ContinuationPerplexity,
+    EvictionStability,
+    PerplexityAndKL,
+    RetrievalScores,
+    retrieval_scores,
+)
+
+Updates = list[tuple[Any, ...]]
+
+
+def layer_statistics(seed: int) -> LayerStatistics:
+    def values() -> torch.Tensor:
+        return torch.rand(2, 3, 4, generator=generator)
+
+    generator = torch.Generator().manual_seed(seed)
+    return LayerStatistics(
+        received=torch.rand(2, 3, 8, generator=generator),
+        entropy=values(),
+        top_k_coverage=values(),
+        block_sparsity=values(),
+        token_share=values(),
+        counted=torch.ones(2, 4, dtype=torch.bool),
+    )
+
+
+CASES: dict[str, tuple[Callable[..., Metric], Updates]] = {
+    "ContinuationPerplexity": (ContinuationPerplexity, [(torch.rand(5),), (torch.rand(3),)]),
+    "PerplexityAndKL": (
+        PerplexityAndKL,
+        [({"nll": 6.0, "kl": 1.0, "tokens": 4},), ({"nll": 2.0, "kl": 0.5, "tokens": 3},)],
+    ),
+    "RetrievalScores": (RetrievalScores, [(retrieval_scores("7", ["7"]),), (retrieval_scores("8", ["7"]),)]),
+    "AttentionSparsity": (
+        lambda **keywords: AttentionSparsity(2, 3, **keywords),
+        [(0, layer_statistics(0)), (1, layer_statistics(1))],
+    ),
+    "EvictionStability": (EvictionStability, [(torch.rand(2, 4),), (torch.rand(3, 4),)]),
+}
+
+
+def same(one: Any, other: Any) -> None:
+    torch.testing.assert_close(one, other, equal_nan=True)
+
+
+def after(make: Callable[..., Metric], updates: Updates, **keywords: Any) -> Metric:
+    metric = make(**keywords)
+    for update in updates:
+        metric.update(*update)
+    return metric
+
+
+def test_every_metric_is_looked_at() -> None:
+    found = {name for name in metrics.__all__ if isinstance(getattr(metrics, name), type)}
+    assert found == set(CASES)
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> tuple[Callable[..., Metric], Updates]:
+    return CASES[request.param]
+
+
+def test_takes_torchmetrics_keywords(case: tuple[Callable[..., Metric], Updates]) -> None:
+    make, updates = case
+    keywords = {
+        "compute_on_cpu": True,
+        "dist_sync_on_step": False,
+        "sync_on_compute": False,
+        "compute_with_cache": False,
+    }
+    same(after(make, updates, **keywords).compute(), after(make, updates).compute())
+    with pytest.raises(ValueError, match="Unexpected keyword"):
+        make(no_such_keyword=1)
+
+
+def test_merging_is_updating_with_both(case: tuple[Callable[..., Metric], Updates]) -> None:
+    make, updates = case
+    merged = after(make, updates[:1])
+    merged.merge_state(after(make, updates[1:]))
+    same(merged.compute(), after(make, updates).compute())
+
+
+def test_forward_gives_the_batchs_value_and_adds_it(case: tuple[Callable[..., Metric], Updates]) -> None:
+    make, updates = case
+    metric = make()
+    for update in updates:
+        same(metric(*update), after(make, [update]).compute())
+    same(metric.compute(), after(make, updates).compute())
+    metric.reset()
+    same(metric.compute(), make().compute())
+
+
+def test_survives_copies_state_dicts_and_dtypes(case: tuple[Callable[..., Metric], Updates]) -> None:
+    make, updates = case
+    metric = after(make, updates)
+    metric.persistent(True)
+    loaded = make()
+    loaded.persistent(True)
+    loaded.load_state_dict(metric.state_dict())
+    loaded._update_count = 1
+    for copy in (metric.clone(), pickle.loads(pickle.dumps(metric)), loaded, metric.half()):
+        same(copy.compute(), after(make, updates).compute())
+    assert hash(make()) != hash(metric)
+
+
+def test_plots_one_value_and_several(case: tuple[Callable[..., Metric], Updates]) -> None:
+    make, updates = case
+    metric = make()
+    values = [metric(*update) for update in updates]
+    assert metric.plot()[0].axes
+    assert metric.plot(values)[0].axes
+
+
+def test_goes_into_torchmetrics_containers(case: tuple[Callable[..., Metric], Updates]) -> None:
+    make, updates = case
+    expected = after(make, updates).compute()
+    collection, running, tracker = (
+        MetricCollection({"it": make()}),
+        Running(make(), window=2),
+        MetricTracker(make(), maximize=True),
+    )
+    tracker.increment()
+    for update in updates:
+        collection.update(*update)
+        running.update(*update)
+        tracker.update(*update)
+    same(running.compute(), expected)
+    same(tracker.compute(), expected)
+    found = collection.compute()
+    same(found if isinstance(expected, dict) else found["it"], expected)
+
+
+def test_torchmetrics_finds_that_states_need_not_be_known(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own check compares both ways to run ``forward``."""
+    check_forward_full_state_property(
+        ContinuationPerplexity, input_args={"nll": torch.rand(5)}, num_update_to_compare=[2], reps=1
+    )
+    assert "Full state for" in capsys.readouterr().out
