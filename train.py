@@ -8,7 +8,7 @@ from callbacks.adapter_export import AdapterExport
 from callbacks.checkpoint_files import chosen
 from callbacks.progress_lines import progress
 from callbacks.stopping import Stopping
-from sparsekv_pl.cli import CommandLine, run
+from sparsekv_pl.cli import CommandLine, SaveRunConfig, run
 
 
 class TrainCommandLine(CommandLine):
@@ -33,4 +33,10 @@ class TrainCommandLine(CommandLine):
 
 
 if __name__ == "__main__":
-    run(lambda: TrainCommandLine(save_config_kwargs={"overwrite": True}, seed_everything_default=0))
+    run(
+        lambda: TrainCommandLine(
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+        )
+    )

@@ -109,7 +109,8 @@ class AdapterExport(pl.Callback):
     def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> Path:
         folder = Path(self.directory or trainer.default_root_dir).expanduser() / name
         weights, tokens = gathered(pl_module), self._all_tokens()
-        config = Path(trainer.log_dir or ".") / "config.yaml"  # all ranks ask: the first one's answer is sent to all
+        logged = trainer.log_dir or trainer.default_root_dir  # all ranks ask: the first one's answer is sent to all
+        config = Path(logged) / "config.yaml"
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return folder
         with written_whole(folder, weights) as partial:

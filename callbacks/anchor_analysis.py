@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 from typing_extensions import override
 
@@ -23,6 +24,7 @@ from sparsekv_pl.reporting.anchors.report import layer_table, type_rows
 from sparsekv_pl.reporting.console import show
 from sparsekv_pl.reporting.figures import png
 from sparsekv_pl.reporting.files import json_bytes, replace_all
+from sparsekv_pl.reporting.loggers import left_out, log_picture, log_scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,7 +66,7 @@ class AnchorAnalysisCallback(pl.Callback):
     anchors/carrying_tokens
         Share of a row's tokens that carry most of a head's attention, averaged over heads.
     anchors/layers, anchors/log10_attention_per_token
-        Heat maps and a histogram, to TensorBoard alone.
+        Heat maps, to loggers that take pictures, and a histogram, to TensorBoard alone.
     """
 
     def __init__(self, every_n_steps: int = 50, rows: int = 4, sinks: int = 4, carrying: float = 0.8) -> None:
@@ -134,12 +136,16 @@ class AnchorAnalysisCallback(pl.Callback):
             self._log(trainer, found, per_token(observer))
 
     def _log(self, trainer: pl.Trainer, found: dict[str, Any], attention: Tensor) -> None:
+        step, histogram = found["step"], "anchors/log10_attention_per_token"
+        log_scores(trainer.loggers, {f"anchors/{name}": value for name, value in found["scalars"].items()}, step)
+        if trainer.loggers:
+            picture = layers_figure({f"step {step}": found["layers"]})
+            log_picture(trainer.loggers, "anchors/layers", pixels(picture), step)
         for logger in trainer.loggers:
-            logger.log_metrics({f"anchors/{name}": value for name, value in found["scalars"].items()}, found["step"])
             if isinstance(logger, TensorBoardLogger):
-                board, picture = logger.experiment, layers_figure({f"step {found['step']}": found["layers"]})
-                board.add_image("anchors/layers", pixels(picture), found["step"], dataformats="HWC")
-                board.add_histogram("anchors/log10_attention_per_token", attention.log10(), found["step"])
+                logger.experiment.add_histogram(histogram, attention.log10(), step)
+            elif not isinstance(logger, DummyLogger):
+                left_out(logger, f"histogram {histogram}")
 
     def _write(self, folder: Path) -> None:
         before, after = self.measured[0], self.measured[-1]

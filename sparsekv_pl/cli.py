@@ -194,14 +194,37 @@ class CommandLine(LightningCLI):
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name in cls.commands}
 
 
-class SaveEvaluationConfig(SaveConfigCallback):
+class SaveRunConfig(SaveConfigCallback):
+    """Saves the resolved configuration where the logger writes, and gives it to all loggers as hyper-parameters."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """On all ranks, which agree on the folder."""
+        self.save_to_log_dir = self.save_to_log_dir and trainer.log_dir is not None
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Into the trainer's folder, where the logger has none."""
+        self._log(trainer)
+        if not self.save_to_log_dir:
+            self._save(Path(trainer.default_root_dir), "config.yaml")
+
+    def _log(self, trainer: Trainer) -> None:
+        from sparsekv_pl.reporting.loggers import log_settings
+
+        log_settings(trainer.loggers, yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
+
+    def _save(self, folder: Path, name: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, folder / name, skip_none=False, overwrite=True)
+
+
+class SaveEvaluationConfig(SaveRunConfig):
     """Saves the resolved configuration beside what the run writes, as evaluation.yaml."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Into the module's ``output`` folder."""
-        folder = Path(str(pl_module.output))
-        folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, folder / "evaluation.yaml", skip_none=False, overwrite=True)
+        self._log(trainer)
+        self._save(Path(str(pl_module.output)), "evaluation.yaml")
 
 
 def run(command_line: Callable[[], Any]) -> None:
@@ -262,4 +285,4 @@ def _brief(value: Any) -> str:
     return str(path).rpartition(".")[2] if path else repr(value)
 
 
-__all__ = ["CommandLine", "LightningArgumentParser", "SaveEvaluationConfig", "run"]
+__all__ = ["CommandLine", "LightningArgumentParser", "SaveEvaluationConfig", "SaveRunConfig", "run"]

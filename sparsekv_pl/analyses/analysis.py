@@ -97,7 +97,7 @@ class Analysis(WritesOutput, ABC):
         if not self.trainer.is_global_zero or not records:
             return
         told = run_environment(self, self.started, dtype=self.identity["dtype"], model=self.base)
-        show_report(self.write(records, told))
+        show_report(self.write(records, told), self.loggers)
 
     def _variant(self, variant: str) -> AbstractContextManager[Any]:
         return adapter_off(self.model) if variant == "base" else nullcontext()

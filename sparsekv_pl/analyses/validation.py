@@ -120,7 +120,7 @@ class SketchWalkValidation(WritesOutput):
         )
         show(_for_terminal(expected_table(told)))
         show(f"validated {told['files']} files, refused {len(told['refused'])}")
-        show_report(paths)
+        show_report(paths, self.loggers)
 
     def _sample(self, paths: Sequence[Path]) -> list[Record]:
         selector, records = self.selector(), []

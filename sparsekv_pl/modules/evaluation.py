@@ -28,6 +28,7 @@ from sparsekv_pl.pieces import piece_done
 from sparsekv_pl.reporting import run_environment, sparsity_figure, terminal_table, write_kvpress_layout, write_run
 from sparsekv_pl.reporting.console import show, show_report
 from sparsekv_pl.reporting.files import json_bytes, replace_all
+from sparsekv_pl.reporting.loggers import log_scores
 from sparsekv_pl.results import Record, Results, gathered
 from sparsekv_pl.run_output import WritesOutput
 from sparsekv_pl.user_errors import log_failure
@@ -141,9 +142,8 @@ class EvaluationModule(WritesOutput):
         """Write the report and print the table."""
         for name in self.text:
             scores = self.retrieval[name].compute() | self.text[name].compute()  # type: ignore[operator]
-            if self.logger is not None:  # a metric that was given nothing is NaN
-                known = {f"{name}/{key}": float(value) for key, value in scores.items() if not value.isnan()}
-                self.logger.log_metrics(known)
+            known = {f"{name}/{key}": float(value) for key, value in scores.items() if not value.isnan()}
+            log_scores(self.loggers, known)  # a metric that was given nothing is NaN
         records, sparsities = gathered(self.records), gathered(self.sparsities)
         if not self.trainer.is_global_zero or not records:
             return
@@ -162,7 +162,7 @@ class EvaluationModule(WritesOutput):
         if sparsity:
             paths += replace_all(self.output, {"sparsity.json": json_bytes(sparsity)})
         show(terminal_table(records))
-        show_report(paths)
+        show_report(paths, self.loggers)
 
     def _batches(self) -> int:
         return len(self.trainer.test_dataloaders.dataset)  # type: ignore[union-attr]

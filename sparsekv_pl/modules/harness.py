@@ -24,6 +24,7 @@ from sparsekv_pl.modules.harness_tasks import named_files, task_manager
 from sparsekv_pl.native_precision import warn_of_emulation
 from sparsekv_pl.presses.scores import set_compression_ratio
 from sparsekv_pl.reporting.console import show, show_report
+from sparsekv_pl.reporting.loggers import log_scores
 from sparsekv_pl.results import Record, Results
 from sparsekv_pl.run_output import WritesOutput
 from sparsekv_pl.user_errors import log_failure
@@ -152,8 +153,8 @@ class HarnessModule(WritesOutput):
         from sparsekv_pl.reporting import run_environment, write_run
 
         scores = [record for record in self.records if "metric" in record]
-        if self.logger is not None:
-            self.logger.log_metrics({_name(score): score["value"] for score in scores if score["value"] is not None})
+        known = {_name(score): score["value"] for score in scores if score["value"] is not None}
+        log_scores(self.loggers, known)
         show(table(self.records))
         # Reports pair cases that are right or wrong; a task without such (perplexity, F1) stands in the table alone.
         paired = [record for record in self.records if "exact" in record or "error" in record]
@@ -161,7 +162,7 @@ class HarnessModule(WritesOutput):
             more = {"dtype": self.identity["dtype"], "lm_eval": metadata.version("lm_eval"), "scores": scores}
             measured = run_environment(self, self.started, **more)
             paths = write_run(self.output, paired, self.training_summary, measured, self.title)
-            show_report(paths)
+            show_report(paths, self.loggers)
 
     def _measured(self, piece: Piece) -> list[Record]:
         """A failure is reported and does not stop the others."""

@@ -19,6 +19,7 @@ from sparsekv_pl.metrics.retrieval import RetrievalScores, retrieval_scores
 from sparsekv_pl.pace import Pace
 from sparsekv_pl.reporting import run_environment, terminal_table, write_run
 from sparsekv_pl.reporting.console import console, show, show_report
+from sparsekv_pl.reporting.loggers import log_scores
 from sparsekv_pl.results import Record, Results
 from sparsekv_pl.run_output import WritesOutput
 
@@ -193,16 +194,16 @@ class HostedModule(WritesOutput):
         answered = [record for record in records if "error" not in record]
         for record in answered:
             scores.update(record)
-        if self.logger is not None and answered:
+        if answered:
             means = {f"hosted/{name}": float(value) for name, value in scores.compute().items()}
-            self.logger.log_metrics(means)
+            log_scores(self.loggers, means)
         usage = self._summary(records)
         measured = run_environment(
             self, self.started, endpoint=host_of(self.hosted.base_url), device="hosted", usage=usage
         )
         paths = write_run(self.output, records, {}, measured, self.title)
         show(terminal_table(records))
-        show_report(paths)
+        show_report(paths, self.loggers)
 
     def _summary(self, records: Sequence[Record]) -> str:
         """How many answers and errors, what they took, and who counted."""

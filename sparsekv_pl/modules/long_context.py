@@ -30,6 +30,7 @@ from sparsekv_pl.planner import plan
 from sparsekv_pl.presses.scores import compression_ratio_of, press_name
 from sparsekv_pl.reporting import run_environment, terminal_table, write_run
 from sparsekv_pl.reporting.console import show, show_report
+from sparsekv_pl.reporting.loggers import log_scores
 from sparsekv_pl.results import Record, Results
 from sparsekv_pl.run_output import WritesOutput
 from sparsekv_pl.schedules import check_compression_ratio
@@ -162,13 +163,13 @@ class LongContextModule(WritesOutput):
         """Write the report and print the table."""
         self.output.mkdir(parents=True, exist_ok=True)
         (self.output / PHASES).write_text(json.dumps(self.phases.records(), indent=2))
-        self._log(self.phases.scalars(), 0)
+        log_scores(self.loggers, self.phases.scalars(), 0)
         if not self.records:
             return
         measured = run_environment(self, self.started, device=str(self._input_device), dtype=self.backbone.dtype)
         paths = write_run(self.output, self.records, self.training_summary, measured, self.title)
         show(terminal_table(self.records))
-        show_report(paths)
+        show_report(paths, self.loggers)
 
     @property
     def _input_device(self) -> torch.device:
@@ -197,7 +198,7 @@ class LongContextModule(WritesOutput):
                 if stop.is_set() or filling.chunks_done % self.save_every == 0:
                     self.saved.save(key, filling.state_dict() | {"seconds": torch.tensor(seconds)})
                     costs = {"tokens_per_second": end / seconds, "peak_bytes": self.phases.peak_bytes()}
-                    self._log({f"prefill/{name}": value for name, value in costs.items()}, end)
+                    log_scores(self.loggers, {f"prefill/{name}": value for name, value in costs.items()}, end)
                 if stop.is_set():
                     stop.stop()
         # The seconds are whole for every question: each rests on all of the prefill. The eviction is a part of it.
@@ -246,10 +247,6 @@ class LongContextModule(WritesOutput):
             chunk_tokens=self.chunk_tokens,
             batch=batch_of(batch, named=True),
         )
-
-    def _log(self, metrics: dict[str, Any], step: int) -> None:
-        if self.logger is not None:
-            self.logger.log_metrics(metrics, step)
 
     def _show_plan(self, filling: ChunkedPrefill, batch: CaseBatch) -> None:
         tokens = batch["context_ids"].shape[1]

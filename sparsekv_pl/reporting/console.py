@@ -1,8 +1,8 @@
 """What a run says on the terminal: text as it is, for a path, name or error in brackets is no markup of rich's."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +26,9 @@ def show(*shown: "str | Table") -> None:
         console().print(one, soft_wrap=isinstance(one, str))
 
 
-def show_report(paths: Iterable[Path]) -> None:
-    """Print where the files of a report are."""
+def show_report(paths: Sequence[Path], loggers: Iterable[Any] = ()) -> None:
+    """Print where the files of a report are, and give its pictures to the run's loggers."""
+    from sparsekv_pl.reporting.loggers import log_pictures
+
+    log_pictures(loggers, paths)
     show("report: " + ", ".join(map(str, paths)))
