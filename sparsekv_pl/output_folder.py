@@ -14,7 +14,7 @@ def check_output(key: str, output: str | Path) -> None:
     A run that goes on replaces such a folder whole, and what else lies in it is gone.
     """
     folder = Path(output).expanduser()
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    there = next((path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()), Path("/"))
     if not there.is_dir():
         raise ValueError(f"{key}={output}: {there} is a file: give a folder")
     if not os.access(there, os.W_OK | os.X_OK):

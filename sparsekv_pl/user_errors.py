@@ -26,7 +26,8 @@ def told(error: BaseException) -> str | None:
     """What to say of ``error``; None for a mistake in the program, of which the traceback says more."""
     if isinstance(error, OSError):
         return _of_system(error)
-    if isinstance(error, (ValueError, MisconfigurationException, YAMLError)):
+    unknown_metric = str(error).startswith("Early stopping conditioned on metric")  # a RuntimeError of Lightning's
+    if isinstance(error, (ValueError, MisconfigurationException, YAMLError)) or unknown_metric:
         return str(error)
     return str(error) if type(error).__module__.partition(".")[0] in OURS else None
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from kvpress import BasePress, ExpectedAttentionPress
+from kvpress import BasePress, ExpectedAttentionPress, LeverageScorePress
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,8 +22,8 @@ from sparsekv_pl.shadow import shadowed
 def shared_work(model: PreTrainedModel, press: BasePress) -> Iterator[None]:
     """Let the presses in ``press`` use, inside the block, what ``model``'s layers or other layers' presses computed.
 
-    Instances are shadowed for the block; classes stay as they are. With dropout in an adapter a press then scores the
-    very queries that attended.
+    LeverageScorePress computes in float32, also under autocast. Instances are shadowed for the block; classes stay as
+    they are. With dropout in an adapter a press then scores the very queries that attended.
     """
     queries, rotations = _Queries(), _Rotations()
     with ExitStack() as stack:
@@ -34,7 +34,15 @@ def shared_work(model: PreTrainedModel, press: BasePress) -> Iterator[None]:
         for inner in presses_in(press):
             if isinstance(inner, ExpectedAttentionPress):
                 stack.enter_context(shadowed(inner, "apply_avg_rope", rotations.apply))
+            if isinstance(inner, LeverageScorePress):  # also the one in CompactorPress
+                stack.enter_context(shadowed(inner, "compute_leverage_scores", _in_float32))
         yield
+
+
+def _in_float32(leverage_scores: Callable[[Tensor, int], Tensor], keys: Tensor, sketch_dimension: int) -> Tensor:
+    """Autocast would make its matrices bfloat16, for which there is no Cholesky factorisation."""
+    with torch.autocast(keys.device.type, enabled=False):
+        return leverage_scores(keys.float(), sketch_dimension)
 
 
 class _Queries:
