@@ -39,7 +39,7 @@ def test_training_leaves_a_finished_run_as_it_is(
     own = yaml.safe_load(QUICKSTART.read_text())
     own["model"]["init_args"]["backbone"] |= {"pretrained": tiny_models["llama"], "dtype": "float32"}
     own["trainer"] |= {"default_root_dir": str(tmp_path / "run"), "fast_dev_run": True, "accelerator": "cpu"}
-    own["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path / "run")
+    own.pop("name", None)  # default_root_dir says where
     own["trainer"]["callbacks"] += [
         {"class_path": "callbacks.anchor_analysis.AnchorAnalysisCallback"},
         {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_top_k": -1}},

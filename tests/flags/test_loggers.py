@@ -48,6 +48,7 @@ def test_training_gives_all_loggers_what_they_take(
     monkeypatch.setenv("HF_TOKEN", SECRET)
     own = yaml.safe_load(QUICKSTART.read_text())
     own["model"]["init_args"]["backbone"] |= {"pretrained": tiny_models["llama"], "dtype": "float32"}
+    own.pop("name", None)  # default_root_dir says where
     csv = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path / "csv")}}
     own["trainer"] |= {
         "default_root_dir": str(tmp_path / "run"),
