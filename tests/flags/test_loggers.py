@@ -85,5 +85,5 @@ def test_evaluation_gives_all_loggers_numbers_and_pictures(
     module = EvaluationModule(tiny_backbone(), [Setting(KnormPress(), [0.5])], str(tmp_path / "out"))
     tiny_trainer(logger=list(loggers)).test(module, tiny_cases())
     for keeps in loggers:
-        assert "base_full_cache/perplexity" in keeps.numbers
+        assert "base_full_cache_0_dense/perplexity" in keeps.numbers
         assert keeps.pictures["report"].dtype == "uint8"
