@@ -16,8 +16,9 @@ def module(tiny_backbone: MakeBackbone) -> Callable[..., EITModule]:
     """EITModule(**settings) of a tiny model under SnapKV."""
 
     def make(**settings: Any) -> EITModule:
-        return EITModule(
-            tiny_backbone(), ChunkedEviction(SnapKVPress(window_size=8)), **({"optimizer": adamw} | settings)
-        )
+        eviction = ChunkedEviction(SnapKVPress(window_size=8))
+        made = EITModule(tiny_backbone(), eviction, **({"optimizer": adamw} | settings))
+        made.compression_ratio = 0.5
+        return made
 
     return make

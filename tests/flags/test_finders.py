@@ -43,13 +43,13 @@ def test_the_learning_rate_finder_leaves_a_run_as_with_that_rate(
 ) -> None:
     tuned, seen = module(), []
     before = trained(tuned)
-    ratio = Curriculum(Fixed(0.5))
+    ratio = Curriculum(Fixed(0.25))
     tuned.register_full_backward_hook(lambda *_: seen.append(tuned.compression_ratio))
     tuner = tiny_trainer(ratio, max_steps=2)
     search = Tuner(tuner).lr_find(tuned, datamodule=tiny_data(), num_training=14, min_lr=1e-5)
     assert search is not None
     assert tuned.lr == search.suggestion()
-    assert tuned.compression_ratio == 0.5  # searched as it trains
+    assert tuned.compression_ratio == 0.25  # searched as it trains
     assert all(torch.equal(value, trained(tuned)[name]) for name, value in before.items())
     trainer = tiny_trainer(max_steps=2)
     trainer.fit(tuned, tiny_data())

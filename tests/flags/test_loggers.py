@@ -59,7 +59,10 @@ def test_training_gives_all_loggers_what_they_take(
         "limit_val_batches": 0,
         "enable_checkpointing": False,
         "logger": [{"class_path": "tests.flags.test_loggers.Keeps"}, csv],
-        "callbacks": [{"class_path": "callbacks.anchor_analysis.AnchorAnalysisCallback"}],
+        "callbacks": [
+            own["trainer"]["callbacks"][0],
+            {"class_path": "callbacks.anchor_analysis.AnchorAnalysisCallback"},
+        ],
     }
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(own))
