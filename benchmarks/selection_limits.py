@@ -36,6 +36,7 @@ from data.needles import NeedleCase, NeedleTask, needle_ids
 from data.packing import split_tokens
 from data.text import EmbeddedText, Splits
 from sparsekv_pl.backbone import Backbone, causal_lm
+from sparsekv_pl.batch import Supervised
 from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.lora import Lora
@@ -85,7 +86,7 @@ def needles(model: Any, tokenizer: Any, tokens: int, count: int, split: Split) -
     task = NeedleTask(tokenizer, tokens, split=split, supervise="value_and_stop")
     cases = [task.case(i, text, depth=(i + 0.5) / count) for i in range(count)]
     batch = needle_batch(cases, pad_id(tokenizer))
-    mass = AttentionMass(batch["labels"], tokens)
+    mass = AttentionMass(Supervised.of(batch["labels"]), tokens)
     Teacher(model)(batch["context_ids"], batch["continuation_ids"], mass)
     return Needles(batch, torch.stack([_span(task, case) for case in cases]), list(mass.mass.values()))
 

@@ -19,6 +19,7 @@ from sparsekv_pl.attention.received import ReceivedAttention
 from sparsekv_pl.attention.token_types import types_for
 from sparsekv_pl.backbone import causal_lm
 from sparsekv_pl.batch import Batch
+from sparsekv_pl.devices import stacked
 from sparsekv_pl.reporting.anchors.figures import layers_figure
 from sparsekv_pl.reporting.anchors.report import layer_table, type_rows
 from sparsekv_pl.reporting.console import show
@@ -207,7 +208,7 @@ def probe_scalars(profile: AnchorProfile, sinks: int) -> dict[str, float]:
 
 def per_token(observer: ReceivedAttention) -> Tensor:
     """(B, S): what each token gets of the attention of a query that sees it, a mean over layers and heads; above 0."""
-    received = torch.stack([layer.by_key.mean(1).cpu() for layer in observer.layers.values()]).mean(0)
+    received = stacked([layer.by_key.mean(1) for layer in observer.layers.values()]).mean(0).cpu()
     queries = torch.arange(received.shape[1], 0, -1)
     return (received / queries).clamp(min=1e-12)
 

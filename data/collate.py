@@ -8,7 +8,7 @@ import torch
 from data.cases import Case
 from data.needles import NeedleCase
 from data.packing import Tokens
-from sparsekv_pl.batch import IGNORE, Batch, CaseBatch
+from sparsekv_pl.batch import IGNORE, Batch, CaseBatch, Supervised
 
 
 def text_batch(windows: Sequence[Tokens], continuation_tokens: int, pad: int) -> Batch:
@@ -64,7 +64,8 @@ def _ids(rows: Sequence[list[int]], fill: int) -> torch.Tensor:
 
 
 def _with_lengths(batch: Batch, lengths: list[int]) -> Batch:
-    """The batch, told its contexts' lengths where they differ."""
+    """The batch, told where it is supervised, and its contexts' lengths where they differ."""
+    batch["supervised"] = Supervised.of(batch["labels"])
     if min(lengths) < max(lengths):
         batch["context_lengths"] = lengths
     return batch

@@ -1,13 +1,44 @@
 """The batches that data makes and modules consume."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, Self, TypedDict
 
+import torch
 from torch import Tensor
 
 IGNORE = -100
 """Label of a token that no loss and no metric looks at."""
+
+
+class Supervised(NamedTuple):
+    """Where a continuation (B, T) predicts supervised tokens: position t - 1 predicts label t.
+
+    How many they are is known on the host: a GPU that had to say so would be waited for.
+    """
+
+    columns: Tensor
+    """(B, R) int64. In row b the first ``counts[b]`` are those positions, ascending; others fill it up."""
+    counts: list[int]
+
+    @classmethod
+    def of(cls, labels: Tensor) -> Self:
+        """Look through labels (B, T), once and where they are made."""
+        predicts = labels[:, 1:] != IGNORE
+        counts = predicts.sum(1).tolist()
+        order = predicts.int().argsort(dim=1, descending=True, stable=True)
+        return cls(order[:, : max(1, *counts)], counts)
+
+    def of_rows(self, rows: Sequence[int]) -> "Supervised":
+        """The same for some of the rows."""
+        counts = [self.counts[row] for row in rows]
+        return Supervised(_rows(self.columns, rows)[:, : max(1, *counts)], counts)
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns (N,) of all these positions: ``hidden[places]`` is (N, E) of hidden states (B, T, E)."""
+        columns = [own[:count] for own, count in zip(self.columns, self.counts, strict=True)]
+        rows = [torch.full_like(own, row) for row, own in enumerate(columns)]
+        return torch.cat(rows), torch.cat(columns)
 
 
 class Batch(TypedDict):
@@ -28,6 +59,8 @@ class Batch(TypedDict):
     """Tokens of each row's continuation; every row has T where it is missing."""
     labels: Tensor
     """(B, T) int64."""
+    supervised: NotRequired[Supervised]
+    """Where ``labels`` are supervised, found where they were made; looked for in them where it is missing."""
     document_ids: list[str]
     """The documents that row b was made of, for error messages and for proving that splits are disjoint."""
     tasks: list[str]
@@ -49,12 +82,23 @@ def rows_of_equal_length(batch: Batch) -> Iterator[Batch]:
     for length in sorted(set(lengths)):
         rows = [row for row, own in enumerate(lengths) if own == length]
         yield Batch(
-            context_ids=batch["context_ids"][rows, :length],
-            continuation_ids=batch["continuation_ids"][rows],
-            labels=batch["labels"][rows],
+            context_ids=_rows(batch["context_ids"], rows)[:, :length],
+            continuation_ids=_rows(batch["continuation_ids"], rows),
+            labels=_rows(batch["labels"], rows),
+            supervised=supervised_in(batch).of_rows(rows),
             document_ids=[batch["document_ids"][row] for row in rows],
             tasks=[batch["tasks"][row] for row in rows],
         )
+
+
+def supervised_in(batch: Batch) -> Supervised:
+    """What the batch says of itself, or its labels do."""
+    return batch["supervised"] if "supervised" in batch else Supervised.of(batch["labels"])
+
+
+def _rows(values: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows; a list as an index would be copied to the device, which waits for it."""
+    return torch.stack([values[row] for row in rows])
 
 
 def context_lengths(batch: Batch) -> list[int]:

@@ -84,7 +84,7 @@ def distillation_loss(
         For a setting out of range, shapes or dtypes that do not fit, or a KL without a teacher.
     """
     _check_settings(kl_weight, temperature, chunk_tokens, has_teacher=teacher_NE is not None)
-    supervised_N = labels_N != IGNORE
+    ignored_N = labels_N == IGNORE
     head_VE = _matmul_input(head_weight_VE if torch.is_grad_enabled() else head_weight_VE.detach())
     student = _matmul_input(student_NE)
     _check_rows("student_NE", student, head_VE, labels_N)
@@ -96,13 +96,13 @@ def distillation_loss(
         teacher = _matmul_input(teacher_NE.detach())
         _check_rows("teacher_NE", teacher, teacher_head_VE, labels_N)
         _check_vocabularies(head_VE, teacher_head_VE)
-        teacher = teacher[supervised_N]
+        teacher = teacher.masked_fill(ignored_N[:, None], 0)
     settings = _Settings(kl_weight, temperature, logit_scale, chunk_tokens)
     with torch.autocast(student.device.type, enabled=False):  # the inputs have autocast's dtype already
         loss, cross_entropy, kl = _ChunkedLoss.apply(
-            student[supervised_N], head_VE, labels_N[supervised_N], teacher, teacher_head_VE, settings
+            student.masked_fill(ignored_N[:, None], 0), head_VE, labels_N, teacher, teacher_head_VE, settings
         )
-    return TokenLosses(loss, cross_entropy, kl, supervised_N.sum())
+    return TokenLosses(loss, cross_entropy, kl, (~ignored_N).sum())
 
 
 @torch.no_grad()
@@ -145,7 +145,10 @@ class _Settings(NamedTuple):
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Loss of rows that are all supervised; forward makes the gradients, while a chunk's logits exist."""
+    """Loss of the supervised rows; forward makes the gradients, while a chunk's logits exist.
+
+    The other rows, zeros by now, are computed and left out: to find them and pick the rest a GPU would be waited for.
+    """
 
     @staticmethod
     def forward(
@@ -171,13 +174,13 @@ class _ChunkedLoss(torch.autograd.Function):
             sums += chunk_sums
             grad = grad.to(head_VE.dtype)
             if student_grad is not None:
-                student_grad[rows] = grad @ head_VE
+                student_grad[rows] = (grad @ head_VE).masked_fill_((labels_N[rows] == IGNORE)[:, None], 0)
             if head_grad is not None:
                 head_grad += grad.T @ student_NE[rows]
             del grad  # or it would lie beside the next chunk's logits
-        ctx.save_for_backward(student_grad, head_grad)
-        tokens = max(len(labels_N), 1)
-        ctx.scale, ctx.dtypes = settings.logit_scale / tokens, (student_NE.dtype, head_VE.dtype)
+        tokens = (labels_N != IGNORE).sum().clamp(min=1)
+        ctx.save_for_backward(settings.logit_scale / tokens.to(dtype), student_grad, head_grad)
+        ctx.dtypes = student_NE.dtype, head_VE.dtype
         cross_entropy, kl = (sums / tokens).unbind()
         ctx.mark_non_differentiable(cross_entropy, kl)
         return cross_entropy + settings.kl_weight * kl, cross_entropy, kl
@@ -185,10 +188,10 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        scale = grad_loss * ctx.scale
+        scale, *saved = ctx.saved_tensors
         grads = [
-            None if grad is None else (grad * scale).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if grad is None else (grad * (grad_loss * scale)).to(dtype)
+            for grad, dtype in zip(saved, ctx.dtypes, strict=True)
         ]
         return (*grads, None, None, None, None)
 
@@ -201,15 +204,17 @@ def _loss_and_grad(
     teacher_head_VE: Tensor,
     settings: _Settings,
 ) -> tuple[Tensor, Tensor]:
-    """Sums of cross-entropy and scaled KL over one chunk, (2,), and the gradient of the loss's sum, (n, V).
+    """Sums of cross-entropy and scaled KL over one chunk's supervised rows, (2,), and each row's gradient, (n, V).
 
     Works in place and drops each (n, V) buffer as soon as it can: four of them are the peak of the loss.
     """
     temperature, scale = settings.temperature, settings.logit_scale
+    ignored_n = labels_n == IGNORE
+    labels_n = labels_n.masked_fill(ignored_n, 0)
     logits = _logits(student_nE, head_VE, scale)
     log_q = logits.log_softmax(-1)
     label_log_q = log_q.gather(-1, labels_n[:, None])
-    cross_entropy, kl = -label_log_q.sum(), logits.new_zeros(())
+    cross_entropy, kl = -label_log_q[:, 0].masked_fill(ignored_n, 0).sum(), logits.new_zeros(())
     grad = log_q.exp()
     if teacher_nE is not None:
         if temperature != 1:
@@ -217,7 +222,7 @@ def _loss_and_grad(
         del logits
         log_p = _logits(teacher_nE, teacher_head_VE, scale / temperature).log_softmax(-1)
         p = log_p.exp()
-        kl = temperature**2 * log_p.sub_(log_q).mul_(p).sum()
+        kl = temperature**2 * log_p.sub_(log_q).mul_(p).sum(-1).masked_fill(ignored_n, 0).sum()
         grad.add_(log_q.exp_().sub_(p), alpha=settings.kl_weight * temperature)
     grad.scatter_add_(-1, labels_n[:, None], -torch.ones_like(label_log_q))
     return torch.stack([cross_entropy, kl]), grad

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsekv_pl.batch import IGNORE, Batch, rows_of_equal_length, tokens_read
+from sparsekv_pl.batch import IGNORE, Batch, Supervised, rows_of_equal_length, supervised_in, tokens_read
 
 PAD = 9
 
@@ -41,6 +41,25 @@ def test_parts_hold_every_row_once_and_no_padding() -> None:
         assert "context_lengths" not in part
         seen += rows
     assert seen == [1, 4, 3, 0, 2]
+
+
+def test_position_t_minus_1_predicts_label_t() -> None:
+    labels = torch.tensor([[IGNORE, 5, IGNORE, 7], [IGNORE, IGNORE, IGNORE, IGNORE], [IGNORE, IGNORE, 8, IGNORE]])
+    found = Supervised.of(labels)
+    assert found.counts == [2, 0, 1]
+    rows, columns = found.places()
+    assert torch.arange(12).view(3, 4)[rows, columns].tolist() == [0, 2, 9]
+    assert labels[rows, columns + 1].tolist() == [5, 7, 8]
+
+
+def test_parts_say_of_their_rows_what_the_batch_says() -> None:
+    batch = ragged([5, 3, 5], 5)
+    batch["labels"] = torch.tensor([[IGNORE, 1, 1], [IGNORE, IGNORE, 1], [IGNORE, IGNORE, IGNORE]])
+    batch["supervised"] = Supervised.of(batch["labels"])
+    for part in rows_of_equal_length(batch):
+        said, looked = supervised_in(part), Supervised.of(part["labels"])
+        assert said.counts == looked.counts
+        assert torch.equal(said.columns, looked.columns)
 
 
 def test_a_batch_of_one_length_is_its_only_part() -> None:

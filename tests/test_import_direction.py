@@ -35,6 +35,7 @@ FOUNDATIONS = {
         "config_values",
         "cpu_products",
         "decoder",
+        "devices",
         "fingerprint",
         "gguf_checkpoint",
         "json_file",

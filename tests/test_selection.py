@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekv_pl.attention.cached import CACHED, attention_implementation
-from sparsekv_pl.batch import IGNORE
+from sparsekv_pl.batch import IGNORE, Supervised
 from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.presses import EvictionAugPress
@@ -79,7 +79,7 @@ def loss_of(scores: Tensor, mass: Tensor, positions: Tensor | None = None, **set
 
 def test_mass_equals_eager_attention_of_the_supervised_rows(random_model: Build) -> None:
     model = random_model()
-    mass = AttentionMass(labels(), CONTEXT)
+    mass = AttentionMass(Supervised.of(labels()), CONTEXT)
     with attention_implementation(model, CACHED):
         model.model(input_ids=torch.cat(ids(), 1), observer=mass)
     expected = reference_mass(model, labels())
@@ -91,7 +91,7 @@ def test_mass_equals_eager_attention_of_the_supervised_rows(random_model: Build)
 
 def test_mass_is_the_same_from_the_teacher_and_from_a_continuation_after_a_cache(random_model: Build) -> None:
     model, (context, continuation) = random_model(), ids()
-    masses = [AttentionMass(labels(), CONTEXT) for _ in range(2)]
+    masses = [AttentionMass(Supervised.of(labels()), CONTEXT) for _ in range(2)]
     Teacher(model)(context, continuation, masses[0])
     prefilled = prefill(model, context, None)
     with attention_implementation(model, CACHED):
@@ -104,7 +104,7 @@ def test_mass_is_the_same_from_the_teacher_and_from_a_continuation_after_a_cache
 def test_a_row_without_supervision_has_no_mass(random_model: Build) -> None:
     model, none = random_model(), labels()
     none[1] = IGNORE
-    mass = AttentionMass(none, CONTEXT)
+    mass = AttentionMass(Supervised.of(none), CONTEXT)
     Teacher(model)(*ids(), mass)
     assert torch.equal(mass.mass[0][1], torch.zeros(2, CONTEXT))
     torch.testing.assert_close(mass.mass[0], reference_mass(model, none)[0], rtol=1e-5, atol=1e-6)
@@ -252,7 +252,7 @@ def test_the_gradient_reaches_what_scores(random_model: Build, press: BasePress,
     if isinstance(press, AdaKVPress):
         chunk_tokens = None  # head-wise presses have one chunk
     model = random_model()
-    mass = AttentionMass(labels(), CONTEXT)
+    mass = AttentionMass(Supervised.of(labels()), CONTEXT)
     Teacher(model)(*ids(), mass)
     eviction = ChunkedEviction(press, chunk_tokens, catch_scores=True)
     selections = eviction(model, *ids(), compression_ratio=0.5, step=0).selections
@@ -272,7 +272,7 @@ def test_the_gradient_reaches_what_scores(random_model: Build, press: BasePress,
 def test_what_is_kept_moves_towards_the_teachers_top_keys(random_model: Build, press: ScorerPress) -> None:
     model = random_model()
     teacher, kept = Teacher(model), 10
-    mass = AttentionMass(labels(), CONTEXT)
+    mass = AttentionMass(Supervised.of(labels()), CONTEXT)
     teacher(*ids(), mass)
     eviction = ChunkedEviction(press, catch_scores=True)
     evictable = slice(SINKS, CONTEXT - 4)

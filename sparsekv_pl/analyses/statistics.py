@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, stack
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.analyses.analysis import Analysis
@@ -14,6 +14,7 @@ from sparsekv_pl.anchors import Anchors
 from sparsekv_pl.attention.statistics import AttentionStatistics, LayerStatistics, StatisticsSettings
 from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.batch import CaseBatch
+from sparsekv_pl.devices import stacked
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.metrics.sparsity import AttentionSparsity
 from sparsekv_pl.reporting.analysis import write_analysis
@@ -117,8 +118,8 @@ def _row_record(layers: Sequence[LayerStatistics], row: int, settings: Statistic
     metric = AttentionSparsity(len(own), own[0].entropy.shape[1]).to(own[0].entropy.device)
     for layer, measured in enumerate(own):
         metric.update(layer, measured)
-    entropy = stack([measured.mean(measured.entropy)[0] for measured in own])
-    received = stack([m.received_by_block(settings.block_size)[0] / m.counted.sum() for m in own])
+    entropy = stacked([measured.mean(measured.entropy)[0] for measured in own])
+    received = stacked([m.received_by_block(settings.block_size)[0] / m.counted.sum() for m in own])
     return {
         "measures": {
             "entropy": entropy.tolist(),

@@ -17,6 +17,7 @@ from torch import Tensor
 from sparsekv_pl.anchors import Anchors
 from sparsekv_pl.attention.received import Exposure, ReceivedAttention, carrying_share, distance_edges, exposure
 from sparsekv_pl.attention.token_types import TYPES
+from sparsekv_pl.devices import stacked
 
 LEADING = 16
 """So many positions at the start of the text are told apart: as many sinks can be recommended."""
@@ -209,9 +210,9 @@ def profile_records(observer: ReceivedAttention, types: Tensor, carrying: float)
     """What was observed, a record for each row of ``types`` (B, S), JSON-able: numbers with six digits."""
     seen = exposure(observer.groups, observer.count)
     layers = [observer.layers[layer] for layer in sorted(observer.layers)]
-    mass = torch.stack([layer.by_group.mean(1) for layer in layers], 1).cpu()
-    by_key = torch.stack([layer.by_key.mean(1) for layer in layers], 1).cpu()
-    shares = torch.stack([carrying_share(layer.by_key, carrying) for layer in layers], 1).cpu()
+    mass = stacked([layer.by_group.mean(1) for layer in layers], 1).cpu()
+    by_key = stacked([layer.by_key.mean(1) for layer in layers], 1).cpu()
+    shares = stacked([carrying_share(layer.by_key, carrying) for layer in layers], 1).cpu()
     starts = position_edges(types.shape[1])[:-1]
     shared = {
         "length": types.shape[1],

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparsekv_pl.attention.blocks import block_count
+from sparsekv_pl.devices import stacked
 
 
 class HotBlocks:
@@ -45,7 +46,7 @@ class HotBlocks:
     @property
     def mass(self) -> Tensor:
         """(B, layers, H, N) float32 on the CPU: the share of a head's attention that each of N blocks receives."""
-        return torch.stack([self.layers[layer].cpu() for layer in sorted(self.layers)], dim=1)
+        return stacked([self.layers[layer] for layer in sorted(self.layers)], dim=1).cpu()
 
     @property
     def beyond(self) -> Tensor:

@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from sparsekv_pl.devices import sent
+
 Backend = Literal["cpu_flash", "sdpa"]
 
 
@@ -34,18 +36,7 @@ class _Walk:
     kept: Tensor
     real: Tensor
     recent: int
-    query_chunk: int
-
-    def spans(self) -> list[_Span]:
-        length = self.real.shape[1]
-        starts = torch.arange(0, length, self.query_chunk, device=self.kept.device)
-        firsts = (starts - self.recent + 1).clamp(min=0)
-        # kept is sorted: what lies before the block is a prefix. The longest over rows and heads serves all.
-        per_head = torch.searchsorted(self.kept, firsts.expand(*self.kept.shape[:2], -1).contiguous())
-        return [
-            _Span(start, min(start + self.query_chunk, length), first, old)
-            for start, first, old in zip(starts.tolist(), firsts.tolist(), per_head.amax((0, 1)).tolist(), strict=True)
-        ]
+    spans: list[_Span]
 
     def is_kept(self) -> Tensor:
         """(B, K, S) bool."""
@@ -67,6 +58,18 @@ class _Walk:
         near = (distance < self.recent) | is_kept[:, :, None, block]
         near = near & (distance >= 0) & self.real[:, None, None, block]
         return torch.cat([old.expand(-1, -1, span.stop - span.start, -1), near], dim=-1)
+
+
+def _spans(kept: Tensor, length: int, recent: int, query_chunk: int) -> list[_Span]:
+    """The chunks of ``length`` queries; ``kept`` (B, K, M) is looked at where it was drawn, on the host."""
+    starts = torch.arange(0, length, query_chunk, device=kept.device)
+    firsts = (starts - recent + 1).clamp(min=0)
+    # kept is sorted: what lies before the block is a prefix. The longest over rows and heads serves all.
+    per_head = torch.searchsorted(kept, firsts.expand(*kept.shape[:2], -1).contiguous())
+    return [
+        _Span(start, min(start + query_chunk, length), first, old)
+        for start, first, old in zip(starts.tolist(), firsts.tolist(), per_head.amax((0, 1)).tolist(), strict=True)
+    ]
 
 
 def _gather(states: Tensor, index: Tensor) -> Tensor:
@@ -105,7 +108,7 @@ class _CPUFlash(torch.autograd.Function):
         lse = query.new_empty(batch, heads, length, dtype=torch.promote_types(query.dtype, torch.float32))
         is_kept, index = walk.is_kept(), walk.gathered()
         kept_key, kept_value = _gather(key, index), _gather(value, index)
-        for span in walk.spans():
+        for span in walk.spans:
             chunk_out, chunk_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 _fold(query, span, kv_heads),
                 _columns(key, kept_key, span),
@@ -133,7 +136,7 @@ class _CPUFlash(torch.autograd.Function):
         grad_query = torch.empty_like(query)
         grads = [(torch.zeros_like(x, dtype=wide), torch.zeros_like(k, dtype=wide)) for x, k in states]
         grad_out, out = grad_out.transpose(1, 2), out.transpose(1, 2)
-        for span in walk.spans():
+        for span in walk.spans:
             chunk_query, *chunk_states = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 _fold(grad_out, span, kv_heads),
                 _fold(query, span, kv_heads),
@@ -171,7 +174,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, walk: _Walk, scale: float) 
         return out.reshape(batch, heads, -1, value.shape[-1]).transpose(1, 2)
 
     states = (key, kept_key, value, kept_value)
-    chunks = [checkpoint(attend, span, query, *states, use_reentrant=False) for span in walk.spans()]
+    chunks = [checkpoint(attend, span, query, *states, use_reentrant=False) for span in walk.spans]
     return torch.cat(chunks, dim=1)
 
 
@@ -190,9 +193,9 @@ def kept_columns_attention(
     """Attention to kept and recent keys, in O(S) memory and with work that falls with what is kept.
 
     ``query`` (B, H, S, D), ``key`` and ``value`` (B, K, S, D) with H a multiple of K; ``kept`` (B, K, M)
-    int64, sorted, with S as filler; ``real`` (B, S) bool, False on padding; ``scale`` defaults to D ** -0.5.
-    Returns (B, S, H, D); a query that may see nothing gets zeros. ``backend`` defaults to "cpu_flash" on a
-    CPU where keys and values are equally wide, else to "sdpa". Raises ValueError for ``recent`` or
+    int64, sorted, with S as filler, best left on the CPU; ``real`` (B, S) bool, False on padding; ``scale``
+    defaults to D ** -0.5. Returns (B, S, H, D); a query that may see nothing gets zeros. ``backend`` defaults to
+    "cpu_flash" on a CPU where keys and values are equally wide, else to "sdpa". Raises ValueError for ``recent`` or
     ``query_chunk`` below 1.
     """
     for name, setting in (("recent", recent), ("query_chunk", query_chunk)):
@@ -203,7 +206,8 @@ def kept_columns_attention(
     if backend is None:
         flash = query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
         backend = "cpu_flash" if flash else "sdpa"
-    walk = _Walk(kept, real, recent, query_chunk)
+    spans = _spans(kept, query.shape[2], recent, query_chunk)
+    walk = _Walk(sent(kept, query.device), real, recent, spans)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return (_CPUFlash.apply if backend == "cpu_flash" else _sdpa)(query, key, value, walk, scale)
 

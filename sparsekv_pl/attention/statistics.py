@@ -139,7 +139,7 @@ class AttentionStatistics:
         before = self.layers.get(layer)
         if before is not None:
             self._check_following(layer, before, queries, seen)
-        tokens, valid = (None if mask is None else mask[:, :seen] for mask in (self.tokens, self.valid))
+        tokens, valid = (None if mask is None else mask[:, :seen].to(key.device) for mask in (self.tokens, self.valid))
         measured = attention_statistics(query, key, self.settings, tokens=tokens, valid=valid)
         if before is not None and self.settings.window is None:
             measured = before.followed_by(measured)

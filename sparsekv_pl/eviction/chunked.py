@@ -10,6 +10,7 @@ from kvpress import BasePress
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparsekv_pl.devices import stacked
 from sparsekv_pl.eviction.checkpointed import checkpointed_prefill
 from sparsekv_pl.eviction.ledger import ledger
 from sparsekv_pl.eviction.limits import check_chunks
@@ -80,7 +81,7 @@ class ChunkedEviction:
         context = evicted_context(model, prefilled, context_ids) if self.keep_context else None
         hidden = continued(model, prefilled, continuation_ids)
         losses = {} if prefilled.notes is None else prefilled.notes.losses
-        means = {name: torch.stack(terms).mean() for name, terms in losses.items()}
+        means = {name: stacked(terms).mean() for name, terms in losses.items()}
         return Evicted(hidden, kept / context_ids.shape[1], prefilled.selections, means, context)
 
 
@@ -101,8 +102,9 @@ def evicted_context(model: PreTrainedModel, prefilled: Prefilled, context_ids: T
     kept = torch.zeros(context_ids.shape, device=context_ids.device)
     weights = {} if prefilled.notes is None else prefilled.notes.key_log_weights
     for layer, positions in prefilled.positions.items():
-        weight = weights[layer].detach().exp() if layer in weights else torch.ones(positions.shape, device=kept.device)
-        kept.scatter_add_(1, positions.flatten(1), (weight / positions.shape[1]).flatten(1))
+        weight = weights[layer].detach().exp() if layer in weights else torch.ones_like(positions, dtype=torch.float32)
+        share = (weight / positions.shape[1]).flatten(1)
+        kept.scatter_add_(1, positions.flatten(1).to(kept.device), share.to(kept.device))
     lost = 1 - kept / len(prefilled.positions)
     before = prefilled.branch()
     return EvictedContext(context_ids, lost, lambda ids: continued(model, before.branch(), ids))

@@ -36,12 +36,12 @@ def greedy(
     for step in range(max_new_tokens):
         with torch.autocast(last.device.type, enabled=False):
             newest = (last.float() @ head.T).argmax(-1)
+        said = newest.tolist()
         for row in sorted(open_rows):
-            token = int(newest[row])
-            if token in stop_ids:
+            if said[row] in stop_ids:
                 open_rows.remove(row)
             else:
-                answers[row].append(token)
+                answers[row].append(said[row])
         if not open_rows or step == max_new_tokens - 1:
             break
         visible = torch.cat([visible, visible.new_ones(len(rows), 1)], dim=1)

@@ -225,7 +225,7 @@ def _registered_attention(
     if torch.is_autocast_enabled(device):
         # As autocast does for PyTorch's own attention: rotary embeddings leave queries and keys in float32.
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    kept = kept_columns.draw(int(module.layer_idx), key.shape[1]).to(query.device)  # type: ignore[arg-type]
+    kept = kept_columns.draw(int(module.layer_idx), key.shape[1])  # type: ignore[arg-type]
     out = kept_columns_attention(
         query,
         key,

@@ -29,6 +29,7 @@ from sparsekv_pl.eviction.prefilled import Prefilled
 from sparsekv_pl.eviction.shifted_rotary import queries_from
 from sparsekv_pl.eviction.unread import last_mlp_for
 from sparsekv_pl.presses.deciding import deciding_press
+from sparsekv_pl.presses.no_waiting import no_waiting
 from sparsekv_pl.presses.notes import NOTES, PressNotes
 from sparsekv_pl.presses.scores import (
     only_trains,
@@ -181,6 +182,7 @@ class ChunkedPrefill:
         """What the press is told besides the chunk, and attention of what the press said before: see ``PressNotes``."""
         if self.press is None or self.notes is None:
             return {}
+        self.notes.start = self.seen
         if any(isinstance(inner, ReadsTokens) for inner in presses_in(self.press)):
             before = self.notes.token_ids
             self.notes.token_ids = chunk_ids if before is None else torch.cat([before, chunk_ids], dim=1)
@@ -196,8 +198,8 @@ class ChunkedPrefill:
         if ratio is not None:
             set_compression_ratio(self.deciding, _chunk_ratio(chunk, stop, ratio, self.budget))
         try:
-            shared = shared_work(self.model, self.press)
-            with self._passing(), self.keeper(self.cache, stop), shared, self.press(self.model):
+            shared, keeping = shared_work(self.model, self.press), self.keeper(self.cache, stop)
+            with self._passing(), keeping, shared, no_waiting(self.press), self.press(self.model):
                 yield
         finally:
             if ratio is not None:
@@ -264,17 +266,17 @@ def continue_from(
     ``position`` is one for all rows, or (B,). ``decoding`` tells presses that this is no prefill; ``attention`` goes to
     ``cached_attention``.
     """
-    tokens = torch.arange(input_ids.shape[1], device=input_ids.device)
-    first = torch.as_tensor(position, device=input_ids.device).view(-1, 1)
+    count, first = input_ids.shape[1], position.view(-1, 1) if isinstance(position, Tensor) else position
+    places = torch.arange(count, device=input_ids.device) + first
     with attention_implementation(model, CACHED):
         output = decoder_of(model)(
             input_ids=input_ids,
             past_key_values=cache,
             use_cache=True,
-            position_ids=first + tokens,
-            # kvpress takes a forward whose last cache_position is its length - 1 for a prefill, and presses only then.
-            # Counting from 0 in every chunk makes it press in every chunk; our attention needs no cache_position.
-            cache_position=tokens + 1 if decoding else tokens,
+            position_ids=places.view(-1, count),
+            # kvpress takes a forward whose last cache_position is its length - 1 for a prefill, and presses only then:
+            # it counts from 0 in every chunk. Our attention needs none. On the CPU, as presses read it in every layer.
+            cache_position=torch.arange(count) + decoding,
             **({TOKEN_IDS: input_ids} | attention),
         )
     return output.last_hidden_state

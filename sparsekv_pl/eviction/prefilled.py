@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from sparsekv_pl.devices import stacked
 from sparsekv_pl.presses.notes import PressNotes
 from sparsekv_pl.selection import Selection
 
@@ -29,7 +29,7 @@ class Prefilled:
         faded = {} if self.notes is None else self.notes.key_log_weights
         if not faded:
             return 1.0
-        return float(torch.stack([weights.detach().exp().mean() for weights in faded.values()]).mean())
+        return float(stacked([weights.detach().exp().mean() for weights in faded.values()]).mean())
 
     def copy(self) -> "Prefilled":
         """One to continue from, while this one stays as it is."""

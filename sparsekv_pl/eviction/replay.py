@@ -30,6 +30,7 @@ from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.limits import check_rows, check_weights
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.eviction.prefilled import Prefilled, copy_cache
+from sparsekv_pl.presses.no_waiting import no_waiting
 from sparsekv_pl.presses.scores import presses_in, rerotates_keys
 from sparsekv_pl.presses.shared_work import shared_work
 
@@ -89,7 +90,8 @@ class RecordedPrefill:
         if press is not None:
             check_weights(self.model, press)
             check_rows(press, len(self.context_ids))
-            with shared_work(self.model, press), self._scored_once(press), press(self.model):
+            shared = shared_work(self.model, press)
+            with shared, self._scored_once(press), no_waiting(press), press(self.model):
                 for call in self.calls:
                     kwargs = {**call.kwargs, "past_key_values": cache}
                     press.forward_hook(call.module, [], kwargs, call.output)

@@ -11,6 +11,7 @@ from sparsekv_pl.attention.control_blocks import LocalBlocks, RandomBlocks
 from sparsekv_pl.attention.gate import AttentionGates, GateScorer
 from sparsekv_pl.attention.sketchwalk import SketchWalk
 from sparsekv_pl.attention.true_blocks import TrueBlocks
+from sparsekv_pl.devices import stacked
 
 DENSE = "dense"
 GATE, SKETCH_WALK = "gate", "Sketch&Walk"
@@ -66,12 +67,13 @@ class Watched:
         """See ``Selector``."""
         blocks = self.selector(layer, query, key)
         if query.shape[2] == key.shape[2]:
-            self._layers.append(torch.zeros(()) if blocks is None else blocks.sparsity().mean().cpu())
+            dense = torch.zeros((), device=query.device)
+            self._layers.append(dense if blocks is None else blocks.sparsity().mean())
         return blocks
 
     def sparsity(self) -> float:
         """Of the key blocks that a context's queries could see, the share left out; mean over layers and heads."""
-        return float(torch.stack(self._layers).mean())
+        return float(stacked(self._layers).mean())
 
 
 def block_methods(

@@ -36,13 +36,14 @@ class FullCacheReading:
         return [self._row(row, hidden[row]) for row in range(len(self.lengths))]
 
     def _row(self, row: int, hidden: Tensor) -> Record:
-        nll = kl = 0.0
+        sums = self.hidden.new_zeros(2, dtype=torch.float64)  # read once: each look at a number waits for a GPU
         for start, stop in _chunks(self.lengths[row] - 1):
             log_q = log_probabilities(hidden[start:stop], self.head)
             labels = self.ids[row, start + 1 : stop + 1, None]
-            nll -= float(log_q.gather(-1, labels).sum())
+            own = -log_q.gather(-1, labels).sum()
             log_p = self._log_p(row, start, stop)
-            kl += float(log_q.neg_().add_(log_p).mul_(log_p.exp()).sum())
+            sums += torch.stack([own, log_q.neg_().add_(log_p).mul_(log_p.exp()).sum()])
+        nll, kl = sums.tolist()
         return {"nll": nll, "kl": max(0.0, kl), "tokens": max(0, self.lengths[row] - 1)}
 
     def _log_p(self, row: int, start: int, stop: int) -> Tensor:
@@ -60,12 +61,8 @@ def reading_scores(hidden: Tensor, teacher: Tensor, head: Tensor, ids: Tensor) -
     ``hidden`` and ``teacher`` (T, E) are what was made of them, here and with the full cache; ``head`` (V, E).
     """
     losses = distillation_loss(hidden[:-1], teacher[:-1], head, ids[1:], kl_weight=1.0)
-    tokens = int(losses.tokens)
-    return {
-        "nll": float(losses.cross_entropy) * tokens,
-        "kl": max(0.0, float(losses.kl)) * tokens,
-        "tokens": tokens,
-    }
+    nll, kl, tokens = torch.stack([losses.cross_entropy, losses.kl, losses.tokens.to(losses.kl)]).tolist()
+    return {"nll": nll * tokens, "kl": max(0.0, kl) * tokens, "tokens": int(tokens)}
 
 
 def _chunks(tokens: int) -> Iterator[tuple[int, int]]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekv_pl.decoder import decoder_of
+from sparsekv_pl.devices import stacked
 from sparsekv_pl.eviction.kept import kept_positions, masked_keys
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.eviction.replay import RecordedPrefill
@@ -43,10 +44,8 @@ class StabilityProbe:
         counted = (steps < self.lengths.view(-1, 1))[None, :, None]
         measured = retained_statistics(retained, counted)
         context = kept[0].shape[-1]
-        measured["overlap_prompts"] = torch.stack(
-            [overlap(a, b[..., :context]) for a, b in zip(kept, longer, strict=True)]
-        )
-        measured["overlap_steps"] = torch.stack([self._ideal(layer, mask) for layer, mask in enumerate(kept)])
+        measured["overlap_prompts"] = stacked([overlap(a, b[..., :context]) for a, b in zip(kept, longer, strict=True)])
+        measured["overlap_steps"] = stacked([self._ideal(layer, mask) for layer, mask in enumerate(kept)])
         per_row = {name: values.mean((0, 2)).tolist() for name, values in measured.items()}
         return [{name: values[row] for name, values in per_row.items()} for row in range(len(self.lengths))]
 

@@ -29,7 +29,7 @@ class ContinuationPerplexity(AdditiveMetric):
 
     def update(self, nll: Tensor) -> None:
         """Add tokens: ``nll`` (N,) in nats."""
-        self.nll += nll.double().sum()
+        self.nll += nll.double().sum().to(self.device)
         self.tokens += nll.numel()
 
     def compute(self) -> Tensor:

@@ -53,18 +53,17 @@ class AttentionSparsity(AdditiveMetric):
                 f"statistics of {statistics.entropy.shape[1]} heads of layer {layer} do not fit "
                 f"AttentionSparsity(layers={layers}, heads={heads})"
             )
-        self.effective_support[layer] += _summed(statistics.effective_support)
-        self.top_k_coverage[layer] += _summed(statistics.top_k_coverage)
-        self.block_sparsity[layer] += _summed(statistics.block_sparsity)
         share = statistics.token_share
-        self.anchor_share[layer] += torch.nan if share is None else _summed(share)
-        self.queries[layer] += statistics.counted.sum()
+        self.effective_support[layer] += self._summed(statistics.effective_support)
+        self.top_k_coverage[layer] += self._summed(statistics.top_k_coverage)
+        self.block_sparsity[layer] += self._summed(statistics.block_sparsity)
+        self.anchor_share[layer] += torch.nan if share is None else self._summed(share)
+        self.queries[layer] += statistics.counted.sum().to(self.device)
 
     def compute(self) -> dict[str, Tensor]:
         """Measure -> (layers, heads) float32."""
         return {name: (getattr(self, name) / self.queries).float() for name in MEASURES}
 
-
-def _summed(per_query_BHW: Tensor) -> Tensor:
-    """(H,) float64. Queries that are padding hold 0."""
-    return per_query_BHW.double().sum((0, 2))
+    def _summed(self, per_query_BHW: Tensor) -> Tensor:
+        """(H,) float64, where the metric is: the layer may lie elsewhere. Queries that are padding hold 0."""
+        return per_query_BHW.double().sum((0, 2)).to(self.device)

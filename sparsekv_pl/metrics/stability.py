@@ -20,6 +20,8 @@ from torch import Tensor
 
 from sparsekv_pl.metrics.additive import AdditiveMetric
 
+from sparsekv_pl.devices import stacked
+
 
 class ContextImportance:
     """An observer (see attention/cached.py) of one full-cache continuation pass.
@@ -89,7 +91,7 @@ def retained_by_layer(importance: Mapping[int, Tensor], kept: Sequence[Tensor]) 
             f"importance is of layers {sorted(importance)} but the cache has {len(kept)}: observe a pass of the same "
             "model"
         )
-    return torch.stack([retained_importance(importance[layer], mask) for layer, mask in enumerate(kept)])
+    return stacked([retained_importance(importance[layer], mask) for layer, mask in enumerate(kept)])
 
 
 def retained_statistics(retained: Tensor, counted: Tensor | None = None) -> dict[str, Tensor]:
@@ -201,8 +203,8 @@ class EvictionStability(AdditiveMetric):
         """Add continuations: ``retained`` (..., T) of any layers, rows and heads; see ``retained_statistics``."""
         measured = retained_statistics(retained.double(), counted)
         for name, values in measured.items():
-            setattr(self, name, getattr(self, name) + values.sum())
-        worst = measured["min_retained"]
+            setattr(self, name, getattr(self, name) + values.sum().to(self.device))
+        worst = measured["min_retained"].to(self.device)
         self.worst_retained = torch.minimum(self.worst_retained, worst.amin().float())
         self.continuations += worst.numel()
 

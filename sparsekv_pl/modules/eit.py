@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from sparsekv_pl.backbone import Backbone, causal_lm
-from sparsekv_pl.batch import Batch, rows_of_equal_length
+from sparsekv_pl.batch import Batch, rows_of_equal_length, supervised_in
 from sparsekv_pl.eviction import Eviction
 from sparsekv_pl.eviction.dropout import KVDropout
 from sparsekv_pl.eviction.limits import check_positions
@@ -27,7 +27,7 @@ from sparsekv_pl.modules.fit_together import check_evicts_in_evaluation, fit_tog
 from sparsekv_pl.modules.one_prefill import full_and_evicted
 from sparsekv_pl.modules.optimizers import configured
 from sparsekv_pl.modules.resumption import check_resumable
-from sparsekv_pl.modules.student import Student, supervised, supervised_labels
+from sparsekv_pl.modules.student import Student
 from sparsekv_pl.modules.training import guards, watch
 from sparsekv_pl.objectives import EIT, Objective, StudentView
 from sparsekv_pl.presses.deciding import candidates
@@ -157,7 +157,7 @@ class EITModule(LightningModule):
         assert self.compression_ratio is not None  # see setup
         terms, kept_share = self.loss_terms(batch, self.compression_ratio, self.global_step)
         watch(self, terms, batch, compression_ratio=f"{self.compression_ratio:.3f}")
-        told = means_over_ranks({**terms, "kept_share": torch.tensor(kept_share, device=self.device)})
+        told = means_over_ranks({**terms, "kept_share": torch.full((), kept_share, device=self.device)})
         self._log_step(told, batch)
         return terms["loss"]
 
@@ -174,10 +174,11 @@ class EITModule(LightningModule):
         # runs all the same: the model may be sharded.
         again = place >= len(self.trainer.val_dataloaders.dataset)  # type: ignore[union-attr]
         for part in rows_of_equal_length(batch):
-            labels = part["labels"]
+            rows, columns = places = supervised_in(part).places()
+            labels = part["labels"][rows, columns + 1]
             full, evicted = full_and_evicted(self.validation_student, part, self.validation_compression_ratio, place)
             for metric, hidden in ((self.val_full, full), (self.val_evicted, evicted)):
-                nll = token_nll(supervised(hidden, labels), self.student.head_weight, supervised_labels(labels))
+                nll = token_nll(hidden[places], self.student.head_weight, labels)
                 metric.update(nll[:0] if again else nll)
         size = len(batch["labels"])
         self.log("val/perplexity_full", self.val_full, on_epoch=True, batch_size=size)

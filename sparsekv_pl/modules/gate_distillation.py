@@ -15,6 +15,7 @@ from sparsekv_pl.attention.true_blocks import BlockAttention, block_attention
 from sparsekv_pl.backbone import Backbone, causal_lm
 from sparsekv_pl.batch import Batch
 from sparsekv_pl.decoder import decoder_of
+from sparsekv_pl.devices import stacked
 from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.fingerprint import weights_digest
 from sparsekv_pl.modules.optimizers import configured
@@ -100,7 +101,7 @@ class GateDistillation(LightningModule):
                 losses.append(gate_loss(target, self.gates.gate(layer).log_scores(query, key)))
 
         self._observe(batch, learn)
-        return torch.stack(losses).mean()
+        return stacked(losses).mean()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
         """Loss by layer and in the mean; recall and mass in the mean."""
@@ -114,7 +115,7 @@ class GateDistillation(LightningModule):
                 measured.setdefault(name, []).append(value_)
 
         self._observe(batch, measure)
-        logs = {f"val/{name}": torch.stack(values).mean() for name, values in measured.items()}
+        logs = {f"val/{name}": stacked(values).mean() for name, values in measured.items()}
         logs |= {f"val/loss_layer_{layer:02d}": value for layer, value in enumerate(measured["loss"])}
         self.log_dict(logs, on_epoch=True, batch_size=len(batch["context_ids"]), sync_dist=True)
 

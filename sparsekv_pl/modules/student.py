@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekv_pl.backbone import causal_lm
-from sparsekv_pl.batch import IGNORE, Batch, rows_of_equal_length
+from sparsekv_pl.batch import Batch, rows_of_equal_length, supervised_in
 from sparsekv_pl.eviction import Evicted, Eviction
 from sparsekv_pl.layer_outputs import LayerOutput, layer_outputs
 from sparsekv_pl.objectives import Objective, StudentView
@@ -54,7 +54,9 @@ class Student:
 
     def _view(self, batch: Batch, compression_ratio: float, step: int) -> tuple[StudentView, float]:
         objective, labels, kinds = self.objective, batch["labels"], sorted(self.objective.needs_layers)
-        mass = AttentionMass(labels, batch["context_ids"].shape[1]) if objective.needs_selections else None
+        supervised = supervised_in(batch)
+        rows, columns = places = supervised.places()
+        mass = AttentionMass(supervised, batch["context_ids"].shape[1]) if objective.needs_selections else None
         teacher, teacher_layers = None, {}
         if objective.needs_teacher:
             with _layers(self.teacher.network, kinds, labels) as teacher_layers:
@@ -62,13 +64,13 @@ class Student:
         with _layers(self._network, kinds, labels) as student_layers:
             evicted = self.evict(batch, compression_ratio, step)
         view = StudentView(
-            hidden_NE=supervised(evicted.hidden, labels),
-            labels_N=supervised_labels(labels),
+            hidden_NE=evicted.hidden[places],
+            labels_N=labels[rows, columns + 1],
             head_weight_VE=self.head_weight,
-            teacher_NE=None if teacher is None else supervised(teacher, labels),
+            teacher_NE=None if teacher is None else teacher[places],
             teacher_head_weight_VE=self.teacher.head_weight,
             selections=[] if mass is None else with_mass(evicted.selections, mass.mass),
-            layers={kind: (_rows(student_layers[kind], labels), _rows(teacher_layers[kind], labels)) for kind in kinds},
+            layers={kind: (_rows(student_layers[kind], places), _rows(teacher_layers[kind], places)) for kind in kinds},
             press_losses=evicted.losses,
             contexts=[] if evicted.context is None else [evicted.context],
         )
@@ -84,17 +86,6 @@ def _layers(
         yield {kind: stack.enter_context(layer_outputs(model, kind, labels_BT.shape[1])) for kind in kinds}
 
 
-def _rows(layers: dict[int, Tensor], labels_BT: Tensor) -> LayerRows:
-    """Of each layer's (B, T, E), the supervised rows."""
-    return {layer: supervised(output, labels_BT) for layer, output in layers.items()}
-
-
-def supervised(hidden_BTE: Tensor, labels_BT: Tensor) -> Tensor:
-    """(N, E): the hidden states that predict supervised tokens; position t - 1 predicts label t."""
-    return hidden_BTE[:, :-1][labels_BT[:, 1:] != IGNORE]
-
-
-def supervised_labels(labels_BT: Tensor) -> Tensor:
-    """(N,): the labels that ``supervised`` hidden states predict."""
-    shifted = labels_BT[:, 1:]
-    return shifted[shifted != IGNORE]
+def _rows(layers: dict[int, Tensor], places: tuple[Tensor, Tensor]) -> LayerRows:
+    """Of each layer's (B, T, E), the supervised rows (N, E)."""
+    return {layer: output[places] for layer, output in layers.items()}

@@ -89,7 +89,7 @@ class NonFinite(Callback):
         else:
             self._skip(trainer, fault)
             optimizer.zero_grad(set_to_none=True)  # without gradients no optimizer touches weights or state
-        pl_module.log("train/skipped_steps", float(self.skipped))
+        pl_module.log("train/skipped_steps", torch.tensor(float(self.skipped)))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -138,15 +138,16 @@ def watch(module: LightningModule, terms: Mapping[str, Tensor], batch: Batch, **
 
 def _fault(window: list[MicroBatch], optimizer: Optimizer, scaling: bool) -> str:
     """What is not finite on this rank, on which documents; empty where all is."""
+    seen = [batch.terms["loss"] for batch in window]
+    if not scaling:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = get_total_norm([grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients])
+        seen.append(norm)
+    if not seen or torch.stack([value.isfinite().to(seen[0].device) for value in seen]).all():  # the step's one look
+        return ""
     bad = [batch for batch in window if not torch.isfinite(batch.terms["loss"])]
     if bad:
         return f"the loss is {bad[0].terms['loss'].item()} ({' | '.join(map(str, bad))})"
-    if scaling:
-        return ""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = get_total_norm([grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients])
-    if torch.isfinite(norm):
-        return ""
     return f"the gradient norm is {norm.item()} and this rank's losses are finite ({' | '.join(map(str, window))})"
 
 

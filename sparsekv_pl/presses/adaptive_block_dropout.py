@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsekv_pl.presses.block_dropout import BlockDropoutPress
-from sparsekv_pl.presses.span_dropout import Shown, span_count
+from sparsekv_pl.presses.span_dropout import Shown
 from sparsekv_pl.presses.window import window_attention
 
 
@@ -53,19 +53,22 @@ class AdaptiveBlockDropoutPress(BlockDropoutPress):
         tokens = shown.kwargs["position_embeddings"][0].shape[1]  # while tokens are decoded, older ones come without
         states = shown.hidden_states[:, -tokens:]
         attention = window_attention(shown.module, states, shown.keys, shown.kwargs, self.window_size)
-        importance = self.importance(attention, shown.keys.shape[1], spans, shown.place)
+        importance = self.importance(attention, shown.keys.shape[1], spans, shown.place, self.most_spans(shown))
         tiny = torch.finfo(torch.float32).tiny
         noise = -(-self.uniform(shown, importance.shape[-1]).clamp(min=tiny).log()).log()
         # At infinity the noise decides alone; the sum would be infinite everywhere.
         return noise if math.isinf(self.temperature) else importance.clamp(min=tiny).log() + self.temperature * noise
 
-    def importance(self, attention: Tensor, heads: int, spans: Tensor, place: Tensor) -> Tensor:
-        """(B, K, N) float32 of attention (B, H, W, S), spans (B, 1, S) and places (B, S) among ``heads`` KV heads."""
+    def importance(self, attention: Tensor, heads: int, spans: Tensor, place: Tensor, count: int) -> Tensor:
+        """(B, K, N) float32 of attention (B, H, W, S), spans (B, 1, S) and places (B, S).
+
+        K is ``heads``, the KV heads, and N is ``count``, at least the spans that there are.
+        """
         received = attention.mean(2).unflatten(1, (heads, -1)).mean(2)
         sink = received.minimum(sink_attention(attention)[:, None])
         content = (received - sink).masked_fill(place[:, None] < self.sink_tokens, 0.0)
         blocks = spans.expand_as(content)
-        empty = content.new_zeros(*content.shape[:2], span_count(spans))
+        empty = content.new_zeros(*content.shape[:2], count)
         length = empty.scatter_add(-1, blocks, (place >= 0).to(content)[:, None].expand_as(content))
         return empty.scatter_add(-1, blocks, content) / length.clamp(min=1)
 

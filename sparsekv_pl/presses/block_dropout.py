@@ -26,6 +26,10 @@ class BlockDropoutPress(SpanDropoutPress):
         super().__post_init__()
         self.check_at_least("block_size", 1)
 
+    def most_spans(self, shown: Shown) -> int:
+        """See ``SpanDropoutPress``."""
+        return -(-shown.keys.shape[2] // self.block_size)
+
     def spans(self, shown: Shown) -> Tensor:
         """See ``SpanDropoutPress``."""
         return shown.place.clamp(min=0)[:, None] // self.block_size

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sparsekv_pl.presses.draws import Draws
+from sparsekv_pl.presses.no_waiting import no_waiting_on
 from sparsekv_pl.presses.scores import presses_in, scorers_in, set_compression_ratio
 from sparsekv_pl.seeding import random_for
 
@@ -132,6 +133,7 @@ class _Scoring(BasePress):
         attentions: torch.Tensor,
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        for scorer in self.scorers:
-            scorer.score(module, hidden_states, keys, values, attentions, kwargs)
+        with no_waiting_on(keys.device):
+            for scorer in self.scorers:
+                scorer.score(module, hidden_states, keys, values, attentions, kwargs)
         return keys, values

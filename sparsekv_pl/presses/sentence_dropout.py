@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparsekv_pl.presses.notes import notes_in
 from sparsekv_pl.presses.sentences import SentenceTable, sentence_table
 from sparsekv_pl.presses.span_dropout import Shown, SpanDropoutPress
 from sparsekv_pl.presses.tokenizer import tokenizer_of
-from sparsekv_pl.presses.tokens import ReadsTokens, key_tokens
+from sparsekv_pl.presses.tokens import TOKEN_IDS, ReadsTokens, key_tokens
 
 
 @dataclass
@@ -40,6 +41,12 @@ class SentenceDropoutPress(ReadsTokens, SpanDropoutPress):
         super().post_init_from_model(model)
         self._table = sentence_table(tokenizer_of(model, self.tokenizer))
 
+    def most_spans(self, shown: Shown) -> int:
+        """See ``SpanDropoutPress``: sentences of the whole context, of which later chunks hold a part."""
+        notes = notes_in(shown.kwargs)
+        ids = shown.kwargs.get(TOKEN_IDS) if notes is None else notes.token_ids
+        return shown.keys.shape[2] if ids is None else max(ids.shape[1], shown.keys.shape[2])
+
     def spans(self, shown: Shown) -> Tensor:
         """See ``SpanDropoutPress``."""
         if self._table is None:
@@ -57,5 +64,5 @@ class SentenceDropoutPress(ReadsTokens, SpanDropoutPress):
         length = tokens.ids.shape[1]
         padded = length == shown.place.shape[1]  # only one forward over the whole context takes padding
         place = shown.place if padded else torch.arange(length, device=tokens.ids.device).expand_as(tokens.ids)
-        table = self._table.to(tokens.ids.device)
-        return tokens.at_keys(table.sentences(tokens.ids, place, self.max_tokens))
+        self._table = self._table.to(tokens.ids.device)
+        return tokens.at_keys(self._table.sentences(tokens.ids, place, self.max_tokens))

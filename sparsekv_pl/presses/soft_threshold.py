@@ -117,7 +117,7 @@ class SoftThresholdPress(InOrderPress, Draws):
         received = attention.sum(2) / window_rows(attention) * (place.amax(-1) + 1)[:, None, None]
         scores = received.unflatten(1, (keys.shape[1], -1)).mean(2)
         pinned = self._rank(place) < compute_n_kept(keys.shape[2], self.compression_ratio)
-        scores = scores.masked_fill(pinned[:, None], scores.detach().amax() + 1)
+        scores = torch.where(pinned[:, None], scores.detach().amax() + 1, scores)  # masked_fill would read the number
         return scores.masked_fill((place < 0)[:, None], PADDING)
 
     def compress(

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sparsekv_pl.presses.draws import Draws, row_numbers
+from sparsekv_pl.devices import sent
+from sparsekv_pl.presses.draws import Draws
 from sparsekv_pl.presses.in_order import InOrderPress
 from sparsekv_pl.presses.notes import notes_in
 from sparsekv_pl.presses.tokens import TOKEN_IDS, key_places
@@ -39,24 +40,21 @@ class Shown:
     def firsts(self) -> list[int]:
         """Per row, the context position of the first new token: what tells one chunk, or decoded token, from another.
 
-        Read off the keys held where they are followed, because position_ids start at the same number in every chunk
-        when a budget is full and keys are re-rotated. Llama 4 tells its attention no position_ids.
+        A prefill of ours says so; position_ids start at the same number in every chunk when a budget is full and keys
+        are re-rotated. Llama 4 tells its attention no position_ids.
         """
         notes = notes_in(self.kwargs)
-        held = None if notes is None else notes.positions.get(self.layer)
-        if held is not None and held.shape[-1] > 0:
-            first = held.amax((1, 2)) + 1
-        else:
-            positions = self.kwargs.get("position_ids")
-            first = (self.kwargs["cache_position"][None] if positions is None else positions).amin(1)
+        if notes is not None:
+            return [notes.start] * len(self.keys)
+        positions = self.kwargs.get("position_ids")
+        first = (self.kwargs["cache_position"][None] if positions is None else positions).amin(1)
         return [int(number) for number in first.expand(len(self.keys)).tolist()]
 
     @cached_property
     def rows(self) -> list[int]:
         """A number for each row, by its new tokens where they are told (in a prefill of ours), else by its place."""
-        if notes_in(self.kwargs) is None:
-            return list(range(len(self.keys)))
-        return row_numbers(self.kwargs[TOKEN_IDS])
+        notes = notes_in(self.kwargs)
+        return list(range(len(self.keys))) if notes is None else notes.row_numbers(self.kwargs[TOKEN_IDS])
 
 
 @dataclass
@@ -113,9 +111,13 @@ class SpanDropoutPress(Draws, InOrderPress):
     def spans(self, shown: Shown) -> Tensor:
         """(B, 1 or K, S) int64: the number of each key's span, from 0 and rising along the real keys of a row."""
 
-    def priority(self, shown: Shown, spans: Tensor) -> Tensor:
-        """(B, 1 or K, N), finite: of the N spans, those with the highest stay longest. Drawn, unless overridden."""
-        return self.uniform(shown, span_count(spans))
+    def most_spans(self, shown: Shown) -> int:
+        """N, as many spans as there can be: to count them a GPU would be waited for in every layer."""
+        return shown.keys.shape[2]
+
+    def priority(self, shown: Shown, spans: Tensor) -> Tensor:  # noqa: ARG002
+        """(B, 1 or K, N), finite: of N spans, those with the highest stay longest. Drawn, unless overridden."""
+        return self.uniform(shown, self.most_spans(shown))
 
     def uniform(self, shown: Shown, count: int, stream: int = 0) -> Tensor:
         """(B, 1 or K, ``count``) float64 in [0, 1), drawn; other numbers in another ``stream``.
@@ -128,7 +130,7 @@ class SpanDropoutPress(Draws, InOrderPress):
             for row, first in zip(shown.rows, shown.firsts, strict=True)
         ]
         drawn = [torch.rand(count, heads, dtype=torch.float64, generator=generator).T for generator in generators]
-        return torch.stack(drawn).to(shown.keys.device)
+        return sent(torch.stack(drawn), shown.keys.device)
 
     @torch.no_grad()
     def score(
@@ -173,8 +175,3 @@ class SpanDropoutPress(Draws, InOrderPress):
         rank = ordered.argsort(dim=-1, stable=True).argsort(dim=-1)
         rank = rank.where(~recent, length + place).where(~start, 3 * length - place)
         return rank.float()
-
-
-def span_count(spans: Tensor) -> int:
-    """How many spans there are, at most, in a row."""
-    return int(spans.max()) + 1

@@ -40,15 +40,13 @@ def key_logits(scores: Tensor, evictable: Tensor, temperature: float = 1.0, stan
     Masses become their logs, which have a scale; other scores, and with ``standardise`` those logs too, are
     standardised and divided by ``temperature``.
     """
-    masses = ((scores.detach() >= 0) | ~evictable).flatten(1).all(1).tolist()
-    if any(masses) and not all(masses):  # each row by itself: what another row scores must not matter
-        rows = zip(scores.split(1), evictable.split(1), strict=True)
-        return torch.cat([key_logits(row, its, temperature, standardise) for row, its in rows])
-    if all(masses):
-        scores = torch.where(evictable, scores, 0)
-        scores = (scores / scores.sum(-1, keepdim=True).clamp(min=TINY)).clamp(min=TINY).log()
-    if standardise or not all(masses):
-        scores = _standardised(scores, evictable) / temperature
+    # Both are computed and chosen from, row by row: to ask a GPU which one it is would wait for it, in every layer.
+    are_masses = ((scores.detach() >= 0) | ~evictable).flatten(1).all(1).view(-1, 1, 1)
+    masses = torch.where(evictable & are_masses, scores, 0)
+    logs = (masses / masses.sum(-1, keepdim=True).clamp(min=TINY)).clamp(min=TINY).log()
+    scores = torch.where(are_masses, logs, scores)
+    standardised = _standardised(scores, evictable) / temperature
+    scores = standardised if standardise else torch.where(are_masses, logs, standardised)
     return scores.masked_fill(~evictable, -torch.inf)
 
 

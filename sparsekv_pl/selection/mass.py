@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsekv_pl.batch import IGNORE
+from sparsekv_pl.batch import Supervised
 
 
 @dataclass
@@ -34,20 +34,18 @@ class AttentionMass:
 
     Parameters
     ----------
-    labels
-        (B, T), ``IGNORE`` where not supervised; row t - 1 predicts label t.
+    supervised
+        Where the continuation's supervised rows are.
     context_tokens
         L.
     """
 
-    def __init__(self, labels: Tensor, context_tokens: int) -> None:
-        supervised = labels[:, 1:] != IGNORE
-        count = max(1, int(supervised.sum(1).max()))
-        order = supervised.int().argsort(dim=1, descending=True, stable=True)[:, :count]
-        self.rows = order + context_tokens
+    def __init__(self, supervised: Supervised, context_tokens: int) -> None:
+        self.rows = supervised.columns + context_tokens
         """(B, R) positions of the supervised rows among context + continuation; shorter rows are filled with others."""
-        self.weights = supervised.gather(1, order).float()
-        self.weights /= self.weights.sum(1, keepdim=True).clamp(min=1)
+        self.weights = torch.zeros_like(self.rows, dtype=torch.float32)
+        for weights, count in zip(self.weights, supervised.counts, strict=True):
+            weights[:count] = 1 / max(1, count)
         self.context_tokens = context_tokens
         self.mass: dict[int, Tensor] = {}
 

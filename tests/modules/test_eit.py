@@ -13,12 +13,10 @@ from torch import Tensor
 from callbacks.curriculum import Curriculum
 from sparsekv_pl.anchors import Anchors
 from sparsekv_pl.backbone import causal_lm
-from sparsekv_pl.batch import IGNORE
 from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.dropout import KVDropout
 from sparsekv_pl.eviction.setting import Setting
 from sparsekv_pl.modules.eit import EITModule
-from sparsekv_pl.modules.student import supervised, supervised_labels
 from sparsekv_pl.objectives import EIT, LM, Mixed, Objective, SelectionObjective, StudentView
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.schedules import Fixed, Linear, Spread
@@ -50,16 +48,6 @@ def snapkv() -> ChunkedEviction:
 def tokens(rows: int = 2) -> tuple[Tensor, Tensor]:
     ids = torch.randint(2, 1024, (rows, 48), generator=torch.Generator().manual_seed(3))
     return ids[:, :32], ids[:, 32:]
-
-
-# --- what is supervised ---
-
-
-def test_position_t_minus_1_predicts_label_t() -> None:
-    hidden = torch.arange(2 * 4 * 1.0).view(2, 4, 1)
-    labels = torch.tensor([[IGNORE, 5, IGNORE, 7], [IGNORE, IGNORE, 8, IGNORE]])
-    assert supervised(hidden, labels).flatten().tolist() == [0, 2, 5]
-    assert supervised_labels(labels).tolist() == [5, 7, 8]
 
 
 # --- the teacher ---

@@ -1,0 +1,69 @@
+"""kvpress's presses on a GPU without waiting for it in every layer."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from kvpress import BasePress
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.overrides import TorchFunctionMode
+
+from sparsekv_pl.presses.scores import presses_in
+
+
+class NoWaiting(TorchFunctionMode):
+    """Inside the block a press computes what it always computes, and never reads a number back from ``device``.
+
+    Scorers pad their scores with ``scores.max().item() + 1`` (SnapKV, TOVA, ExpectedAttention, Finch, CAP): the number
+    stays a tensor on the device. ExpectedAttentionPress makes positions and unit matrices on the CPU and copies them in
+    every layer: they are made where they are used.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.arange, torch.eye):
+            return func(*args, **{"device": self.device} | kwargs)
+        if func is torch.Tensor.item and args[0].device.type != "cpu":
+            return args[0].detach()
+        if func is pad and isinstance(kwargs.get("value"), Tensor):
+            return _padded(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _padded(values: Tensor, widths: Sequence[int], mode: str, value: Tensor) -> Tensor:
+    """``pad`` with a number that is a tensor."""
+    inside = pad(torch.ones_like(values, dtype=torch.bool), widths, mode, False)
+    return torch.where(inside, pad(values, widths, mode, 0.0), value.to(values.dtype))
+
+
+def no_waiting_on(device: torch.device) -> AbstractContextManager[Any]:
+    """``NoWaiting``, but on the CPU, where there is nothing to wait for."""
+    return nullcontext() if device.type == "cpu" else NoWaiting(device)
+
+
+@contextmanager
+def no_waiting(press: BasePress) -> Iterator[None]:
+    """Run the hooks of ``press`` and of all presses in it so inside the block.
+
+    Each instance's ``forward_hook`` is shadowed for the block; classes stay as they are.
+    """
+    presses = list(presses_in(press))
+    for inner in presses:
+        inner.forward_hook = partial(_hook, inner)
+    try:
+        yield
+    finally:
+        for inner in presses:
+            vars(inner).pop("forward_hook", None)
+
+
+def _hook(press: BasePress, module: nn.Module, inputs: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    with no_waiting_on(kwargs["hidden_states"].device):
+        return type(press).forward_hook(press, module, inputs, kwargs, output)
