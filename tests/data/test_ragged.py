@@ -43,10 +43,11 @@ def unpadded(batch: Batch, row: int) -> list[int]:
 
 
 def same(one: Batch, other: Batch) -> bool:
-    """Every entry, the lengths included."""
+    """Every entry, the lengths included; where it is supervised follows from the labels."""
     return one.keys() == other.keys() and all(
         torch.equal(value, other[name]) if isinstance(value, Tensor) else value == other[name]  # type: ignore[literal-required]
         for name, value in one.items()
+        if name != "supervised"
     )
 
 
@@ -135,7 +136,7 @@ def test_without_a_shortest_context_batches_are_what_they_were(tokenizer, number
     for step, batch in enumerate(take(whole, 12)):
         read = [next(text) for _ in range(ROWS)]
         assert set(batch) == {
-            *("context_ids", "continuation_ids", "labels", "document_ids", "tasks", "skipped_documents"),
+            *("context_ids", "continuation_ids", "labels", "supervised", "document_ids", "tasks", "skipped_documents"),
         }
         if random.Random(f"kind/0/{step}").random() < whole.retrieval_share:
             cases = [task.case(step * ROWS + row, window) for row, window in enumerate(read)]
