@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekv_pl.metrics.additive import AdditiveMetric
-
 from sparsekv_pl.devices import stacked
+from sparsekv_pl.metrics.additive import AdditiveMetric
 
 
 class ContextImportance:
