@@ -6,13 +6,15 @@ import json
 from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from sparsekv_pl.batch import CaseBatch
 from sparsekv_pl.fingerprint import path_digest
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 ASKED = ("task", "answers", "question", "answer_prefix", "max_new_tokens")
 """What decides how a case is measured and scored, and stands in its record."""
@@ -79,7 +81,7 @@ def batch_of(batch: CaseBatch, named: bool) -> dict[str, Any]:
     return {"tokens": [[list(part.shape), _digest(part)] for part in ids], "cases": cases}
 
 
-def computed_by(module: LightningModule) -> dict[str, str]:
+def computed_by(module: "LightningModule") -> dict[str, str]:
     """What computes: a device's kind decides roundings and times, its number does not."""
     return {"precision": str(module.trainer.precision), "device": module.device.type}
 

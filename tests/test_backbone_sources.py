@@ -46,7 +46,7 @@ def test_a_folder_with_a_file_missing_says_so(missing: str, tiny_models: dict[st
 
 
 def test_lora_targets_that_the_model_does_not_have(tiny_backbone: MakeBackbone) -> None:
-    with pytest.raises(ValueError, match=r"\['c_attn'\] are not in LlamaForCausalLM.*'down_proj'.*'q_proj'"):
+    with pytest.raises(ValueError, match=r"\['c_attn'\] are not in the decoder of Llama.*'down_proj'.*'q_proj'"):
         tiny_backbone(lora=Lora(targets=("q_proj", "c_attn"))).load()
 
 

@@ -192,7 +192,7 @@ def test_expected_attention_looks_ahead_from_the_true_position(random_model: Bui
     )
     run(model, ExpectedAttentionPress(n_future_positions=future))
     hook.remove()
-    expected = [list(range(stop, stop + future)) for stop in range(CHUNK, CONTEXT + 1, CHUNK) for _ in range(2)]
+    expected = [list(range(stop, stop + future)) for stop in range(CHUNK, CONTEXT + 1, CHUNK)]  # layers share them
     assert [positions for positions in asked if len(positions) == future] == expected  # the model itself asks for CHUNK
     assert all(layer.self_attn.rotary_emb is rotary for layer in model.model.layers)
 

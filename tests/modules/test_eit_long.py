@@ -75,7 +75,8 @@ def test_budget_and_chunk_together_must_fit(
     tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer
 ) -> None:
     with pytest.raises(ValueError, match=r"takes 56 positions, .* trained on 50 .*lower budget or chunk_tokens"):
-        tiny_trainer().fit(module(tiny_backbone(), rerotating(), limit=50), datamodule=tiny_data())
+        long = module(tiny_backbone(), rerotating(), limit=50)
+        tiny_trainer(Curriculum(Fixed(0.5))).fit(long, datamodule=tiny_data())
 
 
 def test_one_press_of_several_that_moves_no_keys_is_enough(

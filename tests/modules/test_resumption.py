@@ -73,9 +73,11 @@ def fit(
         callbacks = [
             *([Curriculum(Fixed(0.5))] if curriculum else []),
             ModelCheckpoint(tmp_path, save_last=True, save_top_k=0, every_n_train_steps=1),
-            EarlyStopping("loss", patience=stopping, check_on_train_epoch_end=True),
+            EarlyStopping("val/perplexity_full", patience=stopping),
         ]
-        trainer = tiny_trainer(*callbacks, max_steps=steps, max_epochs=-1, enable_checkpointing=True)
+        trainer = tiny_trainer(
+            *callbacks, max_steps=steps, max_epochs=-1, enable_checkpointing=True, limit_val_batches=1
+        )
         trainer.fit(module, tiny_data(), ckpt_path=str(tmp_path / "last.ckpt") if resume else None)
         return module
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from sparsekv_pl.modules.resumption import Resumption
 from sparsekv_pl.modules.training import NonFinite, NonFiniteLossError, guards, watch
 from tests.tiny_training import MakeTrainer
 
@@ -44,7 +45,7 @@ class Line(pl.LightningModule):
         return loss
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        return guards(self.trainer)
+        return [guard for guard in guards(self.trainer) if not isinstance(guard, Resumption)]  # there is no backbone
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=0.1, weight_decay=0.1)

@@ -103,13 +103,6 @@ def test_training_outside_our_prefill_is_an_error_and_evaluation_is_not(random_m
         model.model(ids(), past_key_values=DynamicCache())
 
 
-@torch.no_grad()
-def test_composed_press_takes_none(random_model: Build) -> None:
-    press = ComposedPress([press_with(KnormPress(0.5)), KnormPress(0.5)])
-    with pytest.raises(ValueError, match="put it around"):
-        prefill(random_model(), ids(), press)
-
-
 # --- training ---
 
 
