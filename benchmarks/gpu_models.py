@@ -1,0 +1,102 @@
+"""Random Llamas, a batch and students for gpu_parts.py: nothing is downloaded."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from kvpress import ExpectedAttentionPress, KnormPress
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sparsekv_pl.anchors import Anchors, AnchorTable
+from sparsekv_pl.batch import IGNORE, Batch, Supervised
+from sparsekv_pl.eviction import Eviction
+from sparsekv_pl.eviction.chunked import ChunkedEviction
+from sparsekv_pl.eviction.dropout import KVDropout
+from sparsekv_pl.lora import Lora, inject_lora
+from sparsekv_pl.modules.student import Student
+from sparsekv_pl.objectives import EIT, Mixed, Objective, SelectionObjective
+from sparsekv_pl.presses import BlockDropoutPress
+from sparsekv_pl.teacher import Teacher
+
+Shape = dict[str, Any]
+BILLION: Shape = {
+    "vocab_size": 128_256,
+    "hidden_size": 2_048,
+    "intermediate_size": 8_192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131_072,
+    "tie_word_embeddings": True,
+}
+"""Llama 3.2 1B's."""
+TINY: Shape = {
+    "vocab_size": 1_024,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1_024,
+    "tie_word_embeddings": True,
+}
+
+
+def random_model(shape: Shape, device: str, lora: bool = True) -> Any:
+    """Random weights, in bfloat16 on a GPU, with a fresh adapter that trains unless ``lora`` is false."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM(LlamaConfig(**shape)).to(torch.bfloat16 if device == "cuda" else torch.float32)
+    return inject_lora(model, Lora()).to(device).train() if lora else model
+
+
+def saved(folder: Path, shape: Shape) -> str:
+    """``folder``, with a random model and a byte-level tokenizer in it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**shape)).to(torch.bfloat16).save_pretrained(folder)
+    letters = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    raw = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens(letters[:2])
+    words = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    words.save_pretrained(folder)
+    return str(folder)
+
+
+def batch_of(tokens: int, context: int, device: str) -> Batch:
+    """One row of random ids; all of the continuation is supervised but its first token."""
+    ids = torch.randint(2, 1_000, (1, tokens), generator=torch.Generator().manual_seed(0))
+    labels = ids[:, context:].clone()
+    labels[:, 0] = IGNORE
+    columns, counts = Supervised.of(labels)
+    return Batch(
+        context_ids=ids[:, :context].to(device),
+        continuation_ids=ids[:, context:].to(device),
+        labels=labels.to(device),
+        supervised=Supervised(columns.to(device), counts),
+        document_ids=["random"],
+        tasks=["text"],
+    )
+
+
+def student_of(model: Any, kind: str) -> Student:
+    """``selection``: ExpectedAttention and both losses; ``kv_dropout``, ``blocks``, ``nothing``: EIT alone."""
+    objective: Objective = Mixed([EIT(), SelectionObjective()]) if kind == "selection" else EIT()
+    evictions: dict[str, Eviction] = {
+        "selection": ChunkedEviction(ExpectedAttentionPress()),
+        "kv_dropout": KVDropout(Anchors(recent=16, special=False, punctuation=False)),
+        "blocks": ChunkedEviction(BlockDropoutPress(block_size=16, protect_recent=16)),
+        "nothing": ChunkedEviction(KnormPress()),
+    }
+    eviction = evictions[kind]
+    if isinstance(eviction, KVDropout):
+        vocabulary = model.config.vocab_size
+        device = next(model.parameters()).device
+        eviction.tokenizer = AnchorTable(*torch.zeros(2, vocabulary, dtype=torch.bool, device=device))
+    if isinstance(eviction, ChunkedEviction):
+        eviction.catch_scores = objective.needs_selections
+    return Student(model, eviction, Teacher(model), objective)
