@@ -108,8 +108,8 @@ def _sparse(select: TopBlocks, layers: Iterator[int], query: Tensor, key: Tensor
     return block_sparse_attention(query, key, value, chosen)
 
 
-def losses_of_three_steps(model: str, device: str, sharded: bool) -> list[float]:
-    """What three EIT steps under SnapKV lose, in this process or under FSDP2 with one rank."""
+def losses_of_three_steps(model: str, adapter: str, device: str, sharded: bool) -> list[float]:
+    """What three EIT steps under SnapKV lose, from the same adapter, in this process or under FSDP2 with one rank."""
     from fsdp_runs import Losses, Rows
     from kvpress import SnapKVPress
     from lightning.pytorch import Trainer
@@ -128,6 +128,7 @@ def losses_of_three_steps(model: str, device: str, sharded: bool) -> list[float]
         strategy=strategy if sharded else "auto",
         precision="bf16-true" if device == "cuda" else "32-true",
         max_steps=3,
+        use_distributed_sampler=False,  # it would shuffle
         callbacks=[losses],
         limit_val_batches=0,
         logger=False,
@@ -136,7 +137,8 @@ def losses_of_three_steps(model: str, device: str, sharded: bool) -> list[float]
         enable_model_summary=False,
     )
     torch.manual_seed(0)
-    module = EITModule(Backbone(model, sharded=sharded), ChunkedEviction(SnapKVPress(window_size=8)))
+    backbone = Backbone(model, adapter=adapter, sharded=sharded)
+    module = EITModule(backbone, ChunkedEviction(SnapKVPress(window_size=8)))
     module.compression_ratio = 0.5
     trainer.fit(module, Rows(1, 96, 32, 3))
     return [round(loss, 4) for loss in losses.losses]

@@ -27,19 +27,7 @@ Figures = dict[str, Any]
 
 def tests(device: str, tiny: bool) -> Figures:  # noqa: ARG001
     """The tests marked cuda; tiny, they only say why they are skipped."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-n",
-        "0",
-        "-q",
-        "-m",
-        "cuda",
-        "-p",
-        "no:cacheprovider",
-        "tests/test_cuda.py",
-    ]
+    command = [sys.executable, *"-m pytest -n 0 -m cuda -p no:cacheprovider tests/test_cuda.py".split()]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if finished.returncode not in (0, 5):
         raise RuntimeError(finished.stdout[-2000:] + finished.stderr[-2000:])
@@ -54,8 +42,9 @@ def quickstart(device: str, tiny: bool) -> Figures:  # noqa: ARG001
         if tiny:
             model = f"--model.init_args.backbone.pretrained={saved(Path(folder) / 'model', TINY)}"
             both = [model, "--trainer.accelerator=cpu"]
-            train += [*both, "--trainer.max_steps=2", "--trainer.limit_val_batches=0", "--data.init_args.batch_size=1"]
-            test += [*both, "--trainer.limit_test_batches=1", "--data.init_args.batch_size=1"]
+            train += [*both, "--trainer.max_steps=2", "--trainer.limit_val_batches=0"]
+            few = ["windows=1", "depths=[0.5]", "cases_per_cell=1", "lengths=[256]", "continuation_tokens=16"]
+            test += [*both, *(f"--data.init_args.{setting}" for setting in few)]
         seconds = [_ran(folder, *train), _ran(folder, *test)]
         rows = json.loads((Path(folder) / "output/quickstart/report.json").read_text())["rows"]
     found = {f"{row['metric']}, {row['press']} {row['compression_ratio']:g}": row for row in rows}
@@ -168,9 +157,12 @@ def sharded(device: str, tiny: bool) -> Figures:
     """Three steps under FSDP2 with one rank, against the same steps of one process."""
     from gpu_attention import losses_of_three_steps
 
+    from sparsekv_pl.backbone import Backbone
+
     with tempfile.TemporaryDirectory() as folder:
-        model = saved(Path(folder), TINY if tiny else BILLION | {"num_hidden_layers": 4})
-        alone, sharded_ = (losses_of_three_steps(model, device, flag) for flag in (False, True))
+        model, adapter = saved(Path(folder) / "model", TINY if tiny else BILLION | {"num_hidden_layers": 4}), folder
+        Backbone(model).load()[0].save_pretrained(adapter)
+        alone, sharded_ = (losses_of_three_steps(model, adapter, device, flag) for flag in (False, True))
     return {"losses, one process": alone, "losses, FSDP2 with one rank": sharded_}
 
 

@@ -22,7 +22,8 @@ def test_every_part_runs_on_the_cpu_and_is_kept(tmp_path: Path, capsys: pytest.C
     for part, result in kept.items():
         assert result["figures"], part
         assert f"| {part} | seconds |" in said
-    four_bit, dropout = kept["four_bit"]["figures"], kept["kv_dropout"]["figures"]
+    four_bit, dropout, sharded = (kept[part]["figures"] for part in ("four_bit", "kv_dropout", "sharded"))
+    assert sharded["losses, FSDP2 with one rank"] == pytest.approx(sharded["losses, one process"], abs=1e-3)
     assert four_bit["gradients finite"]
     assert all(value < 1e-4 for name, value in dropout.items() if "off by" in name)
     assert gpu.main(["--tiny", "--output", str(tmp_path), "--only", *parts]) == 0
