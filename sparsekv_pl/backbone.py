@@ -274,8 +274,7 @@ def _explained(pretrained: str) -> Iterator[None]:
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pretrained: str) -> None:
     """Raise ``ValueError`` if the tokenizer makes ids of text that the embedding does not have.
 
-    Special tokens that only images or sounds stand for may lie beyond it, as in text-only Gemma 3: a text that spells
-    one out fails at the embedding.
+    Special tokens of images or sounds may lie beyond it (Gemma 3): a text that spells one out fails at the embedding.
     """
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     unread = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}

@@ -4,8 +4,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
+
+from sparsekv_pl.refused_callbacks import refuse_callbacks
 
 
 class RunOutput:
@@ -36,3 +38,8 @@ class WritesOutput(LightningModule):
     @output.setter
     def output(self, folder: str | Path) -> None:
         self._run_output = RunOutput(folder)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Refuse the trainer's callbacks that cannot work in an evaluation."""
+        refuse_callbacks(self.trainer)
+        return []

@@ -52,6 +52,7 @@ FOUNDATIONS = {
         "quantisation",
         "ranks",
         "redaction",
+        "refused_callbacks",
         "run_length",
         "run_name",
         "schedules",

@@ -14,8 +14,8 @@ from typing_extensions import override
 
 from sparsekv_pl.batch import Batch
 from sparsekv_pl.modules.precision import check_precision
-from sparsekv_pl.modules.refused_callbacks import refuse_callbacks
 from sparsekv_pl.modules.resumption import Resumption
+from sparsekv_pl.refused_callbacks import refuse_callbacks
 
 log = logging.getLogger(__name__)
 

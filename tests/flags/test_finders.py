@@ -16,8 +16,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau as WithoutMonitor
 from callbacks.adapter_export import AdapterExport
 from callbacks.curriculum import Curriculum
 from sparsekv_pl.modules.eit import EITModule
+from sparsekv_pl.modules.evaluation import EvaluationModule
 from sparsekv_pl.schedules import Fixed
-from tests.tiny_training import MakeData, MakeTrainer, trained
+from tests.tiny_training import MakeBackbone, MakeCases, MakeData, MakeTrainer, trained
 
 MakeModule = Callable[..., EITModule]
 MONITOR = "val/perplexity_evicted"
@@ -123,3 +124,11 @@ def test_overfitting_repeats_the_first_batches(
         tiny_trainer(overfit_batches=2, max_epochs=-1).fit(
             module(), tiny_data(), ckpt_path=str(tmp_path / "saved.ckpt")
         )
+
+
+def test_an_evaluation_refuses_to_look_for_a_batch_size(
+    tiny_backbone: MakeBackbone, tiny_cases: MakeCases, tiny_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    evaluation = EvaluationModule(tiny_backbone(), [], str(tmp_path))
+    with pytest.raises(ValueError, match=r"BatchSizeFinder would measure cases twice; set data\.batch_size"):
+        tiny_trainer(BatchSizeFinder()).test(evaluation, tiny_cases(), verbose=False)
