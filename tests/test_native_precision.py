@@ -251,6 +251,9 @@ COMPARED = {
     "benchmarks/chunked_loss.py": "both, side by side",
     "benchmarks/kv_dropout.py": "both, side by side",
     "benchmarks/quickstart_profile.py": "each, over its own products",
+    "benchmarks/gpu_attention.py": "the reference in float32, the time in what GPUs of today train in",
+    "benchmarks/gpu_models.py": "what GPUs of today train in",
+    "benchmarks/gpu_parts.py": "what GPUs of today train in",
     "benchmarks/fsdp_checks.py": "each precision against one process",
     "benchmarks/fsdp_runs.py": "each precision's tolerance",
 }

@@ -135,9 +135,8 @@ def test_without_a_shortest_context_batches_are_what_they_were(tokenizer, number
     whole = ragged(tokenizer, numbered, shortest_context=None)
     for step, batch in enumerate(take(whole, 12)):
         read = [next(text) for _ in range(ROWS)]
-        assert set(batch) == {
-            *("context_ids", "continuation_ids", "continuation_lengths", "labels", "supervised"),
-            *("document_ids", "tasks", "skipped_documents"),
+        assert set(batch) - {"continuation_lengths"} == {  # there where the questions differ in length
+            *("context_ids", "continuation_ids", "labels", "supervised", "document_ids", "tasks", "skipped_documents"),
         }
         if random.Random(f"kind/0/{step}").random() < whole.retrieval_share:
             cases = [task.case(step * ROWS + row, window) for row, window in enumerate(read)]
