@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kvpress import AdaKVPress, ExpectedAttentionPress, KeyDiffPress, KnormPress, SnapKVPress
+from kvpress import AdaKVPress, BasePress, ExpectedAttentionPress, KeyDiffPress, KnormPress, SnapKVPress, TOVAPress
 from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -30,6 +30,7 @@ from sparsekv_pl.modules.student import Student
 from sparsekv_pl.modules.training import MicroBatch, _fault
 from sparsekv_pl.objectives import EIT, Layerwise, Mixed, Objective, Reconstruction, SelectionObjective
 from sparsekv_pl.presses import AnchorPress, BlockDropoutPress, EvictionAugPress, SoftThresholdPress
+from sparsekv_pl.presses.scores import press_name
 from sparsekv_pl.teacher import Teacher
 from tests.accelerator import Accelerators, place, placed, spread
 from tests.conftest import VOCABULARY
@@ -95,6 +96,32 @@ def waits_of_a_step(layers: int, eviction: Eviction, objective: Objective, token
         terms["loss"].backward()
         assert not _fault([MicroBatch({"loss": terms["loss"].detach()}, {}, [])], optimizer, False)
     return accelerators.waits
+
+
+def learnt(press: BasePress, tokenizer: Any, device: str | None) -> dict[str, Tensor]:
+    """The loss and the gradients of a training step, on the CPU or on what says that it is a GPU."""
+    model = model_of(2).train()
+    objective = Mixed([EIT(), SelectionObjective()])
+    objective.prepare(tokenizer)
+    batch = training_batch()
+    if device is not None:
+        place(model, device)
+        batch = placed(batch, device)
+    student = Student(model, ChunkedEviction(press, catch_scores=True), Teacher(model), objective)
+    with Accelerators():
+        loss = objective(student.view(batch, 0.5, 0)[0])["loss"]
+        loss.backward()
+    found = {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: getattr(value, "plain", value) for name, value in found.items()}
+
+
+@pytest.mark.parametrize("press", [ExpectedAttentionPress(), SnapKVPress(window_size=8), TOVAPress()], ids=press_name)
+def test_a_press_that_is_not_waited_for_computes_what_it_does_on_a_cpu(press: BasePress, tokenizer: Any) -> None:
+    on_cpu, on_gpu = learnt(press, tokenizer, None), learnt(press, tokenizer, "cuda:0")
+    assert on_cpu.keys() == on_gpu.keys()
+    assert len(on_cpu) > 10
+    for name, value in on_cpu.items():
+        torch.testing.assert_close(on_gpu[name], value, msg=name)
 
 
 STEPS: dict[str, tuple[Callable[[], Eviction], Callable[[], Objective], dict[str, Any], int]] = {
