@@ -28,7 +28,7 @@ from sparsekv_pl.redaction import redact_output, redacted
 from sparsekv_pl.run_length import fill_length
 from sparsekv_pl.run_name import add_name, fill_name
 from sparsekv_pl.second_signal import second_stops_at_once
-from sparsekv_pl.trainer_limits import check_limits
+from sparsekv_pl.trainer_limits import check_limits, counts_before_shares
 from sparsekv_pl.user_errors import told
 from sparsekv_pl.yaml_keys import check_unique_keys
 
@@ -78,6 +78,12 @@ class Parser(LightningArgumentParser):
 
     _reading = "the value"
     """The file that is being read."""
+
+    def add_lightning_class_args(self, *args: Any, **settings: Any) -> list[str]:
+        """Add a class's options; what may be a count or a share stays the one that was given."""
+        added = super().add_lightning_class_args(*args, **settings)
+        counts_before_shares(self._actions)
+        return added
 
     def parse_path(self, path: str | os.PathLike[str], *args: Any, **settings: Any) -> Namespace:
         """A file's settings; what is wrong with the file itself is said with its name."""

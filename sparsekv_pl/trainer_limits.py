@@ -1,7 +1,21 @@
 """Limits of a run that contradict each other, or leave nothing to do: Lightning takes them without a word."""
 
-from collections.abc import Mapping
-from typing import Any
+from argparse import Action
+from collections.abc import Iterable, Mapping
+from typing import Any, Union, get_args
+
+
+def counts_before_shares(actions: Iterable[Action]) -> None:
+    """Have 1 read as one batch and 1.0 as all, wherever an option of ``actions`` takes an int or a float.
+
+    Python takes ``Optional[Union[int, float]]`` and ``Optional[Union[float, int]]`` for one type, whichever was written
+    first in the process; where that is float, jsonargparse makes 1.0 of 1: every batch, and no word said.
+    """
+    for action in actions:
+        kinds = get_args(getattr(action, "_typehint", None))
+        if int in kinds and float in kinds:
+            others = [kind for kind in kinds if kind not in (int, float)]
+            action._typehint = Union[tuple([int, float, *others])]  # type: ignore[attr-defined]  # noqa: UP007
 
 
 def check_limits(trainer: Mapping[str, Any], command: str) -> None:
