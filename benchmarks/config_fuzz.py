@@ -25,7 +25,7 @@ class Draws:
         self.faults: list[str] = []
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Have the cases drawn anew."""
+        """Draw the cases with this seed."""
         for item in items:
             item.module.SEED = self.seed  # type: ignore[attr-defined]
 
