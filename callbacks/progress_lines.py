@@ -25,7 +25,7 @@ class ProgressLines(ProgressBar):
 
     A training's line has the step, what the module logged as ``train/``, tokens per second of all ranks since the line
     before, and the time left by the pace so far, validation included. What takes longer than half a minute within one
-    batch of an evaluation is told by its module (``piece_done``).
+    batch of an evaluation is reported by its module (``piece_done``).
     """
 
     def __init__(self) -> None:

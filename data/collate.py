@@ -64,7 +64,7 @@ def _ids(rows: Sequence[list[int]], fill: int) -> torch.Tensor:
 
 
 def _with_lengths(batch: Batch, lengths: list[int]) -> Batch:
-    """The batch, told where it is supervised, and its contexts' lengths where they differ."""
+    """Add where the batch is supervised, and its contexts' lengths where they differ."""
     batch["supervised"] = Supervised.of(batch["labels"])
     if min(lengths) < max(lengths):
         batch["context_lengths"] = lengths
