@@ -18,8 +18,8 @@ from sparsekv_pl.second_signal import STOPS
 class Stopping(Callback):
     """The first SIGTERM or Ctrl-C says that what is being measured is finished; then the run ends with 143 or 130.
 
-    Ranks that Lightning started get the signal too. Trainings stop by ``SafeCheckpoint``; one without it stops as Lightning
-    does, and says so.
+    Ranks that Lightning started get the signal too. Trainings stop by ``SafeCheckpoint``; one without it stops as
+    Lightning does, and says so.
     """
 
     def __init__(self) -> None:
