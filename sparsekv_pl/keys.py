@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping
+from importlib.metadata import version
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ ASKED = ("task", "answers", "question", "answer_prefix", "max_new_tokens")
 """What decides how a case is measured and scored, and stands in its record."""
 NAMED = (*ASKED, "id", "depth", "seed", "document_ids", "answer_span")
 """Everything that is known of a case; its context is its tokens."""
+LIBRARIES = ("kvpress", "torch", "transformers")
+"""What presses, kernels and models come from: another version may compute something else."""
 PACKED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -82,8 +85,12 @@ def batch_of(batch: CaseBatch, named: bool) -> dict[str, Any]:
 
 
 def computed_by(module: "LightningModule") -> dict[str, str]:
-    """What computes: a device's kind decides roundings and times, its number does not."""
-    return {"precision": str(module.trainer.precision), "device": module.device.type}
+    """What computes: a device's kind decides roundings and times, its number does not; a library's version may."""
+    return {
+        "precision": str(module.trainer.precision),
+        "device": module.device.type,
+        **{name: version(name) for name in LIBRARIES},
+    }
 
 
 def _digest(tensor: Tensor) -> str:

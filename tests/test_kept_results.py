@@ -196,7 +196,7 @@ def batch() -> CaseBatch:
 
 @pytest.mark.parametrize("kept", KEPT, ids=str)
 def test_a_module_keeps_results_by_every_setting_that_decides_them(
-    kept: Kept, loaded: Backbone, batch: CaseBatch, tiny_trainer: Any, tmp_path: Path
+    kept: Kept, loaded: Backbone, batch: CaseBatch, tiny_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(b"one")
     taken = inspect.signature(kept.kind).parameters
@@ -220,7 +220,10 @@ def test_a_module_keeps_results_by_every_setting_that_decides_them(
             assert keys(**{name: OTHER[name]}) == first, f"{name} decides nothing"
     if backbone:
         (tmp_path / "adapter_model.safetensors").write_bytes(b"other")
-        assert keys() - first, "another adapter under the same path"
+        other = keys()
+        assert other - first, "another adapter under the same path"
+        monkeypatch.setattr("sparsekv_pl.keys.version", lambda name: f"another {name}")
+        assert not keys() & other, "another version of kvpress"
     if kept.kind not in (HarnessModule, SketchWalkValidation, HostedModule):
         for name in ("context_ids", "continuation_ids", "continuation_lengths"):
             assert not keys({**batch, name: batch[name] + 1}) & first, name  # type: ignore[literal-required, misc, typeddict-item]

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 RECORD = "decided_by"
 """Where a checkpoint holds what cannot change at resume."""
+PRECISION = "computed_in"
+"""Where a checkpoint holds the trainer's precision, which follows the machine and may change at resume."""
 SHOWN = 3
 NEW_RUN = "or start a new run from what was exported (model.backbone.adapter) without ckpt_path"
 
@@ -46,10 +48,18 @@ class Resumption(Callback):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[RECORD] = _decided(pl_module)
+        checkpoint[PRECISION] = str(trainer.precision)
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._resumed = True
+        was, now = checkpoint.get(PRECISION), str(trainer.precision)
+        if was not in (None, now):
+            log.warning(
+                "the checkpoint was trained in %s, this run goes on in %s: losses differ in their last digits; "
+                "--trainer.precision %s computes as before",
+                *(was, now, was),
+            )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -60,6 +60,7 @@ def fit(
         lora: Lora | None = None,
         stopping: int = 3,
         curriculum: bool = True,
+        precision: Any = "32-true",
         **backbone: Any,
     ) -> EITModule:
         torch.manual_seed(0)
@@ -76,7 +77,12 @@ def fit(
             EarlyStopping("val/perplexity_full", patience=stopping),
         ]
         trainer = tiny_trainer(
-            *callbacks, max_steps=steps, max_epochs=-1, enable_checkpointing=True, limit_val_batches=1
+            *callbacks,
+            max_steps=steps,
+            max_epochs=-1,
+            enable_checkpointing=True,
+            limit_val_batches=1,
+            precision=precision,
         )
         trainer.fit(module, tiny_data(), ckpt_path=str(tmp_path / "last.ckpt") if resume else None)
         return module
@@ -114,6 +120,16 @@ def test_settings_of_the_optimizer_and_of_callbacks_are_this_runs(
     assert "lr 0.01 -> 0.001" in caplog.text
     (stopping,) = (c for c in module.trainer.callbacks if isinstance(c, EarlyStopping))  # type: ignore[attr-defined]
     assert stopping.patience == 7
+
+
+def test_another_precision_than_the_checkpoints_is_named(
+    fit: Callable[..., EITModule], caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(DONE)
+    assert fit(DONE + 1, resume=True).global_step == DONE + 1
+    assert "was trained in" not in caplog.text
+    assert fit(DONE + 2, resume=True, precision="bf16-mixed").global_step == DONE + 2
+    assert "the checkpoint was trained in 32-true, this run goes on in bf16-mixed" in caplog.text
 
 
 @pytest.mark.parametrize(
