@@ -3,7 +3,7 @@
 Run from the checkout: ``python benchmarks/gpu.py``. It needs nothing from the network. Each part (gpu_parts.py) runs
 in a process of its own under its own time limit and leaves a file in ``--output``; run again, finished parts are taken
 from there and the rest is done. ``--only PART ...`` picks some. At the end come one JSON file, gpu.json, and one table:
-both go to docs/log.md as they are. ``--tiny`` runs every part on the CPU with tiny models, in this process.
+both go to docs/log/speed.md as they are. ``--tiny`` runs every part on the CPU with tiny models, in this process.
 """
 
 import argparse

@@ -22,9 +22,7 @@ NATIVE_CAPABILITY = (8, 0)
 NATIVE_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 """torch's names of the instructions that multiply bfloat16: x86's, then Arm's."""
 
-EMULATION = (
-    "products took 4 to 9 times as long as in float32 forwards and 13 to 65 times backwards (docs/log.md, 2026-11-29)"
-)
+EMULATION = "products took 4 to 9 times as long as in float32 forwards and 13 to 65 times backwards (docs/log/speed.md)"
 """On a CPU; measured with benchmarks/bfloat16.py."""
 
 

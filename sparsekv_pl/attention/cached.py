@@ -101,7 +101,7 @@ def _check_unmasked(module: nn.Module, newest_visible: Tensor | None) -> None:
 def one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
     """(B, 1, H, D): what one new token per row (B, H, 1, D) attends to, in float32 and without repeating KV heads.
 
-    On CPUs PyTorch's kernel takes several times as long for a single query in bfloat16: see docs/log.md.
+    On CPUs PyTorch's kernel takes several times as long for a single query in bfloat16: see docs/log/speed.md.
     """
     batch, heads, _, dim = query.shape
     kv_heads = key.shape[1]
