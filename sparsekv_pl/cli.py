@@ -24,6 +24,7 @@ from sparsekv_pl.config_values import check_shape, check_values, explained
 from sparsekv_pl.modules.precision import decide_settings
 from sparsekv_pl.out_of_memory import out_of_memory_explained
 from sparsekv_pl.pace import without_bars
+from sparsekv_pl.public_addresses import public_addresses
 from sparsekv_pl.redaction import redact_output, redacted
 from sparsekv_pl.run_length import fill_length
 from sparsekv_pl.run_name import add_name, fill_name
@@ -201,7 +202,13 @@ class CommandLine(LightningCLI):
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Saves the resolved configuration where the logger writes, and gives it to all loggers as hyper-parameters."""
+    """Saves the resolved configuration where the logger writes, and gives it to all loggers as hyper-parameters.
+
+    Paths of web addresses are left out, for they may hold keys.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **settings: Any) -> None:
+        super().__init__(parser, public_addresses(config), **settings)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """On all ranks, which agree on the folder."""
@@ -256,6 +263,7 @@ def run(command_line: Callable[[], Any]) -> None:
 def quieten() -> None:
     """Silence what libraries say of themselves and no user can act on."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # misses an optional kernel, also where nothing is 4-bit
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # says the address of every request, and a path may hold a key
     advertised = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     advertised.addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
     for message in CHATTER:

@@ -1,24 +1,14 @@
-"""Asking a model behind an OpenAI-compatible endpoint, within limits on tokens and on money."""
+"""A model behind an OpenAI-compatible endpoint: what asking it takes, and may take."""
 
 import os
 import re
-import threading
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from sparsekv_pl.hosted_address import check_address, host_of, is_loopback
-from sparsekv_pl.hosted_reply import Answer, Usage, error_kind, error_message, read_reply
-from sparsekv_pl.redaction import redacted
+from sparsekv_pl.hosted_address import check_address, host_of
+from sparsekv_pl.hosted_reply import Usage
 
-if TYPE_CHECKING:
-    from openai import OpenAI
-
-REFUSED_FOR_ALL = {401, 403, 404}
-"""Statuses that every further request would get too: wrong key, no right, no such model or address."""
-MESSAGE_CHARACTERS = 300
 LONGEST_WAIT = 86_400
 """Seconds: a day; a clock fails beyond some number of them."""
 
@@ -30,10 +20,6 @@ class Request:
     prompt: str
     prompt_tokens: int
     max_new_tokens: int
-
-
-OnAnswer = Callable[[int, Answer], None]
-"""Called with a request's index and its answer."""
 
 
 @dataclass
@@ -54,17 +40,18 @@ class HostedModel:
     key_variable
         NAME of the environment variable that holds the key, in capitals; null where the endpoint needs none.
     timeout
-        Seconds to wait for an answer.
+        Seconds from sending a request to the last byte of its reply, however it arrives.
     retries
-        After a timeout, a lost connection, a 408, 409, 429 or 5xx: the openai client waits 0.5 s, 1 s, 2 s, ... 8 s, or
-        as long as the server's Retry-After says.
+        After a timeout, a lost connection, a 408, 409, 429 or 5xx; the wait before is 0.5 s, 1 s, 2 s, ... 8 s, or the
+        server's Retry-After where that is at most a minute.
     concurrency
         Requests under way at a time.
     dollars_per_million_input, dollars_per_million_output
         Prices of a million tokens read and written; null where unknown or free.
     max_dollars, max_tokens_total
         What one run may take: checked before the first request against the most that all could take, and before every
-        request against what was really used. null means no limit.
+        attempt against what was really used, where a timeout or a lost connection counts as the most that it could use.
+        null means no limit.
     length_parameter
         OpenAI's newer models want max_completion_tokens.
     thinking_tokens
@@ -166,107 +153,3 @@ class HostedModel:
                 f"{len(requests)} requests to {self.model} may take too much: {reason}. "
                 "Nothing was sent; raise the limit (hosted.max_...) or measure fewer or shorter cases"
             )
-
-    def ask(
-        self,
-        requests: Sequence[Request],
-        count_tokens: Callable[[str], int],
-        on_answer: OnAnswer | None = None,
-    ) -> list[Answer]:
-        """The answers in the order of ``requests``; a request that fails has an answer with an error.
-
-        ``count_tokens`` counts an answer's tokens where the endpoint reports no usage. ``on_answer(index, answer)`` is
-        called as each arrives, one at a time, so that nothing paid for is lost when the run is stopped.
-
-        Raises
-        ------
-        ValueError
-            Before anything is sent: limits could be passed, or there is no key.
-        """
-        from openai import DefaultHttpxClient, OpenAI
-
-        self.check(requests)
-        key = self.key()
-        transport = DefaultHttpxClient(timeout=self.timeout, trust_env=not is_loopback(self.base_url))
-        # Without a key of its own the client would send the environment's OPENAI_API_KEY to any endpoint.
-        with OpenAI(
-            api_key=key or "none",
-            base_url=self.base_url,
-            timeout=self.timeout,
-            max_retries=self.retries,
-            http_client=transport,
-        ) as client:
-            asking = _Asking(self, client, key, count_tokens, on_answer)
-            pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="hosted")
-            try:
-                futures = [pool.submit(asking.one, index, request) for index, request in enumerate(requests)]
-                return [future.result() for future in futures]
-            finally:  # after Ctrl-C: wait for what is under way and paid for, send nothing more
-                pool.shutdown(cancel_futures=True)
-
-
-class _Asking:
-    """The state that the requests of one ``HostedModel.ask`` share."""
-
-    def __init__(
-        self,
-        hosted: HostedModel,
-        client: "OpenAI",
-        key: str | None,
-        count_tokens: Callable[[str], int],
-        on_answer: OnAnswer | None,
-    ) -> None:
-        self.hosted, self.client, self.key = hosted, client, key
-        self.count_tokens, self.on_answer = count_tokens, on_answer
-        self.lock = threading.Lock()
-        self.used = Usage()
-        """What finished requests used, and the most that those under way can use."""
-        self.halted: str | None = None
-
-    def one(self, index: int, request: Request) -> Answer:
-        """Send one request if the limits still allow it, and report its answer."""
-        most = self.hosted.most(request)
-        with self.lock:
-            reason = self.halted or self.hosted.passed(self.used + most)
-            if reason is None:
-                self.used += most
-        if reason is not None:
-            answer = Answer(error="not_sent", message=self.blot(reason))
-        else:
-            answer = self.send(request)
-        with self.lock:
-            if reason is None:
-                self.used += most.times(-1) + self.billed(most, answer)
-            if self.on_answer is not None:
-                self.on_answer(index, answer)
-        return answer
-
-    def billed(self, most: Usage, answer: Answer) -> Usage:
-        """What to count: a provider may bill what timed out or came back garbled, each attempt of it."""
-        attempts = {"timeout": self.hosted.retries + 1, "malformed": 1}
-        return most.times(attempts[answer.error]) if answer.error in attempts else answer.usage
-
-    def send(self, request: Request) -> Answer:
-        """One request, with the client's retries."""
-        from openai import OpenAIError
-
-        hosted = self.hosted
-        settings = {"temperature": 0, hosted.length_parameter: request.max_new_tokens + hosted.thinking_tokens}
-        sent = {name: value for name, value in (settings | hosted.options).items() if value is not None}
-        start = time.perf_counter()
-        try:
-            completion = self.client.chat.completions.create(
-                model=hosted.model, messages=[{"role": "user", "content": request.prompt}], extra_body=sent
-            )
-        except (OpenAIError, ValueError) as error:  # ValueError: a reply that is no JSON
-            answer = Answer(error=error_kind(error), message=error_message(error))
-            if getattr(error, "status_code", None) in REFUSED_FOR_ALL:
-                self.halted = f"an earlier request was refused: {answer.message}"
-        else:
-            answer = read_reply(completion, request.prompt_tokens, self.count_tokens)
-        text, message = self.blot(answer.text), redacted(self.blot(answer.message))[:MESSAGE_CHARACTERS]
-        return replace(answer, text=text, message=message, seconds=time.perf_counter() - start)
-
-    def blot(self, text: str) -> str:
-        """``text`` without the key, which some servers repeat in what they say."""
-        return text.replace(self.key, "[key]") if self.key else text

@@ -28,7 +28,12 @@ def redacted(text: str) -> str:
 
 
 def check_no_secret(key: str, text: str) -> None:
-    """Raise ``ValueError`` if the setting ``key`` holds a credential: configurations are saved, also in checkpoints."""
+    """Raise ``ValueError`` if the setting ``key`` holds a credential: configurations are saved, also in checkpoints.
+
+    So is an address of which the part was hidden that was no one else's business.
+    """
+    if HIDDEN in text and text.startswith(("http://", "https://")):
+        raise ValueError(f"{key}={text}: a part was hidden when this configuration was saved; give the whole address")
     if (text and is_secret_name(key)) or redacted(text) != text:
         raise ValueError(
             f"{key} holds a key, token or password (not shown), and configurations are saved with what they make: "

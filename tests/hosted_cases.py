@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from sparsekv_pl.hosted_client import Answer, HostedModel, Request
+from sparsekv_pl.hosted_client import HostedModel, Request
+from sparsekv_pl.hosted_reply import Answer
+from sparsekv_pl.hosted_requests import ask
 
 KEY = "sk-test-5f3a9c1d7e2b"
 AT_ONCE = {"retry_after_ms": "1"}
@@ -25,5 +27,5 @@ def words(text: str) -> int:
 
 
 def ask_one(model: HostedModel, request: Request | None = None) -> Answer:
-    (answer,) = model.ask([request or requests(1)[0]], words)
+    (answer,) = ask(model, [request or requests(1)[0]], words)
     return answer

@@ -12,7 +12,10 @@ from typing import Any
 
 @dataclass
 class Reply:
-    """A reply after ``delay`` seconds; ``body`` is sent as it is if it is bytes."""
+    """A reply after ``delay`` seconds; ``body`` is sent as it is if it is bytes, part by part if it yields them.
+
+    With status 0 the body is all that is sent: no status line, no headers but its own.
+    """
 
     body: Any
     status: int = 200
@@ -78,14 +81,17 @@ def serving(*script: Reply, answer: Callable[[dict[str, Any]], Reply] | None = N
             with scripted.counted():
                 reply = scripted.reply(body, {name.lower(): value for name, value in self.headers.items()})
                 time.sleep(reply.delay)
-            content = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
+            content = reply.body
+            if not isinstance(content, Iterator):
+                content = iter([content if isinstance(content, bytes) else json.dumps(content).encode()])
             try:
-                self.send_response(reply.status)
-                fields = {"content-type": "application/json", "content-length": str(len(content))}
-                for name, value in (fields | reply.headers).items():
-                    self.send_header(name.replace("_", "-"), value)
-                self.end_headers()
-                self.wfile.write(content)
+                if reply.status:
+                    self.send_response(reply.status)
+                    for name, value in ({"content-type": "application/json"} | reply.headers).items():
+                        self.send_header(name.replace("_", "-"), value)
+                    self.end_headers()  # and no length: the end of the connection is the end of the body
+                for part in content:
+                    self.wfile.write(part)
             except OSError:
                 self.close_connection = True  # the client has waited long enough
 

@@ -2,7 +2,9 @@
 
 import pytest
 
-from sparsekv_pl.hosted_client import Answer, Request, Usage
+from sparsekv_pl.hosted_client import Request
+from sparsekv_pl.hosted_reply import Answer, Usage
+from sparsekv_pl.hosted_requests import ask
 from tests.hosted_cases import AT_ONCE, GEMINI_TOO_LONG, VLLM_TOO_LONG, ask_one, hosted, requests, words
 from tests.scripted_server import Reply, failed, said, serving
 
@@ -31,7 +33,7 @@ def test_options_are_added_and_null_takes_a_field_away() -> None:
 def test_answers_come_in_the_order_of_the_requests_and_are_reported_one_by_one() -> None:
     reported: dict[int, Answer] = {}
     with serving(answer=lambda body: said(body["messages"][0]["content"].upper())) as (_, url):
-        answers = hosted(url).ask(requests(20), words, reported.__setitem__)
+        answers = ask(hosted(url), requests(20), words, reported.__setitem__)
     assert [answer.text for answer in answers] == [f"QUESTION {index}" for index in range(20)]
     assert [reported[index] for index in range(20)] == answers
 
@@ -73,7 +75,7 @@ def test_the_servers_retry_after_is_kept() -> None:
         (Reply(b"<html>\xff"), "malformed", 1),
         (Reply(None), "malformed", 1),
         (Reply({"id": "1"}), "malformed", 1),
-        (Reply({"choices": []}), "malformed", 1),
+        (Reply({"choices": []}), "unreadable", 1),
     ],
 )  # fmt: skip
 def test_kinds_of_error(reply: Reply, kind: str, sent: int) -> None:
@@ -88,7 +90,7 @@ def test_kinds_of_error(reply: Reply, kind: str, sent: int) -> None:
 def test_a_server_that_hangs_is_a_timeout_and_counts_as_used() -> None:
     with serving(Reply({}, delay=0.6), Reply({}, delay=0.6), said("late")) as (server, url):
         model = hosted(url, timeout=0.15, retries=1, concurrency=1, max_tokens_total=25)
-        first, second = model.ask(requests(2), words)
+        first, second = ask(model, requests(2), words)
     assert first.error == "timeout"
     assert len(server.bodies) == 2
     assert second.error == "not_sent"  # both attempts may be billed: 20 of the 25 tokens, and 10 more are too many
@@ -123,7 +125,7 @@ def test_thoughts_that_are_in_the_total_alone_are_counted() -> None:
 
 def test_a_refusal_that_holds_for_all_stops_the_rest() -> None:
     with serving(failed(401, "wrong key")) as (server, url):
-        answers = hosted(url, concurrency=1).ask(requests(5), words)
+        answers = ask(hosted(url, concurrency=1), requests(5), words)
     assert [answer.error for answer in answers] == ["refused"] + ["not_sent"] * 4
     assert "wrong key" in answers[4].message
     assert len(server.bodies) == 1
@@ -133,8 +135,8 @@ def test_requests_overlap_up_to_the_concurrency() -> None:
     reply = said("x")
     reply.delay = 0.1
     with serving(reply) as (server, url):
-        hosted(url, concurrency=3).ask(requests(9), words)
+        ask(hosted(url, concurrency=3), requests(9), words)
         assert server.most_under_way == 3
     with serving(reply) as (server, url):
-        hosted(url, concurrency=1).ask(requests(3), words)
+        ask(hosted(url, concurrency=1), requests(3), words)
         assert server.most_under_way == 1

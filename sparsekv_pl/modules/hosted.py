@@ -5,6 +5,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,16 +15,21 @@ from sparsekv_pl.gguf_checkpoint import EMBEDDED
 from sparsekv_pl.hosted_address import host_of
 from sparsekv_pl.hosted_client import HostedModel, Request
 from sparsekv_pl.hosted_reply import FINAL, Answer, Usage
+from sparsekv_pl.hosted_requests import ask
 from sparsekv_pl.keys import key_of
 from sparsekv_pl.metrics.retrieval import RetrievalScores, retrieval_scores
-from sparsekv_pl.pace import Pace
+from sparsekv_pl.pace import ticking
 from sparsekv_pl.reporting import run_environment, terminal_table, write_run
-from sparsekv_pl.reporting.console import console, show, show_report
+from sparsekv_pl.reporting.console import show, show_report
 from sparsekv_pl.reporting.loggers import log_scores
 from sparsekv_pl.results import Record, Results
 from sparsekv_pl.run_output import WritesOutput
 
 log = logging.getLogger(__name__)
+
+TOKENS = ("prompt_tokens", "completion_tokens")
+"""Columns of a record: the usage of a request, all attempts of all runs together."""
+ANSWERED = "answered"
 
 
 class Question(NamedTuple):
@@ -102,24 +108,41 @@ class HostedModule(WritesOutput):
                 self.skipped += 1
                 continue
             question = self._question(info, batch["context_ids"].shape[1])
-            if not self.dry and self.results.get(question.key) is None:
+            if not self.dry and not self._finished(question.key):
                 self.hosted.key()  # a missing key is better known now than after all cases were made
             self.questions.append(question)
 
     def on_test_end(self) -> None:
-        """Ask what is not finished, write the report and print the table."""
+        """Ask what is not finished, write the report and print the table.
+
+        Raises
+        ------
+        ValueError
+            After the report: the endpoint refused what every further request would ask too.
+        """
         if self.skipped:
             log.warning("%d text windows skipped: hosted models answer questions alone", self.skipped)
-        missing = [question for question in self.questions if self.results.get(question.key) is None]
+        missing = [question for question in self.questions if not self._finished(question.key)]
         print(self._plan(missing))
         if self.dry or not self.questions:
             return
-        unfinished = self._ask(missing)
-        records = [
-            question.described | (self.results.get(question.key) or [unfinished.get(question.key, {})])[0]
-            for question in self.questions
-        ]
-        self._report(records)
+        answers, unfinished = self._ask(missing)
+        self._report(
+            [
+                question.described | (unfinished.get(question.key) or self.results.get(question.key) or [{}])[0]
+                for question in self.questions
+            ]
+        )
+        for answer in answers:
+            if answer.stops:
+                raise ValueError(
+                    f"{self.hosted.model} was asked no further: {answer.message}. What is answered is kept in "
+                    f"{self.output}; mend it and run again to ask the rest"
+                )
+
+    def _finished(self, key: str) -> bool:
+        records = self.results.get(key)
+        return records is not None and _kind(records[0]) in (ANSWERED, *FINAL)
 
     def _question(self, info: CaseInfo, length: int) -> Question:
         prompt = prompt_of(info)
@@ -161,35 +184,30 @@ class HostedModule(WritesOutput):
             + (". Dry: nothing sent" if self.dry else "")
         )
 
-    def _ask(self, questions: Sequence[Question]) -> dict[str, Record]:
-        """Keep the answers that are final in ``results``; return the records of the others, by key."""
-        from rich.markup import escape
-        from rich.progress import Progress
-
+    def _ask(self, questions: Sequence[Question]) -> tuple[list[Answer], dict[str, list[Record]]]:
+        """Keep what is final or was paid for in ``results``; return the answers, and other records by their keys."""
         name = "hosted_" + re.sub(r"[^\w.-]+", "_", self.hosted.model)
-        unfinished: dict[str, Record] = {}
-        shows, terminal = self.trainer.progress_bar_callback is not None, console().is_terminal
-        pace = Pace(f"asking {self.hosted.model}", "requests", len(questions))
-        with Progress(disable=not (shows and terminal)) as progress:
-            task = progress.add_task(f"asking {escape(self.hosted.model)}", total=len(questions))
+        unfinished: dict[str, list[Record]] = {}
+        silent = self.trainer.progress_bar_callback is None
+        tick = ticking(f"asking {self.hosted.model}", "requests", len(questions), silent)
 
-            def arrived(index: int, answer: Answer) -> None:
-                question = questions[index]
-                record = _record(question.info, answer, self.hosted)
-                if answer.error is None or answer.error in FINAL:
-                    self.results.put(question.key, [record], name)
-                else:
-                    unfinished[question.key] = record
-                progress.advance(task)
-                if shows and not terminal:
-                    pace.reached(progress.tasks[task].completed)
+        def arrived(index: int, answer: Answer) -> None:
+            question = questions[index]
+            before = (self.results.get(question.key) or [{}])[0]
+            spent = Usage(*(before.get(column, 0) for column in TOKENS)) + answer.usage
+            record = _record(question.info, replace(answer, usage=spent), self.hosted)
+            if answer.error is None or answer.error in FINAL or answer.usage.total:
+                self.results.put(question.key, [record], name)
+            else:
+                unfinished[question.key] = [record]
+            tick()
 
-            if questions:
-                self.hosted.ask([question.request for question in questions], self._count, arrived)
-        return unfinished
+        requests = [question.request for question in questions]
+        return (ask(self.hosted, requests, self._count, arrived) if questions else []), unfinished
 
     def _report(self, records: Sequence[Record]) -> None:
-        print(self._summary(records))
+        usage = self._summary(records)
+        print(usage)
         scores = RetrievalScores()
         answered = [record for record in records if "error" not in record]
         for record in answered:
@@ -197,7 +215,6 @@ class HostedModule(WritesOutput):
         if answered:
             means = {f"hosted/{name}": float(value) for name, value in scores.compute().items()}
             log_scores(self.loggers, means)
-        usage = self._summary(records)
         measured = run_environment(
             self, self.started, endpoint=host_of(self.hosted.base_url), device="hosted", usage=usage
         )
@@ -207,14 +224,12 @@ class HostedModule(WritesOutput):
 
     def _summary(self, records: Sequence[Record]) -> str:
         """How many answers and errors, what they took, and who counted."""
-        kinds = Counter(record["error"].split(":")[0] if "error" in record else "answered" for record in records)
-        used = Usage(
-            sum(record.get("prompt_tokens", 0) for record in records),
-            sum(record.get("completion_tokens", 0) for record in records),
-        )
+        kinds = Counter(_kind(record) for record in records)
+        used = Usage(*(sum(record.get(column, 0) for record in records) for column in TOKENS))
         counters = sorted({record["counted_by"] for record in records if "counted_by" in record})
         counted = f", counted by the {' and the '.join(counters)}" if counters else ""
-        cut = sum(record.get("finish_reason") == "length" and not record.get("answer") for record in records)
+        empty = [record for record in records if "answer" in record and not record["answer"].strip()]
+        cut = sum(record["finish_reason"] == "length" for record in empty)
         hint = f"; {cut} empty answers were cut off: a thinking model needs hosted.thinking_tokens" if cut else ""
         said = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
         return f"{self.hosted.model}: {said}; {_cost(self.hosted, used)}{counted}{hint}"
@@ -226,6 +241,11 @@ def prompt_of(info: CaseInfo) -> str:
     if not asked.rstrip().endswith(info.question.strip()):
         asked += info.question
     return f"{asked.rstrip()}\n{info.answer_prefix.strip()}".rstrip()
+
+
+def _kind(record: Record) -> str:
+    """Of error, or ``ANSWERED``."""
+    return str(record["error"]).partition(":")[0] if "error" in record else ANSWERED
 
 
 def _record(info: CaseInfo, answer: Answer, hosted: HostedModel) -> Record:
