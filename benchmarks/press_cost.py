@@ -28,7 +28,8 @@ from sparsekv_pl.presses import (
     SoftThresholdPress,
     VariableBlockPress,
 )
-from sparsekv_pl.presses.scores import only_trains, press_name
+from sparsekv_pl.presses.scores import press_name
+from sparsekv_pl.presses.traits import traits_of
 
 LENGTHS, RATIO, ROUNDS = (2_048, 8_192), 0.75, 5
 GOALS = {"over SnapKV": 0.5, "of the prefill": 0.01}
@@ -59,7 +60,7 @@ def evicting(recorded: RecordedPrefill, press: kvpress.BasePress) -> Callable[[]
     """Every layer's hook once. Not ``recorded.evicted``, which copies the cache first and keeps scores."""
     with press(recorded.model):
         pass  # to prepare it
-    layers, trains = recorded.cache.layers, only_trains(press)
+    layers, trains = recorded.cache.layers, traits_of(press).only_trains
     whole = [(layer.keys, layer.values) for layer in layers]
 
     @torch.no_grad()

@@ -28,7 +28,7 @@ from sparsekv_pl.eviction.prefill import chunk_bounds, continue_from, prefill
 from sparsekv_pl.eviction.prefilled import Prefilled
 from sparsekv_pl.eviction.press_fit import check_press
 from sparsekv_pl.pace import ticking
-from sparsekv_pl.presses.scores import observation_window
+from sparsekv_pl.presses.traits import traits_of
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +120,7 @@ class PressedLM(HFLM):
             )
         self.chat_template_args: dict[str, Any] = {**self.chat_template_args, "strftime_now": DAY.strftime}
         self.press, self.chunk_tokens = press, chunk_tokens
+        self.window = 0 if press is None else traits_of(press).window
         self.held_back, self.rolling_tokens = held_back, rolling_tokens
         self.evictions: dict[str, list[Eviction]] = {}
 
@@ -218,7 +219,7 @@ class PressedLM(HFLM):
 
     def _long_enough(self, tokens: int) -> bool:
         shortest = min(stop - start for start, stop in chunk_bounds(tokens, self.chunk_tokens))
-        return shortest > observation_window(self.press)
+        return shortest > self.window
 
     def _score(self, prefilled: Prefilled, held: list[int], continuation: list[int]) -> Scored:
         ids = self._batch(held + continuation[:-1])

@@ -14,7 +14,9 @@ from kvpress import (
     ExpectedAttentionPress,
     KeyDiffPress,
     KeyRerotationPress,
+    KVComposePress,
     LeverageScorePress,
+    ObservedAttentionPress,
     SnapKVPress,
     TOVAPress,
 )
@@ -174,6 +176,13 @@ def test_presses_that_would_see_something_else_are_refused_by_name_at_load(name:
         with pytest.raises(ValueError, match=type(model).__name__) as refused:
             check_press(model, press)
         assert "\n" not in str(refused.value)
+
+
+def test_a_press_that_reads_attention_weights_is_refused_at_load() -> None:
+    model = made("llama")
+    for press in (ObservedAttentionPress(), AdaKVPress(ObservedAttentionPress()), KVComposePress()):
+        with pytest.raises(ValueError, match=r"(ObservedAttention|KVCompose) reads attention weights"):
+            check_press(model, press)
 
 
 def test_only_ids_that_text_can_produce_must_fit_the_embedding(tiny_models: dict[str, str]) -> None:

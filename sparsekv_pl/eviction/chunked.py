@@ -19,7 +19,8 @@ from sparsekv_pl.eviction.prefilled import Prefilled
 from sparsekv_pl.eviction.reach import check_continuation
 from sparsekv_pl.eviction.result import Evicted, EvictedContext
 from sparsekv_pl.presses.draws import draw
-from sparsekv_pl.presses.scores import set_compression_ratio
+from sparsekv_pl.presses.ratio import set_compression_ratio
+from sparsekv_pl.presses.traits import traits_of
 
 
 @dataclass
@@ -59,7 +60,7 @@ class ChunkedEviction:
 
     def check(self, context_tokens: int) -> None:
         """Raise ``ValueError`` if a chunk would be too short for the press, or the press cannot be run in chunks."""
-        check_chunks(self.press, chunk_bounds(context_tokens, self.chunk_tokens), self.catch_scores)
+        check_chunks(traits_of(self.press), chunk_bounds(context_tokens, self.chunk_tokens), self.catch_scores)
 
     def __call__(
         self,

@@ -3,13 +3,14 @@
 from collections.abc import Collection
 
 import torch
-from kvpress import DecodingPress, ScorerPress
+from kvpress import BasePress, DecodingPress
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.eviction.prefilled import Prefilled
-from sparsekv_pl.presses.scores import observation_window, press_name, set_compression_ratio
+from sparsekv_pl.presses.ratio import set_compression_ratio
+from sparsekv_pl.presses.traits import traits_of
 
 
 @torch.no_grad()
@@ -57,7 +58,7 @@ def read_while_evicting(
     model: PreTrainedModel,
     prefilled: Prefilled,
     continuation_ids: Tensor,
-    press: ScorerPress,
+    press: BasePress,
     budget: int,
     interval: int,
 ) -> Tensor:
@@ -70,11 +71,11 @@ def read_while_evicting(
     ValueError
         For a press that is no scorer or looks at a window longer than ``interval``, and for a budget below 1.
     """
-    window = observation_window(press)
-    if not isinstance(press, ScorerPress) or window > interval or budget < 1:
+    traits = traits_of(press)
+    if not traits.evicts_while_decoding or traits.window > interval or budget < 1:
         raise ValueError(
-            f"{press_name(press)} cannot evict every {interval} tokens down to {budget} during decoding: it must be a "
-            f"scorer, its window ({window} tokens) at most the interval, and the budget at least 1"
+            f"{traits.name} cannot evict every {interval} tokens down to {budget} during decoding: it must be a "
+            f"scorer, its window ({traits.window} tokens) at most the interval, and the budget at least 1"
         )
     set_compression_ratio(press, 0.0)  # DecodingPress sets its own
     evicting = DecodingPress(press, compression_interval=interval, target_size=budget)

@@ -4,14 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from kvpress import BasePress, KeyRerotationPress, ScorerPress
 from torch import Tensor
 from transformers import DynamicCache
 
 from sparsekv_pl.eviction.rotation import Rotation
-from sparsekv_pl.presses.deciding import selecting_press
-from sparsekv_pl.presses.in_order import InOrderPress
 from sparsekv_pl.presses.scores import CaughtScores, catch_scores, press_name
+from sparsekv_pl.presses.traits import PressTraits
 from sparsekv_pl.selection import Selection
 
 
@@ -26,16 +24,13 @@ class Keeper:
     frequencies (see ``Rotation``), for a press that re-rotates keys.
     """
 
-    def __init__(
-        self, press: BasePress, deciding: BasePress, with_scores: bool, follow: bool, inv_freq: Tensor | None
-    ) -> None:
-        self.press = press
-        self.deciding = selecting_press(deciding)
-        self.in_order = isinstance(deciding, InOrderPress)
-        self.rotation = None
-        if isinstance(deciding, KeyRerotationPress):
-            assert inv_freq is not None
-            self.rotation = Rotation(inv_freq)
+    def __init__(self, traits: PressTraits, with_scores: bool, follow: bool, inv_freq: Tensor | None) -> None:
+        deciding = traits.deciding
+        self.press = traits.press
+        self.selecting = deciding.selecting if deciding.by_scores else None
+        self.order_only = {id(part.press) for part in traits.parts if part.order_only}
+        self.in_order = deciding.in_order
+        self.rotation = Rotation(inv_freq) if deciding.by_scores and inv_freq is not None else None
         self.with_scores = with_scores
         self.follow = follow
         self.selections: list[Selection] = []
@@ -53,7 +48,7 @@ class Keeper:
             yield
         for scored in caught:
             self._note(scored, cache, seen)
-        if self.follow and isinstance(self.deciding, ScorerPress):
+        if self.follow and self.selecting is not None:
             self._follow_unscored(cache, seen)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -79,8 +74,9 @@ class Keeper:
                     f"{press_name(self.press)} scores the context by parts, which a selection loss cannot follow: "
                     "take a press that scores it at once, or leave the selection objective out"
                 )
-            self.selections.append(Selection(scored.layer, press_name(scored.scorer), scored.scores, positions))
-        if positions is not None and scored.scorer is self.deciding:
+            name, order_only = press_name(scored.scorer), id(scored.scorer) in self.order_only
+            self.selections.append(Selection(scored.layer, name, scored.scores, positions, order_only))
+        if positions is not None and scored.scorer is self.selecting:
             self._restore_order(scored, positions, cache)
 
     def _follow_unscored(self, cache: DynamicCache, seen: int) -> None:

@@ -1,16 +1,9 @@
 """What a model or a press cannot do: positions not trained on, keys beyond a window, weights on disk, chunks."""
 
-from kvpress import BasePress, ChunkKVPress, CriticalAdaKVPress, CriticalKVPress, KVzipPress
 from transformers import PreTrainedModel
 
 from sparsekv_pl.decoder import decoder_of
-from sparsekv_pl.presses.scores import ONE_CHUNK, observation_window, press_name, presses_in
-
-READS_WEIGHTS = (CriticalAdaKVPress, CriticalKVPress, KVzipPress)
-"""Presses that multiply with a layer's output projection themselves."""
-
-FIRST_ROW_DECIDES = (ChunkKVPress,)
-"""Presses that look at the scores of a batch's first row alone."""
+from sparsekv_pl.presses.traits import PressTraits
 
 CHANGING_ROPE = ("dynamic", "longrope")
 """Types of RoPE whose frequencies depend on how long the text is."""
@@ -65,11 +58,11 @@ def check_rope(model: PreTrainedModel, first: int, total: int, rotates: bool = F
         )
 
 
-def check_rows(press: BasePress, rows: int) -> None:
-    """Raise ``ValueError`` if ``press`` would choose for every one of ``rows`` rows what it chooses for the first."""
-    if rows > 1 and any(isinstance(inner, FIRST_ROW_DECIDES) for inner in presses_in(press)):
+def check_rows(traits: PressTraits, rows: int) -> None:
+    """Raise ``ValueError`` if a press would choose for every one of ``rows`` rows what it chooses for the first."""
+    if rows > 1 and traits.first_row_decides:
         raise ValueError(
-            f"{press_name(press)} keeps in all {rows} rows of a batch what the first row's scores say: set batch_size=1"
+            f"{traits.name} keeps in all {rows} rows of a batch what the first row's scores say: set batch_size=1"
         )
 
 
@@ -83,29 +76,28 @@ def check_sliding_window(model: PreTrainedModel, tokens: int) -> None:
         )
 
 
-def check_weights(model: PreTrainedModel, press: BasePress) -> None:
-    """Raise ``ValueError`` if ``press`` reads weights that lie on disk: it would silently compute garbage."""
-    if any(isinstance(inner, READS_WEIGHTS) for inner in presses_in(press)) and any(
-        parameter.is_meta for parameter in model.parameters()
-    ):
+def check_weights(model: PreTrainedModel, traits: PressTraits) -> None:
+    """Raise ``ValueError`` if a press reads weights that lie on disk: it would silently compute garbage."""
+    reads = any("weights" in part.needs for part in traits.parts)
+    if reads and any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
-            f"{press_name(press)} reads weights of the model, some of which lie on disk: use another press, or a "
+            f"{traits.name} reads weights of the model, some of which lie on disk: use another press, or a "
             "placement with enough memory"
         )
 
 
-def check_chunks(press: BasePress, bounds: list[tuple[int, int]], with_scores: bool) -> None:
-    """Raise ``ValueError`` where ``press`` cannot be run in chunks of these bounds."""
-    shortest, window = min(stop - start for start, stop in bounds), observation_window(press)
-    if shortest <= window:
+def check_chunks(traits: PressTraits, bounds: list[tuple[int, int]], with_scores: bool) -> None:
+    """Raise ``ValueError`` where a press cannot be run in chunks of these bounds."""
+    shortest = min(stop - start for start, stop in bounds)
+    if shortest <= traits.window:
         raise ValueError(
-            f"{press_name(press)} looks at a window of {window} tokens but the context is run in chunks of {shortest}: "
-            "use a longer context, longer chunks (chunk_tokens) or a smaller window_size (n_sink)"
+            f"{traits.name} looks at a window of {traits.window} tokens but the context is run in chunks of {shortest}"
+            ": use a longer context, longer chunks (chunk_tokens) or a smaller window_size (n_sink)"
         )
-    # ChunkKVPress moves groups of pairs: its scores do not tell which it kept.
-    unfit = (*ONE_CHUNK, ChunkKVPress) if with_scores else ONE_CHUNK
-    if len(bounds) > 1 and any(isinstance(p, unfit) or getattr(p, "one_chunk", False) for p in presses_in(press)):
+    # Of a press that moves groups of pairs (ChunkKVPress) scores do not tell which it kept.
+    followed = all(candidate.by_scores or candidate.only_trains for candidate in traits.candidates)
+    if len(bounds) > 1 and not (traits.works_in_chunks and (followed or not with_scores)):
         raise ValueError(
-            f"{press_name(press)} cannot evict from {len(bounds)} chunks: it masks KV pairs instead of removing them, "
+            f"{traits.name} cannot evict from {len(bounds)} chunks: it masks KV pairs instead of removing them, "
             "or looks at the whole context at once. Use one chunk (chunk_tokens: null) or another press"
         )

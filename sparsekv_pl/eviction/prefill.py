@@ -28,19 +28,13 @@ from sparsekv_pl.eviction.limits import (
 from sparsekv_pl.eviction.prefilled import Prefilled
 from sparsekv_pl.eviction.shifted_rotary import queries_from
 from sparsekv_pl.eviction.unread import last_mlp_for
-from sparsekv_pl.presses.deciding import deciding_press
 from sparsekv_pl.presses.no_waiting import no_waiting
 from sparsekv_pl.presses.notes import NOTES, PressNotes
-from sparsekv_pl.presses.scores import (
-    only_trains,
-    press_name,
-    presses_in,
-    rerotates_keys,
-    scorers_in,
-    set_compression_ratio,
-)
+from sparsekv_pl.presses.ratio import set_compression_ratio
+from sparsekv_pl.presses.scores import scorers_in
 from sparsekv_pl.presses.shared_work import shared_work
-from sparsekv_pl.presses.tokens import TOKEN_IDS, ReadsTokens
+from sparsekv_pl.presses.tokens import TOKEN_IDS
+from sparsekv_pl.presses.traits import traits_of
 
 
 def chunk_bounds(tokens: int, chunk_tokens: int | None) -> list[tuple[int, int]]:
@@ -87,22 +81,22 @@ class ChunkedPrefill:
         with_scores: bool = False,
         with_positions: bool = False,
     ) -> None:
-        self.model, self.press, self.budget = model, press, budget
+        self.model, self.budget = model, budget
         self.bounds = chunk_bounds(tokens, chunk_tokens)
-        self.deciding = deciding_press(press)
-        self.rotates = rerotates_keys(self.deciding)
+        self.traits = None if press is None else traits_of(press)
+        self.deciding = None if self.traits is None else self.traits.deciding
+        self.rotates = self.deciding is not None and self.deciding.re_rotates
         self.ratio: float | None = None
         self.notes: PressNotes | None = None
         check_sliding_window(model, tokens)
-        if press is not None and self.deciding is not None:
-            check_chunks(press, self.bounds, with_scores)
-            check_weights(model, press)
+        if self.traits is not None and self.deciding is not None:
+            check_chunks(self.traits, self.bounds, with_scores)
+            check_weights(model, self.traits)
             if len(self.bounds) > 1 or budget is not None:
-                self.ratio = self.deciding.compression_ratio
-                set_compression_ratio(self.deciding, self.ratio)  # raises here where there is none to set
+                self.ratio = self.deciding.press.compression_ratio
+                set_compression_ratio(self.deciding.press, self.ratio)  # raises here where there is none to set
             inv_freq = decoder_of(model).rotary_emb.inv_freq if self.rotates else None
-            follow = with_positions or len(self.bounds) > 1
-            self.keeper = Keeper(press, self.deciding, with_scores, follow, inv_freq)
+            self.keeper = Keeper(self.traits, with_scores, with_positions or len(self.bounds) > 1, inv_freq)
             self.notes = PressNotes(positions=self.keeper.positions, key_log_weights=self.keeper.log_weights)
         check_rope(model, self.bounds[0][1], tokens, self.rotates)
         check_positions(model, self._positions(), tokens, self.rotates)
@@ -127,12 +121,12 @@ class ChunkedPrefill:
                 f"chunk {self.chunks_done} of {len(self.bounds)} has tokens {start} to {stop} but {chunk_ids.shape[1]} "
                 "were given: cut the context at the bounds"
             )
-        if self.press is not None:
-            check_rows(self.press, len(chunk_ids))
+        if self.traits is not None:
+            check_rows(self.traits, len(chunk_ids))
         held = self.cache.get_seq_length()
         position = held if self.rotates else start
         told = self._told(chunk_ids)
-        rotated = queries_from(self.model, position if self.press is not None else 0)
+        rotated = queries_from(self.model, position if self.traits is not None else 0)
         with self._evicting(held, start, stop), rotated, last_mlp_for(self.model, 0):
             continue_from(self.model, chunk_ids, self.cache, position, **told)
         self.chunks_done += 1
@@ -141,12 +135,12 @@ class ChunkedPrefill:
         """The cache as the last chunk left it."""
         assert not self.chunks_left
         position = self.cache.get_seq_length() if self.rotates else self.seen
-        if self.press is None:
+        if self.traits is None:
             return Prefilled(self.cache, position, [])
         for layer, weights in self.keeper.log_weights.items():
             if weights.shape[2] != self.cache.get_seq_length(layer):
                 raise ValueError(
-                    f"{press_name(self.press)} fades out {weights.shape[2]} keys, of which another press left "
+                    f"{self.traits.name} fades out {weights.shape[2]} keys, of which another press left "
                     f"{self.cache.get_seq_length(layer)}: take the fading press alone"
                 )
         return Prefilled(self.cache, position, self.keeper.selections, self.notes, self.keeper.positions)
@@ -156,7 +150,7 @@ class ChunkedPrefill:
 
         Gradients flow through it. What was said of the chunks so far (scores, losses) is not in it.
         """
-        state = {} if self.press is None else self.keeper.state_dict()
+        state = {} if self.traits is None else self.keeper.state_dict()
         for index, layer in enumerate(self.cache.layers):
             assert layer.keys is not None and layer.values is not None
             state |= {f"keys.{index}": layer.keys, f"values.{index}": layer.values}
@@ -172,7 +166,7 @@ class ChunkedPrefill:
             if f"keys.{index}" in state:
                 keys, values = (state[f"{name}.{index}"].to(_device(layer)) for name in ("keys", "values"))
                 self.cache.update(keys, values, index)
-        if self.press is not None:
+        if self.traits is not None:
             self.keeper.load_state_dict(state, [_device(layer) for layer in decoder.layers])
         if self.notes is not None:
             self.notes.token_ids = state.get("token_ids")
@@ -180,10 +174,10 @@ class ChunkedPrefill:
 
     def _told(self, chunk_ids: Tensor) -> dict[str, Any]:
         """What the press is told besides the chunk, and attention of what the press said before: see ``PressNotes``."""
-        if self.press is None or self.notes is None:
+        if self.traits is None or self.notes is None:
             return {}
         self.notes.start = self.seen
-        if any(isinstance(inner, ReadsTokens) for inner in presses_in(self.press)):
+        if self.traits.reads_tokens:
             before = self.notes.token_ids
             self.notes.token_ids = chunk_ids if before is None else torch.cat([before, chunk_ids], dim=1)
         return {NOTES: self.notes, "key_log_weights": self.notes.key_log_weights}
@@ -191,25 +185,27 @@ class ChunkedPrefill:
     @contextmanager
     def _evicting(self, held: int, start: int, stop: int) -> Iterator[None]:
         """The press on the model, at this chunk's ratio."""
-        if self.press is None or self.deciding is None:
+        if self.traits is None or self.deciding is None:
             yield
             return
+        press, decides = self.traits.press, self.deciding.press
         ratio, chunk = self.ratio, held + stop - start
         if ratio is not None:
-            set_compression_ratio(self.deciding, _chunk_ratio(chunk, stop, ratio, self.budget))
+            set_compression_ratio(decides, _chunk_ratio(chunk, stop, ratio, self.budget))
         try:
-            shared, keeping = shared_work(self.model, self.press), self.keeper(self.cache, stop)
-            with self._passing(), keeping, shared, no_waiting(self.press), self.press(self.model):
+            shared, keeping = shared_work(self.model, self.traits), self.keeper(self.cache, stop)
+            with self._passing(), keeping, shared, no_waiting(press), press(self.model):
                 yield
         finally:
             if ratio is not None:
-                set_compression_ratio(self.deciding, ratio)
+                set_compression_ratio(decides, ratio)
 
     @contextmanager
     def _passing(self) -> Iterator[None]:
         """In evaluation, presses for training alone keep everything, also in wrappers that only ask for scores."""
         assert self.deciding is not None
-        passing = scorers_in(self.deciding) if only_trains(self.deciding) and not self.model.training else []
+        keeps_all = self.deciding.only_trains and not self.model.training
+        passing = scorers_in(self.deciding.press) if keeps_all else []
         ratios = [scorer.compression_ratio for scorer in passing]
         for scorer in passing:
             scorer.compression_ratio = 0.0

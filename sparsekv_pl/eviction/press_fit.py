@@ -6,26 +6,12 @@ when the first context has been read.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from kvpress import (
-    BasePress,
-    CAMPress,
-    CapPress,
-    CompactorPress,
-    ExpectedAttentionPress,
-    FinchPress,
-    KVzipPress,
-    LeverageScorePress,
-    NonCausalAttnPress,
-    SimLayerKVPress,
-    SnapKVPress,
-    ThinKPress,
-    TOVAPress,
-)
+from kvpress import BasePress
 from kvpress.utils import get_prerope_key_states, get_prerope_query_states
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -34,31 +20,8 @@ from transformers.models.llama.modeling_llama import rotate_half
 from sparsekv_pl.attention.cached import CACHED, attention_implementation, passing
 from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.rotation import turned
-from sparsekv_pl.presses.adaptive_block_dropout import AdaptiveBlockDropoutPress
-from sparsekv_pl.presses.scores import press_name, presses_in, rerotates_keys
-from sparsekv_pl.presses.soft_threshold import SoftThresholdPress
-from sparsekv_pl.presses.sparse_reg import SparseRegPress
+from sparsekv_pl.presses.traits import Need, PressTraits, traits_of
 from sparsekv_pl.seeding import generator_for
-
-READS_WINDOW = (AdaptiveBlockDropoutPress, SoftThresholdPress, SparseRegPress)
-"""Presses of ours that compute queries (presses/window.py): RoPE may turn a part of the dimensions alone."""
-
-COMPUTES_QUERIES = (
-    CAMPress,
-    CapPress,
-    CompactorPress,
-    ExpectedAttentionPress,
-    FinchPress,
-    KVzipPress,
-    NonCausalAttnPress,
-    SimLayerKVPress,
-    SnapKVPress,
-    TOVAPress,
-    ThinKPress,
-)
-COMPUTES_KEYS = (CompactorPress, LeverageScorePress)
-READS_ROTARY = (CapPress, ExpectedAttentionPress)
-"""Presses that ask ``rotary_emb`` for positions that are still to come."""
 
 TOKENS, SHIFT = 8, 5
 NEAR = 0.1
@@ -93,24 +56,31 @@ def check_press(model: PreTrainedModel, press: BasePress | None) -> None:
     """
     if press is None:
         return
+    traits = traits_of(press)
     layers = list(getattr(decoder_of(model), "layers", [None]))
     without = [number for number, layer in enumerate(layers) if not hasattr(layer, "self_attn")]
     if without:
         raise ValueError(
-            f"{press_name(press)} cannot evict in {type(model).__name__}: its layers {_few(without)} have no attention "
+            f"{traits.name} cannot evict in {type(model).__name__}: its layers {_few(without)} have no attention "
             "(self_attn), and presses of kvpress know no other layers. Choose a model with attention in every layer"
         )
+    for part in traits.parts:
+        if "attention" in part.needs:
+            raise ValueError(
+                f"{part.name} reads attention weights, an L x L matrix that nothing here computes: take a press that "
+                "computes the rows it needs (SnapKVPress, TOVAPress)"
+            )
     if any(parameter.is_meta for parameter in decoder_of(model).parameters()):
         return
     seen: list[_Seen] = []
-    for inner in presses_in(press):
-        for needed, wrong in _checks(inner):
+    for part in traits.parts:
+        for needed, wrong in _checks(part):
             if not seen:
                 seen += [_forward(model, 0), _forward(model, SHIFT)]
             layers_wrong = [layer for layer in sorted(seen[0].query) if _fails(wrong, model, layer, seen)]
             if layers_wrong:
                 raise ValueError(
-                    f"{press_name(inner)} does not fit {type(model).__name__}: it {needed}, which this model does not "
+                    f"{part.name} does not fit {type(model).__name__}: it {needed}, which this model does not "
                     f"do as Llama does, in layers {_few(layers_wrong)}. Take a press that does not (KeyDiffPress, "
                     "KnormPress), or another model"
                 )
@@ -119,17 +89,10 @@ def check_press(model: PreTrainedModel, press: BasePress | None) -> None:
 Check = Callable[[PreTrainedModel, int, list[_Seen]], float]
 
 
-def _checks(press: BasePress) -> Iterator[tuple[str, Check]]:
-    """What ``press`` relies on, in words and as a relative error."""
-    if isinstance(press, READS_ROTARY):
-        yield "asks the model's RoPE (rotary_emb) for later positions", _rotary_error
-    if isinstance(press, READS_WINDOW):
-        yield "computes queries from q_proj and RoPE", _query_error
-    if isinstance(press, COMPUTES_QUERIES):
-        yield "computes queries from q_proj and a RoPE that turns all of them", _whole_query_error
-    if isinstance(press, COMPUTES_KEYS):
-        yield "computes keys from k_proj and RoPE", _key_error
-    if rerotates_keys(press):
+def _checks(traits: PressTraits) -> Iterator[tuple[str, Check]]:
+    """What a press relies on, in words and as a relative error."""
+    yield from (check for need, check in CHECKS.items() if need in traits.needs)
+    if traits.re_rotates:
         yield "turns keys to other positions by the model's RoPE (rotary_emb)", _turn_error
 
 
@@ -166,6 +129,14 @@ def _turn_error(model: PreTrainedModel, layer: int, seen: list[_Seen]) -> float:
     first, later = (each.key[layer] for each in seen)
     by = torch.full(first.shape[:3], SHIFT, device=first.device)
     return _error(turned(first, by, decoder_of(model).rotary_emb.inv_freq), later)
+
+
+CHECKS: Mapping[Need, tuple[str, Check]] = {
+    "rotary": ("asks the model's RoPE (rotary_emb) for later positions", _rotary_error),
+    "queries": ("computes queries from q_proj and RoPE", _query_error),
+    "whole queries": ("computes queries from q_proj and a RoPE that turns all of them", _whole_query_error),
+    "keys": ("computes keys from k_proj and RoPE", _key_error),
+}
 
 
 def _turned_whole(seen: _Seen, layer: int) -> bool:

@@ -12,17 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from kvpress import (
-    BasePress,
-    ExpectedAttentionPress,
-    KeyDiffPress,
-    KnormPress,
-    LagKVPress,
-    PyramidKVPress,
-    ScorerPress,
-    SnapKVPress,
-    TOVAPress,
-)
+from kvpress import BasePress, ScorerPress
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -31,19 +21,8 @@ from sparsekv_pl.eviction.limits import check_rows, check_weights
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.eviction.prefilled import Prefilled, copy_cache
 from sparsekv_pl.presses.no_waiting import no_waiting
-from sparsekv_pl.presses.scores import presses_in, rerotates_keys
 from sparsekv_pl.presses.shared_work import shared_work
-
-SAME_AT_EVERY_RATIO = (
-    ExpectedAttentionPress,
-    KeyDiffPress,
-    KnormPress,
-    LagKVPress,
-    PyramidKVPress,
-    SnapKVPress,
-    TOVAPress,
-)
-"""Scorers, these very classes, whose scores depend on nothing but the prefill and their settings."""
+from sparsekv_pl.presses.traits import PressTraits, traits_of
 
 
 @dataclass
@@ -82,25 +61,27 @@ class RecordedPrefill:
 
         A press that runs the model itself (KVzipPress) cannot be replayed and gets a prefill of its own.
         """
-        if press is not None and not replayable(press):
+        traits = None if press is None else traits_of(press)
+        if traits is not None and not traits.replayable:
             return prefill(self.model, self.context_ids, press)
         cache = copy_cache(self.cache)
         for call in self.calls:
             call.module.masked_key_indices = None  # type: ignore[assignment]  # left by a head-wise press before this one
-        if press is not None:
-            check_weights(self.model, press)
-            check_rows(press, len(self.context_ids))
-            shared = shared_work(self.model, press)
-            with shared, self._scored_once(press), no_waiting(press), press(self.model):
+        position = self.context_ids.shape[1]
+        if press is not None and traits is not None:
+            check_weights(self.model, traits)
+            check_rows(traits, len(self.context_ids))
+            shared = shared_work(self.model, traits)
+            with shared, self._scored_once(traits), no_waiting(press), press(self.model):
                 for call in self.calls:
                     kwargs = {**call.kwargs, "past_key_values": cache}
                     press.forward_hook(call.module, [], kwargs, call.output)
-        position = cache.get_seq_length() if rerotates_keys(press) else self.context_ids.shape[1]
+            position = cache.get_seq_length() if traits.re_rotates else position
         return Prefilled(cache, position, [])
 
     @contextmanager
-    def _scored_once(self, press: BasePress) -> Iterator[None]:
-        scorers = [inner for inner in presses_in(press) if type(inner) in SAME_AT_EVERY_RATIO]
+    def _scored_once(self, traits: PressTraits) -> Iterator[None]:
+        scorers: list[Any] = [part.press for part in traits.parts if part.same_at_every_ratio]
         for scorer in scorers:
             scorer.score = partial(self._score, scorer)
         try:
@@ -121,8 +102,3 @@ class RecordedPrefill:
         if key not in self._scores:  # with the scorer, so that no other can take its id
             self._scores[key] = scorer, type(scorer).score(scorer, module, hidden_states, keys, *args, **kwargs)
         return self._scores[key][1].clone()  # wrappers write into it
-
-
-def replayable(press: BasePress) -> bool:
-    """Whether ``press`` only looks at layers that have run, and does not run the model itself (KVzipPress does)."""
-    return all(type(inner).__call__ is BasePress.__call__ for inner in presses_in(press))

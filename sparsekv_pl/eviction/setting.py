@@ -10,14 +10,9 @@ from kvpress import BasePress
 from sparsekv_pl.eviction.limits import check_chunks
 from sparsekv_pl.eviction.prefill import chunk_bounds
 from sparsekv_pl.keys import settings_of
-from sparsekv_pl.presses.deciding import deciding_press
-from sparsekv_pl.presses.scores import (
-    observation_window,
-    only_trains,
-    press_name,
-    set_compression_ratio,
-    written_ratio,
-)
+from sparsekv_pl.presses.ratio import set_compression_ratio, written_ratio
+from sparsekv_pl.presses.scores import press_name
+from sparsekv_pl.presses.traits import traits_of
 from sparsekv_pl.schedules import check_compression_ratio
 
 log = logging.getLogger(__name__)
@@ -117,19 +112,19 @@ class Setting:
 
     def check(self, context_tokens: int) -> None:
         """Raise ``ValueError`` where contexts of this length cannot be evicted from in this way."""
+        traits = traits_of(self.press)
         if self.decoding_interval is None:
-            check_chunks(self.press, chunk_bounds(context_tokens, self.chunk_tokens), with_scores=False)
-        elif self.decoding_interval < observation_window(self.press):
+            check_chunks(traits, chunk_bounds(context_tokens, self.chunk_tokens), with_scores=False)
+        elif self.decoding_interval < traits.window:
             raise ValueError(
-                f"decoding_interval={self.decoding_interval} is shorter than the window of {press_name(self.press)}, "
-                f"{observation_window(self.press)} tokens: make it as long, or give the press a smaller window_size"
+                f"decoding_interval={self.decoding_interval} is shorter than the window of {traits.name}, "
+                f"{traits.window} tokens: make it as long, or give the press a smaller window_size"
             )
 
 
 def check_evicts(press: BasePress) -> None:
     """Raise ``ValueError`` for a press with which an evaluation would be one of the full cache under its name."""
-    deciding = deciding_press(press)
-    if deciding is not None and only_trains(deciding):
+    if traits_of(press).deciding.only_trains:
         raise ValueError(
             f"{press_name(press)} evicts in training alone, so the full cache would be measured under its name: "
             "evaluate with a press that evicts then too (SnapKVPress, KeyDiffPress)"

@@ -12,13 +12,15 @@ from sparsekv_pl.eviction.decoding import greedy, read_while_evicting
 from sparsekv_pl.eviction.ledger import ledger
 from sparsekv_pl.eviction.prefill import continue_from, prefill
 from sparsekv_pl.eviction.prefilled import Prefilled
-from sparsekv_pl.eviction.replay import RecordedPrefill, replayable
+from sparsekv_pl.eviction.replay import RecordedPrefill
 from sparsekv_pl.eviction.setting import Point
 from sparsekv_pl.measures.reading import FullCacheReading
 from sparsekv_pl.measures.stability import StabilityProbe
 from sparsekv_pl.metrics.retrieval import retrieval_scores
 from sparsekv_pl.monitoring import Phases, timed
-from sparsekv_pl.presses.scores import press_name, set_compression_ratio
+from sparsekv_pl.presses.ratio import set_compression_ratio
+from sparsekv_pl.presses.scores import press_name
+from sparsekv_pl.presses.traits import traits_of
 from sparsekv_pl.results import Record
 
 log = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ class Measurement:
     @torch.no_grad()
     def at(self, point: Point) -> list[Record]:
         """The batch's records, one per case."""
-        if point.press is not None and not replayable(point.press) and len(self.batch["cases"]) > 1:
+        if point.press is not None and not traits_of(point.press).replayable and len(self.batch["cases"]) > 1:
             return [record for row in range(len(self.batch["cases"])) for record in self._row(row).at(point)]
         if point.press is not None:
             set_compression_ratio(point.press, point.compression_ratio)

@@ -30,9 +30,9 @@ from sparsekv_pl.modules.resumption import check_resumable
 from sparsekv_pl.modules.student import Student
 from sparsekv_pl.modules.training import guards, watch
 from sparsekv_pl.objectives import EIT, Objective, StudentView
-from sparsekv_pl.presses.deciding import candidates
-from sparsekv_pl.presses.eviction_aug import EvictionAugPress
-from sparsekv_pl.presses.scores import learnable, press_name, rerotates_keys, written_ratio
+from sparsekv_pl.presses.ratio import written_ratio
+from sparsekv_pl.presses.scores import learnable
+from sparsekv_pl.presses.traits import traits_of
 from sparsekv_pl.ranks import means_over_ranks
 from sparsekv_pl.schedules import check_compression_ratio
 from sparsekv_pl.seeding import seed_for
@@ -136,7 +136,7 @@ class EITModule(LightningModule):
             for tokens in getattr(data, "context_lengths", [context_tokens]):
                 eviction.check(tokens)
             press = getattr(eviction, "press", None)
-            if press is None or not all(map(rerotates_keys, candidates(press))):
+            if press is None or not all(candidate.re_rotates for candidate in traits_of(press).candidates):
                 check_positions(causal_lm(self.model), reads, reads, rotates=False)
 
     def configure_model(self) -> None:
@@ -204,15 +204,14 @@ class EITModule(LightningModule):
     def describe_training(self) -> dict[str, Any]:
         """What an exported adapter says of how it was trained, JSON-able."""
         splits = getattr(getattr(self._trainer, "datamodule", None), "splits", None)
-        press = self.press
-        members = press.presses if isinstance(press, EvictionAugPress) else [press] if press is not None else []
+        members = () if self.press is None else traits_of(self.press).members
         return {
             "base": self.backbone.pretrained,
             "dtype": self.backbone.dtype,
             "base_weights": weights_digest(self.backbone.files()),
             "splits": None if splits is None else asdict(splits),
             "eviction": type(self.eviction).__name__,
-            "presses": [press_name(member) for member in members],
+            "presses": [member.name for member in members],
             "objective": type(self.objective).__name__,
         }
 

@@ -1,13 +1,9 @@
 """Which objectives, evictions and presses go together: checked before a model is loaded."""
 
-from kvpress import ScorerPress
-
 from sparsekv_pl.eviction import Eviction
 from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.objectives import Objective
-from sparsekv_pl.presses.deciding import candidates, selecting_press
-from sparsekv_pl.presses.scores import only_trains, press_name, presses_in, trainable_scorers
-from sparsekv_pl.presses.sparse_reg import SparseRegPress
+from sparsekv_pl.presses.traits import traits_of
 
 
 def fit_together(objective: Objective, eviction: Eviction) -> None:
@@ -24,20 +20,21 @@ def fit_together(objective: Objective, eviction: Eviction) -> None:
             )
     if not isinstance(eviction, ChunkedEviction):
         return
-    if objective.needs_press_losses and not any(isinstance(p, SparseRegPress) for p in presses_in(eviction.press)):
+    traits = traits_of(eviction.press)
+    if objective.needs_press_losses and not traits.adds_losses:
         raise ValueError(
-            f"the sparse_lm objective adds what SparseRegPress measures, and {press_name(eviction.press)} measures "
+            f"the sparse_lm objective adds what SparseRegPress measures, and {traits.name} measures "
             "nothing: put SparseRegPress around it, or take the LM objective"
         )
-    if objective.needs_selections and not trainable_scorers(eviction.press):
+    if objective.needs_selections and not traits.trainable:
         raise ValueError(
-            f"the selection objective has nothing to train in {press_name(eviction.press)}: its scores do not depend "
+            f"the selection objective has nothing to train in {traits.name}: its scores do not depend "
             "on the model. Add a press that scores with queries, keys or hidden states, or leave the objective out"
         )
-    silent = [press for press in candidates(eviction.press) if not isinstance(selecting_press(press), ScorerPress)]
+    silent = [candidate for candidate in traits.candidates if not candidate.by_scores]
     if objective.needs_contexts and silent:
         raise ValueError(
-            f"the reconstruction objective asks for what a press evicted, and {press_name(silent[0])} does not say "
+            f"the reconstruction objective asks for what a press evicted, and {silent[0].name} does not say "
             "which pairs those are: take one that selects by scores (SnapKVPress, say), or leave the objective out"
         )
     eviction.catch_scores = objective.needs_selections
@@ -47,8 +44,9 @@ def fit_together(objective: Objective, eviction: Eviction) -> None:
 def check_evicts_in_evaluation(eviction: Eviction) -> None:
     """Raise ``ValueError`` where validation under ``eviction`` would silently be validation with the full cache."""
     press = getattr(eviction, "press", None)
-    if press is not None and only_trains(press):
+    traits = None if press is None else traits_of(press)
+    if traits is not None and traits.only_trains:
         raise ValueError(
-            f"{press_name(press)} evicts in training alone, so validation would see the full cache: name what "
+            f"{traits.name} evicts in training alone, so validation would see the full cache: name what "
             "validation evicts with in validation_eviction (ChunkedEviction with SnapKVPress, say)"
         )

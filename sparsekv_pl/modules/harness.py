@@ -22,7 +22,7 @@ from sparsekv_pl.keys import computed_by, key_of
 from sparsekv_pl.modules.harness_records import case_records, score_records, table
 from sparsekv_pl.modules.harness_tasks import named_files, task_manager
 from sparsekv_pl.native_precision import warn_of_emulation
-from sparsekv_pl.presses.scores import set_compression_ratio
+from sparsekv_pl.presses.ratio import set_compression_ratio
 from sparsekv_pl.reporting.console import show, show_report
 from sparsekv_pl.reporting.loggers import log_scores
 from sparsekv_pl.results import Record, Results

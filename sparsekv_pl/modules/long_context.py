@@ -27,7 +27,8 @@ from sparsekv_pl.modules.stop_signal import stop_signal
 from sparsekv_pl.monitoring import Phases
 from sparsekv_pl.native_precision import warn_of_emulation
 from sparsekv_pl.planner import plan
-from sparsekv_pl.presses.scores import compression_ratio_of, press_name
+from sparsekv_pl.presses.ratio import compression_ratio_of
+from sparsekv_pl.presses.scores import press_name
 from sparsekv_pl.reporting import run_environment, terminal_table, write_run
 from sparsekv_pl.reporting.console import show, show_report
 from sparsekv_pl.reporting.loggers import log_scores

@@ -8,11 +8,11 @@ from sparsekv_pl.batch import Batch
 from sparsekv_pl.eviction import Eviction
 from sparsekv_pl.eviction.chunked import ChunkedEviction, continued
 from sparsekv_pl.eviction.prefill import full_cache
-from sparsekv_pl.eviction.replay import SAME_AT_EVERY_RATIO, RecordedPrefill
+from sparsekv_pl.eviction.replay import RecordedPrefill
 from sparsekv_pl.modules.student import Student
-from sparsekv_pl.presses.deciding import candidates, deciding_press
 from sparsekv_pl.presses.draws import draw
-from sparsekv_pl.presses.scores import set_compression_ratio
+from sparsekv_pl.presses.ratio import set_compression_ratio
+from sparsekv_pl.presses.traits import traits_of
 
 
 @torch.no_grad()
@@ -29,10 +29,8 @@ def full_and_evicted(student: Student, batch: Batch, compression_ratio: float, p
     assert isinstance(eviction, ChunkedEviction)
     draw(eviction.press, place)
     set_compression_ratio(eviction.press, compression_ratio)
-    recorded = RecordedPrefill(model, context)
-    full, evicted = (
-        continued(model, recorded.evicted(press), continuation) for press in (None, deciding_press(eviction.press))
-    )
+    recorded, deciding = RecordedPrefill(model, context), traits_of(eviction.press).deciding.press
+    full, evicted = (continued(model, recorded.evicted(press), continuation) for press in (None, deciding))
     return full, evicted
 
 
@@ -42,5 +40,5 @@ def _looks_on(eviction: Eviction, tokens: int) -> bool:
         isinstance(eviction, ChunkedEviction)
         and (eviction.chunk_tokens is None or eviction.chunk_tokens >= tokens)
         and eviction.budget is None
-        and all(type(press) in SAME_AT_EVERY_RATIO for press in candidates(eviction.press))
+        and all(candidate.same_at_every_ratio for candidate in traits_of(eviction.press).candidates)
     )

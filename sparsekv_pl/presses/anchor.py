@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekv_pl.anchors import Anchors, AnchorTable, table_for
 from sparsekv_pl.presses.in_order import InOrderPress
-from sparsekv_pl.presses.scores import trainable_scorers
 from sparsekv_pl.presses.tokenizer import tokenizer_of
 from sparsekv_pl.presses.tokens import ReadsTokens, key_tokens, real_keys
 from sparsekv_pl.schedules import check_compression_ratio
@@ -79,11 +78,6 @@ class AnchorPress(ReadsTokens, InOrderPress):
             )
         if not isinstance(self.anchors, Anchors):
             raise ValueError(f"AnchorPress.anchors is {self.anchors!r}: give Anchors(sinks=4, recent=64, ...)")
-
-    @property
-    def scores_train(self) -> bool:
-        """Whether the scorer inside has something to train: see presses.scores.trainable_scorers."""
-        return bool(trainable_scorers(self.press))
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
         """Ask for the ids of every forward, and look up which of them are special or punctuation."""

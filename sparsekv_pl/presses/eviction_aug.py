@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from sparsekv_pl.presses.draws import Draws
 from sparsekv_pl.presses.no_waiting import no_waiting_on
-from sparsekv_pl.presses.scores import presses_in, scorers_in, set_compression_ratio
+from sparsekv_pl.presses.ratio import set_compression_ratio
+from sparsekv_pl.presses.scores import presses_in, scorers_in
 from sparsekv_pl.seeding import random_for
 
 

@@ -9,18 +9,17 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from kvpress import BasePress, ExpectedAttentionPress, LeverageScorePress
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsekv_pl.decoder import decoder_of
-from sparsekv_pl.presses.scores import presses_in
+from sparsekv_pl.presses.traits import PressTraits
 from sparsekv_pl.shadow import shadowed
 
 
 @contextmanager
-def shared_work(model: PreTrainedModel, press: BasePress) -> Iterator[None]:
-    """Let the presses in ``press`` use, inside the block, what ``model``'s layers or other layers' presses computed.
+def shared_work(model: PreTrainedModel, traits: PressTraits) -> Iterator[None]:
+    """Let the presses of ``traits`` use, inside the block, what ``model``'s layers or other layers' presses computed.
 
     LeverageScorePress computes in float32, also under autocast. Instances are shadowed for the block; classes stay as
     they are. With dropout in an adapter a press then scores the very queries that attended.
@@ -31,11 +30,11 @@ def shared_work(model: PreTrainedModel, press: BasePress) -> Iterator[None]:
             projection = getattr(layer.self_attn, "q_proj", None)
             if projection is not None:
                 stack.enter_context(shadowed(projection, "forward", queries.project))
-        for inner in presses_in(press):
-            if isinstance(inner, ExpectedAttentionPress):
-                stack.enter_context(shadowed(inner, "apply_avg_rope", rotations.apply))
-            if isinstance(inner, LeverageScorePress):  # also the one in CompactorPress
-                stack.enter_context(shadowed(inner, "compute_leverage_scores", _in_float32))
+        for part in traits.parts:
+            if part.shared_work == "mean rotation":
+                stack.enter_context(shadowed(part.press, "apply_avg_rope", rotations.apply))
+            if part.shared_work == "factorisation":  # also of the LeverageScorePress in CompactorPress
+                stack.enter_context(shadowed(part.press, "compute_leverage_scores", _in_float32))
         yield
 
 

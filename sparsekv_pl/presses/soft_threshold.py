@@ -70,7 +70,6 @@ class SoftThresholdPress(InOrderPress, Draws):
     final_temperature: float | None = None
     anneal_steps: int = 1000
     step: int = field(default=0, init=False)
-    one_chunk = True  # later chunks would have to weigh the keys of earlier ones, and do not
 
     def __post_init__(self) -> None:
         check_compression_ratio("SoftThresholdPress.compression_ratio", self.compression_ratio)

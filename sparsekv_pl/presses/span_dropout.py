@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,8 +91,6 @@ class SpanDropoutPress(Draws, InOrderPress):
     seed: int = 0
     shared: bool = False
     step: int = field(default=0, init=False)
-    only_trains: ClassVar[bool] = True
-    scores_train: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_compression_ratio(f"{type(self).__name__}.compression_ratio", self.compression_ratio)

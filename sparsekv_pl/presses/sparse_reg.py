@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsekv_pl.presses.notes import notes_in
-from sparsekv_pl.presses.scores import set_compression_ratio
+from sparsekv_pl.presses.ratio import set_compression_ratio
 from sparsekv_pl.presses.tokens import key_places
 from sparsekv_pl.presses.window import window_attention, window_rows
 
@@ -77,11 +77,6 @@ class SparseRegPress(BasePress):
     def compression_ratio(self, value: float) -> None:
         if self.press is not None:
             set_compression_ratio(self.press, value)
-
-    @property
-    def only_trains(self) -> bool:
-        """Whether nothing is evicted: see presses.scores.only_trains."""
-        return self.press is None
 
     @contextmanager
     def __call__(self, model: PreTrainedModel) -> Generator:

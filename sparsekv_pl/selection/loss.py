@@ -14,9 +14,6 @@ from sparsekv_pl.selection.mass import Selection
 
 Form = Literal["cross_entropy", "ranking"]
 Heads = Literal["mass", "equal"]
-ORDER_ONLY = ("LagKV",)
-"""Scorers that are never negative and yet no masses: LagKV's softmax is over statistics that hardly differ, so its
-shares are all alike whatever it was taught."""
 
 
 @dataclass
@@ -102,7 +99,7 @@ class SelectionLoss:
         mass = torch.where(evictable, mass_BKL, 0)
         total = mass.sum(-1)
         target = mass / total.unsqueeze(-1).clamp(min=TINY)
-        standardise = self.form == "ranking" or selection.press in ORDER_ONLY
+        standardise = self.form == "ranking" or selection.order_only
         logits = key_logits(scores, evictable, self.temperature, standardise)
         if self.form == "ranking":
             losses = ranking(logits, target, evictable, self.top_share)

@@ -19,6 +19,9 @@ class Selection:
     """(B, K, S), differentiable; higher stays."""
     positions: Tensor | None = None
     """(B, K, S) int64, the context position of each scored key; None means 0..S-1, as in a single prefill."""
+    order_only: bool = False
+    """The scores are never negative and yet no masses. LagKV's softmax is over statistics that hardly differ, so its
+    shares are all alike whatever it was taught."""
 
 
 def with_mass(selections: Iterable[Selection], mass: dict[int, Tensor]) -> list[tuple[Selection, Tensor]]:

@@ -30,7 +30,8 @@ from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.block_dropout import BlockDropoutPress
 from sparsekv_pl.presses.draws import draw
 from sparsekv_pl.presses.notes import notes_in
-from sparsekv_pl.presses.scores import press_name, set_compression_ratio
+from sparsekv_pl.presses.ratio import set_compression_ratio
+from sparsekv_pl.presses.scores import press_name
 from sparsekv_pl.presses.soft_threshold import SoftThresholdPress
 from sparsekv_pl.selection import SelectionLoss, with_mass
 from tests.tiny_training import MakeBackbone, mixed

@@ -27,7 +27,8 @@ from sparsekv_pl.attention.cached import attention_implementation
 from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.prefill import chunk_bounds, continue_from, full_cache, prefill
 from sparsekv_pl.presses import EvictionAugPress
-from sparsekv_pl.presses.scores import catch_scores, press_name, rerotates_keys
+from sparsekv_pl.presses.scores import catch_scores, press_name
+from sparsekv_pl.presses.traits import traits_of
 
 Build = Callable[..., PreTrainedModel]
 CONTEXT, CONTINUATION = 40, 8
@@ -164,7 +165,7 @@ def token_by_token(model: PreTrainedModel, press: BasePress) -> Tensor:
     (context, continuation), cache = ids(), DynamicCache()
     with press(model):
         model.model(input_ids=context, past_key_values=cache)
-    first = cache.get_seq_length() if rerotates_keys(press) else CONTEXT
+    first = cache.get_seq_length() if traits_of(press).re_rotates else CONTEXT
     steps = [
         model.model(
             input_ids=continuation[:, t : t + 1], past_key_values=cache, position_ids=torch.tensor([[first + t]])

@@ -25,6 +25,7 @@ from sparsekv_pl.eviction.prefill import ChunkedPrefill, continue_from, prefill
 from sparsekv_pl.eviction.rotation import turned
 from sparsekv_pl.eviction.saved_state import SavedState
 from sparsekv_pl.presses.scores import press_name
+from sparsekv_pl.presses.traits import traits_of
 
 Build = Callable[..., PreTrainedModel]
 TOKENS, CHUNK, BUDGET = 96, 12, 18
@@ -231,8 +232,8 @@ def test_a_kill_while_saving_leaves_the_state_before(
 def test_a_press_that_reads_weights_on_disk_is_refused(random_model: Build) -> None:
     model = random_model()
     press = CriticalKVPress(KnormPress(0.5))
-    check_weights(model, press)
+    check_weights(model, traits_of(press))
     model.model.layers[1].to("meta")
-    check_weights(model, KnormPress(0.5))
+    check_weights(model, traits_of(KnormPress(0.5)))
     with pytest.raises(ValueError, match=r"CriticalKV.* reads weights of the model, some of which lie on disk"):
         ChunkedPrefill(model, press, 40)

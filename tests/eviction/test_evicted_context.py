@@ -24,7 +24,8 @@ from sparsekv_pl.eviction.kept import kept_positions
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.eviction.result import Evicted, EvictedContext
 from sparsekv_pl.presses import EvictionAugPress
-from sparsekv_pl.presses.scores import press_name, set_compression_ratio
+from sparsekv_pl.presses.ratio import set_compression_ratio
+from sparsekv_pl.presses.scores import press_name
 
 Build = Callable[..., PreTrainedModel]
 CONTEXT, CONTINUATION, RATIO = 40, 8, 0.6

@@ -32,7 +32,9 @@ from sparsekv_pl.eviction.kept import kept_positions, masked_keys
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.eviction.prefilled import copy_cache
 from sparsekv_pl.eviction.replay import RecordedPrefill
-from sparsekv_pl.presses.scores import catch_scores, press_name, rerotates_keys, set_compression_ratio
+from sparsekv_pl.presses.ratio import set_compression_ratio
+from sparsekv_pl.presses.scores import catch_scores, press_name
+from sparsekv_pl.presses.traits import traits_of
 
 Build = Callable[..., PreTrainedModel]
 CONTEXT = 40
@@ -58,7 +60,8 @@ def think() -> ThinKPress:
 
 def kept(recorded: RecordedPrefill, press: BasePress | None) -> tuple[list[Tensor], DynamicCache]:
     cache = recorded.evicted(press).cache
-    rotary = recorded.model.get_decoder().rotary_emb if rerotates_keys(press) else None
+    rotates = press is not None and traits_of(press).re_rotates
+    rotary = recorded.model.get_decoder().rotary_emb if rotates else None
     return kept_positions(recorded.cache, cache, masked_keys(recorded.model), rotary), cache
 
 

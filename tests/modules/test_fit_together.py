@@ -9,7 +9,6 @@ from kvpress import (
     KnormPress,
     MergingPress,
     RandomPress,
-    ScorerPress,
     SnapKVPress,
     ThinKPress,
 )
@@ -26,7 +25,6 @@ from sparsekv_pl.presses import (
     SparseRegPress,
     VariableBlockPress,
 )
-from sparsekv_pl.presses.deciding import candidates, deciding_press, selecting_press
 
 
 @pytest.mark.parametrize(
@@ -56,18 +54,6 @@ def test_presses_that_select_by_scores_can_be_asked_for_what_they_evicted(press:
 def test_one_candidate_that_does_not_say_what_it_kept_is_refused_before_training(press: BasePress, named: str) -> None:
     with pytest.raises(ValueError, match=f"{named}.* does not say which pairs"):
         fit_together(Reconstruction(), ChunkedEviction(press))
-
-
-def test_the_deciding_press_of_every_step_is_a_candidate() -> None:
-    knorm, snapkv = KnormPress(), SnapKVPress()
-    press = EvictionAugPress([SparseRegPress(press=knorm), EvictionAugPress([snapkv], seed=1)])
-    drawn = []
-    for step in range(20):
-        press.draw(step)
-        drawn.append(deciding_press(press))
-    assert [id(decided) for decided in candidates(press)] == [id(knorm), id(snapkv)]
-    assert {id(decided) for decided in drawn} == {id(knorm), id(snapkv)}
-    assert isinstance(selecting_press(KeyRerotationPress(knorm)), ScorerPress)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,9 @@ from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.eviction.replay import RecordedPrefill
 from sparsekv_pl.keys import settings_of
 from sparsekv_pl.presses.anchor import AnchorPress
-from sparsekv_pl.presses.scores import press_name, scorers_in, set_compression_ratio, trainable_scorers
+from sparsekv_pl.presses.ratio import set_compression_ratio
+from sparsekv_pl.presses.scores import press_name, scorers_in
+from sparsekv_pl.presses.traits import traits_of
 from tests.presses.anchor_cases import (
     CONTEXT,
     FEW,
@@ -195,7 +197,7 @@ def test_the_scorer_works_at_the_ratio_of_the_whole(random_model: Build) -> None
 
 def test_it_is_one_scorer_and_trains() -> None:
     press = AnchorPress()
-    assert scorers_in(AdaKVPress(press)) == trainable_scorers(press) == [press]
+    assert scorers_in(AdaKVPress(press)) == [press] and traits_of(press).trainable
     assert press_name(press) == "Anchor(KeyDiff)"
     assert isinstance(press.press, KeyDiffPress)
     assert press.anchors == Anchors(sinks=4, recent=64, special=True, punctuation=True)

@@ -93,4 +93,4 @@ def test_what_lies_inside_is_checked_too() -> None:
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, math.nan])
 def test_a_ratio_set_later_is_checked_where_presses_are_set(press: Any, ratio: float) -> None:
     with pytest.raises(ValueError, match=f"compression_ratio is {ratio}"):
-        presses.scores.set_compression_ratio(press(), ratio)
+        presses.ratio.set_compression_ratio(press(), ratio)

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.presses import EvictionAugPress
-from sparsekv_pl.presses.deciding import deciding_press
 from sparsekv_pl.presses.draws import draw
 from sparsekv_pl.presses.scores import catch_scores
+from sparsekv_pl.presses.traits import traits_of
 
 Build = Callable[..., PreTrainedModel]
 CONTEXT = 24
@@ -179,7 +179,7 @@ def test_one_inside_another_draws_by_itself() -> None:
     drawn = set()
     for step in range(40):
         draw(press, step)
-        drawn.add(type(deciding_press(press)))
+        drawn.add(type(traits_of(press).deciding.press))
     assert drawn == {KnormPress, SnapKVPress, StreamingLLMPress}
 
 

@@ -13,7 +13,8 @@ from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.chunked import continued
 from sparsekv_pl.eviction.kept import masked_keys
 from sparsekv_pl.eviction.prefill import full_cache, prefill
-from sparsekv_pl.presses.scores import learnable, set_compression_ratio
+from sparsekv_pl.presses.ratio import set_compression_ratio
+from sparsekv_pl.presses.scores import learnable
 from sparsekv_pl.presses.soft_threshold import SoftThresholdPress
 from tests.presses.press_bench import (
     Bench,

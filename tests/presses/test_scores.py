@@ -12,32 +12,25 @@ from kvpress import (
     ComposedPress,
     CriticalKVPress,
     ExpectedAttentionPress,
-    FinchPress,
     KeyRerotationPress,
     KnormPress,
-    LagKVPress,
     PerLayerCompressionPress,
-    RandomPress,
     ScorerPress,
     SimLayerKVPress,
     SnapKVPress,
-    StreamingLLMPress,
     ThinKPress,
     TOVAPress,
 )
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.presses import EvictionAugPress
+from sparsekv_pl.presses.ratio import set_compression_ratio
 from sparsekv_pl.presses.scores import (
     CaughtScores,
     catch_scores,
-    observation_window,
     press_name,
     presses_in,
-    rerotates_keys,
     scorers_in,
-    set_compression_ratio,
-    trainable_scorers,
 )
 
 Build = Callable[..., PreTrainedModel]
@@ -67,24 +60,6 @@ def test_presses_and_scorers_inside_are_found() -> None:
     several = EvictionAugPress([ada, KnormPress(), ComposedPress([critical, ThinKPress()])])
     assert [type(scorer) for scorer in scorers_in(several)] == [SnapKVPress, KnormPress, CriticalKVPress]
     assert scorers_in(SimLayerKVPress()) == []
-
-
-@pytest.mark.parametrize(
-    "press",
-    [
-        StreamingLLMPress(),
-        RandomPress(),
-        AdaKVPress(RandomPress()),
-        EvictionAugPress([StreamingLLMPress(), RandomPress()]),
-    ],
-)
-def test_presses_that_do_not_look_at_the_model_have_nothing_to_train(press: BasePress) -> None:
-    assert trainable_scorers(press) == []
-
-
-def test_the_others_are_trainable_in_a_mix_too() -> None:
-    snap = SnapKVPress()
-    assert trainable_scorers(EvictionAugPress([StreamingLLMPress(), AdaKVPress(snap)])) == [snap]
 
 
 @pytest.mark.parametrize(
@@ -194,37 +169,6 @@ def test_a_ratio_outside_the_range_is_named(ratio: float) -> None:
 def test_a_press_without_a_ratio_to_set_says_so(press: BasePress) -> None:
     with pytest.raises(ValueError, match="has no compression_ratio to set"):
         set_compression_ratio(press, 0.5)
-
-
-@pytest.mark.parametrize(
-    "press, expected",
-    [
-        (None, False),
-        (SnapKVPress(), False),
-        (KeyRerotationPress(SnapKVPress()), True),
-        (FinchPress(rerotate_keys=True), True),
-        (FinchPress(rerotate_keys=False), False),
-    ],
-)
-def test_who_rerotates_keys(press: BasePress | None, expected: bool) -> None:
-    assert rerotates_keys(press) is expected
-
-
-@pytest.mark.parametrize(
-    "press, window",
-    [
-        (None, 0),
-        (KnormPress(), 0),
-        (SnapKVPress(window_size=12), 12),
-        (AdaKVPress(SnapKVPress(window_size=7)), 7),
-        (CriticalKVPress(SnapKVPress(window_size=6)), 6),
-        (ExpectedAttentionPress(n_sink=5), 5),
-        (StreamingLLMPress(n_sink=3), 3),
-        (EvictionAugPress([LagKVPress(), SnapKVPress(window_size=9)]), 9),
-    ],
-)
-def test_how_much_a_press_has_to_see(press: BasePress | None, window: int) -> None:
-    assert observation_window(press) == window
 
 
 def test_scores_do_not_depend_on_being_watched_twice(random_model: Build) -> None:

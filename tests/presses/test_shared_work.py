@@ -15,6 +15,7 @@ from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.presses.scores import catch_scores
 from sparsekv_pl.presses.shared_work import shared_work
+from sparsekv_pl.presses.traits import traits_of
 from sparsekv_pl.shadow import shadowed
 
 IDS = torch.randint(5, 1000, (2, 48), generator=torch.Generator().manual_seed(0))
@@ -50,7 +51,7 @@ def run(model: PreTrainedModel, press: BasePress, shared: bool) -> tuple[list[Te
     """Scores by layer, gradients of their weighted sum, and the cache, of one prefill under kvpress's own hook."""
     model.zero_grad()
     cache = DynamicCache()
-    sharing = shared_work(model, press) if shared else nullcontext()
+    sharing = shared_work(model, traits_of(press)) if shared else nullcontext()
     with catch_scores(press) as caught, sharing, press(model):
         continue_from(model, IDS, cache, 0)
     scores = [one.scores for one in caught]
@@ -92,7 +93,7 @@ def test_other_hidden_states_are_projected(model: Any) -> None:
     network = causal_lm(model)
     projection = decoder_of(network).layers[0].self_attn.q_proj
     hidden, forward = torch.randn(2, 6, 64), projection.forward
-    with torch.no_grad(), shared_work(network, SnapKVPress()):
+    with torch.no_grad(), shared_work(network, traits_of(SnapKVPress())):
         first = projection(hidden)
         assert projection(hidden[:, 2:]).data_ptr() == first[:, 2:].data_ptr()
         other = hidden[:, 2:].clone().mul_(2)

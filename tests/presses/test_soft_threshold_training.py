@@ -13,8 +13,9 @@ from sparsekv_pl.eviction.chunked import ChunkedEviction, continued
 from sparsekv_pl.eviction.prefill import continue_from, prefill
 from sparsekv_pl.modules.eit import EITModule
 from sparsekv_pl.objectives import EIT
-from sparsekv_pl.presses.scores import catch_scores, learnable, trainable_scorers
+from sparsekv_pl.presses.scores import catch_scores, learnable, scorers_in
 from sparsekv_pl.presses.soft_threshold import SoftThresholdPress
+from sparsekv_pl.presses.traits import traits_of
 from sparsekv_pl.selection import SelectionLoss
 from tests.presses.soft_threshold_cases import LENGTH, SINKS, Build, ids, noted, press_with, protected, received
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw
@@ -166,7 +167,7 @@ def test_wrappers_take_its_scores(random_model: Build) -> None:
 
 def test_a_selection_loss_trains_its_scores(random_model: Build) -> None:
     model, press = random_model().train(), press_with(0.5)
-    assert trainable_scorers(press) == [press]
+    assert scorers_in(press) == [press] and traits_of(press).trainable
     selections = prefill(model, ids(), press, with_scores=True).selections
     mass = torch.rand(2, 2, LENGTH, generator=torch.Generator().manual_seed(3))
     loss = SelectionLoss(SINKS)([(selection, mass) for selection in selections])["SoftThreshold"]

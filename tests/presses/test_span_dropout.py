@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.presses.draws import draw
-from sparsekv_pl.presses.scores import only_trains
+from sparsekv_pl.presses.traits import traits_of
 from tests.presses.span_cases import CONTEXT, Build, blocks, both, context, evicted, kept, spans_in, variable
 
 
@@ -114,7 +114,7 @@ def test_where_the_protected_do_not_fit_the_start_wins_then_the_newest(
 @both
 def test_nothing_goes_in_evaluation_and_at_ratio_0(random_model: Build, build: Callable[..., Any]) -> None:
     model, press = random_model(), build()
-    assert only_trains(press) and only_trains(AdaKVPress(press))
+    assert traits_of(press).only_trains and traits_of(AdaKVPress(press)).only_trains
     assert [layer.keys.shape[2] for layer in evicted(model, build(0.0), context()).layers] == [CONTEXT] * 2
     model.eval()
     full = prefill(model, context(), None).cache

@@ -11,15 +11,10 @@ from transformers import DynamicCache
 
 from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.prefill import prefill
-from sparsekv_pl.presses.scores import (
-    observation_window,
-    only_trains,
-    press_name,
-    presses_in,
-    scorers_in,
-    set_compression_ratio,
-)
+from sparsekv_pl.presses.ratio import set_compression_ratio
+from sparsekv_pl.presses.scores import press_name, presses_in, scorers_in
 from sparsekv_pl.presses.sparse_reg import SparseRegPress
+from sparsekv_pl.presses.traits import traits_of
 from tests.presses.sparse_reg_cases import KINDS, LENGTH, SINKS, WINDOW, Build, attentions_of, ids, losses, press_with
 
 
@@ -66,7 +61,7 @@ def test_the_inner_press_is_found_and_set() -> None:
     assert list(presses_in(press)) == [press, inner]
     assert scorers_in(press) == [inner]
     assert press_name(press) == "SparseReg(SnapKV)"
-    assert observation_window(press) == 9
+    assert traits_of(press).window == 9
     assert press.compression_ratio == 0.3
     set_compression_ratio(press, 0.6)
     assert press.compression_ratio == inner.compression_ratio == 0.6
@@ -78,7 +73,7 @@ def test_without_an_inner_press_nothing_is_ever_evicted(random_model: Build) -> 
     press = press_with()
     set_compression_ratio(press, 0.5)
     assert press.compression_ratio == 0
-    assert only_trains(press) and not only_trains(press_with(KnormPress()))
+    assert traits_of(press).only_trains and not traits_of(press_with(KnormPress())).only_trains
     assert prefill(random_model(), ids(), press).cache.get_seq_length() == LENGTH
 
 

@@ -16,9 +16,7 @@ from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.modules.eit import EITModule
 from sparsekv_pl.objectives import SparseLM
 from sparsekv_pl.presses.eviction_aug import EvictionAugPress
-from sparsekv_pl.presses.scores import (
-    catch_scores,
-)
+from sparsekv_pl.presses.scores import catch_scores
 from sparsekv_pl.presses.sparse_reg import SparseRegPress
 from tests.presses.sparse_reg_cases import LENGTH, Build, ids, press_with
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw, trained

@@ -22,7 +22,7 @@ from sparsekv_pl.eviction.prefill import ChunkedPrefill, prefill
 from sparsekv_pl.eviction.replay import RecordedPrefill
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.notes import PressNotes, notes_in
-from sparsekv_pl.presses.scores import set_compression_ratio
+from sparsekv_pl.presses.ratio import set_compression_ratio
 from sparsekv_pl.presses.tokens import TOKEN_IDS, KeyTokens
 from tests.presses.tokens_cases import CHUNK, CONTEXT, Blind, Build, Reads, check, context, pressed
 

@@ -1,0 +1,255 @@
+"""Press traits: everything the project has to know about a kind of press, one row of one table for each.
+
+A new press is one file and one row. A press from outside the table has the row of the class that it is derived from; it
+names what differs in a class attribute: ``traits = {"works_in_chunks": False}``.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any, Literal
+
+import kvpress
+from kvpress import BasePress, ScorerPress
+
+from sparsekv_pl.presses.in_order import InOrderPress
+from sparsekv_pl.presses.scores import press_name, wrapped
+from sparsekv_pl.presses.tokens import ReadsTokens
+
+Need = Literal["queries", "whole queries", "keys", "rotary", "weights", "hidden states", "attention"]
+"""What a press reads besides the cache and positions: queries that it computes from q_proj and RoPE (``whole``: RoPE
+must turn all their dimensions), keys from k_proj and RoPE, the model's RoPE (rotary_emb) at later positions, the output
+projection, hidden states, attention weights."""
+
+
+@dataclass(frozen=True)
+class PressTraits:
+    """What one press is, with its settings and all that it wraps. The defaults suit a press of which little is known.
+
+    "Any" and "all" below count the press itself and every press inside it.
+    """
+
+    needs: tuple[Need, ...] = ()
+    """Of this press alone."""
+    by_scores: bool = False
+    """What stays are the keys with the highest scores of one scorer, head by head; of a mix, in every member."""
+    trainable: bool = False
+    """Any has scores that depend, differentiably, on the model."""
+    order_only: bool = False
+    """Its scores are never negative and yet no masses: only their order means something."""
+    works_in_chunks: bool = False
+    """All may evict after each of several chunks of a context."""
+    evicts_while_decoding: bool = False
+    """All may evict while tokens are decoded (kvpress's DecodingPress)."""
+    head_wise: bool = False
+    """Any hides pairs, head by head, and leaves them in memory."""
+    first_row_decides: bool = False
+    """Any keeps in all rows of a batch what the first row's scores say."""
+    re_rotates: bool = False
+    """Any moves the kept keys to positions 0..budget-1, so that what follows continues from the cache's length."""
+    in_order: bool = False
+    """It leaves the cache in the order of its positions."""
+    same_at_every_ratio: bool = False
+    """Its scores depend on nothing but a dense prefill and its settings. Never true of a subclass without a row."""
+    only_trains: bool = False
+    """It, or all inside it, keep everything in evaluation."""
+    adds_losses: bool = False
+    """Any asks the objective to add a loss."""
+    takes_a_ratio: bool = True
+    """It has a compression_ratio to set, be it that of all inside."""
+    decides: Literal["itself", "drawn", "inside"] = "itself"
+    """Who chooses what stays: this press, the one inside that was drawn for the step, or the one inside."""
+    shared_work: Literal["", "mean rotation", "factorisation"] = ""
+    """What presses/shared_work.py does in its place."""
+    reads_tokens: bool = False
+    """Any looks at token ids."""
+    replayable: bool = False
+    """All only look at layers that have run; none runs the model itself (KVzipPress)."""
+    window: int = 0
+    """Tokens that one looks at or keeps by rule (window_size, n_sink): a chunk must be longer than the largest."""
+    press: BasePress = None  # rows have none
+    inside: tuple["PressTraits", ...] = ()
+    """Of the presses that it wraps."""
+
+    @property
+    def name(self) -> str:
+        """See ``press_name``."""
+        return press_name(self.press)
+
+    @property
+    def parts(self) -> tuple["PressTraits", ...]:
+        """These, and those of every press inside, outermost first."""
+        return (self, *(part for inner in self.inside for part in inner.parts))
+
+    @property
+    def attention_free(self) -> bool:
+        """Whether all select by the cache and positions alone: what a paged inference engine can run."""
+        return not any(part.needs for part in self.parts)
+
+    @property
+    def members(self) -> tuple["PressTraits", ...]:
+        """The presses of which one is drawn at every step; these traits alone where none is."""
+        return self.inside if self.decides == "drawn" else (self,)
+
+    @property
+    def candidates(self) -> tuple["PressTraits", ...]:
+        """Of every press that may come to decide what stays."""
+        if self.decides == "itself" or not self.inside:
+            return (self,)
+        return tuple(candidate for inner in self.inside for candidate in inner.candidates)
+
+    @property
+    def deciding(self) -> "PressTraits":
+        """Of the candidate that decides at this step."""
+        if self.decides == "itself" or not self.inside:
+            return self
+        now: Any = self.press
+        return next(inner for inner in self.inside if inner.press is now.press).deciding
+
+    @property
+    def selecting(self) -> BasePress:
+        """The scorer whose scores say what stays, where ``by_scores``; else the press itself."""
+        return self.press if isinstance(self.press, ScorerPress) or not self.by_scores else self.inside[0].press
+
+
+def traits_of(press: BasePress) -> PressTraits:
+    """The traits of ``press`` as it is now.
+
+    Raises
+    ------
+    ValueError
+        For a press of kvpress, here or inside, that has no row: it may do what nobody here knows of.
+    """
+    own, inside = _own(press), tuple(traits_of(inner) for inner in wrapped(press))
+    together = (own, *inside)
+    marks = ("trainable", "head_wise", "first_row_decides", "re_rotates", "adds_losses", "reads_tokens")
+    abilities = ("works_in_chunks", "evicts_while_decoding", "replayable")
+    joined: dict[str, Any] = {name: any(getattr(one, name) for one in together) for name in marks}
+    joined |= {name: all(getattr(one, name) for one in together) for name in abilities}
+    chosen = inside if own.decides != "itself" and inside else (own,)
+    return replace(
+        own,
+        **joined,
+        takes_a_ratio=own.takes_a_ratio
+        and ("compression_ratio" in vars(press) or all(one.takes_a_ratio for one in inside)),
+        by_scores=all(one.by_scores for one in chosen),
+        only_trains=all(one.only_trains for one in inside or (own,)),
+        window=max(one.window for one in together),
+        press=press,
+        inside=inside,
+    )
+
+
+def _own(press: BasePress) -> PressTraits:
+    """The row of ``press``, and what shows in the object itself."""
+    kind = type(press)
+    row = _row(press, kind)
+    has_ratio = "compression_ratio" in vars(press) or hasattr(kind, "compression_ratio")
+    return replace(
+        row,
+        takes_a_ratio=row.takes_a_ratio and has_ratio,
+        reads_tokens=isinstance(press, ReadsTokens),
+        replayable=kind.__call__ is BasePress.__call__,
+        window=max(int(getattr(press, name, None) or 0) for name in ("window_size", "n_sink")),
+    )
+
+
+def _row(press: BasePress, kind: type) -> PressTraits:
+    """The row of ``kind``, or of the nearest class that it is derived from, with what its ``traits`` say."""
+    found = table().get(kind)
+    if found is not None:
+        return found(press) if callable(found) else found
+    if kind.__module__.partition(".")[0] == "kvpress":
+        raise ValueError(
+            f"{kind.__name__} is a press of kvpress that sparsekv_pl does not know: take another, or add its row to "
+            "presses/traits.py"
+        )
+    base = next(each for each in kind.__bases__ if issubclass(each, BasePress))
+    differs: Mapping[str, Any] = {"same_at_every_ratio": False} | vars(kind).get("traits", {})
+    return replace(_row(press, base), **differs)
+
+
+Row = PressTraits | Callable[[Any], PressTraits]
+"""A kind's own traits, or what makes them of a press whose settings decide."""
+
+
+@cache
+def table() -> dict[type, Row]:
+    """A row for every press of kvpress and of ours."""
+    from sparsekv_pl import presses  # late: some ask for the traits of those inside them
+    from sparsekv_pl.presses.span_dropout import SpanDropoutPress
+
+    scorer = partial(PressTraits, by_scores=True, trainable=True, works_in_chunks=True, evicts_while_decoding=True)
+    wrapper = partial(PressTraits, works_in_chunks=True)
+    whole_context = partial(scorer, works_in_chunks=False, evicts_while_decoding=False)
+    masking = partial(PressTraits, head_wise=True)
+    drops = partial(scorer, trainable=False, in_order=True, only_trains=True)
+    queries: tuple[Need, ...] = ("whole queries",)
+    chunk_kv = wrapper(first_row_decides=True)
+    no_ratio = wrapper(takes_a_ratio=False)
+    expected = partial(scorer, needs=("rotary", *queries), shared_work="mean rotation")
+    kvzip = masking(needs=(*queries, "weights"))
+    return {
+        BasePress: PressTraits(needs=("hidden states",)),
+        ScorerPress: scorer(needs=("hidden states",)),
+        kvpress.AdaKVPress: masking(),
+        kvpress.BlockPress: PressTraits(),
+        kvpress.CAMPress: wrapper(takes_a_ratio=False, needs=queries),
+        kvpress.CapPress: scorer(needs=("rotary", *queries)),
+        kvpress.ChunkKVPress: chunk_kv,
+        kvpress.ChunkPress: PressTraits(),
+        kvpress.CompactorPress: whole_context(needs=(*queries, "keys")),
+        kvpress.ComposedPress: no_ratio,
+        kvpress.CompressionRatioDecodingPress: no_ratio,
+        kvpress.CriticalAdaKVPress: masking(needs=("weights",)),
+        kvpress.CriticalKVPress: scorer(needs=("weights",)),
+        kvpress.CURPress: scorer(),
+        kvpress.DecodingPress: no_ratio,
+        kvpress.DMSPress: masking(takes_a_ratio=False),
+        kvpress.DuoAttentionPress: masking(takes_a_ratio=False),
+        kvpress.EntropyGatedChunkKVPress: chunk_kv,
+        kvpress.ExpectedAttentionPress: expected(same_at_every_ratio=True),
+        kvpress.ExpectedAttentionStatsPress: expected(),
+        kvpress.FastKVzipPress: masking(needs=("hidden states",)),
+        kvpress.FinchPress: lambda press: PressTraits(needs=queries, re_rotates=press.rerotate_keys),
+        kvpress.KeyDiffPress: scorer(same_at_every_ratio=True),
+        kvpress.KeyRerotationPress: wrapper(by_scores=True, in_order=True, re_rotates=True),
+        kvpress.KnormPress: scorer(same_at_every_ratio=True),
+        kvpress.KVComposePress: lambda press: PressTraits(needs=("attention",), head_wise=not press.structured),
+        kvpress.KVgradPress: kvzip,
+        kvpress.KVzapPress: scorer(needs=("hidden states",)),
+        kvpress.KVzipPress: kvzip,
+        kvpress.LagKVPress: lambda press: scorer(  # without cross_scoring its score is a rank
+            trainable=press.cross_scoring, order_only=True, same_at_every_ratio=True
+        ),
+        kvpress.LeverageScorePress: whole_context(needs=("keys",), shared_work="factorisation"),
+        kvpress.LUKVPress: masking(),
+        kvpress.MergingPress: wrapper(by_scores=True),
+        kvpress.NonCausalAttnPress: whole_context(needs=queries),
+        kvpress.ObservedAttentionPress: scorer(needs=("attention",), evicts_while_decoding=False),
+        kvpress.PerLayerCompressionPress: no_ratio,
+        kvpress.PrefillDecodingPress: no_ratio,
+        # It would share out its budget over layers again at every chunk, each time of what is left.
+        kvpress.PyramidKVPress: scorer(needs=queries, works_in_chunks=False, same_at_every_ratio=True),
+        kvpress.QFilterPress: scorer(),
+        kvpress.RandomPress: scorer(trainable=False),
+        kvpress.RestoreKVPress: kvzip,
+        kvpress.SimLayerKVPress: wrapper(takes_a_ratio=False, needs=queries),
+        kvpress.SnapKVPress: scorer(needs=queries, same_at_every_ratio=True),
+        kvpress.StreamingLLMPress: scorer(trainable=False),
+        kvpress.ThinKPress: wrapper(takes_a_ratio=False, needs=queries),
+        kvpress.TOVAPress: scorer(needs=queries, same_at_every_ratio=True),
+        InOrderPress: scorer(needs=("hidden states",), in_order=True),
+        SpanDropoutPress: drops(),
+        presses.AdaptiveBlockDropoutPress: drops(needs=("queries",)),
+        presses.AnchorPress: scorer(trainable=False, in_order=True),  # its scorer trains
+        presses.BlockDropoutPress: drops(),
+        presses.EvictionAugPress: wrapper(decides="drawn"),
+        presses.SentenceDropoutPress: drops(evicts_while_decoding=False),
+        # Later chunks would have to weigh the keys of earlier ones, and do not.
+        presses.SoftThresholdPress: scorer(needs=("queries",), in_order=True, works_in_chunks=False),
+        presses.SparseRegPress: lambda press: wrapper(
+            needs=("queries",), decides="inside", adds_losses=True, only_trains=press.press is None
+        ),
+        presses.VariableBlockPress: drops(),
+    }
