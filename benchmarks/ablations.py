@@ -76,9 +76,9 @@ def table(output: Path, finished: Sequence[str]) -> list[Row]:
     for name in finished:
         report = json.loads((output / name / "report.json").read_text())
         if not rows:
-            rows.append({"ablation": "(untouched)", "minutes": ""} | _cells(report["rows"], "before"))
+            rows.append({"ablation": "(untouched)", "minutes": ""} | _cells(report["rows"], "base"))
         minutes = round(report["training"]["seconds"] / 60, 1)
-        rows.append({"ablation": name, "minutes": minutes} | _cells(report["rows"], "after"))
+        rows.append({"ablation": name, "minutes": minutes} | _cells(report["rows"], "trained"))
     return rows
 
 

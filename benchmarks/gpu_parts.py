@@ -48,7 +48,7 @@ def quickstart(device: str, tiny: bool) -> Figures:  # noqa: ARG001
         seconds = [_ran(folder, *train), _ran(folder, *test)]
         rows = json.loads((Path(folder) / "output/quickstart/report.json").read_text())["rows"]
     found = {f"{row['metric']}, {row['press']} {row['compression_ratio']:g}": row for row in rows}
-    said = {name: f"{row['before']:.4g} -> {row['after']:.4g}" for name, row in found.items() if row["error"] is None}
+    said = {name: f"{row['base']:.4g} -> {row['trained']:.4g}" for name, row in found.items() if row["error"] is None}
     return {"train, s": seconds[0], "evaluate, s": seconds[1], **said}
 
 

@@ -84,8 +84,8 @@ class CollectTensors(pl.Callback):
         lengths = [length for length in self.lengths if length in offered]
         if not lengths:
             raise ValueError(f"CollectTensors.lengths={self.lengths}, but the data has {offered}: give one of these")
-        base = getattr(pl_module, "base", {})
-        path = model_path(str(base.get("pretrained", "")), getattr(pl_module, "adapter", None))
+        backbone = getattr(pl_module, "backbone", None)
+        path = "" if backbone is None else model_path(backbone.pretrained, backbone.adapter)
         self.folder = self.output.of(trainer)
         self.capture = TensorCapture(self.folder, model, path, self.layers, self.statistics)
         self.capture.rank = trainer.global_rank

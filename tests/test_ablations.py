@@ -11,13 +11,13 @@ from benchmarks import ablations
 from benchmarks.ablations import BASE, as_markdown, configs_of, run, table
 
 
-def row(press: str, ratio: float, metric: str, before: float, after: float, cases: int = 4) -> dict[str, Any]:
+def row(press: str, ratio: float, metric: str, base: float, trained: float, cases: int = 4) -> dict[str, Any]:
     return {
         "press": press,
         "compression_ratio": ratio,
         "metric": metric,
-        "before": before,
-        "after": after,
+        "base": base,
+        "trained": trained,
         "cases": cases,
         "error": None,
     }

@@ -207,7 +207,7 @@ def test_the_quickstart_ends_in_a_report(quickstart: tuple[Path, list[str]], tin
     assert sum(not was for press, was in seen.items() if press != "full cache") >= 2
     assert any(seen.values())
     assert {row["metric"] for row in report["rows"]} == {"needle_accuracy", "perplexity"}
-    assert all(row["after"] is not None for row in report["rows"])
+    assert all(row["trained"] is not None for row in report["rows"])
 
 
 @pytest.mark.usefixtures("elsewhere")

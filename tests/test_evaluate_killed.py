@@ -29,9 +29,7 @@ def run(output: Path, pretrained: str) -> list[dict[str, object]]:
     done = subprocess.run(command(output, pretrained), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads((output / "report.json").read_text())["rows"]
-    return [
-        {name: row[name] for name in ("press", "compression_ratio", "before", "cases", "f1_before")} for row in rows
-    ]
+    return [{name: row[name] for name in ("press", "compression_ratio", "base", "cases", "f1_base")} for row in rows]
 
 
 def test_killed_and_rerun_equals_uninterrupted(tiny_models: dict[str, str], tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ PARTS = {
     f"{LIBRARY}.{name}"
     for name in (
         "adapter",
+        "condition",
         "eviction",
         "hosted_address",
         "hosted_client",
@@ -79,6 +80,7 @@ PARTS = {
         "hosted_requests",
         "hosted_thoughts",
         "measures",
+        "measuring",
         "metrics",
         "monitoring",
         "objectives",

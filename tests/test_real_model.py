@@ -25,7 +25,7 @@ def test_needles_are_found_with_the_full_cache_and_lost_under_expected_attention
     module = EvaluationModule(Backbone(), [Setting(ExpectedAttentionPress(), [0.5])], str(tmp_path))
     data = tiny_cases(lengths=[256], batch_size=8, windows=0, depths=[0.0, 0.25, 0.5, 0.75], cases_per_cell=2)
     tiny_trainer(precision=decide().precision).test(module, data, verbose=False)
-    accuracy = {row["press"]: row["before"] for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
+    accuracy = {row["press"]: row["base"] for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
     assert accuracy["full cache"] >= 0.75
     assert accuracy["ExpectedAttention"] <= 0.375
 

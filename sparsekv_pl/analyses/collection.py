@@ -55,8 +55,7 @@ class TensorCollection(Analysis):
         layers: list[int] | None = None,
         statistics: StatisticsSettings | None = None,
     ) -> None:
-        super().__init__(backbone, output or "output/collect")
-        self.variants = dict(list(self.variants.items())[-1:])
+        super().__init__(backbone, output or "output/collect", trained_alone=True)
         self.statistics = statistics or DEFAULT_STATISTICS
         path = model_path(backbone.pretrained, backbone.adapter)
         self.capture = TensorCapture(self.output, self.causal_lm, path, layers, self.statistics)
@@ -83,7 +82,7 @@ class TensorCollection(Analysis):
             for case in batch["cases"]:
                 self.samples[case.id] = seen[length]
                 seen[length] += 1
-            if self.results.get(self._key(batch, variant)) is None:
+            if any(self.results.get(piece.key) is None for piece in self.pieces(batch, variant)):
                 missing[length] += len(batch["cases"])
         dtype = attention_dtype(self.causal_lm, str(self.trainer.precision))
         told = disk_need(self.output, self.causal_lm, missing, self.capture.layers, dtype)

@@ -2,11 +2,11 @@
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,22 +17,21 @@ from sparsekv_pl.attention.blocks import NOTHING, Blocks, Selector, TopBlocks, b
 from sparsekv_pl.attention.sketchwalk import SketchWalk
 from sparsekv_pl.attention.tensor_files import LayerTensors, TensorFileError, read
 from sparsekv_pl.fingerprint import digest_of
-from sparsekv_pl.keys import computed_by, key_of
+from sparsekv_pl.measuring import MeasuringModule, Piece
 from sparsekv_pl.monitoring import timed
-from sparsekv_pl.reporting import run_environment, write_analysis
-from sparsekv_pl.reporting.console import show, show_report
+from sparsekv_pl.reporting import write_analysis
+from sparsekv_pl.reporting.console import show
 from sparsekv_pl.reporting.files import json_bytes
 from sparsekv_pl.reporting.page import Table
 from sparsekv_pl.reporting.validation.figures import validation_figure
 from sparsekv_pl.reporting.validation.summary import MEASUREMENT, expected_table, sections, summary
-from sparsekv_pl.results import Record, Results, gathered
-from sparsekv_pl.run_output import WritesOutput
+from sparsekv_pl.results import Record
 
 if TYPE_CHECKING:
     from rich.table import Table as TerminalTable
 
 
-class SketchWalkValidation(WritesOutput):
+class SketchWalkValidation(MeasuringModule):
     """Runs Sketch&Walk over every sample's layers in order, beside dense attention; there is no model.
 
     Writes validation_results_{timestamp}.json (a record per file, see ``validated``), a summary of them as
@@ -63,10 +62,9 @@ class SketchWalkValidation(WritesOutput):
         seed: int = 0,
         repeats: int = 3,
     ) -> None:
-        super().__init__()
+        super().__init__(output or "output/sketchwalk")
         if repeats < 1:
             raise ValueError(f"repeats={repeats} times nothing: give at least 1")
-        self.output = Path(output or "output/sketchwalk").expanduser()
         self.top_k_blocks, self.repeats = top_k_blocks, repeats
         self.settings = {
             "block_size": block_size,
@@ -82,29 +80,20 @@ class SketchWalkValidation(WritesOutput):
         """Chooses the blocks of one sample's layers, in order."""
         return TopBlocks(SketchWalk(**self.settings), self.top_k_blocks)  # type: ignore[arg-type]
 
-    def setup(self, stage: str) -> None:  # noqa: ARG002
-        """Read what is finished already."""
-        self.results = Results(self.output / "results", self.global_rank)
-        self.records: list[Record] = []
-        self.started = time.time()
-
-    @torch.no_grad()
-    def predict_step(self, batch: list[str], batch_idx: int) -> list[Record]:  # noqa: ARG002
-        """Validate one sample's files, layers ascending; of several ranks, each is given samples of its own."""
+    def pieces(self, batch: list[str], variant: str) -> Iterator[Piece]:
+        """One sample's files, layers ascending."""
         paths = [Path(path) for path in batch]
-        key = self._key(paths)
-        found = self.results.get(key)
-        if found is None:
-            found = self._sample(paths)
-            self.results.put(key, found, "validation")
-        self.records += found
-        return found
+        key = self.key(
+            variant,
+            settings=self.settings,
+            top_k_blocks=self.top_k_blocks,
+            repeats=self.repeats,
+            files=[[path.name, digest_of(path) if path.exists() else None] for path in paths],
+        )
+        yield Piece(key, "validation", lambda: self._sample(paths))
 
-    def on_predict_end(self) -> None:
+    def write(self, records: list[Record], environment: dict[str, Any]) -> list[Path]:
         """Write the results, the summary and the report."""
-        records = gathered(self.records)
-        if not self.trainer.is_global_zero or not records:
-            return
         stamp = time.strftime("%Y%m%d_%H%M%S", time.localtime(self.started))
         told = summary(records, self.settings | {"top_k_blocks": self.top_k_blocks, "repeats": self.repeats})
         results = [{name: record[name] for name in MEASUREMENT} for record in records if "refused" not in record]
@@ -114,13 +103,13 @@ class SketchWalkValidation(WritesOutput):
             "Sketch&Walk against dense attention",
             sections(told),
             told | {"files": names},
-            run_environment(self, self.started),
+            environment,
             {"validation.png": ("Cosine similarity and speed-up by layer", validation_figure(records))},
             dict(zip(names, map(json_bytes, (results, told)), strict=True)),
         )
         show(_for_terminal(expected_table(told)))
         show(f"validated {told['files']} files, refused {len(told['refused'])}")
-        show_report(paths, self.loggers)
+        return paths
 
     def _sample(self, paths: Sequence[Path]) -> list[Record]:
         selector, records = self.selector(), []
@@ -134,15 +123,6 @@ class SketchWalkValidation(WritesOutput):
                 measured = validated(tensors, selector, block_size, top_k, self.repeats, self.device)
                 records.append({"sample_id": path.stem} | measured)
         return records
-
-    def _key(self, paths: Sequence[Path]) -> str:
-        return key_of(
-            settings=self.settings,
-            top_k_blocks=self.top_k_blocks,
-            repeats=self.repeats,
-            computed_by=computed_by(self),
-            files=[[path.name, digest_of(path) if path.exists() else None] for path in paths],
-        )
 
 
 def validated(

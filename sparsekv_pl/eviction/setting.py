@@ -7,6 +7,7 @@ from typing import Any
 
 from kvpress import BasePress
 
+from sparsekv_pl.condition import Condition
 from sparsekv_pl.eviction.limits import check_chunks
 from sparsekv_pl.eviction.prefill import chunk_bounds
 from sparsekv_pl.keys import settings_of
@@ -28,9 +29,9 @@ class Point:
     decoding_interval: int | None = None
 
     @property
-    def press_name(self) -> str:
-        """As reports call it."""
-        return press_name(self.press)
+    def condition(self) -> Condition:
+        """As records and reports call it."""
+        return Condition(press_name(self.press), self.compression_ratio, self.prefill)
 
     @property
     def prefill(self) -> str:
@@ -42,8 +43,7 @@ class Point:
     @property
     def name(self) -> str:
         """Fit for a file's name and for TensorBoard."""
-        spelled = f"{self.press_name}_{self.compression_ratio:g}_{self.prefill}".replace(" ", "_")
-        return "".join(letter if letter.isalnum() or letter in "_-" else "-" for letter in spelled)
+        return self.condition.name
 
     def unfit(self) -> str | None:
         """Why the press cannot be measured at this ratio; None where it can."""
@@ -138,7 +138,7 @@ def points_of(settings: list[Setting]) -> list[Point]:
     for point in points:
         if names.count(point.name) > 1:
             raise ValueError(
-                f"settings has {point.press_name} at {point.compression_ratio}, {point.prefill}, more than once: its "
-                "rows could not be told apart; remove one, or measure it in a run of its own"
+                f"settings has {point.condition}, more than once: its rows could not be told apart; remove one, or "
+                "measure it in a run of its own"
             )
     return points

@@ -1,10 +1,8 @@
 """The LightningModule that runs lm-evaluation-harness's tasks under each press and ratio, base and trained."""
 
-import logging
-import time
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib import metadata
+from itertools import product, repeat
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +11,24 @@ from kvpress import BasePress
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
-from sparsekv_pl.adapter import seen_in_training, training_summary, variants_of
-from sparsekv_pl.backbone import Backbone, adapter_off, causal_lm
+from sparsekv_pl.backbone import Backbone
+from sparsekv_pl.condition import Condition
 from sparsekv_pl.eviction.press_fit import check_press
 from sparsekv_pl.eviction.setting import Point, Setting, points_of
 from sparsekv_pl.fingerprint import folder_digest
-from sparsekv_pl.keys import computed_by, key_of
+from sparsekv_pl.measuring import MeasuringModule, Piece
 from sparsekv_pl.modules.harness_records import case_records, score_records, table
 from sparsekv_pl.modules.harness_tasks import named_files, task_manager
-from sparsekv_pl.native_precision import warn_of_emulation
 from sparsekv_pl.presses.ratio import set_compression_ratio
-from sparsekv_pl.reporting.console import show, show_report
+from sparsekv_pl.reporting import summarised, write_run
+from sparsekv_pl.reporting.console import show
 from sparsekv_pl.reporting.loggers import log_scores
-from sparsekv_pl.results import Record, Results
-from sparsekv_pl.run_output import WritesOutput
-from sparsekv_pl.user_errors import log_failure
+from sparsekv_pl.results import Record
 
 set_parsing_settings(subclasses_enabled=[BasePress])
 
-log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Piece:
-    """One piece of work: a task under one press at one ratio, base or trained."""
-
-    variant: str
-    point: Point
-    task: str
-
-    @property
-    def setting(self) -> str:
-        """Fit for a folder's name."""
-        return f"{self.variant}_{self.point.name}"
-
-
-class HarnessModule(WritesOutput):
+class HarnessModule(MeasuringModule):
     """Scores of lm-evaluation-harness's tasks after an eviction (https://github.com/EleutherAI/lm-evaluation-harness).
 
     Every task is run by ``lm_eval.simple_evaluate`` on ``sparsekv_pl.pressed_lm.PressedLM``, which says how contexts
@@ -85,6 +65,8 @@ class HarnessModule(WritesOutput):
         Of the report.
     """
 
+    one_process = "lm_eval tasks run on one device, not on {}: set trainer.devices to 1; run other tasks in a run apart"
+
     def __init__(
         self,
         backbone: Backbone,
@@ -98,99 +80,76 @@ class HarnessModule(WritesOutput):
         output: str | None = None,
         title: str = "lm-evaluation-harness under eviction",
     ) -> None:
-        super().__init__()
         self.points, self.tasks = points_of(settings), tasks
         self.include_path = None if include_path is None else Path(include_path).expanduser()
         self.limit, self.num_fewshot, self.held_back = limit, num_fewshot, held_back
         self.apply_chat_template = apply_chat_template
-        self.output, self.title = Path(output or "output/lm_eval").expanduser(), title
         self._check()
-        self.training_summary = training_summary(backbone.adapter)
-        self.model, self.tokenizer = backbone.load(trainable=False)
+        super().__init__(output or "output/lm_eval", backbone)
+        self.title = title
         for setting in settings:
-            check_press(causal_lm(self.model), setting.press)
+            check_press(self.causal_lm, setting.press)
         if apply_chat_template and not self.tokenizer.chat_template:
             raise ValueError(
                 f"the tokenizer of {backbone.pretrained} has no chat template: set apply_chat_template to false"
             )
-        self.base, self.identity = backbone.described(), backbone.identity()
-        self.variants = variants_of(backbone.adapter)
         self.named: dict[str, list[str]] = {}
         """By task: digests of the local files that it names as its data."""
-        self.pieces = [Piece(v, point, task) for v in self.variants for point in self.points for task in tasks]
+        self.work = list(product(self.points, tasks))
 
-    def setup(self, stage: str) -> None:  # noqa: ARG002
+    def setup(self, stage: str) -> None:
         """Find the tasks, and read what is finished already."""
-        if self.trainer.world_size > 1:
-            raise ValueError(
-                f"lm_eval tasks run on one device, not on {self.trainer.world_size}: set trainer.devices to 1, and run "
-                "other tasks in a run of their own"
-            )
-        warn_of_emulation(self.trainer)
+        super().setup(stage)
         self.manager = task_manager(self.tasks, self.include_path)
         self.named = {task: named_files(self.manager, task) for task in self.tasks}
-        self.results = Results(self.output / "results")
-        self.records: list[Record] = []
-        self.started = time.time()
 
     def test_dataloader(self) -> DataLoader[int]:
-        """One item per piece of work: its place in ``pieces``."""
-        return DataLoader(range(len(self.pieces)), batch_size=None)  # type: ignore[arg-type]
+        """One item per point and task: its place in ``work``."""
+        return DataLoader(range(len(self.work)), batch_size=None)  # type: ignore[arg-type]
 
-    def test_step(self, index: int) -> None:
-        """Do one piece of work, or read it if it is done."""
-        piece = self.pieces[index]
-        unfit = piece.point.unfit()
-        found = [{"error": unfit}] if unfit else self.results.get(self._key(piece))
-        if found is None:
-            found = self._measured(piece)
-            if "error" not in found[0]:
-                self.results.put(self._key(piece), found, piece.setting)
-        self.records += [self._where(piece) | record for record in found]
+    def pieces(self, batch: int, variant: str) -> Iterator[Piece]:
+        """A task under one press at one ratio."""
+        point, task = self.work[batch]
+        unfit = point.unfit()
+        yield Piece(
+            key="" if unfit else self._key(variant, point, task),
+            file=f"{variant}_{point.name}",
+            measure=lambda: self._run(variant, point, task),
+            columns=repeat({"task": task, **self.columns(variant, point.condition, point.press)}),
+            label=f"{task} under {point.condition}, {variant}",
+            unfit=unfit,
+        )
 
-    def on_test_end(self) -> None:
+    def write(self, records: list[Record], environment: dict[str, Any]) -> list[Path]:
         """Write the report and print the table."""
-        from sparsekv_pl.reporting import run_environment, write_run
-
-        scores = [record for record in self.records if "metric" in record]
-        known = {_name(score): score["value"] for score in scores if score["value"] is not None}
-        log_scores(self.loggers, known)
-        show(table(self.records))
+        scores = [record for record in records if "metric" in record]
+        log_scores(self.loggers, {_name(score): score["value"] for score in scores if score["value"] is not None})
+        show(table(records))
         # Reports pair cases that are right or wrong; a task without such (perplexity, F1) stands in the table alone.
-        paired = [record for record in self.records if "exact" in record or "error" in record]
-        if paired:
-            more = {"dtype": self.identity["dtype"], "lm_eval": metadata.version("lm_eval"), "scores": scores}
-            measured = run_environment(self, self.started, **more)
-            paths = write_run(self.output, paired, self.training_summary, measured, self.title)
-            show_report(paths, self.loggers)
+        paired = [record for record in records if "exact" in record or "error" in record]
+        if not paired:
+            return []
+        environment |= {"lm_eval": metadata.version("lm_eval"), "scores": scores}
+        return write_run(self.output, summarised(paired), self.training_summary, environment, self.title)
 
-    def _measured(self, piece: Piece) -> list[Record]:
-        """A failure is reported and does not stop the others."""
-        try:
-            return self._run(piece)
-        except Exception as error:
-            log_failure(log, f"{piece.task} of {piece.setting}", error)
-            return [{"error": f"{type(error).__name__}: {error}"}]
-
-    def _run(self, piece: Piece) -> list[Record]:
+    def _run(self, variant: str, point: Point, task: str) -> list[Record]:
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.loggers import EvaluationTracker
 
         from sparsekv_pl.pressed_lm import PressedLM
 
-        point = piece.point
         if point.press is not None:
             set_compression_ratio(point.press, point.compression_ratio)
-        tracker = EvaluationTracker(output_path=str(self.output / "lm_eval" / piece.setting))
+        tracker = EvaluationTracker(output_path=str(self.output / "lm_eval" / f"{variant}_{point.name}"))
         # lm_eval seeds Python, NumPy and torch for the tasks that shuffle with them.
-        with isolate_rng(), self._variant(piece.variant):
+        with isolate_rng():
             lm = PressedLM(
                 self.model, self.tokenizer, point.press, chunk_tokens=point.chunk_tokens, held_back=self.held_back
             )
             results = simple_evaluate(
                 lm,
-                model_args=self.base | {"adapter": self.variants[piece.variant]} | point.described(),
-                tasks=[piece.task],
+                model_args=self.base | {"adapter": self.variants[variant]} | point.described(),
+                tasks=[task],
                 task_manager=self.manager,
                 limit=self.limit,
                 num_fewshot=self.num_fewshot,
@@ -201,34 +160,19 @@ class HarnessModule(WritesOutput):
         samples = results.pop("samples")
         records = [*score_records(results, lm.evictions), *case_records(samples, lm.evictions)]
         tracker.save_results_aggregated(results, samples)
-        for task, found in samples.items():
-            tracker.save_results_samples(task, found)
+        for name, found in samples.items():
+            tracker.save_results_samples(name, found)
         return records
 
-    def _variant(self, variant: str) -> AbstractContextManager[Any]:
-        return adapter_off(self.model) if variant == "base" else nullcontext()
-
-    def _where(self, piece: Piece) -> Record:
-        return {
-            "task": piece.task,
-            "variant": piece.variant,
-            "press": piece.point.press_name,
-            "compression_ratio": piece.point.compression_ratio,
-            "prefill": piece.point.prefill,
-            "seen_in_training": seen_in_training(piece.point.press, self.training_summary),
-        }
-
-    def _key(self, piece: Piece) -> str:
-        return key_of(
-            model=self.identity,
-            adapter=self.variants[piece.variant],
-            computed_by=computed_by(self),
-            point=piece.point.described(),
+    def _key(self, variant: str, point: Point, task: str) -> str:
+        return self.key(
+            variant,
+            point=point.described(),
             held_back=self.held_back,
-            task=piece.task,
+            task=task,
             # A task's data may lie beside it: whatever changes there, the work is done again.
             files=None if self.include_path is None else folder_digest(self.include_path),
-            named_files=self.named.get(piece.task),
+            named_files=self.named.get(task),
             limit=self.limit,
             num_fewshot=self.num_fewshot,
             apply_chat_template=self.apply_chat_template,
@@ -251,12 +195,13 @@ class HarnessModule(WritesOutput):
         for point in self.points:
             if point.decoding_interval is not None:
                 raise ValueError(
-                    f"{point.press_name} has decoding_interval={point.decoding_interval}, but lm_eval tasks are "
+                    f"{point.condition.press} has decoding_interval={point.decoding_interval}, but lm_eval tasks are "
                     "evicted from before the answer: leave it out"
                 )
 
 
 def _name(record: Record) -> str:
     """Of a score in TensorBoard."""
-    where = (record["press"], f"{record['compression_ratio']:g}", record["prefill"])
+    condition = Condition.of(record)
+    where = (condition.press, f"{condition.compression_ratio:g}", condition.prefill)
     return "/".join(map(str, (record["variant"], record["task"], record["metric"], *where))).replace(" ", "_")

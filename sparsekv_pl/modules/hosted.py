@@ -19,7 +19,7 @@ from sparsekv_pl.hosted_requests import ask
 from sparsekv_pl.keys import key_of
 from sparsekv_pl.metrics.retrieval import RetrievalScores, retrieval_scores
 from sparsekv_pl.pace import ticking
-from sparsekv_pl.reporting import run_environment, terminal_table, write_run
+from sparsekv_pl.reporting import run_environment, summarised, terminal_table, write_run
 from sparsekv_pl.reporting.console import show, show_report
 from sparsekv_pl.reporting.loggers import log_scores
 from sparsekv_pl.results import Record, Results
@@ -218,8 +218,9 @@ class HostedModule(WritesOutput):
         measured = run_environment(
             self, self.started, endpoint=host_of(self.hosted.base_url), device="hosted", usage=usage
         )
-        paths = write_run(self.output, records, {}, measured, self.title)
-        show(terminal_table(records))
+        summary = summarised(records)
+        paths = write_run(self.output, summary, {}, measured, self.title)
+        show(terminal_table(summary))
         show_report(paths, self.loggers)
 
     def _summary(self, records: Sequence[Record]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -9,31 +10,28 @@ from typing import Any
 import torch
 from jsonargparse import set_parsing_settings
 from kvpress import BasePress
-from transformers import PreTrainedModel
 
-from sparsekv_pl.adapter import fingerprint, seen_in_training, training_summary
-from sparsekv_pl.backbone import Backbone, causal_lm
+from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.batch import CaseBatch
+from sparsekv_pl.condition import Condition
 from sparsekv_pl.eviction.ledger import ledger
 from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.eviction.prefill import ChunkedPrefill
 from sparsekv_pl.eviction.press_fit import check_press
 from sparsekv_pl.eviction.saved_state import SavedState
 from sparsekv_pl.eviction.setting import check_evicts
-from sparsekv_pl.keys import batch_of, computed_by, key_of, settings_of
+from sparsekv_pl.keys import batch_of, settings_of
 from sparsekv_pl.measures import Measurement
+from sparsekv_pl.measuring import MeasuringModule, Piece
 from sparsekv_pl.modules.prefill_progress import PrefillProgress
 from sparsekv_pl.modules.stop_signal import stop_signal
 from sparsekv_pl.monitoring import Phases
-from sparsekv_pl.native_precision import warn_of_emulation
 from sparsekv_pl.planner import plan
 from sparsekv_pl.presses.ratio import compression_ratio_of
 from sparsekv_pl.presses.scores import press_name
-from sparsekv_pl.reporting import run_environment, terminal_table, write_run
-from sparsekv_pl.reporting.console import show, show_report
+from sparsekv_pl.reporting.console import show
 from sparsekv_pl.reporting.loggers import log_scores
-from sparsekv_pl.results import Record, Results
-from sparsekv_pl.run_output import WritesOutput
+from sparsekv_pl.results import Record
 from sparsekv_pl.schedules import check_compression_ratio
 
 set_parsing_settings(subclasses_enabled=[BasePress])
@@ -42,7 +40,7 @@ STATE, PHASES = "state.safetensors", "phases.json"
 TITLE = "Needles in a long context"
 
 
-class LongContextModule(WritesOutput):
+class LongContextModule(MeasuringModule):
     """Prefills haystacks in chunks under an eviction budget, then answers every question from a copy of the cache.
 
     Can be stopped (Ctrl-C ends after the running chunk) or killed: a rerun goes on from ``output/state.safetensors``,
@@ -72,6 +70,11 @@ class LongContextModule(WritesOutput):
         Prefill speed that the plan counts on; null leaves the time open.
     """
 
+    one_process = (
+        "a haystack is read by one process, not by {}: set trainer.devices to 1, and spread a large model with "
+        "backbone.placement"
+    )
+
     def __init__(
         self,
         backbone: Backbone,
@@ -84,7 +87,6 @@ class LongContextModule(WritesOutput):
         dry: bool = False,
         tokens_per_second: float | None = None,
     ) -> None:
-        super().__init__()
         for name, value in {"budget": budget, "chunk_tokens": chunk_tokens, "save_every": save_every}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
@@ -95,36 +97,20 @@ class LongContextModule(WritesOutput):
             check_evicts(press)
         self.press, self.budget, self.chunk_tokens = press, budget, chunk_tokens
         self.press_settings = settings_of(press)  # a prefill sets the ratio anew for each chunk
-        self.output = Path(output or "output/long_context").expanduser()
-        self.title, self.save_every = title, save_every
-        self.dry, self.tokens_per_second = dry, tokens_per_second
-        self.backbone = backbone
-        self.variant = "base" if backbone.adapter is None else "trained"
-        self.training_summary = training_summary(backbone.adapter)
         self.phases, self.between = Phases(), ExitStack()
         with self.phases("load"):
-            self.model, self.tokenizer = backbone.load(trainable=False)
-        check_press(causal_lm(self.model), press)
+            super().__init__(output or "output/long_context", backbone, trained_alone=True)
+        self.backbone: Backbone = backbone
+        self.title, self.save_every = title, save_every
+        self.dry, self.tokens_per_second = dry, tokens_per_second
+        check_press(self.causal_lm, press)
 
-    @property
-    def lm(self) -> PreTrainedModel:
-        """The transformers model; an adapter stays active in it."""
-        return causal_lm(self.model)
-
-    def setup(self, stage: str) -> None:  # noqa: ARG002
+    def setup(self, stage: str) -> None:
         """Check, before any text is read, that contexts of these lengths can be run; read what is finished already."""
-        if self.trainer.world_size > 1:
-            raise ValueError(
-                f"a haystack is read by one process, not by {self.trainer.world_size}: set trainer.devices to 1, and "
-                "spread a large model with backbone.placement"
-            )
+        super().setup(stage)
         for length in getattr(self.trainer.datamodule, "lengths", []):  # type: ignore[attr-defined]
             self._filling(length)
-        warn_of_emulation(self.trainer)
-        self.results = Results(self.output / "results", self.global_rank)
         self.saved = SavedState(self.output / STATE)
-        self.records: list[Record] = []
-        self.started = time.time()
 
     def on_test_epoch_start(self) -> None:
         """The first haystack is made before the first step."""
@@ -139,47 +125,48 @@ class LongContextModule(WritesOutput):
         if batch_idx + 1 < int(self.trainer.num_test_batches[0]):
             self.on_test_epoch_start()
 
-    def test_step(self, batch: CaseBatch, batch_idx: int) -> None:  # noqa: ARG002
-        """Read one haystack and answer its questions, or plan it (``dry``)."""
+    def pieces(self, batch: CaseBatch, variant: str) -> Iterator[Piece]:
+        """One haystack with its questions; none where it is only planned (``dry``)."""
+        if self.dry:
+            self._show_plan(batch)
+            return
+        key = self._key(batch, variant)
+        yield Piece(key, "haystacks", lambda: self._read(batch, variant, key), kept=lambda: self.saved.discard())
+
+    def on_test_end(self) -> None:
+        """Write what the phases cost, and the report where something was measured."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / PHASES).write_text(json.dumps(self.phases.records(), indent=2))
+        log_scores(self.loggers, self.phases.scalars(), 0)
+        super().on_test_end()
+
+    def write(self, records: list[Record], environment: dict[str, Any]) -> list[Path]:
+        """Write the report and print the table."""
+        return self.report_cases(records, environment | {"device": str(self._input_device)})
+
+    @property
+    def _input_device(self) -> torch.device:
+        return self.causal_lm.get_input_embeddings().weight.device  # type: ignore[return-value]
+
+    def _filling(self, tokens: int) -> ChunkedPrefill:
+        return ChunkedPrefill(self.causal_lm, self.press, tokens, self.chunk_tokens, self.budget)
+
+    def _filling_for(self, batch: CaseBatch) -> ChunkedPrefill:
+        """A prefill of the batch's context. Raises ``ValueError`` where the model has no positions for its answers."""
         tokens = batch["context_ids"].shape[1]
         filling = self._filling(tokens)
         asked = int(batch["continuation_lengths"].max()) + max(case.max_new_tokens for case in batch["cases"])
         if not filling.rotates:
-            check_positions(self.lm, tokens + asked, tokens, rotates=False)
-        if self.dry:
-            self._show_plan(filling, batch)
-            return
-        key = self._key(batch)
-        records = self.results.get(key)
-        if records is None:
-            with self.phases(f"prefill {tokens}"):
-                costs = self._fill(filling, batch, key)
-            with self.phases(f"answer {tokens}"):
-                records = self._answers(filling, batch, costs)
-            self.results.put(key, records, "haystacks")
-            self.saved.discard()
-        self.records += records
+            check_positions(self.causal_lm, tokens + asked, tokens, rotates=False)
+        return filling
 
-    def on_test_end(self) -> None:
-        """Write the report and print the table."""
-        self.output.mkdir(parents=True, exist_ok=True)
-        (self.output / PHASES).write_text(json.dumps(self.phases.records(), indent=2))
-        log_scores(self.loggers, self.phases.scalars(), 0)
-        if not self.records:
-            return
-        measured = run_environment(self, self.started, device=str(self._input_device), dtype=self.backbone.dtype)
-        paths = write_run(self.output, self.records, self.training_summary, measured, self.title)
-        show(terminal_table(self.records))
-        show_report(paths, self.loggers)
+    def _read(self, batch: CaseBatch, variant: str, key: str) -> list[Record]:
+        filling, tokens = self._filling_for(batch), batch["context_ids"].shape[1]
+        with self.phases(f"prefill {tokens}"):
+            costs = self._fill(filling, batch, key)
+        with self.phases(f"answer {tokens}"):
+            return self._answers(filling, batch, variant, costs)
 
-    @property
-    def _input_device(self) -> torch.device:
-        return self.lm.get_input_embeddings().weight.device  # type: ignore[return-value]
-
-    def _filling(self, tokens: int) -> ChunkedPrefill:
-        return ChunkedPrefill(self.lm, self.press, tokens, self.chunk_tokens, self.budget)
-
-    @torch.no_grad()
     def _fill(self, filling: ChunkedPrefill, batch: CaseBatch, key: str) -> Record:
         """Run all chunks that are left. What it cost: the seconds of all chunks, also those of runs before this one."""
         context, seconds = batch["context_ids"], 0.0
@@ -205,16 +192,13 @@ class LongContextModule(WritesOutput):
         # The seconds are whole for every question: each rests on all of the prefill. The eviction is a part of it.
         return {"prefill_seconds": seconds, "eviction_seconds": 0.0, "peak_bytes": self.phases.peak_bytes()}
 
-    def _answers(self, filling: ChunkedPrefill, batch: CaseBatch, costs: Record) -> list[Record]:
+    def _answers(self, filling: ChunkedPrefill, batch: CaseBatch, variant: str, costs: Record) -> list[Record]:
         prefilled, tokens = filling.result(), batch["context_ids"].shape[1]
-        found, name = ledger(self.lm, prefilled.cache), press_name(self.press)
+        found, prefill = ledger(self.causal_lm, prefilled.cache), f"chunks of {self.chunk_tokens}"
+        condition = Condition(press_name(self.press), round(1 - found.kept_pairs / tokens, 6), prefill)
         shared = {
             "length": tokens,
-            "variant": self.variant,
-            "press": name,
-            "compression_ratio": round(1 - found.kept_pairs / tokens, 6),
-            "prefill": f"chunks of {self.chunk_tokens}",
-            "seen_in_training": seen_in_training(self.press, self.training_summary),
+            **self.columns(variant, condition, self.press),
             "kept_pairs": found.kept_pairs,
             "kv_bytes": found.kv_bytes,
             "freed": found.freed,
@@ -222,7 +206,7 @@ class LongContextModule(WritesOutput):
         }
         records = []
         for row, case in enumerate(batch["cases"]):
-            answered = Measurement(self.lm, self.tokenizer, self._row(batch, row)).answers(prefilled.copy())[0]
+            answered = Measurement(self.causal_lm, self.tokenizer, self._row(batch, row)).answers(prefilled.copy())[0]
             about = {"case": case.id, "task": case.task, "depth": case.depth, "seed": case.seed}
             records.append(about | shared | answered)
         return records
@@ -236,32 +220,28 @@ class LongContextModule(WritesOutput):
             cases=[batch["cases"][row]],
         )
 
-    def _key(self, batch: CaseBatch) -> str:
-        """Of everything that decides what a haystack's records are."""
-        backbone = self.backbone
-        return key_of(
-            model=backbone.identity(),
-            adapter=fingerprint(backbone.adapter),
-            computed_by=computed_by(self),
+    def _key(self, batch: CaseBatch, variant: str) -> str:
+        return self.key(
+            variant,
             press=self.press_settings,
             budget=self.budget,
             chunk_tokens=self.chunk_tokens,
             batch=batch_of(batch, named=True),
         )
 
-    def _show_plan(self, filling: ChunkedPrefill, batch: CaseBatch) -> None:
-        tokens = batch["context_ids"].shape[1]
+    def _show_plan(self, batch: CaseBatch) -> None:
+        filling, backbone = self._filling_for(batch), self.backbone
         planned = plan(
-            self.backbone.pretrained,
-            tokens,
-            dtype=self.backbone.dtype,
-            load_in_4bit=self.backbone.load_in_4bit,
+            backbone.pretrained,
+            batch["context_ids"].shape[1],
+            dtype=backbone.dtype,
+            load_in_4bit=backbone.load_in_4bit,
             compression_ratio=None if self.press is None else self.press.compression_ratio,
             budget=self.budget,
             chunk_tokens=self.chunk_tokens,
             rerotates=filling.rotates,
             tokens_per_second=self.tokens_per_second,
-            cache_dir=self.backbone.cache_dir,
+            cache_dir=backbone.cache_dir,
         )
         depths = ", ".join(str(case.depth) for case in batch["cases"])
         show(

@@ -6,6 +6,7 @@ from sparsekv_pl.reporting.heatmaps import sparsity_figure
 from sparsekv_pl.reporting.intervals import paired_bootstrap, perplexity_interval, wilson_interval
 from sparsekv_pl.reporting.kvpress_layout import write_kvpress_layout
 from sparsekv_pl.reporting.run import write_run
+from sparsekv_pl.reporting.summary import summarised
 from sparsekv_pl.reporting.terminal import terminal_table
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "perplexity_interval",
     "run_environment",
     "sparsity_figure",
+    "summarised",
     "terminal_table",
     "wilson_interval",
     "write_analysis",

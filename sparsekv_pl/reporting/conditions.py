@@ -1,4 +1,4 @@
-"""Records sorted by what was measured under which condition, and in which order a report tells them."""
+"""Records sorted by what was measured under which condition, and in which order a report shows them."""
 
 import math
 from collections import Counter
@@ -6,43 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from sparsekv_pl.batch import TEXT
+from sparsekv_pl.condition import FULL_CACHE, Condition
 from sparsekv_pl.results import Record
 
-FULL_CACHE = "full cache"
-"""The press of a record without eviction, as presses.scores.press_name(None) calls it."""
-HOSTED = "hosted "
-"""How the press of a record begins that a hosted model answered."""
 ALL_RETRIEVAL = "all retrieval"
 """All retrieval tasks of a run together, where there are several."""
 VARIANTS = ("base", "trained")
 
 Sides = dict[str, dict[str, Record]]
 """variant -> case -> record."""
-
-
-@dataclass(frozen=True)
-class Condition:
-    """A press at a compression ratio, and when it evicts."""
-
-    press: str
-    compression_ratio: float
-    prefill: str = "dense"
-
-    @property
-    def evicts(self) -> bool:
-        """Whether anything is removed: then it matters whether the press was seen in training."""
-        return self.press != FULL_CACHE and not self.press.startswith(HOSTED)
-
-    @property
-    def when(self) -> str:
-        """The prefill where it is worth telling: "" for a dense one and for a hosted model."""
-        return "" if self.prefill == "dense" or self.press.startswith(HOSTED) else self.prefill
-
-    @property
-    def label(self) -> str:
-        """For pictures: "full cache", "SnapKV 0.50", "SnapKV 0.50, chunks of 128"."""
-        name = f"{self.press} {self.compression_ratio:.2f}" if self.evicts else self.press
-        return f"{name}, {self.when}" if self.when else name
 
 
 @dataclass
@@ -76,11 +48,6 @@ class Measured:
         return "-" if not condition.evicts else "seen" if condition in self.seen else "unseen"
 
 
-def condition_of(record: Record) -> Condition:
-    """The condition a record was measured under."""
-    return Condition(record["press"], record["compression_ratio"], record.get("prefill", "dense"))
-
-
 def sorted_records(records: Sequence[Record]) -> Measured:
     """Sort records; one that is there twice (a case repeated to even out ranks) counts once.
 
@@ -88,10 +55,10 @@ def sorted_records(records: Sequence[Record]) -> Measured:
     """
     if not records:
         raise ValueError("no rows to report: evaluate at least one case")
-    measured = Measured(conditions=_in_order([condition_of(record) for record in records]))
+    measured = Measured(conditions=_in_order([Condition.of(record) for record in records]))
     failures: dict[Condition, Counter[str]] = {}
     for record in records:
-        condition = condition_of(record)
+        condition = Condition.of(record)
         _check(record, condition)
         if record.get("seen_in_training"):
             measured.seen.add(condition)

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sparsekv_pl.reporting.conditions import FULL_CACHE, VARIANTS
-from sparsekv_pl.reporting.summary import SIDES, Row, headline
+from sparsekv_pl.condition import FULL_CACHE
+from sparsekv_pl.reporting.conditions import VARIANTS
+from sparsekv_pl.reporting.summary import Row, headline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +52,7 @@ def dots_figure(rows: Sequence[Row], panels: Sequence[Panel] = SCORES) -> "Figur
     known = {panel: [row for row in rows if row.metric == panel.metric and _drawn(row, panel)] for panel in panels}
     panels = [panel for panel in panels if known[panel]]
     lines = list(dict.fromkeys(row.condition for row in rows))
-    trained = any(row.after is not None for row in rows)
+    trained = any(row.trained is not None for row in rows)
     unseen = {row.condition for row in rows if trained and row.condition.evicts and not row.seen_in_training}
     labels = [condition.label + " *" * (condition in unseen) for condition in lines]
     width = 1.5 + 0.075 * max(map(len, labels)) + 4.4 * max(1, len(panels))
@@ -72,13 +73,13 @@ def dots_figure(rows: Sequence[Row], panels: Sequence[Panel] = SCORES) -> "Figur
 
 
 def _drawn(row: Row, panel: Panel) -> bool:
-    return any(getattr(row, panel.field + side) is not None for side in SIDES.values())
+    return any(getattr(row, panel.field + variant) is not None for variant in VARIANTS)
 
 
 def _draw_dots(axes: "Axes", rows: Sequence[tuple[int, Row]], panel: Panel) -> None:
-    both = all(any(getattr(row, panel.field + side) is not None for _, row in rows) for side in SIDES.values())
+    both = all(any(getattr(row, panel.field + variant) is not None for _, row in rows) for variant in VARIANTS)
     for variant, shift in (("base", -0.14 * both), ("trained", 0.14 * both)):
-        name = panel.field + SIDES[variant]
+        name = panel.field + variant
         found = [(y + shift, getattr(row, name), getattr(row, f"{name}_interval")) for y, row in rows]
         points = [(y, x, *(span or (x, x))) for y, x, span in found if x is not None]
         if not points:
@@ -103,9 +104,9 @@ def curves_figure(rows: Sequence[Row]) -> "Figure | None":
     """
     from matplotlib.figure import Figure
 
-    evicted = [r for r in rows if r.condition.evicts and r.compression_ratio > 0 and r.cases]
-    plots = list(dict.fromkeys((row.task, row.prefill) for row in evicted))
-    presses = list(dict.fromkeys(row.press for row in evicted))
+    evicted = [r for r in rows if r.condition.evicts and r.condition.compression_ratio > 0 and r.cases]
+    plots = list(dict.fromkeys((row.task, row.condition.prefill) for row in evicted))
+    presses = list(dict.fromkeys(row.condition.press for row in evicted))
     if not plots:
         return None
     columns = min(3, len(plots))
@@ -121,21 +122,21 @@ def curves_figure(rows: Sequence[Row]) -> "Figure | None":
         axes.set_title(f"{task}, {prefill}" if several else task, fontsize=10)
     for axes in grid[len(plots) :]:
         axes.remove()
-    handles = _legend(presses, [v for v in VARIANTS if any(getattr(r, SIDES[v]) is not None for r in evicted)])
+    handles = _legend(presses, [v for v in VARIANTS if any(getattr(r, v) is not None for r in evicted)])
     figure.legend(handles=handles, loc="outside lower center", ncols=2 * columns, frameon=False, fontsize=8)
     return figure
 
 
 def _draw_curves(axes: "Axes", rows: Sequence[Row], prefill: str, presses: list[str]) -> None:
-    full = [row for row in rows if row.press == FULL_CACHE][:1]
+    full = [row for row in rows if row.condition.press == FULL_CACHE][:1]
     for press in presses:
-        own = [row for row in rows if row.press == press and row.prefill == prefill]
-        start = [] if any(row.compression_ratio == 0 for row in own) else full
-        for variant, side in SIDES.items():
+        own = [row for row in rows if row.condition.press == press and row.condition.prefill == prefill]
+        start = [] if any(row.condition.compression_ratio == 0 for row in own) else full
+        for variant in VARIANTS:
             points = [
-                (row.compression_ratio, getattr(row, side), *(getattr(row, f"{side}_interval") or (np.nan, np.nan)))
+                (row.condition.compression_ratio, score, *(getattr(row, f"{variant}_interval") or (np.nan, np.nan)))
                 for row in [*start, *own]
-                if own and getattr(row, side) is not None
+                if own and (score := getattr(row, variant)) is not None
             ]
             if points:
                 x, y, low, high = np.array(sorted(points), dtype=float).T

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsekv_pl.batch import TEXT
-from sparsekv_pl.reporting.conditions import ALL_RETRIEVAL, VARIANTS, Condition, Measured
+from sparsekv_pl.condition import Condition
+from sparsekv_pl.reporting.conditions import ALL_RETRIEVAL, VARIANTS, Measured
 from sparsekv_pl.results import Record
 
 if TYPE_CHECKING:

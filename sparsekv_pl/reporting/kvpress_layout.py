@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekv_pl.batch import TEXT
-from sparsekv_pl.reporting.conditions import FULL_CACHE, HOSTED
+from sparsekv_pl.condition import FULL_CACHE, HOSTED, Condition
 from sparsekv_pl.reporting.files import csv_bytes, json_bytes, replace_all
 from sparsekv_pl.results import Record
 
@@ -87,15 +87,16 @@ def string_match(predictions: Sequence[str], answers: Sequence[Sequence[str]], t
 
 def _config(record: Record, names: dict[str, str], query_aware: bool) -> dict[str, Any]:
     """The keys of kvpress's config.yaml that decide where a record belongs."""
-    press, model = str(record["press"]), names[record["variant"]]
+    condition, model = Condition.of(record), names[record["variant"]]
+    press = condition.press
     if press.startswith(HOSTED):
         press, model = FULL_CACHE, press.removeprefix(HOSTED)
     return {
         "dataset": "ruler" if str(record["task"]).split("_")[0] in RULER else "sparsekv_pl",
         "data_dir": str(record["length"]),
         "model": model,
-        "press_name": _press_name(press, record.get("prefill", "dense")),
-        "compression_ratio": float(record["compression_ratio"]),
+        "press_name": _press_name(press, condition.prefill),
+        "compression_ratio": float(condition.compression_ratio),
         "query_aware": query_aware,
         "press_init_command": press,
     }

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sparsekv_pl.reporting.conditions import ALL_RETRIEVAL, Condition, Measured
+from sparsekv_pl.condition import Condition
+from sparsekv_pl.reporting.conditions import ALL_RETRIEVAL, Measured
 from sparsekv_pl.results import Record
 
 if TYPE_CHECKING:
@@ -76,11 +77,7 @@ def _lines(
     lines: list[Line] = []
     found_any = False
     for condition in measured.conditions:
-        head = {
-            "press": condition.press,
-            "compression_ratio": condition.compression_ratio,
-            "prefill": condition.prefill,
-        }
+        head = condition.columns()
         records = [record for record in _records(measured, condition) if needs in record]
         found_any = found_any or bool(records)
         groups = pd.DataFrame(records).groupby(by, sort=True) if records else []

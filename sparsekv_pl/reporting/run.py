@@ -1,18 +1,15 @@
 """A run's records become its report: JSON, CSV, one page in Markdown and HTML, and pictures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparsekv_pl.reporting.conditions import Measured, sorted_records
 from sparsekv_pl.reporting.figures import RETENTION, curves_figure, dots_figure, png
 from sparsekv_pl.reporting.files import csv_bytes, json_bytes, replace_all
 from sparsekv_pl.reporting.heatmaps import needle_figures
-from sparsekv_pl.reporting.ledger import ledger_rows, stability_rows
 from sparsekv_pl.reporting.page import Picture, html, markdown
 from sparsekv_pl.reporting.sections import report_sections
-from sparsekv_pl.reporting.summary import Row, summary_rows
-from sparsekv_pl.results import Record
+from sparsekv_pl.reporting.summary import Summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +20,7 @@ Drawn = dict[str, tuple[str, "Figure"]]
 
 def write_run(
     output: Path,
-    records: Sequence[Record],
+    summary: Summary,
     training: Mapping[str, object],
     environment: Mapping[str, object],
     title: str,
@@ -40,8 +37,9 @@ def write_run(
     ----------
     output
         Folder, made if it is not there.
-    records
-        One dict per case, variant, press and ratio; one with "error" instead of measures becomes a line of its own.
+    summary
+        Of the records: one dict per case, variant, press and ratio; one with "error" instead of measures becomes a line
+        of its own.
     training
         What training was and cost (training.json); empty where nothing was trained.
     environment
@@ -50,33 +48,27 @@ def write_run(
         Heading of the page.
     figures
         Further pictures for the page: what it shows -> picture, such as sparsity_figure's.
-
-    Raises
-    ------
-    ValueError
-        No records, an unknown variant, or a measure that is not finite.
     """
-    measured = sorted_records(records)
-    rows, ledger, stability = summary_rows(measured), ledger_rows(measured), stability_rows(measured)
-    drawn = _figures(measured, rows) | {f"{_slug(alt)}.png": (alt, figure) for alt, figure in (figures or {}).items()}
+    drawn = _figures(summary) | {f"{_slug(alt)}.png": (alt, figure) for alt, figure in (figures or {}).items()}
     images = {name: png(figure) for name, (_, figure) in drawn.items()}
     pictures = [Picture(name, alt) for name, (alt, _) in drawn.items()]
-    facts = {"training": training, "environment": environment}
-    sections = report_sections(measured, rows, ledger, stability, pictures, facts)
-    flat = [row.flat() for row in rows]
-    content = {"rows": flat, **facts, "title": title, "ledger": ledger, "stability": stability}
+    sections = report_sections(summary, pictures, training, environment)
+    lines = {"ledger": summary.ledger, "stability": summary.stability}
+    rows = [row.aliased() for row in summary.rows]
+    content = {"rows": rows, "training": training, "environment": environment, "title": title, **lines}
     files = {
         "report.json": json_bytes(content),
-        "report.csv": csv_bytes(_spread(row) for row in flat),
+        "report.csv": csv_bytes(_spread(row.flat()) for row in summary.rows),
         "report.md": markdown(title, sections).encode(),
         "report.html": html(title, sections, images).encode(),
-        "cases.csv": csv_bytes(records),
-        **{f"{name}.csv": csv_bytes(lines) for name, lines in (("ledger", ledger), ("stability", stability)) if lines},
+        "cases.csv": csv_bytes(summary.records),
+        **{f"{name}.csv": csv_bytes(some) for name, some in lines.items() if some},
     }
     return replace_all(output, files | images)
 
 
-def _figures(measured: Measured, rows: Sequence[Row]) -> Drawn:
+def _figures(summary: Summary) -> Drawn:
+    rows = summary.rows
     drawn: Drawn = {"report.png": ("Scores by press and compression ratio", dots_figure(rows))}
     if any(row.retention_cases for row in rows):
         kept = [row for row in rows if row.retention_cases]
@@ -84,7 +76,7 @@ def _figures(measured: Measured, rows: Sequence[Row]) -> Drawn:
     curves = curves_figure(rows)
     if curves is not None:
         drawn["curves.png"] = ("Scores over compression", curves)
-    for press, figure in needle_figures(measured):
+    for press, figure in needle_figures(summary.measured):
         drawn[f"needles-{_slug(press)}.png"] = (f"Needles found by depth and length, {press}", figure)
     return drawn
 

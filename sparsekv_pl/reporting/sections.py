@@ -4,11 +4,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from sparsekv_pl.reporting.conditions import FULL_CACHE, Measured
+from sparsekv_pl.condition import FULL_CACHE
+from sparsekv_pl.reporting.conditions import VARIANTS, Measured
 from sparsekv_pl.reporting.intervals import Interval
 from sparsekv_pl.reporting.ledger import Line
 from sparsekv_pl.reporting.page import Picture, Section, Table
-from sparsekv_pl.reporting.summary import BESIDES, SIDES, Row
+from sparsekv_pl.reporting.summary import BESIDES, Row, Summary
 
 ERROR_LETTERS = 200
 METRIC_NAMES = {
@@ -32,15 +33,13 @@ COSTS = ("steps", "seconds", "tokens", "trainable_parameters")
 
 
 def report_sections(
-    measured: Measured,
-    rows: Sequence[Row],
-    ledger: Sequence[Line],
-    stability: Sequence[Line],
+    summary: Summary,
     pictures: Sequence[Picture],
-    facts: Mapping[str, Mapping[str, object]],
+    training: Mapping[str, object],
+    environment: Mapping[str, object],
 ) -> list[Section]:
-    """All sections. `facts` has "training" and "environment"; a section without content is left out."""
-    training = facts["training"]
+    """All sections; one without content is left out."""
+    measured, rows, ledger, stability = summary.measured, summary.rows, summary.ledger, summary.stability
     retrieval = [row for row in rows if row.metric == "needle_accuracy"]
     text = [row for row in rows if row.metric == "perplexity"]
     sections = [
@@ -52,7 +51,7 @@ def report_sections(
         Section("Budget ledger", tables=_ledger(ledger), paragraphs=[LEDGER_NOTE] if ledger else []),
         Section("Stability", tables=_stability(stability), paragraphs=[STABILITY_NOTE] if stability else []),
         Section("Training cost", tables=_facts(training, first=COSTS)),
-        Section("Environment", tables=_facts(facts["environment"])),
+        Section("Environment", tables=_facts(environment)),
     ]
     return [section for section in sections if section.paragraphs or section.tables or section.pictures]
 
@@ -60,13 +59,13 @@ def report_sections(
 def full_cache_lines(rows: Sequence[Row]) -> Iterator[str]:
     """What training cost where nothing is evicted, a sentence per task; without training, the score alone."""
     for row in rows:
-        if row.press != FULL_CACHE or not row.cases:
+        if row.condition.press != FULL_CACHE or not row.cases:
             continue
         name = f"{row.task}, {METRIC_NAMES[row.metric]}"
-        if row.prefill != "dense":
-            name += f", {row.prefill}"
-        known = [(side, getattr(row, side), getattr(row, f"{side}_interval")) for side in SIDES.values()]
-        scores = [score(value, span) for _, value, span in known if value is not None]
+        if row.condition.prefill != "dense":
+            name += f", {row.condition.prefill}"
+        known = [(getattr(row, variant), getattr(row, f"{variant}_interval")) for variant in VARIANTS]
+        scores = [score(value, span) for value, span in known if value is not None]
         change = ""
         if row.difference is not None:
             change = f"; trained - base: {score(row.difference, row.difference_interval, sign=True)}"
@@ -106,11 +105,10 @@ def _scores(measured: Measured, rows: Sequence[Row]) -> Table | None:
     heads += ["retention, trained - base"] * (len(variants) == 2)
     lines = []
     for row in rows:
-        fields = [SIDES[variant] for variant in variants]
-        cells = [score(getattr(row, name), getattr(row, f"{name}_interval")) for name in fields]
+        cells = [score(getattr(row, name), getattr(row, f"{name}_interval")) for name in variants]
         if len(variants) == 2:
             cells.append(score(row.difference, row.difference_interval, sign=True))
-        kept = [f"retention_{name}" for name in fields]
+        kept = [f"retention_{name}" for name in variants]
         cells += [score(getattr(row, name), getattr(row, f"{name}_interval")) for name in kept]
         if len(variants) == 2:
             cells.append(score(row.retention_difference, row.retention_difference_interval, sign=True))
@@ -120,11 +118,12 @@ def _scores(measured: Measured, rows: Sequence[Row]) -> Table | None:
 
 
 def _kl(measured: Measured, rows: Sequence[Row]) -> Table | None:
-    rows = [row for row in rows if any(f"kl_{side}" in row.besides for side in SIDES.values()) or row.error]
+    rows = [row for row in rows if any(f"kl_{variant}" in row.besides for variant in VARIANTS) or row.error]
     if not any(row.besides for row in rows):
         return None
-    heads = [*measured.variants, *["trained - base"] * (len(measured.variants) == 2)]
-    names = [f"kl_{SIDES.get(head, 'difference')}" for head in heads]
+    both = len(measured.variants) == 2
+    heads = [*measured.variants, *["trained - base"] * both]
+    names = [f"kl_{name}" for name in [*measured.variants, *["difference"] * both]]
     lines = [[_kl_cell(row, name) for name in names] for row in rows]
     return _table(measured, f"{rows[0].task}: {METRIC_NAMES['kl']}", rows, heads, lines)
 
@@ -139,12 +138,12 @@ def _kl_cell(row: Row, name: str) -> str:
 def _besides(measured: Measured, rows: Sequence[Row]) -> list[Table]:
     """Substring, F1 and ROUGE-L of all tasks, base -> trained."""
     names = [measure.name for measure in BESIDES["needle_accuracy"]]
-    names = [name for name in names if any(f"{name}_{side}" in row.besides for row in rows for side in SIDES.values())]
+    names = [name for name in names if any(f"{name}_{variant}" in row.besides for row in rows for variant in VARIANTS)]
     if not names:
         return []
     lines = []
     for row in rows:
-        pairs = [[row.besides.get(f"{name}_{side}") for side in SIDES.values()] for name in names]
+        pairs = [[row.besides.get(f"{name}_{variant}") for variant in VARIANTS] for name in names]
         cells = [" -> ".join(score(value) for value in pair if value is not None) or "-" for pair in pairs]
         lines.append([row.task, *cells])
     heads = ["task", *(METRIC_NAMES[name] for name in names)]
@@ -162,9 +161,9 @@ def _table(
     header = ["press", "ratio", *["prefill"] * prefills, *["in training"] * trained, *heads, *["error"] * failed]
     lines = [
         [
-            row.press,
-            f"{row.compression_ratio:.2f}",
-            *[row.prefill] * prefills,
+            row.condition.press,
+            f"{row.condition.compression_ratio:.2f}",
+            *[row.condition.prefill] * prefills,
             *[measured.training_word(row.condition)] * trained,
             *line,
             *[shorten(row.error)] * failed,

@@ -8,11 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsekv_pl.batch import TEXT
-from sparsekv_pl.reporting.conditions import ALL_RETRIEVAL, FULL_CACHE, VARIANTS, Condition, Measured, Sides
+from sparsekv_pl.condition import FULL_CACHE, Condition
+from sparsekv_pl.reporting.conditions import ALL_RETRIEVAL, VARIANTS, Measured, Sides, sorted_records
 from sparsekv_pl.reporting.intervals import Interval, paired_bootstrap, wilson_interval
+from sparsekv_pl.reporting.ledger import Line, ledger_rows, stability_rows
 from sparsekv_pl.results import Record
 
-SIDES = dict(zip(VARIANTS, ("before", "after"), strict=True))
+ALIASES = {"base": "before", "trained": "after"}
+"""What report.json calls the variants too: its first readers know no other names."""
+LOGGED = {"needle_accuracy": "exact"}
+"""What loggers call a metric, where that is another name."""
 
 
 @dataclass(frozen=True)
@@ -45,49 +50,80 @@ BESIDES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of one task under one condition: before training (base) and after (trained), on the same cases.
+    """One metric of one task under one condition, base and trained on the same cases.
 
-    Scores are fractions (needle_accuracy) or exp(nats per token) (perplexity); intervals are 95 %. `after` is None
-    where nothing was trained, `before` where the base was not measured, both where everything failed (`error`).
-    `difference` is after - before. Retention is a score over that of the full cache, on the cases that both have: for
+    Scores are fractions (needle_accuracy) or exp(nats per token) (perplexity); intervals are 95 %. `trained` is None
+    where nothing was trained, `base` where the base was not measured, both where everything failed (`error`).
+    `difference` is trained - base. Retention is a score over that of the full cache, on the cases that both have: for
     perplexity 1 is best and more is worse. `cases` counts needles or text windows.
     """
 
-    press: str
-    compression_ratio: float
+    condition: Condition
     seen_in_training: bool
     metric: str
-    before: float | None = None
-    after: float | None = None
-    before_interval: Interval | None = None
-    after_interval: Interval | None = None
+    base: float | None = None
+    trained: float | None = None
+    base_interval: Interval | None = None
+    trained_interval: Interval | None = None
     cases: int = 0
     task: str = TEXT
-    prefill: str = "dense"
     dropped: int = 0
     """Cases that only one side has: they are no pairs and do not count."""
     difference: float | None = None
     difference_interval: Interval | None = None
-    retention_before: float | None = None
-    retention_after: float | None = None
-    retention_before_interval: Interval | None = None
-    retention_after_interval: Interval | None = None
+    retention_base: float | None = None
+    retention_trained: float | None = None
+    retention_base_interval: Interval | None = None
+    retention_trained_interval: Interval | None = None
     retention_difference: float | None = None
     retention_difference_interval: Interval | None = None
     retention_cases: int = 0
     error: str | None = None
     besides: dict[str, Any] = field(default_factory=dict)
-    """"kl_before", "kl_before_interval", "kl_after", ...: the other scores of the same cases."""
-
-    @property
-    def condition(self) -> Condition:
-        """What the row was measured under."""
-        return Condition(self.press, self.compression_ratio, self.prefill)
+    """"kl_base", "kl_base_interval", "kl_trained", ...: the other scores of the same cases."""
 
     def flat(self) -> dict[str, Any]:
-        """As report.json has it."""
+        """One column per value, as report.csv has it."""
         fields = asdict(self)
-        return fields | fields.pop("besides")
+        condition, besides = fields.pop("condition"), fields.pop("besides")
+        return condition | fields | besides
+
+    def aliased(self) -> dict[str, Any]:
+        """As report.json has it: ``flat``, and whatever is base's or trained's under before and after too."""
+        flat = self.flat()
+        spelled = {"_".join(ALIASES.get(word, word) for word in name.split("_")): name for name in flat}
+        return flat | {alias: flat[name] for alias, name in spelled.items()}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run's records summed up, computed once for page, pictures, terminal, CSV, JSON and loggers."""
+
+    records: Sequence[Record]
+    measured: Measured
+    rows: Sequence[Row]
+    ledger: Sequence[Line]
+    stability: Sequence[Line]
+
+    def scores(self) -> dict[str, float]:
+        """ "base_SnapKV_0-5_dense/exact" and the like -> score: of text, and of all retrieval tasks together."""
+        found: dict[str, float | None] = {}
+        for row in headline(self.rows):
+            names = {LOGGED.get(row.metric, row.metric): "", **{m.name: f"{m.name}_" for m in BESIDES[row.metric]}}
+            columns = row.flat()
+            for variant in VARIANTS:
+                place = f"{variant}_{row.condition.name}"
+                found |= {f"{place}/{name}": columns.get(prefix + variant) for name, prefix in names.items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def summarised(records: Sequence[Record]) -> Summary:
+    """Sort, sum up and bootstrap a run's records.
+
+    Raises ValueError where there is no record, for an unknown variant, and for a measure that is not finite.
+    """
+    measured = sorted_records(records)
+    return Summary(records, measured, summary_rows(measured), ledger_rows(measured), stability_rows(measured))
 
 
 def summary_rows(measured: Measured) -> list[Row]:
@@ -122,13 +158,11 @@ def _row(measured: Measured, condition: Condition, task: str) -> Row:
         for name, value in _scores(measure, sides, cases).items()
     }
     return Row(
-        press=condition.press,
-        compression_ratio=condition.compression_ratio,
+        condition=condition,
         seen_in_training=condition in measured.seen,
         metric=main.name,
         cases=len(cases),
         task=task,
-        prefill=condition.prefill,
         dropped=len(set().union(*sides.values())) - len(cases),
         retention_cases=len(pairs),
         error=error,
@@ -153,7 +187,7 @@ def _scores(measure: Measure, sides: Sides, cases: list[str]) -> dict[str, Any]:
         values = {record[measure.value] for record in some}
         if measure.weight is None and values <= {0, 1}:  # a proportion has an interval of its own
             right = sum(int(record[measure.value]) for record in some)
-            found[f"{SIDES[variant]}_interval"] = wilson_interval(right, len(some))
+            found[f"{variant}_interval"] = wilson_interval(right, len(some))
     return found
 
 
@@ -176,13 +210,13 @@ def _with_difference(
     prefix: str,
     variants: list[str],
 ) -> dict[str, Any]:
-    """`{prefix}before`, `{prefix}after`, `{prefix}difference` and their intervals, of the variants there are."""
+    """`{prefix}base`, `{prefix}trained`, `{prefix}difference` and their intervals, of the variants there are."""
 
     def with_difference(sums: NDArray[np.float64]) -> NDArray[np.float64]:
         scores = statistic(sums)
         return np.concatenate([scores, scores[..., 1:] - scores[..., :1]], axis=-1)
 
-    names = [SIDES[variant] for variant in variants] + ["difference"] * (len(variants) == 2)
+    names = variants + ["difference"] * (len(variants) == 2)
     with np.errstate(divide="ignore", invalid="ignore"):
         values = with_difference(columns.sum(axis=0))
     found: dict[str, Any] = {}

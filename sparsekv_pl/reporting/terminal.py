@@ -1,12 +1,10 @@
 """The short table that a run prints when it ends."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sparsekv_pl.reporting.conditions import sorted_records
+from sparsekv_pl.reporting.conditions import VARIANTS
 from sparsekv_pl.reporting.sections import shorten
-from sparsekv_pl.reporting.summary import SIDES, Row, headline, summary_rows
-from sparsekv_pl.results import Record
+from sparsekv_pl.reporting.summary import Row, Summary, headline
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -14,7 +12,7 @@ if TYPE_CHECKING:
 METRICS = {"needle_accuracy": "needle accuracy", "perplexity": "perplexity"}
 
 
-def terminal_table(records: Sequence[Record]) -> "Table":
+def terminal_table(summary: Summary) -> "Table":
     """Return a table for rich's console, full cache first: base -> trained over counts and 95 % intervals.
 
     All retrieval tasks are told together; report.md tells them apart.
@@ -23,8 +21,8 @@ def terminal_table(records: Sequence[Record]) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    measured = sorted_records(records)
-    rows = {(row.condition, row.metric): row for row in headline(summary_rows(measured))}
+    measured = summary.measured
+    rows = {(row.condition, row.metric): row for row in headline(summary.rows)}
     shown = {metric: name for metric, name in METRICS.items() if any(key[1] == metric for key in rows)}
     trained = "trained" in measured.variants
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
@@ -47,7 +45,7 @@ def terminal_table(records: Sequence[Record]) -> "Table":
 
 def _lines(row: Row) -> list[str]:
     """ "0.05 -> 0.95", "3/64 -> 61/64" (accuracy only), "0.02-0.13 -> 0.87-0.98"."""
-    sides = [(getattr(row, side), getattr(row, f"{side}_interval")) for side in SIDES.values()]
+    sides = [(getattr(row, variant), getattr(row, f"{variant}_interval")) for variant in VARIANTS]
     known = [(value, span) for value, span in sides if value is not None and span is not None]
     if not known:
         return ["failed" if row.error else "-"]

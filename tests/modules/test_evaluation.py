@@ -108,7 +108,7 @@ def test_a_base_alone(run: Callable[..., Any], capsys: pytest.CaptureFixture[str
         ("Knorm", 0.5),
     }
     assert {row["metric"]: row["cases"] for row in report["rows"]} == {"perplexity": 4, "needle_accuracy": 2}
-    assert all(row["after"] is None and not row["seen_in_training"] for row in report["rows"])
+    assert all(row["trained"] is None and not row["seen_in_training"] for row in report["rows"])
     assert report["environment"]["device"] == "cpu"
     assert report["environment"]["wall_seconds"] > 0
     assert "report.json" in capsys.readouterr().out
@@ -118,14 +118,14 @@ def test_a_base_alone(run: Callable[..., Any], capsys: pytest.CaptureFixture[str
 
 def test_an_untrained_adapter_changes_nothing(run: Callable[..., Any], adapter: Callable[..., str]) -> None:
     report = run(adapter=adapter())
-    assert scores(report, "before") == scores(report, "after")
+    assert scores(report, "base") == scores(report, "trained")
 
 
 def test_a_trained_one_is_measured_beside_its_base(run: Callable[..., Any], adapter: Callable[..., str]) -> None:
     base, report = run("base"), run("trained", adapter=adapter(0.3))
-    assert scores(report, "before") == scores(base, "before")
+    assert scores(report, "base") == scores(base, "base")
     texts = [row for row in report["rows"] if row["metric"] == "perplexity"]
-    assert all(row["after"] != row["before"] for row in texts)
+    assert all(row["trained"] != row["base"] for row in texts)
     assert {row["press"] for row in report["rows"] if row["seen_in_training"]} == {"SnapKV"}
     assert report["training"]["steps"] == 110
 
@@ -136,7 +136,7 @@ def test_nothing_finished_is_measured_again(
     first = run()
     assert len(measured) == 3 * 4
     measured.clear()
-    assert scores(run(), "before") == scores(first, "before")
+    assert scores(run(), "base") == scores(first, "base")
     assert not measured
     run(points=[*settings(), Setting(KnormPress(), [0.25])])
     assert measured == ["Knorm_0-25_dense"] * 3
@@ -176,7 +176,7 @@ def test_interrupted_and_rerun_equals_uninterrupted(
         patch.setattr(Measurement, "at", stopped)
         run("halves")
     measured.clear()
-    assert scores(run("halves"), "before") == scores(whole, "before")
+    assert scores(run("halves"), "base") == scores(whole, "base")
     assert len(measured) == 12 - 7
 
 
@@ -185,7 +185,7 @@ def test_a_damaged_piece_is_measured_again(run: Callable[..., Any], measured: li
     path = tmp_path / "run" / "results" / "base_Knorm_0-5_dense.0.jsonl"
     path.write_text(path.read_text().replace('"nll": ', '"nll": 1', 1))
     measured.clear()
-    assert scores(run(), "before") == scores(first, "before")
+    assert scores(run(), "base") == scores(first, "base")
     assert measured == ["Knorm_0-5_dense"]
 
 
@@ -205,7 +205,7 @@ def test_a_failure_is_in_the_table_and_stops_no_other(
 ) -> None:
     points = [Setting(FailsOnce(), [0.5]), *settings()]
     report = run(points=points)
-    assert {row["press"] for row in report["rows"] if row.get("before") is not None} >= {
+    assert {row["press"] for row in report["rows"] if row.get("base") is not None} >= {
         "full cache",
         "SnapKV",
         "Knorm",
@@ -217,9 +217,7 @@ def test_a_failure_is_in_the_table_and_stops_no_other(
     measured.clear()
     mended = run(points=points)
     assert measured == ["FailsOnce_0-5_dense"] * 3
-    knorm, other = (
-        [row["before"] for row in mended["rows"] if row["press"] == name] for name in ("Knorm", "FailsOnce")
-    )
+    knorm, other = ([row["base"] for row in mended["rows"] if row["press"] == name] for name in ("Knorm", "FailsOnce"))
     assert knorm == other
     assert "out of everything" not in (tmp_path / "run" / "report.json").read_text()
 

@@ -93,11 +93,11 @@ def reported(monkeypatch: pytest.MonkeyPatch) -> list[list[Record]]:
     """The records of every report, which is not written: its pictures take seconds."""
     reports: list[list[Record]] = []
 
-    def noted(_output: Path, records: list[Record], *_: Any) -> list[Path]:
-        reports.append(records)
+    def noted(_output: Path, summary: Any, *_: Any) -> list[Path]:
+        reports.append(summary.records)
         return []
 
-    monkeypatch.setattr("sparsekv_pl.reporting.write_run", noted)
+    monkeypatch.setattr("sparsekv_pl.modules.harness.write_run", noted)
     return reports
 
 

@@ -16,9 +16,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from data.haystack import HaystackData
 from data.text import EmbeddedText
+from sparsekv_pl import measuring
 from sparsekv_pl.eviction.decoding import greedy
 from sparsekv_pl.eviction.prefill import ChunkedPrefill, prefill
-from sparsekv_pl.modules import long_context
 from sparsekv_pl.modules.long_context import STATE, LongContextModule
 from sparsekv_pl.results import Record
 from tests.tiny_training import MakeBackbone
@@ -38,7 +38,7 @@ def run(
         press: BasePress | None = None, data: Any = None, trainer: Any = None, report: bool = False, **settings: Any
     ) -> list[Record]:
         if not report:
-            monkeypatch.setattr(long_context, "write_run", lambda *_: [])
+            monkeypatch.setattr(measuring, "write_run", lambda *_: [])
         defaults: dict[str, Any] = {"budget": BUDGET, "chunk_tokens": CHUNK, "output": str(tmp_path / "out")}
         press = press or KeyRerotationPress(KeyDiffPress())
         module = LongContextModule(settings.pop("backbone", tiny_backbone()), press, **(defaults | settings))

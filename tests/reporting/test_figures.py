@@ -23,10 +23,10 @@ def test_dots_draw_each_score_and_interval(make_records):
     assert [label.get_text() for label in accuracy.get_yticklabels()] == ["full cache", "SnapKV 0.50 *"]
     needles = [row for row in rows if row.metric == "needle_accuracy"]
     base, trained = (container.lines for container in accuracy.containers)
-    assert base[0].get_xdata() == pytest.approx([row.before for row in needles])
-    assert trained[0].get_xdata() == pytest.approx([row.after for row in needles])
+    assert base[0].get_xdata() == pytest.approx([row.base for row in needles])
+    assert trained[0].get_xdata() == pytest.approx([row.trained for row in needles])
     (_, segment) = trained[2][0].get_segments()
-    assert segment[:, 0] == pytest.approx(needles[1].after_interval)
+    assert segment[:, 0] == pytest.approx(needles[1].trained_interval)
     assert "perplexity" in perplexity.get_title()
 
 
@@ -41,7 +41,7 @@ def test_pictures_are_pngs_that_grow_with_the_conditions(make_records):
 def test_one_metric_has_one_plot_and_nothing_measured_is_said(make_records):
     rows = rows_of(make_records(tasks=("text",)))
     assert len(dots_figure(rows).axes) == 1
-    assert len(dots_figure([row for row in rows if row.press != "full cache"], RETENTION).axes) == 1
+    assert len(dots_figure([row for row in rows if row.condition.press != "full cache"], RETENTION).axes) == 1
     failure = {"variant": "base", "press": "SnapKV", "compression_ratio": 0.9, "error": "Oops", "task": "text"}
     nothing = dots_figure(rows_of([failure]))
     assert [text.get_text() for text in nothing.texts] == ["nothing was measured"]
@@ -55,7 +55,7 @@ def test_curves_begin_at_the_full_cache_base_dashed_and_trained_solid(make_recor
     assert base.get_xdata().tolist() == [0, 0.5, 0.75]
     assert (base.get_linestyle(), trained.get_linestyle()) == ("--", "-")
     full, half, _ = (row for row in rows if row.metric == "needle_accuracy")
-    assert trained.get_ydata()[:2].tolist() == [full.after, half.after]
+    assert trained.get_ydata()[:2].tolist() == [full.trained, half.trained]
     assert len(accuracy.collections) == 2  # a band for each
     assert perplexity.get_ylabel() == "perplexity"
 

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from sparsekv_pl.reporting import REPORTED_PACKAGES, environment, sparsity_figure, terminal_table, write_run
+from sparsekv_pl.reporting import REPORTED_PACKAGES, environment, sparsity_figure, summarised, terminal_table, write_run
 
 ENVIRONMENT = {"python": "3.11", "devices": ["cpu"]}
 FAILURE = {
@@ -35,7 +35,8 @@ def records(make_records):
 @pytest.fixture(scope="module")
 def report(records, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    paths = write_run(folder, records, {"steps": 110, "presses": ["a|b"], "last": {"loss": 1.5}}, ENVIRONMENT, "A run")
+    training = {"steps": 110, "presses": ["a|b"], "last": {"loss": 1.5}}
+    paths = write_run(folder, summarised(records), training, ENVIRONMENT, "A run")
     assert sorted(paths) == sorted(folder.iterdir())
     return folder
 
@@ -49,15 +50,18 @@ def test_json_keeps_the_quickstarts_contract(report):
     for row in content["rows"]:
         assert row["metric"] in {"needle_accuracy", "perplexity"}
         if row["error"] is None:
-            low, high = row["before_interval"]
-            assert low <= row["before"] <= high
-            assert row["after"] is not None
+            low, high = row["base_interval"]
+            assert low <= row["base"] <= high
+            assert row["trained"] is not None
             assert row["cases"] > 0
-            assert row["difference"] == pytest.approx(row["after"] - row["before"])
+            assert row["difference"] == pytest.approx(row["trained"] - row["base"])
     seen = {row["press"]: row["seen_in_training"] for row in content["rows"]}
     assert seen == {"full cache": False, "SnapKV": True, "TOVA": False, "CriticalKV(SnapKV)": False}
-    assert {"kl_before", "kl_after"} <= content["rows"][1].keys()
-    assert [row["before"] for row in content["rows"] if row["error"]] == [None, None]
+    for row in content["rows"]:
+        for name in [name for name in row if {"base", "trained"} & set(name.split("_"))]:
+            assert row[name.replace("base", "before").replace("trained", "after")] == row[name]
+    assert {"retention_before", "after_interval", "kl_before", "kl_after"} <= content["rows"][3].keys()
+    assert [row["base"] for row in content["rows"] if row["error"]] == [None, None]
     assert content["ledger"][0]["kept_share"] == 1
     assert content["stability"]
 
@@ -66,7 +70,7 @@ def test_csvs_have_a_line_per_row_and_per_record(report, records):
     content = json.loads((report / "report.json").read_text())
     lines = list(csv.DictReader((report / "report.csv").open()))
     assert len(lines) == len(content["rows"])
-    assert float(lines[2]["after_interval_high"]) == content["rows"][2]["after_interval"][1]
+    assert float(lines[2]["trained_interval_high"]) == content["rows"][2]["trained_interval"][1]
     cases = list(csv.DictReader((report / "cases.csv").open()))
     assert len(cases) == len(records)
     assert cases[0]["answers"] == '["4711"]'
@@ -135,20 +139,20 @@ def test_only_base_only_trained_only_hosted(make_records, tmp_path):
         ("trained", {"variants": ("trained",)}),
         ("text", {"tasks": ("text",), "ratios": (0.5,)}),
     ):
-        write_run(tmp_path / name, make_records(seeds=1, depths=(0.5,), **change), {}, ENVIRONMENT, name)
+        write_run(tmp_path / name, summarised(make_records(seeds=1, depths=(0.5,), **change)), {}, ENVIRONMENT, name)
     base, trained = (json.loads((tmp_path / name / "report.json").read_text())["rows"] for name in ("base", "trained"))
-    assert {row["after"] for row in base} == {row["before"] for row in trained} == {None}
-    assert all(row["before"] is not None for row in base)
+    assert {row["trained"] for row in base} == {row["base"] for row in trained} == {None}
+    assert all(row["base"] is not None for row in base)
     assert "unseen" not in (tmp_path / "base" / "report.md").read_text().split("## How")[0]
     (case, *_) = make_records(tasks=("vt",))
     hosted = {k: v for k, v in case.items() if k not in {"kept_pairs", "kv_bytes", "freed"}} | {"press": "hosted M"}
-    write_run(tmp_path / "hosted", [hosted], {}, ENVIRONMENT, "hosted")
+    write_run(tmp_path / "hosted", summarised([hosted]), {}, ENVIRONMENT, "hosted")
     assert "| hosted M | 0.00 |" in (tmp_path / "hosted" / "report.md").read_text()
     assert not (tmp_path / "hosted" / "ledger.csv").exists()
 
 
 def test_only_failures_still_make_a_report(tmp_path):
-    write_run(tmp_path, [FAILURE | {"error": "x" * 5_000}], {}, ENVIRONMENT, "failed")
+    write_run(tmp_path, summarised([FAILURE | {"error": "x" * 5_000}]), {}, ENVIRONMENT, "failed")
     text = (tmp_path / "report.md").read_text()
     assert "x" * 150 in text
     assert "x" * 300 not in text
@@ -159,17 +163,17 @@ def test_only_failures_still_make_a_report(tmp_path):
 def test_further_pictures_are_in_the_page(make_records, tmp_path):
     figure = sparsity_figure({"coverage": [[0.1, 0.2]]})
     some = make_records(tasks=("text",), seeds=1, ratios=())
-    paths = write_run(tmp_path, some, {}, ENVIRONMENT, "t", {"Sparsity (base)": figure})
+    paths = write_run(tmp_path, summarised(some), {}, ENVIRONMENT, "t", {"Sparsity (base)": figure})
     assert tmp_path / "sparsity-base.png" in paths
     assert "![Sparsity (base)](sparsity-base.png)" in (tmp_path / "report.md").read_text()
 
 
 def test_a_report_that_fails_leaves_the_earlier_one_whole(make_records, tmp_path):
     some = make_records(tasks=("text",), seeds=1, ratios=(0.5,))
-    paths = write_run(tmp_path, some, {}, ENVIRONMENT, "first")
+    paths = write_run(tmp_path, summarised(some), {}, ENVIRONMENT, "first")
     earlier = [path.read_bytes() for path in paths]
     with pytest.raises(TypeError):
-        write_run(tmp_path, some, {"model": object()}, ENVIRONMENT, "second")
+        write_run(tmp_path, summarised(some), {"model": object()}, ENVIRONMENT, "second")
     assert [path.read_bytes() for path in paths] == earlier
     assert sorted(tmp_path.iterdir()) == sorted(paths)  # no temporary file left
 
@@ -177,7 +181,7 @@ def test_a_report_that_fails_leaves_the_earlier_one_whole(make_records, tmp_path
 def test_a_failing_write_leaves_no_temporary_file(make_records, tmp_path):
     (tmp_path / "report.json").mkdir()  # a file cannot replace a directory
     with pytest.raises(OSError):
-        write_run(tmp_path, make_records(tasks=("text",), seeds=1, ratios=()), {}, ENVIRONMENT, "t")
+        write_run(tmp_path, summarised(make_records(tasks=("text",), seeds=1, ratios=())), {}, ENVIRONMENT, "t")
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
@@ -189,7 +193,7 @@ def rendered(table, width=80):
 
 def test_terminal_table_fits_80_columns_and_starts_with_the_full_cache(make_records):
     records = make_records(presses=[("ExpectedAttention", True), ("TOVA", False)], ratios=(0.5,))
-    text = rendered(terminal_table([*records, FAILURE]))
+    text = rendered(terminal_table(summarised([*records, FAILURE])))
     lines = [line.split() for line in text.splitlines()]
     presses = [line[0] for line in lines if line and line[0] in {"full", "ExpectedAttention", "TOVA"}]
     assert presses == ["full", "ExpectedAttention", "TOVA"]
@@ -202,7 +206,7 @@ def test_terminal_table_fits_80_columns_and_starts_with_the_full_cache(make_reco
 
 
 def test_terminal_table_without_training_has_no_arrow(make_records):
-    text = rendered(terminal_table(make_records(variants=("base",), tasks=("text",))))
+    text = rendered(terminal_table(summarised(make_records(variants=("base",), tasks=("text",)))))
     assert "->" not in text
     assert "seen" not in text
     assert "needle" not in text

@@ -4,8 +4,9 @@ import math
 
 import pytest
 
+from sparsekv_pl.condition import FULL_CACHE, Condition
 from sparsekv_pl.presses.scores import press_name
-from sparsekv_pl.reporting.conditions import ALL_RETRIEVAL, FULL_CACHE, Condition, sorted_records
+from sparsekv_pl.reporting.conditions import ALL_RETRIEVAL, sorted_records
 from sparsekv_pl.reporting.intervals import wilson_interval
 from sparsekv_pl.reporting.summary import headline, summary_rows
 
@@ -17,7 +18,7 @@ def needle(case, press, exact, variant="base", task="niah_single_1", ratio=None,
 
 
 def rows_of(records):
-    return {(row.press, row.task): row for row in summary_rows(sorted_records(records))}
+    return {(row.condition.press, row.task): row for row in summary_rows(sorted_records(records))}
 
 
 def test_retention_is_the_score_over_that_of_the_full_cache():
@@ -30,16 +31,16 @@ def test_retention_is_the_score_over_that_of_the_full_cache():
         for press, exact in zip((FULL_CACHE, "SnapKV"), pair, strict=True)
     ]
     row = rows_of(records)["SnapKV", "niah_single_1"]
-    assert (row.before, row.after, row.difference) == (0.5, 0.75, 0.25)
-    assert row.before_interval == wilson_interval(2, 4)
-    assert row.retention_before == pytest.approx(2 / 3)
-    assert row.retention_after == 0.75
+    assert (row.base, row.trained, row.difference) == (0.5, 0.75, 0.25)
+    assert row.base_interval == wilson_interval(2, 4)
+    assert row.retention_base == pytest.approx(2 / 3)
+    assert row.retention_trained == 0.75
     assert row.retention_difference == pytest.approx(0.75 - 2 / 3)
     assert row.retention_cases == row.cases == 4
     low, high = row.difference_interval
     assert -1 <= low < 0.25 < high <= 1
     full = rows_of(records)[FULL_CACHE, "niah_single_1"]
-    assert (full.before, full.after, full.difference, full.retention_before) == (0.75, 1.0, 0.25, None)
+    assert (full.base, full.trained, full.difference, full.retention_base) == (0.75, 1.0, 0.25, None)
 
 
 def test_perplexity_weighs_tokens_and_brings_kl():
@@ -51,10 +52,10 @@ def test_perplexity_weighs_tokens_and_brings_kl():
     records += [text("a", "SnapKV", 30.0, 10, 2.0), text("b", "SnapKV", 90.0, 30, 6.0)]
     row = rows_of(records)["SnapKV", "text"]
     assert row.metric == "perplexity"
-    assert row.before == pytest.approx(math.exp(120 / 40))
-    assert row.retention_before == pytest.approx(math.exp(10 / 40))
-    assert row.besides["kl_before"] == pytest.approx(8 / 40)
-    assert row.after is row.difference is row.after_interval is None
+    assert row.base == pytest.approx(math.exp(120 / 40))
+    assert row.retention_base == pytest.approx(math.exp(10 / 40))
+    assert row.besides["kl_base"] == pytest.approx(8 / 40)
+    assert row.trained is row.difference is row.trained_interval is None
 
 
 def test_only_cases_of_both_sides_are_pairs_and_the_rest_is_counted():
@@ -64,30 +65,30 @@ def test_only_cases_of_both_sides_are_pairs_and_the_rest_is_counted():
     records += [needle(case, FULL_CACHE, 1.0, variant) for case in "cd" for variant in ("base", "trained")]
     row = rows_of(records)["SnapKV", "niah_single_1"]
     assert (row.cases, row.dropped, row.retention_cases) == (2, 2, 1)
-    assert (row.before, row.after, row.retention_before, row.retention_after) == (1.0, 0.0, 1.0, 0.0)
+    assert (row.base, row.trained, row.retention_base, row.retention_trained) == (1.0, 0.0, 1.0, 0.0)
 
 
 def test_no_common_case_is_an_error_and_no_score():
     row = rows_of([needle("a", "SnapKV", 1.0), needle("b", "SnapKV", 1.0, "trained")])["SnapKV", "niah_single_1"]
-    assert (row.before, row.after, row.cases, row.dropped) == (None, None, 0, 2)
+    assert (row.base, row.trained, row.cases, row.dropped) == (None, None, 0, 2)
     assert "no case was measured in both" in row.error
 
 
 def test_retention_is_undefined_where_the_full_cache_finds_nothing():
     row = rows_of([needle("a", FULL_CACHE, 0.0), needle("a", "SnapKV", 0.0)])["SnapKV", "niah_single_1"]
-    assert row.before == 0
-    assert row.retention_before is row.retention_before_interval is None
+    assert row.base == 0
+    assert row.retention_base is row.retention_base_interval is None
 
 
 def test_a_case_that_is_there_twice_counts_once():
     row = rows_of([needle("a", "SnapKV", 1.0)] * 2 + [needle("b", "SnapKV", 0.0)])["SnapKV", "niah_single_1"]
-    assert (row.cases, row.before) == (2, 0.5)
+    assert (row.cases, row.base) == (2, 0.5)
 
 
 def test_several_tasks_are_told_together_too_and_share_no_case():
     records = [needle("a", "SnapKV", 1.0, task="vt"), needle("a", "SnapKV", 0.0, task="cwe")]
     rows = rows_of(records)
-    assert rows["SnapKV", ALL_RETRIEVAL].before == 0.5
+    assert rows["SnapKV", ALL_RETRIEVAL].base == 0.5
     assert rows["SnapKV", ALL_RETRIEVAL].cases == 2
     assert [row.task for row in headline(list(rows.values()))] == [ALL_RETRIEVAL]
     assert (None, ALL_RETRIEVAL) not in rows_of(records[:1])
@@ -95,14 +96,16 @@ def test_several_tasks_are_told_together_too_and_share_no_case():
 
 def test_fractions_have_bootstrap_intervals():
     row = rows_of([needle(str(n), "SnapKV", n / 4) for n in range(5)])["SnapKV", "niah_single_1"]
-    assert row.before == 0.5
-    assert 0 < row.before_interval[0] < 0.5 < row.before_interval[1] < 1
+    assert row.base == 0.5
+    assert 0 < row.base_interval[0] < 0.5 < row.base_interval[1] < 1
 
 
 def test_the_full_cache_comes_first_then_presses_as_met_and_ratios_rising():
     records = [needle("a", "TOVA", 1.0, ratio=0.7), needle("a", "SnapKV", 1.0, ratio=0.5), needle("a", "TOVA", 1.0)]
     records += [needle("a", FULL_CACHE, 1.0), needle("a", "hosted M", 1.0, ratio=0.0)]
-    conditions = [(row.press, row.compression_ratio) for row in summary_rows(sorted_records(records))]
+    conditions = [
+        (row.condition.press, row.condition.compression_ratio) for row in summary_rows(sorted_records(records))
+    ]
     assert conditions == [(FULL_CACHE, 0.0), ("TOVA", 0.5), ("TOVA", 0.7), ("SnapKV", 0.5), ("hosted M", 0.0)]
     assert press_name(None) == FULL_CACHE
 
@@ -111,9 +114,11 @@ def test_the_full_cache_of_the_same_prefill_is_taken_else_the_dense_one():
     chunks = {"prefill": "chunks of 8"}
     records = [needle("a", FULL_CACHE, 1.0), needle("a", FULL_CACHE, 0.5, **chunks)]
     records += [needle("a", "SnapKV", 0.5, **chunks), needle("a", "SnapKV", 0.5, prefill="decoding")]
-    rows = {row.prefill: row for row in summary_rows(sorted_records(records)) if row.press == "SnapKV"}
-    assert rows["chunks of 8"].retention_before == 1
-    assert rows["decoding"].retention_before == 0.5
+    rows = {
+        row.condition.prefill: row for row in summary_rows(sorted_records(records)) if row.condition.press == "SnapKV"
+    }
+    assert rows["chunks of 8"].retention_base == 1
+    assert rows["decoding"].retention_base == 0.5
 
 
 def test_a_failure_has_a_row_in_every_task_with_its_count():
@@ -122,7 +127,7 @@ def test_a_failure_has_a_row_in_every_task_with_its_count():
     rows = rows_of(records)
     for task, metric in (("niah_single_1", "needle_accuracy"), ("text", "perplexity")):
         row = rows["SnapKV", task]
-        assert (row.metric, row.before, row.after, row.cases) == (metric, None, None, 0)
+        assert (row.metric, row.base, row.trained, row.cases) == (metric, None, None, 0)
         assert row.error == "trained, text: Oops: no (2 times)"
     assert rows[FULL_CACHE, "niah_single_1"].error is None
 
