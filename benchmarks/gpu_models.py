@@ -97,6 +97,4 @@ def student_of(model: Any, kind: str) -> Student:
         vocabulary = model.config.vocab_size
         device = next(model.parameters()).device
         eviction.tokenizer = AnchorTable(*torch.zeros(2, vocabulary, dtype=torch.bool, device=device))
-    if isinstance(eviction, ChunkedEviction):
-        eviction.catch_scores = objective.needs_selections
     return Student(model, eviction, Teacher(model), objective)

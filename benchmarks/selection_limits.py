@@ -39,6 +39,7 @@ from sparsekv_pl.backbone import Backbone, causal_lm
 from sparsekv_pl.batch import Supervised
 from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.prefill import prefill
+from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.lora import Lora
 from sparsekv_pl.native_precision import decide
 from sparsekv_pl.presses import EvictionAugPress
@@ -221,8 +222,7 @@ def train(model: Any, tokenizer: Any, presses: list[str]) -> None:
             with torch.no_grad():
                 for parameter, value in zip(trained, start, strict=True):
                     parameter.copy_(value)
-            called = "masses" if label == AS_MASSES else press_name(PRESSES[name])
-            gradient = _steps(model, trained, PRESSES[name], called, loss, case)
+            gradient = _steps(model, trained, PRESSES[name], label == AS_MASSES, loss, case)
             after = kept_now(model, name, case)
             row = {"press": name, "loss": label, "first gradient": f"{gradient:.3f}"}
             rows.append(row | {key: f"{before[name][key]} -> {value}" for key, value in after.items()})
@@ -231,21 +231,24 @@ def train(model: Any, tokenizer: Any, presses: list[str]) -> None:
 
 
 def _steps(
-    model: Any, trained: list[Tensor], press: ScorerPress, called: str, loss: SelectionLoss, case: Needles
+    model: Any, trained: list[Tensor], press: ScorerPress, as_masses: bool, loss: SelectionLoss, case: Needles
 ) -> float:
     """Train on half of the contexts at each step, in turn; the norm of the first step's gradient.
 
-    The loss knows the press as ``called``, which is how it tells LagKV's scores from masses.
+    ``as_masses`` takes for masses what is none (LagKV's scores).
     """
     norms = []
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
     for step in range(STEPS):
         half = slice(0, ROWS // 2) if step % 2 else slice(ROWS // 2, ROWS)
         with NATIVE.autocast():
-            selections = prefill(causal_lm(model), case.batch["context_ids"][half], press, with_scores=True).selections
+            context = case.batch["context_ids"][half]
+            selections = prefill(causal_lm(model), context, press, request=Request(scores=True)).selections
         optimizer.zero_grad()
-        pairs = [(replace(selection, press=called), case.mass[selection.layer][half]) for selection in selections]
-        loss(pairs)[called].backward()
+        if as_masses:
+            selections = [replace(selection, order_only=False) for selection in selections]
+        pairs = [(selection, case.mass[selection.layer][half]) for selection in selections]
+        loss(pairs)[press_name(press)].backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, 1.0)))
         optimizer.step()
     return norms[0]
@@ -257,7 +260,8 @@ def kept_now(model: Any, name: str, case: Needles) -> dict[str, str]:
     press = PRESSES[name]
     press.compression_ratio = 0.5  # kvpress scores nothing at 0
     with NATIVE.autocast():
-        selections = prefill(causal_lm(model), case.batch["context_ids"], press, with_scores=True).selections
+        context = case.batch["context_ids"]
+        selections = prefill(causal_lm(model), context, press, request=Request(scores=True)).selections
     scores = torch.stack([selection.scores for selection in selections]).float()
     rows = [row for row, _ in kept_rows(name, scores, case)]
     return {f"{what} at {row['ratio']}": str(row[f"{what} kept"]) for row in rows for what in ("attention", "needle")}

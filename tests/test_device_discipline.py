@@ -85,8 +85,6 @@ def waits_of_a_step(layers: int, eviction: Eviction, objective: Objective, token
     objective.prepare(tokenizer)
     if isinstance(eviction, KVDropout):
         eviction.tokenizer = AnchorTable(*placed(torch.zeros(2, VOCABULARY, dtype=torch.bool), "cuda:0"))
-    if isinstance(eviction, ChunkedEviction):
-        eviction.catch_scores, eviction.keep_context = objective.needs_selections, objective.needs_contexts
     student = Student(model, eviction, Teacher(model), objective)
     batch = training_batch(**more)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -107,7 +105,7 @@ def learnt(press: BasePress, tokenizer: Any, device: str | None) -> dict[str, Te
     if device is not None:
         place(model, device)
         batch = placed(batch, device)
-    student = Student(model, ChunkedEviction(press, catch_scores=True), Teacher(model), objective)
+    student = Student(model, ChunkedEviction(press), Teacher(model), objective)
     with Accelerators():
         loss = objective(student.view(batch, 0.5, 0)[0])["loss"]
         loss.backward()

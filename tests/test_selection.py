@@ -25,6 +25,7 @@ from sparsekv_pl.attention.cached import CACHED, attention_implementation
 from sparsekv_pl.batch import IGNORE, Supervised
 from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.prefill import prefill
+from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.scores import press_name
 from sparsekv_pl.selection import AttentionMass, Selection, SelectionLoss, log_share, pinned, with_mass
@@ -254,8 +255,8 @@ def test_the_gradient_reaches_what_scores(random_model: Build, press: BasePress,
     model = random_model()
     mass = AttentionMass(Supervised.of(labels()), CONTEXT)
     Teacher(model)(*ids(), mass)
-    eviction = ChunkedEviction(press, chunk_tokens, catch_scores=True)
-    selections = eviction(model, *ids(), compression_ratio=0.5, step=0).selections
+    eviction = ChunkedEviction(press, chunk_tokens)
+    selections = eviction(model, *ids(), compression_ratio=0.5, step=0, request=Request(scores=True)).selections
     losses = SelectionLoss()(with_mass(selections, mass.mass))
     assert len(losses) == (2 if isinstance(press, EvictionAugPress) else 1)
     torch.stack(list(losses.values())).sum().backward()
@@ -274,7 +275,7 @@ def test_what_is_kept_moves_towards_the_teachers_top_keys(random_model: Build, p
     teacher, kept = Teacher(model), 10
     mass = AttentionMass(Supervised.of(labels()), CONTEXT)
     teacher(*ids(), mass)
-    eviction = ChunkedEviction(press, catch_scores=True)
+    eviction = ChunkedEviction(press)
     evictable = slice(SINKS, CONTEXT - 4)
 
     def overlap(selections: list[Selection]) -> float:
@@ -289,7 +290,7 @@ def test_what_is_kept_moves_towards_the_teachers_top_keys(random_model: Build, p
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     overlaps, losses = [], []
     for step in range(25):
-        selections = eviction(model, *ids(), compression_ratio=0.5, step=step).selections
+        selections = eviction(model, *ids(), compression_ratio=0.5, step=step, request=Request(scores=True)).selections
         loss = SelectionLoss(SINKS)(with_mass(selections, mass.mass))[press_name(press)]
         overlaps.append(overlap(selections))
         losses.append(loss.item())

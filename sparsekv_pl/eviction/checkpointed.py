@@ -13,7 +13,6 @@ from typing import Any
 from kvpress import BasePress
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from sparsekv_pl.eviction.packed import Layout, pack
 from sparsekv_pl.eviction.prefill import ChunkedPrefill
@@ -25,47 +24,37 @@ Said = tuple[list[Selection], dict[str, list[Tensor]]]
 """A chunk's scores and losses: results that the next chunk does not depend on."""
 
 
-def checkpointed_prefill(
-    model: PreTrainedModel,
-    context_ids: Tensor,
-    press: BasePress,
-    chunk_tokens: int | None = None,
-    budget: int | None = None,
-    with_scores: bool = False,
-    with_positions: bool = False,
-) -> Prefilled:
-    """As ``prefill``, with the same result and the same gradients, and no activations kept.
+def checkpointed_prefill(filling: ChunkedPrefill, context_ids: Tensor) -> Prefilled:
+    """As ``filling.run``, with the same result and the same gradients, and no activations kept.
 
-    Between two chunks it keeps the state: with a ``budget``, as many bytes for every chunk. Backward costs one more
+    Between two chunks it keeps the state: with a budget, as many bytes for every chunk. Backward costs one more
     forward. The press may be set and drawn anew before backward runs; the model must not change.
     """
+    assert filling.traits is not None
 
     def run(layout: Layout | None, chunk_ids: Tensor, *packed: Tensor) -> tuple[Layout, list[Tensor], Said]:
-        chunk = filling()
+        chunk = filling.again()
         if layout is not None:
             chunk.load_state_dict(layout.unpack(packed))
         chunk.advance(chunk_ids)
         assert chunk.notes is not None
         return *pack(chunk.state_dict()), (chunk.keeper.selections, chunk.notes.losses)
 
-    filling = partial(
-        ChunkedPrefill, model, press, context_ids.shape[1], chunk_tokens, budget, with_scores, with_positions
-    )
-    contexts = partial(_contexts, PressAsItWas(press))
-    result, losses = filling(), dict[str, list[Tensor]]()
+    contexts = partial(_contexts, PressAsItWas(filling.traits.press))
+    losses = dict[str, list[Tensor]]()
     layout: Layout | None = None
     packed: list[Tensor] = []
-    for start, stop in result.bounds:
+    for start, stop in filling.bounds:
         # The state goes in as tensors, not hidden in an object: autograd's hooks can then move it elsewhere.
         arguments = layout, context_ids[:, start:stop], *packed
         layout, packed, (selections, terms) = checkpoint(run, *arguments, use_reentrant=False, context_fn=contexts)
-        result.keeper.selections += selections
+        filling.keeper.selections += selections
         for name, values in terms.items():
             losses.setdefault(name, []).extend(values)
-    assert layout is not None and result.notes is not None
-    result.load_state_dict(layout.unpack(packed))
-    result.notes.losses = losses
-    return result.result()
+    assert layout is not None and filling.notes is not None
+    filling.load_state_dict(layout.unpack(packed))
+    filling.notes.losses = losses
+    return filling.result()
 
 
 class PressAsItWas:

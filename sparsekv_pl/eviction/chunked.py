@@ -1,6 +1,6 @@
 """Real eviction in training: the context runs through the model in chunks and a press shrinks the cache after each.
 
-``prefill`` does it, with and without gradients, for training and evaluation, so the two cannot drift apart.
+``ChunkedPrefill`` does it, with and without gradients, for training and evaluation, so the two cannot drift apart.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,10 @@ from sparsekv_pl.devices import stacked
 from sparsekv_pl.eviction.checkpointed import checkpointed_prefill
 from sparsekv_pl.eviction.ledger import ledger
 from sparsekv_pl.eviction.limits import check_chunks
-from sparsekv_pl.eviction.prefill import chunk_bounds, continue_from, prefill
+from sparsekv_pl.eviction.prefill import ChunkedPrefill, chunk_bounds, continue_from
 from sparsekv_pl.eviction.prefilled import Prefilled
 from sparsekv_pl.eviction.reach import check_continuation
+from sparsekv_pl.eviction.request import NOTHING, Request
 from sparsekv_pl.eviction.result import Evicted, EvictedContext
 from sparsekv_pl.presses.draws import draw
 from sparsekv_pl.presses.ratio import set_compression_ratio
@@ -36,10 +37,6 @@ class ChunkedEviction:
     budget
         KV pairs per head that the cache may keep, in tokens. Where it is smaller than what the compression ratio would
         keep, it decides; with it memory stays flat however long the context is.
-    catch_scores
-        Keep the press's scores, differentiable, for a selection loss. Training sets it where an objective needs it.
-    keep_context
-        Keep what an objective needs to ask for the text of evicted tokens. Training sets it too.
     checkpoint
         Keep no activations of the context: backward runs each chunk again, so that only one chunk's live at a time. For
         long contexts; costs a second forward. See eviction/checkpointed.py.
@@ -48,8 +45,6 @@ class ChunkedEviction:
     press: BasePress
     chunk_tokens: int | None = None
     budget: int | None = None
-    catch_scores: bool = False
-    keep_context: bool = False
     checkpoint: bool = False
 
     def __post_init__(self) -> None:
@@ -58,9 +53,9 @@ class ChunkedEviction:
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1 token, or null")
 
-    def check(self, context_tokens: int) -> None:
+    def check(self, context_tokens: int, request: Request = NOTHING) -> None:
         """Raise ``ValueError`` if a chunk would be too short for the press, or the press cannot be run in chunks."""
-        check_chunks(traits_of(self.press), chunk_bounds(context_tokens, self.chunk_tokens), self.catch_scores)
+        check_chunks(traits_of(self.press), chunk_bounds(context_tokens, self.chunk_tokens), request)
 
     def __call__(
         self,
@@ -70,16 +65,15 @@ class ChunkedEviction:
         *,
         compression_ratio: float,
         step: int,
+        request: Request = NOTHING,
     ) -> Evicted:
         """Run context and continuation with an eviction between the two. See ``Eviction``."""
         draw(self.press, step)
         set_compression_ratio(self.press, compression_ratio)
-        fill = checkpointed_prefill if self.checkpoint else prefill
-        prefilled = fill(
-            model, context_ids, self.press, self.chunk_tokens, self.budget, self.catch_scores, self.keep_context
-        )
+        filling = ChunkedPrefill(model, self.press, context_ids.shape[1], self.chunk_tokens, self.budget, request)
+        prefilled = checkpointed_prefill(filling, context_ids) if self.checkpoint else filling.run(context_ids)
         kept = ledger(model, prefilled.cache).kept_pairs * prefilled.mean_weight
-        context = evicted_context(model, prefilled, context_ids) if self.keep_context else None
+        context = evicted_context(model, prefilled, context_ids) if request.contexts else None
         hidden = continued(model, prefilled, continuation_ids)
         losses = {} if prefilled.notes is None else prefilled.notes.losses
         means = {name: stacked(terms).mean() for name, terms in losses.items()}

@@ -23,6 +23,7 @@ from sparsekv_pl.anchors import Anchors, AnchorTable
 from sparsekv_pl.attention.cached import attention_implementation
 from sparsekv_pl.attention.kept_columns import kept_columns_attention
 from sparsekv_pl.decoder import decoder_of
+from sparsekv_pl.eviction.request import NOTHING, Request
 from sparsekv_pl.eviction.result import Evicted
 from sparsekv_pl.presses.draws import row_numbers
 from sparsekv_pl.schedules import check_compression_ratio
@@ -69,6 +70,7 @@ class KVDropout:
     checkpoint: bool = False
     tokenizer: PreTrainedTokenizerBase | AnchorTable | None = field(default=None, init=False, repr=False, compare=False)
     """Finds the special tokens and the punctuation among the anchors; set it before the first pass."""
+    press = None  # chance selects
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -76,8 +78,9 @@ class KVDropout:
         if self.query_chunk < 1:
             raise ValueError(f"query_chunk={self.query_chunk} must be at least 1 token")
 
-    def check(self, context_tokens: int) -> None:
+    def check(self, context_tokens: int, request: Request = NOTHING) -> None:
         """Raise ``ValueError`` if a context of this length is all anchors."""
+        assert not (request.scores or request.contexts or request.press_losses)  # see fit_together
         self.anchors.check(context_tokens)
 
     def __call__(
@@ -88,6 +91,7 @@ class KVDropout:
         *,
         compression_ratio: float,
         step: int,
+        request: Request = NOTHING,
     ) -> Evicted:
         """Run context and continuation in one pass; see ``Eviction``.
 
@@ -98,7 +102,7 @@ class KVDropout:
         if self.tokenizer is None:
             raise ValueError("KVDropout has no tokenizer to find anchors with: set its tokenizer first")
         context_tokens = context_ids.shape[1]
-        self.check(context_tokens)
+        self.check(context_tokens, request)
         anchors = self.anchors.mask(context_ids, self.tokenizer).cpu()
         always = torch.cat([anchors, anchors.new_ones(continuation_ids.shape)], dim=1)
         removed = removed_tokens(always, compression_ratio)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.eviction.rotation import Rotation
 from sparsekv_pl.presses.scores import CaughtScores, catch_scores, press_name
 from sparsekv_pl.presses.traits import PressTraits
@@ -20,19 +21,18 @@ class Keeper:
     press that protects the first tokens (sinks) or compares neighbours does, so between chunks the order is restored.
     The same indices say which context position every pair came from, which a selection loss over later chunks needs.
 
-    ``follow`` says whether positions are wanted: always, where there are many chunks. ``inv_freq`` are the model's RoPE
-    frequencies (see ``Rotation``), for a press that re-rotates keys.
+    Positions are followed where ``request`` needs them (contexts), and with ``many`` chunks. ``inv_freq`` are the
+    model's RoPE frequencies (see ``Rotation``), for a press that re-rotates keys.
     """
 
-    def __init__(self, traits: PressTraits, with_scores: bool, follow: bool, inv_freq: Tensor | None) -> None:
+    def __init__(self, traits: PressTraits, request: Request, many: bool, inv_freq: Tensor | None) -> None:
         deciding = traits.deciding
         self.press = traits.press
         self.selecting = deciding.selecting if deciding.by_scores else None
         self.order_only = {id(part.press) for part in traits.parts if part.order_only}
         self.in_order = deciding.in_order
         self.rotation = Rotation(inv_freq) if deciding.by_scores and inv_freq is not None else None
-        self.with_scores = with_scores
-        self.follow = follow
+        self.with_scores, self.follow = request.scores, request.contexts or many
         self.selections: list[Selection] = []
         self.positions: dict[int, Tensor] = {}
         self.log_weights: dict[int, Tensor] = {}

@@ -3,6 +3,7 @@
 from transformers import PreTrainedModel
 
 from sparsekv_pl.decoder import decoder_of
+from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.presses.traits import PressTraits
 
 CHANGING_ROPE = ("dynamic", "longrope")
@@ -86,8 +87,8 @@ def check_weights(model: PreTrainedModel, traits: PressTraits) -> None:
         )
 
 
-def check_chunks(traits: PressTraits, bounds: list[tuple[int, int]], with_scores: bool) -> None:
-    """Raise ``ValueError`` where a press cannot be run in chunks of these bounds."""
+def check_chunks(traits: PressTraits, bounds: list[tuple[int, int]], request: Request) -> None:
+    """Raise ``ValueError`` where a press cannot be run in chunks of these bounds and say what is requested."""
     shortest = min(stop - start for start, stop in bounds)
     if shortest <= traits.window:
         raise ValueError(
@@ -96,7 +97,7 @@ def check_chunks(traits: PressTraits, bounds: list[tuple[int, int]], with_scores
         )
     # Of a press that moves groups of pairs (ChunkKVPress) scores do not tell which it kept.
     followed = all(candidate.by_scores or candidate.only_trains for candidate in traits.candidates)
-    if len(bounds) > 1 and not (traits.works_in_chunks and (followed or not with_scores)):
+    if len(bounds) > 1 and not (traits.works_in_chunks and (followed or not request.scores)):
         raise ValueError(
             f"{traits.name} cannot evict from {len(bounds)} chunks: it masks KV pairs instead of removing them, "
             "or looks at the whole context at once. Use one chunk (chunk_tokens: null) or another press"

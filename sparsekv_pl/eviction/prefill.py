@@ -6,6 +6,7 @@ run it.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -26,6 +27,7 @@ from sparsekv_pl.eviction.limits import (
     check_weights,
 )
 from sparsekv_pl.eviction.prefilled import Prefilled
+from sparsekv_pl.eviction.request import NOTHING, Request
 from sparsekv_pl.eviction.shifted_rotary import queries_from
 from sparsekv_pl.eviction.unread import last_mlp_for
 from sparsekv_pl.presses.no_waiting import no_waiting
@@ -60,10 +62,9 @@ class ChunkedPrefill:
         Most tokens of a chunk; None makes it one. The chunks are ``bounds``.
     budget
         Most KV pairs per head that stay after a chunk, in tokens.
-    with_scores
-        Keep the press's scores for a selection loss. They are results: ``state_dict`` leaves them out.
-    with_positions
-        Follow which context positions the kept keys are from, in one chunk too: see ``Prefilled``.
+    request
+        Its ``scores`` are kept: results, which ``state_dict`` leaves out. For its ``contexts`` the positions of the
+        kept keys are followed, in one chunk too: see ``Prefilled``.
 
     Raises
     ------
@@ -78,9 +79,10 @@ class ChunkedPrefill:
         tokens: int,
         chunk_tokens: int | None = None,
         budget: int | None = None,
-        with_scores: bool = False,
-        with_positions: bool = False,
+        request: Request = NOTHING,
     ) -> None:
+        self.again = partial(ChunkedPrefill, model, press, tokens, chunk_tokens, budget, request)
+        """Makes another at its beginning."""
         self.model, self.budget = model, budget
         self.bounds = chunk_bounds(tokens, chunk_tokens)
         self.traits = None if press is None else traits_of(press)
@@ -90,13 +92,13 @@ class ChunkedPrefill:
         self.notes: PressNotes | None = None
         check_sliding_window(model, tokens)
         if self.traits is not None and self.deciding is not None:
-            check_chunks(self.traits, self.bounds, with_scores)
+            check_chunks(self.traits, self.bounds, request)
             check_weights(model, self.traits)
             if len(self.bounds) > 1 or budget is not None:
                 self.ratio = self.deciding.press.compression_ratio
                 set_compression_ratio(self.deciding.press, self.ratio)  # raises here where there is none to set
             inv_freq = decoder_of(model).rotary_emb.inv_freq if self.rotates else None
-            self.keeper = Keeper(self.traits, with_scores, with_positions or len(self.bounds) > 1, inv_freq)
+            self.keeper = Keeper(self.traits, request, len(self.bounds) > 1, inv_freq)
             self.notes = PressNotes(positions=self.keeper.positions, key_log_weights=self.keeper.log_weights)
         check_rope(model, self.bounds[0][1], tokens, self.rotates)
         check_positions(model, self._positions(), tokens, self.rotates)
@@ -130,6 +132,12 @@ class ChunkedPrefill:
         with self._evicting(held, start, stop), rotated, last_mlp_for(self.model, 0):
             continue_from(self.model, chunk_ids, self.cache, position, **told)
         self.chunks_done += 1
+
+    def run(self, context_ids: Tensor) -> Prefilled:
+        """Run all chunks of a context (B, L), from the first."""
+        for start, stop in self.bounds:
+            self.advance(context_ids[:, start:stop])
+        return self.result()
 
     def result(self) -> Prefilled:
         """The cache as the last chunk left it."""
@@ -232,14 +240,10 @@ def prefill(
     press: BasePress | None,
     chunk_tokens: int | None = None,
     budget: int | None = None,
-    with_scores: bool = False,
-    with_positions: bool = False,
+    request: Request = NOTHING,
 ) -> Prefilled:
     """Run a context (B, L) through ``model`` and evict after every chunk. See ``ChunkedPrefill``."""
-    filling = ChunkedPrefill(model, press, context_ids.shape[1], chunk_tokens, budget, with_scores, with_positions)
-    for start, stop in filling.bounds:
-        filling.advance(context_ids[:, start:stop])
-    return filling.result()
+    return ChunkedPrefill(model, press, context_ids.shape[1], chunk_tokens, budget, request).run(context_ids)
 
 
 def full_cache(model: PreTrainedModel, context_ids: Tensor, continuation_ids: Tensor) -> Tensor:

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from kvpress import BasePress
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparsekv_pl.eviction.request import NOTHING, Request
 from sparsekv_pl.selection import Selection
 
 
@@ -22,7 +24,7 @@ class Evicted:
     losses: dict[str, Tensor] = field(default_factory=dict)
     """Scalar terms by name that presses ask an objective to add (SparseRegPress)."""
     context: "EvictedContext | None" = None
-    """For objectives that ask what was lost; None unless the eviction was told to keep it."""
+    """For objectives that ask what was lost; None unless they were requested."""
 
 
 @dataclass
@@ -42,8 +44,12 @@ class Eviction(Protocol):
     answer.
     """
 
-    def check(self, context_tokens: int) -> None:
-        """Raise ``ValueError`` where a context of this length cannot be evicted from."""
+    @property
+    def press(self) -> BasePress | None:
+        """What selects; None where chance does."""
+
+    def check(self, context_tokens: int, request: Request = NOTHING) -> None:
+        """Raise ``ValueError`` where a context of this length cannot be evicted from, or the request not answered."""
 
     def __call__(
         self,
@@ -53,6 +59,10 @@ class Eviction(Protocol):
         *,
         compression_ratio: float,
         step: int,
+        request: Request = NOTHING,
     ) -> Evicted:
-        """Run context (B, L) and continuation (B, T), evicting between the two; ``step`` seeds every draw."""
+        """Run context (B, L) and continuation (B, T), evicting between the two.
+
+        ``step`` seeds every draw; ``request`` says what else is to be known.
+        """
         ...

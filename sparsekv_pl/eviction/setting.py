@@ -10,6 +10,7 @@ from kvpress import BasePress
 from sparsekv_pl.condition import Condition
 from sparsekv_pl.eviction.limits import check_chunks
 from sparsekv_pl.eviction.prefill import chunk_bounds
+from sparsekv_pl.eviction.request import NOTHING
 from sparsekv_pl.keys import settings_of
 from sparsekv_pl.presses.ratio import set_compression_ratio, written_ratio
 from sparsekv_pl.presses.scores import press_name
@@ -114,7 +115,7 @@ class Setting:
         """Raise ``ValueError`` where contexts of this length cannot be evicted from in this way."""
         traits = traits_of(self.press)
         if self.decoding_interval is None:
-            check_chunks(traits, chunk_bounds(context_tokens, self.chunk_tokens), with_scores=False)
+            check_chunks(traits, chunk_bounds(context_tokens, self.chunk_tokens), NOTHING)
         elif self.decoding_interval < traits.window:
             raise ValueError(
                 f"decoding_interval={self.decoding_interval} is shorter than the window of {traits.name}, "

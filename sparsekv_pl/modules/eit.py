@@ -20,6 +20,7 @@ from sparsekv_pl.eviction.dropout import KVDropout
 from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.eviction.press_fit import check_press
 from sparsekv_pl.eviction.reach import check_full_cache
+from sparsekv_pl.eviction.request import NOTHING
 from sparsekv_pl.fingerprint import weights_digest
 from sparsekv_pl.losses import token_nll
 from sparsekv_pl.metrics import ContinuationPerplexity
@@ -93,7 +94,7 @@ class EITModule(LightningModule):
         self.strict_loading = False  # checkpoints hold what trains; the frozen base comes from `backbone`
         self.model, self.tokenizer = backbone.load()
         for evicts, sets in ((eviction, "the Curriculum"), (validation_eviction, "validation_compression_ratio")):
-            press = getattr(evicts, "press", None)
+            press = None if evicts is None else evicts.press
             check_press(causal_lm(self.model), press)
             if written := written_ratio(press):
                 log.warning("%s counts for nothing: %s sets the ratio", written, sets)
@@ -111,7 +112,7 @@ class EITModule(LightningModule):
     @property
     def press(self) -> BasePress | None:
         """The training eviction's press; None where it has none (KVDropout)."""
-        return getattr(self.eviction, "press", None)
+        return self.eviction.press
 
     def setup(self, stage: str) -> None:
         """Check, before anything expensive, that something is evicted, and that the data's contexts can be."""
@@ -130,13 +131,13 @@ class EITModule(LightningModule):
             return
         reads = context_tokens + getattr(data, "continuation_tokens", 0)
         check_full_cache(
-            causal_lm(self.model), reads, self.objective.needs_teacher, bool(self.trainer.limit_val_batches)
+            causal_lm(self.model), reads, self.objective.request.teacher, bool(self.trainer.limit_val_batches)
         )
-        for eviction in (self.eviction, self.validation_student.eviction):
+        for eviction, request in ((self.eviction, self.objective.request), (self.validation_student.eviction, NOTHING)):
             for tokens in getattr(data, "context_lengths", [context_tokens]):
-                eviction.check(tokens)
-            press = getattr(eviction, "press", None)
-            if press is None or not all(candidate.re_rotates for candidate in traits_of(press).candidates):
+                eviction.check(tokens, request)
+            candidates = () if eviction.press is None else traits_of(eviction.press).candidates
+            if not candidates or not all(candidate.re_rotates for candidate in candidates):
                 check_positions(causal_lm(self.model), reads, reads, rotates=False)
 
     def configure_model(self) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from sparsekv_pl.backbone import causal_lm
 from sparsekv_pl.batch import Batch, rows_of_equal_length, supervised_in
 from sparsekv_pl.eviction import Evicted, Eviction
+from sparsekv_pl.eviction.request import NOTHING, Request
 from sparsekv_pl.layer_outputs import LayerOutput, layer_outputs
 from sparsekv_pl.objectives import Objective, StudentView
 from sparsekv_pl.objectives.objective import LayerRows, joined
@@ -38,10 +39,12 @@ class Student:
         kept = sum(share * count for share, count in zip(shares, rows, strict=True)) / sum(rows)
         return joined(views, rows), kept
 
-    def evict(self, batch: Batch, compression_ratio: float, step: int) -> Evicted:
+    def evict(self, batch: Batch, compression_ratio: float, step: int, request: Request = NOTHING) -> Evicted:
         """Run a batch of equally long contexts with an eviction between context and continuation."""
         context, continuation = batch["context_ids"], batch["continuation_ids"]
-        return self.eviction(self._network, context, continuation, compression_ratio=compression_ratio, step=step)
+        return self.eviction(
+            self._network, context, continuation, compression_ratio=compression_ratio, step=step, request=request
+        )
 
     @property
     def head_weight(self) -> Tensor:
@@ -53,16 +56,17 @@ class Student:
         return causal_lm(self.model)
 
     def _view(self, batch: Batch, compression_ratio: float, step: int) -> tuple[StudentView, float]:
-        objective, labels, kinds = self.objective, batch["labels"], sorted(self.objective.needs_layers)
+        request, labels = self.objective.request, batch["labels"]
+        kinds = sorted(request.layers)
         supervised = supervised_in(batch)
         rows, columns = places = supervised.places()
-        mass = AttentionMass(supervised, batch["context_ids"].shape[1]) if objective.needs_selections else None
+        mass = AttentionMass(supervised, batch["context_ids"].shape[1]) if request.scores else None
         teacher, teacher_layers = None, {}
-        if objective.needs_teacher:
+        if request.teacher:
             with _layers(self.teacher.network, kinds, labels) as teacher_layers:
                 teacher = self.teacher(batch["context_ids"], batch["continuation_ids"], mass)
         with _layers(self._network, kinds, labels) as student_layers:
-            evicted = self.evict(batch, compression_ratio, step)
+            evicted = self.evict(batch, compression_ratio, step, request)
         view = StudentView(
             hidden_NE=evicted.hidden[places],
             labels_N=labels[rows, columns + 1],

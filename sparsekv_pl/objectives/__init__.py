@@ -1,5 +1,6 @@
 """What training minimises: one objective per file, chosen and mixed in YAML."""
 
+from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.objectives.alignment import SelectionObjective
 from sparsekv_pl.objectives.layerwise import Layerwise
 from sparsekv_pl.objectives.mixed import Mixed
@@ -14,6 +15,7 @@ __all__ = [
     "Mixed",
     "Objective",
     "Reconstruction",
+    "Request",
     "SelectionObjective",
     "SparseLM",
     "StudentView",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.objectives.objective import Objective, StudentView
 from sparsekv_pl.selection import Form, Heads, SelectionLoss
 
@@ -25,8 +26,7 @@ class SelectionObjective(Objective):
     temperature: float = 1.0
     top_share: float = 0.25
     layer_weights: list[float] | None = None
-    needs_teacher = True
-    needs_selections = True
+    request = Request(teacher=True, scores=True)
 
     def __post_init__(self) -> None:
         try:

@@ -7,6 +7,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.layer_outputs import LayerOutput
 from sparsekv_pl.objectives.objective import Objective, StudentView
 from sparsekv_pl.ranks import rank_share
@@ -37,7 +38,6 @@ class Layerwise(Objective):
 
     match: LayerOutput = "hidden"
     layer_weights: list[float] | None = None
-    needs_teacher = True
 
     def __post_init__(self) -> None:
         if self.match not in get_args(LayerOutput):
@@ -45,7 +45,7 @@ class Layerwise(Objective):
         weights = self.layer_weights
         if weights is not None and not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
             raise ValueError(f"Layerwise.layer_weights={weights}: give none below 0 and at least one above")
-        self.needs_layers = frozenset({self.match})
+        self.request = Request(teacher=True, layers=frozenset({self.match}))
 
     def __call__(self, view: StudentView) -> dict[str, Tensor]:
         student, teacher = view.layers[self.match]

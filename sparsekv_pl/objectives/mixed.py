@@ -3,6 +3,8 @@
 import math
 from collections.abc import Container
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -39,11 +41,7 @@ class Mixed(Objective):
                 f"Mixed.weights={self.weights}: give one finite weight, not negative, for each of "
                 f"{len(self.objectives)} objectives, and at least one above 0"
             )
-        self.needs_teacher = any(objective.needs_teacher for objective in self.objectives)
-        self.needs_selections = any(objective.needs_selections for objective in self.objectives)
-        self.needs_contexts = any(objective.needs_contexts for objective in self.objectives)
-        self.needs_press_losses = any(objective.needs_press_losses for objective in self.objectives)
-        self.needs_layers = frozenset().union(*(objective.needs_layers for objective in self.objectives))
+        self.request = reduce(or_, (objective.request for objective in self.objectives))
 
     def prepare(self, tokenizer: Any) -> None:
         """Prepare all of them."""

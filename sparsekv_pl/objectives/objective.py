@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsekv_pl.eviction.request import NOTHING, Request
 from sparsekv_pl.eviction.result import EvictedContext
 from sparsekv_pl.layer_outputs import LayerOutput
 from sparsekv_pl.selection import Selection
@@ -25,17 +26,17 @@ class StudentView:
     labels_N: Tensor
     head_weight_VE: Tensor
     teacher_NE: Tensor | None = None
-    """The teacher's hidden states, with the full cache; None unless ``needs_teacher``."""
+    """The teacher's hidden states, with the full cache; None unless requested."""
     teacher_head_weight_VE: Tensor | None = None
     selections: list[tuple[Selection, Tensor]] = field(default_factory=list)
     """Scores of every scorer and layer, each with the attention (B, K, L) that the teacher pays there (see
-    selection.AttentionMass); empty unless ``needs_selections``."""
+    selection.AttentionMass); empty unless ``scores`` are requested."""
     layers: dict[LayerOutput, tuple[LayerRows, LayerRows]] = field(default_factory=dict)
-    """Student's and teacher's layer outputs, for the kinds in ``needs_layers``."""
+    """Student's and teacher's layer outputs, for the kinds requested."""
     press_losses: dict[str, Tensor] = field(default_factory=dict)
     """Scalars by name that presses ask to add (SparseRegPress)."""
     contexts: list[EvictedContext] = field(default_factory=list)
-    """The evicted contexts, to be asked about; empty unless ``needs_contexts``."""
+    """The evicted contexts, to be asked about; empty unless requested."""
 
 
 def joined(views: Sequence[StudentView], rows: Sequence[int]) -> StudentView:
@@ -76,11 +77,8 @@ def _stacked(parts: Sequence[LayerRows]) -> LayerRows:
 class Objective(ABC):
     """A loss with named terms."""
 
-    needs_teacher: bool = False
-    needs_selections: bool = False
-    needs_contexts: bool = False
-    needs_press_losses: bool = False
-    needs_layers: frozenset[LayerOutput] = frozenset()
+    request: Request = NOTHING
+    """What its views have to show."""
 
     def prepare(self, tokenizer: Any) -> None:  # noqa: B027 - most objectives ask nothing of it
         """Called once, before training, with the model's tokenizer."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsekv_pl.batch import IGNORE
+from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.eviction.result import EvictedContext
 from sparsekv_pl.losses import CHUNK_TOKENS, distillation_loss
 from sparsekv_pl.objectives.objective import Objective, StudentView
@@ -53,7 +54,7 @@ class Reconstruction(Objective):
     chunk_tokens: int = CHUNK_TOKENS
     instruction_ids: list[int] | None = field(default=None, init=False, repr=False, compare=False)
     """Set by ``prepare``."""
-    needs_contexts = True
+    request = Request(contexts=True)
 
     def __post_init__(self) -> None:
         for name in ("block_size", "cue_tokens"):

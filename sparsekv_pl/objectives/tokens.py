@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.losses import CHUNK_TOKENS, distillation_loss
 from sparsekv_pl.objectives.objective import Objective, StudentView
 from sparsekv_pl.ranks import rank_share
@@ -38,7 +39,7 @@ class LM(Objective):
 class SparseLM(LM):
     """Next-token cross-entropy under eviction, plus what SparseRegPress measures: attention that is spread out."""
 
-    needs_press_losses = True
+    request = Request(press_losses=True)
 
     def __call__(self, view: StudentView) -> dict[str, Tensor]:
         terms = super().__call__(view)
@@ -62,7 +63,7 @@ class EIT(Objective):
     kl_weight: float = 1.0
     temperature: float = 1.0
     chunk_tokens: int = CHUNK_TOKENS
-    needs_teacher = True
+    request = Request(teacher=True)
 
     def __post_init__(self) -> None:
         if self.kl_weight < 0:

@@ -24,7 +24,9 @@ from sparsekv_pl.batch import IGNORE, Batch
 from sparsekv_pl.eviction import Evicted
 from sparsekv_pl.eviction.checkpointed import PressAsItWas, checkpointed_prefill
 from sparsekv_pl.eviction.chunked import ChunkedEviction
-from sparsekv_pl.eviction.prefill import prefill
+from sparsekv_pl.eviction.prefill import ChunkedPrefill, prefill
+from sparsekv_pl.eviction.prefilled import Prefilled
+from sparsekv_pl.eviction.request import NOTHING, Request
 from sparsekv_pl.modules.eit import EITModule
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.block_dropout import BlockDropoutPress
@@ -90,13 +92,14 @@ def loss_of(evicted: Evicted) -> Tensor:
     return loss
 
 
-def run(model: PreTrainedModel, press: BasePress, checkpoint: bool, **settings: Any) -> tuple[Tensor, Gradients]:
+def run(
+    model: PreTrainedModel, press: BasePress, checkpoint: bool, request: Request = NOTHING, **settings: Any
+) -> tuple[Tensor, Gradients]:
     """Loss and gradients; before backward another draw and ratio are set, as a second micro-batch would."""
     torch.manual_seed(2)  # RandomPress draws from the global generator
     model.train()
-    loss = loss_of(
-        ChunkedEviction(press, checkpoint=checkpoint, **settings)(model, *ids(), compression_ratio=RATIO, step=3)
-    )
+    eviction = ChunkedEviction(press, checkpoint=checkpoint, **settings)
+    loss = loss_of(eviction(model, *ids(), compression_ratio=RATIO, step=3, request=request))
     draw(press, 2)  # EvictionAugPress draws its first press at step 3, its second at step 2
     set_compression_ratio(press, 0.1)
     torch.manual_seed(3)
@@ -122,7 +125,7 @@ def assert_equal(got: tuple[Tensor, Gradients], expected: tuple[Tensor, Gradient
 def test_loss_and_gradients_are_those_without_checkpointing(
     random_model: Build, index: int, chunk_tokens: int | None, budget: int | None
 ) -> None:
-    model, settings = random_model(), {"chunk_tokens": chunk_tokens, "budget": budget, "catch_scores": True}
+    model, settings = random_model(), {"chunk_tokens": chunk_tokens, "budget": budget, "request": Request(scores=True)}
     expected = run(model, presses()[index], False, **settings)
     assert_equal(run(model, presses()[index], True, **settings), expected)
     assert max(float(grad.abs().max()) for grad in expected[1].values()) > 1e-2
@@ -130,7 +133,7 @@ def test_loss_and_gradients_are_those_without_checkpointing(
 
 @pytest.mark.parametrize("chunk_tokens, budget", [(None, BUDGET), (24, None), (17, 9), (7, 40)])
 def test_whatever_the_chunks_and_the_budget(random_model: Build, chunk_tokens: int | None, budget: int | None) -> None:
-    model, settings = random_model(), {"chunk_tokens": chunk_tokens, "budget": budget, "catch_scores": True}
+    model, settings = random_model(), {"chunk_tokens": chunk_tokens, "budget": budget, "request": Request(scores=True)}
     expected = run(model, KeyRerotationPress(ExpectedAttentionPress()), False, **settings)
     assert_equal(run(model, KeyRerotationPress(ExpectedAttentionPress()), True, **settings), expected)
 
@@ -144,7 +147,7 @@ def test_a_press_for_one_chunk_works_in_one_and_is_refused_in_more(random_model:
 
 
 def test_questions_about_the_evicted_context_reach_back_through_it(random_model: Build) -> None:
-    model, settings = random_model(), {"chunk_tokens": 16, "budget": BUDGET, "keep_context": True}
+    model, settings = random_model(), {"chunk_tokens": 16, "budget": BUDGET, "request": Request(contexts=True)}
     expected = run(model, ExpectedAttentionPress(), False, **settings)
     assert_equal(run(model, ExpectedAttentionPress(), True, **settings), expected)
     assert expected[0] != run(model, ExpectedAttentionPress(), False, chunk_tokens=16, budget=BUDGET)[0]
@@ -154,9 +157,9 @@ def test_bfloat16_autocast_is_repeated(random_model: Build) -> None:
     """Backward runs outside the autocast, as Lightning's does."""
     model, results = random_model(), []
     for checkpoint in (False, True):
-        eviction = ChunkedEviction(ExpectedAttentionPress(), 16, BUDGET, True, checkpoint=checkpoint)
+        eviction = ChunkedEviction(ExpectedAttentionPress(), 16, BUDGET, checkpoint=checkpoint)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(eviction(model, *ids(), compression_ratio=RATIO, step=0))
+            loss = loss_of(eviction(model, *ids(), compression_ratio=RATIO, step=0, request=Request(scores=True)))
         model.zero_grad()
         loss.backward()
         results.append((loss.detach(), gradients(model)))
@@ -197,10 +200,10 @@ def test_training_steps_with_a_teacher_are_the_same(kind: str, full: bool, tiny_
 
 def test_the_same_without_gradients_bit_for_bit(random_model: Build) -> None:
     model, press = random_model(), KeyRerotationPress(ExpectedAttentionPress(RATIO))
+    context, request = ids()[0], Request(scores=True, contexts=True)
     with torch.no_grad():
-        expected, got = (
-            fill(model, ids()[0], press, 12, BUDGET, True, True) for fill in (prefill, checkpointed_prefill)
-        )
+        expected = prefill(model, context, press, 12, BUDGET, request)
+        got = checkpointed_prefill(ChunkedPrefill(model, press, CONTEXT, 12, BUDGET, request), context)
     assert got.next_position == expected.next_position
     for layer, other in zip(got.cache.layers, expected.cache.layers, strict=True):
         assert torch.equal(layer.keys, other.keys)
@@ -235,7 +238,11 @@ def test_a_press_as_it_was_comes_back_after_an_error() -> None:
     assert press.compression_ratio == 0.25
 
 
-@pytest.mark.parametrize("fill", [prefill, checkpointed_prefill])
+def checkpointed(model: PreTrainedModel, context: Tensor, press: BasePress, chunk_tokens: int) -> Prefilled:
+    return checkpointed_prefill(ChunkedPrefill(model, press, context.shape[1], chunk_tokens), context)
+
+
+@pytest.mark.parametrize("fill", [prefill, checkpointed])
 def test_soft_weights_follow_their_keys(random_model: Build, fill: Any) -> None:
     """Of every chunk: later chunks and the continuation see the weights, in the order of the keys."""
     model = random_model()

@@ -22,6 +22,7 @@ from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.chunked import ChunkedEviction, evicted_context
 from sparsekv_pl.eviction.kept import kept_positions
 from sparsekv_pl.eviction.prefill import prefill
+from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.eviction.result import Evicted, EvictedContext
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.ratio import set_compression_ratio
@@ -50,8 +51,8 @@ def ids() -> tuple[Tensor, Tensor]:
 
 
 def evict(model: PreTrainedModel, chunk_tokens: int | None, press: BasePress | None = None) -> Evicted:
-    eviction = ChunkedEviction(press or SnapKVPress(window_size=4), chunk_tokens, keep_context=True)
-    return eviction(model, *ids(), compression_ratio=RATIO, step=0)
+    eviction = ChunkedEviction(press or SnapKVPress(window_size=4), chunk_tokens)
+    return eviction(model, *ids(), compression_ratio=RATIO, step=0, request=Request(contexts=True))
 
 
 def context_of(evicted: Evicted) -> EvictedContext:
@@ -66,7 +67,7 @@ def test_lost_is_the_share_of_layers_and_heads_that_hold_no_pair_of_the_token(
 ) -> None:
     model = random_model()
     before = prefill(model, ids()[0], None).cache
-    after = prefill(model, ids()[0], make(), with_positions=True)
+    after = prefill(model, ids()[0], make(), request=Request(contexts=True))
     kept = kept_positions(before, after.cache, rotary=decoder_of(model).rotary_emb)
     context = evicted_context(model, after, ids()[0])
     expected = 1 - torch.stack([layer.float().mean(1) for layer in kept]).mean(0)
@@ -82,7 +83,7 @@ def test_lost_after_many_chunks_is_read_off_the_values_of_a_single_layer(press: 
     model = random_model(num_hidden_layers=1)
     before = prefill(model, ids()[0], None).cache.layers[0].values
     set_compression_ratio(press, RATIO)
-    after = prefill(model, ids()[0], press, 10, with_positions=True)
+    after = prefill(model, ids()[0], press, 10, request=Request(contexts=True))
     held = after.cache.layers[0].values
     assert before is not None and held is not None
     nearest = (held.unsqueeze(3) - before.unsqueeze(2)).abs().amax(-1)
@@ -95,8 +96,8 @@ def test_lost_after_many_chunks_is_read_off_the_values_of_a_single_layer(press: 
 
 @CHUNKS
 def test_nothing_is_lost_at_compression_0(chunk_tokens: int | None, random_model: Build) -> None:
-    eviction = ChunkedEviction(SnapKVPress(window_size=4), chunk_tokens, keep_context=True)
-    evicted = eviction(random_model(), *ids(), compression_ratio=0.0, step=0)
+    eviction = ChunkedEviction(SnapKVPress(window_size=4), chunk_tokens)
+    evicted = eviction(random_model(), *ids(), compression_ratio=0.0, step=0, request=Request(contexts=True))
     assert float(context_of(evicted).lost.abs().max()) < 1e-6
 
 
@@ -104,7 +105,7 @@ def test_nothing_is_lost_at_compression_0(chunk_tokens: int | None, random_model
 def test_a_last_chunk_of_which_all_stays_is_not_lost(random_model: Build) -> None:
     """10 tokens leave 9 at a ratio of 0.05, and 20 leave 19: the second chunk evicts nothing, so nothing is scored."""
     model = random_model()
-    after = prefill(model, ids()[0][:, :20], KnormPress(0.05), 10, with_positions=True)
+    after = prefill(model, ids()[0][:, :20], KnormPress(0.05), 10, request=Request(contexts=True))
     assert after.cache.get_seq_length() == 19
     lost = evicted_context(model, after, ids()[0][:, :20]).lost
     assert torch.equal(lost[:, 10:], torch.zeros(2, 10))
@@ -140,7 +141,7 @@ def test_gradients_flow_through_every_continuation(chunk_tokens: int | None, ran
 def test_gradients_reach_the_kept_keys_and_values(random_model: Build) -> None:
     model = random_model()
     with torch.no_grad():
-        prefilled = prefill(model, ids()[0], KnormPress(RATIO), with_positions=True)
+        prefilled = prefill(model, ids()[0], KnormPress(RATIO), request=Request(contexts=True))
     kept: list[Tensor] = []
     for layer in prefilled.cache.layers:
         layer.keys, layer.values = (x.detach().requires_grad_() for x in (layer.keys, layer.values))  # type: ignore[union-attr]

@@ -32,6 +32,7 @@ from sparsekv_pl.attention.cached import attention_implementation
 from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.eviction.prefilled import Prefilled
+from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.scores import press_name
 
@@ -113,7 +114,7 @@ def test_a_budget_decides_in_one_chunk_too(random_model: Build) -> None:
 @presses
 def test_kept_pairs_are_in_the_order_of_their_positions(random_model: Build, press: BasePress) -> None:
     model = random_model()
-    prefilled = run(model, press, with_scores=True)
+    prefilled = run(model, press, request=Request(scores=True))
     assert (kept_positions(model, prefilled).diff(dim=-1) > 0).all()
 
 
@@ -121,7 +122,7 @@ def test_kept_pairs_are_in_the_order_of_their_positions(random_model: Build, pre
 def test_positions_say_where_the_scored_pairs_came_from(random_model: Build, press: BasePress) -> None:
     """The last chunk's kept positions by its scores must be those that the cache's values show."""
     model = random_model()
-    prefilled = run(model, press, with_scores=True)
+    prefilled = run(model, press, request=Request(scores=True))
     last = next(selection for selection in reversed(prefilled.selections) if selection.layer == 0)
     chosen = last.scores.topk(CONTEXT // 2, dim=-1).indices
     assert torch.equal(last.positions.gather(-1, chosen).sort(-1).values, kept_positions(model, prefilled))
@@ -129,7 +130,7 @@ def test_positions_say_where_the_scored_pairs_came_from(random_model: Build, pre
 
 @pytest.mark.parametrize("press", [Oldest(), KeyRerotationPress(Oldest()), MergingPress(Oldest())], ids=press_name)
 def test_positions_are_true_where_a_chunk_lost_its_newest_tokens(random_model: Build, press: BasePress) -> None:
-    selections = run(random_model(), press, with_scores=True).selections
+    selections = run(random_model(), press, request=Request(scores=True)).selections
     scored = [selection.positions[0, 0].tolist() for selection in selections if selection.layer == 1]
     first = list(range(CHUNK))
     # 6, 12 and 18 pairs stay: all of the first chunk's oldest, then what is oldest among the rest.
@@ -140,7 +141,7 @@ def test_positions_are_true_where_a_chunk_lost_its_newest_tokens(random_model: B
 
 def test_positions_are_true_after_a_chunk_that_evicted_nothing(random_model: Build) -> None:
     """Of 6, 12, 18, 24 and 30 tokens seen 5, 11, 17, 23 and 28 stay: only the first and the fifth chunk evict."""
-    selections = prefill(random_model(), ids()[0], Oldest(0.04), 6, with_scores=True).selections
+    selections = prefill(random_model(), ids()[0], Oldest(0.04), 6, request=Request(scores=True)).selections
     scored = [selection.positions[0, 0].tolist() for selection in selections if selection.layer == 1]
     assert scored == [list(range(6)), [*range(5), *range(6, 30)]]
 
@@ -152,8 +153,8 @@ def test_equals_one_pass_whose_mask_hides_from_each_chunk_what_was_dropped_befor
 ) -> None:
     model = random_model(num_hidden_layers=layers).double()
     context, continuation = ids()
-    eviction = ChunkedEviction(press, CHUNK, catch_scores=True)
-    evicted = eviction(model, context, continuation, compression_ratio=RATIO, step=0)
+    eviction = ChunkedEviction(press, CHUNK)
+    evicted = eviction(model, context, continuation, compression_ratio=RATIO, step=0, request=Request(scores=True))
     tokens = CONTEXT + CONTINUATION
     visible = torch.ones(tokens, tokens, dtype=torch.bool).tril().repeat(layers, 2, 2, 1, 1)
     for selection in evicted.selections:
@@ -215,7 +216,7 @@ def test_rerotated_keys_stand_at_the_first_positions(random_model: Build) -> Non
 def test_a_press_that_was_not_drawn_changes_nothing(random_model: Build, other: BasePress) -> None:
     model, drawn = random_model(), SnapKVPress(window_size=2)
     alone = run(model, drawn)
-    mixed = run(model, EvictionAugPress([drawn, other], score_all=True), with_scores=True)
+    mixed = run(model, EvictionAugPress([drawn, other], score_all=True), request=Request(scores=True))
     assert mixed.next_position == alone.next_position == CONTEXT
     for layer, expected in zip(mixed.cache.layers, alone.cache.layers, strict=True):
         assert torch.equal(layer.keys, expected.keys)
@@ -261,13 +262,13 @@ def test_presses_that_cannot_be_run_in_chunks_say_so(
     random_model: Build, press: BasePress, with_scores: bool, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        prefill(random_model(), ids()[0], press, CHUNK, with_scores=with_scores)
+        prefill(random_model(), ids()[0], press, CHUNK, request=Request(scores=with_scores))
     if "ratio" not in message:
         with pytest.raises(ValueError, match=message):
-            ChunkedEviction(press, CHUNK, catch_scores=with_scores).check(CONTEXT)
+            ChunkedEviction(press, CHUNK).check(CONTEXT, Request(scores=with_scores))
 
 
 def test_scores_by_parts_cannot_be_trained(random_model: Build) -> None:
     press = BlockPress(KnormPress(0.5), block_size=8)
     with pytest.raises(ValueError, match=r"Block\(Knorm\) scores the context by parts"):
-        prefill(random_model(), ids()[0], press, with_scores=True)
+        prefill(random_model(), ids()[0], press, request=Request(scores=True))

@@ -25,6 +25,7 @@ from sparsekv_pl.presses import (
     SparseRegPress,
     VariableBlockPress,
 )
+from sparsekv_pl.presses.traits import traits_of
 
 
 @pytest.mark.parametrize(
@@ -37,9 +38,8 @@ from sparsekv_pl.presses import (
     ],
 )
 def test_presses_that_select_by_scores_can_be_asked_for_what_they_evicted(press: BasePress) -> None:
-    eviction = ChunkedEviction(press)
-    fit_together(Reconstruction(), eviction)
-    assert eviction.keep_context
+    fit_together(Reconstruction(), ChunkedEviction(press))
+    assert all(candidate.by_scores for candidate in traits_of(press).candidates)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing_extensions import override
 from callbacks.curriculum import Curriculum
 from sparsekv_pl.cli import run
 from sparsekv_pl.eviction.chunked import ChunkedEviction
+from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.modules.eit import EITModule
 from sparsekv_pl.objectives import Mixed, Objective, StudentView
 from sparsekv_pl.presses import EvictionAugPress
@@ -58,7 +59,7 @@ class Watched(Objective):
         self.inner: Mixed = mixed()
         self.terms: list[dict[str, Tensor]] = []
 
-    needs_teacher = needs_selections = True
+    request = Request(teacher=True, scores=True)
 
     @override
     def __call__(self, view: StudentView) -> dict[str, Tensor]:

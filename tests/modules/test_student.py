@@ -15,6 +15,7 @@ from sparsekv_pl.batch import IGNORE, Batch
 from sparsekv_pl.eviction import Eviction
 from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.dropout import KVDropout
+from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.modules.eit import EITModule
 from sparsekv_pl.modules.student import Student
 from sparsekv_pl.objectives import EIT, LM, Mixed, Objective, SelectionObjective, SparseLM, StudentView
@@ -33,8 +34,7 @@ MakeModel = Callable[..., PreTrainedModel]
 class LayersAgree(Objective):
     """Mean over tokens and layers of the distance between student's and teacher's layer outputs."""
 
-    needs_teacher = True
-    needs_layers = frozenset({"hidden", "attention"})
+    request = Request(teacher=True, layers=frozenset({"hidden", "attention"}))
 
     def __call__(self, view: StudentView) -> dict[str, Tensor]:
         pairs = [(own[layer], other[layer]) for own, other in view.layers.values() for layer in own]
@@ -69,8 +69,6 @@ LENGTHS = {"all different": [40, 56, 47], "two alike": [56, 40, 56]}
 
 def student(make: MakeModel, eviction: Eviction, objective: Objective) -> Student:
     """The student is not the teacher: it has learnt something already."""
-    if isinstance(eviction, ChunkedEviction):
-        eviction.catch_scores, eviction.keep_context = objective.needs_selections, objective.needs_contexts
     model = make(vocab_size=VOCABULARY)
     teacher = Teacher(model)
     generator = torch.Generator().manual_seed(5)
@@ -242,8 +240,9 @@ def test_a_presss_own_loss_weighs_every_row_the_same(lengths: list[int], random_
 
 def test_evicted_contexts_are_those_of_the_rows(random_model: MakeModel) -> None:
     eviction = ChunkedEviction(PRESSES["SnapKV"]())
-    own = student(random_model, eviction, LM())
-    eviction.keep_context = True
+    objective = LM()
+    objective.request = Request(contexts=True)
+    own = student(random_model, eviction, objective)
     batch = ragged(LENGTHS["two alike"])
     short, both = own.view(batch, RATIO, STEP)[0].contexts
     alone = [own.view(row, RATIO, STEP)[0].contexts[0] for row in rows_alone(batch)]

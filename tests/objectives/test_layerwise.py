@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.layer_outputs import LayerOutput
 from sparsekv_pl.objectives import Layerwise, StudentView
 from sparsekv_pl.objectives.objective import LayerRows
@@ -93,9 +94,8 @@ def test_bfloat16_is_compared_in_float32() -> None:
 
 
 def test_it_asks_for_what_it_matches() -> None:
-    assert Layerwise().needs_layers == {"hidden"}
-    assert Layerwise("attention").needs_layers == {"attention"}
-    assert Layerwise.needs_teacher
+    assert Layerwise().request == Request(teacher=True, layers=frozenset({"hidden"}))
+    assert Layerwise("attention").request == Request(teacher=True, layers=frozenset({"attention"}))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from sparsekv_pl.anchors import Anchors
 from sparsekv_pl.batch import IGNORE, Batch
 from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.dropout import KVDropout
+from sparsekv_pl.eviction.request import NOTHING, Request
 from sparsekv_pl.modules.eit import EITModule
 from sparsekv_pl.objectives import (
     EIT,
@@ -153,15 +154,9 @@ def test_layerwise_compares_the_same_tokens_in_every_eviction(
 
 def test_mixed_asks_for_whatever_one_of_them_needs() -> None:
     mixed = everything()
-    assert mixed.needs_teacher
-    assert mixed.needs_selections
-    assert mixed.needs_contexts
-    assert mixed.needs_press_losses
-    assert mixed.needs_layers == {"hidden", "attention"}
-    plain = Mixed([LM(), LM()])
-    needs = (plain.needs_teacher, plain.needs_selections, plain.needs_contexts, plain.needs_press_losses)
-    assert not any(needs)
-    assert plain.needs_layers == frozenset()
+    switches = {name: True for name in ("teacher", "scores", "contexts", "press_losses")}
+    assert mixed.request == Request(**switches, layers=frozenset({"hidden", "attention"}))
+    assert Mixed([LM(), LM()]).request == NOTHING
 
 
 def test_mixed_prepares_all_of_them(tiny_backbone: MakeBackbone) -> None:
@@ -221,8 +216,8 @@ def test_all_of_them_are_chosen_in_yaml(
     assert selection == SelectionObjective(heads="equal")
     assert hidden == Layerwise()
     assert attention == Layerwise("attention", [1.0, 3.0])
-    assert made.model.eviction.keep_context
-    assert made.model.eviction.catch_scores
+    assert made.model.student.objective.request.contexts
+    assert made.model.student.objective.request.scores
 
 
 def test_a_mixture_that_weighs_nothing_is_refused() -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from sparsekv_pl.eviction.chunked import evicted_context
 from sparsekv_pl.eviction.prefill import continue_from, prefill
 from sparsekv_pl.eviction.prefilled import copy_cache
+from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.eviction.result import EvictedContext
 from sparsekv_pl.objectives import Reconstruction, StudentView
 
@@ -179,7 +180,7 @@ def test_the_gradient_reaches_every_kept_key(chunk_tokens: int | None, random_mo
     """Against the same question put by hand to a copy of the evicted cache."""
     model, context_ids = random_model(), ids()
     with torch.no_grad():
-        prefilled = prefill(model, context_ids, KnormPress(0.6), chunk_tokens, with_positions=True)
+        prefilled = prefill(model, context_ids, KnormPress(0.6), chunk_tokens, request=Request(contexts=True))
     by_hand = copy_cache(prefilled.cache)
     for cache in (prefilled.cache, by_hand):
         for layer in cache.layers:

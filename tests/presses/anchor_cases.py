@@ -25,6 +25,7 @@ from transformers import (
 
 from sparsekv_pl.anchors import Anchors
 from sparsekv_pl.eviction.prefill import prefill
+from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.presses.anchor import AnchorPress
 from sparsekv_pl.presses.scores import catch_scores
 
@@ -101,7 +102,7 @@ def first_by_loops(scores: Tensor, ids: list[int], anchors: Anchors) -> list[int
 def check_against_loops(model: PreTrainedModel, press: AnchorPress, inner: ScorerPress) -> None:
     ids, budget = context(), max(1, int(CONTEXT * (1 - press.compression_ratio)))
     full = prefill(model, ids, None).cache
-    prefilled = prefill(model, ids, press, with_positions=True)
+    prefilled = prefill(model, ids, press, request=Request(contexts=True))
     for layer, scores in enumerate(scores_of(model, inner)):
         positions, cached = prefilled.positions[layer], prefilled.cache.layers[layer]
         assert positions.shape == (2, 2, budget)

@@ -26,6 +26,7 @@ from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.kept import kept_positions, masked_keys
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.eviction.prefilled import Prefilled
+from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.presses.draws import draw
 from sparsekv_pl.presses.scores import presses_in
 from tests.presses.press_cases import CASES, PressCase, Setting
@@ -98,7 +99,7 @@ class Bench(NamedTuple):
         self.model.train(self.case.evicts_in[-1])
         full = full_of(self.model, ids)  # first: a forward clears what AdaKVPress hides
         draw(press, step)
-        prefilled = prefill(self.model, ids, press, with_scores=torch.is_grad_enabled())
+        prefilled = prefill(self.model, ids, press, request=Request(scores=torch.is_grad_enabled()))
         return Run(prefilled, kept_in(self.model, full, prefilled.cache))
 
 

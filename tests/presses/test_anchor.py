@@ -23,6 +23,7 @@ from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.kept import kept_positions
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.eviction.replay import RecordedPrefill
+from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.presses.scores import catch_scores
 from sparsekv_pl.selection import Selection, SelectionLoss, log_share, pinned
 from tests.presses.anchor_cases import (
@@ -77,7 +78,7 @@ def test_where_anchors_do_not_fit_sinks_come_first_then_the_newest_of_each_kind(
     for budget in range(1, 11):
         press = anchor(1 - (budget + 0.5) / CONTEXT)
         with torch.no_grad():
-            positions = prefill(model, context(), press, with_positions=True).positions
+            positions = prefill(model, context(), press, request=Request(contexts=True)).positions
         for layer in positions.values():
             assert layer[0].tolist() == [sorted(priority[:budget])] * 2
 
@@ -171,9 +172,10 @@ def test_a_row_keeps_what_it_keeps_alone(random_model: Build, inner: Callable[[]
     model = random_model()
     for ratio in (0.5, 0.85):
         with torch.no_grad():
-            together = prefill(model, context(), anchor(ratio, inner()), with_positions=True).positions
+            asked = Request(contexts=True)
+            together = prefill(model, context(), anchor(ratio, inner()), request=asked).positions
             for row in range(2):
-                alone = prefill(model, context()[row : row + 1], anchor(ratio, inner()), with_positions=True).positions
+                alone = prefill(model, context()[row : row + 1], anchor(ratio, inner()), request=asked).positions
                 assert all(torch.equal(together[layer][row], alone[layer][0]) for layer in together)
 
 
@@ -184,7 +186,7 @@ def test_anchors_of_earlier_chunks_stay_anchors(
 ) -> None:
     press, ids = anchor(ratio, inner()), context()
     with torch.no_grad():
-        prefilled = prefill(random_model(), ids, press, CHUNK, with_scores=True)
+        prefilled = prefill(random_model(), ids, press, CHUNK, request=Request(scores=True))
     assert len(prefilled.selections) == 8
     for chunk, (layer, selection) in enumerate((s.layer, s) for s in prefilled.selections):
         assert selection.positions is not None
@@ -249,9 +251,10 @@ def test_the_selection_loss_is_the_inner_press_s_over_what_is_no_anchor(
 
 def test_training_reaches_what_stays_and_what_scores(random_model: Build) -> None:
     model = random_model().train()
-    eviction = ChunkedEviction(anchor(), catch_scores=True)
+    eviction = ChunkedEviction(anchor())
     ids = context()
-    evicted = eviction(model, ids[:, :40], ids[:, 40:], compression_ratio=0.5, step=0)
+    request = Request(scores=True)
+    evicted = eviction(model, ids[:, :40], ids[:, 40:], compression_ratio=0.5, step=0, request=request)
     assert evicted.kept_share == 0.5
     assert [selection.press for selection in evicted.selections] == ["Anchor(KeyDiff)"] * 2
     mass = torch.rand(2, 2, 40, generator=torch.Generator().manual_seed(1))
@@ -267,7 +270,7 @@ def test_training_reaches_what_stays_and_what_scores(random_model: Build) -> Non
 @torch.no_grad()
 def test_bfloat16(random_model: Build) -> None:
     model, press = random_model().bfloat16(), anchor(0.7, SnapKVPress(window_size=6))
-    prefilled = prefill(model, context(), press, with_positions=True)
+    prefilled = prefill(model, context(), press, request=Request(contexts=True))
     for layer, positions in prefilled.positions.items():
         cached = prefilled.cache.layers[layer]
         assert cached.keys.dtype == torch.bfloat16

@@ -32,6 +32,7 @@ import sparsekv_pl.modules.eit  # noqa: F401  lets YAML name a press by its clas
 from sparsekv_pl.anchors import Anchors, table_for
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.eviction.replay import RecordedPrefill
+from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.keys import settings_of
 from sparsekv_pl.presses.anchor import AnchorPress
 from sparsekv_pl.presses.ratio import set_compression_ratio
@@ -85,7 +86,7 @@ def test_chunk_press_keeps_the_ends_of_every_part(random_model: Build) -> None:
 def test_key_rotation_leaves_the_same_keys_turned(random_model: Build) -> None:
     model = random_model()
     with torch.no_grad():
-        kept = prefill(model, context(), anchor(0.5), with_positions=True).positions
+        kept = prefill(model, context(), anchor(0.5), request=Request(contexts=True)).positions
         full = prefill(model, context(), None).cache
     cache = pressed(model, KeyRerotationPress(anchor(0.5)))
     for index, layer in enumerate(model.model.layers):

@@ -13,6 +13,7 @@ from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.chunked import continued
 from sparsekv_pl.eviction.kept import masked_keys
 from sparsekv_pl.eviction.prefill import full_cache, prefill
+from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.presses.ratio import set_compression_ratio
 from sparsekv_pl.presses.scores import learnable
 from sparsekv_pl.presses.soft_threshold import SoftThresholdPress
@@ -145,7 +146,7 @@ def test_many_chunks_keep_the_budget_and_what_is_protected(bench: MakeBench, kin
     press = at.press()
     model = at.model.train(case.evicts_in[-1])
     with case.holds(kind, "chunks"):
-        prefilled = prefill(model, at.ids, press, chunk_tokens=40, with_positions=True)
+        prefilled = prefill(model, at.ids, press, chunk_tokens=40, request=Request(contexts=True))
         assert [layer.keys.shape[2] for layer in prefilled.cache.layers] == [at.budget, at.budget]
         for kept in prefilled.positions.values():
             assert (kept.diff(dim=-1) > 0).all()  # in order, each once
@@ -153,5 +154,5 @@ def test_many_chunks_keep_the_budget_and_what_is_protected(bench: MakeBench, kin
             for row, ids in enumerate(at.ids):
                 sure = {place for place in case.protects(press, ids) if place < 4 or place >= len(ids) - 8}
                 assert all(sure <= set(head) for head in kept[row].tolist())
-        again = prefill(model, at.ids, press, chunk_tokens=40, with_positions=True)
+        again = prefill(model, at.ids, press, chunk_tokens=40, request=Request(contexts=True))
         assert_equal(again.cache, prefilled.cache)

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.eviction.chunked import ChunkedEviction, continued
 from sparsekv_pl.eviction.prefill import continue_from, prefill
+from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.modules.eit import EITModule
 from sparsekv_pl.objectives import EIT
 from sparsekv_pl.presses.scores import catch_scores, learnable, scorers_in
@@ -95,7 +96,7 @@ def test_evaluation_keeps_exactly_the_budget_by_attention(
 ) -> None:
     model = random_model()
     expected = received(model, ids())
-    prefilled = prefill(model, ids(), press_with(ratio, **settings), with_positions=True)
+    prefilled = prefill(model, ids(), press_with(ratio, **settings), request=Request(contexts=True))
     budget = max(1, int(LENGTH * (1 - ratio)))
     index = torch.arange(LENGTH)
     first = torch.where(index < SINKS, 100 + LENGTH - index, torch.where(protected(), 100 + index - LENGTH, 0))
@@ -168,7 +169,7 @@ def test_wrappers_take_its_scores(random_model: Build) -> None:
 def test_a_selection_loss_trains_its_scores(random_model: Build) -> None:
     model, press = random_model().train(), press_with(0.5)
     assert scorers_in(press) == [press] and traits_of(press).trainable
-    selections = prefill(model, ids(), press, with_scores=True).selections
+    selections = prefill(model, ids(), press, request=Request(scores=True)).selections
     mass = torch.rand(2, 2, LENGTH, generator=torch.Generator().manual_seed(3))
     loss = SelectionLoss(SINKS)([(selection, mass) for selection in selections])["SoftThreshold"]
     share = selections[0].scores.masked_fill(protected(), 0)

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.prefill import prefill
+from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.presses.block_dropout import BlockDropoutPress
 from sparsekv_pl.presses.scores import catch_scores
 from sparsekv_pl.presses.span_dropout import Shown, SpanDropoutPress
@@ -79,7 +80,7 @@ def test_every_decoded_token_draws_anew(random_model: Build) -> None:
 
 def test_gradients_equal_those_of_a_dense_pass_that_hides_what_went(random_model: Build) -> None:
     model, press, more = random_model().train(), blocks(shared=True), context(5, tokens=8)
-    positions = prefill(model, context(), press, with_positions=True).positions[0][:, 0]
+    positions = prefill(model, context(), press, request=Request(contexts=True)).positions[0][:, 0]
     keeping = torch.zeros(2, CONTEXT, dtype=torch.bool).scatter(1, positions, True)
     evicting = ChunkedEviction(press)
 

@@ -10,6 +10,7 @@ from kvpress import BasePress, ScorerPress, SnapKVPress
 
 from sparsekv_pl import presses
 from sparsekv_pl.eviction.prefill import prefill
+from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.presses import (
     AdaptiveBlockDropoutPress,
     AnchorPress,
@@ -148,7 +149,7 @@ def test_traits_cannot_be_changed_and_are_those_of_the_moment() -> None:
 def test_selections_say_where_only_the_order_of_scores_means_something(random_model: Callable[..., Any]) -> None:
     ids = torch.randint(0, 64, (1, 24), generator=torch.Generator().manual_seed(0))
     press = EvictionAugPress([kvpress.LagKVPress(0.5, lag_size=4), kvpress.KnormPress(0.5)], score_all=True)
-    selections = prefill(random_model(), ids, press, with_scores=True).selections
+    selections = prefill(random_model(), ids, press, request=Request(scores=True)).selections
     assert {(selection.press, selection.order_only) for selection in selections} == {("LagKV", True), ("Knorm", False)}
 
 
