@@ -182,7 +182,7 @@ def evaluation(device: str, tiny: bool) -> Figures:
         with torch.no_grad(), torch.autocast(device, torch.bfloat16):
             filled = _cost(partial(prefill, model, context, press), device)[0]
             prefilled = prefill(model, context, press)
-            said = _cost(lambda made=prefilled: greedy(model, made.copy(), question, lengths, new), device, 1)[0]
+            said = _cost(lambda made=prefilled: greedy(model, made.copy(), question, lengths, [new]), device, 1)[0]
         figures[f"{name}, prefill of {tokens}, tokens/s"] = context.numel() / filled
         figures[f"{name}, decoding, tokens/s"] = new / said
     return figures

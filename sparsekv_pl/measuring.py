@@ -153,6 +153,10 @@ class MeasuringModule(WritesOutput, ABC):
         model = {} if self.backbone is None else {"model": self.identity, "adapter": self.variants[variant]}
         return key_of(computed_by=computed_by(self), **model, **decides)
 
+    def is_left(self, piece: Piece) -> bool:
+        """Whether ``piece`` is still to be measured: it fits, has not failed before, and is not on disk."""
+        return not piece.unfit and piece.label not in self.failed and self.results.get(piece.key) is None
+
     def columns(self, variant: str, condition: Condition, press: BasePress | None = None) -> Record:
         """The columns of every record measured under a condition."""
         seen = seen_in_training(press, self.training_summary)

@@ -233,20 +233,13 @@ class PressedLM(HFLM):
     def _generate(self, text: str, context: list[int], until: list[str], max_tokens: int) -> str:
         prefilled, newest, eviction = self._prefilled(context)
         self.evictions[text] = [eviction]
-        answer: list[int] = []
-        said = ""
-        while len(answer) < max_tokens:
-            block = min(BLOCK, max_tokens - len(answer))
-            lengths = torch.tensor([len(newest)], device=self.device)
-            new = greedy(self.model, prefilled, self._batch(newest), lengths, block, self._stop_ids)[0]
-            answer += new
-            said = self.tok_decode(answer)
-            if len(new) < block or any(stop in said for stop in until):
-                break
-            # The block's last token is not in the cache yet.
-            prefilled.next_position += len(newest) + len(new) - 1
-            newest = new[-1:]
-        return postprocess_generated_text(said, until, None)
+        lengths = torch.tensor([len(newest)], device=self.device)
+
+        def enough(answer: list[int]) -> bool:
+            return len(answer) % BLOCK == 0 and any(stop in self.tok_decode(answer) for stop in until)
+
+        answer = greedy(self.model, prefilled, self._batch(newest), lengths, [max_tokens], self._stop_ids, enough)[0]
+        return postprocess_generated_text(self.tok_decode(answer), until, None)
 
     @cached_property
     def _head_VE(self) -> Tensor:

@@ -177,7 +177,7 @@ def test_weights_on_disk_give_the_same_answers(
                     model(ids()).logits,
                     continue_from(model, ids(), chunked.cache, chunked.next_position),
                     continue_from(model, ids(), replayed.cache, replayed.next_position),
-                    torch.tensor(greedy(model, chunked, ids(), torch.tensor([24, 20]), 3)),
+                    torch.tensor(greedy(model, chunked, ids(), torch.tensor([24, 20]), [3, 3])),
                 )
             )
     for whole, spread in zip(*results, strict=True):

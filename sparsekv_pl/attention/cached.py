@@ -7,9 +7,10 @@ an ``observer`` is shown the queries, keys and values of each layer, a ``selecto
 attended to. ``passing`` gives a keyword to every forward inside a block.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import kvpress  # noqa: F401  wraps every attention function that is registered when it is imported: ours must come after
 import torch
@@ -30,6 +31,25 @@ Observer = Callable[[int, Tensor, Tensor, Tensor], None]
 Products of queries and keys over sqrt(D) are the logits: a model's other factor is in the queries."""
 
 
+class RowCache(Protocol):
+    """A cache whose rows run in one forward with those of other caches, a token each."""
+
+    masked: Sequence[Sequence[Tensor] | None]
+    """By layer, what a head-wise press left as ``masked_key_indices``."""
+    visible: Tensor
+    """(rows, R) bool, which of the newest R keys each row may see."""
+    seconds: float
+    """Spent on attention to this cache."""
+
+    def __len__(self) -> int:
+        """How many rows it has in the forward."""
+        ...
+
+    def joined(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (rows, K, S, D) of a layer, the new ones (rows, K, 1, D) last."""
+        ...
+
+
 def lower_right_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     """(queries, keys) bool, True where visible: the last query sees every key, the one before it all but the last."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
@@ -45,18 +65,23 @@ def cached_attention(
     selector: Selector | None = None,
     newest_visible: Tensor | None = None,
     key_log_weights: Mapping[int, Tensor] | None = None,
+    caches: Sequence[RowCache] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Scaled dot-product attention, causal from the lower right. The mask argument is not used (see the module's text).
 
     ``newest_visible`` (B, R) bool says which of the newest R keys each row may see: questions of different lengths are
     padded, and a cache keeps the padding. ``key_log_weights`` maps a layer to (B, K, S'), which is added to the logits
-    of the oldest S' keys: SoftThresholdPress's way to fade a key out.
+    of the oldest S' keys: SoftThresholdPress's way to fade a key out. With ``caches`` the rows are single tokens, each
+    of which attends to its own cache and joins it.
 
     Head-wise presses (AdaKVPress) leave ``module.masked_key_indices``. kvpress hides those keys by overwriting them
     with fake ones, which need not exist for more than one query; here they are masked, and the cache stays as it is.
     """
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if caches is not None:
+        looking = {"observer": observer, "selector": selector} | kwargs
+        return _to_each_cache(caches, layer, module, query, key, value, **looking), None
     shown = _scaled_as_usual(query, kwargs.get("scaling"))
     if observer is not None:
         observer(layer, shown, key, value)
@@ -81,6 +106,24 @@ def cached_attention(
     if queries == 1 and query.device.type == "cpu" and not torch.is_grad_enabled() and not key_log_weights:
         return one_query(query, key, value, mask, kwargs.get("scaling")), None
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def _to_each_cache(
+    caches: Sequence[RowCache], layer: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **looking: Any
+) -> Tensor:
+    """(rows, 1, H, D): what the single tokens of every cache's rows, in the caches' order, attend to in theirs."""
+    counts, attended = [len(cache) for cache in caches], []
+    for cache, own, *new in zip(caches, query.split(counts), key.split(counts), value.split(counts), strict=True):
+        started = time.perf_counter()
+        keys, values = cache.joined(layer, *new)
+        if looking["selector"] is not None or looking["observer"] is not None:
+            keys, values = keys.to(own.dtype), values.to(own.dtype)
+        module.masked_key_indices = cache.masked[layer]  # type: ignore[assignment]
+        visible = cache.visible.to(own.device)
+        attended.append(cached_attention(module, own, keys, values, None, newest_visible=visible, **looking)[0])
+        cache.seconds += time.perf_counter() - started
+    module.masked_key_indices = None  # type: ignore[assignment]
+    return torch.cat(attended)
 
 
 def _scaled_as_usual(query: Tensor, scaling: float | None) -> Tensor:

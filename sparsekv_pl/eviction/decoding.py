@@ -1,56 +1,59 @@
 """What follows an eviction, token by token: greedy answers, and text read while a press evicts during decoding."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from kvpress import BasePress, DecodingPress
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
+from sparsekv_pl.eviction.answering import Answering, Enough
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.eviction.prefilled import Prefilled
 from sparsekv_pl.presses.ratio import set_compression_ratio
 from sparsekv_pl.presses.traits import traits_of
 
 
-@torch.no_grad()
 def greedy(
     model: PreTrainedModel,
     prefilled: Prefilled,
-    continuation_ids: Tensor,
+    questions: Tensor,
     lengths: Tensor,
-    max_new_tokens: int,
+    most: Sequence[int],
     stop_ids: Collection[int] = (),
+    enough: Enough | None = None,
 ) -> list[list[int]]:
-    """The most likely answers, a list of token ids per row, without the stop token.
+    """The most likely answers after one cache: see ``Answering`` and ``greedy_together``."""
+    answering = Answering(model, prefilled, questions, lengths, most)
+    greedy_together(model, [answering], stop_ids, enough)
+    return answering.answers
 
-    ``continuation_ids`` (B, T) are questions padded on the right to the longest, of ``lengths`` (B,) tokens each. A row
-    gets what it would get alone. The answers join ``prefilled``'s cache: continue from a copy to keep it.
+
+@torch.no_grad()
+def greedy_together(
+    model: PreTrainedModel, asked: Sequence[Answering], stop_ids: Collection[int] = (), enough: Enough | None = None
+) -> None:
+    """Let all rows of ``asked`` answer, greedily and without the stop token, into their ``answers``.
+
+    A token of every row that goes on is one forward: products are of all rows, attention of each cache's by itself. A
+    row gets what it would get alone.
     """
-    rows = torch.arange(len(continuation_ids), device=continuation_ids.device)
-    hidden = continue_from(model, continuation_ids, prefilled.cache, prefilled.next_position)
-    last = hidden[rows, lengths - 1]
-    visible = torch.arange(continuation_ids.shape[1], device=lengths.device) < lengths[:, None]
-    answers: list[list[int]] = [[] for _ in rows]
-    open_rows = set(range(len(answers)))
     head = model.get_output_embeddings().weight.float()  # bfloat16 logits tie, and a tie is no verdict
-    for step in range(max_new_tokens):
+    last, going = torch.cat([one.last for one in asked]), list(asked)
+    while going:
         with torch.autocast(last.device.type, enabled=False):
             newest = (last.float() @ head.T).argmax(-1)
-        said = newest.tolist()
-        for row in sorted(open_rows):
-            if said[row] in stop_ids:
-                open_rows.remove(row)
-            else:
-                answers[row].append(said[row])
-        if not open_rows or step == max_new_tokens - 1:
-            break
-        visible = torch.cat([visible, visible.new_ones(len(rows), 1)], dim=1)
-        position = prefilled.next_position + lengths + step
-        last = continue_from(model, newest[:, None], prefilled.cache, position, decoding=True, newest_visible=visible)[
-            :, 0
-        ]
-    return answers
+        said, stay, start = newest.tolist(), [], 0
+        for one in going:
+            rows = len(one)
+            stay += [start + place for place in one.hear(said[start : start + rows], stop_ids, enough)]
+            start += rows
+        going = [one for one in going if len(one)]
+        if len(stay) < len(said):
+            newest = torch.tensor([said[place] for place in stay], device=newest.device)
+        if going:
+            positions = torch.cat([one.go_on() for one in going])
+            last = continue_from(model, newest[:, None], DynamicCache(), positions, decoding=True, caches=going)[:, 0]
 
 
 @torch.no_grad()

@@ -34,6 +34,12 @@ def check_positions(model: PreTrainedModel, positions: int, tokens: int, rotates
     )
 
 
+def rope_changes(model: PreTrainedModel) -> bool:
+    """Whether ``model`` turns all rows of a forward by frequencies that follow from its furthest position."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return rope.get("rope_type") in CHANGING_ROPE
+
+
 def check_rope(model: PreTrainedModel, first: int, total: int, rotates: bool = False) -> None:
     """Raise ``ValueError`` if positions mean something else after ``total`` tokens than after the ``first`` of them.
 

@@ -1,15 +1,20 @@
 """What one batch of cases shows under one way to evict: answers, perplexity and KL, and what they cost."""
 
 import logging
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from kvpress import BasePress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsekv_pl.batch import TEXT, CaseBatch, CaseInfo
-from sparsekv_pl.eviction.decoding import greedy, read_while_evicting
+from sparsekv_pl.batch import TEXT, CaseBatch
+from sparsekv_pl.eviction.answering import Answering
+from sparsekv_pl.eviction.decoding import greedy_together, read_while_evicting
 from sparsekv_pl.eviction.ledger import ledger
+from sparsekv_pl.eviction.limits import rope_changes
 from sparsekv_pl.eviction.prefill import continue_from, prefill
 from sparsekv_pl.eviction.prefilled import Prefilled
 from sparsekv_pl.eviction.replay import RecordedPrefill
@@ -25,9 +30,42 @@ from sparsekv_pl.results import Record
 
 log = logging.getLogger(__name__)
 
+HELD_BYTES = 2**31
+"""Of keys and values that wait to be answered from: with so many no further point is decoded beside them."""
+
+
+@dataclass
+class _Asked:
+    """A point whose rows have read their questions."""
+
+    rows: Answering
+    costs: Record
+    """Of a case."""
+    seconds: float
+    """For the questions."""
+    peak_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of its keys and values."""
+        return self.rows.nbytes
+
+    @property
+    def tokens(self) -> int:
+        """That its rows have said or stopped at."""
+        return sum(len(answer) + 1 for answer in self.rows.answers)
+
 
 class Measurement:
-    """One batch under one model. The context is prefilled once, for all points that evict after a dense prefill."""
+    """One batch under one model. The context is prefilled once, for all points that evict after a dense prefill.
+
+    Parameters
+    ----------
+    model, tokenizer, batch
+        What is measured, on which cases.
+    with_stability
+        Also of text, how stable a press's choice is.
+    """
 
     def __init__(
         self,
@@ -38,21 +76,31 @@ class Measurement:
     ) -> None:
         self.model, self.tokenizer, self.batch = model, tokenizer, batch
         self.with_stability = with_stability
+        self.ahead: Sequence[Point] = ()
+        """Points that will be asked for in this order: their answers are decoded together."""
+        self._answered: dict[str, list[Record]] = {}
 
     @torch.no_grad()
     def at(self, point: Point) -> list[Record]:
         """The batch's records, one per case."""
-        if point.press is not None and not traits_of(point.press).replayable and len(self.batch["cases"]) > 1:
+        if self._by_row(point):
             return [record for row in range(len(self.batch["cases"])) for record in self._row(row).at(point)]
+        if not self.is_text:
+            if point.name not in self._answered:
+                self._answered |= self._answers_from(point)
+            return self._answered.pop(point.name)
         if point.press is not None:
             set_compression_ratio(point.press, point.compression_ratio)
         phases = Phases()
         with phases("point"):
-            rows, costs = self._rows(point)
-        shared = costs | {"peak_bytes": phases.peak_bytes()}
+            prefilled, costs = self._prefilled(point)
+            left = self._left(prefilled)
+            rows = self._read(point, prefilled)
+            if point.decoding_interval is not None:  # it evicted while it read
+                left = self._left(prefilled)
         if self.tells_stability(point):
             rows = [row | stable for row, stable in zip(rows, self._stable(point.press), strict=True)]
-        return [shared | row for row in rows]
+        return [costs | left | {"peak_bytes": phases.peak_bytes()} | row for row in rows]
 
     def tells_stability(self, point: Point) -> bool:
         """Whether the records of ``point`` say how stable its press's choice is."""
@@ -71,16 +119,67 @@ class Measurement:
         """Whether the continuations are read, not answered."""
         return self.batch["cases"][0].task == TEXT
 
-    def _rows(self, point: Point) -> tuple[list[Record], Record]:
-        """What each case shows, and what all of them cost, shared out evenly."""
-        prefilled, seconds = self._prefilled(point)
+    def _by_row(self, point: Point) -> bool:
+        """Whether the point's press runs the model itself, which a batch of several rows does not go through."""
+        return point.press is not None and not traits_of(point.press).replayable and len(self.batch["cases"]) > 1
+
+    def _left(self, prefilled: Prefilled) -> Record:
+        """What an eviction left, shared out evenly."""
         found = ledger(self.model, prefilled.cache)
-        rows = self._read(point, prefilled) if self.is_text else self.answers(prefilled)
-        if point.decoding_interval is not None:  # it evicted while it read
-            found = ledger(self.model, prefilled.cache)
-        costs: Record = {name: value / len(rows) for name, value in seconds.items()}
-        pairs = {"kept_pairs": found.kept_pairs, "kv_bytes": found.kv_bytes // len(rows), "freed": found.freed}
-        return rows, costs | pairs
+        kv_bytes = found.kv_bytes // len(self.batch["cases"])
+        return {"kept_pairs": found.kept_pairs, "kv_bytes": kv_bytes, "freed": found.freed}
+
+    def _answers_from(self, point: Point) -> dict[str, list[Record]]:
+        """The records of ``point`` and of those whose answers were decoded with its own, by name."""
+        asked = {point.name: self._asked(point)}
+        for other in self._beside(point):
+            if sum(one.nbytes for one in asked.values()) > HELD_BYTES:
+                break
+            with suppress(Exception):  # it is asked for by itself later, and fails there
+                asked[other.name] = self._asked(other, held=sum(one.nbytes for one in asked.values()))
+        if len(asked) == 1:
+            return self._decoded(asked)
+        try:
+            return self._decoded(asked)
+        except Exception as error:
+            log.warning("answers of %s cannot be decoded together, so one after the other: %s", ", ".join(asked), error)
+            self.ahead = []
+        return self._decoded({point.name: self._asked(point)})
+
+    def _beside(self, point: Point) -> list[Point]:
+        """The points behind ``point`` that can be decoded with it."""
+        names = [other.name for other in self.ahead]
+        if point.name not in names or rope_changes(self.model):
+            return []
+        behind = self.ahead[names.index(point.name) + 1 :]
+        return [other for other in behind if other.decoding_interval is None and not self._by_row(other)]
+
+    def _asked(self, point: Point, held: int = 0) -> _Asked:
+        """The point's rows when they have read their questions, while ``held`` bytes wait to be answered from."""
+        if point.press is not None:
+            set_compression_ratio(point.press, point.compression_ratio)
+        phases = Phases()
+        with phases("point"):
+            prefilled, costs = self._prefilled(point)
+            left = self._left(prefilled)
+            answering, seconds = timed(lambda: self._answering(prefilled))
+        return _Asked(answering, costs | left, seconds, phases.peak_bytes() - held)
+
+    def _decoded(self, asked: Mapping[str, _Asked]) -> dict[str, list[Record]]:
+        """Their records, when all have answered."""
+        phases, held = Phases(), sum(one.nbytes for one in asked.values())
+        with phases("answers"):
+            _, seconds = timed(
+                lambda: greedy_together(self.model, [one.rows for one in asked.values()], self._stop_ids)
+            )
+        apart = sum(one.rows.seconds for one in asked.values())
+        tokens = sum(one.tokens for one in asked.values())
+        records = {}
+        for name, one in asked.items():
+            own = one.seconds + one.rows.seconds + (seconds - apart) * one.tokens / tokens
+            peak = max(one.peak_bytes, phases.peak_bytes() - held + one.nbytes)
+            records[name] = [one.costs | {"peak_bytes": peak} | row for row in self._scored(one.rows.answers, own)]
+        return records
 
     @cached_property
     def _stability(self) -> StabilityProbe:
@@ -125,25 +224,32 @@ class Measurement:
         return prefilled, {"prefill_seconds": seconds, "eviction_seconds": evicting}
 
     def answers(self, prefilled: Prefilled) -> list[Record]:
-        """What the model says after a cache that was prefilled here or elsewhere, scored; it joins the cache."""
-        batch = self.batch
-        ids, lengths = batch["continuation_ids"], batch["continuation_lengths"]
-        tokens = max(case.max_new_tokens for case in batch["cases"])
-        answers, seconds = timed(lambda: greedy(self.model, prefilled, ids, lengths, tokens, self._stop_ids))
-        return [self._scored(case, answer, seconds) for case, answer in zip(batch["cases"], answers, strict=True)]
+        """What the model says after a cache that was prefilled here or elsewhere, scored; the cache is used up."""
+        rows, reading = timed(lambda: self._answering(prefilled))
+        _, seconds = timed(lambda: greedy_together(self.model, [rows], self._stop_ids))
+        return self._scored(rows.answers, reading + seconds)
 
-    def _scored(self, case: CaseInfo, answer: list[int], seconds: float) -> Record:
-        said = str(self.tokenizer.decode(answer[: case.max_new_tokens], skip_special_tokens=True)).strip()
-        return {
-            **retrieval_scores(said, case.answers),
-            "answer": said,
-            "answers": list(case.answers),
-            "question": case.question,
-            "answer_prefix": case.answer_prefix,
-            "max_new_tokens": case.max_new_tokens,
-            "decode_seconds": seconds / len(self.batch["cases"]),
-            "decode_tokens": len(answer),
-        }
+    def _answering(self, prefilled: Prefilled) -> Answering:
+        batch = self.batch
+        most = [case.max_new_tokens for case in batch["cases"]]
+        return Answering(self.model, prefilled, batch["continuation_ids"], batch["continuation_lengths"], most)
+
+    def _scored(self, answers: list[list[int]], seconds: float) -> list[Record]:
+        """Records of the cases' answers, which took ``seconds`` together."""
+        return [
+            {
+                **retrieval_scores(said, case.answers),
+                "answer": said,
+                "answers": list(case.answers),
+                "question": case.question,
+                "answer_prefix": case.answer_prefix,
+                "max_new_tokens": case.max_new_tokens,
+                "decode_seconds": seconds / len(answers),
+                "decode_tokens": len(answer),
+            }
+            for case, answer in zip(self.batch["cases"], answers, strict=True)
+            for said in [str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()]
+        ]
 
     def _read(self, point: Point, prefilled: Prefilled) -> list[Record]:
         """Perplexity and KL of the continuation. Its first token is left out: the context's last predicts it, uncut."""

@@ -107,9 +107,10 @@ class EvaluationModule(MeasuringModule):
         measurement = Measurement(self.causal_lm, self.tokenizer, batch, self.stability)
         if self.sparsity and measurement.is_text:
             yield self._sparsity_of(batch, variant)
-        for point in self.points:
-            if point.decoding_interval is None or measurement.is_text:
-                yield self._piece(measurement, variant, point)
+        points = [point for point in self.points if point.decoding_interval is None or measurement.is_text]
+        pieces = [self._piece(measurement, variant, point) for point in points]
+        measurement.ahead = [point for point, piece in zip(points, pieces, strict=True) if self.is_left(piece)]
+        yield from pieces
 
     def write(self, records: list[Record], environment: dict[str, Any]) -> list[Path]:
         """Write the report, kvpress's layout and the sparsity of attention, and print the table."""

@@ -64,7 +64,7 @@ def test_every_row_of_a_batch_says_what_it_says_alone(
     random_model: Build, press: BasePress | None, context: Tensor, questions: Tensor
 ) -> None:
     model = random_model()
-    together = greedy(model, prefill(model, context, press), questions, torch.tensor(LENGTHS), NEW)
+    together = greedy(model, prefill(model, context, press), questions, torch.tensor(LENGTHS), [NEW] * 3)
     singly = [
         alone(model, press, row, question[:length], NEW)
         for row, question, length in zip(context, questions, LENGTHS, strict=True)
@@ -76,9 +76,9 @@ def test_every_row_of_a_batch_says_what_it_says_alone(
 @torch.no_grad()
 def test_padding_says_nothing(random_model: Build, context: Tensor, questions: Tensor) -> None:
     model, lengths = random_model(), torch.tensor(LENGTHS)
-    answers = greedy(model, prefill(model, context, None), questions, lengths, NEW)
+    answers = greedy(model, prefill(model, context, None), questions, lengths, [NEW] * 3)
     padding = torch.arange(max(LENGTHS)) >= lengths[:, None]
-    other = greedy(model, prefill(model, context, None), questions.masked_fill(padding, 63), lengths, NEW)
+    other = greedy(model, prefill(model, context, None), questions.masked_fill(padding, 63), lengths, [NEW] * 3)
     assert answers == other
 
 
@@ -87,9 +87,9 @@ def test_a_row_ends_at_its_stop_token_and_the_others_go_on(
     random_model: Build, context: Tensor, questions: Tensor
 ) -> None:
     model, lengths = random_model(), torch.tensor(LENGTHS)
-    endless = greedy(model, prefill(model, context, None), questions, lengths, NEW)
+    endless = greedy(model, prefill(model, context, None), questions, lengths, [NEW] * 3)
     stop = endless[0][2]
-    ended = greedy(model, prefill(model, context, None), questions, lengths, NEW, {stop})
+    ended = greedy(model, prefill(model, context, None), questions, lengths, [NEW] * 3, {stop})
     assert ended == [row[: row.index(stop)] if stop in row else row for row in endless]
     assert len(ended[0]) < NEW
 
@@ -99,8 +99,8 @@ def test_a_copy_is_continued_and_the_original_stays(random_model: Build, context
     model, lengths = random_model(), torch.tensor(LENGTHS)
     prefilled = prefill(model, context, KnormPress(0.5))
     before = [layer.keys.clone() for layer in prefilled.cache.layers]
-    answers = greedy(model, prefilled.copy(), questions, lengths, NEW)
-    assert greedy(model, prefilled.copy(), questions, lengths, NEW) == answers
+    answers = greedy(model, prefilled.copy(), questions, lengths, [NEW] * 3)
+    assert greedy(model, prefilled.copy(), questions, lengths, [NEW] * 3) == answers
     assert all(torch.equal(layer.keys, keys) for layer, keys in zip(prefilled.cache.layers, before, strict=True))
 
 

@@ -126,7 +126,7 @@ def test_answers_are_those_of_a_plain_prefill(run: Callable[..., list[Record]], 
     for row, (case, record) in enumerate(zip(batch["cases"], records, strict=True)):
         length = batch["continuation_lengths"][row : row + 1]
         question = batch["continuation_ids"][row : row + 1, : int(length)]
-        answer = greedy(model, prefilled.copy(), question, length, case.max_new_tokens, stop)[0]
+        answer = greedy(model, prefilled.copy(), question, length, [case.max_new_tokens], stop)[0]
         assert record["answer"] == tokenizer.decode(answer, skip_special_tokens=True).strip()
         assert record["answers"] == list(case.answers)
     assert len({record["answer"] for record in records}) > 1
