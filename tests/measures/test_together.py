@@ -78,7 +78,9 @@ def test_points_decoded_together_say_what_each_says_alone(network: tuple[Any, An
     for point in POINTS:
         assert said(together[point.name]) == said(alone[point.name]), point.name
         assert all(record["decode_seconds"] > 0 for record in together[point.name])
-    assert len({record["answer"] for record in sum(together.values(), [])}) > len(MOST), "every press said the same"
+    assert len({record["answer"] for records in together.values() for record in records}) > len(MOST), (
+        "every press said the same"
+    )
     # Of every row a token fewer than it says: the question's forward says the first.
     wanted = [sum(most > step for most in MOST) for step in range(1, max(MOST))]
     assert alone_rows == wanted * len(POINTS)
@@ -92,7 +94,7 @@ def test_no_more_points_wait_than_memory_holds(network: tuple[Any, Any], monkeyp
     assert len(rows) == len(POINTS) * (max(MOST) - 1)
 
 
-def test_a_point_that_fails_fails_alone(network: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_point_that_fails_fails_alone(network: tuple[Any, Any]) -> None:
     class Faulty(KnormPress):
         def score(self, *_: Any, **__: Any) -> Tensor:
             raise RuntimeError("no scores")
