@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from sparsekv_pl.batch import TEXT, CaseBatch, CaseInfo
 from sparsekv_pl.eviction.setting import Setting
-from sparsekv_pl.measures import Measurement
+from sparsekv_pl.measures import Measurement, measurement
 from sparsekv_pl.modules.evaluation import EvaluationModule
 from tests.tiny_training import MakeBackbone, MakeTrainer
 
@@ -258,3 +258,19 @@ def test_a_press_without_a_ratio_to_set_is_a_line_in_the_table(
     assert set(measured) == {"full_cache_0_dense", "TOVA_0-5_dense"}
     report = (tmp_path / "run" / "report.md").read_text()
     assert report.count("has no compression_ratio to set") >= len(UNFIT)
+
+
+def test_what_is_left_of_a_batch_is_answered_together(
+    run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, together = measurement.greedy_together, []
+
+    def noted(model: Any, asked: list[Any], *rest: Any) -> None:
+        together.append(len(asked))
+        decode(model, asked, *rest)
+
+    monkeypatch.setattr(measurement, "greedy_together", noted)
+    run(points=settings()[1:])
+    assert together == [2], "the full cache and Knorm"
+    run()
+    assert together == [2, 2], "SnapKV at both ratios; the others are on disk"
