@@ -27,6 +27,13 @@ SHAPES = re.compile(
 """Addresses, PEM blocks, headers, and the keys of Hugging Face, Groq, xAI, Perplexity, Replicate, Fireworks, Cerebras,
 ElevenLabs, Databricks, OpenAI, Anthropic, NVIDIA, GitLab, Slack, LangSmith, Together, GitHub, AWS and Google."""
 
+COOKIES = re.compile(
+    r"""(?P<name>cookie2?(?:\\?["']?\s{0,3}(?:=>|[:=])\s{0,3}b?)|--[\w.-]*cookie2? +)"""
+    r"""(?:(?P<quote>["'])(?:\\.|(?!(?P=quote))[^\\\n])*|[^\n]+)""",
+    re.IGNORECASE,
+)
+"""A header of several pairs: to its closing quote, or to the line's end."""
+
 BASIC = re.compile(r"(?<=\bbasic )[A-Za-z0-9+/_-]{6,}={0,2}", re.IGNORECASE)
 """As in an Authorization header: base64 of name:password."""
 
@@ -64,6 +71,7 @@ def is_secret_name(name: str) -> bool:
 
 def without_secrets(text: str) -> str:
     """``text`` with what looks like a credential, or is called one, replaced."""
+    text = COOKIES.sub(rf"\g<name>\g<quote>{HIDDEN}", text)
     text = BASIC.sub(_basic, SHAPES.sub(HIDDEN, text))
     for pattern in _library_patterns():
         text = pattern.sub(HIDDEN, text)

@@ -62,14 +62,21 @@ def test_a_training_writes_none(
 
 
 def test_an_evaluation_of_a_hosted_model_writes_none(
-    tiny_models: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    tiny_models: dict[str, str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Neither its key nor those parts of its address's path that may be one."""
     caplog.set_level("DEBUG")
     key = SECRETS["OPENAI_API_KEY"]
+    path = "v1/qzxkv/account-qzxkv/api"
     replies = [said(f"my key is {key}"), failed(400, f"no such key: {key}"), Reply(f"Bearer {key}".encode())]
+    replies += [failed(400, f"cannot POST /{path}/chat/completions"), failed(400, "ask account-qzxkv")]
     with serving(*replies) as (server, url):
         arguments = ["test", "--config", str(CONFIGS / "evaluate" / "hosted.yaml")]
-        arguments += [f"--model.hosted.base_url={url}/account-4711"]
+        arguments += [f"--model.hosted.base_url={url.removesuffix('v1')}{path}"]
         arguments += ["--model.hosted.key_variable=OPENAI_API_KEY", "--model.hosted.retries=0"]
         arguments += [f"--model.tokenizer={tiny_models['llama']}", f"--model.output={tmp_path}"]
         arguments += [f"--trainer.logger.save_dir={tmp_path}", "--data.lengths=[96]", "--data.tasks=null"]
@@ -86,7 +93,14 @@ def test_an_evaluation_of_a_hosted_model_writes_none(
     assert leaks(tmp_path, printed.out + printed.err + caplog.text) == []
     reports = list(tmp_path.glob("report.*"))
     assert {"report.json", "report.md", "report.html"} <= {path.name for path in reports}
-    assert not any(b"account-4711" in path.read_bytes() for path in [*reports, tmp_path / "cases.csv"])
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path for path in written if b"qzxkv" in path.read_bytes()] == []
+    assert "qzxkv" not in printed.out + printed.err + caplog.text
+    saved = tmp_path / "evaluation.yaml"
+    assert f"base_url: {url.removesuffix('/v1')}/v1/[hidden]/[hidden]/api" in saved.read_text()
+    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
+    with pytest.raises(SystemExit, match=r"hosted\.base_url=http://.* was hidden when .* give the whole address"):
+        run(lambda: EvaluateCommandLine(args=["test", "--config", str(saved)]))
 
 
 REFUSED = {
@@ -174,6 +188,27 @@ def test_a_key_is_known_by_its_name(name: str) -> None:
         with pytest.raises(ValueError, match="holds a key") as raised:
             check_no_secret(key, PASSWORD)
         assert PASSWORD not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        *(
+            "Cookie: {0}",
+            "Set-Cookie: {0}; Path=/",
+            "--header.Cookie {0}",
+            "headers.Cookie={0}",
+            "curl -H 'Cookie: {0}'",
+        ),
+        *("{{'Cookie': '{0}', 'x': 'stays'}}", '{{"cookie": "{0}", "x": "stays"}}', '{{\\"cookie\\": \\"{0}\\"}}'),
+        '"Cookie": "a=\\"b\\"; {0}", "x": "stays"',
+    ],
+)
+def test_all_of_a_cookie_is_hidden(form: str) -> None:
+    shown = redacted(f"{form.format(f'a={PASSWORD}; b={PASSWORD}; c={PASSWORD}')}\nanother line")
+    assert PASSWORD not in shown and HIDDEN in shown
+    assert ("stays" in form) == ("stays" in shown)
+    assert shown.endswith("\nanother line")
 
 
 @pytest.mark.parametrize(

@@ -136,8 +136,8 @@ class HostedModule(WritesOutput):
         for answer in answers:
             if answer.stops:
                 raise ValueError(
-                    f"{self.hosted.model} was asked no further: {answer.message}. What is answered is kept in "
-                    f"{self.output}; mend it and run again to ask the rest"
+                    f"{self.hosted.model} was asked no further: {answer.message}. Answers are kept in {self.output}: "
+                    "mend that and run again, which asks the rest"
                 )
 
     def _finished(self, key: str) -> bool:

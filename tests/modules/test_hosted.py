@@ -1,13 +1,12 @@
 """HostedModule end to end: against ``transformers serve`` with a real model, and against servers that fail."""
 
-import json
 import os
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ import pytest
 import torch
 import yaml
 
-from data.evaluation import EvaluationData
 from evaluate import EvaluateCommandLine
 from sparsekv_pl.batch import CaseInfo
 from sparsekv_pl.cli import SaveEvaluationConfig
-from sparsekv_pl.hosted_client import HostedModel
-from sparsekv_pl.modules.hosted import HostedModule, prompt_of
+from sparsekv_pl.modules.hosted import prompt_of
+from tests.hosted_runs import MakeHosted, cases, kept, report, right
 from tests.scripted_server import Reply, failed, said, serving
 from tests.tiny_training import MakeTrainer
 
@@ -57,39 +55,13 @@ def real_server(tiny_models: dict[str, str], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture
-def make(tiny_models: dict[str, str], tmp_path: Path) -> Callable[..., HostedModule]:
-    """HostedModule(base_url, the module's settings or the model's)."""
-
-    def module(url: str, dry: bool = False, extra_tokens: int = 4, **settings: Any) -> HostedModule:
-        hosted = HostedModel(**({"model": "m", "base_url": url, "key_variable": None, "retries": 0} | settings))
-        return HostedModule(hosted, tiny_models["llama"], str(tmp_path / "out"), extra_tokens=extra_tokens, dry=dry)
-
-    return module
-
-
-def cases(windows: int = 0, **settings: Any) -> EvaluationData:
-    """Four facts in contexts of 160 tokens."""
-    defaults: dict[str, Any] = {"lengths": (160,), "depths": (0.0, 1.0), "cases_per_cell": 2, "continuation_tokens": 8}
-    return EvaluationData(windows=windows, batch_size=3, **(defaults | settings))
-
-
-def right(body: dict[str, Any]) -> Reply:
-    """A reply that says everything the prompt says, so that every answer is in it."""
-    return said(body["messages"][0]["content"])
-
-
-def report(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "out" / "report.json").read_text())
-
-
-def kept(folder: Path) -> list[dict[str, Any]]:
-    lines = [line for path in (folder / "out" / "results").glob("*.jsonl") for line in path.read_text().splitlines()]
-    return [record for line in lines for record in json.loads(line)["records"]]
+def make(tiny_models: dict[str, str], tmp_path: Path) -> MakeHosted:
+    return MakeHosted(tiny_models["llama"], tmp_path)
 
 
 def test_it_asks_a_real_server_and_reports_what_the_model_says(
     real_server: str,
-    make: Callable[..., HostedModule],
+    make: MakeHosted,
     tiny_models: dict[str, str],
     tiny_trainer: MakeTrainer,
     tmp_path: Path,
@@ -120,7 +92,7 @@ def test_it_asks_a_real_server_and_reports_what_the_model_says(
 
 
 def test_two_words_fit_a_hosted_model_and_scores_are_those_of_retrieval(
-    make: Callable[..., HostedModule], tiny_trainer: MakeTrainer, tmp_path: Path
+    make: MakeHosted, tiny_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     with serving(answer=right) as (server, url):
         tiny_trainer().test(make(url), cases(), verbose=False)
@@ -135,9 +107,7 @@ def test_two_words_fit_a_hosted_model_and_scores_are_those_of_retrieval(
     assert report(tmp_path)["environment"]["endpoint"] == url.removesuffix("/v1")
 
 
-def test_the_answers_own_beginning_is_not_scored(
-    make: Callable[..., HostedModule], tiny_trainer: MakeTrainer, tmp_path: Path
-) -> None:
+def test_the_answers_own_beginning_is_not_scored(make: MakeHosted, tiny_trainer: MakeTrainer, tmp_path: Path) -> None:
     known: dict[str, CaseInfo] = {}
 
     def full_sentence(body: dict[str, Any]) -> Reply:
@@ -154,38 +124,8 @@ def test_the_answers_own_beginning_is_not_scored(
     assert [record["exact"] for record in kept(tmp_path)] == [1.0] * 4
 
 
-def test_what_is_finished_is_not_asked_again_and_what_failed_is(
-    make: Callable[..., HostedModule], tiny_trainer: MakeTrainer, tmp_path: Path
-) -> None:
-    too_long = failed(400, "too long", "context_length_exceeded")
-    with serving(said("x"), too_long, failed(500), said("y")) as (server, url):
-        tiny_trainer().test(make(url, concurrency=1), cases(), verbose=False)
-        assert len(server.bodies) == 4
-        first = report(tmp_path)
-        assert sorted(record.get("error", "").split(":")[0] for record in kept(tmp_path)) == ["", "", "context_length"]
-        assert "server: " in json.dumps(first)
-        assert "context_length: " in json.dumps(first)
-        tiny_trainer().test(make(url, concurrency=1), cases(), verbose=False)
-        assert server.bodies[4:] == server.bodies[2:3]
-        assert "server: " not in json.dumps(report(tmp_path))
-        tiny_trainer().test(make(url, concurrency=1), cases(), verbose=False)
-        assert len(server.bodies) == 5
-        tiny_trainer().test(make(url, concurrency=1, model="another"), cases(), verbose=False)
-        assert len(server.bodies) == 9
-
-
-def test_all_failing_is_a_report_too(
-    make: Callable[..., HostedModule], tiny_trainer: MakeTrainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with serving(failed(500, "out of order")) as (_, url):
-        tiny_trainer().test(make(url), cases(), verbose=False)
-    assert "4 server" in capsys.readouterr().out
-    assert "out of order" in (tmp_path / "out" / "report.md").read_text()
-    assert kept(tmp_path) == []
-
-
 def test_limits_hold_for_all_cases_together_before_the_first_request(
-    make: Callable[..., HostedModule], tiny_trainer: MakeTrainer, tmp_path: Path
+    make: MakeHosted, tiny_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     with serving(said("x")) as (server, url):
         with pytest.raises(ValueError, match="max_tokens_total=300"):  # one case has 160
@@ -195,7 +135,7 @@ def test_limits_hold_for_all_cases_together_before_the_first_request(
 
 
 def test_dry_sends_nothing_and_says_what_it_would_take(
-    make: Callable[..., HostedModule], tiny_trainer: MakeTrainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make: MakeHosted, tiny_trainer: MakeTrainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prices = {"dollars_per_million_input": 1e3, "dollars_per_million_output": 1e3, "max_dollars": 0.5}
     with serving(said("x")) as (server, url):
@@ -209,7 +149,7 @@ def test_dry_sends_nothing_and_says_what_it_would_take(
 
 
 def test_text_windows_are_skipped_and_that_is_said(
-    make: Callable[..., HostedModule], tiny_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    make: MakeHosted, tiny_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with serving(said("x")) as (server, url):
         tiny_trainer().test(make(url), cases(windows=2), verbose=False)
@@ -224,16 +164,14 @@ def test_the_question_is_asked_once_also_when_the_context_ends_with_it() -> None
     assert prompt_of(CaseInfo("1", "t", ("7",), "A text.", "\n\nWhich?")) == "A text.\n\nWhich?"
 
 
-def test_a_missing_key_stops_the_run_before_anything_is_sent(
-    make: Callable[..., HostedModule], tiny_trainer: MakeTrainer
-) -> None:
+def test_a_missing_key_stops_the_run_before_anything_is_sent(make: MakeHosted, tiny_trainer: MakeTrainer) -> None:
     with serving(said("x")) as (server, url):
         with pytest.raises(ValueError, match="HOSTED_UNSET_KEY"):
             tiny_trainer().test(make(url, key_variable="HOSTED_UNSET_KEY"), cases(), verbose=False)
         assert server.bodies == []
 
 
-def test_several_processes_are_refused(make: Callable[..., HostedModule], tiny_trainer: MakeTrainer) -> None:
+def test_several_processes_are_refused(make: MakeHosted, tiny_trainer: MakeTrainer) -> None:
     module = make("http://127.0.0.1:9/v1")
     module.trainer = tiny_trainer(devices=2, strategy="ddp")
     with pytest.raises(ValueError, match=r"trainer\.devices=2"):
