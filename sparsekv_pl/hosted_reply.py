@@ -32,7 +32,7 @@ your current quota" of a minute's limit too."""
 BLOCKED = re.compile(r"content_filter|moderation|flagged", re.IGNORECASE)
 WITHHELD = {"content_filter", "refusal", "safety", "recitation", "prohibited_content", "blocklist", "spii"}
 """Reasons to finish of OpenAI, Anthropic and Gemini that leave no answer."""
-Counter = Literal["provider", "tokenizer", "limit"]
+Counter = Literal["provider", "tokenizer", "estimate"]
 REFUSED_FOR_ALL = {401, 403, 404}
 GATEWAY_TIMEOUTS = {504, 524}
 """The model behind may have answered, and been paid."""
@@ -68,7 +68,7 @@ class Answer:
     usage: Usage = Usage()
     """Of all attempts: what the provider billed, or may have billed."""
     counted_by: Counter = "provider"
-    """The local tokenizer, where a provider reports no usage; the most that an attempt can use, where none is known."""
+    """The local tokenizer, where a provider reports no usage; an estimate, the most it can use, of an unread reply."""
     seconds: float = 0.0
     """Of the request with all its attempts and the waits between them."""
     finish_reason: str | None = None
@@ -80,18 +80,23 @@ class Answer:
 
 def lost(error: ErrorKind, message: str, most: Usage) -> Answer:
     """An attempt of which no one knows whether it is billed: counted as the most it can use."""
-    return Answer(error=error, message=message, usage=most, counted_by="limit")
+    return Answer(error=error, message=message, usage=most, counted_by="estimate")
 
 
 def read_reply(status: int, content: bytes, most: Usage, count_tokens: Callable[[str], int]) -> Answer:
     """The answer or the error in a reply, whatever stands in it.
 
     ``most`` (the request's tokens, and the most of an answer) and ``count_tokens`` stand in for a missing usage.
+
+    Raises
+    ------
+    RecursionError
+        For JSON that is nested too deep.
     """
     excerpt = content[:MESSAGE_CHARACTERS].decode(errors="replace")
     try:
         body = json.loads(content)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         body, excerpt = None, f"{type(error).__name__}: {excerpt}"
     if isinstance(body, list) and body:  # Gemini's errors
         body = body[0]
@@ -104,7 +109,7 @@ def read_reply(status: int, content: bytes, most: Usage, count_tokens: Callable[
         return _read_completion(completion, most, count_tokens)
     except (AttributeError, TypeError, LookupError):
         usage, counted_by = _usage(completion.get("usage"), most)
-        by: Counter = "provider" if counted_by == "provider" else "limit"
+        by: Counter = "provider" if counted_by == "provider" else "estimate"
         return Answer(error="unreadable", message=f"no text in the reply: {excerpt}", usage=usage, counted_by=by)
 
 
@@ -159,7 +164,7 @@ def _tokens(reported: Any) -> int:
 def _read_error(status: int, fault: Any, excerpt: str, most: Usage) -> Answer:
     details = fault if isinstance(fault, dict) else {"message": fault}
     code = details.get("code")
-    status = code if status < 300 and isinstance(code, int) else status
+    status = code if status < 300 and isinstance(code, int) and 400 <= code < 600 else status
     message = details.get("message")
     told = f"HTTP {status}: {_clean(message) if message and isinstance(message, str) else excerpt}"
     said = " ".join([told, *(str(details.get(name)) for name in ("code", "type", "status", "details"))])

@@ -120,7 +120,7 @@ class _Asking:
             doubled = min(FIRST_PAUSE * 2**attempt, LAST_PAUSE) * SystemRandom().uniform(0.75, 1)
             await self.pause(_seconds_asked(headers, doubled))
         text, message = self.blot(answer.text), redacted(self.blot(answer.message))[:MESSAGE_CHARACTERS]
-        counted_by = answer.counted_by if spent == answer.usage else "limit"
+        counted_by = answer.counted_by if spent == answer.usage else "estimate"
         seconds = time.perf_counter() - start
         return replace(answer, text=text, message=message, usage=spent, counted_by=counted_by, seconds=seconds)
 
@@ -152,7 +152,10 @@ class _Asking:
             return lost("connection", f"the connection was lost: {error!r}", most), headers
         if fault and response.is_success:
             return lost("malformed", fault, most), headers
-        return read_reply(response.status_code, content or fault.encode(), most, self.count_tokens), headers
+        try:
+            return read_reply(response.status_code, content or fault.encode(), most, self.count_tokens), headers
+        except RecursionError:
+            return lost("malformed", "the reply's JSON is nested too deep", most), headers
 
     async def pause(self, seconds: float) -> None:
         """Wait, unless the run ends meanwhile."""

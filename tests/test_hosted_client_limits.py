@@ -1,6 +1,7 @@
 """What a hosted model may cost, and a key that shows nowhere."""
 
 import logging
+import signal
 import threading
 from typing import Any
 
@@ -68,6 +69,22 @@ def test_a_failing_listener_stops_what_was_not_sent() -> None:
         with pytest.raises(OSError, match="disk full"):
             ask(hosted(url, concurrency=1), requests(50), words, full)
         assert len(server.bodies) < 10
+
+
+def test_ctrl_c_sends_nothing_more_and_keeps_what_is_under_way() -> None:
+    answered: list[int] = []
+
+    def interrupt(index: int, _: object) -> None:
+        answered.append(index)
+        if len(answered) == 1:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    reply = said("x")
+    reply.delay = 0.1
+    with serving(reply) as (server, url):
+        with pytest.raises(KeyboardInterrupt):
+            ask(hosted(url, concurrency=2), requests(50), words, interrupt)
+        assert len(answered) == len(server.bodies) < 10
 
 
 def test_the_key_reaches_the_server_and_nothing_else(

@@ -108,12 +108,24 @@ def test_what_a_reply_unpacks_to_is_never_in_memory() -> None:
     assert peak < 2 * hosted_requests.MOST_BYTES
 
 
+def test_json_of_any_depth_is_an_error_of_one_request() -> None:
+    """What can be parsed may still be too deep to be shown."""
+
+    def reply(body: dict[str, Any]) -> Reply:
+        depth = 500 + 10 * int(body["messages"][0]["content"].split()[1])
+        return Reply(b'{"error": {"code": ' + b"[" * depth + b"]" * depth + b"}}", 400)
+
+    with serving(answer=reply) as (_, url):
+        answers = ask(hosted(url, retries=0), requests(60), words)
+    assert {answer.error for answer in answers} == {"refused", "malformed"}
+
+
 def test_every_attempt_that_may_be_billed_counts_and_limits_hold_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosted_requests, "FIRST_PAUSE", 0.01)
     lost = Reply(b"", status=0)
     with serving(lost, lost, said("x")) as (server, url):
         answer = ask_one(hosted(url, max_tokens_total=30))
-        assert (answer.text, answer.usage, answer.counted_by) == ("x", Usage(21, 9), "limit")
+        assert (answer.text, answer.usage, answer.counted_by) == ("x", Usage(21, 9), "estimate")
     with serving(lost) as (server, url):
         answer = ask_one(hosted(url, max_tokens_total=25))
     assert (answer.error, answer.usage, len(server.bodies)) == ("connection", Usage(14, 6), 2)

@@ -195,8 +195,10 @@ class HostedModule(WritesOutput):
             question = questions[index]
             before = (self.results.get(question.key) or [{}])[0]
             spent = Usage(*(before.get(column, 0) for column in TOKENS)) + answer.usage
-            record = _record(question.info, replace(answer, usage=spent), self.hosted)
-            if answer.error is None or answer.error in FINAL or answer.usage.total:
+            if spent != answer.usage:
+                answer = replace(answer, usage=spent, counted_by="estimate")
+            record = _record(question.info, answer, self.hosted)
+            if answer.error in (None, *FINAL) or answer.usage.total:
                 self.results.put(question.key, [record], name)
             else:
                 unfinished[question.key] = [record]

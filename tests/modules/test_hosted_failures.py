@@ -78,7 +78,7 @@ def test_what_a_garbled_reply_may_have_cost_is_kept_when_it_is_asked_again(
         tiny_trainer().test(make(url, concurrency=1), cases(), verbose=False)
         first = {line["error"].split(":")[0]: line for line in kept(tmp_path) if "error" in line}
         assert set(first) == {"malformed", "connection"}
-        assert {line["counted_by"] for line in first.values()} == {"limit"}
+        assert {line["counted_by"] for line in first.values()} == {"estimate"}
         tiny_trainer().test(make(url, concurrency=1), cases(), verbose=False)
     assert len(server.bodies) == 6
     again = [line["prompt_tokens"] - 7 for line in kept(tmp_path)[4:]]
