@@ -23,7 +23,7 @@ from tests.scripted_server import Reply, failed, said, serving
 from tests.tiny_training import MakeTrainer
 
 KEY = "sk-test-0b9d4e8f2a61"
-READY_SECONDS = 60
+READY_SECONDS = 240
 
 
 @pytest.fixture(scope="module")

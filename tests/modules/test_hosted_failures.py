@@ -101,12 +101,15 @@ def test_wrong_keys_and_spent_quotas_end_the_run_after_the_report(
     assert sorted(record["answer"] for record in kept(tmp_path)) == ["x", "y", "y", "y"]
 
 
-def test_a_lone_surrogate_and_thoughts_are_no_end_of_a_run(
+def test_thoughts_are_not_scored_and_a_lone_surrogate_is_no_end_of_a_run(
     make: MakeHosted, tiny_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
-    with serving(said("<think>Is it \udc00?</think>\ud83d", finish_reason="\ud83d")) as (_, url):
+    def reply(body: dict[str, Any]) -> Reply:
+        return said(f"<think>{body['messages'][0]['content']} \udc00</think>\ud83d", finish_reason="\ud83d")
+
+    with serving(answer=reply) as (_, url):
         tiny_trainer().test(make(url), cases(), verbose=False)
-    assert {record["answer"] for record in kept(tmp_path)} == {"\ufffd"}
+    assert {(record["answer"], record["substring"]) for record in kept(tmp_path)} == {("\ufffd", 0.0)}
 
 
 def test_without_a_terminal_a_line_every_half_a_minute_says_how_far_it_is(
