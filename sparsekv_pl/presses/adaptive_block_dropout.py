@@ -16,7 +16,7 @@ class AdaptiveBlockDropoutPress(BlockDropoutPress):
     """Drop random blocks in training, those first that the last queries hardly read.
 
     A block's density is the attention that it receives from an observation window, per token; its importance is what
-    is left of it without sink attention::
+    is left of it without sink attention:
 
         importance = density * (1 - sink attention / attention) = (attention - sink attention) / length
 
