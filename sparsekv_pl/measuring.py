@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from kvpress import BasePress
+from lightning.pytorch import Callback, LightningModule
 from transformers import PreTrainedModel
 
 from sparsekv_pl.adapter import seen_in_training, training_summary, variants_of
@@ -20,11 +21,12 @@ from sparsekv_pl.condition import Condition
 from sparsekv_pl.keys import computed_by, key_of
 from sparsekv_pl.native_precision import warn_of_emulation
 from sparsekv_pl.pieces import piece_done
+from sparsekv_pl.refused_callbacks import refuse_callbacks
 from sparsekv_pl.reporting import run_environment, summarised, terminal_table, write_run
 from sparsekv_pl.reporting.console import show, show_report
 from sparsekv_pl.reporting.loggers import log_scores
 from sparsekv_pl.results import Record, Results, gathered
-from sparsekv_pl.run_output import WritesOutput
+from sparsekv_pl.run_output import RunOutput
 from sparsekv_pl.user_errors import log_failure
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ class Piece:
     kept: Callable[[], None] = lambda: None
 
 
-class MeasuringModule(WritesOutput, ABC):
+class MeasuringModule(LightningModule, ABC):
     """Measures every batch piece by piece, keeps what is finished in ``output/results``, and ends in a report.
 
     A run that was killed, or that is given more to measure, measures what is missing. It runs as ``test`` or
@@ -74,7 +76,7 @@ class MeasuringModule(WritesOutput, ABC):
     Parameters
     ----------
     output
-        Folder for the report and the finished work.
+        Folder for the report and the finished work; ``trainer.fast_dev_run`` leaves nothing there.
     backbone
         The model; with ``backbone.adapter`` everything is measured twice, with the adapter off (base) and on (trained).
         None where none is loaded.
@@ -89,7 +91,7 @@ class MeasuringModule(WritesOutput, ABC):
 
     def __init__(self, output: str | Path, backbone: Backbone | None = None, trained_alone: bool = False) -> None:
         super().__init__()
-        self.output = Path(output).expanduser()
+        self._output = RunOutput(output)
         self.backbone = backbone
         adapter = None if backbone is None else backbone.adapter
         self.training_summary = training_summary(adapter)
@@ -110,9 +112,19 @@ class MeasuringModule(WritesOutput, ABC):
         """Write the report of all ranks' records, show on the console what matters, and return the paths."""
 
     @property
+    def output(self) -> Path:
+        """The folder of this run."""
+        return self._output.of(self._trainer)
+
+    @property
     def causal_lm(self) -> PreTrainedModel:
         """The transformers model, an adapter active in it or not."""
         return causal_lm(self.model)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Refuse the trainer's callbacks that cannot work in an evaluation."""
+        refuse_callbacks(self.trainer)
+        return []
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
         """Read what is finished already."""

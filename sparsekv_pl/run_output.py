@@ -4,10 +4,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
-
-from sparsekv_pl.refused_callbacks import refuse_callbacks
 
 
 class RunOutput:
@@ -25,21 +22,3 @@ class RunOutput:
             self._scratch = TemporaryDirectory(prefix="fast_dev_run-")
             rank_zero_info(f"fast_dev_run: nothing is written to {self.folder}; a temporary folder takes its place")
         return Path(self._scratch.name)
-
-
-class WritesOutput(LightningModule):
-    """A module whose results land in ``output``; fast_dev_run leaves nothing there."""
-
-    @property
-    def output(self) -> Path:
-        """The folder of this run."""
-        return self._run_output.of(self._trainer)
-
-    @output.setter
-    def output(self, folder: str | Path) -> None:
-        self._run_output = RunOutput(folder)
-
-    def configure_callbacks(self) -> list[Callback]:
-        """Refuse the trainer's callbacks that cannot work in an evaluation."""
-        refuse_callbacks(self.trainer)
-        return []

@@ -1,6 +1,5 @@
 """Perplexity of continuations, with or without an eviction before them."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,31 +34,3 @@ class ContinuationPerplexity(AdditiveMetric):
     def compute(self) -> Tensor:
         """Scalar float32; 1 where nothing was added."""
         return (self.nll / self.tokens.clamp(min=1)).exp().float()
-
-
-class PerplexityAndKL(AdditiveMetric):
-    """Perplexity, and KL in nats per token, from sums over cases; over all ranks. Empty where nothing was added.
-
-    >>> metric = PerplexityAndKL()
-    >>> metric.update({"nll": 6.0, "kl": 1.0, "tokens": 4})
-    >>> metric.compute()
-    {'perplexity': tensor(4.4817), 'kl': tensor(0.2500)}
-    """
-
-    higher_is_better = False
-    sums: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("sums", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, record: Mapping[str, Any]) -> None:
-        """Add one case: ``nll`` and ``kl`` in nats, summed over its ``tokens`` supervised tokens."""
-        self.sums += torch.tensor([record["nll"], record["kl"], record["tokens"]], device=self.device).double()
-
-    def compute(self) -> dict[str, Tensor]:
-        """float32 scalars."""
-        nll, kl, tokens = self.sums
-        if tokens == 0:
-            return {}
-        return {"perplexity": (nll / tokens).exp().float(), "kl": (kl / tokens).float()}

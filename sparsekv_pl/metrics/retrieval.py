@@ -1,15 +1,10 @@
 """Scores of what a model answered against what was hidden: substring, exact match, token F1 and ROUGE-L."""
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 from unicodedata import category, normalize
 
-import torch
-from torch import Tensor
 from torchmetrics.functional.text import rouge_score, squad
-
-from sparsekv_pl.metrics.additive import AdditiveMetric
 
 RETRIEVAL_SCORES = ("substring", "exact", "f1", "rouge_l")
 
@@ -133,34 +128,3 @@ def _same_items(prediction: str, answers: Sequence[str]) -> bool:
         if len(items) >= len(expected):
             break
     return items == expected
-
-
-class RetrievalScores(AdditiveMetric):
-    """Means of ``retrieval_scores`` over all cases and ranks; NaN where there is none.
-
-    >>> metric = RetrievalScores()
-    >>> metric.update(retrieval_scores("7", ["7"]))
-    >>> metric.update({"substring": [0.0], "exact": [0.0], "f1": [0.5], "rouge_l": [0.5]})
-    >>> metric.compute()["f1"]
-    tensor(0.7500)
-    """
-
-    higher_is_better = True
-    total: Tensor
-    cases: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("total", torch.zeros(len(RETRIEVAL_SCORES), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("cases", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, scores: Mapping[str, float | Sequence[float]]) -> None:
-        """Add one case, or as many as the lists are long."""
-        values = [torch.as_tensor(scores[name], dtype=torch.float64).reshape(-1) for name in RETRIEVAL_SCORES]
-        stacked = torch.stack(values).to(self.total.device)
-        self.total += stacked.sum(1)
-        self.cases += stacked.shape[1]
-
-    def compute(self) -> dict[str, Tensor]:
-        """Scalar float32 tensors."""
-        return dict(zip(RETRIEVAL_SCORES, (self.total / self.cases).float(), strict=True))

@@ -5,21 +5,17 @@ of KV Cache Eviction in LLM Inference", arXiv 2510.13334) argues that this trust
 importance can be right on average and lose most of what matters at some steps. It therefore scores a pair by its worst
 case, the largest importance over the window's queries, and by no less than the mean over all pairs. The measures here
 are ours; they say how far mean and worst case are apart for any press: the share of each step's importance that falls
-on what was kept, its mean, its minimum over steps and its variance; and how much of what is kept is kept for another
-prompt or at another step too.
+on what was kept, its mean, its minimum over steps and its variance; and the overlap of two kept sets.
 
 Importance is the attention that a continuation's tokens pay to the context under the full cache.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations, pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsekv_pl.devices import stacked
-from sparsekv_pl.metrics.additive import AdditiveMetric
 
 
 class ContextImportance:
@@ -131,86 +127,9 @@ def overlap(kept: Tensor, other: Tensor) -> Tensor:
     return torch.where(either > 0, (kept & other).sum(-1) / either, 1)
 
 
-def overlap_between_prompts(kept: Sequence[Tensor]) -> Tensor:
-    """(...): overlap of what is kept, each (..., L) bool, averaged over all pairs of prompts.
-
-    Prompts share the context whose positions the masks are about (a document) and differ in what surrounds it or what
-    is asked of it.
-
-    Raises
-    ------
-    ValueError
-        For fewer than two prompts.
-    """
-    if len(kept) < 2:
-        raise ValueError(f"overlap between prompts needs two or more, got {len(kept)}")
-    return torch.stack([overlap(a, b) for a, b in combinations(kept, 2)]).mean(0)
-
-
-def overlap_between_steps(kept: Sequence[Tensor]) -> Tensor:
-    """(steps - 1, ...): overlap of what is kept after one step and the next, on the positions that both have seen.
-
-    Masks are (..., L), L growing or equal from step to step: chunks of a prefill, or sets that different query windows
-    would keep (``heaviest``).
-
-    Raises
-    ------
-    ValueError
-        For fewer than two steps.
-    """
-    if len(kept) < 2:
-        raise ValueError(f"overlap between steps needs two or more, got {len(kept)}")
-    return torch.stack([overlap(a, b[..., : a.shape[-1]]) for a, b in pairwise(kept)])
-
-
 def heaviest(importance: Tensor, budget: int) -> Tensor:
     """(..., L) bool: the ``budget`` pairs of largest importance (..., L), what a press that knew it would keep."""
     if not 0 < budget <= importance.shape[-1]:
         raise ValueError(f"budget={budget} must be between 1 and the {importance.shape[-1]} pairs that there are")
     kept = torch.zeros_like(importance, dtype=torch.bool)
     return kept.scatter_(-1, importance.topk(budget, dim=-1).indices, True)
-
-
-class EvictionStability(AdditiveMetric):
-    """Mean against worst case of retained importance, over all continuations, layers, heads and ranks.
-
-    ``compute`` returns scalars: ``mean_retained``, ``min_retained`` (each continuation's worst step, averaged),
-    ``retained_variance`` (over the steps of a continuation, averaged) and ``worst_retained`` (the worst step of all).
-    NaN, and inf for the last, where nothing was added.
-
-    >>> metric = EvictionStability()
-    >>> metric.update(torch.tensor([[1.0, 0.5, 0.0], [1.0, 1.0, 1.0]]))
-    >>> {name: round(float(value), 3) for name, value in metric.compute().items()}
-    {'min_retained': 0.5, 'mean_retained': 0.75, 'retained_variance': 0.083, 'worst_retained': 0.0}
-    """
-
-    higher_is_better = True
-    min_retained: Tensor
-    mean_retained: Tensor
-    retained_variance: Tensor
-    worst_retained: Tensor
-    continuations: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for name in ("min_retained", "mean_retained", "retained_variance"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("worst_retained", torch.tensor(torch.inf), dist_reduce_fx="min")
-        self.add_state("continuations", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, retained: Tensor, counted: Tensor | None = None) -> None:
-        """Add continuations: ``retained`` (..., T) of any layers, rows and heads; see ``retained_statistics``."""
-        measured = retained_statistics(retained.double(), counted)
-        for name, values in measured.items():
-            setattr(self, name, getattr(self, name) + values.sum().to(self.device))
-        worst = measured["min_retained"].to(self.device)
-        self.worst_retained = torch.minimum(self.worst_retained, worst.amin().float())
-        self.continuations += worst.numel()
-
-    def compute(self) -> dict[str, Tensor]:
-        """Measure -> scalar float32."""
-        means = {
-            name: (getattr(self, name) / self.continuations).float()
-            for name in ("min_retained", "mean_retained", "retained_variance")
-        }
-        return {**means, "worst_retained": self.worst_retained}

@@ -2,7 +2,6 @@
 
 import logging
 import re
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,19 +10,17 @@ from typing import Any, NamedTuple
 
 from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.batch import TEXT, CaseBatch, CaseInfo
+from sparsekv_pl.condition import HOSTED, Condition
 from sparsekv_pl.gguf_checkpoint import EMBEDDED
 from sparsekv_pl.hosted_address import host_of
 from sparsekv_pl.hosted_client import HostedModel, Request
 from sparsekv_pl.hosted_reply import FINAL, Answer, Usage
 from sparsekv_pl.hosted_requests import ask
 from sparsekv_pl.keys import key_of
-from sparsekv_pl.metrics.retrieval import RetrievalScores, retrieval_scores
+from sparsekv_pl.measuring import MeasuringModule, Piece
+from sparsekv_pl.metrics.retrieval import retrieval_scores
 from sparsekv_pl.pace import ticking
-from sparsekv_pl.reporting import run_environment, summarised, terminal_table, write_run
-from sparsekv_pl.reporting.console import show, show_report
-from sparsekv_pl.reporting.loggers import log_scores
-from sparsekv_pl.results import Record, Results
-from sparsekv_pl.run_output import WritesOutput
+from sparsekv_pl.results import Record
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +39,7 @@ class Question(NamedTuple):
     request: Request
 
 
-class HostedModule(WritesOutput):
+class HostedModule(MeasuringModule):
     """Retrieval cases answered by a model behind an OpenAI-compatible endpoint.
 
     The user's message is the context, the question and the beginning of the answer, one after the other, as RULER asks
@@ -73,6 +70,11 @@ class HostedModule(WritesOutput):
         Say what all would take, and send nothing.
     """
 
+    one_process = (
+        "trainer.devices={}: every process would have the limits to itself; use trainer.devices=1 and raise "
+        "hosted.concurrency"
+    )
+
     def __init__(
         self,
         hosted: HostedModel,
@@ -82,27 +84,21 @@ class HostedModule(WritesOutput):
         extra_tokens: int = 32,
         dry: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(output or "output/hosted")
         if extra_tokens < 0:
             raise ValueError(f"extra_tokens={extra_tokens} must be at least 0")
-        self.hosted, self.output, self.title = hosted, Path(output or "output/hosted").expanduser(), title
+        self.hosted, self.title = hosted, title
         self.extra_tokens, self.dry = extra_tokens, dry
         self.tokenizer = Backbone(pretrained=tokenizer).load_tokenizer()
 
-    def setup(self, stage: str) -> None:  # noqa: ARG002
+    def setup(self, stage: str) -> None:
         """Read what is finished already."""
-        if self.trainer.world_size > 1:
-            raise ValueError(
-                f"trainer.devices={self.trainer.world_size}: every process would have the limits to itself; "
-                "use trainer.devices=1 and raise hosted.concurrency"
-            )
-        self.results = Results(self.output / "results")
+        super().setup(stage)
         self.questions: list[Question] = []
         self.skipped = 0
-        self.started = time.time()
 
-    def test_step(self, batch: CaseBatch, batch_idx: int) -> None:  # noqa: ARG002
-        """Collect the questions of a batch; they are sent when all are known."""
+    def pieces(self, batch: CaseBatch, variant: str) -> Sequence[Piece]:  # noqa: ARG002
+        """Collect the questions of a batch, which are sent when all are known: nothing is measured yet."""
         for info in batch["cases"]:
             if info.task == TEXT:
                 self.skipped += 1
@@ -111,6 +107,7 @@ class HostedModule(WritesOutput):
             if not self.dry and not self._finished(question.key):
                 self.hosted.key()  # a missing key is better known now than after all cases were made
             self.questions.append(question)
+        return ()
 
     def on_test_end(self) -> None:
         """Ask what is not finished, write the report and print the table.
@@ -127,18 +124,24 @@ class HostedModule(WritesOutput):
         if self.dry or not self.questions:
             return
         answers, unfinished = self._ask(missing)
-        self._report(
-            [
-                question.described | (unfinished.get(question.key) or self.results.get(question.key) or [{}])[0]
-                for question in self.questions
-            ]
-        )
+        self.records = [
+            question.described | (unfinished.get(question.key) or self.results.get(question.key) or [{}])[0]
+            for question in self.questions
+        ]
+        super().on_test_end()
         for answer in answers:
             if answer.stops:
                 raise ValueError(
                     f"{self.hosted.model} was asked no further: {answer.message}. Answers are kept in {self.output}: "
                     "mend that and run again, which asks the rest"
                 )
+
+    def write(self, records: list[Record], environment: dict[str, Any]) -> list[Path]:
+        """Write the report and print the table."""
+        usage = self._summary(records)
+        print(usage)
+        endpoint = host_of(self.hosted.base_url)
+        return self.report_cases(records, environment | {"endpoint": endpoint, "device": "hosted", "usage": usage})
 
     def _finished(self, key: str) -> bool:
         records = self.results.get(key)
@@ -152,11 +155,7 @@ class HostedModule(WritesOutput):
             "length": length,
             "depth": info.depth,
             "seed": info.seed,
-            "variant": "base",
-            "press": f"hosted {self.hosted.model}",
-            "compression_ratio": 0.0,
-            "prefill": "hosted",
-            "seen_in_training": False,
+            **self.columns("base", Condition(f"{HOSTED}{self.hosted.model}", 0.0, "hosted")),
         }
         request = Request(prompt, self._count(prompt), info.max_new_tokens + self.extra_tokens)
         key = key_of(
@@ -206,24 +205,6 @@ class HostedModule(WritesOutput):
 
         requests = [question.request for question in questions]
         return (ask(self.hosted, requests, self._count, arrived) if questions else []), unfinished
-
-    def _report(self, records: Sequence[Record]) -> None:
-        usage = self._summary(records)
-        print(usage)
-        scores = RetrievalScores()
-        answered = [record for record in records if "error" not in record]
-        for record in answered:
-            scores.update(record)
-        if answered:
-            means = {f"hosted/{name}": float(value) for name, value in scores.compute().items()}
-            log_scores(self.loggers, means)
-        measured = run_environment(
-            self, self.started, endpoint=host_of(self.hosted.base_url), device="hosted", usage=usage
-        )
-        summary = summarised(records)
-        paths = write_run(self.output, summary, {}, measured, self.title)
-        show(terminal_table(summary))
-        show_report(paths, self.loggers)
 
     def _summary(self, records: Sequence[Record]) -> str:
         """How many answers and errors, what they took, and who counted."""

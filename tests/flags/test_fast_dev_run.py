@@ -14,9 +14,9 @@ from lightning.pytorch import LightningModule
 import sparsekv_pl
 from sparsekv_pl.analyses.collection import TensorCollection
 from sparsekv_pl.eviction.setting import Setting
+from sparsekv_pl.measuring import MeasuringModule
 from sparsekv_pl.modules.eit import EITModule
 from sparsekv_pl.modules.evaluation import EvaluationModule
-from sparsekv_pl.run_output import WritesOutput
 from tests.tiny_training import MakeBackbone, MakeCases, MakeTrainer
 from train import TrainCommandLine
 
@@ -77,5 +77,5 @@ def test_every_module_with_an_output_knows() -> None:
     modules = {kind for kind in below(LightningModule) if kind.__module__.startswith("sparsekv_pl.")}
     writing = {kind for kind in modules if "output" in inspect.signature(kind).parameters}
     assert len(writing) >= 9
-    assert all(issubclass(kind, WritesOutput) for kind in writing)
+    assert all(issubclass(kind, MeasuringModule) for kind in writing)
     assert EITModule in modules - writing

@@ -15,10 +15,6 @@ from sparsekv_pl.attention.statistics import LayerStatistics
 from sparsekv_pl.metrics import (
     AttentionSparsity,
     ContinuationPerplexity,
-    EvictionStability,
-    PerplexityAndKL,
-    RetrievalScores,
-    retrieval_scores,
 )
 
 Updates = list[tuple[Any, ...]]
@@ -41,16 +37,10 @@ def layer_statistics(seed: int) -> LayerStatistics:
 
 CASES: dict[str, tuple[Callable[..., Metric], Updates]] = {
     "ContinuationPerplexity": (ContinuationPerplexity, [(torch.rand(5),), (torch.rand(3),)]),
-    "PerplexityAndKL": (
-        PerplexityAndKL,
-        [({"nll": 6.0, "kl": 1.0, "tokens": 4},), ({"nll": 2.0, "kl": 0.5, "tokens": 3},)],
-    ),
-    "RetrievalScores": (RetrievalScores, [(retrieval_scores("7", ["7"]),), (retrieval_scores("8", ["7"]),)]),
     "AttentionSparsity": (
         lambda **keywords: AttentionSparsity(2, 3, **keywords),
         [(0, layer_statistics(0)), (1, layer_statistics(1))],
     ),
-    "EvictionStability": (EvictionStability, [(torch.rand(2, 4),), (torch.rand(3, 4),)]),
 }
 
 

@@ -1,7 +1,5 @@
 """Retrieval scores: by hand, against plain references, and over ranks."""
 
-import math
-import pickle
 import random
 import re
 import string
@@ -10,9 +8,8 @@ from collections import Counter
 from typing import Any
 
 import pytest
-import torch
 
-from sparsekv_pl.metrics import RetrievalScores, retrieval_scores
+from sparsekv_pl.metrics import retrieval_scores
 
 NUMBERS = ("4823915", "1749302", "6650021")
 WORDS = "red blue Number is The 42 4823915, silent-lantern. and".split()
@@ -136,37 +133,6 @@ def test_a_copy_scores_one_and_something_else_zero(answers: list[str]) -> None:
 def test_answers_must_be_something(answers: list[str]) -> None:
     with pytest.raises(ValueError, match="at least one, each with a letter or digit"):
         retrieval_scores("42", answers)
-
-
-def test_means_over_cases_given_singly_or_together() -> None:
-    rows = [retrieval_scores(said, ["42"]) for said in ("42", "it is 42", "no")]
-    singly, together = RetrievalScores(), RetrievalScores()
-    for row in rows:
-        singly.update(row)
-    together.update({name: [row[name] for row in rows] for name in rows[0]})
-    expected = {"substring": 2 / 3, "exact": 1 / 3, "f1": (1 + 0.5 + 0) / 3, "rouge_l": (1 + 0.5 + 0) / 3}
-    for metric in (singly, together, pickle.loads(pickle.dumps(singly))):
-        assert {name: float(value) for name, value in metric.compute().items()} == pytest.approx(expected)
-
-
-def test_two_ranks_equal_one() -> None:
-    """What torchmetrics does when it gathers, with ranks that saw different numbers of cases, one of them none."""
-    rows = [retrieval_scores(said, ["42"]) for said in ("42", "it is 42", "no", "42 or so")]
-    one: RetrievalScores = RetrievalScores()
-    ranks = [RetrievalScores() for _ in range(3)]
-    for i, row in enumerate(rows):
-        one.update(row)
-        ranks[int(i == 0)].update(row)
-    merged: Any = RetrievalScores()
-    for name, reduce in merged._reductions.items():
-        setattr(merged, name, reduce(torch.stack([getattr(rank, name) for rank in ranks])))
-    merged._update_count = 1
-    assert {k: float(v) for k, v in merged.compute().items()} == {k: float(v) for k, v in one.compute().items()}
-
-
-@pytest.mark.filterwarnings("ignore:The ``compute`` method:UserWarning")
-def test_no_cases_have_no_score() -> None:
-    assert all(math.isnan(value) for value in RetrievalScores().compute().values())
 
 
 def test_scoring_needs_no_corpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """Retained importance and overlaps, by hand and against eager attention."""
 
-import pickle
 from collections.abc import Callable
 
 import pytest
@@ -10,13 +9,10 @@ from transformers import PreTrainedModel
 
 from sparsekv_pl.attention.cached import attention_implementation
 from sparsekv_pl.eviction.prefill import continue_from, prefill
-from sparsekv_pl.metrics import EvictionStability
 from sparsekv_pl.metrics.stability import (
     ContextImportance,
     heaviest,
     overlap,
-    overlap_between_prompts,
-    overlap_between_steps,
     retained_by_layer,
     retained_importance,
     retained_statistics,
@@ -74,28 +70,9 @@ def test_random_sets_overlap_as_the_docstring_says() -> None:
     assert overlap(*sets).item() == pytest.approx(0.3 / (2 - 0.3), abs=0.01)
 
 
-def test_overlap_between_prompts_is_over_all_pairs() -> None:
-    kept = [mask("xx.."), mask("x.x."), mask("xx..")]
-    assert overlap_between_prompts(kept).item() == pytest.approx((1 / 3 + 1 + 1 / 3) / 3)
-    by_head = [torch.stack([first, second]) for first, second in zip(kept, kept[::-1], strict=True)]
-    assert overlap_between_prompts(by_head).shape == (2,)
-
-
-def test_overlap_between_steps_is_on_what_both_have_seen() -> None:
-    kept = [mask("xx"), mask("x..x"), mask("x..xxx")]
-    assert overlap_between_steps(kept).tolist() == pytest.approx([1 / 2, 1])
-
-
-@pytest.mark.parametrize("compare", [overlap_between_prompts, overlap_between_steps])
-def test_one_mask_has_no_overlap(compare: Callable[[list[Tensor]], Tensor]) -> None:
-    with pytest.raises(ValueError, match="two or more, got 1"):
-        compare([mask("x")])
-
-
 def test_the_heaviest_pairs_of_every_step() -> None:
     kept = heaviest(IMPORTANCE + torch.tensor([0.03, 0.02, 0.01, 0.0]), 2)
     assert kept.tolist() == [mask(text).tolist() for text in ("xx..", "x..x", "x..x")]
-    assert overlap_between_steps(list(kept)).tolist() == pytest.approx([1 / 3, 1])
     for budget in (0, 5):
         with pytest.raises(ValueError, match=f"budget={budget}"):
             heaviest(IMPORTANCE, budget)
@@ -145,28 +122,3 @@ def test_an_evicted_cache_is_not_observed() -> None:
 def test_masks_of_other_layers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"layers \[0, 2\] but the cache has 2"):
         retained_by_layer({0: IMPORTANCE, 2: IMPORTANCE}, [mask("x..."), mask("x...")])
-
-
-def test_the_metric_by_hand_and_two_ranks_equal_one() -> None:
-    batches = [torch.tensor([[1.0, 0.5, 0.0], [1.0, 1.0, 1.0]]), torch.tensor([[0.4, 0.2, 0.6]])]
-    one, ranks = EvictionStability(), [EvictionStability(), EvictionStability()]
-    for rank, batch in zip(ranks, batches, strict=True):
-        one.update(batch)
-        rank.update(batch)
-    for name, reduce in ranks[0]._reductions.items():
-        setattr(ranks[0], name, reduce(torch.stack([getattr(rank, name) for rank in ranks])))
-    for metric in (one, ranks[0]):
-        found = {name: float(value) for name, value in metric.compute().items()}
-        assert found == {
-            "mean_retained": pytest.approx((0.5 + 1 + 0.4) / 3),
-            "min_retained": pytest.approx((0 + 1 + 0.2) / 3),
-            "retained_variance": pytest.approx((1 / 6 + 0 + 0.08 / 3) / 3),
-            "worst_retained": 0,
-        }
-    assert float(ranks[1].compute()["worst_retained"]) == pytest.approx(0.2)
-
-
-def test_the_metric_pickles_and_says_that_it_is_empty() -> None:
-    found = pickle.loads(pickle.dumps(EvictionStability())).compute()
-    assert found["mean_retained"].isnan()
-    assert found["worst_retained"] == torch.inf

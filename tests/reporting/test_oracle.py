@@ -1,4 +1,4 @@
-"""What is said of made-up attention: exact chances, shares by hand, and verdicts that follow the figures."""
+"""What is said of made-up attention: exact chances, and shares by hand."""
 
 import itertools
 

@@ -1,8 +1,7 @@
-"""What the oracle's pages say: verdicts, reports of one and two variants, the seed's layout, pictures."""
+"""What the oracle's pages say: main figures, reports of one and two variants, the seed's layout, pictures."""
 
 import json
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ from sparsekv_pl.reporting.oracle.findings import (
     shares,
 )
 from sparsekv_pl.reporting.oracle.report import found, oracle_data, write_oracle
-from sparsekv_pl.reporting.oracle.verdict import verdict
+from sparsekv_pl.reporting.oracle.tables import figures_line
 from sparsekv_pl.results import Record
-from tests.reporting.oracle_cases import BLOCKS, LAYERS, at, by_place, even, hot, invented, record, sink_only
+from tests.reporting.oracle_cases import LAYERS, by_place, even, hot, invented, record
 
 
 @pytest.fixture
@@ -38,46 +37,13 @@ def test_trained_minus_base_is_taken_question_by_question() -> None:
     assert changed["share of the hottest, with sink"]["mean"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    "scores, said",
-    [
-        (
-            hot,
-            [
-                "sparse, and not only through the sink",
-                "hold the answer more often than chance: 22 of 22",
-                "not tell it",
-            ],
-        ),
-        (sink_only, ["sparse only through the sink", "not clearly more often than chance", "worse than BM25"]),
-        (even, ["Attention is not sparse", "not clearly more often than chance"]),
-        (
-            by_place,
-            ["not sparse", "hold the answer not clearly more often than chance: 0 of 22", "worse than BM25"],
-        ),
-    ],
-)
-def test_the_verdict_follows_the_figures(scores: Callable[[int], Sequence[float]], said: list[str]) -> None:
-    text = verdict(found(invented(scores)), 5)
-    for part in said:
-        assert part in text
-
-
-def test_the_verdict_does_not_claim_what_was_not_tested() -> None:
-    short = [Sample(record(i, [0.5, 0.1, 0.1, 0.1, 0.1, 0.1], i % 5 + 1)) for i in range(6)]
-    assert "too short" in verdict(found(short), 5)
-    assert "no more than 5 blocks" in verdict(found(short), 5)
-    unknown = [Sample(record(i, even(0), None)) for i in range(6)]
-    assert "is not tested: no answer's place is known" in verdict(found(unknown), 5)
-    one_block = [Sample(record(i, [0.5], 0)) for i in range(3)]
-    assert "too short" in verdict(found(one_block), 5)
-    rng = random.Random(0)
-    mixed = invented(lambda answer: hot(answer) if rng.random() < 0.75 else even(answer))
-    assert "do not decide" in verdict(found(mixed), 5)
-    whole = invented(lambda answer: at({0: 0.5, answer: 0.6}) if rng.random() < 0.7 else at({0: 0.5}, rest=0.02))
-    assert "sparse with the sink, and without it these questions do not decide" in verdict(found(whole), 5)
-    better = verdict(found(invented(hot, bm25=[1.0] * BLOCKS)), 5)
-    assert "That is better than BM25" in better
+def test_the_main_figures_in_a_line() -> None:
+    line = figures_line(found(invented(hot)), 5)
+    assert "(evenly spread: 45 %)" in line
+    assert "22 of 22 (100 % [85, 100]) by attention" in line
+    assert "; minus BM25 " in line
+    unknown = figures_line(found([Sample(record(i, even(0), None)) for i in range(6)]), 5)
+    assert unknown.endswith("the answer's place is not known, or is block 0")
 
 
 def written(folder: Path, records: Sequence[Record], **choice: Any) -> dict[str, Any]:
@@ -106,7 +72,7 @@ def test_the_report_of_two_variants(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scores", [[1.0], [0.3, 0.2]])
 def test_documents_of_a_block_or_two_have_a_report(tmp_path: Path, scores: list[float]) -> None:
     report = written(tmp_path, [record(i, scores, len(scores) - 1) for i in range(2)])
-    assert "too short" in report["verdict"]["base"]
+    assert report["findings"]["base"]["questions"] == 2
 
 
 @pytest.mark.usefixtures("undrawn")

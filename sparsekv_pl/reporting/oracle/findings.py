@@ -245,11 +245,11 @@ def differences(base: Sequence[Sample], trained: Sequence[Sample]) -> dict[str, 
         longer = [pair for pair in pairs if len(pair[0].scores) > first]
         if longer:
             tops = [[_top_share(sample, first) for sample in pair] for pair in longer]
-            found[f"share of the hottest, {name}"] = mean([after - before for before, after in tops])
+            found[f"share of the hottest, {name}"] = mean([theirs - own for own, theirs in tops])
         known = [pairs[i] for i in known_places([sample for sample, _ in pairs], first)]
         if known:
             hits = [[rank_in(s, s.scores, first) <= s.choice.top_k for s in pair] for pair in known]
-            found[f"recall, {name}"] = mean([float(after) - float(before) for before, after in hits])
+            found[f"recall, {name}"] = mean([float(theirs) - float(own) for own, theirs in hits])
     return found
 
 

@@ -1,4 +1,4 @@
-"""The report of oracle hot blocks: the seed's JSON, a verdict that figures decide, tables and pictures."""
+"""The report of oracle hot blocks: the seed's JSON, main figures, tables and pictures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +11,7 @@ from sparsekv_pl.reporting.heatmaps import sparsity_figure
 from sparsekv_pl.reporting.oracle.figures import layers_figure, mass_figure, recall_figure, samples_figure
 from sparsekv_pl.reporting.oracle.findings import Choice, Sample, concentration, differences, mean, recall
 from sparsekv_pl.reporting.oracle.layers import best_head, by_layer, head_recall
-from sparsekv_pl.reporting.oracle.tables import best_lines, layer_table, mass_tables, recall_tables
-from sparsekv_pl.reporting.oracle.verdict import MOSTLY, verdict
+from sparsekv_pl.reporting.oracle.tables import best_lines, figures_line, layer_table, mass_tables, recall_tables
 from sparsekv_pl.reporting.page import Picture, Section
 from sparsekv_pl.results import Record
 
@@ -22,9 +21,9 @@ if TYPE_CHECKING:
 TITLE = "Oracle hot blocks"
 HYPOTHESIS = (
     "The sparsity hypothesis (Scout-KV): for a question about a long document, the model mostly attends to a few "
-    f'blocks of text, not to all of it. "Mostly" is read here as at least {100 * MOSTLY:.0f} % of the attention on the '
-    "document, and a few as the {top_k} hottest blocks; it is asked with and without block 0, which holds the "
-    "attention sink: what tokens attend to there has little to do with what it says (G. Xiao et al., arXiv 2309.17453)."
+    "blocks of text, not to all of it. Measured here is what the {top_k} hottest blocks hold of the attention on the "
+    "document, with and without block 0, which holds the attention sink: what tokens attend to there has little to do "
+    "with what it says (G. Xiao et al., arXiv 2309.17453)."
 )
 HOW_TO_READ = (
     "Looked at is one token, the one before the answer begins, and its attention, averaged over {heads} of {layers}. "
@@ -51,7 +50,7 @@ def write_oracle(
     quantisation: str,
     environment: Mapping[str, object],
 ) -> tuple[str, list[Path]]:
-    """Write everything that the records say; return the verdicts and the paths.
+    """Write everything that the records say; return the main figures in a line per variant, and the paths.
 
     Parameters
     ----------
@@ -75,10 +74,9 @@ def write_oracle(
     findings = {variant: found(some) for variant, some in samples.items()}
     if len(samples) == 2:
         findings["trained minus base"] = differences(samples["base"], samples["trained"])
-    verdicts = {v: verdict(findings[v], choice.top_k) for v in samples}
+    lines = {v: figures_line(findings[v], choice.top_k) for v in samples}
     content = {
         "settings": {"block_size": block_size, "top_k": choice.top_k, "layers": choice.layers, "heads": choice.heads},
-        "verdict": verdicts,
         "findings": findings,
         "samples": [_described(sample) for some in samples.values() for sample in some],
     }
@@ -89,9 +87,9 @@ def write_oracle(
         for v, some in samples.items()
     }
     figures = _figures(samples, findings)
-    sections = _sections(samples, findings, verdicts, block_size, list(figures))
+    sections = _sections(samples, findings, lines, block_size, list(figures))
     paths = write_analysis(output, TITLE, sections, content, environment, figures, data)
-    return "\n".join(f"{named[v]}: {text}" for v, text in verdicts.items()), paths
+    return "\n".join(f"{named[v]}: {text}" for v, text in lines.items()), paths
 
 
 def oracle_data(samples: Sequence[Sample], model: str, quantisation: str, block_size: int) -> dict[str, Any]:
@@ -135,7 +133,7 @@ def found(samples: Sequence[Sample]) -> dict[str, Any]:
 def _sections(
     samples: Mapping[str, Sequence[Sample]],
     findings: Mapping[str, Any],
-    verdicts: Mapping[str, str],
+    lines: Mapping[str, str],
     block_size: int,
     pictures: Sequence[str],
 ) -> list[Section]:
@@ -157,9 +155,11 @@ def _sections(
         for v, some in list(samples.items())[:1]
         if findings[v]["documents"] < len(some)
     ]
-    spoken = [text if len(verdicts) == 1 else f"{variant}: {text}" for variant, text in verdicts.items()]
     sections = [
-        Section("Verdict", paragraphs=[HYPOTHESIS.format(**words), *spoken, *few]),
+        Section(
+            "Main figures",
+            paragraphs=[HYPOTHESIS.format(**words), *(f"{v}: {text}" for v, text in lines.items()), *few],
+        ),
         Section("Where the attention is", drawn("mass"), tables=mass_tables(findings, list(samples), choice.top_k)),
         Section("Are the answer's blocks hot?", drawn("recall"), tables=recall_tables(findings, list(samples))),
         Section("Question by question", drawn("samples")),

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sparsekv_pl.reporting.oracle.findings import ATTENTION, BM25, PLACE, SINKS, TARGETS
-from sparsekv_pl.reporting.oracle.verdict import counted, percent, whole_percent
 from sparsekv_pl.reporting.page import Table
 
 
@@ -100,3 +99,42 @@ def layer_table(rows: Sequence[Mapping[str, Any]], variant: str, top_k: int) -> 
             line += [percent(row[name]["top_share"]), counted(row[name]) if row[name]["cases"] else "-"]
         lines.append([*line, percent(row["without sink"].get("answer_share"))])
     return Table([*heads, "answer's blocks, without sink"], lines, f"{variant}, by layer")
+
+
+def figures_line(findings: Mapping[str, Any], top_k: int) -> str:
+    """One variant's main figures: what the hottest blocks hold, and how often they hold the answer."""
+    parts = findings["concentration"].items()
+    held = [
+        f"{percent(part['top_share'])} {name} (evenly spread: {whole_percent(part['top_share_if_even'])})"
+        for name, part in parts
+    ]
+    said = f"the {top_k} hottest blocks hold of the attention on the document {', '.join(held)}"
+    rest = findings["recall"].get("without sink")
+    if rest is None:
+        return f"{said}; the answer's place is not known, or is block 0"
+    found = [f"{counted(rest[ranker])} by {ranker}" for ranker in (ATTENTION, BM25, PLACE) if ranker in rest]
+    ours = rest[ATTENTION]
+    chances = f"chance {whole_percent(ours['chance'])}, p = {ours['p_by_chance']:.2g}"
+    gap = percent(rest["attention minus BM25"], sign=True)
+    return f"{said}; without the sink block the answer is among them {', '.join(found)} ({chances}; minus BM25 {gap})"
+
+
+def percent(estimate: Mapping[str, Any] | None, sign: bool = False) -> str:
+    """As in "81.2 % [75.0, 86.1]"."""
+    if estimate is None:
+        return "-"
+    form = "{:+.1f}" if sign else "{:.1f}"
+    span = estimate["interval"]
+    interval = f" [{', '.join(form.format(100 * bound) for bound in span)}]" if span else ""
+    return f"{form.format(100 * estimate['mean'])} %{interval}"
+
+
+def whole_percent(share: float) -> str:
+    """As in "81 %"."""
+    return f"{100 * share:.0f} %"
+
+
+def counted(hits: Mapping[str, Any]) -> str:
+    """As in "13 of 16 (81 % [57, 93])"."""
+    low, high = hits["interval"]
+    return f"{hits['hits']} of {hits['cases']} ({whole_percent(hits['recall'])} [{100 * low:.0f}, {100 * high:.0f}])"
