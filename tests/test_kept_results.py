@@ -28,6 +28,7 @@ from sparsekv_pl.modules.evaluation import EvaluationModule
 from sparsekv_pl.modules.harness import HarnessModule
 from sparsekv_pl.modules.hosted import HostedModule
 from sparsekv_pl.modules.long_context import LongContextModule
+from sparsekv_pl.results import Results
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def test_a_module_keeps_results_by_every_setting_that_decides_them(
 
     def keys(batch: CaseBatch = batch, **settings: Any) -> set[str]:
         module = kept.kind(**(backbone | copy.deepcopy(kept.given) | settings))
-        module._trainer = trainer
+        module._trainer, module.results = trainer, Results(tmp_path / "none")
         return set(kept.keys(module, batch))
 
     first = keys()
