@@ -25,6 +25,7 @@ from sparsekv_pl.batch import TEXT, CaseBatch, CaseInfo
 from sparsekv_pl.eviction.setting import Setting
 from sparsekv_pl.measures import Measurement, measurement
 from sparsekv_pl.modules.evaluation import EvaluationModule
+from sparsekv_pl.reporting import summary
 from tests.tiny_training import MakeBackbone, MakeTrainer
 
 CONTEXT = 48
@@ -230,15 +231,21 @@ def test_cases_are_kept_one_by_one(run: Callable[..., Any], tmp_path: Path) -> N
     assert len({(row["case"], row["press"], row["compression_ratio"]) for row in rows}) == len(rows)
 
 
-def test_scores_reach_the_logger(tiny_backbone: MakeBackbone, tiny_trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_scores_reach_the_logger_and_are_summed_up_once(
+    tiny_backbone: MakeBackbone, tiny_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from lightning.pytorch.loggers import CSVLogger
 
+    summed: list[Any] = []
+    rows = summary.summary_rows
+    monkeypatch.setattr(summary, "summary_rows", lambda measured: summed.append(measured) or rows(measured))
     module = EvaluationModule(tiny_backbone(), settings(), str(tmp_path))
     logger = CSVLogger(tmp_path, name="", version="log")
     tiny_trainer(logger=logger).test(module, DataLoader(batches(), batch_size=None), verbose=False)
     logged = (tmp_path / "log" / "metrics.csv").read_text()
     for name in ("base_SnapKV_0-75_dense/perplexity", "base_SnapKV_0-75_dense/kl", "base_full_cache_0_dense/exact"):
         assert name in logged
+    assert len(summed) == 1, "page, pictures, terminal, CSV, JSON and logger share one summary"
 
 
 UNFIT = [
