@@ -32,7 +32,7 @@ from sparsekv_pl.eviction.shifted_rotary import queries_from
 from sparsekv_pl.eviction.unread import last_mlp_for
 from sparsekv_pl.presses.no_waiting import no_waiting
 from sparsekv_pl.presses.notes import NOTES, PressNotes
-from sparsekv_pl.presses.ratio import set_compression_ratio
+from sparsekv_pl.presses.ratio import at_ratios, set_compression_ratio
 from sparsekv_pl.presses.scores import scorers_in
 from sparsekv_pl.presses.shared_work import shared_work
 from sparsekv_pl.presses.tokens import TOKEN_IDS
@@ -192,36 +192,18 @@ class ChunkedPrefill:
 
     @contextmanager
     def _evicting(self, held: int, start: int, stop: int) -> Iterator[None]:
-        """The press on the model, at this chunk's ratio."""
+        """The press on the model, at this chunk's ratio; in evaluation, presses for training alone keep everything."""
         if self.traits is None or self.deciding is None:
             yield
             return
-        press, decides = self.traits.press, self.deciding.press
-        ratio, chunk = self.ratio, held + stop - start
-        if ratio is not None:
-            set_compression_ratio(decides, _chunk_ratio(chunk, stop, ratio, self.budget))
-        try:
-            shared, keeping = shared_work(self.model, self.traits), self.keeper(self.cache, stop)
-            with self._passing(), keeping, shared, no_waiting(press), press(self.model):
-                yield
-        finally:
-            if ratio is not None:
-                set_compression_ratio(decides, ratio)
-
-    @contextmanager
-    def _passing(self) -> Iterator[None]:
-        """In evaluation, presses for training alone keep everything, also in wrappers that only ask for scores."""
-        assert self.deciding is not None
-        keeps_all = self.deciding.only_trains and not self.model.training
-        passing = scorers_in(self.deciding.press) if keeps_all else []
-        ratios = [scorer.compression_ratio for scorer in passing]
-        for scorer in passing:
-            scorer.compression_ratio = 0.0
-        try:
+        press, ratios = self.traits.press, list[tuple[BasePress, float]]()
+        if self.ratio is not None:
+            ratios = [(self.deciding.press, _chunk_ratio(held + stop - start, stop, self.ratio, self.budget))]
+        if self.deciding.only_trains and not self.model.training:  # also in wrappers that only ask for scores
+            ratios += [(scorer, 0.0) for scorer in scorers_in(self.deciding.press)]
+        shared, keeping = shared_work(self.model, self.traits), self.keeper(self.cache, stop)
+        with at_ratios(ratios), keeping, shared, no_waiting(self.traits), press(self.model):
             yield
-        finally:
-            for scorer, ratio in zip(passing, ratios, strict=True):
-                scorer.compression_ratio = ratio
 
     def _positions(self) -> int:
         """How many RoPE positions are in use at once."""

@@ -72,7 +72,7 @@ class RecordedPrefill:
             check_weights(self.model, traits)
             check_rows(traits, len(self.context_ids))
             shared = shared_work(self.model, traits)
-            with shared, self._scored_once(traits), no_waiting(press), press(self.model):
+            with shared, self._scored_once(traits), no_waiting(traits), press(self.model):
                 for call in self.calls:
                     kwargs = {**call.kwargs, "past_key_values": cache}
                     press.forward_hook(call.module, [], kwargs, call.output)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekv_pl.anchors import Anchors, AnchorTable, table_for
 from sparsekv_pl.presses.in_order import InOrderPress
+from sparsekv_pl.presses.ratio import at_ratios
 from sparsekv_pl.presses.tokenizer import tokenizer_of
 from sparsekv_pl.presses.tokens import ReadsTokens, key_tokens, real_keys
 from sparsekv_pl.schedules import check_compression_ratio
@@ -116,12 +117,9 @@ class AnchorPress(ReadsTokens, InOrderPress):
 
     def _inner_scores(self, module: nn.Module, hidden_states: Tensor, keys: Tensor, *rest: Any) -> Tensor:
         """Scores (B, K, S) of the press inside, at this ratio: CriticalKVPress scores by it."""
-        self.press.compression_ratio = self.compression_ratio
-        try:
+        with at_ratios([(self.press, self.compression_ratio)]):
             scores: Tensor = self.press.score(module, hidden_states, keys, *rest)
             return scores.float()
-        finally:
-            self.press.compression_ratio = 0.0
 
     def _priority(self, module: nn.Module, keys: Tensor, real: Tensor | None, kwargs: Mapping[str, Any]) -> Tensor:
         """(B, K, S) or (B, 1, S) int64: 0 for what is no anchor, else higher for what stays rather."""

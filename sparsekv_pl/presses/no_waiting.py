@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
-from sparsekv_pl.presses.scores import presses_in
+from sparsekv_pl.presses.traits import PressTraits
 
 
 class NoWaiting(TorchFunctionMode):
@@ -49,12 +49,12 @@ def no_waiting_on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def no_waiting(press: BasePress) -> Iterator[None]:
-    """Run the hooks of ``press`` and of all presses in it so inside the block.
+def no_waiting(traits: PressTraits) -> Iterator[None]:
+    """Run the hooks of a press and of all presses in it so inside the block.
 
     Each instance's ``forward_hook`` is shadowed for the block; classes stay as they are.
     """
-    presses = list(presses_in(press))
+    presses = [part.press for part in traits.parts]
     for inner in presses:
         inner.forward_hook = partial(_hook, inner)
     try:

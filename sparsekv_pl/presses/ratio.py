@@ -1,6 +1,7 @@
 """The compression ratio of any press: set, read, and found where it was written."""
 
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from kvpress import BasePress
 
@@ -27,6 +28,19 @@ def set_compression_ratio(press: BasePress, ratio: float) -> None:
     raise ValueError(
         f"{lacking.name} has no compression_ratio to set: set it on the presses inside, or wrap one press alone"
     )
+
+
+@contextmanager
+def at_ratios(ratios: Sequence[tuple[BasePress, float]]) -> Iterator[None]:
+    """Presses at these ratios inside the block."""
+    before = [press.compression_ratio for press, _ in ratios]
+    try:
+        for press, ratio in ratios:
+            press.compression_ratio = ratio
+        yield
+    finally:
+        for (press, _), ratio in zip(ratios, before, strict=True):
+            press.compression_ratio = ratio
 
 
 def compression_ratio_of(press: BasePress) -> float:

@@ -6,7 +6,7 @@ names what differs in a class attribute: ``traits = {"works_in_chunks": False}``
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any, Literal
 
 import kvpress
@@ -76,7 +76,7 @@ class PressTraits:
         """See ``press_name``."""
         return press_name(self.press)
 
-    @property
+    @cached_property
     def parts(self) -> tuple["PressTraits", ...]:
         """These, and those of every press inside, outermost first."""
         return (self, *(part for inner in self.inside for part in inner.parts))
