@@ -105,7 +105,28 @@ def cached_attention(
         mask = _weighted(key_log_weights[layer], mask, query, key)
     if queries == 1 and query.device.type == "cpu" and not torch.is_grad_enabled() and not key_log_weights:
         return one_query(query, key, value, mask, kwargs.get("scaling")), None
+    if query.device.type == "cpu" and mask is not None and mask.dtype == torch.bool:
+        return _masked(query, key, value, mask, **kwargs), None
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def _masked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> Tensor:
+    """(B, T, H, D): transformers' call without its copies of keys and values for every query head of a KV head.
+
+    It makes them wherever there is a mask; a CPU's kernel needs none.
+    """
+    attended = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+    )
+    return attended.transpose(1, 2).contiguous()
 
 
 def _to_each_cache(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.integrations import sdpa_attention
 
 from sparsekv_pl.attention.cached import CACHED, attention_implementation, cached_attention, lower_right_mask, one_query
 
@@ -207,3 +208,24 @@ def test_one_query_is_what_pytorch_computes(masked: str | None, scaling: float |
     rounded = one_query(query.bfloat16(), key.bfloat16(), value.bfloat16(), mask, scaling)
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.float(), ours, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("hidden_pairs", [False, True])
+def test_keys_and_values_are_not_copied_for_every_query_head(
+    hidden_pairs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference is transformers' call, which makes those copies: values are its own, gradients but for rounding."""
+    query, key, value = (part.requires_grad_() for part in states(5, 12))
+    attending, mask = module(), lower_right_mask(5, 12, query.device)
+    if hidden_pairs:
+        attending.masked_key_indices = [torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([2, 3])]
+        visible = torch.ones(2, 2, 12, dtype=torch.bool)
+        visible[0, 1, 2] = visible[1, 0, 3] = False
+        mask = visible.repeat_interleave(2, 1).unsqueeze(2) & mask
+    expected = sdpa_attention.sdpa_attention_forward(attending, query, key, value, mask)[0]
+    wanted = torch.autograd.grad(expected.square().sum(), (query, key, value))
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", None)
+    attended = cached_attention(attending, query, key, value, None)[0]
+    assert torch.equal(attended, expected)
+    found = torch.autograd.grad(attended.square().sum(), (query, key, value))
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
