@@ -9,14 +9,18 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from typing_extensions import override
 
-from callbacks.checkpoint_files import written_whole
+from callbacks.checkpoint_files import bytes_of, saved_whole
 from callbacks.curriculum import Curriculum
 from sparsekv_pl.backbone import causal_lm
 from sparsekv_pl.batch import tokens_given
+from sparsekv_pl.json_file import read_mapping
 from sparsekv_pl.sharding import exported, gathered
+from sparsekv_pl.weight_match import TRAINING_SUMMARY
+from sparsekv_pl.whole_files import check_room
 
 
 class AdapterExport(pl.Callback):
@@ -26,7 +30,8 @@ class AdapterExport(pl.Callback):
     model; the tokenizer; ``curriculum.json``, the curriculum's state; ``config.yaml``, the resolved run; and
     ``training.json``, what the training was and cost. ``peft.PeftModel.from_pretrained(base, folder)`` loads it.
     A module that trains something beside its model writes that alone, by a method ``save_trained(folder)``; then there
-    is no adapter, no tokenizer and no curriculum.
+    is no adapter, no tokenizer and no curriculum. A folder appears whole or not at all; a resumed run that has nothing
+    left to train writes what was not written before it was stopped.
 
     Parameters
     ----------
@@ -44,9 +49,12 @@ class AdapterExport(pl.Callback):
         self._tokens_before = 0  # of all ranks
         self._started = 0.0
         self._exported = -1
+        self._metrics: dict[str, float] = {}  # as of the checkpoint
+        self._ended = False
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._ended = False
         if self.merge and _writes_itself(pl_module):
             raise ValueError(
                 f"--merge folds an adapter into its base, but {type(pl_module).__name__} trains none: leave --merge out"
@@ -61,6 +69,11 @@ class AdapterExport(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.perf_counter()
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            folder, trained = self._folder(trainer), bytes_of(pl_module, trained=True)
+            check_room(folder, trained, "an export takes")
+            if self.merge:
+                check_room(folder, trained + bytes_of(pl_module), "final and merged take")
 
     @override
     def on_train_batch_end(
@@ -76,16 +89,28 @@ class AdapterExport(pl.Callback):
         if self._exported != trainer.global_step and not finder:
             self._exported = trainer.global_step
             self._export(trainer, pl_module, f"checkpoint-{trainer.global_step}")
+        if (state := checkpoint.get("callbacks", {}).get(self.state_key)) is not None:
+            state["metrics"] = self._metrics
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = self._export(trainer, pl_module, "final")
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_info("fast_dev_run: nothing exported")
+        self._ended = True
+        fast = trainer.fast_dev_run  # type: ignore[attr-defined]
+        rank_zero_info("fast_dev_run: nothing exported" if fast else f"exported to {folder}")
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Merge, which changes the model: the last checkpoint is saved by now. Here also ends a run that was over."""
+        step = trainer.global_step
+        if trainer.fast_dev_run or not step:  # type: ignore[attr-defined]
             return
-        rank_zero_info(f"exported to {folder}")
-        if self.merge and trainer.is_global_zero:
-            _write_merged(pl_module, folder)
+        final = self._folder(trainer) / "final"
+        if not self._ended and not trainer.strategy.broadcast(export_whole(final, step)):
+            self._export(trainer, pl_module, "final")
+            rank_zero_info(f"exported to {final}, which was not whole")
+        if self.merge and trainer.is_global_zero and (self._ended or not export_whole(final.with_name("merged"), step)):
+            _write_merged(pl_module, final)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -94,6 +119,10 @@ class AdapterExport(pl.Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._seconds, self._tokens_before = state_dict["seconds"], state_dict["tokens"]
+        self._metrics = state_dict.get("metrics", {})
+
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        return Path(self.directory or trainer.default_root_dir).expanduser()
 
     def _elapsed(self) -> float:
         return self._seconds + (time.perf_counter() - self._started if self._started else 0.0)
@@ -107,24 +136,24 @@ class AdapterExport(pl.Callback):
         return self._tokens_before + sum(ranks)
 
     def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> Path:
-        folder = Path(self.directory or trainer.default_root_dir).expanduser() / name
+        folder = self._folder(trainer) / name
+        self._metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
         weights, tokens = gathered(pl_module), self._all_tokens()
         logged = trainer.log_dir or trainer.default_root_dir  # all ranks ask: the first one's answer is sent to all
         config = Path(logged) / "config.yaml"
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return folder
-        with written_whole(folder, weights) as partial:
+        with saved_whole(folder, weights) as partial:
             if _writes_itself(pl_module):
                 pl_module.save_trained(partial)  # type: ignore[operator]
             else:
                 _write_model(trainer, pl_module, partial, weights)
-            _write_json(partial / "training.json", self._summary(trainer, pl_module, tokens))
+            _write_json(partial / TRAINING_SUMMARY, self._summary(trainer, pl_module, tokens))
             if config.exists():
                 shutil.copy(config, partial / "config.yaml")
         return folder
 
     def _summary(self, trainer: pl.Trainer, pl_module: pl.LightningModule, tokens: int) -> dict[str, Any]:
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         return {
             "steps": trainer.global_step,
             "seconds": round(self._elapsed(), 1),
@@ -132,8 +161,20 @@ class AdapterExport(pl.Callback):
             "trainable_parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
             "precision": str(trainer.precision),
             **pl_module.describe_training(),  # type: ignore[operator]
-            "last_metrics": metrics,
+            "last_metrics": self._metrics,
         }
+
+
+def export_whole(folder: Path, step: int) -> bool:
+    """Whether an export of this optimizer step lies in ``folder``, and its files of tensors can be read."""
+    tensors = list(folder.glob("*.safetensors"))
+    try:
+        for path in tensors:
+            with safe_open(path, framework="pt"):  # its header says how long the file is
+                pass
+        return bool(tensors) and read_mapping(folder / TRAINING_SUMMARY)["steps"] == step
+    except (OSError, SafetensorError, ValueError, KeyError):
+        return False
 
 
 def _check_generation_config(model: Any) -> None:
@@ -175,8 +216,10 @@ def _write_merged(pl_module: pl.LightningModule, final: Path) -> None:
     model = exported(backbone, final) if backbone.sharded else pl_module.model  # type: ignore[arg-type, union-attr]
     _untie(model)
     merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model  # type: ignore[operator]
-    merged.save_pretrained(folder)  # type: ignore[union-attr]
-    pl_module.tokenizer.save_pretrained(folder)  # type: ignore[operator, union-attr]
+    with saved_whole(folder, None) as partial:
+        merged.save_pretrained(partial)  # type: ignore[union-attr]
+        pl_module.tokenizer.save_pretrained(partial)  # type: ignore[operator, union-attr]
+        shutil.copy(final / TRAINING_SUMMARY, partial)
     rank_zero_info(f"merged model in {folder}")
 
 

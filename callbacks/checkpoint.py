@@ -16,15 +16,15 @@ from typing_extensions import override
 from callbacks.checkpoint_files import (
     CheckpointError,
     WholeCheckpointIO,
+    bytes_of,
     checkpoints_in,
-    delete,
-    disk_error,
     newest_readable,
     not_saved,
-    written_whole,
+    saved_whole,
 )
 from sparsekv_pl.modules.stop_signal import HeldSignals, Stopped
 from sparsekv_pl.second_signal import STOPS
+from sparsekv_pl.whole_files import check_room, disk_error, mend
 
 REQUEUES = (signal.SIGUSR1, signal.SIGUSR2)
 
@@ -33,8 +33,8 @@ class SafeCheckpoint(ModelCheckpoint):
     """Saves whole checkpoints between optimizer steps, keeps the last ones, and saves when a signal ends the run.
 
     A checkpoint is written under a hidden name, brought to disk and renamed; where that fails the run stops with
-    ``CheckpointError`` on every rank. ``--ckpt_path last`` is the newest that can be read. The last step is always
-    saved.
+    ``CheckpointError`` on every rank. ``--ckpt_path last`` is the one of the latest step that can be read. The last
+    step is always saved.
 
     A validation that falls on a step comes before its checkpoint, which so holds what an adaptive curriculum learnt.
 
@@ -87,13 +87,14 @@ class SafeCheckpoint(ModelCheckpoint):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
         if trainer.is_global_zero and stage == "fit":
-            for left in Path(str(self.dirpath)).glob(".*.partial"):  # of a process that was killed
-                delete(left)
+            mend(Path(str(self.dirpath)))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._last_global_step_saved = trainer.global_step  # what was resumed from is on disk
+        if trainer.is_global_zero:
+            check_room(Path(str(self.dirpath)), bytes_of(pl_module, trained=True), "a checkpoint takes")
         self._training, self._signals = True, HeldSignals()
         requeues = (number for number in REQUEUES if callable(signal.getsignal(number)))
         self._signals.hold(*STOPS, *requeues, doing="finishing the step and saving")
@@ -179,7 +180,7 @@ class SafeCheckpoint(ModelCheckpoint):
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
         sharded = getattr(trainer.strategy, "_save_distributed_checkpoint", False)  # a folder, past the CheckpointIO
         whole = sharded and trainer.is_global_zero
-        with written_whole(path, checkpoint) if whole else nullcontext(path) as target:
+        with saved_whole(path, checkpoint) if whole else nullcontext(path) as target:
             trainer.strategy.save_checkpoint(checkpoint, target)
 
     @override
@@ -189,7 +190,7 @@ class SafeCheckpoint(ModelCheckpoint):
 
     @override
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
-        """What ``--ckpt_path last`` is: of these and of those saved for a Slurm requeue the newest that can be read."""
+        """What ``--ckpt_path last`` is: of these and of those saved for a Slurm requeue the latest that can be read."""
         folder = Path(str(self._ModelCheckpoint__resolve_ckpt_dir(trainer)))  # type: ignore[attr-defined]
         found = [*checkpoints_in(folder), *Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt")]
         return {str(newest_readable(found))} if found else set()

@@ -1,10 +1,8 @@
 """Checkpoints on disk: written whole or not at all, read without running their code, the newest that can be read."""
 
 import io
-import os
 import pickle
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +12,12 @@ from zipfile import ZipFile
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
+
+from sparsekv_pl.whole_files import free_bytes, written_whole
 
 SUFFIX = ".ckpt"
 SHARDED = "meta.pt"
@@ -49,7 +50,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        with written_whole(Path(path), checkpoint) as partial, partial.open("wb") as file:
+        with saved_whole(Path(path), checkpoint) as partial, partial.open("wb") as file:
             torch.save(checkpoint, file)
 
     @override
@@ -65,53 +66,27 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 @contextmanager
-def written_whole(path: Path, content: Any) -> Iterator[Path]:
-    """A hidden name beside ``path``, for a file or folder; it becomes ``path`` when all of it is on disk.
+def saved_whole(path: Path, content: Any) -> Iterator[Path]:
+    """``written_whole`` for a checkpoint or an export beside it.
 
     Raises
     ------
     CheckpointError
         Where the disk refuses: it names ``path``, how many bytes the tensors in ``content`` need and how many are
-        free, and the last checkpoint that can be read. The hidden file or folder is deleted then, as at any error.
+        free, and the last checkpoint that can be read.
     """
-    partial = path.with_name(f".{path.name}.partial")
     needed = sum(leaf.nbytes for leaf in tree_leaves(content) if isinstance(leaf, torch.Tensor))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        delete(partial)
-        yield partial
-        for file in [*partial.rglob("*"), partial]:
-            _sync(file)
-        _put(partial, path)
-    except BaseException as error:
-        delete(partial)
-        refused = disk_error(error)
-        if refused is None:
-            raise
-        raise CheckpointError(not_saved(path, needed, refused)) from error
+        with written_whole(path) as partial:
+            yield partial
+    except OSError as error:
+        raise CheckpointError(not_saved(path, needed, error)) from error
 
 
-def delete(path: Path) -> None:
-    """A file, a folder with all in it, or nothing."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def disk_error(error: BaseException | None) -> OSError | None:
-    """The operating system's refusal behind ``error``: torch and safetensors hide it under errors of their own."""
-    if error is None or isinstance(error, OSError):
-        return error
-    if number := re.search(r"\(os error (\d+)\)", str(error)):
-        return OSError(int(number[1]), os.strerror(int(number[1])))
-    return disk_error(error.__cause__ or error.__context__) or next(
-        (
-            found
-            for failure, _ in getattr(error, "failures", {}).values()  # of torch.distributed.checkpoint, by rank
-            if (found := disk_error(failure)) is not None
-        ),
-        None,
+def bytes_of(module: nn.Module, trained: bool = False) -> int:
+    """Of a module's weights; of those that are ``trained`` alone."""
+    return sum(
+        value.numel() * value.element_size() for value in module.parameters() if value.requires_grad or not trained
     )
 
 
@@ -121,7 +96,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def newest_readable(paths: Iterable[Path]) -> Path:
-    """The one saved last that can be read; each newer one is warned of.
+    """The one of the latest step that can be read; each later one is warned of.
 
     Raises
     ------
@@ -129,7 +104,7 @@ def newest_readable(paths: Iterable[Path]) -> Path:
         If none of them can be read.
     """
     tried = []
-    for path in sorted(paths, key=_when, reverse=True):
+    for path in latest_first(paths):
         why = fault(path)
         if not why:
             return path
@@ -215,43 +190,36 @@ def _check_shards(folder: Path) -> None:
                 torch.load(io.BytesIO(file.read(stored.length)), weights_only=True)
 
 
-def _put(partial: Path, path: Path) -> None:
-    """Under its name, in place of what had it: a folder cannot be replaced in one go."""
-    before = path.with_name(f".{path.name}.before.partial")
-    if path.is_dir() and not path.is_symlink():
-        path.rename(before)
-    partial.replace(path)
-    delete(before)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def not_saved(path: Path, needed: int, error: OSError) -> str:
     """One line: why, the bytes that the tensors need (0: not known) and those free, and the last good checkpoint."""
     what = f" {error.filename}" if error.filename and Path(error.filename) != path else ""
-    saved = sorted(checkpoints_in(path.parent), key=_when, reverse=True)
+    saved = latest_first(checkpoints_in(path.parent))
     return (
         f"checkpoint {path} was not saved:{what} {error.strerror or error}. "
-        f"{f'Its tensors need {needed:,} bytes; ' if needed else ''}{_free(path):,} bytes are free. "
+        f"{f'Its tensors need {needed:,} bytes; ' if needed else ''}{free_bytes(path):,} bytes are free. "
         f"Last good checkpoint: {next((last for last in saved if not fault(last)), 'none')}. "
         "Make room and go on with --ckpt_path last."
     )
 
 
-def _free(path: Path) -> int:
-    there = next((folder for folder in path.absolute().parents if folder.exists()), Path("/"))
-    return shutil.disk_usage(there).free
+def step_of(path: Path) -> int:
+    """The optimizer step that a checkpoint was saved at, which no clock can change; -1 where nothing says it.
+
+    As it stands in the file; of one that cannot be read, as its name says.
+    """
+    try:
+        content = torch.load(
+            path / SHARDED if path.is_dir() else path, map_location="cpu", weights_only=True, mmap=True
+        )
+        return int(content["global_step"])
+    except Exception:  # unpickling what anyone may have written raises anything; ``fault`` says what
+        named = re.search(r"step=(\d+)", path.name)
+        return int(named[1]) if named else -1
 
 
-def _when(path: Path) -> int:
-    return path.stat().st_mtime_ns
+def latest_first(paths: Iterable[Path]) -> list[Path]:
+    """Ordered by step; of one step the one with the later name first."""
+    return sorted(paths, key=lambda path: (step_of(path), path.name), reverse=True)
 
 
 def _first_line(error: Exception) -> str:
@@ -261,12 +229,13 @@ def _first_line(error: Exception) -> str:
 __all__ = [
     "CheckpointError",
     "WholeCheckpointIO",
+    "bytes_of",
     "checkpoints_in",
     "chosen",
-    "delete",
-    "disk_error",
     "fault",
+    "latest_first",
     "newest_readable",
     "not_saved",
-    "written_whole",
+    "saved_whole",
+    "step_of",
 ]

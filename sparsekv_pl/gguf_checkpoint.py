@@ -10,15 +10,15 @@ import hashlib
 import importlib.util
 import io
 import logging
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sparsekv_pl.fingerprint import digest_of
+from sparsekv_pl.own_folder import locked
 from sparsekv_pl.weight_match import load_whole
+from sparsekv_pl.whole_files import check_room, delete, mend, written_whole
 
 log = logging.getLogger(__name__)
 
@@ -46,32 +46,35 @@ def embedded_gguf() -> Path:
 def convert(gguf: Path, cache_dir: Path) -> Path:
     """Convert ``gguf`` to a Hugging Face folder under ``cache_dir`` and return it; a second call only returns it.
 
-    The folder appears whole or not at all: it is written beside its place and renamed.
+    The folder appears whole or not at all. One process at a time converts into a cache; others wait and find the
+    folder, or do what a killed one left undone.
     """
     folder = cache_dir / f"{gguf.stem}-{_fingerprint(gguf)}"
     if (folder / "config.json").exists():
         return folder
+    check_room(cache_dir, gguf.stat().st_size, "a converted model takes")
     cache_dir.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=cache_dir, prefix=".partial-"))
-    try:
-        tokenizer = tokenizer_from_gguf(gguf)
-        log.warning("converting %s, once: it is kept in %s", gguf.name, cache_dir)
-        with contextlib.redirect_stderr(io.StringIO()):  # a bar of its own, a line in a log for each tensor
-            model = _model_of(gguf)
-        for config in (model.config, model.generation_config):
-            config.bos_token_id = tokenizer.bos_token_id
-            config.eos_token_id = tokenizer.eos_token_id
-            config.pad_token_id = tokenizer.pad_token_id
+    with locked(cache_dir / ".lock"):
+        mend(cache_dir)
+        for left in cache_dir.glob(".partial-*"):  # of earlier versions
+            delete(left)
+        if not (folder / "config.json").exists():
+            _write(gguf, folder)
+    return folder
+
+
+def _write(gguf: Path, folder: Path) -> None:
+    tokenizer = tokenizer_from_gguf(gguf)
+    log.warning("converting %s, once: it is kept in %s", gguf.name, folder.parent)
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar of its own, a line in a log for each tensor
+        model = _model_of(gguf)
+    for config in (model.config, model.generation_config):
+        config.bos_token_id = tokenizer.bos_token_id
+        config.eos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+    with written_whole(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not (folder / "config.json").exists():  # else another process was faster: its folder is as good
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
 
 
 def _fingerprint(gguf: Path) -> str:

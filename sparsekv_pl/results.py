@@ -1,7 +1,8 @@
 """Finished measurements on disk, so that a run that was killed goes on with what is missing.
 
 A folder holds one JSON-lines file per setting and rank; a line is one finished piece of work with its key, its records
-and a checksum. Lines are only ever added, so whatever was finished before a kill is there after it.
+and a checksum. Lines are only ever added, so whatever was finished before a kill is there after it. Who adds a line and
+who takes damaged ones away hold the folder's lock.
 """
 
 import hashlib
@@ -9,10 +10,13 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sparsekv_pl.keys import canonical
+from sparsekv_pl.own_folder import locked
+from sparsekv_pl.whole_files import replace
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +34,10 @@ class Results:
     def __init__(self, folder: Path, rank: int = 0) -> None:
         self.folder, self.rank = folder, rank
         self._pieces: dict[str, list[Record]] = {}
-        for path in sorted(folder.glob("*.jsonl")):
-            self._pieces |= _read(path)
+        paths = sorted(folder.glob("*.jsonl"))
+        with self._locked() if paths else nullcontext():
+            for path in paths:
+                self._pieces |= _read(path)
 
     def get(self, key: str) -> list[Record] | None:
         """The records of a finished piece of work, or None."""
@@ -42,11 +48,14 @@ class Results:
         self.folder.mkdir(parents=True, exist_ok=True)
         body: dict[str, Any] = {"key": key, "records": list(records)}
         line = json.dumps({"checksum": _checksum(body), **body}, allow_nan=False) + "\n"
-        with (self.folder / f"{name}.{self.rank}.jsonl").open("ab") as file:
-            file.write(line.encode())
+        with self._locked(), (self.folder / f"{name}.{self.rank}.jsonl").open("ab+") as file:
+            file.write(_line_end(file) + line.encode())
             file.flush()
             os.fsync(file.fileno())
         self._pieces[key] = body["records"]
+
+    def _locked(self) -> AbstractContextManager[None]:
+        return locked(self.folder / ".lock")
 
 
 def gathered(records: Sequence[Record]) -> list[Record]:
@@ -61,7 +70,7 @@ def gathered(records: Sequence[Record]) -> list[Record]:
 
 
 def _read(path: Path) -> dict[str, list[Record]]:
-    """The sound lines of a file; where others stand between them, the file is written anew without those."""
+    """The sound lines of a file; where others stand between them, the file is written again without those."""
     pieces: dict[str, list[Record]] = {}
     sound = []
     lines = path.read_bytes().splitlines(keepends=True)
@@ -76,10 +85,17 @@ def _read(path: Path) -> dict[str, list[Record]]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("%s, line %d is damaged (%s): that piece of work is done again", path, number, error)
     if len(sound) < len(lines):
-        temporary = path.with_suffix(".mended")
-        temporary.write_bytes(b"".join(sound))
-        temporary.replace(path)
+        replace(path, b"".join(sound))
     return pieces
+
+
+def _line_end(file: BinaryIO) -> bytes:
+    """What a process that was killed in a line of ``file`` left out of it: the next line would be lost with it."""
+    size = file.seek(0, os.SEEK_END)
+    if not size:
+        return b""
+    file.seek(size - 1)
+    return b"" if file.read(1) == b"\n" else b"\n"
 
 
 def _checksum(body: Mapping[str, Any]) -> str:

@@ -114,7 +114,7 @@ def test_a_second_conversion_is_not_redone(gguf: Path, conversions: Callable[[],
     assert convert(gguf, tmp_path / "cache") == first
     assert Backbone(str(gguf), dtype="float32", cache_dir=str(tmp_path / "cache")).load()[1].pad_token == "</s>"
     assert conversions() == 1
-    assert [folder.name for folder in (tmp_path / "cache").iterdir()] == [first.name]
+    assert [folder.name for folder in (tmp_path / "cache").glob("[!.]*")] == [first.name]
 
 
 def test_another_file_of_the_same_name_is_converted(gguf: Path, conversions: Callable[[], int], tmp_path: Path) -> None:
@@ -132,13 +132,14 @@ def test_a_conversion_that_was_stopped_leaves_nothing_and_does_not_count(
     gguf.write_text("broken")
     with pytest.raises(KeyboardInterrupt):
         convert(gguf, cache)
-    assert list(cache.iterdir()) == []
+    assert list(cache.glob("[!.]*")) == []
     gguf.write_text("weights")
     leftover = cache / ".partial-killed"
     leftover.mkdir()
     (leftover / "config.json").write_text("{}")
     folder = convert(gguf, cache)
     assert (folder / "model.safetensors").exists()
+    assert {path.name for path in cache.iterdir()} == {".lock", folder.name}
     assert conversions() == 2
 
 

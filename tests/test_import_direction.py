@@ -45,6 +45,7 @@ FOUNDATIONS = {
         "losses",
         "native_precision",
         "out_of_memory",
+        "own_folder",
         "output_folder",
         "pace",
         "pieces",
@@ -64,6 +65,7 @@ FOUNDATIONS = {
         "shadow",
         "user_errors",
         "weight_match",
+        "whole_files",
         "trainer_limits",
         "yaml_keys",
     )

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,7 @@ def test_what_was_put_is_there_for_the_next_run(tmp_path: Path) -> None:
 def test_ranks_write_apart_and_read_together(tmp_path: Path) -> None:
     for rank in (0, 1):
         Results(tmp_path, rank).put(f"of {rank}", [RECORD], "trained")
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.glob("*.jsonl"))) == 2
     assert Results(tmp_path, 1).get("of 0") == [RECORD]
 
 
@@ -70,6 +72,28 @@ def test_a_changed_line_is_not_trusted(damage, tmp_path: Path, caplog: pytest.Lo
     with caplog.at_level(logging.WARNING):
         assert Results(tmp_path).get("a") is None
     assert "line 1 is damaged" in caplog.text
+
+
+ADD_AND_MEND = """
+import sys
+from pathlib import Path
+from sparsekv_pl.own_folder import locked
+from sparsekv_pl.results import Results
+folder, own = Path(sys.argv[1]), sys.argv[2]
+for number in range(60):
+    results = Results(folder)  # finds what the other's torn lines left, and takes it away
+    results.put(f"{own} {number}", [{"n": number}], "trained")
+    with locked(folder / ".lock"), (folder / "trained.0.jsonl").open("ab") as file:  # as one killed in a line
+        file.write(b'{"checksum": "torn')
+"""
+
+
+def test_two_processes_that_mend_one_file_lose_no_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ADD_AND_MEND, str(tmp_path)]
+    processes = [subprocess.Popen([*command, own], stderr=subprocess.DEVNULL) for own in ("one", "other")]
+    assert [process.wait() for process in processes] == [0, 0]
+    found = Results(tmp_path)
+    assert all(found.get(f"{own} {number}") for own in ("one", "other") for number in range(60))
 
 
 def test_no_number_that_json_cannot_hold(tmp_path: Path) -> None:

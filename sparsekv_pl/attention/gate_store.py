@@ -9,6 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sparsekv_pl.whole_files import replace, written_whole
+
 SHAPE, TENSORS = "gates.json", "gates.safetensors"
 
 
@@ -36,9 +38,9 @@ class GateShape:
 def write_gates(folder: str | Path, shape: GateShape, tensors: Mapping[str, Tensor]) -> None:
     """Write gates to ``folder``, which is made."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
-    (folder / SHAPE).write_text(json.dumps(asdict(shape), indent=2) + "\n")
+    with written_whole(folder / TENSORS) as partial:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+    replace(folder / SHAPE, (json.dumps(asdict(shape), indent=2) + "\n").encode())
 
 
 def read_gates(folder: str | Path) -> tuple[GateShape, dict[str, Tensor]]:

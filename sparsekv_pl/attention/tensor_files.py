@@ -4,7 +4,6 @@ A file is {"Q": (B, H, L, D), "K": (B, K, L, D), "V": (B, K, L, D), "metadata": 
 that the model computed in. Its name says what is in it: tensors_seq4096_layer8_sample1_20240219_120000.pt.
 """
 
-import os
 import pickle
 import re
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
+
+from sparsekv_pl.whole_files import written_whole
 
 FIX = "collect it again (evaluate.py predict --config configs/analyze/collect.yaml), or take the file away"
 KEYS = {"Q", "K", "V", "metadata"}
@@ -70,12 +71,8 @@ def write(folder: Path, sample: int, tensors: LayerTensors) -> Path:
         "V": _alone(tensors.value),
         "metadata": dict(tensors.metadata),
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        torch.save(content, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as partial:
+        torch.save(content, partial)
     return path
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from sparsekv_pl.whole_files import written_whole
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +27,8 @@ class SavedState:
     def save(self, key: str, state: Mapping[str, Tensor]) -> None:
         """Put ``state`` in the place of what was saved before."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"key": key, "checksum": _checksum(tensors)})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(self.path)
+        with written_whole(self.path) as partial:
+            save_file(tensors, partial, metadata={"key": key, "checksum": _checksum(tensors)})
 
     def load(self, key: str) -> dict[str, Tensor] | None:
         """The state saved for ``key``. None, and the reason in the log, if it is damaged or belongs to other work."""

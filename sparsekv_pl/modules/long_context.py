@@ -1,6 +1,5 @@
 """The LightningModule that reads a context of any length in flat memory, and asks for what is hidden in it."""
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -30,9 +29,11 @@ from sparsekv_pl.planner import plan
 from sparsekv_pl.presses.ratio import compression_ratio_of
 from sparsekv_pl.presses.scores import press_name
 from sparsekv_pl.reporting.console import show
+from sparsekv_pl.reporting.files import json_bytes
 from sparsekv_pl.reporting.loggers import log_scores
 from sparsekv_pl.results import Record
 from sparsekv_pl.schedules import check_compression_ratio
+from sparsekv_pl.whole_files import replace
 
 set_parsing_settings(subclasses_enabled=[BasePress])
 
@@ -136,7 +137,7 @@ class LongContextModule(MeasuringModule):
     def on_test_end(self) -> None:
         """Write what the phases cost, and the report where something was measured."""
         self.output.mkdir(parents=True, exist_ok=True)
-        (self.output / PHASES).write_text(json.dumps(self.phases.records(), indent=2))
+        replace(self.output / PHASES, json_bytes(self.phases.records()))
         log_scores(self.loggers, self.phases.scalars(), 0)
         super().on_test_end()
 

@@ -2,24 +2,15 @@
 
 import csv
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsekv_pl.whole_files import replace
+
 FORMULA = re.compile(r"[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 """How a cell begins that is a formula or, after a line's end, may be one; so do the full-width signs."""
-
-
-def replace(path: Path, data: bytes) -> None:
-    """Write `data` to `path` in one step; a failure leaves the earlier file whole and nothing beside it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def replace_all(folder: Path, files: Mapping[str, bytes]) -> list[Path]:

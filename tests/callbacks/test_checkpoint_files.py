@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from callbacks.checkpoint import SafeCheckpoint
-from callbacks.checkpoint_files import chosen, fault, newest_readable, written_whole
+from callbacks.checkpoint_files import chosen, fault, newest_readable, saved_whole
 from tests.callbacks.checkpoint_cases import Line, Malice, cut, flip, names
 from tests.tiny_training import MakeTrainer
 
@@ -20,7 +20,7 @@ from tests.tiny_training import MakeTrainer
 @pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
 def test_what_was_there_stays_until_the_new_one_is_whole(folder: bool, tmp_path: Path) -> None:
     def write(content: str, fail: bool = False) -> None:
-        with written_whole(target, None) as partial:
+        with saved_whole(target, None) as partial:
             if folder:
                 partial.mkdir()
             (partial / "content" if folder else partial).write_text(content)
