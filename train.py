@@ -6,9 +6,12 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from callbacks.adapter_export import AdapterExport
 from callbacks.checkpoint_files import chosen
+from callbacks.earlier_run import set_aside
 from callbacks.progress_lines import progress
 from callbacks.stopping import Stopping
-from sparsekv_pl.cli import CommandLine, SaveRunConfig, run
+from sparsekv_pl.cli import CommandLine, run
+from sparsekv_pl.run_folders import trained_into
+from sparsekv_pl.saved_config import SaveRunConfig
 
 
 class TrainCommandLine(CommandLine):
@@ -30,6 +33,8 @@ class TrainCommandLine(CommandLine):
         settings = self.config.get(self.config.get("subcommand") or "", self.config)
         if settings.get("ckpt_path") not in (None, "last", "best", "hpc"):
             settings.ckpt_path = str(chosen(Path(settings.ckpt_path)))
+        if self.subcommand == "fit" and self.folders.writes and not settings.get("trainer.fast_dev_run"):
+            set_aside((folder for _, folder in trained_into(self.named())), settings.get("ckpt_path"))
 
 
 if __name__ == "__main__":

@@ -8,15 +8,14 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import Namespace, get_loader, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sparsekv_pl.config_extent import check_depth, check_extent
@@ -24,8 +23,8 @@ from sparsekv_pl.config_values import check_shape, check_values, explained
 from sparsekv_pl.modules.precision import decide_settings
 from sparsekv_pl.out_of_memory import out_of_memory_explained
 from sparsekv_pl.pace import without_bars
-from sparsekv_pl.public_addresses import public_addresses
 from sparsekv_pl.redaction import redact_output, redacted
+from sparsekv_pl.run_folders import REPORT, RunFolders
 from sparsekv_pl.run_length import fill_length
 from sparsekv_pl.run_name import add_name, fill_name
 from sparsekv_pl.second_signal import second_stops_at_once
@@ -132,7 +131,8 @@ class CommandLine(LightningCLI):
 
     def __init__(self, **settings: Any) -> None:
         # The model has its optimizer; a second one beside it would silently win.
-        super().__init__(parser_class=Parser, auto_configure_optimizers=False, **settings)
+        with RunFolders() as self.folders:
+            super().__init__(parser_class=Parser, auto_configure_optimizers=False, **settings)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Lightning's, and the run's name."""
@@ -157,15 +157,28 @@ class CommandLine(LightningCLI):
         """Nothing: Lightning's takes settings out of the checkpoint, classes to make and code to trust among them."""
 
     def before_instantiate_classes(self) -> None:
-        """Decide what the run computes in, where that was left out: the saved configuration says it."""
-        command = self.config.get("subcommand") or ""
-        decide_settings(self.config.get(command, self.config), trains=command in ("fit", "validate"))
+        """Decide what the run computes in, where that was left out: the saved configuration says it.
+
+        The folders that it writes into are its own from here on.
+        """
+        command, trains = self.config.get("subcommand") or "", not self.reports
+        decide_settings(self.config.get(command, self.config), trains)
+        if self.subcommand is not None:
+            self.folders.claim_all(self.named(), trains)
+
+    def named(self) -> Namespace:
+        """The command's settings, with what follows from the run's name."""
+        settings = self.config.get(self.config.get("subcommand") or "", self.config).clone()
+        fill_name(settings)
+        return settings
 
     def instantiate_classes(self) -> None:
         """All objects; an error says which one another package refused to make."""
         self.parser.add_instantiator(explained, object)
         with self._memory_explained():
             super().instantiate_classes()
+        if self.subcommand is not None and self.reports and not self.trainer.fast_dev_run:
+            self.folders.claim("model.output", self.model.output, REPORT)  # type: ignore[arg-type]  # a default
 
     def instantiate_trainer(self, **settings: Any) -> Trainer:
         """The trainer; what Lightning refuses becomes a ``ValueError`` with the settings that it speaks of."""
@@ -199,45 +212,6 @@ class CommandLine(LightningCLI):
     def subcommands(cls) -> dict[str, set[str]]:
         """Those of LightningCLI that this script offers."""
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name in cls.commands}
-
-
-class SaveRunConfig(SaveConfigCallback):
-    """Saves the resolved configuration where the logger writes, and gives it to all loggers as hyper-parameters.
-
-    Paths of web addresses are left out, for they may hold keys.
-    """
-
-    def __init__(self, parser: LightningArgumentParser, config: Namespace, **settings: Any) -> None:
-        super().__init__(parser, public_addresses(config), **settings)
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """On all ranks, which agree on the folder."""
-        self.save_to_log_dir = self.save_to_log_dir and trainer.log_dir is not None
-        super().setup(trainer, pl_module, stage)
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Into the trainer's folder, where the logger has none."""
-        self._log(trainer)
-        if not self.save_to_log_dir:
-            self._save(Path(trainer.default_root_dir), "config.yaml")
-
-    def _log(self, trainer: Trainer) -> None:
-        from sparsekv_pl.reporting.loggers import log_settings
-
-        log_settings(trainer.loggers, yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
-
-    def _save(self, folder: Path, name: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, folder / name, skip_none=False, overwrite=True)
-
-
-class SaveEvaluationConfig(SaveRunConfig):
-    """Saves the resolved configuration beside what the run writes, as evaluation.yaml."""
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Into the module's ``output`` folder."""
-        self._log(trainer)
-        self._save(Path(str(pl_module.output)), "evaluation.yaml")
 
 
 def run(command_line: Callable[[], Any]) -> None:
@@ -299,4 +273,4 @@ def _brief(value: Any) -> str:
     return str(path).rpartition(".")[2] if path else repr(value)
 
 
-__all__ = ["CommandLine", "LightningArgumentParser", "SaveEvaluationConfig", "SaveRunConfig", "run"]
+__all__ = ["CommandLine", "LightningArgumentParser", "run"]

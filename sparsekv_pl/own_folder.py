@@ -32,8 +32,9 @@ def claimed(folder: Path, key: str, use: str) -> Iterator[None]:
         folder cannot be made or written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         _check_length(key, folder)
+        for above in (*reversed(folder.absolute().parents), folder):  # pathlib's own way recurses
+            above.mkdir(exist_ok=True)
         path = folder / f".{use}.lock"
         lock = FileLock(path, timeout=0)
         lock.acquire()
@@ -66,7 +67,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _check_length(key: str, folder: Path) -> None:
-    longest = os.pathconf(folder, "PC_PATH_MAX")
+    longest = os.pathconf("/", "PC_PATH_MAX")
     if len(os.fsencode(folder.absolute())) + DEEPEST > longest:
         raise ValueError(f"{key}={folder}: files in it would have paths of over {longest} bytes: give a shorter path")
 

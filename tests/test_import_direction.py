@@ -55,6 +55,7 @@ FOUNDATIONS = {
         "ranks",
         "redaction",
         "refused_callbacks",
+        "run_folders",
         "run_length",
         "run_name",
         "schedules",
@@ -92,6 +93,7 @@ PARTS = {
         "reporting",
         "results",
         "run_output",
+        "saved_config",
         "sharding",
         "teacher",
     )

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from evaluate import EvaluateCommandLine
-from sparsekv_pl.cli import SaveEvaluationConfig, plain, run
+from sparsekv_pl.cli import plain, run
 from sparsekv_pl.redaction import HIDDEN, check_no_secret, redact_output, redacted
+from sparsekv_pl.saved_config import SaveEvaluationConfig
 from tests.scripted_server import Reply, failed, said, serving
 from train import TrainCommandLine
 

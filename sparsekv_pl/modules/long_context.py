@@ -136,7 +136,6 @@ class LongContextModule(MeasuringModule):
 
     def on_test_end(self) -> None:
         """Write what the phases cost, and the report where something was measured."""
-        self.output.mkdir(parents=True, exist_ok=True)
         replace(self.output / PHASES, json_bytes(self.phases.records()))
         log_scores(self.loggers, self.phases.scalars(), 0)
         super().on_test_end()

@@ -16,8 +16,8 @@ import yaml
 
 from evaluate import EvaluateCommandLine
 from sparsekv_pl.batch import CaseInfo
-from sparsekv_pl.cli import SaveEvaluationConfig
 from sparsekv_pl.modules.hosted import prompt_of
+from sparsekv_pl.saved_config import SaveEvaluationConfig
 from tests.hosted_runs import MakeHosted, cases, kept, report, right
 from tests.scripted_server import Reply, failed, said, serving
 from tests.tiny_training import MakeTrainer

@@ -1,0 +1,80 @@
+"""What an earlier training left in a run's folder: moved aside, not mixed with the new one's and not deleted."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from callbacks.checkpoint_files import checkpoints_in, fault, step_of
+from sparsekv_pl.json_file import read_mapping
+from sparsekv_pl.weight_match import TRAINING_SUMMARY
+from sparsekv_pl.whole_files import mend
+
+EXPORTS = ("final", "merged", "checkpoint-*")
+RECORDS = ("events.out.tfevents.*", "metrics.csv", "hparams.yaml", "config.yaml")
+"""Of a whole training: its curves, and how it was configured."""
+LISTED = 4
+
+
+def set_aside(folders: Iterable[Path], ckpt_path: str | None) -> None:
+    """Move what lies in a training's ``folders`` and is not its own to ``earlier-1`` (or 2, ...) in each of them.
+
+    A new run, or one that goes on from another folder's checkpoint, has nothing there. One that goes on from a
+    checkpoint that is not its latest has what is of no later step. Says what was moved, and how to go on with it.
+    """
+    for folder in dict.fromkeys(path.absolute() for path in folders):
+        if not folder.is_dir():
+            continue
+        mend(folder)
+        if (step := _goes_on_from(folder, ckpt_path)) is None:
+            continue
+        later = [path for path in checkpoints_in(folder) if step_of(path) > step]
+        later += [path for name in EXPORTS for path in sorted(folder.glob(name)) if _step(path) > step]
+        if step < 0:
+            records = [path for name in RECORDS for path in sorted(folder.glob(name))]
+            later += records if later or len(records) > 1 else []
+        if later:
+            _move(folder, later, step)
+
+
+def _goes_on_from(folder: Path, ckpt_path: str | None) -> int | None:
+    """The step of which ``folder``'s run goes on, -1 for a new run; None where all that lies there is its own."""
+    saved = checkpoints_in(folder)
+    if any(path.name.startswith("hpc_ckpt_") for path in saved):
+        return None  # Lightning goes on from these, whatever it is given
+    if ckpt_path is None or ckpt_path in ("last", "best", "hpc"):
+        return None if ckpt_path and saved else -1
+    path = Path(ckpt_path).expanduser().absolute()
+    if path not in (other.absolute() for other in saved):
+        return -1
+    step = step_of(path)
+    return step if any(step_of(other) > step and not fault(other) for other in saved) else None
+
+
+def _step(export: Path) -> int:
+    """The step that an export is of; where it does not say, later than any."""
+    if named := re.fullmatch(r"checkpoint-(\d+)", export.name):
+        return int(named[1])
+    try:
+        return int(read_mapping(export / TRAINING_SUMMARY)["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 2**62
+
+
+def _move(folder: Path, paths: list[Path], step: int) -> None:
+    number = 1
+    while (aside := folder / f"earlier-{number}").exists():
+        number += 1
+    for path in paths:
+        target = aside / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    names = [str(path.relative_to(folder)) for path in paths]
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    what = "an earlier run" if step < 0 else f"what follows step {step}, from which this run goes on otherwise"
+    again = f"; --ckpt_path {aside} goes on with it" if checkpoints_in(aside) else ""
+    rank_zero_info(f"{folder} holds {what}: {', '.join(names[:LISTED])}{more}: moved to {aside}{again}")
+
+
+__all__ = ["set_aside"]

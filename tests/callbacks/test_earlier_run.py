@@ -1,0 +1,102 @@
+"""What an earlier run left in a folder is neither mixed with the new one's nor lost."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from callbacks.checkpoint_files import latest_first
+from callbacks.earlier_run import set_aside
+from tests.callbacks.checkpoint_cases import cut, names
+
+EVENTS = "events.out.tfevents.1.host"
+
+
+def save(path: Path, step: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"global_step": step, "state_dict": {}, "optimizer_states": []}, path)
+
+
+def export(folder: Path, step: int) -> None:
+    folder.mkdir(parents=True)
+    (folder / "training.json").write_text(json.dumps({"steps": step}))
+
+
+@pytest.fixture
+def used(tmp_path: Path) -> Path:
+    """A run to step 9 with checkpoints and exports of steps 6 and 9, and a report."""
+    folder = tmp_path / "run"
+    for step in (6, 9):
+        save(folder / "checkpoints" / f"step={step}.ckpt", step)
+        export(folder / f"checkpoint-{step}", step)
+    export(folder / "final", 9)
+    (folder / "merged").mkdir()  # of before it said its step
+    for name in ("config.yaml", EVENTS, "report.json", ".training.lock"):
+        (folder / name).write_text("")
+    return folder
+
+
+KEPT = {"report.json", ".training.lock"}
+
+
+def test_a_new_run_finds_an_empty_folder_and_says_where_the_rest_is(
+    used: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        set_aside([used, used], None)
+    assert names(used) == KEPT | {"checkpoints", "earlier-1"}
+    assert names(used / "checkpoints") == set()
+    assert names(used / "earlier-1") >= {
+        "checkpoint-6",
+        "checkpoint-9",
+        "final",
+        "merged",
+        "events.out.tfevents.1.host",
+    }
+    assert names(used / "earlier-1" / "checkpoints") == {"step=6.ckpt", "step=9.ckpt"}
+    assert f"moved to {used}/earlier-1; --ckpt_path {used}/earlier-1 goes on with it" in caplog.text
+    save(used / "checkpoints" / "step=3.ckpt", 3)
+    set_aside([used], str(used / "earlier-1" / "checkpoints" / "step=9.ckpt"))  # which is another run
+    assert names(used / "earlier-2" / "checkpoints") == {"step=3.ckpt"}
+
+
+def test_what_goes_on_keeps_what_it_left(used: Path) -> None:
+    before = names(used)
+    for own in ("last", str(used / "checkpoints" / "step=9.ckpt")):
+        set_aside([used], own)
+        assert names(used) == before
+    cut(used / "checkpoints" / "step=9.ckpt")
+    set_aside([used], str(used / "checkpoints" / "step=6.ckpt"))  # the latest that can be read
+    assert names(used) == before
+    save(used / "hpc_ckpt_1.ckpt", 9)
+    set_aside([used], None)  # Slurm requeued it
+    assert names(used) == before | {"hpc_ckpt_1.ckpt"}
+
+
+def test_going_on_from_an_earlier_step_takes_what_follows_it_away(used: Path) -> None:
+    set_aside([used], str(used / "checkpoints" / "step=6.ckpt"))
+    assert names(used) == KEPT | {
+        "checkpoints",
+        "checkpoint-6",
+        "config.yaml",
+        "events.out.tfevents.1.host",
+        "earlier-1",
+    }
+    assert names(used / "checkpoints") == {"step=6.ckpt"}
+    assert names(used / "earlier-1") == {"checkpoints", "checkpoint-9", "final", "merged"}
+
+
+def test_an_empty_or_absent_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")  # of one that never got far
+    set_aside([tmp_path, tmp_path / "absent"], None)
+    assert names(tmp_path) == {"config.yaml"}
+
+
+def test_no_clock_decides_which_checkpoint_is_the_last(tmp_path: Path) -> None:
+    """Nor does its name, where the file says the step."""
+    for name, step in (("step=2.ckpt", 2), ("step=10.ckpt", 10), ("hpc_ckpt_1.ckpt", 12), ("step=9.ckpt", 9)):
+        save(tmp_path / name, step)
+    cut(tmp_path / "step=9.ckpt")
+    order = [path.name for path in latest_first(tmp_path.iterdir())]
+    assert order == ["hpc_ckpt_1.ckpt", "step=10.ckpt", "step=9.ckpt", "step=2.ckpt"]
