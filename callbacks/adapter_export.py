@@ -148,7 +148,7 @@ class AdapterExport(pl.Callback):
                 pl_module.save_trained(partial)  # type: ignore[operator]
             else:
                 _write_model(trainer, pl_module, partial, weights)
-            _write_json(partial / TRAINING_SUMMARY, self._summary(trainer, pl_module, tokens))
+            _write_json(partial, TRAINING_SUMMARY, self._summary(trainer, pl_module, tokens))
             if config.exists():
                 shutil.copy(config, partial / "config.yaml")
         return folder
@@ -196,18 +196,18 @@ def _writes_itself(pl_module: pl.LightningModule) -> bool:
 
 
 def _write_model(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, folder: Path, weights: dict[str, Tensor] | None
+    trainer: pl.Trainer, pl_module: pl.LightningModule, partial: Path, weights: dict[str, Tensor] | None
 ) -> None:
     """``weights`` are those that training changed, where the model's own are sharded."""
-    pl_module.model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator, union-attr]
-    pl_module.tokenizer.save_pretrained(folder)  # type: ignore[operator, union-attr]
+    pl_module.model.save_pretrained(partial, state_dict=weights)  # type: ignore[operator, union-attr]
+    pl_module.tokenizer.save_pretrained(partial)  # type: ignore[operator, union-attr]
     curricula = [callback for callback in trainer.callbacks if isinstance(callback, Curriculum)]  # type: ignore[attr-defined]
     state = curricula[0].export_state(trainer.global_step) if curricula else {}
-    _write_json(folder / "curriculum.json", state)
+    _write_json(partial, "curriculum.json", state)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+def _write_json(partial: Path, name: str, content: dict[str, Any]) -> None:
+    (partial / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _write_merged(pl_module: pl.LightningModule, final: Path) -> None:

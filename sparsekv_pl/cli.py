@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import yaml
 from jsonargparse import Namespace, get_loader, set_loader
@@ -177,8 +177,10 @@ class CommandLine(LightningCLI):
         self.parser.add_instantiator(explained, object)
         with self._memory_explained():
             super().instantiate_classes()
-        if self.subcommand is not None and self.reports and not self.trainer.fast_dev_run:
-            self.folders.claim("model.output", self.model.output, REPORT)  # type: ignore[arg-type]  # a default
+        if self.subcommand is not None and self.reports:
+            trainer, model = cast(Any, self.trainer), cast(Any, self.model)
+            if not trainer.fast_dev_run:
+                self.folders.claim("model.output", model.output, REPORT)  # where nothing said it
 
     def instantiate_trainer(self, **settings: Any) -> Trainer:
         """The trainer; what Lightning refuses becomes a ``ValueError`` with the settings that it speaks of."""

@@ -48,10 +48,14 @@ class Results:
         self.folder.mkdir(parents=True, exist_ok=True)
         body: dict[str, Any] = {"key": key, "records": list(records)}
         line = json.dumps({"checksum": _checksum(body), **body}, allow_nan=False) + "\n"
-        with self._locked(), (self.folder / f"{name}.{self.rank}.jsonl").open("ab+") as file:
-            file.write(_line_end(file) + line.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        path = self.folder / f"{name}.{self.rank}.jsonl"
+        try:
+            with self._locked(), path.open("ab+") as file:
+                file.write(_line_end(file) + line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, error.filename or str(path)) from error
         self._pieces[key] = body["records"]
 
     def _locked(self) -> AbstractContextManager[None]:

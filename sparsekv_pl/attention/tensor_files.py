@@ -71,8 +71,8 @@ def write(folder: Path, sample: int, tensors: LayerTensors) -> Path:
         "V": _alone(tensors.value),
         "metadata": dict(tensors.metadata),
     }
-    with written_whole(path) as partial:
-        torch.save(content, partial)
+    with written_whole(path) as partial, partial.open("wb") as file:  # by name torch hides what the disk refuses
+        torch.save(content, file)
     return path
 
 
