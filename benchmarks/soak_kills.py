@@ -1,11 +1,11 @@
 """Random SIGKILLs of trainings, evaluations and conversions, with one and with two ranks; every one goes on.
 
 Run from the checkout, on Linux: ``python benchmarks/soak_kills.py --kills 100``. Each kind is run once alone, then
-killed at random moments and started again, until it ends; then it starts over in an empty folder. After every kill each
-export, checkpoint and report that has a name is read whole; every micro-batch that is made again, every result and
-every export must equal those of the run alone, bit for bit. Prints a line a kill and, at the end, "kills, lost, tracebacks";
-exits with 1 unless the last two are 0. Of two ranks the first, the second or both are killed; what one says of the
-other's death is no traceback of ours.
+killed at random moments and started again, until it ends; then it starts over in an empty folder. After every kill
+each export, checkpoint and report that has a name is read whole; every micro-batch that is made again, every result
+and every export must equal those of the run alone, bit for bit. Prints a line a kill and, at the end, "kills, lost,
+tracebacks"; exits with 1 unless the last two are 0. Of two ranks the first, the second or both are killed; what one
+says of the other's death is no traceback of ours.
 """
 
 import argparse
