@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +135,22 @@ def test_a_conversion_that_was_stopped_leaves_nothing_and_does_not_count(
         convert(gguf, cache)
     assert list(cache.glob("[!.]*")) == []
     gguf.write_text("weights")
-    leftover = cache / ".partial-killed"
-    leftover.mkdir()
-    (leftover / "config.json").write_text("{}")
+    for name in (".partial-killed", ".other.partial"):  # before this version and since
+        (cache / name).mkdir()
+        (cache / name / "config.json").write_text("{}")
     folder = convert(gguf, cache)
     assert (folder / "model.safetensors").exists()
     assert {path.name for path in cache.iterdir()} == {".lock", folder.name}
     assert conversions() == 2
+
+
+def test_of_two_first_conversions_at_once_one_waits_for_the_other(
+    gguf: Path, conversions: Callable[[], int], tmp_path: Path
+) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(convert, [gguf] * 2, [tmp_path / "cache"] * 2))
+    assert folders[0] == folders[1] and (folders[0] / "model.safetensors").exists()
+    assert conversions() == 1
 
 
 # --- what cannot be converted ---
