@@ -285,8 +285,10 @@ class Run:
         return self.log.read_text()
 
     def checkpoints(self) -> list[Path]:
-        """Newest first."""
-        return sorted(self.folder.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        """Of the latest step first."""
+        from callbacks.checkpoint_files import latest_first
+
+        return latest_first(self.folder.glob("checkpoints/*.ckpt"))
 
     def all_records(self) -> list[dict[str, Any]]:
         """Of every start, in order."""

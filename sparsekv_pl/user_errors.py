@@ -18,6 +18,7 @@ REMEDIES = {
     errno.ENAMETOOLONG: "give a shorter path",
     errno.ENOSPC: "make room, or give a place on another disk",
     errno.EDQUOT: "make room, or give a place on another disk",
+    errno.EFBIG: "raise the limit (ulimit -f), or give a place on another disk",
 }
 OURS = ("sparsekv_pl", "callbacks", "data")
 
