@@ -23,12 +23,13 @@ def set_aside(folders: Iterable[Path], ckpt_path: str | None) -> None:
     A new run, or one that goes on from another folder's checkpoint, has nothing there. One that goes on from a
     checkpoint that is not its latest has what is of no later step. Says what was moved, and how to go on with it.
     """
-    for folder in dict.fromkeys(path.absolute() for path in folders):
-        if not folder.is_dir():
-            continue
+    own = [path for path in dict.fromkeys(path.absolute() for path in folders) if path.is_dir()]
+    for folder in own:
         mend(folder)
-        if (step := _goes_on_from(folder, ckpt_path)) is None:
-            continue
+    step = _goes_on_from([path for folder in own for path in checkpoints_in(folder)], ckpt_path)
+    if step is None:
+        return
+    for folder in own:
         later = [path for path in checkpoints_in(folder) if step_of(path) > step]
         later += [path for name in EXPORTS for path in sorted(folder.glob(name)) if _step(path) > step]
         if step < 0:
@@ -38,15 +39,14 @@ def set_aside(folders: Iterable[Path], ckpt_path: str | None) -> None:
             _move(folder, later, step)
 
 
-def _goes_on_from(folder: Path, ckpt_path: str | None) -> int | None:
-    """The step of which ``folder``'s run goes on, -1 for a new run; None where all that lies there is its own."""
-    saved = checkpoints_in(folder)
+def _goes_on_from(saved: list[Path], ckpt_path: str | None) -> int | None:
+    """The step that a run which ``saved`` these goes on from, -1 for a new run; None where all there is its own."""
     if any(path.name.startswith("hpc_ckpt_") for path in saved):
         return None  # Lightning goes on from these, whatever it is given
     if ckpt_path is None or ckpt_path in ("last", "best", "hpc"):
         return None if ckpt_path and saved else -1
     path = Path(ckpt_path).expanduser().absolute()
-    if path not in (other.absolute() for other in saved):
+    if path not in saved:
         return -1
     step = step_of(path)
     return step if any(step_of(other) > step and not fault(other) for other in saved) else None

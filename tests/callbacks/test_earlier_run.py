@@ -74,6 +74,17 @@ def test_what_goes_on_keeps_what_it_left(used: Path) -> None:
     assert names(used) == before | {"hpc_ckpt_1.ckpt"}
 
 
+@pytest.mark.parametrize("ckpt_path", ["last", "checkpoints/step=9.ckpt"])
+def test_exports_and_checkpoints_may_lie_apart(ckpt_path: str, used: Path) -> None:
+    exports = used.parent / "exports"
+    exports.mkdir()
+    (used / "final").rename(exports / "final")
+    set_aside([used, exports], ckpt_path if ckpt_path == "last" else str(used / ckpt_path))
+    assert names(exports) == {"final"}
+    set_aside([used, exports], None)
+    assert names(exports) == {"earlier-1"}
+
+
 def test_going_on_from_an_earlier_step_takes_what_follows_it_away(used: Path) -> None:
     set_aside([used], str(used / "checkpoints" / "step=6.ckpt"))
     assert names(used) == KEPT | {
