@@ -42,9 +42,10 @@ test: export OMP_NUM_THREADS = 1
 test: $(STAMP) ## run the tests, two at a time; ARGS="-k losses" picks some, ARGS="-n 0" takes one process
 	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
-lint: $(STAMP) ## check style and format
+lint: $(STAMP) ## check style, format and the directions of imports
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(dir $(PY))lint-imports --no-cache --no-logo
 
 types: $(STAMP) ## check types
 	$(PY) -m mypy

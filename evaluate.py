@@ -2,8 +2,8 @@
 
 from callbacks.progress_lines import progress
 from callbacks.stopping import Stopping
-from sparsekv_pl.cli import CommandLine, run
-from sparsekv_pl.saved_config import SaveEvaluationConfig
+from sparsekv_pl.cli.command_line import CommandLine, run
+from sparsekv_pl.cli.saved_config import SaveEvaluationConfig
 
 
 class EvaluateCommandLine(CommandLine):

@@ -9,9 +9,9 @@ from callbacks.checkpoint_files import chosen
 from callbacks.earlier_run import set_aside
 from callbacks.progress_lines import progress
 from callbacks.stopping import Stopping
-from sparsekv_pl.cli import CommandLine, run
-from sparsekv_pl.run_folders import trained_into
-from sparsekv_pl.saved_config import SaveRunConfig
+from sparsekv_pl.cli.command_line import CommandLine, run
+from sparsekv_pl.cli.run_folders import trained_into
+from sparsekv_pl.cli.saved_config import SaveRunConfig
 
 
 class TrainCommandLine(CommandLine):

@@ -17,8 +17,8 @@ from measure import paired_times, peak_memory, report
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 
-from sparsekv_pl.analyses.statistics import run_observed
-from sparsekv_pl.attention.cached import attention_implementation
+from sparsekv_pl.analysis.statistics_analysis import run_observed
+from sparsekv_pl.attention.evicted_attention import attention_implementation
 from sparsekv_pl.attention.statistics import AttentionStatistics, StatisticsSettings, attention_statistics
 
 TOKENS, FITTING_TOKENS, CHUNK_TOKENS, LAYERS = 8_192, 2_048, 512, 30

@@ -1,8 +1,9 @@
 """Matrix products of SmolLM2's shapes in bfloat16 over float32, forwards and backwards, on one thread.
 
 Run from the checkout: ``python benchmarks/bfloat16.py``. Takes a minute, or ten where the CPU emulates bfloat16; then
-these are the factors of the warning in sparsekv_pl/native_precision.py. On a CPU that does not, one without is had with
-``ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 python benchmarks/bfloat16.py``.
+these are the factors of the warning in sparsekv_pl/models/native_precision.py. On a CPU that does not, one without is
+had with ``ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 python
+benchmarks/bfloat16.py``.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 from measure import paired_times, report
 from torch.nn.functional import linear
 
-from sparsekv_pl.native_precision import decide
+from sparsekv_pl.models.native_precision import decide
 
 TOKENS = 1_024
 SHAPES = {"query": (576, 576), "key": (576, 192), "up": (576, 1_536), "down": (1_536, 576), "head": (576, 49_152)}

@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sparsekv_pl.attention.block_sparse import block_sparse_attention
 from sparsekv_pl.attention.blocks import TopBlocks
-from sparsekv_pl.attention.sketchwalk import SketchWalk
+from sparsekv_pl.blocksparse.sketchwalk import SketchWalk
 
 SHAPES = {"32 heads of 128": (32, 32, 128), "32 heads of 128, 8 KV": (32, 8, 128), "SmolLM2-135M": (9, 3, 64)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from measure import paired_times, peak_memory, report
 from torch import Tensor
 
-from sparsekv_pl.losses import distillation_loss
+from sparsekv_pl.objectives.losses import distillation_loss
 
 VOCABULARY, HIDDEN, TOKENS = 151_936, 1_024, 2_048
 KL_WEIGHT = 1.0

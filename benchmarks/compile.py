@@ -17,15 +17,15 @@ from kvpress import SnapKVPress
 from measure import paired_times, report
 from torch import Tensor
 
-from sparsekv_pl import losses
-from sparsekv_pl.backbone import Backbone, causal_lm
-from sparsekv_pl.batch import IGNORE
-from sparsekv_pl.decoder import decoder_of
-from sparsekv_pl.eviction.chunked import ChunkedEviction
-from sparsekv_pl.modules.eit import EITModule
-from sparsekv_pl.native_precision import decide
-from sparsekv_pl.objectives import EIT, Mixed, SelectionObjective
-from sparsekv_pl.selection import Selection, SelectionLoss
+from sparsekv_pl.eviction.interface import Selection
+from sparsekv_pl.eviction.real import RealEviction
+from sparsekv_pl.models.backbone import Backbone, causal_lm
+from sparsekv_pl.models.batch import IGNORE
+from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.native_precision import decide
+from sparsekv_pl.objectives import EIT, Mixed, SelectionObjective, losses
+from sparsekv_pl.objectives.selection_loss import SelectionLoss
+from sparsekv_pl.training.eit_module import EITModule
 
 NATIVE = decide(accelerator="cpu")
 Step = Callable[[], object]
@@ -71,7 +71,7 @@ def selection_loss(compiled: bool) -> Step:
 def training_step(part: str, compiled: bool) -> Step:
     """A whole EIT step without the optimizer's; of every layer, ``part`` is compiled."""
     objective = Mixed([EIT(), SelectionObjective()])
-    module = EITModule(Backbone(dtype=NATIVE.dtype), ChunkedEviction(SnapKVPress()), objective)
+    module = EITModule(Backbone(dtype=NATIVE.dtype), RealEviction(SnapKVPress()), objective)
     module.train()
     if compiled:
         for layer in decoder_of(causal_lm(module.model)).layers:

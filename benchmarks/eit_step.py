@@ -14,12 +14,12 @@ from kvpress import ExpectedAttentionPress
 from measure import Ratio, paired_times, peak_memory, report
 from torch.nn.functional import cross_entropy
 
-from sparsekv_pl.backbone import Backbone, causal_lm
-from sparsekv_pl.batch import IGNORE
-from sparsekv_pl.eviction.chunked import ChunkedEviction
-from sparsekv_pl.modules.eit import EITModule
-from sparsekv_pl.native_precision import decide
+from sparsekv_pl.eviction.real import RealEviction
+from sparsekv_pl.models.backbone import Backbone, causal_lm
+from sparsekv_pl.models.batch import IGNORE
+from sparsekv_pl.models.native_precision import decide
 from sparsekv_pl.objectives import EIT, Mixed, Objective, SelectionObjective
+from sparsekv_pl.training.eit_module import EITModule
 
 NATIVE = decide(accelerator="cpu")
 LENGTHS = (1_024, 2_048)
@@ -43,7 +43,7 @@ def build_step(method: str, tokens: int) -> Callable[[], None]:
         model, _ = Backbone(dtype=NATIVE.dtype).load()
         model.train()
         return lambda: _plain(model, ids)
-    module = EITModule(Backbone(dtype=NATIVE.dtype), ChunkedEviction(ExpectedAttentionPress()), OBJECTIVES[method]())
+    module = EITModule(Backbone(dtype=NATIVE.dtype), RealEviction(ExpectedAttentionPress()), OBJECTIVES[method]())
     module.train()
     cut = int(tokens * (1 - CONTINUATION_SHARE))
     labels = ids[:, cut:].clone()

@@ -23,11 +23,11 @@ from measure import report
 from torch.multiprocessing import start_processes
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsekv_pl.backbone import EMBEDDED, Backbone
 from sparsekv_pl.eviction.dropout import KVDropout
-from sparsekv_pl.lora import Lora
-from sparsekv_pl.modules.eit import EITModule
-from sparsekv_pl.native_precision import decide
+from sparsekv_pl.models.backbone import EMBEDDED, Backbone
+from sparsekv_pl.models.lora import Lora
+from sparsekv_pl.models.native_precision import decide
+from sparsekv_pl.training.eit_module import EITModule
 
 WARM_UP, STEPS, CONTINUATION = 3, 13, 64
 

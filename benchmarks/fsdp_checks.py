@@ -19,12 +19,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.multiprocessing import start_processes
 
 from callbacks.adapter_export import AdapterExport
-from sparsekv_pl.backbone import Backbone
-from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.dropout import KVDropout
-from sparsekv_pl.lora import Lora
+from sparsekv_pl.eviction.real import RealEviction
+from sparsekv_pl.models.backbone import Backbone
+from sparsekv_pl.models.lora import Lora
+from sparsekv_pl.models.quantisation import parameter_count
 from sparsekv_pl.objectives import EIT, Mixed, Objective, SelectionObjective
-from sparsekv_pl.quantisation import parameter_count
 
 
 class NeverWhole(Callback):
@@ -52,7 +52,7 @@ def _mixed() -> Objective:
 CASES = {
     "lora_real_eviction": Case(),
     "lora_real_eviction_selection_loss_accumulated": Case(objective=_mixed, trainer={"accumulate_grad_batches": 2}),
-    "lora_chunks_checkpointed": Case(lambda: ChunkedEviction(SnapKVPress(window_size=8), 24, checkpoint=True), _mixed),
+    "lora_chunks_checkpointed": Case(lambda: RealEviction(SnapKVPress(window_size=8), 24, checkpoint=True), _mixed),
     "lora_kv_dropout": Case(KVDropout),
     "lora_kv_dropout_layers_checkpointed": Case(lambda: KVDropout(checkpoint=True)),
     "full_tied_clipped": Case(adapter=False, optimizer=SLOW, trainer={"gradient_clip_val": 0.5}),

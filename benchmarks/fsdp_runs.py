@@ -20,13 +20,13 @@ from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers.utils.logging import disable_progress_bar
 
-from sparsekv_pl.backbone import Backbone
-from sparsekv_pl.batch import IGNORE, Batch
 from sparsekv_pl.eviction import Eviction
-from sparsekv_pl.eviction.chunked import ChunkedEviction
-from sparsekv_pl.modules.eit import EITModule
+from sparsekv_pl.eviction.real import RealEviction
+from sparsekv_pl.models.backbone import Backbone
+from sparsekv_pl.models.batch import IGNORE, Batch
 from sparsekv_pl.objectives import EIT, Objective
-from sparsekv_pl.sharding import gathered
+from sparsekv_pl.training.eit_module import EITModule
+from sparsekv_pl.training.sharding import gathered
 
 ROWS, STEPS, CONTEXT, CONTINUATION = 4, 4, 96, 16
 """Of a global batch; batches; tokens."""
@@ -91,7 +91,7 @@ SLOW = partial(torch.optim.SGD, lr=0.1)
 class Case:
     """One training run, on many ranks and in one process: the losses and the weights must agree."""
 
-    eviction: Callable[[], Eviction] = lambda: ChunkedEviction(SnapKVPress(window_size=8))
+    eviction: Callable[[], Eviction] = lambda: RealEviction(SnapKVPress(window_size=8))
     objective: Callable[[], Objective] = EIT
     model: str = "tied"
     adapter: bool = True

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from sparsekv_pl.attention.block_sparse import block_sparse_attention
 from sparsekv_pl.attention.blocks import TopBlocks
 from sparsekv_pl.attention.kept_columns import kept_columns_attention, kept_columns_mask
-from sparsekv_pl.attention.sketchwalk import SketchWalk
+from sparsekv_pl.blocksparse.sketchwalk import SketchWalk
 
 Cost = Callable[..., tuple[float, float]]
 HEADS, KV_HEADS, HEAD_DIM, RECENT = 32, 8, 64, 128
@@ -115,9 +115,9 @@ def losses_of_three_steps(model: str, adapter: str, device: str, sharded: bool) 
     from lightning.pytorch import Trainer
     from lightning.pytorch.strategies import ModelParallelStrategy
 
-    from sparsekv_pl.backbone import Backbone
-    from sparsekv_pl.eviction.chunked import ChunkedEviction
-    from sparsekv_pl.modules.eit import EITModule
+    from sparsekv_pl.eviction.real import RealEviction
+    from sparsekv_pl.models.backbone import Backbone
+    from sparsekv_pl.training.eit_module import EITModule
 
     backend = "nccl" if device == "cuda" else "gloo"
     strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1, process_group_backend=backend)
@@ -138,7 +138,7 @@ def losses_of_three_steps(model: str, adapter: str, device: str, sharded: bool) 
     )
     torch.manual_seed(0)
     backbone = Backbone(model, adapter=adapter, sharded=sharded)
-    module = EITModule(backbone, ChunkedEviction(SnapKVPress(window_size=8)))
+    module = EITModule(backbone, RealEviction(SnapKVPress(window_size=8)))
     module.compression_ratio = 0.5
     trainer.fit(module, Rows(1, 96, 32, 3))
     return [round(loss, 4) for loss in losses.losses]

@@ -7,16 +7,16 @@ import torch
 from kvpress import ExpectedAttentionPress, KnormPress
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsekv_pl.anchors import Anchors, AnchorTable
-from sparsekv_pl.batch import IGNORE, Batch, Supervised
 from sparsekv_pl.eviction import Eviction
-from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.dropout import KVDropout
-from sparsekv_pl.lora import Lora, inject_lora
-from sparsekv_pl.modules.student import Student
+from sparsekv_pl.eviction.real import RealEviction
+from sparsekv_pl.models.anchors import Anchors, AnchorTable
+from sparsekv_pl.models.batch import IGNORE, Batch, Supervised
+from sparsekv_pl.models.lora import Lora, inject_lora
 from sparsekv_pl.objectives import EIT, Mixed, Objective, SelectionObjective
 from sparsekv_pl.presses import BlockDropoutPress
-from sparsekv_pl.teacher import Teacher
+from sparsekv_pl.training.student import Student
+from sparsekv_pl.training.teacher import Teacher
 
 Shape = dict[str, Any]
 BILLION: Shape = {
@@ -87,10 +87,10 @@ def student_of(model: Any, kind: str) -> Student:
     """``selection``: ExpectedAttention and both losses; ``kv_dropout``, ``blocks``, ``nothing``: EIT alone."""
     objective: Objective = Mixed([EIT(), SelectionObjective()]) if kind == "selection" else EIT()
     evictions: dict[str, Eviction] = {
-        "selection": ChunkedEviction(ExpectedAttentionPress()),
+        "selection": RealEviction(ExpectedAttentionPress()),
         "kv_dropout": KVDropout(Anchors(recent=16, special=False, punctuation=False)),
-        "blocks": ChunkedEviction(BlockDropoutPress(block_size=16, protect_recent=16)),
-        "nothing": ChunkedEviction(KnormPress()),
+        "blocks": RealEviction(BlockDropoutPress(block_size=16, protect_recent=16)),
+        "nothing": RealEviction(KnormPress()),
     }
     eviction = evictions[kind]
     if isinstance(eviction, KVDropout):

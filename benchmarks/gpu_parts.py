@@ -134,7 +134,7 @@ def blocks(device: str, tiny: bool) -> Figures:
 
 def four_bit(device: str, tiny: bool) -> Figures:
     """A step on 4-bit weights, whose teacher is the same network with its adapter off."""
-    from sparsekv_pl.backbone import Backbone
+    from sparsekv_pl.models.backbone import Backbone
 
     with tempfile.TemporaryDirectory() as folder:
         shape = TINY if tiny else BILLION | {"num_hidden_layers": 4}
@@ -157,7 +157,7 @@ def sharded(device: str, tiny: bool) -> Figures:
     """Three steps under FSDP2 with one rank, against the same steps of one process."""
     from gpu_attention import losses_of_three_steps
 
-    from sparsekv_pl.backbone import Backbone
+    from sparsekv_pl.models.backbone import Backbone
 
     with tempfile.TemporaryDirectory() as folder:
         model, adapter = saved(Path(folder) / "model", TINY if tiny else BILLION | {"num_hidden_layers": 4}), folder

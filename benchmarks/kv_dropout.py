@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsekv_pl.anchors import Anchors, AnchorTable
 from sparsekv_pl.attention.kept_columns import kept_columns_attention
 from sparsekv_pl.eviction.dropout import KVDropout
+from sparsekv_pl.models.anchors import Anchors, AnchorTable
 
 TOKENS, CONTINUATION, COMPRESSION = 2_048, 64, 0.7
 HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 9, 3, 64, 49_152

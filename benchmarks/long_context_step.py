@@ -14,13 +14,13 @@ import torch
 from kvpress import ExpectedAttentionPress
 from measure import paired_times, peak_memory, report
 
-from sparsekv_pl.backbone import Backbone, causal_lm
-from sparsekv_pl.batch import IGNORE
-from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.prefill import ChunkedPrefill
-from sparsekv_pl.modules.eit import EITModule
-from sparsekv_pl.native_precision import decide
+from sparsekv_pl.eviction.real import RealEviction
+from sparsekv_pl.models.backbone import Backbone, causal_lm
+from sparsekv_pl.models.batch import IGNORE
+from sparsekv_pl.models.native_precision import decide
 from sparsekv_pl.objectives import LM
+from sparsekv_pl.training.eit_module import EITModule
 
 NATIVE = decide(accelerator="cpu")
 SHORT, LONG = 2_048, 8_192
@@ -46,7 +46,7 @@ def build_step(tokens: int, checkpoint: bool) -> Callable[[], None]:
 
 def _module(checkpoint: bool) -> EITModule:
     torch.manual_seed(0)
-    eviction = ChunkedEviction(ExpectedAttentionPress(), CHUNK, BUDGET, checkpoint=checkpoint)
+    eviction = RealEviction(ExpectedAttentionPress(), CHUNK, BUDGET, checkpoint=checkpoint)
     module = EITModule(Backbone(dtype=NATIVE.dtype), eviction, LM())
     module.train()
     return module

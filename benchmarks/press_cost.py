@@ -18,8 +18,8 @@ from measure import paired_times, report, seconds
 from transformers import PreTrainedModel
 
 from data.text import EmbeddedText
-from sparsekv_pl.backbone import Backbone
 from sparsekv_pl.eviction.replay import RecordedPrefill
+from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.presses import (
     AdaptiveBlockDropoutPress,
     AnchorPress,
@@ -28,7 +28,7 @@ from sparsekv_pl.presses import (
     SoftThresholdPress,
     VariableBlockPress,
 )
-from sparsekv_pl.presses.scores import press_name
+from sparsekv_pl.presses.nesting import press_name
 from sparsekv_pl.presses.traits import traits_of
 
 LENGTHS, RATIO, ROUNDS = (2_048, 8_192), 0.75, 5

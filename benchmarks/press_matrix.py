@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase, pipeline
 
 from data.evaluation import EvaluationData
 from data.fact_task import Facts
-from sparsekv_pl.backbone import Backbone
-from sparsekv_pl.batch import CaseBatch
-from sparsekv_pl.eviction.setting import Setting
-from sparsekv_pl.measures import Measurement
+from sparsekv_pl.evaluation.measurement import Measurement
+from sparsekv_pl.evaluation.points import Setting
+from sparsekv_pl.models.backbone import Backbone
+from sparsekv_pl.models.batch import CaseBatch
 
 PRESSES = (kvpress.ExpectedAttentionPress, kvpress.SnapKVPress, kvpress.TOVAPress, kvpress.KeyDiffPress)
 RATIOS = [0.25, 0.5, 0.75]

@@ -21,14 +21,14 @@ from measure import report
 from torch import Tensor
 
 from data.mixture import EvictionData, MixtureStream
-from sparsekv_pl.backbone import Backbone, causal_lm
-from sparsekv_pl.batch import Batch
-from sparsekv_pl.decoder import decoder_of
-from sparsekv_pl.eviction.chunked import ChunkedEviction
-from sparsekv_pl.lora import Lora
-from sparsekv_pl.modules.eit import EITModule
+from sparsekv_pl.eviction.real import RealEviction
+from sparsekv_pl.models.backbone import Backbone, causal_lm
+from sparsekv_pl.models.batch import Batch
+from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.lora import Lora
 from sparsekv_pl.objectives import EIT, Mixed, SelectionObjective
 from sparsekv_pl.presses import EvictionAugPress
+from sparsekv_pl.training.eit_module import EITModule
 
 STEPS = 3
 
@@ -38,7 +38,7 @@ def build(dtype: str, layers: int | None) -> tuple[EITModule, Iterator[Batch]]:
     torch.manual_seed(0)
     press = EvictionAugPress([ExpectedAttentionPress(), SnapKVPress()], score_all=True)
     objective = Mixed([EIT(), SelectionObjective()], [1.0, 3.0])
-    module = EITModule(Backbone(dtype=dtype, lora=Lora()), ChunkedEviction(press), objective)  # type: ignore[arg-type]
+    module = EITModule(Backbone(dtype=dtype, lora=Lora()), RealEviction(press), objective)  # type: ignore[arg-type]
     model = causal_lm(module.model)
     if layers is not None:
         decoder_of(model).layers = decoder_of(model).layers[:layers]

@@ -35,17 +35,20 @@ from data.facts import Split
 from data.needles import NeedleCase, NeedleTask, needle_ids
 from data.packing import split_tokens
 from data.text import EmbeddedText, Splits
-from sparsekv_pl.backbone import Backbone, causal_lm
-from sparsekv_pl.batch import Supervised
-from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.eviction.request import Request
-from sparsekv_pl.lora import Lora
-from sparsekv_pl.native_precision import decide
+from sparsekv_pl.models.backbone import Backbone, causal_lm
+from sparsekv_pl.models.batch import Supervised
+from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.lora import Lora
+from sparsekv_pl.models.native_precision import decide
+from sparsekv_pl.objectives.attention_mass import AttentionMass
+from sparsekv_pl.objectives.score_alignment import evictable_keys, key_logits
+from sparsekv_pl.objectives.selection_loss import SelectionLoss
 from sparsekv_pl.presses import EvictionAugPress
-from sparsekv_pl.presses.scores import catch_scores, press_name
-from sparsekv_pl.selection import AttentionMass, SelectionLoss, evictable_keys, key_logits
-from sparsekv_pl.teacher import Teacher
+from sparsekv_pl.presses.caught_scores import catch_scores
+from sparsekv_pl.presses.nesting import press_name
+from sparsekv_pl.training.teacher import Teacher
 
 NATIVE = decide(accelerator="cpu")
 SINKS = 4

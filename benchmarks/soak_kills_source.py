@@ -55,7 +55,7 @@ def evaluation(folder: Path, output: Path, ranks: int) -> list[str]:
 
 def conversion(folder: Path, output: Path) -> list[str]:
     """The command that converts into ``output``."""
-    code = "import sys; from pathlib import Path; from sparsekv_pl.gguf_checkpoint import convert; "
+    code = "import sys; from pathlib import Path; from sparsekv_pl.models.gguf_checkpoint import convert; "
     return [sys.executable, "-c", f"{code}convert(*map(Path, sys.argv[1:]))", f"{folder}/model.gguf", str(output)]
 
 
@@ -69,9 +69,9 @@ def _training(model: str) -> dict[str, Any]:
     growing = named("sparsekv_pl.schedules.Linear", start=0.4, end=0.8, steps=STEPS)
     schedule = named("sparsekv_pl.schedules.Spread", low=0.1, schedule=growing)
     module = named(
-        "sparsekv_pl.modules.eit.EITModule",
+        "sparsekv_pl.training.eit_module.EITModule",
         backbone={"pretrained": model, "dtype": "float32", "lora": {"r": 4}},
-        eviction=named("sparsekv_pl.eviction.chunked.ChunkedEviction", press=press),
+        eviction=named("sparsekv_pl.eviction.real.RealEviction", press=press),
         optimizer=named("torch.optim.AdamW", lr=1e-2),
     )
     data = named(

@@ -181,9 +181,9 @@ def config(model: str, urls: list[str], steps: int, saved_every: int) -> dict[st
     growing = named("sparsekv_pl.schedules.Linear", start=0.4, end=0.8, steps=steps)
     schedule = named("sparsekv_pl.schedules.Spread", low=0.1, schedule=growing)
     module = named(
-        "sparsekv_pl.modules.eit.EITModule",
+        "sparsekv_pl.training.eit_module.EITModule",
         backbone={"pretrained": model, "dtype": "float32", "lora": None},
-        eviction=named("sparsekv_pl.eviction.chunked.ChunkedEviction", chunk_tokens=32, press=press),
+        eviction=named("sparsekv_pl.eviction.real.RealEviction", chunk_tokens=32, press=press),
         objective=named("sparsekv_pl.objectives.Mixed", objectives=objectives),
         optimizer=named("torch.optim.AdamW", lr=1e-3),
         lr_scheduler=named("torch.optim.lr_scheduler.OneCycleLR", max_lr=1e-3, total_steps=steps + 1),

@@ -15,12 +15,12 @@ from typing_extensions import override
 
 from callbacks.checkpoint_files import bytes_of, saved_whole
 from callbacks.curriculum import Curriculum
-from sparsekv_pl.backbone import causal_lm
-from sparsekv_pl.batch import tokens_given
-from sparsekv_pl.json_file import read_mapping
-from sparsekv_pl.sharding import exported, gathered
-from sparsekv_pl.weight_match import TRAINING_SUMMARY
-from sparsekv_pl.whole_files import check_room
+from sparsekv_pl.models.backbone import causal_lm
+from sparsekv_pl.models.batch import tokens_given
+from sparsekv_pl.models.weight_match import TRAINING_SUMMARY
+from sparsekv_pl.storage.json_file import read_mapping
+from sparsekv_pl.storage.whole_files import check_room
+from sparsekv_pl.training.sharding import exported, gathered
 
 
 class AdapterExport(pl.Callback):

@@ -13,18 +13,18 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 from typing_extensions import override
 
-from sparsekv_pl.analyses.anchors import observed
-from sparsekv_pl.attention.anchor_profile import LEADING, AnchorProfile, profile_records
-from sparsekv_pl.attention.received import ReceivedAttention
-from sparsekv_pl.attention.token_types import types_for
-from sparsekv_pl.backbone import causal_lm
-from sparsekv_pl.batch import Batch
-from sparsekv_pl.devices import stacked
-from sparsekv_pl.reporting.anchors.figures import layers_figure
-from sparsekv_pl.reporting.anchors.report import layer_table, type_rows
+from sparsekv_pl.analysis.anchor_attention import observed
+from sparsekv_pl.analysis.anchor_figures import layers_figure
+from sparsekv_pl.analysis.anchor_profile import LEADING, AnchorProfile, profile_records
+from sparsekv_pl.analysis.anchor_report import layer_table, type_rows
+from sparsekv_pl.analysis.token_types import types_for
+from sparsekv_pl.attention.received_attention import ReceivedAttention
+from sparsekv_pl.models.backbone import causal_lm
+from sparsekv_pl.models.batch import Batch
+from sparsekv_pl.models.devices import stacked
 from sparsekv_pl.reporting.console import show
 from sparsekv_pl.reporting.figures import png
-from sparsekv_pl.reporting.files import json_bytes, replace_all
+from sparsekv_pl.reporting.file_formats import json_bytes, replace_all
 from sparsekv_pl.reporting.loggers import left_out, log_picture, log_scores
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from callbacks.checkpoint_files import (
     not_saved,
     saved_whole,
 )
-from sparsekv_pl.modules.stop_signal import HeldSignals, Stopped
-from sparsekv_pl.second_signal import STOPS
-from sparsekv_pl.whole_files import check_room, disk_error, mend
+from sparsekv_pl.evaluation.second_signal import STOPS
+from sparsekv_pl.evaluation.stop_signal import HeldSignals, Stopped
+from sparsekv_pl.storage.whole_files import check_room, disk_error, mend
 
 REQUEUES = (signal.SIGUSR1, signal.SIGUSR2)
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from sparsekv_pl.whole_files import free_bytes, written_whole
+from sparsekv_pl.storage.whole_files import free_bytes, written_whole
 
 SUFFIX = ".ckpt"
 SHARDED = "meta.pt"

@@ -10,21 +10,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from sparsekv_pl.analyses.collection import Timestamps, attention_dtype, model_path, summaries_of
-from sparsekv_pl.attention.cached import CACHED, Observer
-from sparsekv_pl.attention.capture import TensorCapture, disk_need
+from sparsekv_pl.attention.evicted_attention import CACHED, Observer
 from sparsekv_pl.attention.statistics import StatisticsSettings
-from sparsekv_pl.backbone import causal_lm
-from sparsekv_pl.batch import CaseBatch
-from sparsekv_pl.decoder import decoder_of
+from sparsekv_pl.blocksparse.collection import Timestamps, attention_dtype, model_path, summaries_of
+from sparsekv_pl.blocksparse.tensor_capture import TensorCapture, disk_need
+from sparsekv_pl.evaluation.run_output import RunOutput
+from sparsekv_pl.models.backbone import causal_lm
+from sparsekv_pl.models.batch import CaseBatch
+from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.reporting.console import show
-from sparsekv_pl.reporting.files import json_bytes, replace_all
-from sparsekv_pl.results import Record, gathered
-from sparsekv_pl.run_output import RunOutput
+from sparsekv_pl.reporting.file_formats import json_bytes, replace_all
+from sparsekv_pl.storage.records import Record, gathered
 
 
 class CollectTensors(pl.Callback):
-    """Writes the files of ``analyses.collection.TensorCollection`` in any ``evaluate.py test`` run of a model.
+    """Writes the files of ``blocksparse.collection.TensorCollection`` in any ``evaluate.py test`` run of a model.
 
     Looked at are dense forwards over a whole context of the batch (as many queries as keys), each context once, with
     the adapter on where there is one: the trained model, not the base. An evaluation in one chunk runs such a forward

@@ -7,9 +7,9 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.checkpoint_files import checkpoints_in, fault, step_of
-from sparsekv_pl.json_file import read_mapping
-from sparsekv_pl.weight_match import TRAINING_SUMMARY
-from sparsekv_pl.whole_files import mend
+from sparsekv_pl.models.weight_match import TRAINING_SUMMARY
+from sparsekv_pl.storage.json_file import read_mapping
+from sparsekv_pl.storage.whole_files import mend
 
 EXPORTS = ("final", "merged", "checkpoint-*")
 RECORDS = ("events.out.tfevents.*", "metrics.csv", "hparams.yaml", "config.yaml")

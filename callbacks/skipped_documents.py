@@ -6,7 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from sparsekv_pl.batch import Batch
+from sparsekv_pl.models.batch import Batch
 
 
 class SkippedDocuments(pl.Callback):

@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from callbacks.checkpoint import SafeCheckpoint
-from sparsekv_pl.modules.stop_signal import HeldSignals, Stopped
-from sparsekv_pl.second_signal import STOPS
+from sparsekv_pl.evaluation.second_signal import STOPS
+from sparsekv_pl.evaluation.stop_signal import HeldSignals, Stopped
 
 
 class Stopping(Callback):

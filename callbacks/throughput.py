@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from typing_extensions import override
 
-from sparsekv_pl.batch import Batch, tokens_read
+from sparsekv_pl.models.batch import Batch, tokens_read
 
 
 class Mark(NamedTuple):

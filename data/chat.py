@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sparsekv_pl.chat_date import render
+from sparsekv_pl.models.chat_template import render
 
 MARK = "<<<the text goes here>>>"
 WORD_STARTS = ("Ġ", "Ċ", "▁", " ", "\n")

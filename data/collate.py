@@ -8,7 +8,7 @@ import torch
 from data.cases import Case
 from data.needles import NeedleCase
 from data.packing import Tokens
-from sparsekv_pl.batch import IGNORE, Batch, CaseBatch, Supervised
+from sparsekv_pl.models.batch import IGNORE, Batch, CaseBatch, Supervised
 
 
 def text_batch(windows: Sequence[Tokens], continuation_tokens: int, pad: int) -> Batch:

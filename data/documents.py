@@ -24,7 +24,7 @@ class Document(NamedTuple):
     text: str
 
 
-class Blocks(ABC):
+class DocumentBlocks(ABC):
     """Reads the documents of one worker block by block; the reader's state is exact between two blocks."""
 
     skipped: int = 0
@@ -53,7 +53,7 @@ class TextSource(ABC):
     def documents(self) -> Iterator[Document]:
         """All documents once, in the source's order."""
 
-    def blocks(self, keep: Callable[[str], bool], number: int = 0, total: int = 1) -> Blocks:
+    def blocks(self, keep: Callable[[str], bool], number: int = 0, total: int = 1) -> DocumentBlocks:
         """The share ``number`` of ``total`` of the documents whose text ``keep`` accepts; in memory, as one
         block. Share 0 counts what the source skipped.
         """
@@ -61,7 +61,7 @@ class TextSource(ABC):
         return InMemory(kept[number::total], self.skipped if number == 0 else 0)
 
 
-class InMemory(Blocks):
+class InMemory(DocumentBlocks):
     """Documents that are held, as one block an epoch, with the number that was skipped to get them."""
 
     def __init__(self, documents: list[Document], skipped: int) -> None:

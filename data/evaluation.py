@@ -13,8 +13,8 @@ from data.fact_task import Facts
 from data.packing import Tokens, enough_for, split_tokens, window_at, window_starts
 from data.text import EmbeddedText, Splits, TextSource
 from data.tokenized import TokenizedData
-from sparsekv_pl.batch import TEXT, CaseBatch, CaseInfo
-from sparsekv_pl.seeding import random_for
+from sparsekv_pl.models.batch import TEXT, CaseBatch, CaseInfo
+from sparsekv_pl.models.seeding import random_for
 
 MakeCase = Callable[[], Case]
 

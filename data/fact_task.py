@@ -2,11 +2,12 @@
 
 import random
 
-from data.cases import Case, CaseTask, Frame, checked_depth, hide, stretch
+from data.cases import Case, CaseTask, Frame
 from data.facts import draw_facts
+from data.needle_placement import checked_depth, hide, stretch
 from data.needles import QUESTION_OPENING, filler_room, needle_ids
 from data.packing import Tokens
-from sparsekv_pl.batch import CaseInfo
+from sparsekv_pl.models.batch import CaseInfo
 
 ANSWER_SLACK = 4
 """Tokens that an answer may have beyond its value's: a full stop, or another way to cut the value into tokens."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from copy import copy
 from typing import Any, NamedTuple
 
-from data.documents import BOM, Blocks, Document, Skipped
+from data.documents import BOM, Document, DocumentBlocks, Skipped
 from data.retries import Retries
 
 
@@ -16,7 +16,7 @@ class Reader(NamedTuple):
     tables: Iterator[Any] | None = None
 
 
-class HubBlocks(Blocks):
+class HubBlocks(DocumentBlocks):
     """The documents of ``open_stream()`` whose text ``keep`` accepts, ``size`` rows of the stream to a block.
 
     ``iter(batch_size)`` rather than ``iter()``: inside a worker the latter would divide the shards a

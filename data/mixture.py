@@ -21,8 +21,8 @@ from data.resumable import RankStatefulLoader, flat_settings, tokenizer_settings
 from data.text import EmbeddedText, Splits, TextSource
 from data.tokenized import TokenizedData
 from data.without_epochs import batches_to_train, without_epochs
-from sparsekv_pl.batch import Batch
-from sparsekv_pl.seeding import random_for
+from sparsekv_pl.models.batch import Batch
+from sparsekv_pl.models.seeding import random_for
 
 DEPTHS = 10
 """Validation's needles cycle over this many depths, evenly from 0 to 1."""

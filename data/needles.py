@@ -4,12 +4,13 @@ import random
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from data.cases import Frame, checked_depth, hide, stretch
+from data.cases import Frame
 from data.chat import next_turn
 from data.facts import Fact, Split, draw_facts
+from data.needle_placement import checked_depth, hide, stretch
 from data.packing import Tokens
-from sparsekv_pl.batch import IGNORE
-from sparsekv_pl.seeding import random_for
+from sparsekv_pl.models.batch import IGNORE
+from sparsekv_pl.models.seeding import random_for
 
 QUESTION_FIRST_SHARE = 0.1
 MIN_FILLER_SHARE = 0.5

@@ -7,8 +7,8 @@ from typing import Any
 
 from data.encoding import Encoder
 from data.facts import Split
-from data.text import Blocks, Document, Splits, TextSource
-from sparsekv_pl.seeding import random_for
+from data.text import Document, DocumentBlocks, Splits, TextSource
+from sparsekv_pl.models.seeding import random_for
 
 JOINT = "\n\n"
 """Stands after every document."""
@@ -141,7 +141,7 @@ class DocumentStream(Iterator[Document]):
     ) -> None:
         self.share = f"{split} share {number} of {total}"
         self.seed = seed
-        self.blocks: Blocks = source.blocks(lambda text: splits.of(text) == split, number, total)
+        self.blocks: DocumentBlocks = source.blocks(lambda text: splits.of(text) == split, number, total)
         self.epoch, self.block, self.position = 0, 0, 0
         self.found = False
         self.start = self.blocks.state_dict()

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.cases import Frame, stretch
+from data.cases import Frame
 from data.documents import BOM
 from data.facts import Fact, draw_facts
+from data.needle_placement import stretch
 from data.needles import QUESTION_OPENING, filler_room, needle_ids
 from data.packing import Tokens, split_tokens
 from data.python_source import PythonSource
 from data.text import Splits, TextSource
-from sparsekv_pl.seeding import random_for
+from sparsekv_pl.models.seeding import random_for
 
 GOLDEN = (5**0.5 - 1) / 2
 """Multiples of it, without their whole part, lie evenly in [0, 1) however many there are (H. Weyl, 1916)."""

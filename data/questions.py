@@ -10,7 +10,7 @@ from data.collate import case_batch, pad_id
 from data.needles import QUESTION_OPENING
 from data.question_sources import PlantedQuestions, Question, QuestionSource, document_room
 from data.tokenized import TokenizedData
-from sparsekv_pl.batch import CaseBatch, CaseInfo
+from sparsekv_pl.models.batch import CaseBatch, CaseInfo
 
 log = logging.getLogger(__name__)
 

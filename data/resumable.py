@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from sparsekv_pl.batch import Batch
+from sparsekv_pl.models.batch import Batch
 
 SHOWN = 5
 """Settings that a refusal names; it counts the others."""

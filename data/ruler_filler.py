@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from data.cases import Frame, stretch, word_starts
+from data.cases import Frame
+from data.needle_placement import stretch, word_starts
 from data.packing import Tokens
 
 Haystack = Literal["text", "noise", "needles"]

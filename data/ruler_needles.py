@@ -4,7 +4,8 @@ import random
 from dataclasses import astuple, dataclass, replace
 from typing import Any, Literal
 
-from data.cases import Case, CaseTask, Frame, checked_depth, hide
+from data.cases import Case, CaseTask, Frame
+from data.needle_placement import checked_depth, hide
 from data.packing import Tokens
 from data.ruler_filler import (
     AFTER_CONTEXT,
@@ -16,7 +17,7 @@ from data.ruler_filler import (
     plain_filler,
 )
 from data.ruler_vocabulary import Kind, draw_besides
-from sparsekv_pl.batch import CaseInfo
+from sparsekv_pl.models.batch import CaseInfo
 
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 NIAH_MANY = (

@@ -5,11 +5,12 @@ import string
 from dataclasses import dataclass
 from typing import Literal
 
-from data.cases import Case, CaseTask, Frame, checked_depth, hide
+from data.cases import Case, CaseTask, Frame
+from data.needle_placement import checked_depth, hide
 from data.packing import Tokens
 from data.ruler_filler import AFTER_CONTEXT, encode_statement, filler_tokens, plain_filler
 from data.ruler_vocabulary import random_words
-from sparsekv_pl.batch import CaseInfo
+from sparsekv_pl.models.batch import CaseInfo
 
 INTRO = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
 QUESTION = "Question: Find all variables that are assigned the value {value} in the text above."

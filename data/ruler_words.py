@@ -12,7 +12,7 @@ from data.cases import Case, CaseTask, Frame
 from data.packing import Tokens
 from data.ruler_filler import AFTER_CONTEXT
 from data.ruler_vocabulary import distinct_words, random_words
-from sparsekv_pl.batch import CaseInfo
+from sparsekv_pl.models.batch import CaseInfo
 
 CWE_INTRO = (
     "Below is a numbered list of words. In these words, some appear more often than others. "

@@ -10,12 +10,12 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
-from data.documents import BOM, Blocks, Document, Skipped, SourceFailed, TextSource
+from data.documents import BOM, Document, DocumentBlocks, Skipped, SourceFailed, TextSource
 from data.facts import Split
 from data.hub_stream import HubBlocks, python_value, table_documents
 from data.retries import Retries, file_read
 
-__all__ = ["Blocks", "Document", "EmbeddedText", "HubText", "LocalText", "SourceFailed", "Splits", "TextSource"]
+__all__ = ["Document", "DocumentBlocks", "EmbeddedText", "HubText", "LocalText", "SourceFailed", "Splits", "TextSource"]
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ class HubText(TextSource):
             yield from table_documents(table, self.name, self.text_field, counter)
         self.skipped = counter.count
 
-    def blocks(self, keep: Callable[[str], bool], number: int = 0, total: int = 1) -> Blocks:
+    def blocks(self, keep: Callable[[str], bool], number: int = 0, total: int = 1) -> DocumentBlocks:
         """Streamed: whole shards where they divide by ``total``, else every total-th row; those whose text ``keep``
         accepts.
         """

@@ -2,35 +2,20 @@
 
 Training starts near the full cache and removes more as the model learns to do without. SparseKV's "keep 0.9 -> 0.3" is
 compression_ratio 0.1 -> 0.7 here. Steps are optimizer steps, from 0; lengths are steps or shares of the run
-(run_length.py).
+(training/schedule_steps.py).
 """
 
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from dataclasses import dataclass, field, fields
-from numbers import Real
 from typing import Any
 
 from typing_extensions import override
 
-from sparsekv_pl.run_length import Steps, check_boundaries, check_settled, check_steps, in_steps
-from sparsekv_pl.seeding import random_for
-
-
-def check_compression_ratio(name: str, value: float) -> None:
-    """Raise ValueError unless ``value``, the setting ``name``, is a fraction of KV pairs to remove."""
-    if not (isinstance(value, Real) and 0 <= value < 1):
-        raise ValueError(
-            f"{name} is {value!r}: a compression ratio is the fraction of KV pairs removed, at least 0 and "
-            f"below 1 (to keep 30 %, write 0.7)"
-        )
-
-
-def check_at_least(name: str, value: float, minimum: float, whole: bool = False) -> None:
-    """Raise ValueError where ``value``, the setting ``name``, is below ``minimum``, or no ``whole`` number."""
-    if not value >= minimum or (whole and value % 1):
-        raise ValueError(f"{name} is {value}: give {'a whole number of ' * whole}{minimum} or more")
+from sparsekv_pl.models.compression_ratio import check_at_least, check_compression_ratio
+from sparsekv_pl.models.seeding import random_for
+from sparsekv_pl.training.schedule_steps import Steps, check_boundaries, check_settled, check_steps, in_steps
 
 
 class Schedule(ABC):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from data.evaluation import EvaluationData
     from data.mixture import EvictionData
-    from sparsekv_pl.backbone import Backbone
+    from sparsekv_pl.models.backbone import Backbone
 
 VOCABULARY = 1024
 TEMPLATE = (
@@ -95,8 +95,8 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def tiny_backbone(tiny_models: dict[str, str]) -> Callable[..., "Backbone"]:
     """Backbone(**settings) of the tiny Llama in float32 with LoRA r 4, unless the settings say otherwise."""
-    from sparsekv_pl.backbone import Backbone
-    from sparsekv_pl.lora import Lora
+    from sparsekv_pl.models.backbone import Backbone
+    from sparsekv_pl.models.lora import Lora
 
     def make(kind: str = "llama", **settings: Any) -> Backbone:
         defaults: dict[str, Any] = {"pretrained": tiny_models[kind], "dtype": "float32", "lora": Lora(r=4)}

@@ -18,8 +18,8 @@ import pytest
 from configs.cluster import submit
 from configs.cluster.submit import TRAININGS, jobs_of, plan
 from evaluate import EvaluateCommandLine
-from sparsekv_pl.cli import CommandLine
-from sparsekv_pl.run_name import fill_name
+from sparsekv_pl.cli.command_line import CommandLine
+from sparsekv_pl.cli.run_name import fill_name
 from tests.cluster_cases import CLUSTER, QWEN, ROOT, SCRIPTS, batch, dry, put_on_path
 from train import TrainCommandLine
 

@@ -16,8 +16,8 @@ import yaml
 from lightning.pytorch import Trainer
 
 from evaluate import EvaluateCommandLine
-from sparsekv_pl.backbone import Backbone
-from sparsekv_pl.cli import run
+from sparsekv_pl.cli.command_line import run
+from sparsekv_pl.models.backbone import Backbone
 from tests.config_cases import CONFIGS, ROOT, Case, cases, check, check_kept, replaced, same, wrong
 from train import TrainCommandLine
 

@@ -14,9 +14,9 @@ from benchmarks.ablations import configs_of, names
 from data.mixture import EvictionData
 from data.text import EmbeddedText
 from evaluate import EvaluateCommandLine
-from sparsekv_pl.backbone import Backbone
-from sparsekv_pl.cli import CommandLine
-from sparsekv_pl.native_precision import decide
+from sparsekv_pl.cli.command_line import CommandLine
+from sparsekv_pl.models.backbone import Backbone
+from sparsekv_pl.models.native_precision import decide
 from train import TrainCommandLine
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ pytestmark = [
 
 
 def test_numbers_are_sent_to_the_gpu_and_not_waited_for() -> None:
-    from sparsekv_pl.devices import sent
+    from sparsekv_pl.models.devices import sent
 
     values = torch.arange(4.0)
     assert torch.equal(sent(values, torch.device("cuda")).cpu(), values)

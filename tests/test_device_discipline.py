@@ -10,28 +10,28 @@ from kvpress import AdaKVPress, BasePress, ExpectedAttentionPress, KeyDiffPress,
 from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from sparsekv_pl.analyses.anchors import observed
-from sparsekv_pl.analyses.statistics import _row_record, run_observed
-from sparsekv_pl.anchors import Anchors, AnchorTable
-from sparsekv_pl.attention.anchor_profile import profile_records
-from sparsekv_pl.attention.hot_blocks import HotBlocks
+from sparsekv_pl.analysis.anchor_attention import observed
+from sparsekv_pl.analysis.anchor_profile import profile_records
+from sparsekv_pl.analysis.hot_blocks import HotBlocks
+from sparsekv_pl.analysis.statistics_analysis import _row_record, run_observed
+from sparsekv_pl.analysis.token_types import TYPES
 from sparsekv_pl.attention.statistics import AttentionStatistics, StatisticsSettings
-from sparsekv_pl.attention.token_types import TYPES
-from sparsekv_pl.batch import IGNORE, TEXT, Batch, CaseBatch, CaseInfo, Supervised
-from sparsekv_pl.decoder import decoder_of
+from sparsekv_pl.evaluation.context_sparsity import attention_sparsity
+from sparsekv_pl.evaluation.measurement import Measurement
+from sparsekv_pl.evaluation.points import Setting, points_of
 from sparsekv_pl.eviction import Eviction
-from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.dropout import KVDropout
 from sparsekv_pl.eviction.prefill import continue_from
-from sparsekv_pl.eviction.setting import Setting, points_of
-from sparsekv_pl.measures import Measurement
-from sparsekv_pl.measures.sparsity import attention_sparsity
-from sparsekv_pl.modules.student import Student
-from sparsekv_pl.modules.training import MicroBatch, _fault
+from sparsekv_pl.eviction.real import RealEviction
+from sparsekv_pl.models.anchors import Anchors, AnchorTable
+from sparsekv_pl.models.batch import IGNORE, TEXT, Batch, CaseBatch, CaseInfo, Supervised
+from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.objectives import EIT, Layerwise, Mixed, Objective, Reconstruction, SelectionObjective
 from sparsekv_pl.presses import AnchorPress, BlockDropoutPress, EvictionAugPress, SoftThresholdPress
-from sparsekv_pl.presses.scores import press_name
-from sparsekv_pl.teacher import Teacher
+from sparsekv_pl.presses.nesting import press_name
+from sparsekv_pl.training.non_finite_guard import MicroBatch, _fault
+from sparsekv_pl.training.student import Student
+from sparsekv_pl.training.teacher import Teacher
 from tests.accelerator import Accelerators, place, placed, spread
 from tests.conftest import VOCABULARY
 
@@ -105,7 +105,7 @@ def learnt(press: BasePress, tokenizer: Any, device: str | None) -> dict[str, Te
     if device is not None:
         place(model, device)
         batch = placed(batch, device)
-    student = Student(model, ChunkedEviction(press), Teacher(model), objective)
+    student = Student(model, RealEviction(press), Teacher(model), objective)
     with Accelerators():
         loss = objective(student.view(batch, 0.5, 0)[0])["loss"]
         loss.backward()
@@ -124,28 +124,28 @@ def test_a_press_that_is_not_waited_for_computes_what_it_does_on_a_cpu(press: Ba
 
 STEPS: dict[str, tuple[Callable[[], Eviction], Callable[[], Objective], dict[str, Any], int]] = {
     "every kind of score": (
-        lambda: ChunkedEviction(EvictionAugPress(PRESSES, score_all=True)),
+        lambda: RealEviction(EvictionAugPress(PRESSES, score_all=True)),
         lambda: Mixed([EIT(), SelectionObjective(form="ranking"), SelectionObjective()]),
         {},
         2,
     ),
     "rows of different lengths": (
-        lambda: ChunkedEviction(ExpectedAttentionPress()),
+        lambda: RealEviction(ExpectedAttentionPress()),
         lambda: Mixed([EIT(), SelectionObjective()]),
         {"context_lengths": [CONTEXT, CONTEXT - 8]},
         3,
     ),
     "chunks": (
-        lambda: ChunkedEviction(SnapKVPress(window_size=8), chunk_tokens=16, budget=20),
+        lambda: RealEviction(SnapKVPress(window_size=8), chunk_tokens=16, budget=20),
         lambda: Mixed([EIT(), SelectionObjective()]),
         {},
         2,
     ),
-    "soft weights": (lambda: ChunkedEviction(SoftThresholdPress(window_size=8)), EIT, {}, 3),
-    "dropped blocks": (lambda: ChunkedEviction(BlockDropoutPress(block_size=8, protect_recent=8)), EIT, {}, 3),
+    "soft weights": (lambda: RealEviction(SoftThresholdPress(window_size=8)), EIT, {}, 3),
+    "dropped blocks": (lambda: RealEviction(BlockDropoutPress(block_size=8, protect_recent=8)), EIT, {}, 3),
     "dropped pairs": (lambda: KVDropout(Anchors(recent=8), query_chunk=16), EIT, {}, 5),
     "layers and what was evicted": (
-        lambda: ChunkedEviction(KeyDiffPress()),
+        lambda: RealEviction(KeyDiffPress()),
         lambda: Mixed([Layerwise(), Reconstruction(block_size=8, cue_tokens=4)]),
         {},
         7,

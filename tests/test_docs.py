@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from evaluate import EvaluateCommandLine
-from sparsekv_pl.backbone import Backbone
+from sparsekv_pl.models.backbone import Backbone
 from train import TrainCommandLine
 
 ROOT = Path(__file__).parents[1]

@@ -12,23 +12,23 @@ import torch
 from kvpress import SnapKVPress
 
 import sparsekv_pl.presses
-from sparsekv_pl.analyses.anchors import AnchorAnalysis
-from sparsekv_pl.analyses.collection import TensorCollection
-from sparsekv_pl.analyses.comparison import BlockComparison
-from sparsekv_pl.analyses.oracle import OracleBlocks
-from sparsekv_pl.analyses.statistics import AttentionStatisticsAnalysis
-from sparsekv_pl.analyses.validation import SketchWalkValidation
-from sparsekv_pl.anchors import Anchors
+from sparsekv_pl.analysis.anchor_attention import AnchorAnalysis
+from sparsekv_pl.analysis.oracle_blocks import OracleBlocks
+from sparsekv_pl.analysis.statistics_analysis import AttentionStatisticsAnalysis
 from sparsekv_pl.attention.statistics import StatisticsSettings
-from sparsekv_pl.backbone import Backbone
-from sparsekv_pl.batch import CaseBatch, CaseInfo
-from sparsekv_pl.eviction.setting import Setting
-from sparsekv_pl.hosted_client import HostedModel
-from sparsekv_pl.modules.evaluation import EvaluationModule
-from sparsekv_pl.modules.harness import HarnessModule
-from sparsekv_pl.modules.hosted import HostedModule
-from sparsekv_pl.modules.long_context import LongContextModule
-from sparsekv_pl.results import Results
+from sparsekv_pl.blocksparse.collection import TensorCollection
+from sparsekv_pl.blocksparse.comparison import BlockComparison
+from sparsekv_pl.blocksparse.validation import SketchWalkValidation
+from sparsekv_pl.evaluation.evaluation_module import EvaluationModule
+from sparsekv_pl.evaluation.hosted_client import HostedModel
+from sparsekv_pl.evaluation.hosted_module import HostedModule
+from sparsekv_pl.evaluation.lm_eval_module import LMEvalModule
+from sparsekv_pl.evaluation.long_context import LongContextModule
+from sparsekv_pl.evaluation.points import Setting
+from sparsekv_pl.models.anchors import Anchors
+from sparsekv_pl.models.backbone import Backbone
+from sparsekv_pl.models.batch import CaseBatch, CaseInfo
+from sparsekv_pl.storage.records import Results
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ KEPT = [
         REPORTS | {"sparsity"},  # it is a piece of work of its own
     ),
     Kept(
-        HarnessModule,
+        LMEvalModule,
         lambda module, _: keys_of(module, *range(len(module.work))),
         {"settings": SETTINGS, "tasks": ["a"]},
         {
@@ -217,9 +217,9 @@ def test_a_module_keeps_results_by_every_setting_that_decides_them(
         (tmp_path / "adapter_model.safetensors").write_bytes(b"other")
         other = keys()
         assert other - first, "another adapter under the same path"
-        monkeypatch.setattr("sparsekv_pl.keys.version", lambda name: f"another {name}")
+        monkeypatch.setattr("sparsekv_pl.storage.result_keys.version", lambda name: f"another {name}")
         assert not keys() & other, "another version of kvpress"
-    if kept.kind not in (HarnessModule, SketchWalkValidation, HostedModule):
+    if kept.kind not in (LMEvalModule, SketchWalkValidation, HostedModule):
         for name in ("context_ids", "continuation_ids", "continuation_lengths"):
             assert not keys({**batch, name: batch[name] + 1}) & first, name  # type: ignore[literal-required, misc, typeddict-item]
 
@@ -244,7 +244,7 @@ def test_every_module_that_keeps_results_is_walked_over() -> None:
 def test_other_gates_under_the_same_path_are_measured_again(
     loaded: Backbone, batch: CaseBatch, tiny_trainer: Any, tmp_path: Path
 ) -> None:
-    from sparsekv_pl.attention.gate import AttentionGates
+    from sparsekv_pl.blocksparse.gate import AttentionGates
 
     keys = []
     for seed in range(2):

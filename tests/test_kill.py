@@ -88,7 +88,7 @@ def config(model: str, folder: Path, ranks: int, workers: int, eviction: dict[st
     }
     return {
         "seed_everything": 0,
-        "model": {"class_path": "sparsekv_pl.modules.eit.EITModule", "init_args": module},
+        "model": {"class_path": "sparsekv_pl.training.eit_module.EITModule", "init_args": module},
         "data": {"class_path": "data.mixture.EvictionData", "init_args": data},
         "trainer": trainer,
     }
@@ -153,7 +153,7 @@ def press(name: str, **settings: Any) -> dict[str, Any]:
 
 
 DRAWN = press(
-    "sparsekv_pl.eviction.chunked.ChunkedEviction",
+    "sparsekv_pl.eviction.real.RealEviction",
     press=press(
         "sparsekv_pl.presses.EvictionAugPress",
         presses=[press("kvpress.SnapKVPress", window_size=8), press("sparsekv_pl.presses.BlockDropoutPress")],

@@ -13,9 +13,9 @@ from tqdm import tqdm
 from transformers import Olmo2Config, Olmo2ForCausalLM
 from transformers.utils.logging import enable_progress_bar
 
-from sparsekv_pl.backbone import Backbone
-from sparsekv_pl.pace import ticking, without_bars
-from sparsekv_pl.presses import untested_models
+from sparsekv_pl.evaluation.pace import ticking, without_bars
+from sparsekv_pl.models.backbone import Backbone
+from sparsekv_pl.presses import kvpress_warnings as untested_models
 from sparsekv_pl.reporting.console import show
 
 

@@ -9,13 +9,13 @@ import torch
 from kvpress import ExpectedAttentionPress
 
 from callbacks.curriculum import Curriculum
-from sparsekv_pl.backbone import Backbone
-from sparsekv_pl.eviction.chunked import ChunkedEviction
-from sparsekv_pl.modules.eit import EITModule
-from sparsekv_pl.modules.evaluation import EvaluationModule, Setting
-from sparsekv_pl.native_precision import decide
+from sparsekv_pl.evaluation.evaluation_module import EvaluationModule, Setting
+from sparsekv_pl.eviction.real import RealEviction
+from sparsekv_pl.models.backbone import Backbone
+from sparsekv_pl.models.native_precision import decide
 from sparsekv_pl.objectives import EIT, Mixed, SelectionObjective
 from sparsekv_pl.schedules import Linear
+from sparsekv_pl.training.eit_module import EITModule
 from tests.tiny_training import MakeCases, MakeData, MakeTrainer
 
 
@@ -31,7 +31,7 @@ def test_needles_are_found_with_the_full_cache_and_lost_under_expected_attention
 
 
 def test_a_step_of_the_quickstarts_training_runs(tiny_data: MakeData, tiny_trainer: MakeTrainer) -> None:
-    module = EITModule(Backbone(), ChunkedEviction(ExpectedAttentionPress()), Mixed([EIT(), SelectionObjective()]))
+    module = EITModule(Backbone(), RealEviction(ExpectedAttentionPress()), Mixed([EIT(), SelectionObjective()]))
     trainer = tiny_trainer(Curriculum(Linear(0.5, 0.5)), max_steps=1, precision=decide().precision)
     trainer.fit(module, tiny_data(context_tokens=128, retrieval_share=1.0))
     logs = {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -79,6 +79,6 @@ def test_what_would_not_is_left_alone(line: str) -> None:
 
 
 def test_remote_code_is_off_unless_asked_for() -> None:
-    from sparsekv_pl.backbone import Backbone
+    from sparsekv_pl.models.backbone import Backbone
 
     assert Backbone().trust_remote_code is False

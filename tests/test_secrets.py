@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from evaluate import EvaluateCommandLine
-from sparsekv_pl.cli import plain, run
-from sparsekv_pl.redaction import HIDDEN, check_no_secret, redact_output, redacted
-from sparsekv_pl.saved_config import SaveEvaluationConfig
-from tests.scripted_server import Reply, failed, said, serving
+from sparsekv_pl.cli.command_line import plain, run
+from sparsekv_pl.cli.saved_config import SaveEvaluationConfig
+from sparsekv_pl.reporting.redaction import HIDDEN, check_no_secret, redact_output, redacted
+from tests.evaluation.scripted_server import Reply, failed, said, serving
 from train import TrainCommandLine
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -243,7 +243,8 @@ def test_other_messages_stay(message: str) -> None:
 
 def test_warnings_are_still_shown() -> None:
     """detect-secrets, once imported, would have all of them captured."""
-    script = "import warnings; from sparsekv_pl.redaction import redacted; redacted('a'); warnings.warn('seen')"
+    use = "from sparsekv_pl.reporting.redaction import redacted; redacted('a')"
+    script = f"import warnings; {use}; warnings.warn('seen')"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=CONFIGS.parent, capture_output=True, text=True, check=True
     )

@@ -13,7 +13,7 @@ from shutil import copy2
 
 import pytest
 
-from sparsekv_pl.backbone import Backbone
+from sparsekv_pl.models.backbone import Backbone
 
 ROOT = Path(__file__).parents[1]
 IGNORED = [pattern.strip("/") for pattern in (ROOT / ".gitignore").read_text().split()]

@@ -9,7 +9,7 @@ from torch.optim import AdamW
 
 from data.evaluation import EvaluationData
 from data.mixture import EvictionData
-from sparsekv_pl.backbone import Backbone
+from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.objectives import EIT, Mixed, SelectionObjective
 
 MakeBackbone = Callable[..., Backbone]

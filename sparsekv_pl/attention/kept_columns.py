@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from sparsekv_pl.devices import sent
+from sparsekv_pl.models.devices import sent
 
 Backend = Literal["cpu_flash", "sdpa"]
 

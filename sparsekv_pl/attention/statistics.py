@@ -1,8 +1,8 @@
 """What attention looks like, by layer and head, without ever holding an L x L matrix.
 
-Row by row and KV head by KV head, strips of queries meet tiles of keys (see tiles.py), and what is asked of the
-probabilities is added up. The memory for a tile is the same however long the context is and however many heads there
-are; what is returned grows with L alone.
+Row by row and KV head by KV head, strips of queries meet tiles of keys (see online_softmax.py), and what is asked of
+the probabilities is added up. The memory for a tile is the same however long the context is and however many heads
+there are; what is returned grows with L alone.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparsekv_pl.attention.tiles import BITS_PER_NAT, Keys, Strip, block_sums
+from sparsekv_pl.attention.online_softmax import BITS_PER_NAT, Keys, Strip, block_sums
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class LayerStatistics:
 
 
 class AttentionStatistics:
-    """An observer (see attention/cached.py) that measures every layer of one full-cache pass, also one in chunks.
+    """An ``Observer`` (evicted_attention.py) that measures every layer of one full-cache pass, also one in chunks.
 
     Give it as ``observer=`` to a forward that runs with our attention, for instance
     ``continue_from(model, ids, DynamicCache(), 0, observer=statistics)``; then ``statistics.layers[layer]`` is that

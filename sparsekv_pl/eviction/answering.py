@@ -9,16 +9,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from sparsekv_pl.eviction.kept import Masked, masked_keys
+from sparsekv_pl.eviction.kept_positions import Masked, masked_keys
 from sparsekv_pl.eviction.prefill import continue_from
-from sparsekv_pl.eviction.prefilled import Prefilled
+from sparsekv_pl.eviction.prefilled_cache import Prefilled
 
 Enough = Callable[[list[int]], bool]
 """Whether an answer so far needs no more tokens."""
 
 
 @dataclass
-class _Layer:
+class _RowsLayer:
     """One layer's pairs, with room for more."""
 
     keys: Tensor
@@ -47,7 +47,7 @@ class _Layer:
 
 
 class Answering:
-    """Rows after one cache, and what they have said so far. A ``RowCache`` of attention/cached.py.
+    """Rows after one cache, and what they have said so far. A ``RowCache`` of attention/evicted_attention.py.
 
     Rows that go on fill the first places: where one leaves, the last takes its place.
 
@@ -77,7 +77,7 @@ class Answering:
         """(places,), of the tokens that come next."""
         self.visible = torch.arange(questions.shape[1], device=lengths.device) < lengths[:, None]
         self.masked = masked_keys(model)
-        self._layers = [_Layer.of(layer, max(most) - 1) for layer in prefilled.cache.layers]
+        self._layers = [_RowsLayer.of(layer, max(most) - 1) for layer in prefilled.cache.layers]
         self.seconds = 0.0
         """Of the answers' attention to this cache; on a GPU, until it was queued."""
 

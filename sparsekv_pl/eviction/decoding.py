@@ -9,7 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.eviction.answering import Answering, Enough
 from sparsekv_pl.eviction.prefill import continue_from
-from sparsekv_pl.eviction.prefilled import Prefilled
+from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.presses.ratio import set_compression_ratio
 from sparsekv_pl.presses.traits import traits_of
 

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
-from sparsekv_pl.anchors import Anchors, AnchorTable
-from sparsekv_pl.attention.cached import attention_implementation
+from sparsekv_pl.attention.evicted_attention import attention_implementation
 from sparsekv_pl.attention.kept_columns import kept_columns_attention
-from sparsekv_pl.decoder import decoder_of
+from sparsekv_pl.eviction.interface import Evicted
 from sparsekv_pl.eviction.request import NOTHING, Request
-from sparsekv_pl.eviction.result import Evicted
-from sparsekv_pl.presses.draws import row_numbers
-from sparsekv_pl.schedules import check_compression_ratio
-from sparsekv_pl.seeding import generator_for
+from sparsekv_pl.models.anchors import Anchors, AnchorTable
+from sparsekv_pl.models.compression_ratio import check_compression_ratio
+from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.seeding import generator_for
+from sparsekv_pl.presses.step_draws import row_numbers
 
 NAME = "sparsekv_kept_columns"
 """The name under which transformers finds this attention."""

@@ -15,9 +15,7 @@ from kvpress import BasePress
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from sparsekv_pl.attention.cached import CACHED, attention_implementation
-from sparsekv_pl.decoder import decoder_of
-from sparsekv_pl.eviction.keeper import Keeper
+from sparsekv_pl.attention.evicted_attention import CACHED, attention_implementation
 from sparsekv_pl.eviction.limits import (
     check_chunks,
     check_positions,
@@ -26,16 +24,18 @@ from sparsekv_pl.eviction.limits import (
     check_sliding_window,
     check_weights,
 )
-from sparsekv_pl.eviction.prefilled import Prefilled
+from sparsekv_pl.eviction.position_tracker import PositionTracker
+from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.eviction.request import NOTHING, Request
 from sparsekv_pl.eviction.shifted_rotary import queries_from
-from sparsekv_pl.eviction.unread import last_mlp_for
-from sparsekv_pl.presses.no_waiting import no_waiting
-from sparsekv_pl.presses.notes import NOTES, PressNotes
+from sparsekv_pl.eviction.skipped_mlp import last_mlp_for
+from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.presses.key_tokens import TOKEN_IDS
+from sparsekv_pl.presses.nesting import scorers_in
+from sparsekv_pl.presses.press_context import PRESS_CONTEXT, PressContext
 from sparsekv_pl.presses.ratio import at_ratios, set_compression_ratio
-from sparsekv_pl.presses.scores import scorers_in
 from sparsekv_pl.presses.shared_work import shared_work
-from sparsekv_pl.presses.tokens import TOKEN_IDS
+from sparsekv_pl.presses.sync_free import no_waiting
 from sparsekv_pl.presses.traits import traits_of
 
 
@@ -89,7 +89,7 @@ class ChunkedPrefill:
         self.deciding = None if self.traits is None else self.traits.deciding
         self.rotates = self.deciding is not None and self.deciding.re_rotates
         self.ratio: float | None = None
-        self.notes: PressNotes | None = None
+        self.press_context: PressContext | None = None
         check_sliding_window(model, tokens)
         if self.traits is not None and self.deciding is not None:
             check_chunks(self.traits, self.bounds, request)
@@ -98,8 +98,8 @@ class ChunkedPrefill:
                 self.ratio = self.deciding.press.compression_ratio
                 set_compression_ratio(self.deciding.press, self.ratio)  # raises here where there is none to set
             inv_freq = decoder_of(model).rotary_emb.inv_freq if self.rotates else None
-            self.keeper = Keeper(self.traits, request, len(self.bounds) > 1, inv_freq)
-            self.notes = PressNotes(positions=self.keeper.positions, key_log_weights=self.keeper.log_weights)
+            tracker = self.tracker = PositionTracker(self.traits, request, len(self.bounds) > 1, inv_freq)
+            self.press_context = PressContext(positions=tracker.positions, key_log_weights=tracker.log_weights)
         check_rope(model, self.bounds[0][1], tokens, self.rotates)
         check_positions(model, self._positions(), tokens, self.rotates)
         self.cache = DynamicCache()
@@ -145,25 +145,25 @@ class ChunkedPrefill:
         position = self.cache.get_seq_length() if self.rotates else self.seen
         if self.traits is None:
             return Prefilled(self.cache, position, [])
-        for layer, weights in self.keeper.log_weights.items():
+        for layer, weights in self.tracker.log_weights.items():
             if weights.shape[2] != self.cache.get_seq_length(layer):
                 raise ValueError(
                     f"{self.traits.name} fades out {weights.shape[2]} keys, of which another press left "
                     f"{self.cache.get_seq_length(layer)}: take the fading press alone"
                 )
-        return Prefilled(self.cache, position, self.keeper.selections, self.notes, self.keeper.positions)
+        return Prefilled(self.cache, position, self.tracker.selections, self.press_context, self.tracker.positions)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that the next chunk depends on, by names that ``safetensors`` takes. Not in memory of its own.
 
         Gradients flow through it. What was said of the chunks so far (scores, losses) is not in it.
         """
-        state = {} if self.traits is None else self.keeper.state_dict()
+        state = {} if self.traits is None else self.tracker.state_dict()
         for index, layer in enumerate(self.cache.layers):
             assert layer.keys is not None and layer.values is not None
             state |= {f"keys.{index}": layer.keys, f"values.{index}": layer.values}
-        if self.notes is not None and self.notes.token_ids is not None:
-            state["token_ids"] = self.notes.token_ids
+        if self.press_context is not None and self.press_context.token_ids is not None:
+            state["token_ids"] = self.press_context.token_ids
         return state | {"chunks_done": torch.tensor(self.chunks_done)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -175,20 +175,20 @@ class ChunkedPrefill:
                 keys, values = (state[f"{name}.{index}"].to(_device(layer)) for name in ("keys", "values"))
                 self.cache.update(keys, values, index)
         if self.traits is not None:
-            self.keeper.load_state_dict(state, [_device(layer) for layer in decoder.layers])
-        if self.notes is not None:
-            self.notes.token_ids = state.get("token_ids")
+            self.tracker.load_state_dict(state, [_device(layer) for layer in decoder.layers])
+        if self.press_context is not None:
+            self.press_context.token_ids = state.get("token_ids")
         self.chunks_done = int(state["chunks_done"])
 
     def _told(self, chunk_ids: Tensor) -> dict[str, Any]:
-        """What the press is told besides the chunk, and attention of what the press said before: see ``PressNotes``."""
-        if self.traits is None or self.notes is None:
+        """Keywords of the forward for the press, and for attention over what it left: see ``PressContext``."""
+        if self.traits is None or self.press_context is None:
             return {}
-        self.notes.start = self.seen
+        self.press_context.start = self.seen
         if self.traits.reads_tokens:
-            before = self.notes.token_ids
-            self.notes.token_ids = chunk_ids if before is None else torch.cat([before, chunk_ids], dim=1)
-        return {NOTES: self.notes, "key_log_weights": self.notes.key_log_weights}
+            before = self.press_context.token_ids
+            self.press_context.token_ids = chunk_ids if before is None else torch.cat([before, chunk_ids], dim=1)
+        return {PRESS_CONTEXT: self.press_context, "key_log_weights": self.press_context.key_log_weights}
 
     @contextmanager
     def _evicting(self, held: int, start: int, stop: int) -> Iterator[None]:
@@ -201,7 +201,7 @@ class ChunkedPrefill:
             ratios = [(self.deciding.press, _chunk_ratio(held + stop - start, stop, self.ratio, self.budget))]
         if self.deciding.only_trains and not self.model.training:  # also in wrappers that only ask for scores
             ratios += [(scorer, 0.0) for scorer in scorers_in(self.deciding.press)]
-        shared, keeping = shared_work(self.model, self.traits), self.keeper(self.cache, stop)
+        shared, keeping = shared_work(self.model, self.traits), self.tracker(self.cache, stop)
         with at_ratios(ratios), keeping, shared, no_waiting(self.traits), press(self.model):
             yield
 

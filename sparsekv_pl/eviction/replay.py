@@ -16,12 +16,12 @@ from kvpress import BasePress, ScorerPress
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.limits import check_rows, check_weights
 from sparsekv_pl.eviction.prefill import prefill
-from sparsekv_pl.eviction.prefilled import Prefilled, copy_cache
-from sparsekv_pl.presses.no_waiting import no_waiting
+from sparsekv_pl.eviction.prefilled_cache import Prefilled, copy_cache
+from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.presses.shared_work import shared_work
+from sparsekv_pl.presses.sync_free import no_waiting
 from sparsekv_pl.presses.traits import PressTraits, traits_of
 
 

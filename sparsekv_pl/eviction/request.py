@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sparsekv_pl.layer_outputs import LayerOutput
+from sparsekv_pl.models.layer_outputs import LayerOutput
 
 
 @dataclass(frozen=True)

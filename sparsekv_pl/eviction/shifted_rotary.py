@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsekv_pl.decoder import decoder_of
+from sparsekv_pl.models.decoder import decoder_of
 
 
 @contextmanager

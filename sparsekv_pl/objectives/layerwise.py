@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sparsekv_pl.eviction.request import Request
-from sparsekv_pl.layer_outputs import LayerOutput
+from sparsekv_pl.models.layer_outputs import LayerOutput
 from sparsekv_pl.objectives.objective import Objective, StudentView
-from sparsekv_pl.ranks import rank_share
+from sparsekv_pl.objectives.rank_means import rank_share
 
 SMALL = 0.01
 """Of the layer's median squared norm: squared norms below it count as this much."""

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsekv_pl.eviction.interface import EvictedContext, Selection
 from sparsekv_pl.eviction.request import NOTHING, Request
-from sparsekv_pl.eviction.result import EvictedContext
-from sparsekv_pl.layer_outputs import LayerOutput
-from sparsekv_pl.selection import Selection
+from sparsekv_pl.models.layer_outputs import LayerOutput
 
 LayerRows = dict[int, Tensor]
 """layer -> (N, E), its output at supervised tokens."""

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekv_pl.batch import IGNORE
+from sparsekv_pl.eviction.interface import EvictedContext
 from sparsekv_pl.eviction.request import Request
-from sparsekv_pl.eviction.result import EvictedContext
-from sparsekv_pl.losses import CHUNK_TOKENS, distillation_loss
+from sparsekv_pl.models.batch import IGNORE
+from sparsekv_pl.models.seeding import generator_for
+from sparsekv_pl.objectives.losses import CHUNK_TOKENS, distillation_loss
 from sparsekv_pl.objectives.objective import Objective, StudentView
-from sparsekv_pl.ranks import rank_share
-from sparsekv_pl.seeding import generator_for
+from sparsekv_pl.objectives.rank_means import rank_share
 
 
 @dataclass

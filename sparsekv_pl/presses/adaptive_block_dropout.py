@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparsekv_pl.presses.block_dropout import BlockDropoutPress
 from sparsekv_pl.presses.span_dropout import Shown
-from sparsekv_pl.presses.window import window_attention
+from sparsekv_pl.presses.window_attention import window_attention
 
 
 @dataclass

@@ -10,13 +10,13 @@ from kvpress.utils import compute_n_kept
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsekv_pl.anchors import Anchors, AnchorTable, table_for
-from sparsekv_pl.presses.in_order import InOrderPress
+from sparsekv_pl.models.anchors import Anchors, AnchorTable, table_for
+from sparsekv_pl.models.compression_ratio import check_compression_ratio
+from sparsekv_pl.presses.caught_scores import pinned
+from sparsekv_pl.presses.key_tokens import ReadsTokens, key_tokens, real_keys
+from sparsekv_pl.presses.model_tokenizer import tokenizer_of
+from sparsekv_pl.presses.position_order import InOrderPress
 from sparsekv_pl.presses.ratio import at_ratios
-from sparsekv_pl.presses.tokenizer import tokenizer_of
-from sparsekv_pl.presses.tokens import ReadsTokens, key_tokens, real_keys
-from sparsekv_pl.schedules import check_compression_ratio
-from sparsekv_pl.selection import pinned
 
 NOTHING_KNOWN = AnchorTable(torch.zeros(1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool))
 """The table under which an unknown token, id 0, is neither special nor punctuation."""

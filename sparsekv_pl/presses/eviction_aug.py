@@ -11,11 +11,11 @@ from kvpress import BasePress, ScorerPress
 from torch import nn
 from transformers import PreTrainedModel
 
-from sparsekv_pl.presses.draws import Draws
-from sparsekv_pl.presses.no_waiting import no_waiting_on
+from sparsekv_pl.models.seeding import random_for
+from sparsekv_pl.presses.nesting import presses_in, scorers_in
 from sparsekv_pl.presses.ratio import set_compression_ratio
-from sparsekv_pl.presses.scores import presses_in, scorers_in
-from sparsekv_pl.seeding import random_for
+from sparsekv_pl.presses.step_draws import Draws
+from sparsekv_pl.presses.sync_free import no_waiting_on
 
 
 @dataclass

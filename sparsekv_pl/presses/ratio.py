@@ -1,13 +1,13 @@
-"""The compression ratio of any press: set, read, and found where it was written."""
+"""The compression ratio of any press: set, read, and as it was written."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from kvpress import BasePress
 
-from sparsekv_pl.presses.scores import press_name, presses_in
+from sparsekv_pl.models.compression_ratio import check_compression_ratio
+from sparsekv_pl.presses.nesting import press_name, presses_in
 from sparsekv_pl.presses.traits import traits_of
-from sparsekv_pl.schedules import check_compression_ratio
 
 
 def set_compression_ratio(press: BasePress, ratio: float) -> None:

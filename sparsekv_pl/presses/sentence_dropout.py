@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsekv_pl.presses.notes import notes_in
+from sparsekv_pl.presses.key_tokens import TOKEN_IDS, ReadsTokens, key_tokens
+from sparsekv_pl.presses.model_tokenizer import tokenizer_of
+from sparsekv_pl.presses.press_context import press_context_in
 from sparsekv_pl.presses.sentences import SentenceTable, sentence_table
 from sparsekv_pl.presses.span_dropout import Shown, SpanDropoutPress
-from sparsekv_pl.presses.tokenizer import tokenizer_of
-from sparsekv_pl.presses.tokens import TOKEN_IDS, ReadsTokens, key_tokens
 
 
 @dataclass
@@ -43,8 +43,8 @@ class SentenceDropoutPress(ReadsTokens, SpanDropoutPress):
 
     def most_spans(self, shown: Shown) -> int:
         """See ``SpanDropoutPress``: sentences of the whole context, of which later chunks hold a part."""
-        notes = notes_in(shown.kwargs)
-        ids = shown.kwargs.get(TOKEN_IDS) if notes is None else notes.token_ids
+        press_context = press_context_in(shown.kwargs)
+        ids = shown.kwargs.get(TOKEN_IDS) if press_context is None else press_context.token_ids
         return shown.keys.shape[2] if ids is None else max(ids.shape[1], shown.keys.shape[2])
 
     def spans(self, shown: Shown) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sparsekv_pl.anchors import special_ids
+from sparsekv_pl.models.anchors import special_ids
 
 ENDS = frozenset(".!?…‼⁇⁈⁉。．｡！？؟۔।॥։።፧။។៕᙮།")  # noqa: RUF001
 """Full stops, exclamation and question marks: Latin, Chinese and Japanese, Arabic and Urdu, Devanagari, Armenian,

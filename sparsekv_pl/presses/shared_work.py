@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsekv_pl.decoder import decoder_of
+from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.presses.shadowed_method import shadowed
 from sparsekv_pl.presses.traits import PressTraits
-from sparsekv_pl.shadow import shadowed
 
 
 @contextmanager

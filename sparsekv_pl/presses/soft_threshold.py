@@ -10,12 +10,12 @@ from kvpress.utils import compute_n_kept
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, pad
 
-from sparsekv_pl.presses.draws import Draws
-from sparsekv_pl.presses.in_order import InOrderPress
-from sparsekv_pl.presses.notes import notes_in
-from sparsekv_pl.presses.tokens import key_places
-from sparsekv_pl.presses.window import window_attention, window_rows
-from sparsekv_pl.schedules import check_compression_ratio
+from sparsekv_pl.models.compression_ratio import check_compression_ratio
+from sparsekv_pl.presses.key_tokens import key_places
+from sparsekv_pl.presses.position_order import InOrderPress
+from sparsekv_pl.presses.press_context import press_context_in
+from sparsekv_pl.presses.step_draws import Draws
+from sparsekv_pl.presses.window_attention import window_attention, window_rows
 
 PADDING = -1.0
 """The score of padding: below every attention, which may be 0."""
@@ -86,7 +86,7 @@ class SoftThresholdPress(InOrderPress, Draws):
             raise ValueError(
                 "SoftThresholdPress.learnable=True needs a threshold to start from: set threshold, to 0.1 say"
             )
-        if self.learnable:  # found by presses.scores.learnable
+        if self.learnable:  # found by nesting.learnable
             self.learned_threshold = nn.Parameter(torch.tensor(float(self.threshold or 0)))
 
     def draw(self, step: int) -> float:
@@ -129,8 +129,8 @@ class SoftThresholdPress(InOrderPress, Draws):
         kwargs: Mapping[str, Any],
     ) -> tuple[Tensor, Tensor]:
         """Note the log-weights (B, K, S) in training, else evict. See ``ScorerPress.compress``."""
-        notes = notes_in(kwargs)
-        if self.compression_ratio == 0 or notes is None or not module.training:
+        press_context = press_context_in(kwargs)
+        if self.compression_ratio == 0 or press_context is None or not module.training:
             return super().compress(module, hidden_states, keys, values, attentions, kwargs)
         if keys.shape[2] != hidden_states.shape[1]:
             raise ValueError(
@@ -139,7 +139,7 @@ class SoftThresholdPress(InOrderPress, Draws):
             )
         scores = self.score(module, hidden_states, keys, values, attentions, kwargs)
         layer = int(module.layer_idx)  # type: ignore[arg-type]
-        notes.key_log_weights[layer] = self._log_weights(scores, self._rank(key_places(keys, kwargs)))
+        press_context.key_log_weights[layer] = self._log_weights(scores, self._rank(key_places(keys, kwargs)))
         return keys, values
 
     def _log_weights(self, scores: Tensor, rank: Tensor) -> Tensor:

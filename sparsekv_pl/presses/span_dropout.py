@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekv_pl.devices import sent
-from sparsekv_pl.presses.draws import Draws
-from sparsekv_pl.presses.in_order import InOrderPress
-from sparsekv_pl.presses.notes import notes_in
-from sparsekv_pl.presses.tokens import TOKEN_IDS, key_places
-from sparsekv_pl.schedules import check_at_least, check_compression_ratio
-from sparsekv_pl.seeding import generator_for
+from sparsekv_pl.models.compression_ratio import check_at_least, check_compression_ratio
+from sparsekv_pl.models.devices import sent
+from sparsekv_pl.models.seeding import generator_for
+from sparsekv_pl.presses.key_tokens import TOKEN_IDS, key_places
+from sparsekv_pl.presses.position_order import InOrderPress
+from sparsekv_pl.presses.press_context import press_context_in
+from sparsekv_pl.presses.step_draws import Draws
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Shown:
         A prefill of ours says so; position_ids start at the same number in every chunk when a budget is full and keys
         are re-rotated. Llama 4 tells its attention no position_ids.
         """
-        notes = notes_in(self.kwargs)
-        if notes is not None:
-            return [notes.start] * len(self.keys)
+        press_context = press_context_in(self.kwargs)
+        if press_context is not None:
+            return [press_context.start] * len(self.keys)
         positions = self.kwargs.get("position_ids")
         first = (self.kwargs["cache_position"][None] if positions is None else positions).amin(1)
         return [int(number) for number in first.expand(len(self.keys)).tolist()]
@@ -53,8 +53,10 @@ class Shown:
     @cached_property
     def rows(self) -> list[int]:
         """A number for each row, by its new tokens where they are told (in a prefill of ours), else by its place."""
-        notes = notes_in(self.kwargs)
-        return list(range(len(self.keys))) if notes is None else notes.row_numbers(self.kwargs[TOKEN_IDS])
+        press_context = press_context_in(self.kwargs)
+        return (
+            list(range(len(self.keys))) if press_context is None else press_context.row_numbers(self.kwargs[TOKEN_IDS])
+        )
 
 
 @dataclass

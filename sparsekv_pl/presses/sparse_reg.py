@@ -11,10 +11,10 @@ from kvpress import BasePress
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsekv_pl.presses.notes import notes_in
+from sparsekv_pl.presses.key_tokens import key_places
+from sparsekv_pl.presses.press_context import press_context_in
 from sparsekv_pl.presses.ratio import set_compression_ratio
-from sparsekv_pl.presses.tokens import key_places
-from sparsekv_pl.presses.window import window_attention, window_rows
+from sparsekv_pl.presses.window_attention import window_attention, window_rows
 
 
 @dataclass
@@ -143,13 +143,13 @@ class _Measuring(BasePress):
         settings = self.settings
         if not module.training:
             return keys, values
-        notes = notes_in(kwargs)
-        if notes is None:
+        press_context = press_context_in(kwargs)
+        if press_context is None:
             raise ValueError(
-                "SparseRegPress has nowhere to put its loss in this forward: train it through ChunkedEviction, or set "
+                "SparseRegPress has nowhere to put its loss in this forward: train it through RealEviction, or set "
                 "the model to evaluation mode"
             )
         if settings.layers is None or int(module.layer_idx) in settings.layers:  # type: ignore[arg-type]
             term = settings.weight * settings.loss(module, hidden_states, keys, kwargs)
-            notes.losses.setdefault(settings.kind, []).append(term)
+            press_context.losses.setdefault(settings.kind, []).append(term)
         return keys, values

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import kvpress
 from kvpress import BasePress, ScorerPress
 
-from sparsekv_pl.presses.in_order import InOrderPress
-from sparsekv_pl.presses.scores import press_name, wrapped
-from sparsekv_pl.presses.tokens import ReadsTokens
+from sparsekv_pl.presses.key_tokens import ReadsTokens
+from sparsekv_pl.presses.nesting import press_name, wrapped
+from sparsekv_pl.presses.position_order import InOrderPress
 
 Need = Literal["queries", "whole queries", "keys", "rotary", "weights", "hidden states", "attention"]
 """What a press reads besides the cache and positions: queries that it computes from q_proj and RoPE (``whole``: RoPE

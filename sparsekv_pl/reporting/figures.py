@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sparsekv_pl.condition import FULL_CACHE
-from sparsekv_pl.reporting.conditions import VARIANTS
+from sparsekv_pl.reporting.condition import FULL_CACHE
+from sparsekv_pl.reporting.sorted_records import VARIANTS
 from sparsekv_pl.reporting.summary import Row, headline
 
 if TYPE_CHECKING:

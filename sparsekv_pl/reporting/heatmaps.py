@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sparsekv_pl.batch import TEXT
-from sparsekv_pl.condition import Condition
-from sparsekv_pl.reporting.conditions import ALL_RETRIEVAL, VARIANTS, Measured
-from sparsekv_pl.results import Record
+from sparsekv_pl.models.batch import TEXT
+from sparsekv_pl.reporting.condition import Condition
+from sparsekv_pl.reporting.sorted_records import ALL_RETRIEVAL, VARIANTS, Measured
+from sparsekv_pl.storage.records import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

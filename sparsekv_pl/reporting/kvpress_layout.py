@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsekv_pl.batch import TEXT
-from sparsekv_pl.condition import FULL_CACHE, HOSTED, Condition
-from sparsekv_pl.reporting.files import csv_bytes, json_bytes, replace_all
-from sparsekv_pl.results import Record
+from sparsekv_pl.models.batch import TEXT
+from sparsekv_pl.reporting.condition import FULL_CACHE, HOSTED, Condition
+from sparsekv_pl.reporting.file_formats import csv_bytes, json_bytes, replace_all
+from sparsekv_pl.storage.records import Record
 
 RULER = ("niah", "vt", "cwe", "fwe", "qa")
 """What RULER's task names begin with; other tasks are a dataset of their own."""

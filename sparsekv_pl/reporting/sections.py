@@ -4,11 +4,11 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from sparsekv_pl.condition import FULL_CACHE
-from sparsekv_pl.reporting.conditions import VARIANTS, Measured
+from sparsekv_pl.reporting.condition import FULL_CACHE
+from sparsekv_pl.reporting.costs import Line
 from sparsekv_pl.reporting.intervals import Interval
-from sparsekv_pl.reporting.ledger import Line
 from sparsekv_pl.reporting.page import Picture, Section, Table
+from sparsekv_pl.reporting.sorted_records import VARIANTS, Measured
 from sparsekv_pl.reporting.summary import BESIDES, Row, Summary
 
 ERROR_LETTERS = 200

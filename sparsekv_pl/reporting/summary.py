@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsekv_pl.batch import TEXT
-from sparsekv_pl.condition import FULL_CACHE, Condition
-from sparsekv_pl.reporting.conditions import ALL_RETRIEVAL, VARIANTS, Measured, Sides, sorted_records
+from sparsekv_pl.models.batch import TEXT
+from sparsekv_pl.reporting.condition import FULL_CACHE, Condition
+from sparsekv_pl.reporting.costs import Line, ledger_rows, stability_rows
 from sparsekv_pl.reporting.intervals import Interval, paired_bootstrap, wilson_interval
-from sparsekv_pl.reporting.ledger import Line, ledger_rows, stability_rows
-from sparsekv_pl.results import Record
+from sparsekv_pl.reporting.sorted_records import ALL_RETRIEVAL, VARIANTS, Measured, Sides, sorted_records
+from sparsekv_pl.storage.records import Record
 
 ALIASES = {"base": "before", "trained": "after"}
 """What report.json calls the variants too: its first readers know no other names."""

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from sparsekv_pl.reporting.conditions import VARIANTS
 from sparsekv_pl.reporting.sections import shorten
+from sparsekv_pl.reporting.sorted_records import VARIANTS
 from sparsekv_pl.reporting.summary import Row, Summary, headline
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.attention.blocks import Blocks, blocks_of, visible_blocks
-from sparsekv_pl.attention.cached import passing
+from sparsekv_pl.attention.evicted_attention import passing
 from sparsekv_pl.eviction.prefill import continue_from
 
 Build = Callable[..., PreTrainedModel]

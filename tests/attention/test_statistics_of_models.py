@@ -10,7 +10,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from sparsekv_pl.attention.cached import attention_implementation
+from sparsekv_pl.attention.evicted_attention import attention_implementation
 from sparsekv_pl.attention.statistics import AttentionStatistics, StatisticsSettings
 from sparsekv_pl.eviction.prefill import continue_from
 from tests.attention.statistics_reference import assert_equal, expected, states

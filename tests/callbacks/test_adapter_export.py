@@ -20,14 +20,14 @@ from callbacks.curriculum import Curriculum
 from data.collate import needle_batch
 from data.mixture import EvictionData
 from data.needles import NeedleCase
-from sparsekv_pl.attention.gate import AttentionGates
-from sparsekv_pl.backbone import Backbone, causal_lm
-from sparsekv_pl.batch import tokens_given
-from sparsekv_pl.eviction.chunked import ChunkedEviction
-from sparsekv_pl.lora import Lora
-from sparsekv_pl.modules.eit import EITModule
-from sparsekv_pl.modules.gate_distillation import GateDistillation
+from sparsekv_pl.blocksparse.gate import AttentionGates
+from sparsekv_pl.blocksparse.gate_distillation import GateDistillation
+from sparsekv_pl.eviction.real import RealEviction
+from sparsekv_pl.models.backbone import Backbone, causal_lm
+from sparsekv_pl.models.batch import tokens_given
+from sparsekv_pl.models.lora import Lora
 from sparsekv_pl.schedules import Linear
+from sparsekv_pl.training.eit_module import EITModule
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
@@ -66,7 +66,7 @@ def untrained(backbone: Backbone) -> EITModule:
     """Learns at a rate that changes the model clearly in a few steps."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        eviction = ChunkedEviction(SnapKVPress(window_size=8))
+        eviction = RealEviction(SnapKVPress(window_size=8))
         return EITModule(backbone, eviction, optimizer=lambda p: torch.optim.SGD(p, lr=3.0))
 
 
@@ -112,7 +112,7 @@ def test_an_export_says_how_it_was_trained(run: tuple[Path, EITModule], tiny_mod
     training = json.loads((folder / "final" / "training.json").read_text())
     assert training["steps"] == 5
     assert training["base"] == tiny_models["llama"]
-    assert (training["eviction"], training["presses"], training["objective"]) == ("ChunkedEviction", ["SnapKV"], "EIT")
+    assert (training["eviction"], training["presses"], training["objective"]) == ("RealEviction", ["SnapKV"], "EIT")
     assert training["trainable_parameters"] == sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert training["seconds"] > 0
     assert training["tokens"] >= 5 * 2 * (96 + 16)

@@ -16,13 +16,13 @@ from typing_extensions import override
 
 from callbacks.anchor_analysis import AnchorAnalysisCallback, evaluating, per_token
 from callbacks.curriculum import Curriculum
-from sparsekv_pl.analyses.anchors import observed
-from sparsekv_pl.attention.token_types import types_for
-from sparsekv_pl.backbone import causal_lm
-from sparsekv_pl.eviction.chunked import ChunkedEviction
-from sparsekv_pl.lora import Lora
-from sparsekv_pl.modules.eit import EITModule
+from sparsekv_pl.analysis.anchor_attention import observed
+from sparsekv_pl.analysis.token_types import types_for
+from sparsekv_pl.eviction.real import RealEviction
+from sparsekv_pl.models.backbone import causal_lm
+from sparsekv_pl.models.lora import Lora
 from sparsekv_pl.schedules import Fixed
+from sparsekv_pl.training.eit_module import EITModule
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw, trained
 
 
@@ -43,7 +43,7 @@ def module(tiny_backbone: MakeBackbone) -> EITModule:
     """With dropout, so that a lost mode or a drawn number would show in the losses."""
     torch.manual_seed(3)
     backbone = tiny_backbone(lora=Lora(r=4, dropout=0.2))
-    return EITModule(backbone, ChunkedEviction(SnapKVPress(window_size=8)), optimizer=adamw)
+    return EITModule(backbone, RealEviction(SnapKVPress(window_size=8)), optimizer=adamw)
 
 
 def fit(
@@ -64,7 +64,7 @@ def test_training_is_the_same_bit_for_bit(
     for callbacks in ([], [AnchorAnalysisCallback(every_n_steps=1)]):
         torch.manual_seed(3)
         backbone = tiny_backbone(lora=Lora(r=4, dropout=0.2))
-        module = EITModule(backbone, ChunkedEviction(SnapKVPress(window_size=8)), optimizer=adamw)
+        module = EITModule(backbone, RealEviction(SnapKVPress(window_size=8)), optimizer=adamw)
         settings = {"precision": precision, "val_check_interval": 2, "limit_val_batches": 1}
         _, losses = fit(module, tiny_data(), tiny_trainer, *callbacks, **settings)
         results.append((losses, trained(module), {name: part.training for name, part in module.named_modules()}))
@@ -148,7 +148,7 @@ def test_a_resumed_run_keeps_its_probe_and_its_beginning(
     tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     def make() -> EITModule:
-        return EITModule(tiny_backbone(), ChunkedEviction(SnapKVPress(window_size=8)), optimizer=adamw)
+        return EITModule(tiny_backbone(), RealEviction(SnapKVPress(window_size=8)), optimizer=adamw)
 
     first, saver = AnchorAnalysisCallback(every_n_steps=2), ModelCheckpoint(tmp_path, save_last=True)
     settings: dict[str, Any] = {"max_epochs": -1, "enable_checkpointing": True}

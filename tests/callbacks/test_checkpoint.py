@@ -13,7 +13,7 @@ from torch import Tensor
 
 from callbacks.checkpoint import CheckpointError, SafeCheckpoint
 from callbacks.checkpoint_files import fault
-from sparsekv_pl.modules.stop_signal import Stopped
+from sparsekv_pl.evaluation.stop_signal import Stopped
 from tests.callbacks.checkpoint_cases import AtBatch, Line, Ranks, fill_disk, names, send
 from tests.tiny_training import MakeTrainer
 

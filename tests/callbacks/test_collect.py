@@ -12,10 +12,10 @@ import torch
 from kvpress import KnormPress
 
 from callbacks.collect import CollectTensors
-from sparsekv_pl.analyses.collection import TensorCollection
-from sparsekv_pl.attention.tensor_files import read
-from sparsekv_pl.eviction.setting import Setting
-from sparsekv_pl.modules.evaluation import EvaluationModule
+from sparsekv_pl.blocksparse.collection import TensorCollection
+from sparsekv_pl.blocksparse.tensor_format import read
+from sparsekv_pl.evaluation.evaluation_module import EvaluationModule
+from sparsekv_pl.evaluation.points import Setting
 from tests.tiny_training import MakeBackbone, MakeCases, MakeTrainer
 
 Run = Callable[..., EvaluationModule]
@@ -42,9 +42,9 @@ def evaluate(
 ) -> Run:
     """Evaluates four windows and four needles of 96 tokens, with and without KnormPress, and draws no report."""
     for place in (
-        "measuring.write_run",
-        "modules.evaluation.write_kvpress_layout",
-        "modules.evaluation.sparsity_figure",
+        "evaluation.measuring_module.write_run",
+        "evaluation.evaluation_module.write_kvpress_layout",
+        "evaluation.evaluation_module.sparsity_figure",
     ):
         monkeypatch.setattr(f"sparsekv_pl.{place}", lambda *_, **__: [])
 
@@ -115,7 +115,7 @@ def test_the_evaluation_is_the_same_with_its_own_observer(evaluate: Run, tmp_pat
 def test_an_observer_that_is_passed_around_forwards_is_called_too(
     evaluate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparsekv_pl.attention.cached import passing
+    from sparsekv_pl.attention.evicted_attention import passing
 
     seen: list[int] = []
     step = EvaluationModule.test_step

@@ -11,9 +11,9 @@ from kvpress import SnapKVPress
 from callbacks.adapter_export import AdapterExport, export_whole
 from callbacks.checkpoint import SafeCheckpoint
 from callbacks.curriculum import Curriculum
-from sparsekv_pl.eviction.chunked import ChunkedEviction
-from sparsekv_pl.modules.eit import EITModule
+from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.schedules import Linear
+from sparsekv_pl.training.eit_module import EITModule
 from tests.callbacks.checkpoint_cases import cut
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer
 
@@ -31,7 +31,7 @@ def fit(
         export = AdapterExport(str(tmp_path), merge=True)
         saver = SafeCheckpoint(2, dirpath=str(tmp_path / "checkpoints"))
         trainer = tiny_trainer(Curriculum(Linear()), export, saver, enable_checkpointing=True, max_steps=STEPS)
-        module = EITModule(tiny_backbone(), ChunkedEviction(SnapKVPress(window_size=8)))
+        module = EITModule(tiny_backbone(), RealEviction(SnapKVPress(window_size=8)))
         trainer.fit(module, tiny_data(), ckpt_path="last" if last else None)
 
     return run

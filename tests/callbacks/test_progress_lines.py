@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 from callbacks.progress import StepsBar
 from callbacks.progress_lines import ProgressLines, progress
-from sparsekv_pl import pace
-from sparsekv_pl.pieces import piece_done
+from sparsekv_pl.evaluation import pace
+from sparsekv_pl.evaluation.run_output import piece_done
 from tests.callbacks.checkpoint_cases import Line
 from tests.tiny_training import MakeTrainer
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from data.cases import Frame, checked_depth, hide, stretch, word_starts
+from data.cases import Frame
 from data.encoding import Encoder
+from data.needle_placement import checked_depth, hide, stretch, word_starts
 from data.packing import Tokens
-from sparsekv_pl.batch import CaseInfo
+from sparsekv_pl.models.batch import CaseInfo
 
 INFO = CaseInfo(id="", task="test", answers=("42",))
 

@@ -9,7 +9,7 @@ import pytest
 from data.encoding import Encoder
 from data.evaluation import EvaluationData
 from data.fact_task import Facts
-from data.haystack import HaystackData
+from data.long_haystack import HaystackData
 from data.mixture import EvictionData
 from data.needles import NeedleTask
 from data.packing import take_tokens
@@ -17,8 +17,8 @@ from data.question_sources import PlantedQuestions
 from data.questions import QuestionData
 from data.ruler_needles import Niah
 from data.text import Document, Splits, TextSource
-from sparsekv_pl.batch import IGNORE
-from sparsekv_pl.modules.hosted import prompt_of
+from sparsekv_pl.evaluation.hosted_module import prompt_of
+from sparsekv_pl.models.batch import IGNORE
 from tests.data.tiny_tokenizers import CHINESE, ENGLISH, byte_level, sentencepiece
 
 TOKENIZERS = {

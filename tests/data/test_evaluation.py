@@ -17,7 +17,7 @@ from data.fact_task import Facts
 from data.mixture import EvictionData
 from data.packing import split_tokens, spread_windows
 from data.text import Splits
-from sparsekv_pl.batch import CaseInfo
+from sparsekv_pl.models.batch import CaseInfo
 
 SPLITS = Splits(0.6, 0.2, 0.2)
 

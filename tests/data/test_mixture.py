@@ -12,7 +12,7 @@ from data import EvictionData
 from data.mixture import MixtureStream
 from data.resumable import RankStatefulLoader
 from data.text import Splits
-from sparsekv_pl.batch import IGNORE
+from sparsekv_pl.models.batch import IGNORE
 
 
 def _data(tokenizer, source, **options) -> EvictionData:

@@ -5,7 +5,7 @@ import pytest
 from data.chat import chat_frame
 from data.needles import NeedleTask
 from data.packing import Tokens
-from sparsekv_pl.batch import IGNORE
+from sparsekv_pl.models.batch import IGNORE
 
 
 @pytest.fixture

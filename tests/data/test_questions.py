@@ -24,7 +24,7 @@ from data.question_sources import (
 )
 from data.questions import QuestionData
 from data.text import EmbeddedText
-from sparsekv_pl.batch import CaseBatch
+from sparsekv_pl.models.batch import CaseBatch
 
 Write = Callable[..., str]
 

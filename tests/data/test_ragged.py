@@ -15,7 +15,7 @@ from data.mixture import MixtureStream
 from data.needles import NeedleTask
 from data.packing import DocumentStream, WindowStream
 from data.text import Splits
-from sparsekv_pl.batch import Batch, rows_of_equal_length
+from sparsekv_pl.models.batch import Batch, rows_of_equal_length
 
 SPLITS = Splits(0.6, 0.2, 0.2)
 SHORTEST, LONGEST, CONTINUATION, ROWS = 240, 300, 20, 3

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data.tensor_files import NAME, TensorFiles
-from sparsekv_pl.attention.tensor_files import Metadata, file_name
+from sparsekv_pl.blocksparse.tensor_format import Metadata, file_name
 
 
 def touch(folder: Path, *names: str) -> None:

@@ -16,17 +16,17 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from callbacks.adapter_export import AdapterExport
 from callbacks.curriculum import Curriculum
-from sparsekv_pl.anchors import Anchors
-from sparsekv_pl.backbone import Backbone
-from sparsekv_pl.batch import IGNORE, Batch
 from sparsekv_pl.eviction import Eviction
-from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.dropout import KVDropout
-from sparsekv_pl.lora import Lora
-from sparsekv_pl.modules.eit import EITModule
+from sparsekv_pl.eviction.real import RealEviction
+from sparsekv_pl.models.anchors import Anchors
+from sparsekv_pl.models.backbone import Backbone
+from sparsekv_pl.models.batch import IGNORE, Batch
+from sparsekv_pl.models.lora import Lora
 from sparsekv_pl.objectives import EIT, LM, Layerwise, Mixed, Objective, Reconstruction, SelectionObjective, SparseLM
 from sparsekv_pl.presses import BlockDropoutPress, EvictionAugPress, SoftThresholdPress, SparseRegPress
 from sparsekv_pl.schedules import Adaptive, Fixed, Linear, Schedule, Spread
+from sparsekv_pl.training.eit_module import EITModule
 
 RANKS, ROWS = 2, 2
 CONTEXT, CONTINUATION = 64, 12
@@ -50,22 +50,22 @@ class Case:
     """Batches of validation, after every step."""
 
 
-def snapkv() -> ChunkedEviction:
-    return ChunkedEviction(SnapKVPress(window_size=8))
+def snapkv() -> RealEviction:
+    return RealEviction(SnapKVPress(window_size=8))
 
 
-def drawn(**settings: Any) -> ChunkedEviction:
+def drawn(**settings: Any) -> RealEviction:
     presses = [SnapKVPress(window_size=8), ExpectedAttentionPress()]
-    return ChunkedEviction(EvictionAugPress(presses, [1.0, 2.0], **settings))
+    return RealEviction(EvictionAugPress(presses, [1.0, 2.0], **settings))
 
 
 def threshold() -> SoftThresholdPress:
     return SoftThresholdPress(threshold=0.5, learnable=True, window_size=8)
 
 
-def seldom_threshold() -> ChunkedEviction:
+def seldom_threshold() -> RealEviction:
     """Steps 0 and 2 draw SnapKV, step 1 the press that learns a threshold."""
-    return ChunkedEviction(EvictionAugPress([threshold(), SnapKVPress(window_size=8)]))
+    return RealEviction(EvictionAugPress([threshold(), SnapKVPress(window_size=8)]))
 
 
 def aligned() -> Mixed:
@@ -76,8 +76,8 @@ def dropout() -> KVDropout:
     return KVDropout(Anchors(recent=4), query_chunk=16)
 
 
-def blocks() -> ChunkedEviction:
-    return ChunkedEviction(BlockDropoutPress(block_size=4, protect_recent=4), chunk_tokens=32)
+def blocks() -> RealEviction:
+    return RealEviction(BlockDropoutPress(block_size=4, protect_recent=4), chunk_tokens=32)
 
 
 GRADIENTS = {
@@ -85,23 +85,23 @@ GRADIENTS = {
     "lm": Case(LM, snapkv),
     "lm, everything trains": Case(LM, snapkv, backbone={"lora": None}),
     "sparse lm": Case(
-        SparseLM, lambda: ChunkedEviction(SparseRegPress(SnapKVPress(window_size=8), weight=0.5, window_size=8))
+        SparseLM, lambda: RealEviction(SparseRegPress(SnapKVPress(window_size=8), weight=0.5, window_size=8))
     ),
     "kv dropout": Case(EIT, dropout),
     "block dropout": Case(LM, blocks),
-    "learnable threshold": Case(LM, lambda: ChunkedEviction(threshold())),
+    "learnable threshold": Case(LM, lambda: RealEviction(threshold())),
     "reconstruction": Case(lambda: Mixed([LM(), Reconstruction(block_size=8, cue_tokens=4)]), snapkv),
-    "many chunks, not kept": Case(LM, lambda: ChunkedEviction(SnapKVPress(window_size=8), 24, checkpoint=True)),
+    "many chunks, not kept": Case(LM, lambda: RealEviction(SnapKVPress(window_size=8), 24, checkpoint=True)),
     "lengths differ": Case(aligned, snapkv, lengths=[64, 40, 40, 52]),
     "lengths differ, kv dropout": Case(LM, dropout, lengths=[64, 64, 64, 40]),
     "lengths differ, sparse lm": Case(
         SparseLM,
-        lambda: ChunkedEviction(SparseRegPress(SnapKVPress(window_size=8), weight=0.5, window_size=8)),
+        lambda: RealEviction(SparseRegPress(SnapKVPress(window_size=8), weight=0.5, window_size=8)),
         lengths=[64, 40, 40, 64],
     ),
     "accumulated": Case(aligned, snapkv, accumulate=2),
     # What some parameters have no part in:
-    "threshold at ratio 0": Case(LM, lambda: ChunkedEviction(threshold()), schedule=lambda: Fixed(0.0), steps=2),
+    "threshold at ratio 0": Case(LM, lambda: RealEviction(threshold()), schedule=lambda: Fixed(0.0), steps=2),
     "threshold not drawn": Case(LM, seldom_threshold, steps=3),
     "selection alone": Case(SelectionObjective, snapkv, steps=2),
     "attention of layers alone": Case(lambda: Layerwise("attention"), snapkv, steps=2),

@@ -20,11 +20,11 @@ from kvpress import (
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparsekv_pl.eviction.interrupted_prefill import SavedState
 from sparsekv_pl.eviction.limits import check_weights
 from sparsekv_pl.eviction.prefill import ChunkedPrefill, continue_from, prefill
 from sparsekv_pl.eviction.rotation import turned
-from sparsekv_pl.eviction.saved_state import SavedState
-from sparsekv_pl.presses.scores import press_name
+from sparsekv_pl.presses.nesting import press_name
 from sparsekv_pl.presses.traits import traits_of
 
 Build = Callable[..., PreTrainedModel]
@@ -139,7 +139,7 @@ def test_rerotated_keys_do_not_drift(random_model: Build) -> None:
     budget, tokens = 48, 60 * CHUNK
     model = random_model(num_hidden_layers=1).to(torch.bfloat16)
     made = advance(filling(model, KeyRerotationPress(Drain()), tokens, budget=budget))
-    keys, positions = made.cache.layers[0].keys, made.keeper.positions[0]
+    keys, positions = made.cache.layers[0].keys, made.tracker.positions[0]
     assert keys is not None
     assert positions[0, 0].diff().tolist() == [CHUNK] * (budget - 1)  # the oldest was turned 47 times
     with torch.no_grad():

@@ -17,12 +17,12 @@ from transformers import (
 )
 from transformers.masking_utils import AttentionMaskInterface
 
-from sparsekv_pl.anchors import Anchors, AnchorTable
-from sparsekv_pl.attention.cached import attention_implementation
+from sparsekv_pl.attention.evicted_attention import attention_implementation
 from sparsekv_pl.attention.kept_columns import kept_columns_mask
 from sparsekv_pl.eviction import dropout
 from sparsekv_pl.eviction.dropout import NAME, KeptColumns, KVDropout, draw_kept, removed_tokens
-from sparsekv_pl.presses.draws import row_numbers
+from sparsekv_pl.models.anchors import Anchors, AnchorTable
+from sparsekv_pl.presses.step_draws import row_numbers
 
 MODELS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 VOCABULARY, CONTEXT, CONTINUATION = 97, 48, 12

@@ -18,15 +18,15 @@ from kvpress import (
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsekv_pl.decoder import decoder_of
-from sparsekv_pl.eviction.chunked import ChunkedEviction, evicted_context
-from sparsekv_pl.eviction.kept import kept_positions
+from sparsekv_pl.eviction.interface import Evicted, EvictedContext
+from sparsekv_pl.eviction.kept_positions import kept_positions
 from sparsekv_pl.eviction.prefill import prefill
+from sparsekv_pl.eviction.real import RealEviction, evicted_context
 from sparsekv_pl.eviction.request import Request
-from sparsekv_pl.eviction.result import Evicted, EvictedContext
+from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.presses import EvictionAugPress
+from sparsekv_pl.presses.nesting import press_name
 from sparsekv_pl.presses.ratio import set_compression_ratio
-from sparsekv_pl.presses.scores import press_name
 
 Build = Callable[..., PreTrainedModel]
 CONTEXT, CONTINUATION, RATIO = 40, 8, 0.6
@@ -51,7 +51,7 @@ def ids() -> tuple[Tensor, Tensor]:
 
 
 def evict(model: PreTrainedModel, chunk_tokens: int | None, press: BasePress | None = None) -> Evicted:
-    eviction = ChunkedEviction(press or SnapKVPress(window_size=4), chunk_tokens)
+    eviction = RealEviction(press or SnapKVPress(window_size=4), chunk_tokens)
     return eviction(model, *ids(), compression_ratio=RATIO, step=0, request=Request(contexts=True))
 
 
@@ -96,7 +96,7 @@ def test_lost_after_many_chunks_is_read_off_the_values_of_a_single_layer(press: 
 
 @CHUNKS
 def test_nothing_is_lost_at_compression_0(chunk_tokens: int | None, random_model: Build) -> None:
-    eviction = ChunkedEviction(SnapKVPress(window_size=4), chunk_tokens)
+    eviction = RealEviction(SnapKVPress(window_size=4), chunk_tokens)
     evicted = eviction(random_model(), *ids(), compression_ratio=0.0, step=0, request=Request(contexts=True))
     assert float(context_of(evicted).lost.abs().max()) < 1e-6
 
@@ -157,5 +157,5 @@ def test_a_press_that_does_not_tell_what_it_keeps_is_refused(random_model: Build
 
 
 def test_the_context_is_kept_where_it_is_wanted(random_model: Build) -> None:
-    eviction = ChunkedEviction(SnapKVPress(window_size=4))
+    eviction = RealEviction(SnapKVPress(window_size=4))
     assert eviction(random_model(), *ids(), compression_ratio=RATIO, step=0).context is None

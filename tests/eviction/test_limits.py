@@ -9,8 +9,8 @@ from kvpress import ChunkKVPress, KeyRerotationPress, KnormPress
 from torch import Tensor
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
-from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.prefill import full_cache, prefill
+from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.eviction.replay import RecordedPrefill
 
 Build = Callable[..., PreTrainedModel]
@@ -42,7 +42,7 @@ def test_a_cache_is_not_continued_where_rope_changes(rope: dict[str, Any], rando
     with pytest.raises(ValueError, match=r"beyond 64 tokens it turns keys by other frequencies"):
         prefill(model, ids(80), KnormPress(0.5), chunk_tokens=40)
     with pytest.raises(ValueError, match=r"those of the first 60 of 70 tokens"):
-        ChunkedEviction(KnormPress())(model, ids(60), ids(10), compression_ratio=0.5, step=0)
+        RealEviction(KnormPress())(model, ids(60), ids(10), compression_ratio=0.5, step=0)
     with pytest.raises(
         ValueError, match=rf"keys cannot be re-rotated in a model with RoPE of type '{rope['rope_type']}'"
     ):

@@ -28,13 +28,13 @@ from kvpress import (
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsekv_pl.attention.cached import attention_implementation
-from sparsekv_pl.eviction.chunked import ChunkedEviction
+from sparsekv_pl.attention.evicted_attention import attention_implementation
 from sparsekv_pl.eviction.prefill import prefill
-from sparsekv_pl.eviction.prefilled import Prefilled
+from sparsekv_pl.eviction.prefilled_cache import Prefilled
+from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.presses import EvictionAugPress
-from sparsekv_pl.presses.scores import press_name
+from sparsekv_pl.presses.nesting import press_name
 
 Build = Callable[..., PreTrainedModel]
 CONTEXT, CHUNK, CONTINUATION = 48, 12, 8
@@ -107,7 +107,7 @@ def test_a_budget_is_never_exceeded(random_model: Build, budget: int, lengths: l
 
 
 def test_a_budget_decides_in_one_chunk_too(random_model: Build) -> None:
-    evicted = ChunkedEviction(KnormPress(), budget=6)(random_model(), *ids(), compression_ratio=RATIO, step=0)
+    evicted = RealEviction(KnormPress(), budget=6)(random_model(), *ids(), compression_ratio=RATIO, step=0)
     assert evicted.kept_share == 6 / CONTEXT
 
 
@@ -153,7 +153,7 @@ def test_equals_one_pass_whose_mask_hides_from_each_chunk_what_was_dropped_befor
 ) -> None:
     model = random_model(num_hidden_layers=layers).double()
     context, continuation = ids()
-    eviction = ChunkedEviction(press, CHUNK)
+    eviction = RealEviction(press, CHUNK)
     evicted = eviction(model, context, continuation, compression_ratio=RATIO, step=0, request=Request(scores=True))
     tokens = CONTEXT + CONTINUATION
     visible = torch.ones(tokens, tokens, dtype=torch.bool).tril().repeat(layers, 2, 2, 1, 1)
@@ -265,7 +265,7 @@ def test_presses_that_cannot_be_run_in_chunks_say_so(
         prefill(random_model(), ids()[0], press, CHUNK, request=Request(scores=with_scores))
     if "ratio" not in message:
         with pytest.raises(ValueError, match=message):
-            ChunkedEviction(press, CHUNK).check(CONTEXT, Request(scores=with_scores))
+            RealEviction(press, CHUNK).check(CONTEXT, Request(scores=with_scores))
 
 
 def test_scores_by_parts_cannot_be_trained(random_model: Build) -> None:

@@ -32,11 +32,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.eviction.prefill import continue_from, full_cache, prefill
-from sparsekv_pl.eviction.prefilled import Prefilled
+from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.eviction.replay import RecordedPrefill
 from sparsekv_pl.presses import EvictionAugPress
+from sparsekv_pl.presses.nesting import press_name
 from sparsekv_pl.presses.ratio import set_compression_ratio
-from sparsekv_pl.presses.scores import press_name
 
 Build = Callable[..., PreTrainedModel]
 CONTEXT, CONTINUATION = 40, 8

@@ -8,7 +8,7 @@ import torch
 from kvpress import SnapKVPress
 from transformers import PreTrainedModel
 
-from sparsekv_pl.eviction.chunked import ChunkedEviction
+from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.eviction.request import NOTHING, Request
 
 
@@ -29,7 +29,7 @@ def test_one_eviction_answers_one_request_after_the_other(
     random_model: Callable[..., PreTrainedModel], chunk_tokens: int | None, checkpoint: bool
 ) -> None:
     ids = torch.randint(0, 64, (2, 32), generator=torch.Generator().manual_seed(0))
-    eviction = ChunkedEviction(SnapKVPress(window_size=4), chunk_tokens, checkpoint=checkpoint)
+    eviction = RealEviction(SnapKVPress(window_size=4), chunk_tokens, checkpoint=checkpoint)
     settings, model, hidden = dict(vars(eviction)), random_model(), []
     for request in (Request(scores=True), Request(contexts=True), NOTHING, Request(teacher=True)):
         evicted = eviction(model, ids[:, :24], ids[:, 24:], compression_ratio=0.5, step=0, request=request)

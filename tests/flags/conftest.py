@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from kvpress import SnapKVPress
 
-from sparsekv_pl.eviction.chunked import ChunkedEviction
-from sparsekv_pl.modules.eit import EITModule
+from sparsekv_pl.eviction.real import RealEviction
+from sparsekv_pl.training.eit_module import EITModule
 from tests.tiny_training import MakeBackbone, adamw
 
 
@@ -16,7 +16,7 @@ def module(tiny_backbone: MakeBackbone) -> Callable[..., EITModule]:
     """EITModule(**settings) of a tiny model under SnapKV."""
 
     def make(**settings: Any) -> EITModule:
-        eviction = ChunkedEviction(SnapKVPress(window_size=8))
+        eviction = RealEviction(SnapKVPress(window_size=8))
         made = EITModule(tiny_backbone(), eviction, **({"optimizer": adamw} | settings))
         made.compression_ratio = 0.5
         return made

@@ -12,11 +12,11 @@ from kvpress import KnormPress
 from lightning.pytorch import LightningModule
 
 import sparsekv_pl
-from sparsekv_pl.analyses.collection import TensorCollection
-from sparsekv_pl.eviction.setting import Setting
-from sparsekv_pl.measuring import MeasuringModule
-from sparsekv_pl.modules.eit import EITModule
-from sparsekv_pl.modules.evaluation import EvaluationModule
+from sparsekv_pl.blocksparse.collection import TensorCollection
+from sparsekv_pl.evaluation.evaluation_module import EvaluationModule
+from sparsekv_pl.evaluation.measuring_module import MeasuringModule
+from sparsekv_pl.evaluation.points import Setting
+from sparsekv_pl.training.eit_module import EITModule
 from tests.tiny_training import MakeBackbone, MakeCases, MakeTrainer
 from train import TrainCommandLine
 

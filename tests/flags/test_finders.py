@@ -15,9 +15,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau as WithoutMonitor
 
 from callbacks.adapter_export import AdapterExport
 from callbacks.curriculum import Curriculum
-from sparsekv_pl.modules.eit import EITModule
-from sparsekv_pl.modules.evaluation import EvaluationModule
+from sparsekv_pl.evaluation.evaluation_module import EvaluationModule
 from sparsekv_pl.schedules import Fixed
+from sparsekv_pl.training.eit_module import EITModule
 from tests.tiny_training import MakeBackbone, MakeCases, MakeData, MakeTrainer, trained
 
 MakeModule = Callable[..., EITModule]

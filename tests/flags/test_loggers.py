@@ -8,9 +8,9 @@ import yaml
 from kvpress import KnormPress
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from sparsekv_pl.eviction.setting import Setting
-from sparsekv_pl.modules.evaluation import EvaluationModule
-from sparsekv_pl.saved_config import SaveRunConfig
+from sparsekv_pl.cli.saved_config import SaveRunConfig
+from sparsekv_pl.evaluation.evaluation_module import EvaluationModule
+from sparsekv_pl.evaluation.points import Setting
 from tests.tiny_training import MakeBackbone, MakeCases, MakeTrainer
 from train import TrainCommandLine
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.optim import AdamW
 
-from sparsekv_pl.modules.eit import EITModule
+from sparsekv_pl.training.eit_module import EITModule
 from tests.tiny_training import MakeData, MakeTrainer, trained
 
 

@@ -10,7 +10,7 @@ import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 
-from sparsekv_pl.modules.eit import EITModule
+from sparsekv_pl.training.eit_module import EITModule
 from tests.flags.rows import CALLBACKS, FLAGS, Row
 from tests.tiny_training import MakeData, MakeTrainer
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsekv_pl.eviction.request import Request
-from sparsekv_pl.layer_outputs import LayerOutput
+from sparsekv_pl.models.layer_outputs import LayerOutput
 from sparsekv_pl.objectives import Layerwise, StudentView
 from sparsekv_pl.objectives.objective import LayerRows
 

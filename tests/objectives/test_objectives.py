@@ -12,12 +12,11 @@ import yaml
 from kvpress import SnapKVPress
 
 from callbacks.curriculum import Curriculum
-from sparsekv_pl.anchors import Anchors
-from sparsekv_pl.batch import IGNORE, Batch
-from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.dropout import KVDropout
+from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.eviction.request import NOTHING, Request
-from sparsekv_pl.modules.eit import EITModule
+from sparsekv_pl.models.anchors import Anchors
+from sparsekv_pl.models.batch import IGNORE, Batch
 from sparsekv_pl.objectives import (
     EIT,
     LM,
@@ -30,6 +29,7 @@ from sparsekv_pl.objectives import (
 )
 from sparsekv_pl.presses.sparse_reg import SparseRegPress
 from sparsekv_pl.schedules import Linear
+from sparsekv_pl.training.eit_module import EITModule
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw, trained
 from train import TrainCommandLine
 
@@ -77,7 +77,7 @@ def everything() -> Mixed:
 def test_every_objective_trains_under_real_eviction_and_logs_its_terms(
     name: str, chunk_tokens: int | None, tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer
 ) -> None:
-    eviction = ChunkedEviction(noting_press(), chunk_tokens)
+    eviction = RealEviction(noting_press(), chunk_tokens)
     objective = everything() if name == "mixed" else OBJECTIVES[name]()
     module = EITModule(tiny_backbone(), eviction, objective, optimizer=adamw)
     before = trained(module)
@@ -99,7 +99,7 @@ def test_every_objective_trains_under_real_eviction_and_logs_its_terms(
 def test_at_compression_0_nothing_is_asked_for(
     chunk_tokens: int | None, tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer
 ) -> None:
-    module = EITModule(tiny_backbone(), ChunkedEviction(SnapKVPress(window_size=8), chunk_tokens), Reconstruction())
+    module = EITModule(tiny_backbone(), RealEviction(SnapKVPress(window_size=8), chunk_tokens), Reconstruction())
     trainer = tiny_trainer(Curriculum(Linear(0.0, 0.0)), max_steps=1)
     trainer.fit(module, tiny_data())
     assert trainer.callback_metrics["train/loss"] == 0
@@ -115,8 +115,8 @@ def test_reconstruction_under_kv_dropout_is_refused(objective: Objective, tiny_b
 
 
 EVICTIONS: dict[str, Callable[[], Any]] = {
-    "one chunk": lambda: ChunkedEviction(SnapKVPress(window_size=8)),
-    "many chunks": lambda: ChunkedEviction(SnapKVPress(window_size=8), chunk_tokens=16),
+    "one chunk": lambda: RealEviction(SnapKVPress(window_size=8)),
+    "many chunks": lambda: RealEviction(SnapKVPress(window_size=8), chunk_tokens=16),
     "kv dropout": lambda: KVDropout(Anchors(sinks=1, recent=4)),
 }
 

@@ -10,11 +10,11 @@ from kvpress import KnormPress
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsekv_pl.eviction.chunked import evicted_context
+from sparsekv_pl.eviction.interface import EvictedContext
 from sparsekv_pl.eviction.prefill import continue_from, prefill
-from sparsekv_pl.eviction.prefilled import copy_cache
+from sparsekv_pl.eviction.prefilled_cache import copy_cache
+from sparsekv_pl.eviction.real import evicted_context
 from sparsekv_pl.eviction.request import Request
-from sparsekv_pl.eviction.result import EvictedContext
 from sparsekv_pl.objectives import Reconstruction, StudentView
 
 VOCABULARY, WIDTH, LENGTH = 64, 8, 40

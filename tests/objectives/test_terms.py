@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparsekv_pl.eviction.result import EvictedContext
+from sparsekv_pl.eviction.interface import EvictedContext, Selection
 from sparsekv_pl.objectives import (
     EIT,
     LM,
@@ -16,7 +16,6 @@ from sparsekv_pl.objectives import (
     StudentView,
 )
 from sparsekv_pl.objectives.objective import joined
-from sparsekv_pl.selection import Selection
 
 
 def view(seed: int = 0, tokens: int = 5, **settings: Any) -> StudentView:

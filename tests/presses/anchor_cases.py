@@ -23,11 +23,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sparsekv_pl.anchors import Anchors
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.eviction.request import Request
+from sparsekv_pl.models.anchors import Anchors
 from sparsekv_pl.presses.anchor import AnchorPress
-from sparsekv_pl.presses.scores import catch_scores
+from sparsekv_pl.presses.caught_scores import catch_scores
 
 Build = Callable[..., PreTrainedModel]
 CONTEXT, CHUNK = 48, 12

@@ -22,13 +22,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from sparsekv_pl.decoder import decoder_of
-from sparsekv_pl.eviction.kept import kept_positions, masked_keys
+from sparsekv_pl.eviction.kept_positions import kept_positions, masked_keys
 from sparsekv_pl.eviction.prefill import prefill
-from sparsekv_pl.eviction.prefilled import Prefilled
+from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.eviction.request import Request
-from sparsekv_pl.presses.draws import draw
-from sparsekv_pl.presses.scores import presses_in
+from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.presses.nesting import presses_in
+from sparsekv_pl.presses.step_draws import draw
 from tests.presses.press_cases import CASES, PressCase, Setting
 
 KINDS: dict[str, Any] = {

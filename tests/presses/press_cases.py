@@ -23,12 +23,12 @@ from kvpress import (
 )
 from torch import Tensor
 
-from sparsekv_pl.anchors import Anchors, table_for
+from sparsekv_pl.models.anchors import Anchors, table_for
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.adaptive_block_dropout import AdaptiveBlockDropoutPress
 from sparsekv_pl.presses.anchor import AnchorPress
 from sparsekv_pl.presses.block_dropout import BlockDropoutPress
-from sparsekv_pl.presses.scores import press_name
+from sparsekv_pl.presses.nesting import press_name
 from sparsekv_pl.presses.sentence_dropout import SentenceDropoutPress
 from sparsekv_pl.presses.soft_threshold import SoftThresholdPress
 from sparsekv_pl.presses.sparse_reg import SparseRegPress

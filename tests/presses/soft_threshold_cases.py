@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekv_pl.eviction.prefill import prefill
-from sparsekv_pl.presses.notes import PressNotes
+from sparsekv_pl.presses.press_context import PressContext
 from sparsekv_pl.presses.soft_threshold import SoftThresholdPress
 
 Build = Callable[..., PreTrainedModel]
@@ -24,10 +24,10 @@ def ids(rows: int = 2, length: int = LENGTH, seed: int = 0) -> Tensor:
     return torch.randint(1, 64, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def noted(model: PreTrainedModel, press: BasePress, context: Tensor | None = None) -> PressNotes:
-    notes = prefill(model.train(), ids() if context is None else context, press).notes
-    assert notes is not None
-    return notes
+def noted(model: PreTrainedModel, press: BasePress, context: Tensor | None = None) -> PressContext:
+    press_context = prefill(model.train(), ids() if context is None else context, press).press_context
+    assert press_context is not None
+    return press_context
 
 
 @torch.no_grad()

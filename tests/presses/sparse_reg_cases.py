@@ -25,9 +25,9 @@ def ids(rows: int = 2, length: int = LENGTH) -> Tensor:
 
 
 def losses(model: PreTrainedModel, press: BasePress, **settings: Any) -> dict[str, list[Tensor]]:
-    notes = prefill(model.train(), ids(), press, **settings).notes
-    assert notes is not None
-    return notes.losses
+    press_context = prefill(model.train(), ids(), press, **settings).press_context
+    assert press_context is not None
+    return press_context.losses
 
 
 def attentions_of(model: PreTrainedModel, mask: Tensor | None = None) -> list[Tensor]:

@@ -10,11 +10,11 @@ from kvpress import AdaKVPress, BasePress, ChunkPress, ComposedPress, DecodingPr
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.prefill import prefill
+from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.presses import adaptive_block_dropout
 from sparsekv_pl.presses.adaptive_block_dropout import AdaptiveBlockDropoutPress, sink_attention
-from sparsekv_pl.presses.scores import catch_scores
+from sparsekv_pl.presses.caught_scores import catch_scores
 from sparsekv_pl.presses.span_dropout import Shown
 
 Build = Callable[..., PreTrainedModel]
@@ -222,7 +222,7 @@ def test_nothing_flows_through_the_choice_and_gradients_through_what_stays(rando
     with press(model), catch_scores(press) as caught:
         model.model(context(), past_key_values=DynamicCache())
     assert len(caught) == 2 and not any(scored.scores.requires_grad for scored in caught)
-    evicting = ChunkedEviction(press, chunk_tokens=30, budget=20)
+    evicting = RealEviction(press, chunk_tokens=30, budget=20)
     hidden = evicting(model, context(), context(5, tokens=8), compression_ratio=0.5, step=0).hidden
     hidden.square().sum().backward()
     grads = {name: p.grad for name, p in model.model.named_parameters()}

@@ -18,14 +18,16 @@ from transformers import (
     PreTrainedModel,
 )
 
-from sparsekv_pl.anchors import Anchors, table_for
-from sparsekv_pl.eviction.chunked import ChunkedEviction
-from sparsekv_pl.eviction.kept import kept_positions
+from sparsekv_pl.eviction.interface import Selection
+from sparsekv_pl.eviction.kept_positions import kept_positions
 from sparsekv_pl.eviction.prefill import prefill
+from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.eviction.replay import RecordedPrefill
 from sparsekv_pl.eviction.request import Request
-from sparsekv_pl.presses.scores import catch_scores
-from sparsekv_pl.selection import Selection, SelectionLoss, log_share, pinned
+from sparsekv_pl.models.anchors import Anchors, table_for
+from sparsekv_pl.objectives.score_alignment import log_share
+from sparsekv_pl.objectives.selection_loss import SelectionLoss
+from sparsekv_pl.presses.caught_scores import catch_scores, pinned
 from tests.presses.anchor_cases import (
     CHUNK,
     CONTEXT,
@@ -251,7 +253,7 @@ def test_the_selection_loss_is_the_inner_press_s_over_what_is_no_anchor(
 
 def test_training_reaches_what_stays_and_what_scores(random_model: Build) -> None:
     model = random_model().train()
-    eviction = ChunkedEviction(anchor())
+    eviction = RealEviction(anchor())
     ids = context()
     request = Request(scores=True)
     evicted = eviction(model, ids[:, :40], ids[:, 40:], compression_ratio=0.5, step=0, request=request)

@@ -28,16 +28,16 @@ from transformers import (
     pipeline,
 )
 
-import sparsekv_pl.modules.eit  # noqa: F401  lets YAML name a press by its class
-from sparsekv_pl.anchors import Anchors, table_for
+import sparsekv_pl.training.eit_module  # noqa: F401  lets YAML name a press by its class
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.eviction.replay import RecordedPrefill
 from sparsekv_pl.eviction.request import Request
-from sparsekv_pl.keys import settings_of
+from sparsekv_pl.models.anchors import Anchors, table_for
 from sparsekv_pl.presses.anchor import AnchorPress
+from sparsekv_pl.presses.nesting import press_name, scorers_in
 from sparsekv_pl.presses.ratio import set_compression_ratio
-from sparsekv_pl.presses.scores import press_name, scorers_in
 from sparsekv_pl.presses.traits import traits_of
+from sparsekv_pl.storage.result_keys import settings_of
 from tests.presses.anchor_cases import (
     CONTEXT,
     FEW,

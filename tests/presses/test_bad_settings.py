@@ -8,7 +8,7 @@ import pytest
 from kvpress import AdaKVPress, KnormPress
 
 from sparsekv_pl import presses
-from sparsekv_pl.anchors import Anchors
+from sparsekv_pl.models.anchors import Anchors
 from sparsekv_pl.presses import (
     AdaptiveBlockDropoutPress,
     AnchorPress,

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.presses import EvictionAugPress
-from sparsekv_pl.presses.draws import draw
-from sparsekv_pl.presses.scores import catch_scores
+from sparsekv_pl.presses.caught_scores import catch_scores
+from sparsekv_pl.presses.step_draws import draw
 from sparsekv_pl.presses.traits import traits_of
 
 Build = Callable[..., PreTrainedModel]

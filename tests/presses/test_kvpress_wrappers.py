@@ -9,10 +9,10 @@ import torch
 from kvpress import BasePress, ComposedPress, DecodingPress, KnormPress, PrefillDecodingPress, SnapKVPress
 from transformers import DynamicCache
 
-from sparsekv_pl.config_values import explained
+from sparsekv_pl.cli.config_values import explained
 from sparsekv_pl.presses import EvictionAugPress
-from sparsekv_pl.presses.draws import draw
 from sparsekv_pl.presses.sparse_reg import SparseRegPress
+from sparsekv_pl.presses.step_draws import draw
 from tests.presses.press_bench import model_of
 
 INNER = {

@@ -9,7 +9,7 @@ from kvpress import (
 from torch import Tensor
 
 from sparsekv_pl.eviction.prefill import prefill
-from sparsekv_pl.presses.tokens import real_keys
+from sparsekv_pl.presses.key_tokens import real_keys
 from tests.presses.tokens_cases import CHUNK, CONTEXT, Blind, Build, context, pressed
 
 PADDED = torch.ones(2, CONTEXT, dtype=torch.long)

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from sparsekv_pl.decoder import decoder_of
-from sparsekv_pl.eviction.chunked import continued
-from sparsekv_pl.eviction.kept import masked_keys
+from sparsekv_pl.eviction.kept_positions import masked_keys
 from sparsekv_pl.eviction.prefill import full_cache, prefill
+from sparsekv_pl.eviction.real import continued
 from sparsekv_pl.eviction.request import Request
+from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.presses.nesting import learnable
 from sparsekv_pl.presses.ratio import set_compression_ratio
-from sparsekv_pl.presses.scores import learnable
 from sparsekv_pl.presses.soft_threshold import SoftThresholdPress
 from tests.presses.press_bench import (
     Bench,
@@ -51,8 +51,8 @@ def check_gradients(at: Bench, press: Any, run: Run) -> None:
     """Of a loss after the eviction and of the scores themselves; the loss reaches the keys and values that stayed."""
     kept = [tensor for layer in run.prefilled.cache.layers for tensor in (layer.keys, layer.values)]
     loss = continued(at.model, run.prefilled.branch(), at.text[: len(at.ids), -4:]).float().square().mean()
-    assert run.prefilled.notes is not None
-    terms = [term for terms in run.prefilled.notes.losses.values() for term in terms]
+    assert run.prefilled.press_context is not None
+    terms = [term for terms in run.prefilled.press_context.losses.values() for term in terms]
     scores = [caught.scores.sum() for caught in run.prefilled.selections if caught.scores.requires_grad]
     weights = [*decoder_of(at.model).parameters(), *learnable(press).values()]
     grads = torch.autograd.grad([loss, *terms, *scores], weights, retain_graph=True, allow_unused=True)
@@ -70,8 +70,8 @@ def test_gradients_where_keys_fade_out(bench: MakeBench, kind: str, setting: Set
     at.model.train()
     prefilled = prefill(at.model, at.ids, press)
     check_gradients(at, press, Run(prefilled, torch.empty(0)))
-    assert prefilled.notes is not None and len(prefilled.notes.key_log_weights) == 2
-    assert bool((prefilled.notes.key_log_weights[0] < 0).any()) or at.ids.shape[1] <= 2
+    assert prefilled.press_context is not None and len(prefilled.press_context.key_log_weights) == 2
+    assert bool((prefilled.press_context.key_log_weights[0] < 0).any()) or at.ids.shape[1] <= 2
     assert prefilled.cache.get_seq_length() == at.ids.shape[1]
 
 

@@ -11,8 +11,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.eviction.decoding import read_while_evicting
 from sparsekv_pl.eviction.prefill import prefill
-from sparsekv_pl.presses.draws import draw
 from sparsekv_pl.presses.ratio import set_compression_ratio
+from sparsekv_pl.presses.step_draws import draw
 from tests.presses.press_bench import MakeBench, check_protected, each_kind, kept_in, kept_of
 from tests.presses.press_cases import CASES, OURS, PressCase
 

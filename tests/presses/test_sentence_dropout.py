@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
-from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.prefill import prefill
-from sparsekv_pl.presses.scores import catch_scores
+from sparsekv_pl.eviction.real import RealEviction
+from sparsekv_pl.presses.caught_scores import catch_scores
 from sparsekv_pl.presses.sentence_dropout import SentenceDropoutPress
 from sparsekv_pl.presses.sentences import ends_sentence, sentence_table, trails_sentence
 
@@ -192,7 +192,7 @@ def test_many_chunks_know_the_context_s_sentences(model: PreTrainedModel, tokeni
         for head in range(2):
             told = sentence[done.positions[layer][0, head]]
             assert set(told.tolist()) <= set(last[0, head].tolist())
-    result = ChunkedEviction(press, chunk_tokens=16)(model, ids, ids[:, :6], compression_ratio=0.5, step=2)
+    result = RealEviction(press, chunk_tokens=16)(model, ids, ids[:, :6], compression_ratio=0.5, step=2)
     result.hidden.sum().backward()
     assert all(p.grad.isfinite().all() for p in model.model.parameters() if p.grad is not None)
 

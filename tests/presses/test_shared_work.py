@@ -10,13 +10,13 @@ from kvpress import BasePress, ExpectedAttentionPress, ScorerPress, SnapKVPress,
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from sparsekv_pl.backbone import causal_lm
-from sparsekv_pl.decoder import decoder_of
 from sparsekv_pl.eviction.prefill import continue_from
-from sparsekv_pl.presses.scores import catch_scores
+from sparsekv_pl.models.backbone import causal_lm
+from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.presses.caught_scores import catch_scores
+from sparsekv_pl.presses.shadowed_method import shadowed
 from sparsekv_pl.presses.shared_work import shared_work
 from sparsekv_pl.presses.traits import traits_of
-from sparsekv_pl.shadow import shadowed
 
 IDS = torch.randint(5, 1000, (2, 48), generator=torch.Generator().manual_seed(0))
 PRESSES = [ExpectedAttentionPress(0.5), SnapKVPress(0.5, window_size=8), TOVAPress(0.5)]

@@ -9,14 +9,14 @@ from kvpress import ScorerPress
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from sparsekv_pl.eviction.chunked import ChunkedEviction, continued
 from sparsekv_pl.eviction.prefill import full_cache, prefill
-from sparsekv_pl.modules.eit import EITModule
+from sparsekv_pl.eviction.real import RealEviction, continued
 from sparsekv_pl.objectives import EIT
-from sparsekv_pl.presses.draws import draw
 from sparsekv_pl.presses.eviction_aug import EvictionAugPress
-from sparsekv_pl.presses.scores import learnable
+from sparsekv_pl.presses.nesting import learnable
 from sparsekv_pl.presses.soft_threshold import SoftThresholdPress
+from sparsekv_pl.presses.step_draws import draw
+from sparsekv_pl.training.eit_module import EITModule
 from tests.presses.soft_threshold_cases import LENGTH, SINKS, WINDOW, Build, ids, noted, press_with, protected, received
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw
 
@@ -73,7 +73,7 @@ def test_the_temperature_is_the_same_after_a_resume(
         press = SoftThresholdPress(window_size=8, final_temperature=16.0, anneal_steps=4)
         seen = Temperatures(press)
         trainer = tiny_trainer(seen, max_steps=steps, max_epochs=-1)
-        module = EITModule(tiny_backbone(), ChunkedEviction(press), EIT(), optimizer=adamw)
+        module = EITModule(tiny_backbone(), RealEviction(press), EIT(), optimizer=adamw)
         module.compression_ratio = 0.5
         trainer.fit(module, tiny_data(), ckpt_path=resume)
         return trainer, seen.seen
@@ -92,9 +92,9 @@ def test_the_temperature_is_the_same_after_a_resume(
 def test_weights_are_the_sigmoid_of_attention_less_a_fixed_threshold(random_model: Build) -> None:
     model, press = random_model(), press_with(threshold=0.3, temperature=2.5)
     expected = received(model, ids())
-    notes = noted(model, press)
-    assert list(notes.key_log_weights) == [0, 1]
-    for layer, log_weights in notes.key_log_weights.items():
+    press_context = noted(model, press)
+    assert list(press_context.key_log_weights) == [0, 1]
+    for layer, log_weights in press_context.key_log_weights.items():
         weights = (2.5 * (expected[layer] - 0.3)).sigmoid().masked_fill(protected(), 1)
         torch.testing.assert_close(log_weights.exp(), weights, atol=1e-5, rtol=1e-4)
 
@@ -104,8 +104,8 @@ def test_evenly_spread_attention_is_1(random_model: Build) -> None:
     model = random_model()
     for layer in model.model.layers:
         layer.self_attn.q_proj.weight.zero_()
-    notes = noted(model, press_with(threshold=0.0))
-    shares = notes.key_log_weights[0].exp().logit()[..., ~protected()]
+    press_context = noted(model, press_with(threshold=0.0))
+    shares = press_context.key_log_weights[0].exp().logit()[..., ~protected()]
     visible = torch.arange(LENGTH - WINDOW, LENGTH) + 1  # a query spreads it over the keys that it sees
     torch.testing.assert_close(shares, (LENGTH / visible).mean().expand_as(shares))
 
@@ -135,7 +135,7 @@ def test_where_protected_keys_fill_the_budget_the_rest_is_dropped_outright(rando
 @pytest.mark.parametrize("settings", [{}, {"threshold": 0.2}])
 def test_ratio_0_changes_nothing(random_model: Build, settings: dict[str, Any]) -> None:
     model = random_model()
-    evict = ChunkedEviction(press_with(**settings))
+    evict = RealEviction(press_with(**settings))
     for training in (True, False):
         evicted = evict(model.train(training), ids(), ids(length=5), compression_ratio=0.0, step=0)
         assert torch.equal(evicted.hidden, full_cache(model, ids(), ids(length=5)))

@@ -9,15 +9,16 @@ from kvpress import AdaKVPress, ChunkPress, ComposedPress, DecodingPress, KeyRer
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from sparsekv_pl.eviction.chunked import ChunkedEviction, continued
 from sparsekv_pl.eviction.prefill import continue_from, prefill
+from sparsekv_pl.eviction.real import RealEviction, continued
 from sparsekv_pl.eviction.request import Request
-from sparsekv_pl.modules.eit import EITModule
 from sparsekv_pl.objectives import EIT
-from sparsekv_pl.presses.scores import catch_scores, learnable, scorers_in
+from sparsekv_pl.objectives.selection_loss import SelectionLoss
+from sparsekv_pl.presses.caught_scores import catch_scores
+from sparsekv_pl.presses.nesting import learnable, scorers_in
 from sparsekv_pl.presses.soft_threshold import SoftThresholdPress
 from sparsekv_pl.presses.traits import traits_of
-from sparsekv_pl.selection import SelectionLoss
+from sparsekv_pl.training.eit_module import EITModule
 from tests.presses.soft_threshold_cases import LENGTH, SINKS, Build, ids, noted, press_with, protected, received
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw
 
@@ -104,7 +105,7 @@ def test_evaluation_keeps_exactly_the_budget_by_attention(
         assert prefilled.cache.get_seq_length(layer) == budget
         best = expected[layer].masked_fill(protected(), 0) + first
         assert torch.equal(prefilled.positions[layer], best.topk(budget).indices.sort().values)
-    assert prefilled.notes is not None and not prefilled.notes.key_log_weights
+    assert prefilled.press_context is not None and not prefilled.press_context.key_log_weights
 
 
 @torch.no_grad()
@@ -187,7 +188,7 @@ def test_training_moves_a_learnable_threshold_and_saves_it(
 ) -> None:
     def module() -> EITModule:
         press = SoftThresholdPress(window_size=8, threshold=0.5, learnable=True)
-        made = EITModule(tiny_backbone(), ChunkedEviction(press), EIT(), optimizer=adamw)
+        made = EITModule(tiny_backbone(), RealEviction(press), EIT(), optimizer=adamw)
         made.compression_ratio = 0.5
         return made
 

@@ -9,7 +9,7 @@ from kvpress import AdaKVPress, KeyRerotationPress
 from torch import Tensor
 
 from sparsekv_pl.eviction.prefill import prefill
-from sparsekv_pl.presses.draws import draw
+from sparsekv_pl.presses.step_draws import draw
 from sparsekv_pl.presses.traits import traits_of
 from tests.presses.span_cases import CONTEXT, Build, blocks, both, context, evicted, kept, spans_in, variable
 

@@ -9,11 +9,11 @@ from kvpress import AdaKVPress, BasePress, ChunkPress, ComposedPress, DecodingPr
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.prefill import prefill
+from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.presses.block_dropout import BlockDropoutPress
-from sparsekv_pl.presses.scores import catch_scores
+from sparsekv_pl.presses.caught_scores import catch_scores
 from sparsekv_pl.presses.span_dropout import Shown, SpanDropoutPress
 from tests.presses.span_cases import CONTEXT, RATIO, Build, blocks, both, context, evicted, variable
 
@@ -82,7 +82,7 @@ def test_gradients_equal_those_of_a_dense_pass_that_hides_what_went(random_model
     model, press, more = random_model().train(), blocks(shared=True), context(5, tokens=8)
     positions = prefill(model, context(), press, request=Request(contexts=True)).positions[0][:, 0]
     keeping = torch.zeros(2, CONTEXT, dtype=torch.bool).scatter(1, positions, True)
-    evicting = ChunkedEviction(press)
+    evicting = RealEviction(press)
 
     def gradients(hidden: Tensor) -> list[Tensor]:
         weight = torch.linspace(-1, 1, hidden.numel()).view(hidden.shape)
@@ -119,7 +119,7 @@ def test_every_chunk_of_a_prefill_draws_anew(
     monkeypatch.setattr(SpanDropoutPress, "uniform", uniform)
     outer = KeyRerotationPress(press) if rotated else press
     ids = context(tokens=120)
-    evicting = ChunkedEviction(outer, chunk_tokens=20, budget=20)
+    evicting = RealEviction(outer, chunk_tokens=20, budget=20)
     result = evicting(model, ids, context(5, tokens=8), compression_ratio=RATIO, step=1)
     assert result.kept_share == 20 / 120
     # The first chunk fits; from the second on, chunks begin at true positions, though keys are turned to 0..39.

@@ -9,10 +9,10 @@ from kvpress import ComposedPress, KnormPress, SnapKVPress
 from torch import Tensor
 from transformers import DynamicCache
 
-from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.prefill import prefill
+from sparsekv_pl.eviction.real import RealEviction
+from sparsekv_pl.presses.nesting import press_name, presses_in, scorers_in
 from sparsekv_pl.presses.ratio import set_compression_ratio
-from sparsekv_pl.presses.scores import press_name, presses_in, scorers_in
 from sparsekv_pl.presses.sparse_reg import SparseRegPress
 from sparsekv_pl.presses.traits import traits_of
 from tests.presses.sparse_reg_cases import KINDS, LENGTH, SINKS, WINDOW, Build, attentions_of, ids, losses, press_with
@@ -112,7 +112,7 @@ def test_weight_and_layers(random_model: Build) -> None:
     model = random_model()
     whole = losses(model, press_with(weight=1.0))["entropy"]
     assert losses(model, press_with(weight=0.25, layers=[1]))["entropy"] == [0.25 * whole[1]]
-    evict = ChunkedEviction(press_with(KnormPress(), weight=2.0))
+    evict = RealEviction(press_with(KnormPress(), weight=2.0))
     evicted = evict(model.train(), ids(), ids(length=5), compression_ratio=0.5, step=0)
     torch.testing.assert_close(evicted.losses, {"entropy": 2 * torch.stack(whole).mean()})
     assert evicted.kept_share == 0.5

@@ -11,13 +11,13 @@ from kvpress import AdaKVPress, BasePress, ComposedPress, KeyRerotationPress, Kn
 from lightning.pytorch.loggers import CSVLogger
 from transformers import DynamicCache, PreTrainedModel
 
-from sparsekv_pl.eviction.chunked import ChunkedEviction
 from sparsekv_pl.eviction.prefill import prefill
-from sparsekv_pl.modules.eit import EITModule
+from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.objectives import SparseLM
+from sparsekv_pl.presses.caught_scores import catch_scores
 from sparsekv_pl.presses.eviction_aug import EvictionAugPress
-from sparsekv_pl.presses.scores import catch_scores
 from sparsekv_pl.presses.sparse_reg import SparseRegPress
+from sparsekv_pl.training.eit_module import EITModule
 from tests.presses.sparse_reg_cases import LENGTH, Build, ids, press_with
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw, trained
 
@@ -51,9 +51,9 @@ def test_the_inner_press_evicts_as_it_would_alone(random_model: Build, inner: st
         if isinstance(press, EvictionAugPress):
             press.draw(0)
     torch.testing.assert_close(evicted(model, press_with(inside)), evicted(model, alone), atol=0, rtol=0)
-    notes = prefill(model, ids(), press_with(inside)).notes
-    assert notes is not None
-    assert len(notes.losses.get("entropy", [])) == (2 if training else 0)
+    press_context = prefill(model, ids(), press_with(inside)).press_context
+    assert press_context is not None
+    assert len(press_context.losses.get("entropy", [])) == (2 if training else 0)
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -85,8 +85,8 @@ def test_as_one_of_several_it_measures_and_evicts_when_drawn(random_model: Build
     for drawn, terms in ((0, 2), (1, 0)):
         press.drawn = drawn
         prefilled = prefill(random_model().train(), ids(), press)
-        assert prefilled.notes is not None
-        assert len(prefilled.notes.losses.get("entropy", [])) == terms
+        assert prefilled.press_context is not None
+        assert len(prefilled.press_context.losses.get("entropy", [])) == terms
         assert prefilled.cache.get_seq_length() == LENGTH // 2
 
 
@@ -97,7 +97,7 @@ def test_training_outside_our_prefill_is_an_error_and_evaluation_is_not(random_m
     with press(model):
         model.model(ids(), past_key_values=cache)
     assert cache.get_seq_length() == LENGTH // 2
-    with pytest.raises(ValueError, match="ChunkedEviction"), press(model.train()):
+    with pytest.raises(ValueError, match="RealEviction"), press(model.train()):
         model.model(ids(), past_key_values=DynamicCache())
 
 
@@ -108,7 +108,7 @@ def test_sparse_lm_trains_with_it_and_logs_it(
     tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     press = SparseRegPress(SnapKVPress(window_size=8), weight=0.5, window_size=16)
-    module = EITModule(tiny_backbone(), ChunkedEviction(press), SparseLM(), optimizer=adamw)
+    module = EITModule(tiny_backbone(), RealEviction(press), SparseLM(), optimizer=adamw)
     module.compression_ratio = 0.5
     before = trained(module)
     logger = CSVLogger(tmp_path)
@@ -127,4 +127,4 @@ def test_sparse_lm_trains_with_it_and_logs_it(
 
 def test_sparse_lm_without_it_is_an_error_before_a_model_is_loaded(tiny_backbone: MakeBackbone) -> None:
     with pytest.raises(ValueError, match="SparseRegPress"):
-        EITModule(tiny_backbone(pretrained="nowhere"), ChunkedEviction(KnormPress()), SparseLM())
+        EITModule(tiny_backbone(pretrained="nowhere"), RealEviction(KnormPress()), SparseLM())

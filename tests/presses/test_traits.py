@@ -21,8 +21,8 @@ from sparsekv_pl.presses import (
     SparseRegPress,
     VariableBlockPress,
 )
-from sparsekv_pl.presses.in_order import InOrderPress
-from sparsekv_pl.presses.tokens import ReadsTokens
+from sparsekv_pl.presses.key_tokens import ReadsTokens
+from sparsekv_pl.presses.position_order import InOrderPress
 from sparsekv_pl.presses.traits import table, traits_of
 
 LETTERS = {

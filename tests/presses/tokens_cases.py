@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.eviction.prefill import prefill
-from sparsekv_pl.presses.notes import PressNotes, notes_in
-from sparsekv_pl.presses.tokens import KeyTokens, ReadsTokens, key_tokens, real_keys
+from sparsekv_pl.presses.key_tokens import KeyTokens, ReadsTokens, key_tokens, real_keys
+from sparsekv_pl.presses.press_context import PressContext, press_context_in
 
 Build = Callable[..., PreTrainedModel]
 CONTEXT, CHUNK = 48, 12
@@ -26,7 +26,7 @@ class Noted:
 
     layer: int
     tokens: KeyTokens | None
-    notes: PressNotes | None
+    press_context: PressContext | None
     real: Tensor | None
     values: Tensor
 
@@ -39,7 +39,8 @@ class Blind(ScorerPress):
 
     def score(self, module: Any, _: Any, keys: Tensor, values: Tensor, __: Any, kwargs: Any) -> Tensor:
         real = real_keys(keys, kwargs)
-        noted = Noted(module.layer_idx, key_tokens(module, keys, kwargs), notes_in(kwargs), real, values.clone())
+        context = press_context_in(kwargs)
+        noted = Noted(module.layer_idx, key_tokens(module, keys, kwargs), context, real, values.clone())
         self.noted.append(noted)
         return values.sum(-1)
 

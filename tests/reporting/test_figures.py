@@ -7,9 +7,9 @@ import pytest
 from matplotlib.image import imread
 
 from sparsekv_pl.reporting import sparsity_figure
-from sparsekv_pl.reporting.conditions import sorted_records
 from sparsekv_pl.reporting.figures import RETENTION, curves_figure, dots_figure, png
 from sparsekv_pl.reporting.heatmaps import needle_figures, short_number
+from sparsekv_pl.reporting.sorted_records import sorted_records
 from sparsekv_pl.reporting.summary import summary_rows
 
 

@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 from rich.table import Table as TerminalTable
 
 from sparsekv_pl.reporting.console import show, show_report
-from sparsekv_pl.reporting.files import csv_bytes
+from sparsekv_pl.reporting.file_formats import csv_bytes
 from sparsekv_pl.reporting.page import Picture, Section, Table, markdown
 
 ROOT = Path(__file__).parents[2]

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from sparsekv_pl.condition import FULL_CACHE, Condition
-from sparsekv_pl.presses.scores import press_name
-from sparsekv_pl.reporting.conditions import ALL_RETRIEVAL, sorted_records
+from sparsekv_pl.presses.nesting import press_name
+from sparsekv_pl.reporting.condition import FULL_CACHE, Condition
 from sparsekv_pl.reporting.intervals import wilson_interval
+from sparsekv_pl.reporting.sorted_records import ALL_RETRIEVAL, sorted_records
 from sparsekv_pl.reporting.summary import headline, summary_rows
 
 

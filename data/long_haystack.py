@@ -1,0 +1,180 @@
+"""Haystacks of any length: one context of exactly so many tokens, a needle at every depth, a question for each."""
+
+import logging
+from array import array
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data.cases import Case, Frame
+from data.collate import case_batch, pad_id
+from data.fact_task import ANSWER_SLACK
+from data.facts import Fact, draw_facts
+from data.needles import QUESTION_OPENING, filler_room, needle_ids
+from data.packing import JOINT, DocumentStream
+from data.python_source import PythonSource
+from data.text import Document, Splits, TextSource
+from data.tokenized import TokenizedData
+from sparsekv_pl.models.batch import CaseBatch, CaseInfo
+from sparsekv_pl.models.seeding import random_for
+
+log = logging.getLogger(__name__)
+
+EVERYTHING = Splits(train=0.0, validation=0.0, held_out=1.0)
+PIECE_CHARACTERS = 2**16
+"""Documents are tokenised in pieces: a book in one would be a Python list of all its tokens."""
+
+
+class HaystackData(TokenizedData):
+    """One batch per length: a single context that all its cases share, ``context_ids`` (1, L), and a case per depth.
+
+    Needs a tokenizer: the trainer's ``lightning_module.tokenizer``, or set ``tokenizer`` before ``setup``. Documents
+    come in an order drawn from ``seed``. Facts and wordings are those that training never sees.
+
+    Parameters
+    ----------
+    text
+        Where text comes from. The default, the Python library's source, has 2.5 million tokens of SmolLM2's tokenizer.
+    tokens
+        Length of the context, chat prefix and needles included.
+    lengths
+        Several lengths, one haystack each; they replace ``tokens``.
+    depths
+        Where the needles lie: needle i stands after round(depth * filler) tokens of the text.
+    seed
+        Of facts and the order of documents.
+    repeat
+        Let the documents come round again, in a new order, where the text is too short; the task's name then says how
+        often they did. Without it that is an error.
+    """
+
+    def __init__(
+        self,
+        text: TextSource | None = None,
+        tokens: int = 1_000_000,
+        lengths: Sequence[int] | None = None,
+        depths: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+        seed: int = 0,
+        repeat: bool = False,
+    ) -> None:
+        super().__init__()
+        self.text = text or PythonSource()
+        self.lengths = [tokens] if lengths is None else list(lengths)
+        self.depths, self.seed, self.repeat = list(depths), seed, repeat
+        given: dict[str, Sequence[object]] = {"lengths": self.lengths, "depths": self.depths}
+        for name, values in given.items():
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} is {values}: give at least one, and none twice")
+        if min(self.lengths) < 1:
+            raise ValueError(f"a context of {min(self.lengths)} tokens was asked for: give at least 1 token")
+        if not all(0 <= depth <= 1 for depth in self.depths):
+            raise ValueError(f"depths is {self.depths}: give fractions of the text between 0 and 1")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Take the tokenizer. ValueError where the needles do not fit into the shortest context."""
+        super().setup(stage)
+        self.frame = Frame(self.tokenizer)
+        for length in self.lengths:
+            self._room(length)
+
+    def test_dataloader(self) -> DataLoader[CaseBatch]:
+        """The haystacks in the order of ``lengths``, each made when it is asked for."""
+        return DataLoader(Haystacks(self), batch_size=None, shuffle=False)
+
+    def transfer_batch_to_device(self, batch: CaseBatch, device: torch.device, dataloader_idx: int) -> CaseBatch:  # noqa: ARG002
+        """Nothing moves: a chunk goes to the device when its turn comes."""
+        return batch
+
+    def haystack(self, length: int) -> CaseBatch:
+        """The context of ``length`` tokens and its cases.
+
+        Raises ValueError where the text is too short and ``repeat`` is off.
+        """
+        facts, needles, room = self._room(length)
+        filler, documents, rounds = self._filler(room)
+        task = "haystack" if rounds == 1 else f"haystack, text {rounds} times"
+        cases = [
+            self._case(fact, depth, length, task, documents) for fact, depth in zip(facts, self.depths, strict=True)
+        ]
+        batch = case_batch(cases, pad_id(self.tokenizer))
+        batch["context_ids"] = self._hidden(filler, needles, length)
+        return batch
+
+    def _room(self, length: int) -> tuple[list[Fact], list[list[int]], int]:
+        """The facts of a haystack, their tokens, and the tokens of text beside them."""
+        facts = draw_facts(random_for("haystack", f"L{length}", f"s{self.seed}"), "held_out", len(self.depths))
+        needles = [needle_ids(self.frame, fact) for fact in facts]
+        return facts, needles, filler_room(self.frame.room(length, "", False), needles, length)
+
+    def _case(self, fact: Fact, depth: float, length: int, task: str, documents: tuple[str, ...]) -> Case:
+        """Without the context: it is in the batch once."""
+        info = CaseInfo(
+            id=f"haystack/L{length}/d{depth:.2f}/s{self.seed}",
+            task=task,
+            answers=(fact.value,),
+            question=f"{QUESTION_OPENING}{fact.question}",
+            answer_prefix=fact.answer_prefix,
+            max_new_tokens=len(self.frame.encode(f" {fact.value}")) + ANSWER_SLACK,
+            depth=depth,
+            seed=self.seed,
+            document_ids=documents,
+        )
+        asked = f"{info.question}{self.frame.question_suffix}{info.answer_prefix}"
+        return Case([], self.frame.encode(asked), info)
+
+    def _hidden(self, filler: "array[int]", needles: Sequence[Sequence[int]], length: int) -> Tensor:
+        """(1, L) int64: prefix, then the filler with the needles at their depths."""
+        text = torch.frombuffer(filler, dtype=torch.int32)
+        parts, done = [torch.tensor(self.frame.prefix_ids, dtype=torch.int32)], 0
+        places = [self.frame.behind_character(filler, round(depth * len(text))) for depth in self.depths]
+        for place, needle in sorted(zip(places, needles, strict=True), key=lambda pair: pair[0]):
+            parts += [text[done:place], torch.tensor(needle, dtype=torch.int32)]
+            done = place
+        context = torch.cat([*parts, text[done:]]).long()[None]
+        assert context.shape[1] == length
+        return context
+
+    def _filler(self, count: int) -> "tuple[array[int], tuple[str, ...], int]":
+        """``count`` tokens of text, their documents, and how many times those came round."""
+        stream = DocumentStream(self.text, EVERYTHING, "held_out", self.seed)
+        ids, documents = array("i"), dict[str, None]()
+        while len(ids) < count:
+            document = next(stream)
+            if stream.epoch and not self.repeat:
+                raise ValueError(
+                    f"the text has {len(ids):,} tokens and {count:,} are needed: use a text with more (LocalText, "
+                    "HubText), a shorter context, or repeat: true to let its documents come round again"
+                )
+            documents[document.id] = None
+            for piece in _pieces(document):
+                ids.extend(self.frame.encode(piece))
+        if stream.epoch:
+            log.warning("the text is shorter than the haystack: its documents come round %d times", stream.epoch + 1)
+        end = self.frame.before_character(ids, count)
+        return ids[:end] + array("i", [self.frame.line_end] * (count - end)), tuple(documents), stream.epoch + 1
+
+
+class Haystacks(Dataset[CaseBatch]):
+    """One for each of the data's lengths."""
+
+    def __init__(self, data: HaystackData) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data.lengths)
+
+    def __getitem__(self, index: int) -> CaseBatch:
+        return self.data.haystack(self.data.lengths[index])
+
+
+def _pieces(document: Document) -> Iterator[str]:
+    text = document.text + JOINT
+    start = 0
+    while start < len(text):
+        end = start + PIECE_CHARACTERS
+        line_end = text.rfind("\n", start, end) + 1 if end < len(text) else end  # no token goes across
+        end = line_end or end
+        yield text[start:end]
+        start = end

@@ -1,1 +1,0 @@
-"""LightningModules that look inside attention: python evaluate.py predict --config configs/analyze/NAME.yaml."""

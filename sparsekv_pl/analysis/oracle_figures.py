@@ -1,0 +1,178 @@
+"""Pictures of oracle hot blocks: how the attention on a document adds up, and where the answer's block stands in it."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from sparsekv_pl.analysis.oracle_findings import ATTENTION, BM25, PLACE, SINKS, TARGETS, Sample
+from sparsekv_pl.reporting.figures import COLOURS, STYLES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_ROWS = 60
+"""Questions in one picture; of more the first ones are drawn."""
+LOOKS = {ATTENTION: "o", BM25: "s", PLACE: "^"}
+OTHERS = {BM25: "tab:orange", PLACE: "tab:green"}
+
+
+def mass_figure(concentrations: Mapping[str, Mapping[str, Any]]) -> "Figure":
+    """Share of the mass in the k hottest blocks, with and without the sink block; blocks that hold 80, 90 and 95 %."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in SINKS if any(name in part for part in concentrations.values())]
+    figure = Figure(figsize=(4.2 * (len(names) + 1), 3.6), dpi=130, layout="constrained")
+    *plots, bars = figure.subplots(1, len(names) + 1, squeeze=False)[0]
+    for axes, name in zip(plots, names, strict=True):
+        for variant, parts in concentrations.items():
+            part = parts[name]
+            k = np.arange(1, len(part["curve"]) + 1)
+            axes.plot(
+                k, part["curve"], STYLES[variant], color=COLOURS[variant], marker="o", markersize=3.5, label=variant
+            )
+            low, high = np.array(part["curve_intervals"], dtype=float).T
+            axes.fill_between(k, low, high, color=COLOURS[variant], alpha=0.2, linewidth=0)
+        axes.plot(k, part["curve_if_even"], ":", color="0.3", label="evenly spread")
+        axes.set(title=f"hottest blocks, {name}", xlabel="k", ylabel="share of the attention on the document")
+        axes.set_ylim(0, 1.03)
+        _plain(axes)
+        axes.legend(fontsize=8, frameon=False, loc="lower right")
+    _draw_carrying(bars, concentrations, names)
+    return figure
+
+
+def _draw_carrying(axes: "Axes", concentrations: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
+    groups = [(variant, name) for variant in concentrations for name in names]
+    width = 0.8 / len(groups)
+    for number, (variant, name) in enumerate(groups):
+        found = [concentrations[variant][name]["carrying"][str(target)] for target in TARGETS]
+        heights = np.array([estimate["mean"] for estimate in found])
+        low, high = np.array([estimate["interval"] for estimate in found]).T
+        axes.bar(
+            np.arange(len(TARGETS)) + (number - (len(groups) - 1) / 2) * width,
+            heights,
+            width,
+            yerr=[np.maximum(heights - low, 0), np.maximum(high - heights, 0)],
+            color=COLOURS[variant],
+            alpha=1.0 if SINKS[name] == 0 else 0.5,
+            capsize=3,
+            label=f"{variant}, {name} (of {concentrations[variant][name]['blocks']:.1f})",
+        )
+    axes.set_xticks(range(len(TARGETS)), [f"{100 * target:.0f} %" for target in TARGETS])
+    axes.set(title="blocks that hold so much", xlabel="share of the attention", ylabel="blocks (mean)")
+    _plain(axes, counts=False)
+    axes.margins(y=0.25)
+    axes.legend(fontsize=8, frameon=False, loc="upper left")
+
+
+def recall_figure(recalls: Mapping[str, Mapping[str, Any]]) -> "Figure":
+    """How often the answer is among the k first blocks: attention, BM25, place alone, chance; with and without sink."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in SINKS if any(name in part for part in recalls.values())]
+    figure = Figure(figsize=(4.8 * len(names), 3.8), dpi=130, layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for variant, parts in recalls.items():
+            for ranker, marker in LOOKS.items():
+                if ranker in parts[name] and not (ranker == BM25 and variant != next(iter(recalls))):
+                    curve = parts[name][ranker]["curve"]
+                    colour = OTHERS.get(ranker, COLOURS[variant])
+                    label = ranker if ranker == BM25 or len(recalls) == 1 else f"{ranker}, {variant}"
+                    k = np.arange(1, len(curve) + 1)
+                    axes.plot(k, curve, STYLES[variant], color=colour, marker=marker, markersize=3.5, label=label)
+        chance = parts[name][ATTENTION]["curve_by_chance"]
+        axes.plot(np.arange(1, len(chance) + 1), chance, ":", color="0.3", label="chance")
+        cases = parts[name][ATTENTION]["cases"]
+        axes.set(title=f"{name}, {cases} questions", xlabel="k", ylabel="answer among the k hottest blocks")
+        axes.set_ylim(0, 1.03)
+        _plain(axes)
+        axes.legend(fontsize=8, frameon=False, loc="lower right")
+    return figure
+
+
+def layers_figure(layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
+    """By layer: what the hottest blocks and the sink hold, and how often the answer's block is among the hottest."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.3), dpi=130, layout="constrained")
+    mass, recall = figure.subplots(1, 2)
+    sink, rest = SINKS
+    for variant, rows in layers.items():
+        style = STYLES[variant]
+        for label, colour, values in (
+            (f"hottest, {sink}", "tab:blue", [_mean(row[sink]["top_share"]) for row in rows]),
+            (f"hottest, {rest}", "tab:cyan", [_mean(row[rest]["top_share"]) for row in rows]),
+            ("block 0", "0.4", [_mean(row["sink_share"]) for row in rows]),
+            ("after the document, of all", "tab:red", [_mean(row["beyond"]) for row in rows]),
+        ):
+            _line(mass, values, style, colour, label, variant, len(layers))
+        for name, colour in ((sink, "tab:blue"), (rest, "tab:cyan")):
+            _line(recall, [row[name].get("recall", np.nan) for row in rows], style, colour, name, variant, len(layers))
+            bands = [row[name].get("interval", (np.nan, np.nan)) for row in rows]
+            recall.fill_between(range(len(rows)), *np.array(bands).T, color=colour, alpha=0.12, linewidth=0)
+        answers = [_mean(row[rest].get("answer_share")) for row in rows]
+        _line(recall, answers, style, "tab:orange", f"attention on the answer's blocks, {rest}", variant, len(layers))
+    mass.set(title="attention on the document", xlabel="layer", ylabel="share")
+    recall.set(title="the answer's block is among the hottest", xlabel="layer", ylabel="share of the questions")
+    for axes in (mass, recall):
+        axes.set_ylim(-0.02, 1.03)
+        _plain(axes)
+        axes.legend(fontsize=7.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    return figure
+
+
+def samples_figure(samples: Sequence[Sample]) -> "Figure":
+    """Attention of every question over its blocks without the sink, of its hottest; the answer's blocks are framed.
+
+    Questions whose answer's place is known come first, in its order.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    drawn = sorted(samples[:MOST_ROWS], key=lambda s: (not s.answer, s.answer or []))
+    widest = max(len(sample.scores) for sample in drawn)
+    grid = np.full((len(drawn), widest), np.nan)
+    for row, sample in enumerate(drawn):
+        rest = sample.scores[1:]
+        grid[row, 1 : len(sample.scores)] = rest / rest.max() if len(rest) and rest.max() > 0 else rest
+    figure = Figure(figsize=(min(14.0, 2.5 + 0.35 * widest), 1.6 + 0.16 * len(drawn)), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    axes.set_facecolor("0.85")
+    image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+    for row, sample in enumerate(drawn):
+        for block in sample.answer or []:
+            axes.add_patch(Rectangle((block - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="tab:red", linewidth=1.5))
+    axes.set_title("attention by block, of the hottest after block 0; red: holds the answer", fontsize=9)
+    axes.set(xlabel="block (grey: the sink block, or none)", ylabel="question")
+    axes.tick_params(labelsize=7)
+    _whole(axes, both=True)
+    figure.colorbar(image, ax=axes).ax.tick_params(labelsize=7)
+    return figure
+
+
+def _line(axes: "Axes", values: ArrayLike, style: str, colour: str, label: str, variant: str, variants: int) -> None:
+    axes.plot(
+        values, style, color=colour, marker="o", markersize=2.5, label=label if variants == 1 else f"{label}, {variant}"
+    )
+
+
+def _mean(estimate: Mapping[str, Any] | None) -> float:
+    return np.nan if estimate is None else estimate["mean"]
+
+
+def _plain(axes: "Axes", counts: bool = True) -> None:
+    axes.title.set_fontsize(10)
+    axes.grid(alpha=0.3)
+    axes.tick_params(labelsize=8)
+    if counts:
+        _whole(axes)
+
+
+def _whole(axes: "Axes", both: bool = False) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in (axes.xaxis, axes.yaxis)[: 1 + both]:
+        axis.set_major_locator(MaxNLocator(10, integer=True))

@@ -1,0 +1,77 @@
+"""Hot blocks layer by layer and head by head, and the best of them, which is chosen after the fact."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsekv_pl.analysis.oracle_findings import (
+    SINKS,
+    Floats,
+    Sample,
+    answer_rank,
+    answer_share,
+    known_places,
+    mean,
+    rank_in,
+    shares,
+)
+from sparsekv_pl.reporting.intervals import wilson_interval
+
+
+def by_layer(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """The same by layer, over the chosen heads."""
+    return [
+        _layer(samples, [sample.by_layer[layer] for sample in samples]) for layer in range(len(samples[0].by_layer))
+    ]
+
+
+def _layer(samples: Sequence[Sample], scores: Sequence[Floats]) -> dict[str, Any]:
+    top_k = samples[0].choice.top_k
+    row: dict[str, Any] = {
+        "beyond": mean([1 - s.sum() for s in scores]),
+        "sink_share": mean([s[0] / s.sum() if s.sum() > 0 else 0.0 for s in scores]),
+    }
+    for name, first in SINKS.items():
+        tops = [shares(s, first)[:top_k][-1] for s in scores if len(s) > first]
+        known = known_places(samples, first)
+        ranks = [rank_in(samples[i], scores[i], first) for i in known]
+        hits = sum(rank <= top_k for rank in ranks)
+        row[name] = {"top_share": mean(tops) if tops else None, "hits": hits, "cases": len(ranks)}
+        if ranks:
+            row[name] |= {"recall": hits / len(ranks), "interval": wilson_interval(hits, len(ranks))}
+            row[name]["answer_share"] = mean([answer_share(samples[i], scores[i], first) for i in known])
+    return row
+
+
+def head_recall(samples: Sequence[Sample]) -> Floats | None:
+    """(layers, heads): recall of the answer's block without the sink block; None where no place is known."""
+    ranks = _head_ranks(samples)
+    return None if ranks is None else (ranks <= samples[0].choice.top_k).mean(0)
+
+
+def best_head(samples: Sequence[Sample]) -> dict[str, Any] | None:
+    """The head that finds the answer most often without the sink block: chosen after the fact, so two figures.
+
+    "all" is chosen and tested on the same questions and flatters. "other_half" is chosen on every second question and
+    tested on those between. None with fewer than four questions whose answer's place is known.
+    """
+    ranks, top_k = _head_ranks(samples), samples[0].choice.top_k
+    if ranks is None or len(ranks) < 4:
+        return None
+    return {"all": _tested(ranks, ranks, top_k), "other_half": _tested(ranks[::2], ranks[1::2], top_k)}
+
+
+def _tested(chosen_on: NDArray[np.int64], tested_on: NDArray[np.int64], top_k: int) -> dict[str, Any]:
+    merit = (chosen_on <= top_k).mean(0) + 1e-3 * (1 / chosen_on).mean(0)  # equals are told apart by their ranks
+    layer, head = (int(i) for i in np.unravel_index(merit.argmax(), merit.shape))
+    hits, cases = int((tested_on[:, layer, head] <= top_k).sum()), len(tested_on)
+    interval = wilson_interval(hits, cases)
+    return {"layer": layer, "head": head, "hits": hits, "cases": cases, "recall": hits / cases, "interval": interval}
+
+
+def _head_ranks(samples: Sequence[Sample]) -> NDArray[np.int64] | None:
+    """(questions, layers, heads)."""
+    known = [samples[i] for i in known_places(samples, 1)]
+    return np.stack([answer_rank(sample.mass, sample.answer or [], 1) for sample in known]) if known else None

@@ -1,0 +1,84 @@
+"""Pictures of attention statistics: by layer and head, trained less base, and where in the context the mass lies."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsekv_pl.analysis.statistics_report import Summary, labels, picture_names
+from sparsekv_pl.attention.statistics import StatisticsSettings
+from sparsekv_pl.reporting.heatmaps import sparsity_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FAINTEST = 1e-4
+"""Smaller shares of the attention are drawn as this one: the scale is logarithmic."""
+
+
+def statistics_figures(summaries: Sequence[Summary], settings: StatisticsSettings) -> dict[str, tuple[str, "Figure"]]:
+    """The pictures that ``picture_names`` names: file name -> what it shows, and the picture."""
+    figures: dict[str, tuple[str, Figure]] = {}
+    for summary in summaries:
+        measures = [_named(means["measures"], settings) for means in summary["variants"].values()]
+        drawn = [_heads_figure(values, labels(settings)["effective_support"]) for values in measures]
+        if len(measures) > 1:
+            base, trained = measures
+            drawn.append(difference_figure({name: trained[name] - base[name] for name in base}))
+        drawn.append(received_figure(summary, settings.block_size))
+        names = picture_names(summaries, summary)
+        figures |= {name: (alt, figure) for (name, alt), figure in zip(names.items(), drawn, strict=True)}
+    return figures
+
+
+def difference_figure(differences: Mapping[str, NDArray[np.float64]]) -> "Figure":
+    """``sparsity_figure`` of differences (layers, heads): white is none, blue less, red more."""
+    figure = sparsity_figure(differences)
+    for image in (image for axes in figure.axes for image in axes.images):
+        values = np.asarray(image.get_array())
+        widest = max(float(np.abs(values).max()), 1e-12)
+        image.set(cmap="RdBu_r", clim=(-widest, widest))
+    return figure
+
+
+def received_figure(summary: Summary, block_size: int) -> "Figure":
+    """Layer down, block to the right, a line of plots for each variant: share of the mass, and times even attention."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    variants = summary["variants"]
+    layers = len(next(iter(variants.values()))["received"])
+    figure = Figure(figsize=(11, min(9.0, 1.8 + 0.11 * layers) * len(variants)), dpi=130, layout="constrained")
+    plots = figure.subplots(len(variants), 2, squeeze=False, sharex=True, sharey=True)
+    even = np.asarray(summary["even_received"])
+    for line, (variant, means) in zip(plots, variants.items(), strict=True):
+        share = np.asarray(means["received"])
+        _draw(line[0], share.clip(FAINTEST), "viridis", LogNorm(FAINTEST, 1), "share of the attention")
+        times = (share / even).clip(1 / 30, 30)
+        _draw(line[1], times, "RdBu_r", LogNorm(1 / 30, 30), "times attention spread evenly")
+        line[0].set_ylabel(f"{variant}\nlayer", fontsize=8)
+    figure.supxlabel(f"block of {block_size} tokens", fontsize=8)
+    return figure
+
+
+def _heads_figure(measures: Mapping[str, NDArray[np.float64]], logarithmic: str) -> "Figure":
+    """``sparsity_figure``, one measure of which spans magnitudes: a few heads would leave all others one colour."""
+    figure = sparsity_figure(measures)
+    for axes in figure.axes:
+        if axes.get_title() == logarithmic:
+            axes.images[0].set_norm("log")
+    return figure
+
+
+def _named(measures: Mapping[str, Any], settings: StatisticsSettings) -> dict[str, NDArray[np.float64]]:
+    return {label: np.asarray(measures[name], np.float64) for name, label in labels(settings).items()}
+
+
+def _draw(axes: "Axes", values: NDArray[np.float64], colours: str, norm: Any, title: str) -> None:
+    image = axes.imshow(values, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
+    axes.set_title(title, fontsize=9)
+    axes.tick_params(labelsize=7)
+    assert axes.figure is not None
+    axes.figure.colorbar(image, ax=axes).ax.tick_params(labelsize=7)

@@ -1,0 +1,243 @@
+"""Attention of the newest tokens over whatever a cache holds, registered with transformers under a name of its own.
+
+Two things that the stock functions do not do. The causal mask is aligned to the lower right for every layer by itself,
+so a continuation is right after an eviction, also where layers keep different numbers of pairs (transformers builds one
+mask for all layers; PyTorch's ``is_causal`` aligns to the upper left). And a keyword of the model's forward reaches it:
+an ``observer`` is shown the queries, keys and values of each layer, a ``selector`` chooses the key blocks that are
+attended to. ``passing`` gives a keyword to every forward inside a block.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import kvpress  # noqa: F401  wraps every attention function that is registered when it is imported: ours must come after
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
+
+from sparsekv_pl.attention.block_sparse import block_sparse_attention
+from sparsekv_pl.attention.blocks import Selector
+from sparsekv_pl.models.decoder import decoder_of
+
+CACHED = "sparsekv_cached"
+
+Observer = Callable[[int, Tensor, Tensor, Tensor], None]
+"""Called with layer_idx, queries (B, H, T, D), keys and values (B, K, S, D) after RoPE; S counts cache and new tokens.
+
+Products of queries and keys over sqrt(D) are the logits: a model's other factor is in the queries."""
+
+
+class RowCache(Protocol):
+    """A cache whose rows run in one forward with those of other caches, a token each."""
+
+    masked: Sequence[Sequence[Tensor] | None]
+    """By layer, what a head-wise press left as ``masked_key_indices``."""
+    visible: Tensor
+    """(rows, R) bool, which of the newest R keys each row may see."""
+    seconds: float
+    """Spent on attention to this cache."""
+
+    def __len__(self) -> int:
+        """How many rows it has in the forward."""
+        ...
+
+    def joined(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (rows, K, S, D) of a layer, the new ones (rows, K, 1, D) last."""
+        ...
+
+
+def lower_right_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """(queries, keys) bool, True where visible: the last query sees every key, the one before it all but the last."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def cached_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _attention_mask: Tensor | None,
+    observer: Observer | None = None,
+    selector: Selector | None = None,
+    newest_visible: Tensor | None = None,
+    key_log_weights: Mapping[int, Tensor] | None = None,
+    caches: Sequence[RowCache] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Scaled dot-product attention, causal from the lower right. The mask argument is not used (see the module's text).
+
+    ``newest_visible`` (B, R) bool says which of the newest R keys each row may see: questions of different lengths are
+    padded, and a cache keeps the padding. ``key_log_weights`` maps a layer to (B, K, S'), which is added to the logits
+    of the oldest S' keys: SoftThresholdPress's way to fade a key out. With ``caches`` the rows are single tokens, each
+    of which attends to its own cache and joins it.
+
+    Head-wise presses (AdaKVPress) leave ``module.masked_key_indices``. kvpress hides those keys by overwriting them
+    with fake ones, which need not exist for more than one query; here they are masked, and the cache stays as it is.
+    """
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if caches is not None:
+        looking = {"observer": observer, "selector": selector} | kwargs
+        return _to_each_cache(caches, layer, module, query, key, value, **looking), None
+    shown = _scaled_as_usual(query, kwargs.get("scaling"))
+    if observer is not None:
+        observer(layer, shown, key, value)
+    blocks = None if selector is None else selector(layer, shown, key)
+    if blocks is not None:
+        _check_unmasked(module, newest_visible)
+        return block_sparse_attention(query, key, value, blocks, kwargs.get("scaling")).transpose(1, 2), None
+    queries, keys = query.shape[2], key.shape[2]
+    if queries == keys:
+        module.masked_key_indices = None  # type: ignore[assignment]  # a new context
+    mask = None if queries in (1, keys) else lower_right_mask(queries, keys, query.device)
+    masked = getattr(module, "masked_key_indices", None)
+    if masked is not None:
+        visible = _without(masked, query, key)
+        mask = visible if mask is None else visible & mask
+    if newest_visible is not None:
+        older = newest_visible.new_ones(len(key), keys - newest_visible.shape[1])
+        visible = torch.cat([older, newest_visible], dim=1)[:, None, None]
+        mask = visible if mask is None else visible & mask
+    if key_log_weights and layer in key_log_weights:
+        mask = _weighted(key_log_weights[layer], mask, query, key)
+    if queries == 1 and query.device.type == "cpu" and not torch.is_grad_enabled() and not key_log_weights:
+        return one_query(query, key, value, mask, kwargs.get("scaling")), None
+    if query.device.type == "cpu" and mask is not None and mask.dtype == torch.bool:
+        return _masked(query, key, value, mask, **kwargs), None
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def _masked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> Tensor:
+    """(B, T, H, D): transformers' call without its copies of keys and values for every query head of a KV head.
+
+    It makes them wherever there is a mask; a CPU's kernel needs none.
+    """
+    attended = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+    )
+    return attended.transpose(1, 2).contiguous()
+
+
+def _to_each_cache(
+    caches: Sequence[RowCache], layer: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **looking: Any
+) -> Tensor:
+    """(rows, 1, H, D): what the single tokens of every cache's rows, in the caches' order, attend to in theirs."""
+    counts, attended = [len(cache) for cache in caches], []
+    for cache, own, *new in zip(caches, query.split(counts), key.split(counts), value.split(counts), strict=True):
+        started = time.perf_counter()
+        keys, values = cache.joined(layer, *new)
+        if looking["selector"] is not None or looking["observer"] is not None:
+            keys, values = keys.to(own.dtype), values.to(own.dtype)
+        module.masked_key_indices = cache.masked[layer]  # type: ignore[assignment]
+        visible = cache.visible.to(own.device)
+        attended.append(cached_attention(module, own, keys, values, None, newest_visible=visible, **looking)[0])
+        cache.seconds += time.perf_counter() - started
+    module.masked_key_indices = None  # type: ignore[assignment]
+    return torch.cat(attended)
+
+
+def _scaled_as_usual(query: Tensor, scaling: float | None) -> Tensor:
+    """Queries whose products with the keys over sqrt(D) are the logits, also where a model has another factor."""
+    factor = 1.0 if scaling is None else scaling * query.shape[-1] ** 0.5
+    return query if abs(factor - 1) < 1e-6 else query * factor
+
+
+def _check_unmasked(module: nn.Module, newest_visible: Tensor | None) -> None:
+    padded = newest_visible is not None and not bool(newest_visible.all())
+    if padded or getattr(module, "masked_key_indices", None) is not None:
+        raise ValueError(
+            "block-sparse attention takes neither padded rows nor a head-wise press: use batches of one row "
+            "(data.batch_size=1) and another press"
+        )
+
+
+def one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    """(B, 1, H, D): what one new token per row (B, H, 1, D) attends to, in float32 and without repeating KV heads.
+
+    On CPUs PyTorch's kernel takes several times as long for a single query in bfloat16: see docs/log/speed.md.
+    """
+    batch, heads, _, dim = query.shape
+    kv_heads = key.shape[1]
+    with torch.autocast(query.device.type, enabled=False):
+        grouped = query.float().view(batch, kv_heads, -1, dim) * (dim**-0.5 if scaling is None else scaling)
+        scores = grouped @ key.float().transpose(2, 3)
+        if mask is not None:
+            visible = mask.expand(batch, heads, 1, -1).reshape(scores.shape)
+            scores = scores.masked_fill(~visible, -torch.inf)
+        attended = scores.softmax(-1) @ value.float()
+    return attended.view(batch, 1, heads, dim).to(query.dtype)
+
+
+def _without(masked: Sequence[Tensor], query: Tensor, key: Tensor) -> Tensor:
+    """(B, H, 1, S) bool, False at ``masked``: indices of rows, KV heads and keys."""
+    visible = torch.ones(key.shape[:3], dtype=torch.bool, device=key.device)
+    visible[tuple(masked)] = False
+    return visible.repeat_interleave(query.shape[1] // key.shape[1], dim=1).unsqueeze(2)
+
+
+def _weighted(log_weights: Tensor, visible: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """(B, H, T or 1, S): log-weights (B, K, S') of the oldest keys, minus infinity where a key is not visible."""
+    if log_weights.shape[2] > key.shape[2]:
+        raise ValueError(
+            f"{log_weights.shape[2]} keys were faded out, of which a press after that left {key.shape[2]}: put "
+            "SoftThresholdPress last, or use it alone"
+        )
+    weights = nn.functional.pad(log_weights, (0, key.shape[2] - log_weights.shape[2])).to(query.dtype)
+    weights = weights.repeat_interleave(query.shape[1] // key.shape[1], dim=1).unsqueeze(2)
+    return weights if visible is None else weights.masked_fill(~visible, -torch.inf)
+
+
+def _no_mask(kv_length: int, attention_mask: Tensor | None = None, local_size: int | None = None, **_: Any) -> None:
+    """Stands where transformers would build its mask: without it another implementation's mask would arrive."""
+    if local_size is not None and local_size < kv_length:
+        raise ValueError(
+            f"attention over an evicted cache is causal over all {kv_length} tokens, but this model looks back "
+            f"{local_size} tokens only: use contexts within that window, or a model without sliding windows"
+        )
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise ValueError("attention over an evicted cache takes no padding: use contexts of equal length")
+
+
+AttentionInterface.register(CACHED, cached_attention)
+AttentionMaskInterface.register(CACHED, _no_mask)
+
+
+@contextmanager
+def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Compute ``model``'s attention with the registered function ``name`` inside the block."""
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@contextmanager
+def passing(model: PreTrainedModel, **attention: Any) -> Iterator[None]:
+    """Give every forward of ``model``'s decoder inside the block these keywords (``observer``, ``selector``).
+
+    They only reach our attention: run the model through ``continue_from``, ``prefill`` or under
+    ``attention_implementation(model, CACHED)``. A keyword that a forward is given itself wins.
+    """
+
+    def add(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, attention | kwargs
+
+    hook = decoder_of(model).register_forward_pre_hook(add, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()

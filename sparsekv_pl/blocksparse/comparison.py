@@ -1,0 +1,191 @@
+"""A learned gate against Sketch&Walk, with random blocks below and the oracle above them.
+
+Whether they choose the same key blocks and those that really receive the attention is measured on dense passes, so that
+all see the same states. What a model makes of attention that is confined to these blocks is measured by running it so.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import DynamicCache
+
+from sparsekv_pl.blocksparse.block_agreement import AgreementSettings, BlockAgreement
+from sparsekv_pl.blocksparse.block_methods import block_methods, oracle
+from sparsekv_pl.blocksparse.block_passes import BlockPasses
+from sparsekv_pl.blocksparse.comparison_report import comparison_report
+from sparsekv_pl.blocksparse.gate import AttentionGates
+from sparsekv_pl.blocksparse.sketchwalk import SketchWalk
+from sparsekv_pl.evaluation.model_analysis import Analysis
+from sparsekv_pl.eviction.prefill import continue_from
+from sparsekv_pl.models.backbone import Backbone
+from sparsekv_pl.models.batch import TEXT, CaseBatch
+from sparsekv_pl.models.weight_match import check_gates
+from sparsekv_pl.reporting.console import show
+from sparsekv_pl.storage.fingerprint import folder_digest
+from sparsekv_pl.storage.records import Record
+
+
+class BlockComparison(Analysis):
+    """Agreement, mass kept, perplexity and needles of a gate, Sketch&Walk, random and nearest blocks, and the oracle.
+
+    Text windows show agreement and perplexity, all other cases are answered. Cases come one by one (batch_size 1).
+
+    Parameters
+    ----------
+    backbone
+        The model.
+    output
+        Folder for the report (null: where the run's name says, else output/compare); besides,
+        comparison_results_{timestamp}.json with every measured number and
+        comparison_summary_{timestamp}.json with their means.
+    gates
+        Folder with trained gates (configs/train/gate.yaml makes one); null compares without a gate.
+    block_size
+        Tokens of a block; the gates' own.
+    sketch_dim, exponent, dense_layers, dampings
+        Sketch&Walk's settings, see blocksparse/sketchwalk.py; each damping is a method. In forward passes the first
+        ``dense_layers`` layers are dense for every method.
+    top_k_blocks
+        Key blocks per query block where agreement is measured.
+    threshold
+        The gate also selects by this share of its softmax.
+    budgets
+        Key blocks per query block at which the mass kept is told.
+    pass_budgets
+        Key blocks per query block of the forward passes.
+    picture_layers
+        Layers whose choices are drawn; null draws the first that is not dense, the middle and the last one.
+    seed
+        Of random blocks and of Sketch&Walk's transform.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        output: str | None = None,
+        gates: str | None = None,
+        block_size: int = 64,
+        sketch_dim: int = 64,
+        exponent: float = 8,
+        dense_layers: int = 2,
+        dampings: Sequence[float] = (1.0,),
+        top_k_blocks: int = 16,
+        threshold: float = 0.1,
+        budgets: Sequence[int] = (4, 8, 16, 32),
+        pass_budgets: Sequence[int] = (16,),
+        picture_layers: Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> None:
+        _check({"top_k_blocks": [top_k_blocks], "budgets": budgets, "pass_budgets": pass_budgets}, threshold, dampings)
+        for damping in dampings:  # raises for settings that cannot be, before the model is loaded
+            SketchWalk(block_size, sketch_dim, exponent, dense_layers, damping, seed)
+        super().__init__(backbone, output or "output/compare")
+        if gates is not None:
+            check_gates(Path(gates).expanduser(), backbone.pretrained, backbone.files)
+        layers = self.causal_lm.config.get_text_config().num_hidden_layers
+        first = min(dense_layers, layers - 1)
+        drawn = sorted({first, (first + layers) // 2, layers - 1}) if picture_layers is None else list(picture_layers)
+        if any(not 0 <= layer < layers for layer in drawn):
+            raise ValueError(f"picture_layers has {drawn}, but the model has layers 0 to {layers - 1}")
+        self.gates_folder = gates
+        self.settings = AgreementSettings(block_size, top_k_blocks, tuple(budgets), pictured=tuple(drawn))
+        self.sketch: dict[str, Any] = {
+            "sketch_dim": sketch_dim,
+            "exponent": exponent,
+            "dense_layers": dense_layers,
+            "dampings": list(dampings),
+            "seed": seed,
+        }
+        self.threshold, self.pass_budgets, self.dense_layers = threshold, list(pass_budgets), dense_layers
+
+    def setup(self, stage: str) -> None:
+        """Check that there are gates and a choice to make, and load the gates."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if getattr(data, "batch_size", 1) != 1:
+            raise ValueError(f"data.batch_size={data.batch_size}: block-sparse attention takes one case, give 1")
+        seen_by_all = self.settings.top_k * self.settings.block_size
+        for length in getattr(data, "lengths", []):
+            if length <= seen_by_all:
+                raise ValueError(
+                    f"a context of {length} tokens has no more than top_k_blocks={self.settings.top_k} blocks of "
+                    f"{self.settings.block_size}: there is nothing to choose. Use longer contexts or fewer blocks"
+                )
+        self.gates = self._gates()  # a module of this one: it moves to the device with the model
+        self.methods = block_methods(
+            self.gates, block_size=self.settings.block_size, threshold=self.threshold, **self.sketch
+        )
+        for method in self.methods:
+            method.make()  # raises here for settings that do not fit
+        super().setup(stage)
+
+    def described(self) -> dict[str, Any]:
+        """See ``Analysis``; the gates by their content."""
+        settings = self.settings
+        return {
+            "block_size": settings.block_size,
+            "top_k_blocks": settings.top_k,
+            "budgets": list(settings.budgets),
+            "shares": list(settings.shares),
+            "pictured": list(settings.pictured),
+            "threshold": self.threshold,
+            "pass_budgets": self.pass_budgets,
+            "gates": self.gates_digest,
+            **self.sketch,
+        }
+
+    def measure(self, batch: CaseBatch) -> Sequence[Record]:
+        """Agreement of a text window's dense pass, and the case under every method; ``kind`` tells records apart."""
+        (case,) = batch["cases"]
+        common = {"case": case.id, "task": case.task, "length": batch["context_ids"].shape[1], "depth": case.depth}
+        records: list[Record] = []
+        if case.task == TEXT:
+            seen = BlockAgreement(self.methods, self.settings)
+            continue_from(self.causal_lm, batch["context_ids"], DynamicCache(), 0, observer=seen)
+            for kind, found in (("agreement", seen.agreement), ("pair", seen.pairs), ("picture", seen.pictures)):
+                records += [{"kind": kind, **common, **record} for record in found]
+        passes = BlockPasses(self.causal_lm, self.tokenizer, batch, self.dense_layers)
+        methods = [*self.methods, oracle(self.settings.block_size)]
+        return records + [{"kind": "pass", **common, **record} for record in passes.records(methods, self.pass_budgets)]
+
+    def write(self, records: list[Record], environment: dict[str, object]) -> list[Path]:
+        """See ``Analysis.write``."""
+        settings = {**self.described(), "gates": self.gates_folder}
+        timestamp = time.strftime("%Y%m%d_%H%M%S")
+        said, paths = comparison_report(self.output, records, settings, environment, timestamp)
+        show(*said)
+        return paths
+
+    def _gates(self) -> AttentionGates | None:
+        self.gates_digest: str | None = None
+        if self.gates_folder is None:
+            return None
+        folder = Path(self.gates_folder).expanduser()
+        if not folder.is_dir():
+            raise ValueError(
+                f"gates={folder}: there is no such folder. Train gates first (python train.py fit --config "
+                "configs/train/gate.yaml), or compare without a gate (--model.gates null)"
+            )
+        gates = AttentionGates.load(folder)
+        if gates.shape.block_size != self.settings.block_size:
+            raise ValueError(
+                f"block_size={self.settings.block_size}, but the gates of {folder} were trained for blocks of "
+                f"{gates.shape.block_size} tokens: give their block_size"
+            )
+        gates.check(self.causal_lm)
+        self.gates_digest = folder_digest(folder)
+        return gates.eval()
+
+
+def _check(blocks: dict[str, Sequence[int]], threshold: float, dampings: Sequence[float]) -> None:
+    for name, counts in blocks.items():
+        if not counts or min(counts) < 2 or len(set(counts)) < len(counts):
+            raise ValueError(
+                f"{name}={list(counts)} must be different numbers of blocks, each at least 2: the first block and the "
+                "query's own stay always"
+            )
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold={threshold} must be between 0 and 1: a share of a softmax over blocks")
+    if not dampings or len(set(dampings)) < len(dampings):
+        raise ValueError(f"dampings={list(dampings)} must be different numbers, at least one")

@@ -1,0 +1,199 @@
+"""The LightningModule that teaches a gate where attention goes, by the attention of the model itself."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torch.optim import AdamW
+
+from sparsekv_pl.attention.evicted_attention import CACHED, Observer, attention_implementation
+from sparsekv_pl.blocksparse.gate import AttentionGates
+from sparsekv_pl.blocksparse.true_blocks import BlockAttention, block_attention
+from sparsekv_pl.eviction.limits import check_positions
+from sparsekv_pl.models.backbone import Backbone, causal_lm
+from sparsekv_pl.models.batch import Batch
+from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.devices import stacked
+from sparsekv_pl.storage.fingerprint import weights_digest
+from sparsekv_pl.training.non_finite_guard import guards, watch
+from sparsekv_pl.training.optimizers import configured
+from sparsekv_pl.training.resumption import check_resumable
+
+TOP, SHARE = 16, 4
+"""Validation compares the best 16 blocks of a row, or the best quarter of those visible where that is fewer."""
+
+
+class GateDistillation(LightningModule):
+    """Self-distillation of attention gates (SeerAttention, https://arxiv.org/abs/2410.13276); the backbone is frozen.
+
+    With P[i, j] the largest probability of any query of block i on any key of block j, and G the gate's scores,
+
+        loss = mean over layers, rows, heads and query blocks i of sum_j T[i, j] (log T[i, j] - log G[i, j]),
+        T[i, j] = P[i, j] / sum_j P[i, j],
+
+    in nats. Query block 0 sees itself alone and adds 0. Context and continuation are one text here. All layers learn in
+    one pass, and of a layer only its pooled blocks are kept for the gradient.
+
+    Validation logs loss, ``recall`` (share of the truly best blocks among the gate's best, by P; see ``TOP``), ``mass``
+    (attention on the gate's best blocks) and ``mass_best`` (on the best there are), all three without query block 0.
+
+    Parameters
+    ----------
+    backbone
+        Whose attention is learnt. ``lora`` is ignored; an ``adapter`` is not.
+    block_size
+        Tokens per block.
+    gate_dim
+        Width of the projections.
+    optimizer
+        Called with the gates' parameters.
+    lr_scheduler
+        Called with the optimizer; steps once per optimizer step. None keeps the learning rate.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        block_size: int = 64,
+        gate_dim: int = 64,
+        optimizer: OptimizerCallable = AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.optimizer, self.lr_scheduler = backbone, optimizer, lr_scheduler
+        self.lr: float | None = None
+        self.strict_loading = False  # checkpoints hold the gates; the frozen model comes from `backbone`
+        self.model, self.tokenizer = backbone.load(trainable=False)
+        self.model.requires_grad_(False)
+        self.gates = AttentionGates.for_model(causal_lm(self.model), block_size, gate_dim)
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        """Check, before anything expensive, that the data's contexts are long enough and not too long."""
+        data, size = self.trainer.datamodule, self.gates.shape.block_size  # type: ignore[attr-defined]
+        context_tokens = getattr(data, "context_tokens", None)
+        if context_tokens is None:
+            return
+        if context_tokens < 2 * size:
+            raise ValueError(
+                f"context_tokens={context_tokens} are fewer than two blocks of {size}, between which there is nothing "
+                "to choose: use longer contexts or a smaller block_size"
+            )
+        tokens = context_tokens + getattr(data, "continuation_tokens", 0)
+        check_positions(causal_lm(self.model), tokens, tokens, rotates=False)
+
+    def training_step(self, batch: Batch) -> Tensor:
+        """One step of all gates."""
+        loss = self.loss(batch)
+        watch(self, {"loss": loss}, batch)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["context_ids"]))
+        return loss
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The mean over layers on one batch, with a gradient in the gates."""
+        losses: list[Tensor] = []
+
+        def learn(layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG001
+            target = block_attention(query, key, self.gates.shape.block_size).peak
+            with torch.enable_grad():
+                losses.append(gate_loss(target, self.gates.gate(layer).log_scores(query, key)))
+
+        self._observe(batch, learn)
+        return stacked(losses).mean()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        """Loss by layer and in the mean; recall and mass in the mean."""
+        measured: dict[str, list[Tensor]] = {}
+
+        def measure(layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG001
+            truth = block_attention(query, key, self.gates.shape.block_size)
+            log_scores = self.gates.gate(layer).log_scores(query, key)
+            found = {"loss": gate_loss(truth.peak, log_scores), **best_blocks(truth, log_scores)}
+            for name, value_ in found.items():
+                measured.setdefault(name, []).append(value_)
+
+        self._observe(batch, measure)
+        logs = {f"val/{name}": stacked(values).mean() for name, values in measured.items()}
+        logs |= {f"val/loss_layer_{layer:02d}": value for layer, value in enumerate(measured["loss"])}
+        self.log_dict(logs, on_epoch=True, batch_size=len(batch["context_ids"]), sync_dist=True)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What stands between a loss that is not finite and the optimizer."""
+        return guards(self.trainer)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over the gates, and the learning-rate schedule if there is one."""
+        return configured(self, self.gates.parameters())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse what cannot go on."""
+        check_resumable(self, checkpoint)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the gates alone."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: state[name] for name in state if name.startswith("gates.")}
+
+    def save_trained(self, folder: Path) -> None:
+        """Write what trains, the gates, for ``AttentionGates.load``: the export takes this in place of the model."""
+        self.gates.save(folder)
+
+    def describe_training(self) -> dict[str, Any]:
+        """What exported gates say of how they were trained, JSON-able."""
+        shape = self.gates.shape
+        return {
+            "base": self.backbone.pretrained,
+            "dtype": self.backbone.dtype,
+            "base_weights": weights_digest(self.backbone.files()),
+            "adapter": self.backbone.adapter,
+            "objective": type(self).__name__,
+            "block_size": shape.block_size,
+            "gate_dim": shape.gate_dim,
+        }
+
+    @torch.no_grad()
+    def _observe(self, batch: Batch, observer: Observer) -> None:
+        """One pass of the frozen model, of which nothing but what ``observer`` takes is kept."""
+        model = causal_lm(self.model)
+        with attention_implementation(model, CACHED):
+            decoder_of(model)(input_ids=self._text(batch), use_cache=False, observer=observer)
+
+    def _text(self, batch: Batch) -> Tensor:
+        """(B, S): contexts and continuations, cut to the shortest: padding is no text."""
+        continuation = batch["continuation_ids"]
+        to_come = (continuation != self.tokenizer.pad_token_id).flip(1).cumsum(1)
+        shortest = int((to_come > 0).sum(1).min())
+        return torch.cat([batch["context_ids"], continuation[:, :shortest]], 1)
+
+
+def gate_loss(peak: Tensor, log_scores: Tensor) -> Tensor:
+    """KL(target || gate) in nats, averaged over rows, heads and query blocks; both (B, H, N, N).
+
+    ``peak`` is normalised per query block; ``log_scores`` may be -inf where it is 0.
+    """
+    target = peak / peak.sum(-1, keepdim=True)
+    learnt = torch.where(target > 0, log_scores, 0)
+    return (torch.special.xlogy(target, target) - target * learnt).sum(-1).mean()
+
+
+def best_blocks(truth: BlockAttention, scores: Tensor) -> dict[str, Tensor]:
+    """Recall and mass of the best blocks by ``scores`` (B, H, N, N), averaged over rows, heads and query blocks > 0.
+
+    Each of them takes as many blocks as ``TOP`` says.
+    """
+    visible = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
+    count = (-(-visible // SHARE)).clamp(max=TOP)[1:, None]
+
+    def chosen(values: Tensor) -> Tensor:
+        later = visible > visible[:, None]
+        order = values.masked_fill(later, -torch.inf).argsort(stable=True, dim=-1, descending=True)
+        return order.argsort(-1)[:, :, 1:] < count
+
+    gates, mass = chosen(scores), truth.mass[:, :, 1:]
+    return {
+        "recall": ((gates & chosen(truth.peak)).sum(-1) / count[:, 0]).mean(),
+        "mass": (mass * gates).sum(-1).mean(),
+        "mass_best": (mass * chosen(truth.mass)).sum(-1).mean(),
+    }

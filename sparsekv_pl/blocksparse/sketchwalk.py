@@ -1,0 +1,209 @@
+"""Sketch&Walk: key blocks chosen without training, from sketches of block means and a walk across the layers.
+
+"Scout Before You Attend" (https://arxiv.org/abs/2602.07397). In every layer queries are averaged over heads and within
+blocks, keys likewise; sketches of both give one score per pair of blocks, sharpened into a transition matrix W_l. The
+walk multiplies them from the first layer on: a block matters to a query block also through the blocks in between.
+
+What differs from the paper:
+
+- W_l is normalised by row. softmax(a)^s is softmax(s a) up to a factor per row, so this changes no ranking within a row
+  of W_l, and the product of 30 layers does not underflow. It does change the product: the factor is largest where a row
+  sees few blocks, and without it all walks would end in the first blocks.
+- Scores are divided by sqrt(D) of the head, as in the attention that they stand for, because our sketch preserves inner
+  products whatever ``sketch_dim`` is. The paper's text and the authors' code divide by sqrt(sketch_dim).
+- ``damping``: 1 is the paper's product, 0.25 what the authors' code uses (Escanord/SketchWalk, ``walk_damping``) and
+  the default here. A product of many layers drifts to the first block, which leads nowhere but to itself.
+- The query of a block that is not full is the mean of its queries so far, in prefill and decoding alike.
+
+The authors' code also differs from the paper, and from this: it adds up softmaxes of all heads, sharpens nothing, takes
+three damped steps of the walk in every layer (a "degree" of 3), and keeps fractions of the context as sink and window.
+Here all heads share one selection, and ``TopBlocks`` keeps the first and the own block.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sparsekv_pl.attention.blocks import block_count, first_block, visible_blocks
+from sparsekv_pl.blocksparse.hadamard import SubsampledHadamard
+
+
+@dataclass
+class SketchWalk:
+    """A ``BlockScorer`` (see attention/blocks.py). Scores are rows of the walk: not negative, 1 in sum.
+
+    With W_l = softmax(exponent * q k^T / sqrt(D)) over the visible blocks, q and k sketched block means of layer l:
+    R_0 = W_0 and R_l = (1 - damping) W_l + damping R_(l-1) W_l. Scores of layer l are the rows of R_l.
+
+    It remembers what earlier tokens left: every forward of a context goes through the same object, in order, and a copy
+    of a cache needs a ``copy.deepcopy`` of it. A forward of T tokens scores T tokens, not the whole context, and gives
+    what one prefill of everything would give in its last rows. Per layer it keeps (B, N, sketch_dim) sums of keys and
+    (B, N, N) transitions, N blocks, in float32. There is no gradient.
+
+    Parameters
+    ----------
+    block_size
+        Tokens per block.
+    sketch_dim
+        Coordinates that block means are compared in, at most the head dimension's next power of two.
+    exponent
+        How much the block scores are sharpened, above 0.
+    dense_layers
+        Layers with a smaller index are dense; their transitions count in the walk.
+    damping
+        Weight of the walk against the layer alone, from 0 (each layer by itself) to 1 (the paper's product).
+    seed
+        Of the sketch, the same for all layers.
+    """
+
+    block_size: int = 64
+    sketch_dim: int = 64
+    exponent: float = 8
+    dense_layers: int = 2
+    damping: float = 0.25
+    seed: int = 0
+    _sketch: SubsampledHadamard | None = field(default=None, init=False, repr=False, compare=False)
+    _layers: "dict[int, _Layer]" = field(default_factory=dict, init=False, repr=False, compare=False)
+    _pass: "_Pass | None" = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "sketch_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.exponent <= 0:
+            raise ValueError(f"exponent={self.exponent} must be above 0: 1 leaves the block scores as they are")
+        if self.dense_layers < 0:
+            raise ValueError(f"dense_layers={self.dense_layers} must be at least 0")
+        if not 0 <= self.damping <= 1:
+            raise ValueError(f"damping={self.damping} must be in [0, 1]: it is the weight of the walk")
+
+    def reset(self) -> None:
+        """Forget the context, for another model or a walk over other layers."""
+        self._layers, self._pass = {}, None
+
+    @torch.no_grad()
+    def __call__(self, layer: int, query: Tensor, key: Tensor) -> Tensor | None:
+        """(B, 1, Nq, Nk) float32, or None for the first layers. See ``BlockScorer``.
+
+        Layers may be missing but must ascend: the walk is over those that the context's first forward gives, and later
+        forwards give the same.
+
+        Raises
+        ------
+        ValueError
+            For layers out of order, and where the S - T older keys are not the tokens that were scored before.
+        """
+        tokens = query.shape[0], query.shape[2], key.shape[2]
+        walk = self._enter(layer, tokens)
+        state = self._layers.get(layer) or _Layer.empty(query, self.sketch_dim)
+        _check_seen(layer, state, tokens)
+        with torch.autocast(query.device.type, enabled=False):  # it would round sums and walk to 16 bits
+            state, rows = self._advance(state, query, key)
+            if walk is not None:
+                rows = torch.lerp(rows, walk.to(rows.device) @ state.transitions, self.damping)
+        self._layers[layer] = state
+        self._pass = _Pass(layer, tokens, rows)
+        return None if layer < self.dense_layers else rows[:, None]
+
+    def _enter(self, layer: int, tokens: tuple[int, int, int]) -> Tensor | None:
+        """The walk (B, Nq, Nk) before ``layer``, None for the first; ValueError if it is not this layer's turn."""
+        order, new_context = list(self._layers), tokens[1] == tokens[2]
+        if not order or layer == order[0] or (new_context and layer < order[0]):
+            if new_context:
+                self.reset()
+            return None
+        begun = self._pass
+        assert begun is not None
+        in_turn = layer > begun.layer if new_context else order[order.index(begun.layer) + 1 :][:1] == [layer]
+        if begun.tokens != tokens or not in_turn:
+            raise ValueError(
+                f"layer {layer} with (rows, queries, keys) {tokens} followed layer {begun.layer} with {begun.tokens}: "
+                f"every forward gives the layers in ascending order from {order[0]} on, the same ones in all forwards "
+                "of a context. Call reset() before a walk over other layers"
+            )
+        return begun.walk
+
+    def _advance(self, state: "_Layer", query: Tensor, key: Tensor) -> "tuple[_Layer, Tensor]":
+        """The layer's state after the new tokens, and their rows (B, Nq, Nk) of its transitions."""
+        queries, keys, dim = query.shape[2], key.shape[2], query.shape[3]
+        first, count = first_block(queries, keys, self.block_size), block_count(keys, self.block_size)
+        query_sums = self._sketched(block_sums(query, state.seen, self.block_size))
+        if state.seen % self.block_size:
+            query_sums[:, 0] += state.query
+        key_sums = pad(state.keys, (0, 0, 0, count - state.keys.shape[1]))
+        key_sums[:, first:] += self._sketched(block_sums(key[:, :, state.seen :], state.seen, self.block_size))
+        starts = torch.arange(count, device=key.device) * self.block_size
+        sizes = (keys - starts).clamp(max=self.block_size)[:, None]
+        scores = (query_sums / sizes[first:]) @ (key_sums / sizes).transpose(1, 2) * dim**-0.5
+        visible = visible_blocks(queries, keys, self.block_size, key.device)
+        rows = (scores * self.exponent).masked_fill(~visible, -torch.inf).softmax(-1)
+        transitions = rows.new_zeros(len(rows), count, count)
+        transitions[:, :first, :first] = state.transitions[:, :first, :first]
+        transitions[:, first:] = rows
+        return _Layer(keys, key_sums, query_sums[:, -1], transitions), rows
+
+    def _sketched(self, sums: Tensor) -> Tensor:
+        if self._sketch is None or len(self._sketch.signs) != sums.shape[-1]:
+            self._sketch = SubsampledHadamard(sums.shape[-1], self.sketch_dim, self.seed)
+        return self._sketch.to(sums.device)(sums)
+
+
+class _Layer(NamedTuple):
+    """What a layer keeps of the tokens it has seen, as sums, so that a block that is not full can grow."""
+
+    seen: int
+    """Tokens."""
+    keys: Tensor
+    """(B, N, sketch_dim), sketched sums of every block's keys."""
+    query: Tensor
+    """(B, sketch_dim), sketched sum of the last block's queries."""
+    transitions: Tensor
+    """(B, N, N), a row of W_l per query block."""
+
+    @classmethod
+    def empty(cls, like: Tensor, sketch_dim: int) -> "_Layer":
+        zeros = like.new_zeros(len(like), 0, sketch_dim, dtype=torch.float32)
+        return cls(0, zeros, zeros.sum(1), zeros[..., :0])
+
+
+class _Pass(NamedTuple):
+    """Where the forward that is under way has come to."""
+
+    layer: int
+    tokens: tuple[int, int, int]
+    """Rows, queries and keys: the same in all layers of a forward."""
+    walk: Tensor
+    """(B, Nq, Nk), the rows of R_l."""
+
+
+def block_sums(states: Tensor, start: int, block_size: int) -> Tensor:
+    """(B, n, D) float32 sums over the tokens of each block of the mean over heads of (B, heads, T, D).
+
+    The first token is at position ``start``; the first and the last block may be partial.
+    """
+    tokens = states.shape[2]
+    before = min(-start % block_size, tokens)
+    whole = before + (tokens - before) // block_size * block_size
+    parts = []
+    # On a CPU a sum of 16-bit numbers in float32 copies what it sums: strips keep the copy in the CPU's own cache.
+    step = tokens if states.is_cuda else 4 * block_size
+    for strip in states[:, :, before:whole].split(step, 2) if whole > before else ():
+        parts.append(strip.unflatten(2, (-1, block_size)).sum(3, dtype=torch.float32).sum(1))
+    if before:
+        parts.insert(0, states[:, :, :before].sum((1, 2), dtype=torch.float32)[:, None])
+    if whole < tokens:
+        parts.append(states[:, :, whole:].sum((1, 2), dtype=torch.float32)[:, None])
+    return torch.cat(parts, 1) / states.shape[1]
+
+
+def _check_seen(layer: int, state: _Layer, tokens: tuple[int, int, int]) -> None:
+    rows, queries, keys = tokens
+    if keys - queries != state.seen or rows != len(state.keys):
+        raise ValueError(
+            f"layer {layer} has {keys - queries} older keys in {rows} rows, but {state.seen} tokens in "
+            f"{len(state.keys)} rows were scored: blocks need the whole cache. Evict nothing (no press), give every "
+            "forward of a context to the same scorer, and copy the scorer where a cache is copied"
+        )

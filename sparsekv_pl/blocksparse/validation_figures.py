@@ -1,0 +1,63 @@
+"""The picture of a validation: how near sparse attention comes to dense, and how much faster it is, by layer."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import mean
+from typing import TYPE_CHECKING
+
+from sparsekv_pl.blocksparse.validation_summary import EXPECTED
+from sparsekv_pl.storage.records import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PANELS = {"cosine_similarity": "cosine similarity to dense attention", "speedup": "speed-up over dense attention"}
+
+
+def validation_figure(records: Sequence[Record]) -> "Figure":
+    """A plot per measure, a line per length over layers, means over samples; layers that are kept dense are hollow.
+
+    Dashed: what was expected at least, in a length's colour where it was of that length alone.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 4), dpi=130, layout="constrained")
+    measured = [record for record in records if "refused" not in record]
+    if not measured:
+        figure.text(0.5, 0.5, "nothing was measured", ha="center")
+        return figure
+    lengths = sorted({record["seq_len"] for record in measured})
+    colours = {length: colormaps["viridis"](i / max(1, len(lengths)) * 0.9) for i, length in enumerate(lengths)}
+    for axes, (field, title) in zip(figure.subplots(1, 2), PANELS.items(), strict=True):
+        for length in lengths:
+            _draw(axes, [record for record in measured if record["seq_len"] == length], field, colours[length])
+        for expected in EXPECTED:
+            if expected.field == field and (expected.length is None or expected.length in colours):
+                colour = "0.3" if expected.length is None else colours[expected.length]
+                axes.axhline(expected.low, color=colour, linestyle="--", linewidth=0.9)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("layer", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+        if field == "speedup":
+            axes.axhline(1, color="0.3", linewidth=0.8)
+            axes.set_ylim(bottom=0)
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper right", ncols=len(lengths), frameon=False, fontsize=8)
+    figure.supxlabel("hollow: layers kept dense; dashed: expected at least", fontsize=8)
+    return figure
+
+
+def _draw(axes: "Axes", records: Sequence[Record], field: str, colour: tuple[float, ...]) -> None:
+    layers: dict[int, list[Record]] = defaultdict(list)
+    for record in records:
+        layers[record["layer_idx"]].append(record)
+    points = [(layer, mean(r[field] for r in own), own[0]["kept_dense"]) for layer, own in sorted(layers.items())]
+    x, y = [point[0] for point in points], [point[1] for point in points]
+    axes.plot(x, y, color=colour, linewidth=1.2, label=f"{records[0]['seq_len']} tokens")
+    for kept_dense in (False, True):
+        own_x = [point[0] for point in points if point[2] == kept_dense]
+        own_y = [point[1] for point in points if point[2] == kept_dense]
+        axes.plot(own_x, own_y, "o", color=colour, markersize=4, markerfacecolor="white" if kept_dense else colour)

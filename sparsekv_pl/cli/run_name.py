@@ -1,0 +1,80 @@
+"""A run is named once: all it writes lies in output/NAME, and evaluations look there for what it trained."""
+
+import re
+from pathlib import Path
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from sparsekv_pl.cli.output_folder import check_output
+
+OUTPUT = Path("output")
+UNNAMED = str(OUTPUT / "NAME")
+"""Where a logger writes whose folder nobody gave: it stands for the run's own."""
+
+EXPORT = re.compile(r"final|checkpoint-\d+")
+"""What callbacks.adapter_export calls the folders of a run's adapters."""
+
+
+def add_name(parser: LightningArgumentParser, reports: bool) -> None:
+    """Add ``--name``, where there are ``reports`` ``--report``, and a logger that follows them."""
+    where = "; a whole path is taken as it is"
+    parser.add_argument("--name", type=str | None, default=None, help=f"of the run, which lies in output/NAME{where}")
+    if reports:
+        said = "of what is measured; its report lies in output/NAME/REPORT, without it in output/NAME"
+        parser.add_argument("--report", type=str | None, default=None, help=said)
+    settings = {"save_dir": UNNAMED, "name": "", "version": ""}
+    logger = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": settings}
+    parser.set_defaults({"trainer.logger": logger})
+
+
+def fill_name(settings: Namespace) -> None:
+    """Fill in every folder that ``settings``, those of one command, leave to the run's name; given ones stay.
+
+    Raises
+    ------
+    ValueError
+        For an empty name, and for an adapter of a run (``final``, ``checkpoint-46``) without a run's name.
+    """
+    for key in ("name", "report"):
+        if settings.get(key) == "":
+            raise ValueError(f"{key} is empty: give a name, or leave it out")
+    run = _run_folder(settings)
+    adapter = settings.get("model.init_args.backbone.adapter")
+    if isinstance(adapter, str) and EXPORT.fullmatch(adapter):
+        if run is None:
+            raise ValueError(f"model.backbone.adapter is {adapter}: of which run? Give --name, or the whole folder")
+        settings["model.init_args.backbone.adapter"] = str(run / adapter)
+    writes = _report_folder(settings, run) if "report" in settings else run
+    if settings.get("trainer.default_root_dir") is None and writes is not None:
+        settings["trainer.default_root_dir"] = str(writes)
+    if settings.get("trainer.logger.init_args.save_dir") == UNNAMED:
+        if writes is None:
+            settings["trainer.logger"] = True  # Lightning's own, beside the checkout
+        else:
+            settings["trainer.logger.init_args.save_dir"] = str(writes)
+
+
+def _run_folder(settings: Namespace) -> Path | None:
+    """What training writes to."""
+    name, given = settings.get("name"), settings.get("trainer.default_root_dir")
+    if given is not None and "report" not in settings:
+        return Path(given)
+    return None if name is None else OUTPUT / name
+
+
+def _report_folder(settings: Namespace, run: Path | None) -> Path | None:
+    """What an evaluation's logger and trainer write to; its report's folder is filled in.
+
+    A report in the run's own folder has ``evaluation`` below it for them: training's events lie there, and the
+    checkpoints of a requeued job, which Lightning would load.
+    """
+    report, output = settings.get("report"), settings.get("model.init_args.output")
+    if output is None and (run is not None or report is not None):
+        output = str((run or OUTPUT) / (report or ""))
+        if "model.init_args.output" in settings:
+            settings["model.init_args.output"] = output
+    if output is None:
+        return None
+    check_output("model.output", output)
+    return Path(output) if report is not None else Path(output) / "evaluation"

@@ -1,0 +1,1 @@
+"""Measuring: LightningModules, the points of a matrix, lm-eval, hosted models, long contexts."""

@@ -1,0 +1,162 @@
+"""The LightningModule that measures what a model keeps under eviction, base and trained, on the same cases."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jsonargparse import set_parsing_settings
+from kvpress import BasePress
+
+from sparsekv_pl.evaluation.batch_keys import batch_of
+from sparsekv_pl.evaluation.context_sparsity import LABELS, attention_sparsity
+from sparsekv_pl.evaluation.measurement import Measurement
+from sparsekv_pl.evaluation.measuring_module import MeasuringModule, Piece
+from sparsekv_pl.evaluation.points import Point, Setting, points_of
+from sparsekv_pl.eviction.limits import check_positions
+from sparsekv_pl.eviction.press_model_check import check_press
+from sparsekv_pl.models.backbone import Backbone
+from sparsekv_pl.models.batch import CaseBatch
+from sparsekv_pl.reporting import sparsity_figure, write_kvpress_layout
+from sparsekv_pl.reporting.file_formats import json_bytes, replace_all
+from sparsekv_pl.storage.records import Record
+
+set_parsing_settings(subclasses_enabled=[BasePress])
+
+log = logging.getLogger(__name__)
+
+
+class EvaluationModule(MeasuringModule):
+    """Retrieval, perplexity and KL with the full cache and under each press and ratio, with what each costs.
+
+    Finished work is kept in ``output/results`` and not done again: a run that was killed, or that is given one press
+    more, measures what is missing.
+
+    Parameters
+    ----------
+    backbone
+        The model; with ``backbone.adapter`` every case is measured twice, with the adapter off (base) and on (trained).
+    settings
+        Presses and ratios. The full cache is always measured.
+    output
+        Folder for the report, its pictures and tables, and the finished work.
+        Null: where the run's name says, else output/evaluation.
+    title
+        Of the report.
+    stability
+        Also measure, on text, whether what a press keeps stays important (metrics/eviction_stability.py).
+    sparsity
+        Also measure, on text, how sparse attention is, by layer and head (metrics/attention_sparsity.py).
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        settings: list[Setting],
+        output: str | None = None,
+        title: str = "Base against trained",
+        stability: bool = False,
+        sparsity: bool = False,
+    ) -> None:
+        self.settings, self.points = settings, points_of(settings)
+        super().__init__(output or "output/evaluation", backbone)
+        self.backbone: Backbone = backbone
+        self.title, self.stability, self.sparsity = title, stability, sparsity
+        for setting in settings:
+            check_press(self.causal_lm, setting.press)
+
+    def setup(self, stage: str) -> None:
+        """Check that model and presses can take contexts of these lengths, and read what is finished already."""
+        for length in getattr(self.trainer.datamodule, "lengths", []):  # type: ignore[attr-defined]
+            check_positions(self.causal_lm, length, length, rotates=False)
+            for setting in self.settings:
+                setting.check(length)
+        self._check_text()
+        self._compare_splits()
+        super().setup(stage)
+
+    def _check_text(self) -> None:
+        if getattr(self.trainer.datamodule, "has_text", True):  # type: ignore[attr-defined]
+            return
+        for point in self.points:
+            if point.decoding_interval is not None:
+                raise ValueError(
+                    f"{point.condition.press} has decoding_interval={point.decoding_interval}, and the data has no "
+                    "text to read while it evicts: set data.windows, or leave decoding_interval out"
+                )
+
+    def _compare_splits(self) -> None:
+        splits = getattr(self.trainer.datamodule, "splits", None)  # type: ignore[attr-defined]
+        if splits is None or not self.training_summary:
+            return
+        own, trained = asdict(splits), self.training_summary.get("splits")
+        if own != trained:
+            log.warning(
+                "the data is divided by %s, and %s was trained on a division by %s: of the same text it may have seen "
+                "what is held out here; give the splits that it was trained with",
+                own,
+                self.backbone.adapter,
+                trained or "document names, as before splits followed from the text",
+            )
+
+    def pieces(self, batch: CaseBatch, variant: str) -> Iterator[Piece]:
+        """One for every point, which share one prefill of the batch, and one for the sparsity of attention."""
+        measurement = Measurement(self.causal_lm, self.tokenizer, batch, self.stability)
+        if self.sparsity and measurement.is_text:
+            yield self._sparsity_of(batch, variant)
+        points = [point for point in self.points if point.decoding_interval is None or measurement.is_text]
+        pieces = [self._piece(measurement, variant, point) for point in points]
+        measurement.ahead = [point for point, piece in zip(points, pieces, strict=True) if self.is_left(piece)]
+        yield from pieces
+
+    def write(self, records: list[Record], environment: dict[str, Any]) -> list[Path]:
+        """Write the report, kvpress's layout and the sparsity of attention, and print the table."""
+        cases = [record for record in records if "case" in record]
+        sparsity = self._sparsity([record for record in records if "case" not in record])
+        figures = {f"Attention sparsity, {variant}": sparsity_figure(means) for variant, means in sparsity.items()}
+        paths = self.report_cases(cases, environment, figures)
+        query_aware = bool(getattr(self.trainer.datamodule, "query_aware", False))  # type: ignore[attr-defined]
+        model, trained = str(self.base["pretrained"]), self.backbone.adapter
+        write_kvpress_layout(self.output / "kvpress", cases, model, trained, query_aware)
+        return paths + (replace_all(self.output, {"sparsity.json": json_bytes(sparsity)}) if sparsity else [])
+
+    def _piece(self, measurement: Measurement, variant: str, point: Point) -> Piece:
+        batch, unfit = measurement.batch, point.unfit()
+        where = {"length": batch["context_ids"].shape[1], **self.columns(variant, point.condition, point.press)}
+        cases = [{"case": c.id, "task": c.task, "depth": c.depth, "seed": c.seed} | where for c in batch["cases"]]
+        return Piece(
+            key="" if unfit else self._key(measurement, variant, point),
+            file=f"{variant}_{point.name}",
+            measure=lambda: measurement.at(point),
+            columns=cases,
+            label=f"{point.condition}, {variant}",
+            unfit=unfit,
+        )
+
+    def _key(self, measurement: Measurement, variant: str, point: Point) -> str:
+        measured = point.described() | {"stability": measurement.tells_stability(point)}
+        return self.key(variant, measured=measured, batch=batch_of(measurement.batch, named=False))
+
+    def _sparsity_of(self, batch: CaseBatch, variant: str) -> Piece:
+        return Piece(
+            key=self.key(variant, measured="sparsity", batch=batch_of(batch, named=False)),
+            file=f"{variant}_sparsity",
+            measure=lambda: [attention_sparsity(self.causal_lm, self.tokenizer, batch["context_ids"])],
+            columns=repeat({"variant": variant, "cases": len(batch["cases"])}),
+        )
+
+    def _sparsity(self, parts: list[Record]) -> dict[str, dict[str, Any]]:
+        """Variant -> measure -> (layers, heads), means over all batches."""
+        means = {}
+        for variant in self.variants:
+            own = [part for part in parts if part["variant"] == variant]
+            if own:
+                weights = [part["cases"] for part in own]
+                means[variant] = {
+                    label: np.average([part[name] for part in own], axis=0, weights=weights).tolist()
+                    for name, label in LABELS.items()
+                }
+        return means

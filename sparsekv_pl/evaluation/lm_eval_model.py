@@ -1,0 +1,289 @@
+"""lm-evaluation-harness's model interface over a cache that a press has really evicted from.
+
+https://github.com/EleutherAI/lm-evaluation-harness. Importing this module imports lm_eval, which takes seconds.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from kvpress import BasePress
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsekv_pl.evaluation.pace import ticking
+from sparsekv_pl.eviction.decoding import greedy
+from sparsekv_pl.eviction.kept_memory import kept_memory
+from sparsekv_pl.eviction.prefill import chunk_bounds, continue_from, prefill
+from sparsekv_pl.eviction.prefilled_cache import Prefilled
+from sparsekv_pl.eviction.press_model_check import check_press
+from sparsekv_pl.models.backbone import causal_lm
+from sparsekv_pl.models.chat_template import DAY
+from sparsekv_pl.models.supported_architectures import check_computed
+from sparsekv_pl.presses.traits import traits_of
+
+log = logging.getLogger(__name__)
+
+BLOCK = 16
+"""Tokens generated between two looks for a stop string."""
+
+GREEDY = {"do_sample": (False,), "temperature": (0.0,), "num_beams": (1,), "top_p": None, "top_k": None}
+"""Generation settings that greedy decoding honours, at these values; None: at any, as only sampling looks at them."""
+
+Scored = tuple[float, bool]
+"""Log-likelihood of a continuation in nats, and whether greedy decoding would say it."""
+
+
+@dataclass(frozen=True)
+class ContextEviction:
+    """What became of one context."""
+
+    tokens: int
+    """Of the context, those held back included."""
+    evicted: bool
+    """False without a press, and where the context is too short for it."""
+    kept_pairs: float
+    """KV pairs left of what the press was given, mean over layers and KV heads."""
+    kv_bytes: int
+    freed: bool
+    """False where a head-wise press hides pairs that stay in memory."""
+
+
+class PressedLM(HFLM):
+    """A causal LM for ``lm_eval.simple_evaluate(model=...)`` that answers from an evicted cache.
+
+    The context is prefilled, ``press`` evicts, and the continuation is scored or generated from what is left. Tokens,
+    truncation from the left, chat templates and windows are those of lm_eval's HFLM; without a press so are the
+    results, except that logits are computed in float32 and greedy decoding is the only one.
+
+    What to know of the eviction:
+
+    - lm_eval's context ends with the question, so the press may look at it (query-aware). ``held_back`` tokens at the
+      end of a context are run after the eviction and are never evicted. At least one is: the last context token
+      predicts the first token that is scored, and must do so from the evicted cache. kvpress's own pipeline and
+      EvaluationModule evict from the whole context, because a question follows it.
+    - A context too short for the press's observation window is not evicted. ``evictions`` tells which.
+    - ``loglikelihood_rolling`` reads each of HFLM's windows in pieces of ``rolling_tokens``; a piece is scored from the
+      evicted cache of the window before it, the first one from a single token. Without a press the sum is HFLM's.
+    - Everything runs at batch size 1: equal contexts (the options of a multiple choice) share one prefill.
+
+    Parameters
+    ----------
+    model
+        A causal LM, or a peft model around one: its adapter is active unless it is switched off around the call.
+    tokenizer
+        Its tokenizer.
+    press
+        With its compression_ratio set; None keeps everything.
+    chunk_tokens
+        Prefill in true chunks of at most this many tokens, evicting after each; None evicts once.
+    held_back
+        Tokens at the end of every context that the press neither sees nor evicts.
+    rolling_tokens
+        Tokens scored per eviction in ``loglikelihood_rolling``.
+    max_length
+        Tokens of context and continuation together; None takes the model's.
+
+    Attributes
+    ----------
+    evictions
+        First argument of a request (the context or document as text) -> what became of it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        press: BasePress | None = None,
+        *,
+        chunk_tokens: int | None = None,
+        held_back: int = 1,
+        rolling_tokens: int = 256,
+        max_length: int | None = None,
+    ) -> None:
+        for name, value in {"held_back": held_back, "rolling_tokens": rolling_tokens}.items():
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1 token")
+        check_computed(causal_lm(model))
+        check_press(causal_lm(model), press)
+        with _without_advice():
+            super().__init__(
+                pretrained=causal_lm(model), tokenizer=tokenizer, backend="causal", batch_size=1, max_length=max_length
+            )
+        self.chat_template_args: dict[str, Any] = {**self.chat_template_args, "strftime_now": DAY.strftime}
+        self.press, self.chunk_tokens = press, chunk_tokens
+        self.window = 0 if press is None else traits_of(press).window
+        self.held_back, self.rolling_tokens = held_back, rolling_tokens
+        self.evictions: dict[str, list[ContextEviction]] = {}
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,  # noqa: ARG002  HFLM's signature
+    ) -> list[Scored]:
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for number, (_, context, continuation) in enumerate(requests):
+            groups.setdefault(tuple(self._fitting(context, len(continuation) - 1)), []).append(number)
+        _report_cut(sum(len(kept) != len(requests[n][1]) for kept, numbers in groups.items() for n in numbers))
+        answers: dict[int, Scored] = {}
+        done = ticking("Running loglikelihood requests", "requests", len(requests), disable_tqdm)
+        for shared, numbers in sorted(groups.items(), key=lambda group: -len(group[0])):
+            prefilled, held, eviction = self._prefilled(shared)
+            for number in numbers:
+                text, _, continuation = requests[number]
+                answers[number] = self._score(prefilled.copy(), held, continuation)
+                self.evictions[text[0]] = [eviction]
+                self.cache_hook.add_partial("loglikelihood", text, answers[number])
+                done()
+        return [answers[number] for number in range(len(requests))]
+
+    @torch.no_grad()
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood in nats of each document, read in pieces (see the class)."""
+        totals = []
+        done = ticking("Running loglikelihood_rolling requests", "requests", len(requests), disable_tqdm)
+        for (text,) in [request.args for request in requests]:
+            total, self.evictions[text] = 0.0, []
+            for context, piece in self._pieces(text):
+                prefilled, held, eviction = self._prefilled(context)
+                total += self._score(prefilled, held, piece)[0]
+                self.evictions[text].append(eviction)
+            totals.append(total)
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
+            done()
+        return totals
+
+    @torch.no_grad()
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The most likely answer to each context, cut before the first stop string.
+
+        Raises
+        ------
+        ValueError
+            For a task that asks for anything but greedy decoding, before the first answer.
+        """
+        settings = [_greedy_settings(request.args[1], self.max_gen_toks, self.max_length) for request in requests]
+        contexts = [self.tok_encode(request.args[0]) for request in requests]
+        cut = [self._fitting(ids, tokens) for ids, (_, tokens) in zip(contexts, settings, strict=True)]
+        _report_cut(sum(len(short) != len(ids) for short, ids in zip(cut, contexts, strict=True)))
+        said = []
+        done = ticking("Running generate_until requests", "requests", len(requests), disable_tqdm)
+        for request, context, (until, tokens) in zip(requests, cut, settings, strict=True):
+            said.append(self._generate(request.args[0], context, until, tokens))
+            self.cache_hook.add_partial("generate_until", request.args, said[-1])
+            done()
+        return said
+
+    def _fitting(self, context: list[int], following: int) -> list[int]:
+        """The end of ``context`` after which the model can still read that many tokens."""
+        if following >= self.max_length:
+            raise ValueError(
+                f"{following} tokens after the context leave no room for it: the model reads {self.max_length} "
+                "(max_length); take a model that reads more, or a task with shorter answers"
+            )
+        return context[following - self.max_length :]
+
+    def _pieces(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
+        """HFLM's windows of a document, each cut into (what the window holds before it, piece)."""
+        windows = get_rolling_token_windows(
+            token_list=self.tok_encode(text),
+            prefix_token=self.prefix_token_id,
+            max_seq_len=self.max_length,
+            context_len=1,
+        )
+        for context, tokens in map(make_disjoint_window, windows):
+            for start in range(0, len(tokens), self.rolling_tokens):
+                yield context + tokens[:start], tokens[start : start + self.rolling_tokens]
+
+    def _prefilled(self, context: Sequence[int]) -> tuple[Prefilled, list[int], ContextEviction]:
+        """The evicted cache of a context without its held-back tokens, those tokens, and what became of it."""
+        split = max(0, len(context) - self.held_back)
+        seen, held = self._batch(context[:split]), list(context[split:])
+        if not split:
+            return Prefilled(DynamicCache(), 0, []), held, ContextEviction(len(context), False, 0.0, 0, True)
+        press = self.press if self._long_enough(split) else None
+        prefilled = prefill(self.model, seen, press, self.chunk_tokens)
+        left = kept_memory(self.model, prefilled.cache)
+        eviction = ContextEviction(len(context), press is not None, left.kept_pairs, left.kv_bytes, left.freed)
+        return prefilled, held, eviction
+
+    def _long_enough(self, tokens: int) -> bool:
+        shortest = min(stop - start for start, stop in chunk_bounds(tokens, self.chunk_tokens))
+        return shortest > self.window
+
+    def _score(self, prefilled: Prefilled, held: list[int], continuation: list[int]) -> Scored:
+        ids = self._batch(held + continuation[:-1])
+        hidden = continue_from(self.model, ids, prefilled.cache, prefilled.next_position)[0, len(held) - 1 :]
+        labels = self._batch(continuation)[0]
+        with torch.autocast(hidden.device.type, enabled=False):
+            log_probs = (hidden.float() @ self._head_VE.T).log_softmax(-1)
+        said = log_probs.gather(1, labels[:, None]).sum()
+        return float(said), bool((log_probs.argmax(-1) == labels).all())
+
+    def _generate(self, text: str, context: list[int], until: list[str], max_tokens: int) -> str:
+        prefilled, newest, eviction = self._prefilled(context)
+        self.evictions[text] = [eviction]
+        lengths = torch.tensor([len(newest)], device=self.device)
+
+        def enough(answer: list[int]) -> bool:
+            return len(answer) % BLOCK == 0 and any(stop in self.tok_decode(answer) for stop in until)
+
+        answer = greedy(self.model, prefilled, self._batch(newest), lengths, [max_tokens], self._stop_ids, enough)[0]
+        return postprocess_generated_text(self.tok_decode(answer), until, None)
+
+    @cached_property
+    def _head_VE(self) -> Tensor:
+        """In float32: options whose bfloat16 logits tie could not be told apart."""
+        return self.model.get_output_embeddings().weight.float()
+
+    @property
+    def _stop_ids(self) -> set[int]:
+        config = self.model.generation_config
+        ids = config.eos_token_id if config is not None else None
+        return {self.tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
+
+    def _batch(self, ids: Sequence[int]) -> Tensor:
+        return torch.tensor([list(ids)], dtype=torch.long, device=self.device)
+
+
+def _greedy_settings(asked: Mapping[str, Any], default_tokens: int, max_length: int) -> tuple[list[str], int]:
+    """(stop strings, most tokens to generate) of a task's generation_kwargs."""
+    settings: dict[str, Any] = dict(normalize_gen_kwargs(dict(asked), default_tokens))
+    until, tokens = settings.pop("until"), settings.pop("max_gen_toks")
+    for name, value in settings.items():
+        agreed = GREEDY.get(name, ())
+        if agreed is not None and value not in agreed:
+            raise ValueError(
+                f"generation_kwargs {name}={value!r}: answers from an evicted cache are decoded greedily; "
+                "take a task that does, or override its generation_kwargs"
+            )
+    if not 0 < tokens < max_length:
+        raise ValueError(f"max_gen_toks={tokens} must be at least 1 and below the model's {max_length} tokens")
+    return [stop for stop in until if stop], tokens
+
+
+def _report_cut(contexts: int) -> None:
+    if contexts:
+        log.warning("%d contexts were too long for the model and lost their beginning", contexts)
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """HFLM warns that settings for loading a model are ignored where it is given one."""
+    logger = logging.getLogger("lm_eval.models.huggingface")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

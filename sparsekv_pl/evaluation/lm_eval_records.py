@@ -1,0 +1,107 @@
+"""lm_eval's results as records, and as the table that a terminal shows."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from sparsekv_pl.storage.records import Record
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sparsekv_pl.evaluation.lm_eval_model import ContextEviction
+
+EXACT = ("exact_match", "acc")
+"""lm_eval's metrics that are 0 or 1 for a document, the first that a task has: what a paired comparison needs."""
+
+Evictions = Mapping[str, Sequence["ContextEviction"]]
+"""``PressedLM.evictions``: the first argument of a request -> what became of it."""
+
+
+def score_records(results: Mapping[str, Any], evictions: Evictions) -> Iterator[Record]:
+    """A record per task, filter and metric of ``simple_evaluate``'s results, groups included.
+
+    ``value`` and ``stderr`` (None where lm_eval gives none), ``n`` documents, ``contexts`` and how many of them were
+    ``evicted``, ``context_tokens`` and ``kept_pairs`` (means over contexts; pairs left of what the press was given),
+    ``freed``.
+    """
+    met = [eviction for found in evictions.values() for eviction in found]
+    left = {
+        "contexts": len(met),
+        "evicted": sum(eviction.evicted for eviction in met),
+        "context_tokens": fmean(eviction.tokens for eviction in met),
+        "kept_pairs": fmean(eviction.kept_pairs for eviction in met),
+        "freed": all(eviction.freed for eviction in met),
+    }
+    for task, values in (results["results"] | results.get("groups", {})).items():
+        for key, value in values.items():
+            metric, comma, filtered = key.partition(",")
+            if comma and not metric.endswith("_stderr"):
+                yield {
+                    "task": _task(task, filtered),
+                    "metric": metric,
+                    "value": _finite(value),
+                    "stderr": _finite(values.get(f"{metric}_stderr,{filtered}")),
+                    "n": values.get("sample_len"),
+                    **left,
+                }
+
+
+def case_records(samples: Mapping[str, Sequence[Mapping[str, Any]]], evictions: Evictions) -> Iterator[Record]:
+    """A record per task, filter and document, with ``exact`` where the task has a metric of ``EXACT``."""
+    for task, documents in samples.items():
+        for sample in documents:
+            texts = {arguments[0] for arguments in sample["arguments"]}
+            met = [eviction for text in texts for eviction in evictions.get(text, [])]
+            name = _task(task, sample["filter"])
+            record: Record = {
+                "case": f"{name}/{sample['doc_id']}",
+                "task": name,
+                "length": round(fmean(eviction.tokens for eviction in met)) if met else 0,
+                "depth": None,
+                "seed": 0,
+            }
+            right = [sample[metric] for metric in EXACT if isinstance(sample.get(metric), (int, float))]
+            if right:
+                record["exact"] = float(right[0])
+            yield record
+
+
+def table(records: Sequence[Record]) -> "Table":
+    """Base beside trained with lm_eval's standard errors, a row per task, metric, press and ratio; then what failed."""
+    from rich.table import Column, Table
+
+    variants = [name for name in ("base", "trained") if any(record["variant"] == name for record in records)]
+    titles = ("task", "metric", "press", "ratio", *variants, "documents", "contexts evicted")
+    shown = Table(*(Column(title, overflow="fold") for title in titles))  # a narrow terminal cuts nothing off
+    rows: dict[tuple[str, ...], dict[str, Record]] = {}
+    for record in records:
+        if "case" not in record:
+            where = (record["press"], f"{record['compression_ratio']:g}", record["prefill"])
+            rows.setdefault((record["task"], record.get("metric", ""), *where), {})[record["variant"]] = record
+    for (task, metric, press, ratio, prefill), found in rows.items():
+        measured = [record for record in found.values() if "metric" in record]
+        counts = [str(measured[0]["n"]), f"{measured[0]['evicted']} of {measured[0]['contexts']}"] if measured else []
+        name = press if prefill == "dense" else f"{press}, {prefill}"
+        shown.add_row(task, metric, name, ratio, *(_cell(found.get(variant)) for variant in variants), *counts)
+    return shown
+
+
+def _cell(record: Record | None) -> str:
+    if record is None:
+        return "-"
+    if "error" in record:
+        return f"failed: {record['error']}"
+    spread = "" if record["stderr"] is None else f" ± {record['stderr']:.4f}"
+    return "-" if record["value"] is None else f"{record['value']:.4f}{spread}"
+
+
+def _task(task: str, filtered: str) -> str:
+    """A task whose answers are read in several ways (filters) is several to a report."""
+    return task if filtered == "none" else f"{task}, {filtered}"
+
+
+def _finite(value: Any) -> float | None:
+    """lm_eval writes "N/A" where it has no number, and a perplexity may overflow."""
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None

@@ -1,0 +1,53 @@
+"""lm_eval's tasks by name: where they are found, and the local files that they name."""
+
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsekv_pl.storage.fingerprint import path_digest
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+
+def task_manager(tasks: list[str], include_path: Path | None) -> "TaskManager":
+    """lm_eval's index of tasks: of ``include_path``, and of lm_eval's own (10 s) only where ``tasks`` needs them.
+
+    Raises
+    ------
+    ValueError
+        For a task in neither.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None:
+        local = TaskManager(include_path=include_path, include_defaults=False)
+        if set(tasks) <= set(local.all_tasks):
+            return local
+    manager = TaskManager(include_path=include_path)
+    for task in tasks:
+        if task not in manager.task_index:
+            near = ", ".join(difflib.get_close_matches(task, manager.all_tasks)) or "see `lm_eval ls tasks`"
+            raise ValueError(
+                f"task {task!r} is neither lm_eval's nor in include_path={str(include_path)!r}; similar: {near}"
+            )
+    return manager
+
+
+def named_files(manager: "TaskManager", task: str) -> list[str]:
+    """Digests of the files and folders that the settings of a task, or of a group's tasks, name, wherever they lie."""
+    entry = manager.task_index.get(task)
+    left: list[Any] = [entry.cfg if entry is not None else None]
+    found = []
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            members = value.get("task")
+            left += value.values()
+            if isinstance(members, list):
+                found += [digest for one in members if isinstance(one, str) for digest in named_files(manager, one)]
+        elif isinstance(value, list):
+            left += value
+        elif isinstance(value, str) and "\n" not in value and len(value) < 4096 and Path(value).exists():
+            found.append(path_digest(Path(value)))
+    return sorted(found)

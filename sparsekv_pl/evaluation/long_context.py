@@ -1,0 +1,251 @@
+"""The LightningModule that reads a context of any length in flat memory, and asks for what is hidden in it."""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import set_parsing_settings
+from kvpress import BasePress
+
+from sparsekv_pl.evaluation.batch_keys import batch_of
+from sparsekv_pl.evaluation.measurement import Measurement
+from sparsekv_pl.evaluation.measuring_module import MeasuringModule, Piece
+from sparsekv_pl.evaluation.points import check_evicts
+from sparsekv_pl.evaluation.prefill_progress import PrefillProgress
+from sparsekv_pl.evaluation.stop_signal import stop_signal
+from sparsekv_pl.evaluation.time_and_memory import Phases
+from sparsekv_pl.eviction.interrupted_prefill import SavedState
+from sparsekv_pl.eviction.kept_memory import kept_memory
+from sparsekv_pl.eviction.limits import check_positions
+from sparsekv_pl.eviction.prefill import ChunkedPrefill
+from sparsekv_pl.eviction.press_model_check import check_press
+from sparsekv_pl.models.backbone import Backbone
+from sparsekv_pl.models.batch import CaseBatch
+from sparsekv_pl.models.compression_ratio import check_compression_ratio
+from sparsekv_pl.models.memory_planner import plan
+from sparsekv_pl.presses.nesting import press_name
+from sparsekv_pl.presses.ratio import compression_ratio_of
+from sparsekv_pl.reporting.condition import Condition
+from sparsekv_pl.reporting.console import show
+from sparsekv_pl.reporting.file_formats import json_bytes
+from sparsekv_pl.reporting.loggers import log_scores
+from sparsekv_pl.storage.records import Record
+from sparsekv_pl.storage.result_keys import settings_of
+from sparsekv_pl.storage.whole_files import replace
+
+set_parsing_settings(subclasses_enabled=[BasePress])
+
+STATE, PHASES = "state.safetensors", "phases.json"
+TITLE = "Needles in a long context"
+
+
+class LongContextModule(MeasuringModule):
+    """Prefills haystacks in chunks under an eviction budget, then answers every question from a copy of the cache.
+
+    Can be stopped (Ctrl-C ends after the running chunk) or killed: a rerun goes on from ``output/state.safetensors``,
+    and a finished haystack is not run again.
+
+    Parameters
+    ----------
+    backbone
+        The model; with ``backbone.adapter`` it is measured with the adapter on ("trained").
+    press
+        Selects what stays after every chunk. Beyond the model's trained positions it has to be
+        kvpress.KeyRerotationPress around another; null keeps everything.
+    budget
+        KV pairs per head that stay, in tokens; null leaves it to the press's compression_ratio.
+    chunk_tokens
+        Most tokens of a chunk. Memory is that of budget + chunk_tokens.
+    output
+        Folder for the report, the finished work and the state of an unfinished one.
+        Null: where the run's name says, else output/long_context.
+    title
+        Of the report.
+    save_every
+        Chunks between two saved states.
+    dry
+        Build and tokenise everything, print the plan and stop before inference.
+    tokens_per_second
+        Prefill speed that the plan counts on; null leaves the time open.
+    """
+
+    one_process = (
+        "a haystack is read by one process, not by {}: set trainer.devices to 1, and spread a large model with "
+        "backbone.placement"
+    )
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        press: BasePress | None,
+        budget: int | None = 2048,
+        chunk_tokens: int = 1024,
+        output: str | None = None,
+        title: str = TITLE,
+        save_every: int = 64,
+        dry: bool = False,
+        tokens_per_second: float | None = None,
+    ) -> None:
+        for name, value in {"budget": budget, "chunk_tokens": chunk_tokens, "save_every": save_every}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if press is None and budget is not None:
+            raise ValueError(f"budget={budget} needs a press that selects what stays: name one, or set budget to null")
+        if press is not None:
+            check_compression_ratio("press.compression_ratio", compression_ratio_of(press))
+            check_evicts(press)
+        self.press, self.budget, self.chunk_tokens = press, budget, chunk_tokens
+        self.press_settings = settings_of(press)  # a prefill sets the ratio anew for each chunk
+        self.phases, self.between = Phases(), ExitStack()
+        with self.phases("load"):
+            super().__init__(output or "output/long_context", backbone, trained_alone=True)
+        self.backbone: Backbone = backbone
+        self.title, self.save_every = title, save_every
+        self.dry, self.tokens_per_second = dry, tokens_per_second
+        check_press(self.causal_lm, press)
+
+    def setup(self, stage: str) -> None:
+        """Check, before any text is read, that contexts of these lengths can be run; read what is finished already."""
+        super().setup(stage)
+        for length in getattr(self.trainer.datamodule, "lengths", []):  # type: ignore[attr-defined]
+            self._filling(length)
+        self.saved = SavedState(self.output / STATE)
+
+    def on_test_epoch_start(self) -> None:
+        """The first haystack is made before the first step."""
+        self.between.enter_context(self.phases("tokenise"))
+
+    def on_test_batch_start(self, batch: CaseBatch, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
+        """It is made."""
+        self.between.close()
+
+    def on_test_batch_end(self, outputs: Any, batch: CaseBatch, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
+        """The next one is made before the next step."""
+        if batch_idx + 1 < int(self.trainer.num_test_batches[0]):
+            self.on_test_epoch_start()
+
+    def pieces(self, batch: CaseBatch, variant: str) -> Iterator[Piece]:
+        """One haystack with its questions; none where it is only planned (``dry``)."""
+        if self.dry:
+            self._show_plan(batch)
+            return
+        key = self._key(batch, variant)
+        yield Piece(key, "haystacks", lambda: self._read(batch, variant, key), kept=lambda: self.saved.discard())
+
+    def on_test_end(self) -> None:
+        """Write what the phases cost, and the report where something was measured."""
+        replace(self.output / PHASES, json_bytes(self.phases.records()))
+        log_scores(self.loggers, self.phases.scalars(), 0)
+        super().on_test_end()
+
+    def write(self, records: list[Record], environment: dict[str, Any]) -> list[Path]:
+        """Write the report and print the table."""
+        return self.report_cases(records, environment | {"device": str(self._input_device)})
+
+    @property
+    def _input_device(self) -> torch.device:
+        return self.causal_lm.get_input_embeddings().weight.device  # type: ignore[return-value]
+
+    def _filling(self, tokens: int) -> ChunkedPrefill:
+        return ChunkedPrefill(self.causal_lm, self.press, tokens, self.chunk_tokens, self.budget)
+
+    def _filling_for(self, batch: CaseBatch) -> ChunkedPrefill:
+        """A prefill of the batch's context. Raises ``ValueError`` where the model has no positions for its answers."""
+        tokens = batch["context_ids"].shape[1]
+        filling = self._filling(tokens)
+        asked = int(batch["continuation_lengths"].max()) + max(case.max_new_tokens for case in batch["cases"])
+        if not filling.rotates:
+            check_positions(self.causal_lm, tokens + asked, tokens, rotates=False)
+        return filling
+
+    def _read(self, batch: CaseBatch, variant: str, key: str) -> list[Record]:
+        filling, tokens = self._filling_for(batch), batch["context_ids"].shape[1]
+        with self.phases(f"prefill {tokens}"):
+            costs = self._fill(filling, batch, key)
+        with self.phases(f"answer {tokens}"):
+            return self._answers(filling, batch, variant, costs)
+
+    def _fill(self, filling: ChunkedPrefill, batch: CaseBatch, key: str) -> Record:
+        """Run all chunks that are left. What it cost: the seconds of all chunks, also those of runs before this one."""
+        context, seconds = batch["context_ids"], 0.0
+        state = self.saved.load(key)
+        if state is not None:
+            filling.load_state_dict(state)
+            seconds = float(state["seconds"])
+        with stop_signal() as stop, PrefillProgress(context.shape[1], filling.seen) as progress:
+            while filling.chunks_left:
+                start, end = filling.bounds[filling.chunks_done]
+                began = time.perf_counter()
+                filling.advance(context[:, start:end].to(self._input_device))
+                if self._input_device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds += time.perf_counter() - began
+                progress.reached(end)
+                if stop.is_set() or filling.chunks_done % self.save_every == 0:
+                    self.saved.save(key, filling.state_dict() | {"seconds": torch.tensor(seconds)})
+                    costs = {"tokens_per_second": end / seconds, "peak_bytes": self.phases.peak_bytes()}
+                    log_scores(self.loggers, {f"prefill/{name}": value for name, value in costs.items()}, end)
+                if stop.is_set():
+                    stop.stop()
+        # The seconds are whole for every question: each rests on all of the prefill. The eviction is a part of it.
+        return {"prefill_seconds": seconds, "eviction_seconds": 0.0, "peak_bytes": self.phases.peak_bytes()}
+
+    def _answers(self, filling: ChunkedPrefill, batch: CaseBatch, variant: str, costs: Record) -> list[Record]:
+        prefilled, tokens = filling.result(), batch["context_ids"].shape[1]
+        found, prefill = kept_memory(self.causal_lm, prefilled.cache), f"chunks of {self.chunk_tokens}"
+        condition = Condition(press_name(self.press), round(1 - found.kept_pairs / tokens, 6), prefill)
+        shared = {
+            "length": tokens,
+            **self.columns(variant, condition, self.press),
+            "kept_pairs": found.kept_pairs,
+            "kv_bytes": found.kv_bytes,
+            "freed": found.freed,
+            **costs,
+        }
+        records = []
+        for row, case in enumerate(batch["cases"]):
+            answered = Measurement(self.causal_lm, self.tokenizer, self._row(batch, row)).answers(prefilled.copy())[0]
+            about = {"case": case.id, "task": case.task, "depth": case.depth, "seed": case.seed}
+            records.append(about | shared | answered)
+        return records
+
+    def _row(self, batch: CaseBatch, row: int) -> CaseBatch:
+        length = batch["continuation_lengths"][row : row + 1]
+        return CaseBatch(
+            context_ids=batch["context_ids"],
+            continuation_ids=batch["continuation_ids"][row : row + 1, : int(length)].to(self._input_device),
+            continuation_lengths=length.to(self._input_device),
+            cases=[batch["cases"][row]],
+        )
+
+    def _key(self, batch: CaseBatch, variant: str) -> str:
+        return self.key(
+            variant,
+            press=self.press_settings,
+            budget=self.budget,
+            chunk_tokens=self.chunk_tokens,
+            batch=batch_of(batch, named=True),
+        )
+
+    def _show_plan(self, batch: CaseBatch) -> None:
+        filling, backbone = self._filling_for(batch), self.backbone
+        planned = plan(
+            backbone.pretrained,
+            batch["context_ids"].shape[1],
+            dtype=backbone.dtype,
+            load_in_4bit=backbone.load_in_4bit,
+            compression_ratio=None if self.press is None else self.press.compression_ratio,
+            budget=self.budget,
+            chunk_tokens=self.chunk_tokens,
+            rerotates=filling.rotates,
+            tokens_per_second=self.tokens_per_second,
+            cache_dir=backbone.cache_dir,
+        )
+        depths = ", ".join(str(case.depth) for case in batch["cases"])
+        show(
+            *planned.lines(),
+            f"{filling.chunks_left:,} chunks, questions for needles at {depths}. Dry: stopped before inference",
+        )

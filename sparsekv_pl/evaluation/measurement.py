@@ -1,0 +1,270 @@
+"""What one batch of cases shows under one way to evict: answers, perplexity and KL, and what they cost."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from kvpress import BasePress
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsekv_pl.evaluation.perplexity_and_kl import FullCacheReading
+from sparsekv_pl.evaluation.points import Point
+from sparsekv_pl.evaluation.stability_probe import StabilityProbe
+from sparsekv_pl.evaluation.time_and_memory import Phases, timed
+from sparsekv_pl.eviction.answering import Answering
+from sparsekv_pl.eviction.decoding import greedy_together, read_while_evicting
+from sparsekv_pl.eviction.kept_memory import kept_memory
+from sparsekv_pl.eviction.limits import rope_changes
+from sparsekv_pl.eviction.prefill import continue_from, prefill
+from sparsekv_pl.eviction.prefilled_cache import Prefilled
+from sparsekv_pl.eviction.replay import RecordedPrefill
+from sparsekv_pl.metrics.retrieval import retrieval_scores
+from sparsekv_pl.models.batch import TEXT, CaseBatch
+from sparsekv_pl.presses.nesting import press_name
+from sparsekv_pl.presses.ratio import set_compression_ratio
+from sparsekv_pl.presses.traits import traits_of
+from sparsekv_pl.storage.records import Record
+
+log = logging.getLogger(__name__)
+
+HELD_BYTES = 2**31
+"""Of keys and values that wait to be answered from: with so many no further point is decoded beside them."""
+
+
+@dataclass
+class _Asked:
+    """A point whose rows have read their questions."""
+
+    rows: Answering
+    costs: Record
+    """Of a case."""
+    seconds: float
+    """For the questions."""
+    peak_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of its keys and values."""
+        return self.rows.nbytes
+
+    @property
+    def tokens(self) -> int:
+        """That its rows have said or stopped at."""
+        return sum(len(answer) + 1 for answer in self.rows.answers)
+
+
+class Measurement:
+    """One batch under one model. The context is prefilled once, for all points that evict after a dense prefill.
+
+    Parameters
+    ----------
+    model, tokenizer, batch
+        What is measured, on which cases.
+    with_stability
+        Also of text, how stable a press's choice is.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch: CaseBatch,
+        with_stability: bool = False,
+    ) -> None:
+        self.model, self.tokenizer, self.batch = model, tokenizer, batch
+        self.with_stability = with_stability
+        self.ahead: Sequence[Point] = ()
+        """Points that will be asked for in this order: their answers are decoded together."""
+        self._answered: dict[str, list[Record]] = {}
+
+    @torch.no_grad()
+    def at(self, point: Point) -> list[Record]:
+        """The batch's records, one per case."""
+        if self._by_row(point):
+            return [record for row in range(len(self.batch["cases"])) for record in self._row(row).at(point)]
+        if not self.is_text:
+            if point.name not in self._answered:
+                self._answered |= self._answers_from(point)
+            return self._answered.pop(point.name)
+        if point.press is not None:
+            set_compression_ratio(point.press, point.compression_ratio)
+        phases = Phases()
+        with phases("point"):
+            prefilled, costs = self._prefilled(point)
+            left = self._left(prefilled)
+            rows = self._read(point, prefilled)
+            if point.decoding_interval is not None:  # it evicted while it read
+                left = self._left(prefilled)
+        if self.tells_stability(point):
+            rows = [row | stable for row, stable in zip(rows, self._stable(point.press), strict=True)]
+        return [costs | left | {"peak_bytes": phases.peak_bytes()} | row for row in rows]
+
+    def tells_stability(self, point: Point) -> bool:
+        """Whether the records of ``point`` say how stable its press's choice is."""
+        return self.with_stability and self.is_text and point.press is not None and point.prefill == "dense"
+
+    def _stable(self, press: BasePress | None) -> list[Record]:
+        assert press is not None
+        try:
+            return self._stability.of(press)
+        except ValueError as error:  # a press that merges or changes pairs has scores, but no stability
+            log.warning("no stability of %s: %s", press_name(press), error)
+            return [{} for _ in self.batch["cases"]]
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the continuations are read, not answered."""
+        return self.batch["cases"][0].task == TEXT
+
+    def _by_row(self, point: Point) -> bool:
+        """Whether the point's press runs the model itself, which a batch of several rows does not go through."""
+        return point.press is not None and not traits_of(point.press).replayable and len(self.batch["cases"]) > 1
+
+    def _left(self, prefilled: Prefilled) -> Record:
+        """What an eviction left, shared out evenly."""
+        found = kept_memory(self.model, prefilled.cache)
+        kv_bytes = found.kv_bytes // len(self.batch["cases"])
+        return {"kept_pairs": found.kept_pairs, "kv_bytes": kv_bytes, "freed": found.freed}
+
+    def _answers_from(self, point: Point) -> dict[str, list[Record]]:
+        """The records of ``point`` and of those whose answers were decoded with its own, by name."""
+        asked = {point.name: self._asked(point)}
+        for other in self._beside(point):
+            if sum(one.nbytes for one in asked.values()) > HELD_BYTES:
+                break
+            with suppress(Exception):  # it is asked for by itself later, and fails there
+                asked[other.name] = self._asked(other, held=sum(one.nbytes for one in asked.values()))
+        if len(asked) == 1:
+            return self._decoded(asked)
+        try:
+            return self._decoded(asked)
+        except Exception as error:
+            log.warning("answers of %s cannot be decoded together, so one after the other: %s", ", ".join(asked), error)
+            self.ahead = []
+        return self._decoded({point.name: self._asked(point)})
+
+    def _beside(self, point: Point) -> list[Point]:
+        """The points behind ``point`` that can be decoded with it."""
+        names = [other.name for other in self.ahead]
+        if point.name not in names or rope_changes(self.model):
+            return []
+        behind = self.ahead[names.index(point.name) + 1 :]
+        return [other for other in behind if other.decoding_interval is None and not self._by_row(other)]
+
+    def _asked(self, point: Point, held: int = 0) -> _Asked:
+        """The point's rows when they have read their questions, while ``held`` bytes wait to be answered from."""
+        if point.press is not None:
+            set_compression_ratio(point.press, point.compression_ratio)
+        phases = Phases()
+        with phases("point"):
+            prefilled, costs = self._prefilled(point)
+            left = self._left(prefilled)
+            answering, seconds = timed(lambda: self._answering(prefilled))
+        return _Asked(answering, costs | left, seconds, phases.peak_bytes() - held)
+
+    def _decoded(self, asked: Mapping[str, _Asked]) -> dict[str, list[Record]]:
+        """Their records, when all have answered."""
+        phases, held = Phases(), sum(one.nbytes for one in asked.values())
+        with phases("answers"):
+            _, seconds = timed(
+                lambda: greedy_together(self.model, [one.rows for one in asked.values()], self._stop_ids)
+            )
+        apart = sum(one.rows.seconds for one in asked.values())
+        tokens = sum(one.tokens for one in asked.values())
+        records = {}
+        for name, one in asked.items():
+            own = one.seconds + one.rows.seconds + (seconds - apart) * one.tokens / tokens
+            peak = max(one.peak_bytes, phases.peak_bytes() - held + one.nbytes)
+            records[name] = [one.costs | {"peak_bytes": peak} | row for row in self._scored(one.rows.answers, own)]
+        return records
+
+    @cached_property
+    def _stability(self) -> StabilityProbe:
+        batch = self.batch
+        return StabilityProbe(self._recorded[0], batch["continuation_ids"], batch["continuation_lengths"])
+
+    @cached_property
+    def _recorded(self) -> tuple[RecordedPrefill, float]:
+        return timed(lambda: RecordedPrefill(self.model, self.batch["context_ids"]))
+
+    @cached_property
+    def _full(self) -> FullCacheReading:
+        """What the model makes of the continuation with its full cache."""
+        full, ids = self._recorded[0].evicted(None), self.batch["continuation_ids"]
+        hidden = continue_from(self.model, ids, full.cache, full.next_position)
+        head, lengths = self.model.get_output_embeddings().weight, self.batch["continuation_lengths"].tolist()
+        return FullCacheReading(hidden, head, ids, lengths)
+
+    def _row(self, row: int) -> "Measurement":
+        batch, rows = self.batch, slice(row, row + 1)
+        return Measurement(
+            self.model,
+            self.tokenizer,
+            CaseBatch(
+                context_ids=batch["context_ids"][rows],
+                continuation_ids=batch["continuation_ids"][rows],
+                continuation_lengths=batch["continuation_lengths"][rows],
+                cases=batch["cases"][rows],
+            ),
+            with_stability=False,  # it compares replays
+        )
+
+    def _prefilled(self, point: Point) -> tuple[Prefilled, dict[str, float]]:
+        """The context's cache as the point leaves it, and the seconds it took."""
+        if point.chunk_tokens is not None:
+            context = self.batch["context_ids"]
+            prefilled, seconds = timed(lambda: prefill(self.model, context, point.press, point.chunk_tokens))
+            return prefilled, {"prefill_seconds": seconds, "eviction_seconds": 0.0}
+        recorded, seconds = self._recorded
+        press = None if point.decoding_interval is not None else point.press
+        prefilled, evicting = timed(lambda: recorded.evicted(press))
+        return prefilled, {"prefill_seconds": seconds, "eviction_seconds": evicting}
+
+    def answers(self, prefilled: Prefilled) -> list[Record]:
+        """What the model says after a cache that was prefilled here or elsewhere, scored; the cache is used up."""
+        rows, reading = timed(lambda: self._answering(prefilled))
+        _, seconds = timed(lambda: greedy_together(self.model, [rows], self._stop_ids))
+        return self._scored(rows.answers, reading + seconds)
+
+    def _answering(self, prefilled: Prefilled) -> Answering:
+        batch = self.batch
+        most = [case.max_new_tokens for case in batch["cases"]]
+        return Answering(self.model, prefilled, batch["continuation_ids"], batch["continuation_lengths"], most)
+
+    def _scored(self, answers: list[list[int]], seconds: float) -> list[Record]:
+        """Records of the cases' answers, which took ``seconds`` together."""
+        return [
+            {
+                **retrieval_scores(said, case.answers),
+                "answer": said,
+                "answers": list(case.answers),
+                "question": case.question,
+                "answer_prefix": case.answer_prefix,
+                "max_new_tokens": case.max_new_tokens,
+                "decode_seconds": seconds / len(answers),
+                "decode_tokens": len(answer),
+            }
+            for case, answer in zip(self.batch["cases"], answers, strict=True)
+            for said in [str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()]
+        ]
+
+    def _read(self, point: Point, prefilled: Prefilled) -> list[Record]:
+        """Perplexity and KL of the continuation. Its first token is left out: the context's last predicts it, uncut."""
+        ids = self.batch["continuation_ids"]
+        if point.press is None:
+            hidden = self._full.hidden
+        elif point.decoding_interval is None:
+            hidden = continue_from(self.model, ids, prefilled.cache, prefilled.next_position)
+        else:
+            budget = max(1, int(self.batch["context_ids"].shape[1] * (1 - point.compression_ratio)))
+            hidden = read_while_evicting(self.model, prefilled, ids, point.press, budget, point.decoding_interval)
+        return self._full.scores(hidden)
+
+    @cached_property
+    def _stop_ids(self) -> set[int]:
+        config = self.model.generation_config
+        known = [config.eos_token_id if config is not None else None, self.tokenizer.eos_token_id]
+        return {i for item in known if item is not None for i in (item if isinstance(item, list) else [item])}

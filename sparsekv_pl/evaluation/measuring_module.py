@@ -1,0 +1,223 @@
+"""What every measuring module shares: finished work, keys, base and trained, failures, ranks, progress, the report."""
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from kvpress import BasePress
+from lightning.pytorch import Callback, LightningModule
+from transformers import PreTrainedModel
+
+from sparsekv_pl.evaluation.refused_callbacks import refuse_callbacks
+from sparsekv_pl.evaluation.run_output import RunOutput, piece_done
+from sparsekv_pl.evaluation.trained_adapter import seen_in_training, training_summary, variants_of
+from sparsekv_pl.models.backbone import Backbone, adapter_off, causal_lm
+from sparsekv_pl.models.native_precision import warn_of_emulation
+from sparsekv_pl.reporting import run_environment, summarised, terminal_table, write_run
+from sparsekv_pl.reporting.condition import Condition
+from sparsekv_pl.reporting.console import show, show_report
+from sparsekv_pl.reporting.loggers import log_scores
+from sparsekv_pl.storage.records import Record, Results, gathered
+from sparsekv_pl.storage.result_keys import computed_by, key_of
+from sparsekv_pl.storage.user_errors import log_failure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of work, measured with the adapter on or off as its variant needs.
+
+    Parameters
+    ----------
+    key
+        Equal exactly where everything that decides the records is equal.
+    file
+        Of ``output/results`` in which they are kept, without rank and ending.
+    measure
+        Returns the records; JSON-able and finite.
+    columns
+        What each record gets beside what was measured; not part of what is kept.
+    label
+        Names the piece where it fails: the failure is then logged and stands in a record ("error"), the other pieces go
+        on, and no other piece of this label is tried in this run. None: a failure ends the run.
+    unfit
+        Why it cannot be measured at all: recorded like a failure, and ``key`` and ``measure`` are not looked at.
+    kept
+        Called when the records are on disk.
+    """
+
+    key: str
+    file: str
+    measure: Callable[[], Iterable[Record]]
+    columns: Iterable[Record] = repeat({})
+    label: str | None = None
+    unfit: str | None = None
+    kept: Callable[[], None] = lambda: None
+
+
+class MeasuringModule(LightningModule, ABC):
+    """Measures every batch piece by piece, keeps what is finished in ``output/results``, and ends in a report.
+
+    A run that was killed, or that is given more to measure, measures what is missing. It runs as ``test`` or
+    ``predict``; subclasses say what the pieces are and how the records are reported.
+
+    Parameters
+    ----------
+    output
+        Folder for the report and the finished work; ``trainer.fast_dev_run`` leaves nothing there.
+    backbone
+        The model; with ``backbone.adapter`` everything is measured twice, with the adapter off (base) and on (trained).
+        None where none is loaded.
+    trained_alone
+        With an adapter, measure with it on and not with it off.
+    """
+
+    one_process: ClassVar[str | None] = None
+    """Raised as a ``ValueError`` where there are several ranks; {} is their number."""
+    title = ""
+    """Of the report."""
+
+    def __init__(self, output: str | Path, backbone: Backbone | None = None, trained_alone: bool = False) -> None:
+        super().__init__()
+        self._output = RunOutput(output)
+        self.backbone = backbone
+        adapter = None if backbone is None else backbone.adapter
+        self.training_summary = training_summary(adapter)
+        if backbone is not None:
+            self.model, self.tokenizer = backbone.load(trainable=False)
+            self.base, self.identity = backbone.described(), backbone.identity()
+        self.variants = variants_of(adapter)
+        if trained_alone:
+            self.variants = dict([*self.variants.items()][-1:])
+        self.failed: set[str] = set()
+
+    @abstractmethod
+    def pieces(self, batch: Any, variant: str) -> Iterable[Piece]:
+        """What there is to measure of a batch; nothing runs before a piece's ``measure`` is called."""
+
+    @abstractmethod
+    def write(self, records: list[Record], environment: dict[str, Any]) -> list[Path]:
+        """Write the report of all ranks' records, show on the console what matters, and return the paths."""
+
+    @property
+    def output(self) -> Path:
+        """The folder of this run."""
+        return self._output.of(self._trainer)
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model, an adapter active in it or not."""
+        return causal_lm(self.model)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Refuse the trainer's callbacks that cannot work in an evaluation."""
+        refuse_callbacks(self.trainer)
+        return []
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        """Read what is finished already."""
+        if self.one_process is not None and self.trainer.world_size > 1:
+            raise ValueError(self.one_process.format(self.trainer.world_size))
+        if self.backbone is not None:
+            warn_of_emulation(self.trainer)
+        self.results = Results(self.output / "results", self.global_rank)
+        self.records: list[Record] = []
+        self.started = time.time()
+
+    @torch.no_grad()
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Measure one batch, base and trained."""
+        ranks = self.trainer.world_size
+        # Ranks take turns, and the last turn begins again at the first batch to give every rank one.
+        if ranks == 1 or batch_idx * ranks + self.global_rank < len(self.trainer.test_dataloaders.dataset):  # type: ignore[union-attr]
+            self._measure(batch)
+
+    @torch.no_grad()
+    def predict_step(self, batch: Any, batch_idx: int) -> list[Record]:  # noqa: ARG002
+        """Measure one batch, base and trained; of several ranks, each is given batches of its own."""
+        return self._measure(batch)
+
+    def on_test_end(self) -> None:
+        """Write the report."""
+        records = gathered(self.records)
+        if self.trainer.is_global_zero and records:
+            dtype = {} if self.backbone is None else {"dtype": self.identity["dtype"]}
+            show_report(self.write(records, run_environment(self, self.started, **dtype)), self.loggers)
+
+    def on_predict_end(self) -> None:
+        """Write the report."""
+        self.on_test_end()
+
+    def key(self, variant: str, **decides: Any) -> str:
+        """The key of a piece that ``decides`` determines, together with the model, its adapter and what computes."""
+        model = {} if self.backbone is None else {"model": self.identity, "adapter": self.variants[variant]}
+        return key_of(computed_by=computed_by(self), **model, **decides)
+
+    def is_left(self, piece: Piece) -> bool:
+        """Whether ``piece`` is still to be measured: it fits, has not failed before, and is not on disk."""
+        return not piece.unfit and piece.label not in self.failed and self.results.get(piece.key) is None
+
+    def columns(self, variant: str, condition: Condition, press: BasePress | None = None) -> Record:
+        """The columns of every record measured under a condition."""
+        seen = seen_in_training(press, self.training_summary)
+        return {"variant": variant, **condition.columns(), "seen_in_training": seen}
+
+    def report_cases(
+        self, records: Sequence[Record], environment: Mapping[str, Any], figures: "Mapping[str, Figure] | None" = None
+    ) -> list[Path]:
+        """Write a report of base against trained, case by case; log its scores and print its table."""
+        summary = summarised(records)
+        log_scores(self.loggers, summary.scores())
+        paths = write_run(self.output, summary, self.training_summary, environment, self.title, figures)
+        show(terminal_table(summary))
+        return paths
+
+    def _measure(self, batch: Any) -> list[Record]:
+        records: list[Record] = []
+        for turn, variant in enumerate(self.variants):
+            with self._variant(variant):
+                pieces = list(self.pieces(batch, variant))
+                for number, piece in enumerate(pieces, turn * len(pieces) + 1):
+                    records += self._records_of(piece)
+                    piece_done(self, number, len(self.variants) * len(pieces))
+        self.records += records
+        return records
+
+    def _variant(self, variant: str) -> AbstractContextManager[Any]:
+        return adapter_off(self.model) if variant == "base" and self.backbone is not None else nullcontext()
+
+    def _records_of(self, piece: Piece) -> list[Record]:
+        found = None if piece.unfit else self.results.get(piece.key)
+        if found is None:
+            found = [] if piece.label in self.failed else self._measured(piece)
+        return [about | record for about, record in zip(piece.columns, found, strict=False)]
+
+    def _measured(self, piece: Piece) -> list[Record]:
+        if piece.unfit:
+            return self._failure(piece, piece.unfit)
+        try:
+            records = list(piece.measure())
+        except Exception as error:
+            if piece.label is None:
+                raise
+            log_failure(log, piece.label, error)
+            return self._failure(piece, f"{type(error).__name__}: {error}")
+        self.results.put(piece.key, records, piece.file)
+        piece.kept()
+        return records
+
+    def _failure(self, piece: Piece, why: str) -> list[Record]:
+        assert piece.label is not None
+        self.failed.add(piece.label)
+        return [{"error": why}]

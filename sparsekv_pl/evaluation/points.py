@@ -1,0 +1,145 @@
+"""What is measured: a press at a compression ratio, and when it evicts."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from kvpress import BasePress
+
+from sparsekv_pl.eviction.limits import check_chunks
+from sparsekv_pl.eviction.prefill import chunk_bounds
+from sparsekv_pl.eviction.request import NOTHING
+from sparsekv_pl.models.compression_ratio import check_compression_ratio
+from sparsekv_pl.presses.nesting import press_name
+from sparsekv_pl.presses.ratio import set_compression_ratio, written_ratio
+from sparsekv_pl.presses.traits import traits_of
+from sparsekv_pl.reporting.condition import Condition
+from sparsekv_pl.storage.result_keys import settings_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One column of a matrix: a press (None: the full cache) at one ratio."""
+
+    press: BasePress | None = None
+    compression_ratio: float = 0.0
+    chunk_tokens: int | None = None
+    decoding_interval: int | None = None
+
+    @property
+    def condition(self) -> Condition:
+        """As records and reports call it."""
+        return Condition(press_name(self.press), self.compression_ratio, self.prefill)
+
+    @property
+    def prefill(self) -> str:
+        """When the press evicts: once after a dense prefill, after every chunk, or while tokens are decoded."""
+        if self.decoding_interval is not None:
+            return "decoding"
+        return "dense" if self.chunk_tokens is None else f"chunks of {self.chunk_tokens}"
+
+    @property
+    def name(self) -> str:
+        """Fit for a file's name and for TensorBoard."""
+        return self.condition.name
+
+    def unfit(self) -> str | None:
+        """Why the press cannot be measured at this ratio; None where it can."""
+        try:
+            if self.press is not None:
+                set_compression_ratio(self.press, self.compression_ratio)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def described(self) -> dict[str, Any]:
+        """All that decides what this point does, as JSON can hold it."""
+        return {
+            "press": self._press_settings(),
+            "chunk_tokens": self.chunk_tokens,
+            "decoding_interval": self.decoding_interval,
+        }
+
+    def _press_settings(self) -> Any:
+        if self.press is None:
+            return None
+        set_compression_ratio(self.press, self.compression_ratio)
+        return settings_of(self.press)
+
+
+@dataclass
+class Setting:
+    """A press and the ratios to measure it at.
+
+    Parameters
+    ----------
+    press
+        Any press of kvpress or of this project.
+    compression_ratios
+        Fractions of the KV pairs to remove.
+    chunk_tokens
+        Prefill in true chunks of at most this many tokens, evicting after each; null evicts once, after a dense
+        prefill.
+    decoding_interval
+        Evict while text is read token by token, every so many tokens, instead of before it. Answers to questions are
+        not measured so: they are over before it evicts.
+    """
+
+    press: BasePress
+    compression_ratios: list[float]
+    chunk_tokens: int | None = None
+    decoding_interval: int | None = None
+
+    def __post_init__(self) -> None:
+        for ratio in self.compression_ratios:
+            check_compression_ratio("compression_ratios", ratio)
+        for name in ("chunk_tokens", "decoding_interval"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1 token, or null")
+        check_evicts(self.press)
+        if written := written_ratio(self.press):
+            log.warning("%s counts for nothing: compression_ratios sets the ratio", written)
+        if self.chunk_tokens is not None and self.decoding_interval is not None:
+            raise ValueError("a setting evicts in chunks or during decoding: set chunk_tokens or decoding_interval")
+
+    def points(self) -> Iterator[Point]:
+        """One for every ratio."""
+        for ratio in self.compression_ratios:
+            yield Point(self.press, ratio, self.chunk_tokens, self.decoding_interval)
+
+    def check(self, context_tokens: int) -> None:
+        """Raise ``ValueError`` where contexts of this length cannot be evicted from in this way."""
+        traits = traits_of(self.press)
+        if self.decoding_interval is None:
+            check_chunks(traits, chunk_bounds(context_tokens, self.chunk_tokens), NOTHING)
+        elif self.decoding_interval < traits.window:
+            raise ValueError(
+                f"decoding_interval={self.decoding_interval} is shorter than the window of {traits.name}, "
+                f"{traits.window} tokens: make it as long, or give the press a smaller window_size"
+            )
+
+
+def check_evicts(press: BasePress) -> None:
+    """Raise ``ValueError`` for a press with which an evaluation would be one of the full cache under its name."""
+    if traits_of(press).deciding.only_trains:
+        raise ValueError(
+            f"{press_name(press)} evicts in training alone, so the full cache would be measured under its name: "
+            "evaluate with a press that evicts then too (SnapKVPress, KeyDiffPress)"
+        )
+
+
+def points_of(settings: list[Setting]) -> list[Point]:
+    """The full cache, then every setting's points. ``ValueError`` where two could not be told apart in a report."""
+    points = [Point(), *(point for setting in settings for point in setting.points())]
+    names = [point.name for point in points]
+    for point in points:
+        if names.count(point.name) > 1:
+            raise ValueError(
+                f"settings has {point.condition}, more than once: its rows could not be told apart; remove one, or "
+                "measure it in a run of its own"
+            )
+    return points

@@ -1,0 +1,36 @@
+"""What is known of a trained adapter's folder."""
+
+from pathlib import Path
+from typing import Any
+
+from kvpress import BasePress
+
+from sparsekv_pl.models.weight_match import TRAINING_SUMMARY
+from sparsekv_pl.presses.nesting import press_name, presses_in
+from sparsekv_pl.storage.fingerprint import folder_digest
+from sparsekv_pl.storage.json_file import read_mapping
+
+
+def fingerprint(adapter: str | None) -> str | None:
+    """Of an adapter's weights and settings: the folder may be trained anew under the same name."""
+    return None if adapter is None else folder_digest(Path(adapter).expanduser(), ["adapter_*"])
+
+
+def variants_of(adapter: str | None) -> dict[str, str | None]:
+    """Base, and trained where there is an adapter -> the fingerprint of the adapter that is on in it."""
+    return {"base": None} if adapter is None else {"base": None, "trained": fingerprint(adapter)}
+
+
+def training_summary(adapter: str | None) -> dict[str, Any]:
+    """What the adapter's training run wrote about itself; empty where it wrote nothing.
+
+    Raises ``ValueError`` for a file that is damaged.
+    """
+    path = None if adapter is None else Path(adapter).expanduser() / TRAINING_SUMMARY
+    return read_mapping(path) if path is not None and path.exists() else {}
+
+
+def seen_in_training(press: BasePress | None, summary: dict[str, Any]) -> bool:
+    """Whether training evicted with ``press`` or with one inside it: CriticalKV(SnapKV) is not unseen after SnapKV."""
+    trained = summary.get("presses", [])
+    return press is not None and any(press_name(inner) in trained for inner in presses_in(press))

@@ -1,0 +1,87 @@
+"""Prefill for long contexts in training: only one chunk's activations live at a time.
+
+A chunk is a function of its tokens and of the state that the chunks before it left: keys, values, positions (see
+``ChunkedPrefill.state_dict``). That function runs under activation checkpointing (https://arxiv.org/abs/1604.06174):
+between chunks the state alone is kept, and backward runs each chunk again from it. transformers' own checkpointing
+works by layer and drops the cache in training, so nothing would be evicted.
+"""
+
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+from kvpress import BasePress
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sparsekv_pl.eviction.interface import Selection
+from sparsekv_pl.eviction.packed_tensors import Layout, pack
+from sparsekv_pl.eviction.prefill import ChunkedPrefill
+from sparsekv_pl.eviction.prefilled_cache import Prefilled
+from sparsekv_pl.presses.nesting import presses_in
+
+Said = tuple[list[Selection], dict[str, list[Tensor]]]
+"""A chunk's scores and losses: results that the next chunk does not depend on."""
+
+
+def checkpointed_prefill(filling: ChunkedPrefill, context_ids: Tensor) -> Prefilled:
+    """As ``filling.run``, with the same result and the same gradients, and no activations kept.
+
+    Between two chunks it keeps the state: with a budget, as many bytes for every chunk. Backward costs one more
+    forward. The press may be set and drawn anew before backward runs; the model must not change.
+    """
+    assert filling.traits is not None
+
+    def run(layout: Layout | None, chunk_ids: Tensor, *packed: Tensor) -> tuple[Layout, list[Tensor], Said]:
+        chunk = filling.again()
+        if layout is not None:
+            chunk.load_state_dict(layout.unpack(packed))
+        chunk.advance(chunk_ids)
+        assert chunk.press_context is not None
+        return *pack(chunk.state_dict()), (chunk.tracker.selections, chunk.press_context.losses)
+
+    contexts = partial(_contexts, PressAsItWas(filling.traits.press))
+    losses = dict[str, list[Tensor]]()
+    layout: Layout | None = None
+    packed: list[Tensor] = []
+    for start, stop in filling.bounds:
+        # The state goes in as tensors, not hidden in an object: autograd's hooks can then move it elsewhere.
+        arguments = layout, context_ids[:, start:stop], *packed
+        layout, packed, (selections, terms) = checkpoint(run, *arguments, use_reentrant=False, context_fn=contexts)
+        filling.tracker.selections += selections
+        for name, values in terms.items():
+            losses.setdefault(name, []).extend(values)
+    assert layout is not None and filling.press_context is not None
+    filling.load_state_dict(layout.unpack(packed))
+    filling.press_context.losses = losses
+    return filling.result()
+
+
+class PressAsItWas:
+    """A context, entered as often as wanted, in which a press has the settings that it had when this was made.
+
+    By the time backward runs a chunk again, the press may have been given the ratio, the draw or the temperature of
+    another batch. Afterwards it has those again.
+    """
+
+    def __init__(self, press: BasePress) -> None:
+        self._then = [(inner, dict(vars(inner))) for inner in presses_in(press)]
+        self._now: list[tuple[BasePress, dict[str, Any]]] = []
+
+    def __enter__(self) -> None:
+        self._now = [(inner, dict(vars(inner))) for inner, _ in self._then]
+        _set(self._then)
+
+    def __exit__(self, *_: object) -> None:
+        _set(self._now)
+
+
+def _set(settings: list[tuple[BasePress, dict[str, Any]]]) -> None:
+    for press, attributes in settings:
+        vars(press).clear()
+        vars(press).update(attributes)
+
+
+def _contexts(then: PressAsItWas) -> tuple[nullcontext, PressAsItWas]:
+    """Of the forward and of its repetition."""
+    return nullcontext(), then

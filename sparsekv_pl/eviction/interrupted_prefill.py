@@ -1,0 +1,63 @@
+"""A half-filled cache on disk, so that a prefill that was stopped goes on where it was."""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparsekv_pl.storage.whole_files import written_whole
+
+log = logging.getLogger(__name__)
+
+
+class SavedState:
+    """One safetensors file with the key of the work that it belongs to and a checksum of its tensors.
+
+    The file is replaced in one step: a kill leaves the one before.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def save(self, key: str, state: Mapping[str, Tensor]) -> None:
+        """Put ``state`` in the place of what was saved before."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        with written_whole(self.path) as partial:
+            save_file(tensors, partial, metadata={"key": key, "checksum": _checksum(tensors)})
+
+    def load(self, key: str) -> dict[str, Tensor] | None:
+        """The state saved for ``key``. None, and the reason in the log, if it is damaged or belongs to other work."""
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+        except (SafetensorError, OSError) as error:
+            log.warning("%s is damaged (%s): the prefill starts anew", self.path, error)
+            return None
+        if about.get("key") != key:
+            log.warning("%s belongs to another model, press, text or setting: the prefill starts anew", self.path)
+            return None
+        if about.get("checksum") != _checksum(tensors):
+            log.warning("%s is damaged (its checksum is another): the prefill starts anew", self.path)
+            return None
+        return tensors
+
+    def discard(self) -> None:
+        """The work is finished."""
+        self.path.unlink(missing_ok=True)
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,32 @@
+"""What an eviction really left: KV pairs and bytes, and whether memory was freed or pairs were only hidden."""
+
+from dataclasses import dataclass
+
+from transformers import DynamicCache, PreTrainedModel
+
+from sparsekv_pl.eviction.kept_positions import masked_keys
+from sparsekv_pl.eviction.prefilled_cache import mean_length
+
+
+@dataclass(frozen=True)
+class KeptMemory:
+    """Counts of one cache."""
+
+    kept_pairs: float
+    """KV pairs that attention can still see, mean over rows, layers and KV heads."""
+    kv_bytes: int
+    """Bytes that the keys and values hold in memory, all rows together."""
+    freed: bool
+    """False where a head-wise press hides pairs that stay in memory."""
+
+
+def kept_memory(model: PreTrainedModel, cache: DynamicCache) -> KeptMemory:
+    """Read ``cache``, which was just evicted from under ``model``; memory is counted once, as it was allocated."""
+    storages, heads = {}, 0
+    for layer in cache.layers:
+        assert layer.keys is not None and layer.values is not None
+        heads += layer.keys.shape[0] * layer.keys.shape[1]
+        for tensor in (layer.keys, layer.values):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    hidden = sum(len(mask[0]) for mask in masked_keys(model) if mask is not None)
+    return KeptMemory(mean_length(cache) - hidden / heads, sum(storages.values()), hidden == 0)

@@ -1,0 +1,189 @@
+"""Whether a press that computes queries anew, or turns keys, does so as the model itself does: tried on a few tokens.
+
+kvpress takes a query for the output of ``q_proj`` (normalised in Qwen3 and Gemma 3) turned by RoPE, and every key for
+turned by the RoPE that lies in ``rotary_emb``. Models that do something else are scored wrongly in silence, or fail
+when the first context has been read.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from kvpress import BasePress
+from kvpress.utils import get_prerope_key_states, get_prerope_query_states
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import rotate_half
+
+from sparsekv_pl.attention.evicted_attention import CACHED, attention_implementation, passing
+from sparsekv_pl.eviction.rotation import turned
+from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.seeding import generator_for
+from sparsekv_pl.presses.traits import Need, PressTraits, traits_of
+
+TOKENS, SHIFT = 8, 5
+NEAR = 0.1
+"""Relative error that rounding stays below (1 % after 30 layers of bfloat16); another computation is above 28 %."""
+
+
+class _SeenTensors:
+    """What each layer was given and computed, in one forward."""
+
+    def __init__(self) -> None:
+        self.modules: dict[int, nn.Module] = {}
+        self.hidden: dict[int, Tensor] = {}
+        self.rotary: dict[int, tuple[Tensor, ...]] = {}
+        self.query: dict[int, Tensor] = {}
+        self.key: dict[int, Tensor] = {}
+
+    def given(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        self.modules[layer] = module
+        self.hidden[layer] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        self.rotary[layer] = kwargs.get("position_embeddings", ())
+
+    def computed(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG002
+        self.query[layer], self.key[layer] = query, key
+
+
+@torch.no_grad()
+def check_press(model: PreTrainedModel, press: BasePress | None) -> None:
+    """Raise ``ValueError`` where ``press``, or one in it, would not see what ``model`` computes; called at load.
+
+    Weights on the meta device (sharded models) cannot be tried.
+    """
+    if press is None:
+        return
+    traits = traits_of(press)
+    layers = list(getattr(decoder_of(model), "layers", [None]))
+    without = [number for number, layer in enumerate(layers) if not hasattr(layer, "self_attn")]
+    if without:
+        raise ValueError(
+            f"{traits.name} cannot evict in {type(model).__name__}: its layers {_few(without)} have no attention "
+            "(self_attn), and presses of kvpress know no other layers. Choose a model with attention in every layer"
+        )
+    for part in traits.parts:
+        if "attention" in part.needs:
+            raise ValueError(
+                f"{part.name} reads attention weights, an L x L matrix that nothing here computes: take a press that "
+                "computes the rows it needs (SnapKVPress, TOVAPress)"
+            )
+    if any(parameter.is_meta for parameter in decoder_of(model).parameters()):
+        return
+    seen: list[_SeenTensors] = []
+    for part in traits.parts:
+        for needed, wrong in _checks(part):
+            if not seen:
+                seen += [_forward(model, 0), _forward(model, SHIFT)]
+            layers_wrong = [layer for layer in sorted(seen[0].query) if _fails(wrong, model, layer, seen)]
+            if layers_wrong:
+                raise ValueError(
+                    f"{part.name} does not fit {type(model).__name__}: it {needed}, which this model does not "
+                    f"do as Llama does, in layers {_few(layers_wrong)}. Take a press that does not (KeyDiffPress, "
+                    "KnormPress), or another model"
+                )
+
+
+Check = Callable[[PreTrainedModel, int, list[_SeenTensors]], float]
+
+
+def _checks(traits: PressTraits) -> Iterator[tuple[str, Check]]:
+    """What a press relies on, in words and as a relative error."""
+    yield from (check for need, check in CHECKS.items() if need in traits.needs)
+    if traits.re_rotates:
+        yield "turns keys to other positions by the model's RoPE (rotary_emb)", _turn_error
+
+
+def _fails(check: Check, model: PreTrainedModel, layer: int, seen: list[_SeenTensors]) -> bool:
+    try:
+        return not check(model, layer, seen) < NEAR
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError):  # shapes, names, signatures
+        return True
+
+
+def _query_error(_: PreTrainedModel, layer: int, seen: list[_SeenTensors]) -> float:
+    first = seen[0]
+    query = get_prerope_query_states(first.modules[layer], first.hidden[layer])
+    return _error(_by_rope(query, *first.rotary[layer]), first.query[layer])
+
+
+def _whole_query_error(model: PreTrainedModel, layer: int, seen: list[_SeenTensors]) -> float:
+    return _query_error(model, layer, seen) if _turned_whole(seen[0], layer) else math.inf
+
+
+def _key_error(_: PreTrainedModel, layer: int, seen: list[_SeenTensors]) -> float:
+    first = seen[0]
+    key = get_prerope_key_states(first.modules[layer], first.hidden[layer])
+    return _error(_by_rope(key, *first.rotary[layer]), first.key[layer])
+
+
+def _rotary_error(model: PreTrainedModel, layer: int, seen: list[_SeenTensors]) -> float:
+    asked = decoder_of(model).rotary_emb(seen[0].hidden[layer], torch.arange(TOKENS, device=model.device)[None])
+    error = max(_error(mine, used) for mine, used in zip(asked, seen[0].rotary[layer], strict=True))
+    return error if _turned_whole(seen[0], layer) else math.inf
+
+
+def _turn_error(model: PreTrainedModel, layer: int, seen: list[_SeenTensors]) -> float:
+    first, later = (each.key[layer] for each in seen)
+    by = torch.full(first.shape[:3], SHIFT, device=first.device)
+    return _error(turned(first, by, decoder_of(model).rotary_emb.inv_freq), later)
+
+
+CHECKS: Mapping[Need, tuple[str, Check]] = {
+    "rotary": ("asks the model's RoPE (rotary_emb) for later positions", _rotary_error),
+    "queries": ("computes queries from q_proj and RoPE", _query_error),
+    "whole queries": ("computes queries from q_proj and a RoPE that turns all of them", _whole_query_error),
+    "keys": ("computes keys from k_proj and RoPE", _key_error),
+}
+
+
+def _turned_whole(seen: _SeenTensors, layer: int) -> bool:
+    return seen.rotary[layer][0].shape[-1] == seen.query[layer].shape[-1]
+
+
+def _by_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = cos[:, None], sin[:, None]
+    rotary = cos.shape[-1]
+    part, rest = states[..., :rotary], states[..., rotary:]
+    return torch.cat([part * cos + rotate_half(part) * sin, rest], dim=-1)
+
+
+def _error(mine: Tensor, used: Tensor) -> float:
+    """Relative, up to one factor for all: attention's scale may be in the queries."""
+    mine, used = mine.double(), used.double().to(mine.device)
+    factor = (mine * used).sum() / (mine * mine).sum()
+    return float((factor * mine - used).norm() / used.norm())
+
+
+@torch.no_grad()
+def _forward(model: PreTrainedModel, start: int) -> _SeenTensors:
+    """One forward of a few tokens whose positions begin at ``start``."""
+    seen, decoder, training = _SeenTensors(), decoder_of(model), model.training
+    rows: Any = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+    ids = torch.randint(int(rows), (1, TOKENS), generator=generator_for("press fit")).to(model.device)
+    positions = start + torch.arange(TOKENS, device=ids.device)[None]
+    model.eval()
+    try:
+        with _watched(model, seen), attention_implementation(model, CACHED), passing(model, observer=seen.computed):
+            decoder(input_ids=ids, position_ids=positions, use_cache=False)
+    finally:
+        model.train(training)
+    return seen
+
+
+@contextmanager
+def _watched(model: PreTrainedModel, seen: _SeenTensors) -> Iterator[None]:
+    hooks = [
+        layer.self_attn.register_forward_pre_hook(seen.given, with_kwargs=True) for layer in decoder_of(model).layers
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _few(layers: list[int]) -> str:
+    return ", ".join(map(str, layers[:4])) + (f" and {len(layers) - 4} more" if len(layers) > 4 else "")

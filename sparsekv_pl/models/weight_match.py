@@ -1,0 +1,122 @@
+"""Whether weights on disk belong to the model that they are loaded into: else numbers would be wrong in silence."""
+
+import logging
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sparsekv_pl.storage.fingerprint import weights_digest
+from sparsekv_pl.storage.json_file import read_mapping
+
+log = logging.getLogger(__name__)
+
+TRAINING_SUMMARY = "training.json"
+"""Written beside an exported adapter by callbacks/adapter_export.py."""
+SHOWN = 4
+"""Names that a message lists."""
+
+
+def load_whole(source: str | Path, **settings: Any) -> PreTrainedModel:
+    """``AutoModelForCausalLM.from_pretrained``; ``ValueError`` where weights are missing or unused."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **settings)
+    model, found = loaded
+    check_loaded(found, model)
+    return model
+
+
+def check_loaded(found: Mapping[str, Any], model: PreTrainedModel) -> None:
+    """Raise ``ValueError`` where ``from_pretrained``'s loading info says that tensors are missing or unused.
+
+    What is missing would be random. A text model may leave out what a multimodal checkpoint has besides.
+    """
+    missing, unused = found["missing_keys"], found["unexpected_keys"]
+    multimodal = model.config.get_text_config() is not model.config
+    if not missing and (multimodal or not unused):
+        if unused:
+            log.warning("%s of the checkpoint are not part of %s", _listed(unused), type(model).__name__)
+        return
+    raise ValueError(
+        f"its weights are not those of {type(model).__name__} with this config.json: {_listed(missing)} missing, "
+        f"{_listed(unused)} unused. Fetch the files again, or give the config.json that they were saved with"
+    )
+
+
+def check_adapter_keys(adapter: str, missing: Collection[str], unused: Collection[str]) -> None:
+    """Raise ``ValueError`` where an adapter's tensors are not those that the model has a place for."""
+    if missing or unused:
+        raise ValueError(
+            f"adapter={adapter!r} does not fit the model: {_listed(missing)} missing in it, {_listed(unused)} without "
+            "a place. It was trained on another model, or saved under other names"
+        )
+
+
+def check_head(model: PreTrainedModel, what: str) -> None:
+    """Raise ``ValueError`` where a low-rank adapter sits on the head: logits are hidden states times its weight."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise ValueError(
+            f"{what} adapts the head (lm_head), which is never computed through: logits are hidden states times the "
+            "head's own weight. Adapt layers of the decoder alone"
+        )
+
+
+def check_base(adapter: Path, pretrained: str, source: Path, files: Callable[[], Path]) -> None:
+    """Raise ``ValueError`` where the adapter in this folder was trained on another base than ``pretrained``.
+
+    By content where the training run wrote down its base's weights or the base lies in a folder, else by name. Where
+    one is a folder and the other a hub's name, that is a warning: a copy of a hub's model may be called anything.
+    ``files`` finds the base's files, and ``source`` is where they were loaded from: a GGUF file is converted before.
+    """
+    if not (adapter / "adapter_config.json").exists():
+        return  # load_adapter says so
+    trained_on = read_mapping(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
+    summary = adapter / TRAINING_SUMMARY
+    known = read_mapping(summary) if summary.exists() else {}
+    name, digest = known.get("base", trained_on), known.get("base_weights")
+    folder = Path(trained_on).expanduser()
+    if digest is None and trained_on and (folder / "config.json").exists():
+        digest = weights_digest(folder)
+    if digest is not None:
+        same = digest in {weights_digest(place) for place in (files(), source) if place.exists()}
+    elif not trained_on or Path(pretrained).expanduser().exists():
+        if trained_on and Path(trained_on).name != Path(pretrained).name:
+            log.warning("adapter %s was trained on %s: whether that is %s is unknown", adapter, name, pretrained)
+        return
+    else:
+        same = trained_on == pretrained
+    if not same:
+        raise ValueError(
+            f"adapter={str(adapter)!r} was trained on {name!r}, and pretrained={pretrained!r} has other weights: give "
+            "the base that it was trained on"
+        )
+
+
+def check_gates(gates: Path, pretrained: str, files: Callable[[], Path]) -> None:
+    """Raise ``ValueError`` where the gates in this folder say that they were trained on another model."""
+    summary = gates / TRAINING_SUMMARY
+    known = read_mapping(summary) if summary.exists() else {}
+    if "base_weights" in known and known["base_weights"] != weights_digest(files()):
+        raise ValueError(
+            f"gates={str(gates)!r} were trained on {known.get('base')!r}, and pretrained={pretrained!r} has other "
+            "weights: give the model that they were trained on"
+        )
+
+
+def check_adapts(model: nn.Module, adapter: str) -> None:
+    """Raise ``ValueError`` where no layer of the model that computes was changed by the adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if not any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules()):
+        raise ValueError(f"adapter={adapter!r} changes no layer of the model: nothing would differ from the base")
+
+
+def _listed(names: Collection[str]) -> str:
+    if not names:
+        return "none"
+    shown, more = sorted(names)[:SHOWN], len(names) - SHOWN
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,151 @@
+"""The selection loss: a press's scores aligned with the attention that the teacher pays to the context."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from sparsekv_pl.eviction.interface import Selection
+from sparsekv_pl.eviction.request import Request
+from sparsekv_pl.objectives.objective import Objective, StudentView
+from sparsekv_pl.objectives.rank_means import rank_share
+from sparsekv_pl.objectives.score_alignment import TINY, cross_entropy, evictable_keys, key_logits, ranking
+
+Form = Literal["cross_entropy", "ranking"]
+Heads = Literal["mass", "equal"]
+
+
+@dataclass
+class SelectionLoss:
+    """From the teacher's attention mass to a press's scores, in nats.
+
+    A weighted mean over layers, chunks, batch rows and KV heads.
+
+    Parameters
+    ----------
+    sinks
+        First context tokens that are left out: every press keeps them and they would take most of the mass.
+    heads
+        "mass": a head counts as much as the attention it pays to what may be evicted, so that the few heads that
+        retrieve are not drowned by the many that rest on the sinks. "equal": every head counts the same.
+    form
+        "cross_entropy": the press's normalised scores shall be the teacher's mass. "ranking": the keys that the teacher
+        looks at most shall outrank the others, in what proportion does not matter. See score_alignment.py.
+    temperature
+        What standardised scores are divided by: all of them in a ranking, in a cross-entropy those without a natural
+        scale (Knorm, KeyDiff, LagKV). Below 1 where they are to become as peaked as attention is.
+    top_share
+        Of a ranking: the fraction of a head's evictable keys that belong to the top. Not taken from the step's
+        compression ratio: scores also arrive from presses that were not drawn, and one order serves every ratio.
+    layer_weights
+        What each layer counts, the first layer's first; equal where not given.
+    """
+
+    sinks: int = 4
+    heads: Heads = "mass"
+    form: Form = "cross_entropy"
+    temperature: float = 1.0
+    top_share: float = 0.25
+    layer_weights: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in {"heads": Heads, "form": Form}.items():
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name}={getattr(self, name)!r}: give one of {', '.join(get_args(kind))}")
+        if self.sinks < 0:
+            raise ValueError(f"sinks={self.sinks}: give 0 or more tokens")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature}: give a finite number above 0")
+        if not 0 < self.top_share < 1:
+            raise ValueError(f"top_share={self.top_share}: give a fraction of the keys between 0 and 1")
+        weights = self.layer_weights
+        if weights is not None and not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
+            raise ValueError(f"layer_weights={weights}: give a number of at least 0 per layer, not all 0, or null")
+
+    def __call__(self, selections: Iterable[tuple[Selection, Tensor]]) -> dict[str, Tensor]:
+        """Scalar loss of each press by its name; its gradient reaches whatever the scores were computed from.
+
+        Each selection comes with the teacher's mass (B, K, L) in its layer (``AttentionMass``).
+        Scores that carry no gradient (a random press drawn among others) are left out, so the result may be empty.
+
+        Raises
+        ------
+        ValueError
+            Where ``layer_weights`` are not as many as the layers that were selected in.
+        """
+        pairs = list(selections)
+        self._check_layers(pairs)
+        terms: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for selection, mass_BKL in pairs:
+            if selection.scores.requires_grad:
+                losses, weights = self._heads(selection, mass_BKL)
+                terms.setdefault(selection.press, []).append((losses.flatten(), weights.flatten()))
+        return {press: _mean(*map(torch.cat, zip(*found, strict=True))) for press, found in terms.items()}
+
+    def _check_layers(self, pairs: list[tuple[Selection, Tensor]]) -> None:
+        layers = 1 + max((selection.layer for selection, _ in pairs), default=-1)
+        if self.layer_weights is not None and layers and len(self.layer_weights) != layers:
+            raise ValueError(
+                f"layer_weights has {len(self.layer_weights)} numbers and the model {layers} layers: give one per layer"
+            )
+
+    def _heads(self, selection: Selection, mass_BKL: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of each head and what it counts, both (B, K)."""
+        scores, positions = selection.scores.float(), selection.positions
+        evictable = evictable_keys(scores, self.sinks, positions)
+        if positions is not None:
+            mass_BKL = mass_BKL.gather(-1, positions)
+        mass = torch.where(evictable, mass_BKL, 0)
+        total = mass.sum(-1)
+        target = mass / total.unsqueeze(-1).clamp(min=TINY)
+        standardise = self.form == "ranking" or selection.order_only
+        logits = key_logits(scores, evictable, self.temperature, standardise)
+        if self.form == "ranking":
+            losses = ranking(logits, target, evictable, self.top_share)
+        else:
+            losses = cross_entropy(logits, target, evictable)
+        weights = total if self.heads == "mass" else torch.ones_like(total)
+        return losses, weights * (1.0 if self.layer_weights is None else self.layer_weights[selection.layer])
+
+
+def _mean(losses: Tensor, weights: Tensor) -> Tensor:
+    total = weights.sum()
+    return rank_share(total) * (losses * weights).sum() / total.clamp(min=TINY)
+
+
+@dataclass
+class SelectionObjective(Objective):
+    """Align the press's own scores with the attention the teacher pays.
+
+    Parameters
+    ----------
+    sinks, heads, form, temperature, top_share, layer_weights
+        See SelectionLoss.
+    """
+
+    sinks: int = 4
+    heads: Heads = "mass"
+    form: Form = "cross_entropy"
+    temperature: float = 1.0
+    top_share: float = 0.25
+    layer_weights: list[float] | None = None
+    request = Request(teacher=True, scores=True)
+
+    def __post_init__(self) -> None:
+        try:
+            self._loss()
+        except ValueError as error:
+            raise ValueError(f"SelectionObjective.{error}") from None
+
+    def __call__(self, view: StudentView) -> dict[str, Tensor]:
+        losses = self._loss()(view.selections)
+        if not losses:  # a press without trainable scores was drawn at this step
+            return {"loss": 0 * view.hidden_NE.sum()}  # keeps its graph: backward needs one
+        logs = {f"selection/{press}": loss.detach() for press, loss in losses.items()}
+        return {"loss": torch.stack(list(losses.values())).mean(), **logs}
+
+    def _loss(self) -> SelectionLoss:
+        return SelectionLoss(self.sinks, self.heads, self.form, self.temperature, self.top_share, self.layer_weights)

@@ -1,0 +1,136 @@
+"""Which tokens stand behind the keys that a press selects among."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from kvpress import BasePress
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.presses.press_context import press_context_in
+
+TOKEN_IDS = "token_ids"
+"""The keyword under which an attention layer is told the forward's token ids."""
+
+
+@dataclass(frozen=True)
+class KeyTokens:
+    """The context so far, and where in it each key is from."""
+
+    ids: Tensor
+    """(B, L) int64."""
+    positions: Tensor
+    """(B, K, S) int64, indices into ``ids``."""
+
+    def at_keys(self, values: Tensor) -> Tensor:
+        """(B, K, S): what ``values`` (B, L) says of the token of every key."""
+        heads = self.positions.shape[1]
+        return values[:, None].expand(-1, heads, -1).gather(-1, self.positions)
+
+
+def key_tokens(module: nn.Module, keys: Tensor, kwargs: Mapping[str, Any]) -> KeyTokens | None:
+    """The tokens of ``keys`` (B, K, S, D), as ``kwargs`` of a press tell; None where they do not.
+
+    They do in a prefill of ours, in one chunk or many, and in one forward over the whole context under a
+    ``ReadsTokens`` press. They do not for parts of the keys (ChunkPress) and while tokens are decoded.
+    """
+    batch, heads, length = keys.shape[:3]
+    press_context = press_context_in(kwargs)
+    ids = kwargs.get(TOKEN_IDS) if press_context is None else press_context.token_ids
+    if ids is None:
+        return None
+    positions = torch.arange(ids.shape[1], device=keys.device).expand(batch, heads, -1)
+    held = None if press_context is None else press_context.positions.get(int(module.layer_idx))  # type: ignore[arg-type]
+    if held is not None:
+        # Not the newest chunk's alone: where nothing had to go, those of the chunk before are not among ``held``.
+        new = length - held.shape[-1]
+        if new < kwargs["hidden_states"].shape[1]:
+            return None
+        positions = torch.cat([held, positions[..., -new:]], dim=-1)
+    return KeyTokens(ids.to(keys.device), positions) if positions.shape[-1] == length else None
+
+
+class ReadsTokens:
+    """Mixed into a press that looks at token ids."""
+
+    def post_init_from_model(self, model: PreTrainedModel) -> None:
+        """See ``tell_token_ids``. A wrapper calls this of the press inside, but never its ``__call__``."""
+        tell_token_ids(model)
+
+
+def tell_token_ids(model: PreTrainedModel) -> None:
+    """Let the presses on ``model`` see the ids of every forward, until there is no press on it any more."""
+    decoder = decoder_of(model)
+    if any(isinstance(hook, _TellTokenIds) for hook in decoder._forward_pre_hooks.values()):
+        return
+    hook = _TellTokenIds()
+    hook.handle = decoder.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+class _TellTokenIds:
+    """A hook that adds the ids to the keywords that reach every layer, and that removes itself after use."""
+
+    handle: Any
+
+    def __call__(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if not any(_pressed(layer.self_attn) for layer in decoder.layers):
+            self.handle.remove()
+            return None
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        return None if ids is None or TOKEN_IDS in kwargs else (args, kwargs | {TOKEN_IDS: ids})
+
+
+def _pressed(attention: nn.Module) -> bool:
+    return any(isinstance(getattr(hook, "__self__", None), BasePress) for hook in attention._forward_hooks.values())
+
+
+def real_keys(keys: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """(B, S) bool, False where a key (B, K, S, D) is padding, on either side; None where nothing is padded.
+
+    Read off the attention mask that the layer was given. Our own forward takes no padding and gives none.
+
+    Raises
+    ------
+    ValueError
+        For a padded batch from which another press has removed keys: the mask does not say which.
+    """
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return None
+    if mask.dim() == 4:  # (B, 1, Q, S): a key that no query sees is padding
+        visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        mask = visible.any(dim=2)[:, 0]
+    mask = mask.bool()
+    if bool(mask.all()):
+        return None
+    if mask.shape[1] != _whole(keys):
+        raise ValueError(
+            f"a padded batch had {mask.shape[1]} keys, {keys.shape[2]} are left, and which of them are padding cannot "
+            "be told: put this press first, or use rows of equal length"
+        )
+    start = first_key(keys)
+    return mask[:, start : start + keys.shape[2]]
+
+
+def key_places(keys: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """(B, S) int64: the number of each key (B, K, S, D) among the real ones of its row, from 0; -1 for padding.
+
+    Raises as ``real_keys`` does.
+    """
+    real = real_keys(keys, kwargs)
+    if real is None:
+        return torch.arange(keys.shape[2], device=keys.device).expand(len(keys), -1)
+    return (real.cumsum(1) - 1).masked_fill(~real, -1)
+
+
+def first_key(keys: Tensor) -> int:
+    """Where ``keys`` (B, K, S, D) begin in the cache: 0, but for the parts that kvpress's ChunkPress shows."""
+    return keys.storage_offset() // keys.stride(2) % _whole(keys)
+
+
+def _whole(keys: Tensor) -> int:
+    """How many keys a head has in the tensor that ``keys`` (B, K, S, D) are or are a view of."""
+    return max(keys.shape[2], keys.stride(1) // keys.stride(2))

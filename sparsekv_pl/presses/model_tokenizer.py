@@ -1,0 +1,35 @@
+"""The tokenizer behind a model, for presses that read text."""
+
+from functools import lru_cache
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsekv_pl.models.anchors import special_ids
+
+
+def tokenizer_of(model: PreTrainedModel, given: PreTrainedTokenizerBase | None = None) -> PreTrainedTokenizerBase:
+    """``given`` if there is one, else the tokenizer that lies beside the weights of ``model``, loaded once.
+
+    Code that comes with a tokenizer is never run.
+
+    Raises
+    ------
+    ValueError
+        Where none is given and none can be loaded: for a model built in memory, say.
+    """
+    return _loaded(model.name_or_path) if given is None else given
+
+
+@lru_cache(maxsize=8)
+def _loaded(source: str) -> PreTrainedTokenizerBase:
+    advice = "set its tokenizer (press.tokenizer = ...) before it is put on the model"
+    if not source:
+        raise ValueError(f"this press reads text, but the model does not say where it is from: {advice}")
+    try:
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"this press needs a tokenizer, but {source!r} has none ({error}): {advice}") from error
+    # Where a folder has no tokenizer's files, transformers may make one up out of special tokens.
+    if special_ids(loaded).issuperset(loaded.get_vocab().values()):
+        raise ValueError(f"this press needs a tokenizer, but {source!r} has none with words in it: {advice}")
+    return loaded

@@ -1,0 +1,40 @@
+"""What a prefill and its presses exchange: the tokens behind the keys, soft weights, losses."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from sparsekv_pl.presses.step_draws import row_numbers
+
+PRESS_CONTEXT = "press_context"
+"""The keyword of the model's forward that carries ``PressContext``; a press finds it in its ``kwargs``."""
+
+
+@dataclass
+class PressContext:
+    """Made by ``ChunkedPrefill`` for every chunk, and written to by presses that do more than shrink the cache."""
+
+    start: int = 0
+    """The context position of this chunk's first token."""
+    token_ids: Tensor | None = None
+    """(B, L) int64, the context's tokens up to the end of this chunk; None where no press reads them."""
+    positions: Mapping[int, Tensor] = field(default_factory=dict)
+    """layer -> (B, K, S) int64, the context positions of the keys that the cache held before this chunk."""
+    key_log_weights: dict[int, Tensor] = field(default_factory=dict)
+    """layer -> (B, K, S), added to the logits of the kept keys by everything that follows; 0 leaves a key as it is."""
+    losses: dict[str, list[Tensor]] = field(default_factory=dict)
+    """name -> scalars, one per layer and chunk: terms that an objective may add."""
+    _numbered: tuple[Tensor, list[int]] | None = field(default=None, init=False, repr=False, compare=False)
+
+    def row_numbers(self, chunk_ids: Tensor) -> list[int]:
+        """``draws.row_numbers``, read back from the device once for all layers of a chunk."""
+        if self._numbered is None or self._numbered[0] is not chunk_ids:
+            self._numbered = chunk_ids, row_numbers(chunk_ids)
+        return self._numbered[1]
+
+
+def press_context_in(kwargs: Mapping[str, Any]) -> PressContext | None:
+    """The press context in ``kwargs`` of a press; None in a forward that is not ours, such as kvpress's pipeline."""
+    return kwargs.get(PRESS_CONTEXT)

@@ -1,0 +1,47 @@
+"""Files that are either the old ones or the new ones, never half of each."""
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sparsekv_pl.storage.whole_files import replace
+
+FORMULA = re.compile(r"[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+"""How a cell begins that is a formula or, after a line's end, may be one; so do the full-width signs."""
+
+
+def replace_all(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
+    """Write rendered files (name -> content) into `folder`, which is made, and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        replace(folder / name, data)
+    return [folder / name for name in files]
+
+
+def json_bytes(content: Any) -> bytes:
+    """Indented JSON. Raises ValueError for NaN and infinities, which JSON does not know."""
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+
+
+def csv_bytes(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """A line per row and a column per key, in the order they first appear; None is empty, a list is JSON.
+
+    A text that a spreadsheet would execute gets an apostrophe before it, as OWASP advises:
+    https://owasp.org/www-community/attacks/CSV_Injection
+    """
+    import pandas as pd
+
+    plain = [{_cell(name): _cell(value) for name, value in row.items()} for row in rows]
+    columns = list(dict.fromkeys(key for row in plain for key in row))
+    table = pd.DataFrame(plain, columns=columns, dtype=object)  # else integers with gaps would become floats
+    # Quoted, because a bare carriage return ends a line for spreadsheets and not for pandas.
+    return table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC).encode()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, (list, dict)):
+        return json.dumps(value)
+    return f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value

@@ -1,0 +1,49 @@
+"""What of a web address is written down: its host, and of its path, which may hold a key of any shape, known words."""
+
+import re
+from typing import Any
+
+from jsonargparse import Namespace
+
+from sparsekv_pl.reporting.redaction import SHORTEST
+from sparsekv_pl.reporting.secret_shapes import HIDDEN
+
+ADDRESS = re.compile(r"(?P<host>https?://[^/?#\s]*)(?P<path>[^?#\s]*)(?P<rest>\S*)")
+WORD = re.compile(
+    r"|v\d{1,2}|v\d(?:alpha|beta)\d?|api|chat|compat|compatible-mode|completions|inference|llm|ml|models|openai|openapi"
+    r"|paas|serverless|serving-endpoints"
+)
+"""Parts of providers' paths that are no one's own."""
+
+
+def public_address(address: str) -> str:
+    """``address`` with whatever is not a known word of its path hidden; another text as it is.
+
+    >>> public_address("https://host:8000/4711/openai/v1"), public_address("a path/of.mine")
+    ('https://host:8000/[hidden]/openai/v1', 'a path/of.mine')
+    """
+    parts = ADDRESS.fullmatch(address)
+    if parts is None:
+        return address
+    path = "/".join(part if WORD.fullmatch(part) else HIDDEN for part in parts["path"].split("/"))
+    return parts["host"] + path + (parts["rest"] and f"{parts['rest'][0]}{HIDDEN}")
+
+
+def public_addresses(config: Any) -> Any:
+    """``config`` (settings, lists, mappings) with every address in it as ``public_address`` shows it."""
+    if isinstance(config, str):
+        return public_address(config)
+    if isinstance(config, Namespace):
+        return Namespace(**{name: public_addresses(value) for name, value in vars(config).items()})
+    if isinstance(config, dict):
+        return {name: public_addresses(value) for name, value in config.items()}
+    return [public_addresses(value) for value in config] if isinstance(config, list) else config
+
+
+def without_private_parts(text: str, address: str) -> str:
+    """``text`` without the parts of ``address`` that ``public_address`` hides."""
+    parts = ADDRESS.fullmatch(address)
+    for part in sorted(parts["path"].split("/") if parts else (), key=len, reverse=True):
+        if not WORD.fullmatch(part):
+            text = text.replace(part, HIDDEN) if len(part) >= SHORTEST else text.replace(f"/{part}", f"/{HIDDEN}")
+    return text

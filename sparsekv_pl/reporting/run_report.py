@@ -1,0 +1,98 @@
+"""A run's records become its report: JSON, CSV, one page in Markdown and HTML, and pictures."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparsekv_pl.reporting.figures import RETENTION, curves_figure, dots_figure, png
+from sparsekv_pl.reporting.file_formats import csv_bytes, json_bytes, replace_all
+from sparsekv_pl.reporting.heatmaps import needle_figures
+from sparsekv_pl.reporting.page import Picture, html, markdown
+from sparsekv_pl.reporting.sections import report_sections
+from sparsekv_pl.reporting.summary import Summary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Drawn = dict[str, tuple[str, "Figure"]]
+"""A picture's file name -> what it shows, and the picture."""
+
+
+def write_run(
+    output: Path,
+    summary: Summary,
+    training: Mapping[str, object],
+    environment: Mapping[str, object],
+    title: str,
+    figures: "Mapping[str, Figure] | None" = None,
+) -> list[Path]:
+    """Write a run's report into `output` and return the paths.
+
+    report.json ({"rows", "training", "environment", "title", "ledger", "stability"}), report.csv (the rows), cases.csv
+    (every record, answers included), ledger.csv and stability.csv where measured, report.md, report.html (which holds
+    its pictures), report.png and further pictures. Everything is rendered before anything is written, and each file
+    replaces its predecessor in one step: a report that fails leaves an earlier one whole.
+
+    Parameters
+    ----------
+    output
+        Folder, made if it is not there.
+    summary
+        Of the records: one dict per case, variant, press and ratio; one with "error" instead of measures becomes a line
+        of its own.
+    training
+        What training was and cost (training.json); empty where nothing was trained.
+    environment
+        What it was measured with.
+    title
+        Heading of the page.
+    figures
+        Further pictures for the page: what it shows -> picture, such as sparsity_figure's.
+    """
+    drawn = _figures(summary) | {f"{_slug(alt)}.png": (alt, figure) for alt, figure in (figures or {}).items()}
+    images = {name: png(figure) for name, (_, figure) in drawn.items()}
+    pictures = [Picture(name, alt) for name, (alt, _) in drawn.items()]
+    sections = report_sections(summary, pictures, training, environment)
+    lines = {"ledger": summary.ledger, "stability": summary.stability}
+    rows = [row.aliased() for row in summary.rows]
+    content = {"rows": rows, "training": training, "environment": environment, "title": title, **lines}
+    files = {
+        "report.json": json_bytes(content),
+        "report.csv": csv_bytes(_spread(row.flat()) for row in summary.rows),
+        "report.md": markdown(title, sections).encode(),
+        "report.html": html(title, sections, images).encode(),
+        "cases.csv": csv_bytes(summary.records),
+        **{f"{name}.csv": csv_bytes(some) for name, some in lines.items() if some},
+    }
+    return replace_all(output, files | images)
+
+
+def _figures(summary: Summary) -> Drawn:
+    rows = summary.rows
+    drawn: Drawn = {"report.png": ("Scores by press and compression ratio", dots_figure(rows))}
+    if any(row.retention_cases for row in rows):
+        kept = [row for row in rows if row.retention_cases]
+        drawn["retention.png"] = ("Retention by press and compression ratio", dots_figure(kept, RETENTION))
+    curves = curves_figure(rows)
+    if curves is not None:
+        drawn["curves.png"] = ("Scores over compression", curves)
+    for press, figure in needle_figures(summary.measured):
+        drawn[f"needles-{_slug(press)}.png"] = (f"Needles found by depth and length, {press}", figure)
+    return drawn
+
+
+def _slug(name: str) -> str:
+    """CriticalKV(SnapKV) -> criticalkv-snapkv."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def _spread(row: Mapping[str, object]) -> dict[str, object]:
+    """An interval as two columns."""
+    spread: dict[str, object] = {}
+    for name, value in row.items():
+        if name.endswith("_interval"):
+            low, high = value if isinstance(value, (tuple, list)) else (None, None)
+            spread |= {f"{name}_low": low, f"{name}_high": high}
+        else:
+            spread[name] = value
+    return spread

@@ -1,1 +1,0 @@
-"""The report of the validation of Sketch&Walk on collected tensors."""

@@ -1,0 +1,50 @@
+"""Which objectives, evictions and presses go together: checked before a model is loaded."""
+
+from sparsekv_pl.eviction import Eviction
+from sparsekv_pl.eviction.real import RealEviction
+from sparsekv_pl.objectives import Objective
+from sparsekv_pl.presses.traits import traits_of
+
+
+def fit_together(objective: Objective, eviction: Eviction) -> None:
+    """Raise ``ValueError`` where ``eviction`` cannot answer what ``objective`` requests."""
+    request = objective.request
+    needs = {
+        "the selection objective trains a press's scores": request.scores,
+        "the reconstruction objective asks for what a press evicted": request.contexts,
+        "the sparse_lm objective adds what a press measures": request.press_losses,
+    }
+    for what, needed in needs.items():
+        if needed and not isinstance(eviction, RealEviction):
+            raise ValueError(
+                f"{what}, and {type(eviction).__name__} has no press: use RealEviction, or another objective"
+            )
+    if not isinstance(eviction, RealEviction):
+        return
+    traits = traits_of(eviction.press)
+    if request.press_losses and not traits.adds_losses:
+        raise ValueError(
+            f"the sparse_lm objective adds what SparseRegPress measures, and {traits.name} measures "
+            "nothing: put SparseRegPress around it, or take the LM objective"
+        )
+    if request.scores and not traits.trainable:
+        raise ValueError(
+            f"the selection objective has nothing to train in {traits.name}: its scores do not depend "
+            "on the model. Add a press that scores with queries, keys or hidden states, or leave the objective out"
+        )
+    silent = [candidate for candidate in traits.candidates if not candidate.by_scores]
+    if request.contexts and silent:
+        raise ValueError(
+            f"the reconstruction objective asks for what a press evicted, and {silent[0].name} does not say "
+            "which pairs those are: take one that selects by scores (SnapKVPress, say), or leave the objective out"
+        )
+
+
+def check_evicts_in_evaluation(eviction: Eviction) -> None:
+    """Raise ``ValueError`` where validation under ``eviction`` would silently be validation with the full cache."""
+    traits = None if eviction.press is None else traits_of(eviction.press)
+    if traits is not None and traits.only_trains:
+        raise ValueError(
+            f"{traits.name} evicts in training alone, so validation would see the full cache: name what "
+            "validation evicts with in validation_eviction (RealEviction with SnapKVPress, say)"
+        )

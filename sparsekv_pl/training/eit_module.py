@@ -1,0 +1,229 @@
+"""The LightningModule that trains a model to survive eviction."""
+
+import logging
+import os
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from jsonargparse import set_parsing_settings
+from kvpress import BasePress
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torch.optim import AdamW
+
+from sparsekv_pl.eviction import Eviction
+from sparsekv_pl.eviction.dropout import KVDropout
+from sparsekv_pl.eviction.limits import check_full_cache, check_positions
+from sparsekv_pl.eviction.press_model_check import check_press
+from sparsekv_pl.eviction.request import NOTHING
+from sparsekv_pl.metrics import ContinuationPerplexity
+from sparsekv_pl.models.backbone import Backbone, causal_lm
+from sparsekv_pl.models.batch import Batch, rows_of_equal_length, supervised_in
+from sparsekv_pl.models.compression_ratio import check_compression_ratio
+from sparsekv_pl.models.seeding import seed_for
+from sparsekv_pl.objectives import EIT, Objective, StudentView
+from sparsekv_pl.objectives.losses import token_nll
+from sparsekv_pl.objectives.rank_means import means_over_ranks
+from sparsekv_pl.presses.nesting import learnable
+from sparsekv_pl.presses.ratio import written_ratio
+from sparsekv_pl.presses.traits import traits_of
+from sparsekv_pl.storage.fingerprint import weights_digest
+from sparsekv_pl.training.compatibility import check_evicts_in_evaluation, fit_together
+from sparsekv_pl.training.non_finite_guard import guards, watch
+from sparsekv_pl.training.optimizers import configured
+from sparsekv_pl.training.resumption import check_resumable
+from sparsekv_pl.training.sharding import shard
+from sparsekv_pl.training.student import Student
+from sparsekv_pl.training.teacher import Teacher
+from sparsekv_pl.training.validation_prefill import full_and_evicted
+
+log = logging.getLogger(__name__)
+
+set_parsing_settings(
+    subclasses_enabled=[BasePress]
+)  # a press is a dataclass: without this YAML could not name a subclass
+
+
+class EITModule(LightningModule):
+    """Eviction-Invariant Training of a causal language model.
+
+    Parameters
+    ----------
+    backbone
+        What is trained.
+    eviction
+        How the context's KV pairs are evicted: RealEviction (real) or KVDropout.
+    objective
+        What is minimised: anything in sparsekv_pl.objectives, several in Mixed.
+    optimizer
+        Called with the trainable parameters.
+    lr_scheduler
+        Called with the optimizer; steps once per optimizer step. None keeps the learning rate.
+    validation_compression_ratio
+        What validation evicts at, whatever the curriculum does, so that its curve compares one thing.
+    validation_eviction
+        What validation evicts with: another press shows what carries over to it. None takes ``eviction``.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        eviction: Eviction,
+        objective: Objective | None = None,
+        optimizer: OptimizerCallable = AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        validation_compression_ratio: float = 0.5,
+        validation_eviction: Eviction | None = None,
+    ) -> None:
+        super().__init__()
+        self.objective = objective or EIT()
+        check_compression_ratio("validation_compression_ratio", validation_compression_ratio)
+        fit_together(self.objective, eviction)
+        check_evicts_in_evaluation(validation_eviction or eviction)
+        self.backbone = backbone
+        self.eviction = eviction
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr: float | None = None
+        self.validation_compression_ratio = validation_compression_ratio
+        self.compression_ratio: float | None = None
+        """Of the next training step; the Curriculum callback sets it."""
+        self.strict_loading = False  # checkpoints hold what trains; the frozen base comes from `backbone`
+        self.model, self.tokenizer = backbone.load()
+        for evicts, sets in ((eviction, "the Curriculum"), (validation_eviction, "validation_compression_ratio")):
+            press = None if evicts is None else evicts.press
+            check_press(causal_lm(self.model), press)
+            if written := written_ratio(press):
+                log.warning("%s counts for nothing: %s sets the ratio", written, sets)
+        self.teacher = Teacher(self.model)
+        for evicting in (eviction, validation_eviction):
+            if isinstance(evicting, KVDropout):
+                evicting.tokenizer = self.tokenizer
+        self.objective.prepare(self.tokenizer)
+        self.student = Student(self.model, eviction, self.teacher, self.objective)
+        self.validation_student = replace(self.student, eviction=validation_eviction or eviction)
+        self.press_parameters = torch.nn.ParameterDict(learnable(self.press) if self.press is not None else {})
+        self.val_full = ContinuationPerplexity()
+        self.val_evicted = ContinuationPerplexity()
+
+    @property
+    def press(self) -> BasePress | None:
+        """The training eviction's press; None where it has none (KVDropout)."""
+        return self.eviction.press
+
+    def setup(self, stage: str) -> None:
+        """Check, before anything expensive, that something is evicted, and that the data's contexts can be."""
+        self._check_contexts()
+        if stage == "fit" and self.compression_ratio is None:
+            raise ValueError(
+                "nothing says how much training evicts: add callbacks.curriculum.Curriculum to trainer.callbacks, with "
+                "a schedule (Fixed, say); the press's own compression_ratio does not count"
+            )
+
+    def _check_contexts(self) -> None:
+        """Raise ``ValueError`` where contexts cannot be evicted from, or the teacher cannot read them."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        context_tokens = getattr(data, "context_tokens", None)
+        if context_tokens is None:
+            return
+        reads = context_tokens + getattr(data, "continuation_tokens", 0)
+        check_full_cache(
+            causal_lm(self.model), reads, self.objective.request.teacher, bool(self.trainer.limit_val_batches)
+        )
+        for eviction, request in ((self.eviction, self.objective.request), (self.validation_student.eviction, NOTHING)):
+            for tokens in getattr(data, "context_lengths", [context_tokens]):
+                eviction.check(tokens, request)
+            candidates = () if eviction.press is None else traits_of(eviction.press).candidates
+            if not candidates or not all(candidate.re_rotates for candidate in candidates):
+                check_positions(causal_lm(self.model), reads, reads, rotates=False)
+
+    def configure_model(self) -> None:
+        """Share the weights out over the ranks, where ``backbone.sharded`` says so."""
+        shard(self)
+
+    def on_fit_start(self) -> None:
+        """Hugging Face models load in evaluation mode and Lightning keeps it."""
+        self.train()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        """An adapter's dropout draws from torch's own generator: set it by the place, as every draw of ours is."""
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # what seed_everything was given
+        torch.manual_seed(seed_for("adapter dropout", seed, self.current_epoch, batch_idx, self.global_rank))
+
+    def training_step(self, batch: Batch) -> Tensor:
+        """One step of the objective on a context evicted at ``compression_ratio``."""
+        assert self.compression_ratio is not None  # see setup
+        terms, kept_share = self.loss_terms(batch, self.compression_ratio, self.global_step)
+        watch(self, terms, batch, compression_ratio=f"{self.compression_ratio:.3f}")
+        told = means_over_ranks({**terms, "kept_share": torch.full((), kept_share, device=self.device)})
+        self._log_step(told, batch)
+        return terms["loss"]
+
+    def loss_terms(self, batch: Batch, compression_ratio: float, step: int) -> tuple[dict[str, Tensor], float]:
+        """The objective's terms on ``batch``, and the share of KV pairs that was kept."""
+        view, kept_share = self.student.view(batch, compression_ratio, step)
+        terms = self.objective(view)
+        return {**terms, "loss": terms["loss"] + self._nothing(view)}, kept_share
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Perplexity of the supervised tokens with the full cache and under eviction."""
+        place = batch_idx * self.trainer.world_size + self.global_rank
+        # Ranks take turns, and the last turn begins anew to give every rank a batch. That one has counted already, and
+        # runs all the same: the model may be sharded.
+        again = place >= len(self.trainer.val_dataloaders.dataset)  # type: ignore[union-attr]
+        for part in rows_of_equal_length(batch):
+            rows, columns = places = supervised_in(part).places()
+            labels = part["labels"][rows, columns + 1]
+            full, evicted = full_and_evicted(self.validation_student, part, self.validation_compression_ratio, place)
+            for metric, hidden in ((self.val_full, full), (self.val_evicted, evicted)):
+                nll = token_nll(hidden[places], self.student.head_weight, labels)
+                metric.update(nll[:0] if again else nll)
+        size = len(batch["labels"])
+        self.log("val/perplexity_full", self.val_full, on_epoch=True, batch_size=size)
+        self.log("val/perplexity_evicted", self.val_evicted, on_epoch=True, prog_bar=True, batch_size=size)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What stands between a loss that is not finite and the optimizer."""
+        return guards(self.trainer)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over what trains, and the learning-rate schedule if there is one."""
+        return configured(self, [p for p in self.parameters() if p.requires_grad])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse what cannot go on."""
+        check_resumable(self, checkpoint)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep only what trains: the base weights are on disk already."""
+        trains = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trains}
+
+    def describe_training(self) -> dict[str, Any]:
+        """What an exported adapter says of how it was trained, JSON-able."""
+        splits = getattr(getattr(self._trainer, "datamodule", None), "splits", None)
+        members = () if self.press is None else traits_of(self.press).members
+        return {
+            "base": self.backbone.pretrained,
+            "dtype": self.backbone.dtype,
+            "base_weights": weights_digest(self.backbone.files()),
+            "splits": None if splits is None else asdict(splits),
+            "eviction": type(self.eviction).__name__,
+            "presses": [member.name for member in members],
+            "objective": type(self.objective).__name__,
+        }
+
+    def _nothing(self, view: StudentView) -> Tensor:
+        """Zero, with a gradient of zero in the model and in what presses learn.
+
+        DDP waits for a gradient in every parameter, also at a step whose objective or press leaves some of them out.
+        """
+        return sum(((0 * part).sum() for part in self.press_parameters.values()), (0 * view.hidden_NE).sum())
+
+    def _log_step(self, terms: dict[str, Tensor], batch: Batch) -> None:
+        logs = {f"train/{name}": value for name, value in terms.items()}
+        logs["train/compression_ratio"] = torch.tensor(float(self.compression_ratio or 0))
+        self.log_dict(logs, batch_size=batch["labels"].shape[0])
+        self.log("loss", terms["loss"], prog_bar=True, logger=False, batch_size=batch["labels"].shape[0])

@@ -1,0 +1,95 @@
+"""One batch under eviction: what the teacher and the student make of it, as an objective sees it."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsekv_pl.eviction import Evicted, Eviction
+from sparsekv_pl.eviction.request import NOTHING, Request
+from sparsekv_pl.models.backbone import causal_lm
+from sparsekv_pl.models.batch import Batch, rows_of_equal_length, supervised_in
+from sparsekv_pl.models.layer_outputs import LayerOutput, layer_outputs
+from sparsekv_pl.objectives import Objective, StudentView
+from sparsekv_pl.objectives.attention_mass import AttentionMass, with_mass
+from sparsekv_pl.objectives.objective import LayerRows, joined
+from sparsekv_pl.training.teacher import Teacher
+
+
+@dataclass
+class Student:
+    """Runs batches under eviction, with the teacher beside it where ``objective`` asks for one."""
+
+    model: Any
+    eviction: Eviction
+    teacher: Teacher
+    objective: Objective
+
+    def view(self, batch: Batch, compression_ratio: float, step: int) -> tuple[StudentView, float]:
+        """What the objective sees of ``batch``, and the share of KV pairs that was kept, a mean over rows.
+
+        Contexts of different lengths run one after the other: see ``rows_of_equal_length``.
+        """
+        parts = list(rows_of_equal_length(batch))
+        rows = [len(part["labels"]) for part in parts]
+        views, shares = zip(*(self._view(part, compression_ratio, step) for part in parts), strict=True)
+        kept = sum(share * count for share, count in zip(shares, rows, strict=True)) / sum(rows)
+        return joined(views, rows), kept
+
+    def evict(self, batch: Batch, compression_ratio: float, step: int, request: Request = NOTHING) -> Evicted:
+        """Run a batch of equally long contexts with an eviction between context and continuation."""
+        context, continuation = batch["context_ids"], batch["continuation_ids"]
+        return self.eviction(
+            self._network, context, continuation, compression_ratio=compression_ratio, step=step, request=request
+        )
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, E), the student's LM head."""
+        return self._network.get_output_embeddings().weight
+
+    @property
+    def _network(self) -> PreTrainedModel:
+        return causal_lm(self.model)
+
+    def _view(self, batch: Batch, compression_ratio: float, step: int) -> tuple[StudentView, float]:
+        request, labels = self.objective.request, batch["labels"]
+        kinds = sorted(request.layers)
+        supervised = supervised_in(batch)
+        rows, columns = places = supervised.places()
+        mass = AttentionMass(supervised, batch["context_ids"].shape[1]) if request.scores else None
+        teacher, teacher_layers = None, {}
+        if request.teacher:
+            with _layers(self.teacher.network, kinds, labels) as teacher_layers:
+                teacher = self.teacher(batch["context_ids"], batch["continuation_ids"], mass)
+        with _layers(self._network, kinds, labels) as student_layers:
+            evicted = self.evict(batch, compression_ratio, step, request)
+        view = StudentView(
+            hidden_NE=evicted.hidden[places],
+            labels_N=labels[rows, columns + 1],
+            head_weight_VE=self.head_weight,
+            teacher_NE=None if teacher is None else teacher[places],
+            teacher_head_weight_VE=self.teacher.head_weight,
+            selections=[] if mass is None else with_mass(evicted.selections, mass.mass),
+            layers={kind: (_rows(student_layers[kind], places), _rows(teacher_layers[kind], places)) for kind in kinds},
+            press_losses=evicted.losses,
+            contexts=[] if evicted.context is None else [evicted.context],
+        )
+        return view, evicted.kept_share
+
+
+@contextmanager
+def _layers(
+    model: PreTrainedModel, kinds: list[LayerOutput], labels_BT: Tensor
+) -> Iterator[dict[LayerOutput, dict[int, Tensor]]]:
+    """Of the forward inside the block, what the layers make of the continuation, (B, T, E)."""
+    with ExitStack() as stack:
+        yield {kind: stack.enter_context(layer_outputs(model, kind, labels_BT.shape[1])) for kind in kinds}
+
+
+def _rows(layers: dict[int, Tensor], places: tuple[Tensor, Tensor]) -> LayerRows:
+    """Of each layer's (B, T, E), the supervised rows (N, E)."""
+    return {layer: output[places] for layer, output in layers.items()}

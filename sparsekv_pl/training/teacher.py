@@ -1,0 +1,61 @@
+"""The teacher: the same network with the full cache and without what training added to it."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsekv_pl.attention.evicted_attention import CACHED, Observer, attention_implementation
+from sparsekv_pl.eviction.skipped_mlp import last_mlp_for
+from sparsekv_pl.models.backbone import adapter_off, causal_lm
+from sparsekv_pl.models.decoder import decoder_of
+
+
+class Teacher:
+    """Full-cache passes through the base model.
+
+    With an adapter the base model is the student with its adapter switched off: no second copy of the weights. Where
+    every weight trains there is no such switch, so a frozen copy is made; a teacher that drifts with the student is no
+    teacher.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._copy: list[
+            PreTrainedModel
+        ] = []  # in a list, so that a LightningModule that holds us does not register it
+        if not hasattr(model, "disable_adapter"):
+            self._copy = [copy.deepcopy(model).eval().requires_grad_(False)]
+
+    @torch.no_grad()
+    def __call__(self, context_ids: Tensor, continuation_ids: Tensor, observer: Observer | None = None) -> Tensor:
+        """Hidden states (B, T, E) of the continuation (B, T) after the whole context (B, L)."""
+        model = self.network
+        if model.device != context_ids.device:
+            torch.nn.Module.to(model, context_ids.device)
+        ids = torch.cat([context_ids, continuation_ids], dim=1)
+        extra = {} if observer is None else {"observer": observer}
+        computed = last_mlp_for(model, continuation_ids.shape[1])
+        with adapter_off(self._model), attention_implementation(model, CACHED), computed:
+            hidden = decoder_of(model)(input_ids=ids, use_cache=False, **extra).last_hidden_state
+        return hidden[:, context_ids.shape[1] :]
+
+    @property
+    def own_network(self) -> PreTrainedModel | None:
+        """The frozen copy, or None where the student's own layers compute."""
+        return self._copy[0] if self._copy else None
+
+    @property
+    def network(self) -> PreTrainedModel:
+        """What computes: the student's own layers, or the frozen copy."""
+        return self._copy[0] if self._copy else causal_lm(self._model)
+
+    @property
+    def head_weight(self) -> Tensor | None:
+        """The teacher's own LM head (V, E), or None where it is the student's. A sharded one is gathered."""
+        if not self._copy:
+            return None
+        weight = self._copy[0].get_output_embeddings().weight
+        return weight.full_tensor() if hasattr(weight, "full_tensor") else weight

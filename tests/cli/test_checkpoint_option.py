@@ -1,0 +1,86 @@
+"""--ckpt_path and --weights_only: no setting, class or code comes out of a checkpoint; the rest is one line."""
+
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from evaluate import EvaluateCommandLine
+from sparsekv_pl.cli.command_line import run
+from train import TrainCommandLine
+
+MODEL = "--model=lightning.pytorch.demos.boring_classes.BoringModel"
+
+
+@pytest.fixture
+def fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The models that were handed to ``Trainer.fit``, which does nothing."""
+    models: list[Any] = []
+
+    @functools.wraps(Trainer.fit)
+    def fit(_trainer: Trainer, model: Any, **_: Any) -> None:
+        models.append(type(model).__name__)
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.chdir(tmp_path)
+    return models
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Of plain values, and with a class in its hyper-parameters whose module makes a folder."""
+    package = tmp_path / "from_checkpoint.py"
+    package.write_text(
+        "import os\nos.mkdir('ran')\nfrom lightning.pytorch.demos.boring_classes import BoringModel as It"
+    )
+    chosen = {"_class_path": "from_checkpoint.It", "_instantiator": "x", "trust_remote_code": True}
+    content = {"global_step": 1, "state_dict": {}, "optimizer_states": [], "hyper_parameters": chosen}
+    torch.save(content, tmp_path / "it.ckpt")
+    return tmp_path / "it.ckpt"
+
+
+def told(command_line: Any, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        run(lambda: command_line(args=list(arguments), save_config_callback=None))
+    assert "\n" not in str(end.value.code)
+    return str(end.value.code)
+
+
+def test_settings_are_not_taken_from_a_checkpoint(
+    checkpoint: Path, fitted: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(checkpoint.parent)
+    run(lambda: TrainCommandLine(args=["fit", MODEL, f"--ckpt_path={checkpoint}"], save_config_callback=None))
+    assert fitted == ["BoringModel"]
+    assert not (checkpoint.parent / "ran").exists()
+    assert "from_checkpoint" not in sys.modules
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04half a zip"], ids=["empty", "text", "cut"])
+def test_a_file_that_is_none_is_refused_before_anything_is_made(
+    content: bytes, fitted: list[Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "it.ckpt"
+    path.write_bytes(content)
+    assert told(TrainCommandLine, "fit", MODEL, f"--ckpt_path={path}").startswith(f"error: --ckpt_path {path}: it is ")
+    assert "give a local file" in told(TrainCommandLine, "fit", MODEL, "--ckpt_path=https://host/it.ckpt")
+    assert fitted == []
+
+
+@pytest.mark.parametrize(
+    ("command_line", "command"),
+    [(TrainCommandLine, "fit"), (TrainCommandLine, "validate"), (EvaluateCommandLine, "test")],
+)
+def test_code_in_checkpoints_cannot_be_allowed(command_line: Any, command: str, fitted: list[Any]) -> None:
+    assert "error: weights_only is false: " in told(command_line, command, MODEL, "--weights_only=false")
+    assert fitted == []
+
+
+def test_an_evaluation_reads_no_checkpoint(checkpoint: Path) -> None:
+    said = told(EvaluateCommandLine, "test", MODEL, f"--ckpt_path={checkpoint}")
+    assert said == f"error: ckpt_path is {checkpoint}: give model.backbone.adapter what the training exported instead"

@@ -1,0 +1,46 @@
+"""A number of batches stays a number, and a share a share: Lightning takes 1 for one batch and 1.0 for all of them."""
+
+import inspect
+import sys
+from typing import Any, Union, get_args
+
+import pytest
+from lightning.pytorch import Trainer
+
+from evaluate import EvaluateCommandLine
+from sparsekv_pl.cli.trainer_limits import counts_before_shares
+
+EITHER = [
+    name
+    for name, parameter in inspect.signature(Trainer).parameters.items()
+    if {int, float} <= set(get_args(parameter.annotation))
+]
+
+
+def parsed(name: str, value: str, capsys: pytest.CaptureFixture[str]) -> Any:
+    with pytest.raises(SystemExit):
+        EvaluateCommandLine(
+            args=["test", "--config=configs/evaluate/quickstart.yaml", f"--trainer.{name}={value}", "--print_config"]
+        )
+    return next(line.split(":")[1].strip() for line in capsys.readouterr().out.splitlines() if f" {name}:" in line)
+
+
+@pytest.mark.parametrize("name", EITHER)
+def test_a_count_stays_a_count_and_a_share_a_share(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    assert [parsed(name, value, capsys) for value in ("1", "2", "1.0", "0.5")] == ["1", "2", "1.0", "0.5"]
+
+
+def test_there_are_such_options() -> None:
+    assert {"limit_test_batches", "limit_val_batches", "overfit_batches", "val_check_interval"} <= set(EITHER)
+
+
+def test_the_order_of_a_union_is_mended() -> None:
+    class Option:
+        _typehint = Union[float, int, str, None]  # noqa: UP007
+
+    option = Option()
+    counts_before_shares([option])  # type: ignore[list-item]
+    assert get_args(option._typehint) == (int, float, str, type(None))

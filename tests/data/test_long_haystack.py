@@ -1,0 +1,169 @@
+"""Haystacks: exact lengths and depths, streamed text that is never repeated unless asked for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from data.long_haystack import PIECE_CHARACTERS, HaystackData
+from data.needles import needle_ids
+from data.packing import JOINT
+from data.text import Document, EmbeddedText, TextSource
+from sparsekv_pl.models.batch import CaseBatch
+
+DEPTHS = (0.0, 0.1, 0.5, 0.9, 1.0)
+
+
+@dataclass
+class Given(TextSource):
+    """Documents of these texts."""
+
+    texts: Sequence[str] = ()
+
+    def documents(self) -> Any:
+        """With numbers as ids."""
+        return (Document(f"given/{number}", text) for number, text in enumerate(self.texts))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_models: dict[str, str]) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_models["llama"])
+
+
+def made(tokenizer: Any, **settings: Any) -> HaystackData:
+    data = HaystackData(**({"text": EmbeddedText(), "tokens": 5000, "depths": DEPTHS} | settings))
+    data.tokenizer = tokenizer
+    data.setup("test")
+    return data
+
+
+def only(data: HaystackData) -> CaseBatch:
+    (batch,) = data.test_dataloader()
+    return batch
+
+
+def without_needles(data: HaystackData, batch: CaseBatch) -> tuple[list[int], list[int]]:
+    """The filler's tokens, and how many of them stand before each needle."""
+    facts, needles, room = data._room(batch["context_ids"].shape[1])
+    ids = batch["context_ids"][0].tolist()[len(data.frame.prefix_ids) :]
+    assert [(fact.value,) for fact in facts] == [case.answers for case in batch["cases"]]
+    places, filler = {}, []
+    while ids:
+        # A needle is at its place only once: facts differ.
+        found = next((i for i, needle in enumerate(needles) if i not in places and ids[: len(needle)] == needle), None)
+        if found is None:
+            filler.append(ids.pop(0))
+        else:
+            places[found] = len(filler)
+            ids = ids[len(needles[found]) :]
+    assert len(filler) == room
+    return filler, [places[i] for i in range(len(needles))]
+
+
+@pytest.mark.parametrize("tokens", [500, 5000])
+def test_length_and_depths_are_exact(tokenizer: Any, tokens: int) -> None:
+    data = made(tokenizer, tokens=tokens)
+    batch = only(data)
+    assert batch["context_ids"].shape == (1, tokens)
+    assert batch["context_ids"][0, : len(data.frame.prefix_ids)].tolist() == data.frame.prefix_ids
+    filler, places = without_needles(data, batch)
+    assert places == [round(depth * len(filler)) for depth in DEPTHS]
+    assert [case.depth for case in batch["cases"]] == list(DEPTHS)
+
+
+def test_the_filler_is_the_documents_one_after_the_other(tokenizer: Any) -> None:
+    data = made(tokenizer)
+    batch = only(data)
+    texts = {document.id: document.text for document in EmbeddedText().documents()}
+    names = batch["cases"][0].document_ids
+    assert len(set(names)) == len(names) > 1
+    joined = "".join(texts[name] + JOINT for name in names)
+    filler, _ = without_needles(data, batch)
+    assert joined.startswith(tokenizer.decode(filler[:-5]))
+
+
+def test_each_needle_is_asked_for_in_held_out_words(tokenizer: Any) -> None:
+    data = made(tokenizer)
+    batch = only(data)
+    facts = data._room(5000)[0]
+    for row, (fact, case) in enumerate(zip(facts, batch["cases"], strict=True)):
+        length = int(batch["continuation_lengths"][row])
+        asked = tokenizer.decode(batch["continuation_ids"][row, :length])
+        assert asked == f"\n\n{fact.question}{data.frame.question_suffix}{fact.answer_prefix}"
+        assert case.max_new_tokens > len(tokenizer.encode(f" {fact.value}"))
+        assert fact.value in fact.statement
+        assert len(needle_ids(data.frame, fact)) > 3
+    assert len({fact.subject for fact in facts}) == len({case.id for case in batch["cases"]}) == 5
+
+
+def test_the_same_seed_makes_the_same_haystack_and_another_seed_another(tokenizer: Any) -> None:
+    first, again, other = (only(made(tokenizer, seed=seed)) for seed in (0, 0, 1))
+    assert first["context_ids"].equal(again["context_ids"])
+    assert first["cases"] == again["cases"]
+    assert not first["context_ids"].equal(other["context_ids"])
+    assert first["cases"][0].document_ids != other["cases"][0].document_ids
+
+
+def test_lengths_make_a_haystack_each(tokenizer: Any) -> None:
+    batches = list(made(tokenizer, lengths=[700, 300]).test_dataloader())
+    assert [batch["context_ids"].shape[1] for batch in batches] == [700, 300]
+
+
+def test_a_long_document_is_tokenised_in_pieces(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = made(tokenizer, text=Given(["a word and another, " * 20_000]), tokens=20_000)
+    longest, encode = 0, data.frame.encode
+
+    def watched(text: str) -> list[int]:
+        nonlocal longest
+        longest = max(longest, len(text))
+        return encode(text)
+
+    monkeypatch.setattr(data.frame, "encode", watched)
+    data.long_haystack(20_000)
+    assert longest == PIECE_CHARACTERS
+
+
+def test_a_text_that_is_too_short_says_how_long_it_is(tokenizer: Any) -> None:
+    texts = ["one short text", "and another one"]
+    tokens = sum(len(tokenizer.encode(text + JOINT)) for text in texts)
+    with pytest.raises(ValueError, match=f"the text has {tokens} tokens and .* are needed.*repeat: true"):
+        only(made(tokenizer, text=Given(texts)))
+
+
+def test_repeated_text_comes_in_a_new_order_and_is_named(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
+    data = made(tokenizer, text=Given([f"{word} " * 30 for word in words]), tokens=4000, depths=(0.5,), repeat=True)
+    batch = only(data)
+    filler, _ = without_needles(data, batch)
+    orders = [word for word in tokenizer.decode(filler).split("\n\n") if word.strip()]
+    rounds = [[part.split()[0] for part in orders[i : i + 6]] for i in range(0, 12, 6)]
+    assert sorted(rounds[0]) == sorted(rounds[1]) == sorted(words)
+    assert rounds[0] != rounds[1]
+    task = batch["cases"][0].task
+    assert task.startswith("haystack, text ")
+    times = int(task.split()[2])
+    assert f"come round {times} times" in caplog.text
+    assert (times - 1) * 6 < len(orders) <= times * 6
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"tokens": 60}, r"5 needle\(s\) of .* leave no room for text in a context of 60 tokens"),
+        ({"tokens": 0}, "a context of 0 tokens was asked for"),
+        ({"lengths": []}, "lengths is .*: give at least one"),
+        ({"lengths": [300, 300]}, "lengths is .*none twice"),
+        ({"depths": [0.5, 0.5]}, "depths is .*none twice"),
+        ({"depths": [1.5]}, r"depths is \[1.5\]: give fractions"),
+    ],
+)
+def test_bad_settings_are_refused_before_text_is_read(tokenizer: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        made(tokenizer, **settings)
+
+
+def test_an_empty_text_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="has no document"):
+        only(made(tokenizer, text=Given([])))

@@ -1,0 +1,133 @@
+"""What an evaluation refuses, or names, before it measures anything."""
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from kvpress import (
+    AdaKVPress,
+    BasePress,
+    KnormPress,
+    SnapKVPress,
+)
+
+from data.text import Splits
+from sparsekv_pl.evaluation.evaluation_module import EvaluationModule
+from sparsekv_pl.evaluation.long_context import LongContextModule
+from sparsekv_pl.evaluation.points import Setting
+from sparsekv_pl.presses import EvictionAugPress
+from sparsekv_pl.presses.block_dropout import BlockDropoutPress
+from sparsekv_pl.presses.nesting import press_name
+from sparsekv_pl.presses.sparse_reg import SparseRegPress
+from sparsekv_pl.presses.variable_block import VariableBlockPress
+from tests.tiny_training import MakeBackbone, MakeTrainer
+
+
+def settings() -> list[Setting]:
+    return [Setting(SnapKVPress(window_size=8), [0.25, 0.75]), Setting(KnormPress(), [0.5])]
+
+
+def test_reading_while_evicting_needs_text(
+    tiny_backbone: MakeBackbone, tiny_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    from data.evaluation import EvaluationData
+
+    module = EvaluationModule(tiny_backbone(), [Setting(KnormPress(), [0.5], decoding_interval=8)], str(tmp_path))
+    with pytest.raises(ValueError, match=r"Knorm has decoding_interval=8, and the data has no text .*data\.windows"):
+        tiny_trainer().test(module, EvaluationData(lengths=[96], windows=0))
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    "press",
+    [
+        BlockDropoutPress(),
+        AdaKVPress(VariableBlockPress()),
+        SparseRegPress(),
+        EvictionAugPress([BlockDropoutPress(), KnormPress()]),
+    ],
+    ids=press_name,
+)
+def test_what_evicts_in_training_alone_is_not_evaluated(press: BasePress, tiny_backbone: MakeBackbone) -> None:
+    said = rf"{re.escape(press_name(press))} evicts in training alone"
+    with pytest.raises(ValueError, match=said):
+        Setting(press, [0.5])
+    with pytest.raises(ValueError, match=said):
+        LongContextModule(tiny_backbone(), press)
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0])
+def test_a_ratio_outside_0_to_1_is_refused(ratio: float) -> None:
+    with pytest.raises(ValueError, match=f"{ratio}"):
+        Setting(KnormPress(), [0.5, ratio])
+
+
+@pytest.mark.parametrize(
+    ("press", "chunks", "interval", "message"),
+    [
+        (KnormPress(), 0, None, "chunk_tokens=0"),
+        (KnormPress(), None, 0, "decoding_interval=0"),
+        (KnormPress(), 8, 8, "chunk_tokens or decoding_interval"),
+    ],
+)
+def test_bad_settings_are_refused(press: BasePress, chunks: int | None, interval: int | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Setting(press, [0.5], chunks, interval)
+
+
+def test_settings_that_the_report_could_not_tell_apart_are_refused(tiny_backbone: MakeBackbone) -> None:
+    twice = [Setting(SnapKVPress(window_size=8), [0.5]), Setting(SnapKVPress(window_size=16), [0.25, 0.5])]
+    with pytest.raises(ValueError, match=r"SnapKV at 0\.5, dense, more than once"):
+        EvaluationModule(tiny_backbone(), twice)
+
+
+def test_a_context_longer_than_the_model_stops_before_measuring(
+    tiny_backbone: MakeBackbone, tiny_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    from data.evaluation import EvaluationData
+
+    module = EvaluationModule(tiny_backbone(), settings(), str(tmp_path))
+    with pytest.raises(ValueError, match=r"takes 1025 positions, .* trained on 1024 .*KeyRerot"):
+        tiny_trainer().test(module, EvaluationData(lengths=[96, 1025]))
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (Setting(SnapKVPress(window_size=96), [0.5]), "SnapKV looks at a window of 96"),
+        (Setting(SnapKVPress(window_size=16), [0.5], chunk_tokens=12), "SnapKV looks at a window of 16"),
+        (Setting(SnapKVPress(window_size=16), [0.5], decoding_interval=8), "decoding_interval=8 is shorter"),
+    ],
+)
+def test_contexts_shorter_than_a_window_stop_before_measuring(
+    setting: Setting, message: str, tiny_backbone: MakeBackbone, tiny_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    from data.evaluation import EvaluationData
+
+    module = EvaluationModule(tiny_backbone(), [setting], str(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer().test(module, EvaluationData(lengths=[96]))
+
+
+@pytest.mark.parametrize(
+    ("trained", "said"),
+    [
+        (asdict(Splits()), ""),
+        (asdict(Splits(0.5, 0.2, 0.3)), "trained on a division by {'train': 0.5"),
+        (None, "trained on a division by document names"),
+    ],
+)
+def test_splits_that_training_did_not_have_are_named(
+    trained: Any, said: str, tiny_backbone: MakeBackbone, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from data.evaluation import EvaluationData
+
+    module = EvaluationModule(tiny_backbone(), settings(), str(tmp_path))
+    module.training_summary = {"steps": 3, "splits": trained}
+    module._trainer = SimpleNamespace(datamodule=EvaluationData())  # type: ignore[assignment]
+    module._compare_splits()
+    assert (said in caplog.text) if said else not caplog.text

@@ -1,0 +1,233 @@
+"""A press is told which tokens stand behind its keys, however it is used."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from kvpress import (
+    AdaKVPress,
+    BasePress,
+    ChunkPress,
+    ComposedPress,
+    CriticalKVPress,
+    DecodingPress,
+    KeyRerotationPress,
+    KnormPress,
+    ScorerPress,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, pipeline
+
+from sparsekv_pl.eviction.prefill import ChunkedPrefill, prefill
+from sparsekv_pl.eviction.real import RealEviction
+from sparsekv_pl.eviction.replay import RecordedPrefill
+from sparsekv_pl.presses import EvictionAugPress
+from sparsekv_pl.presses.key_tokens import TOKEN_IDS, KeyTokens
+from sparsekv_pl.presses.press_context import PressContext, press_context_in
+from sparsekv_pl.presses.ratio import set_compression_ratio
+from tests.presses.tokens_cases import CHUNK, CONTEXT, Blind, Build, Reads, check, context, pressed
+
+
+def pre_hooks(model: PreTrainedModel) -> int:
+    return len(model.model._forward_pre_hooks)
+
+
+def test_at_keys_reads_a_value_per_token() -> None:
+    tokens = KeyTokens(torch.tensor([[7, 8, 9]]), torch.tensor([[[2, 0], [1, 1]]]))
+    assert tokens.at_keys(torch.tensor([[0.0, 0.5, 1.0]])).tolist() == [[[1.0, 0.0], [0.5, 0.5]]]
+
+
+def test_one_chunk(random_model: Build) -> None:
+    model, press = random_model(), Reads(0.5)
+    with torch.no_grad():
+        prefill(model, context(), press)
+    assert [noted.layer for noted in press.noted] == [0, 1]
+    for noted in press.noted:
+        check(model, noted)
+        assert torch.equal(noted.tokens.positions, torch.arange(CONTEXT).expand(2, 2, -1))
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.5, 0.9])
+def test_many_chunks(random_model: Build, ratio: float) -> None:
+    """At 0.01 the chunks are too short to lose anything at first, and no scorer is asked."""
+    model, press = random_model(), Reads(ratio)
+    with torch.no_grad():
+        prefilled = prefill(model, context(), press, CHUNK)
+    ends = {(noted.layer, noted.tokens.ids.shape[1]) for noted in press.noted if noted.tokens is not None}
+    assert len(ends) == len(press.noted) >= 2  # every layer of every chunk that evicted, none untold
+    for noted in press.noted:
+        check(model, noted, noted.tokens.ids.shape[1])
+    held = {noted.layer: noted.tokens.positions for noted in press.noted if noted.tokens is not None}
+    for layer, positions in prefilled.positions.items():
+        for kept, shown in zip(positions[0].tolist(), held[layer][0].tolist(), strict=True):
+            assert {place for place in kept if place <= max(shown)} <= set(shown)
+
+
+def test_chunks_that_lose_nothing_between_chunks_that_do(random_model: Build) -> None:
+    """int(seen * 0.97): of 12 tokens 11 stay, of 24 tokens 23, all that is held by then, of 36 tokens 34, of 48 all."""
+    model, press = random_model(), Reads(0.03)
+    with torch.no_grad():
+        prefill(model, context(), press, CHUNK)
+    seen = [noted.tokens.ids.shape[1] for noted in press.noted if noted.layer == 0 and noted.tokens is not None]
+    assert seen == [12, 36]
+    for noted in press.noted:
+        check(model, noted, noted.tokens.ids.shape[1])
+
+
+def test_a_saved_prefill_knows_the_tokens_of_its_first_half(random_model: Build) -> None:
+    model, press = random_model(), Reads(0.5)
+    with torch.no_grad():
+        first = ChunkedPrefill(model, press, CONTEXT, CHUNK)
+        for start, stop in first.bounds[:2]:
+            first.advance(context()[:, start:stop])
+        second = ChunkedPrefill(model, press, CONTEXT, CHUNK)
+        second.load_state_dict(first.state_dict())
+        for start, stop in second.bounds[2:]:
+            second.advance(context()[:, start:stop])
+    for noted in press.noted:
+        check(model, noted, noted.tokens.ids.shape[1])
+    assert [noted.tokens.ids.shape[1] for noted in press.noted[::2]] == [12, 24, 36, 48]
+
+
+def test_a_replay_tells_what_a_prefill_tells(random_model: Build) -> None:
+    model, press = random_model(), Reads(0.5)
+    RecordedPrefill(model, context()).evicted(press)
+    assert [noted.layer for noted in press.noted] == [0, 1]
+    for noted in press.noted:
+        check(model, noted)
+
+
+def test_kvpress_s_own_pipeline(tiny_models: dict[str, str]) -> None:
+    model, tokenizer = (kind.from_pretrained(tiny_models["llama"]) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    asking, press = pipeline("kv-press-text-generation", model=model, tokenizer=tokenizer, device="cpu"), Reads(0.5)
+    for text in ("The tiger sleeps under the old bridge. " * 6, "Nobody wakes it."):
+        asking(text, question="Where?", max_new_tokens=4, press=press)
+        for noted in press.noted:
+            assert noted.tokens is not None
+            assert text in tokenizer.decode(noted.tokens.ids[0])
+            assert noted.press_context is None
+        press.noted.clear()
+    assert pre_hooks(model) == 0  # the questions after the context were forwards without a press
+
+
+@pytest.mark.parametrize("wrap", [AdaKVPress, KeyRerotationPress, CriticalKVPress])
+@pytest.mark.parametrize("ours", [False, True])
+def test_inside_a_wrapper(random_model: Build, wrap: Callable[[ScorerPress], BasePress], ours: bool) -> None:
+    model, inner = random_model(), Reads()
+    press = wrap(inner)
+    set_compression_ratio(press, 0.5)
+    with torch.no_grad():
+        if ours:
+            prefill(model, context(), press)
+        else:
+            pressed(model, press)
+    assert len(inner.noted) == 2
+    for noted in inner.noted:
+        check(model, noted)
+
+
+def test_inside_eviction_aug_press(random_model: Build) -> None:
+    model, inner = random_model(), Reads(0.5)
+    eviction = RealEviction(EvictionAugPress([KnormPress(), inner], weights=[0, 1]))
+    eviction(model, context()[:, :40], context()[:, 40:], compression_ratio=0.5, step=0)
+    for noted in inner.noted:
+        check(model, noted, 40)
+
+
+def test_first_and_second_of_composed_presses(random_model: Build) -> None:
+    model, first, second = random_model(), Reads(0.5), Reads(0.5)
+    pressed(model, ComposedPress([first, second]))
+    for noted in first.noted:
+        check(model, noted)
+    assert [noted.tokens for noted in second.noted] == [None, None]  # nobody says what the first one kept
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_parts_of_the_keys_have_no_known_tokens(random_model: Build, ours: bool) -> None:
+    model, inner = random_model(), Reads(0.5)
+    press = ChunkPress(inner, chunk_length=20)
+    with torch.no_grad():
+        if ours:
+            prefill(model, context(), press)
+        else:
+            pressed(model, press)
+    assert [noted.tokens for noted in inner.noted] == [None] * 6
+
+
+def test_nothing_is_known_while_decoding(random_model: Build) -> None:
+    model, inner = random_model(), Reads()
+    press, cache = DecodingPress(inner, compression_interval=3, target_size=20), DynamicCache()
+    with torch.no_grad(), press(model):
+        model(context()[:, :24], past_key_values=cache)
+        for token in range(24, 30):
+            model(context()[:, token : token + 1], past_key_values=cache)
+    assert [noted.values.shape[2] for noted in inner.noted] == [27, 27, 23, 23]
+    assert [noted.tokens for noted in inner.noted] == [None] * 4
+
+
+def test_nothing_is_known_of_embeddings(random_model: Build) -> None:
+    model, press = random_model(), Reads(0.5)
+    pressed(model, press, input_ids=None, inputs_embeds=model.get_input_embeddings()(context()))
+    assert [noted.tokens for noted in press.noted] == [None, None]
+
+
+def test_ids_may_be_given_by_place(random_model: Build) -> None:
+    model, press = random_model(), Reads(0.5)
+    with torch.no_grad(), press(model):
+        model.model(context(), past_key_values=DynamicCache())
+    for noted in press.noted:
+        check(model, noted)
+
+
+def test_a_press_that_does_not_ask_is_not_told(random_model: Build) -> None:
+    model, press = random_model(), Blind(0.5)
+    pressed(model, press)
+    assert [noted.tokens for noted in press.noted] == [None, None]
+    assert pre_hooks(model) == 0
+    press.noted.clear()
+    with torch.no_grad():
+        prefill(model, context(), press)
+    assert [(noted.tokens, noted.press_context.token_ids) for noted in press.noted if noted.press_context] == [
+        (None, None)
+    ] * 2
+
+
+def test_one_hook_however_many_presses_ask_and_gone_with_the_next_forward(random_model: Build) -> None:
+    model, seen = random_model(), []
+    model.model.layers[0].self_attn.register_forward_hook(
+        lambda _, __, kwargs, ___: seen.append(TOKEN_IDS in kwargs), with_kwargs=True
+    )
+    pressed(model, ComposedPress([Reads(0.5), Reads(0.5)]))
+    pressed(model, Reads(0.5))
+    assert pre_hooks(model) == 1
+    with torch.no_grad():
+        model(context())
+        assert pre_hooks(model) == 0
+        model(context())
+    assert seen == [True, True, False, False]
+
+
+def test_the_hook_survives_forwards_under_the_press_and_comes_back_with_it(random_model: Build) -> None:
+    model, press = random_model(), Reads(0.5)
+    with torch.no_grad(), press(model):
+        for _ in range(3):
+            model.model(context(), past_key_values=DynamicCache())
+        assert pre_hooks(model) == 1
+    assert len(press.noted) == 6
+    with torch.no_grad():
+        model(context())
+    press.noted.clear()
+    pressed(model, press)
+    for noted in press.noted:
+        check(model, noted)
+
+
+def test_a_full_cache_prefill_carries_no_notes(random_model: Build) -> None:
+    model, seen = random_model(), []
+    model.model.layers[0].self_attn.register_forward_hook(
+        lambda _, __, kwargs, ___: seen.append(press_context_in(kwargs)), with_kwargs=True
+    )
+    with torch.no_grad():
+        prefill(model, context(), None)
+        prefill(model, context(), KnormPress(0.5))
+    assert seen[0] is None
+    assert isinstance(seen[1], PressContext)

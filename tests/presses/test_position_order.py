@@ -1,0 +1,85 @@
+"""Presses that protect by place leave the cache in order, so that the next one finds sinks and recent tokens again."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from kvpress import BasePress, ComposedPress, KeyRerotationPress
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsekv_pl.eviction.decoding import read_while_evicting
+from sparsekv_pl.eviction.kept_positions import kept_positions
+from sparsekv_pl.eviction.prefill import prefill
+from sparsekv_pl.models.anchors import Anchors
+from sparsekv_pl.presses import AnchorPress, BlockDropoutPress, SoftThresholdPress, VariableBlockPress
+from sparsekv_pl.presses.nesting import press_name
+
+Build = Callable[..., PreTrainedModel]
+PLACES = Anchors(sinks=4, recent=8, special=False, punctuation=False)
+DROPOUT = {"protect_start": 4, "protect_recent": 8}
+ENDS = [*range(4), *range(88, 96)]
+
+
+def ids(tokens: int, seed: int = 0) -> Tensor:
+    """Every token another, so that keys of the first layer tell which token they came from."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(400, generator=generator)[:tokens] for _ in range(2)])
+
+
+@pytest.fixture
+def model(random_model: Build) -> PreTrainedModel:
+    return random_model(vocab_size=400)
+
+
+@torch.no_grad()
+def kept(model: PreTrainedModel, press: BasePress) -> list[Tensor]:
+    """(B, K, L) bool by layer, after one prefill of 96 tokens."""
+    return kept_positions(prefill(model, ids(96), None).cache, prefill(model, ids(96), press).cache)
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        (BlockDropoutPress(0.3, **DROPOUT, block_size=4), BlockDropoutPress(0.5, **DROPOUT, block_size=4, seed=1)),
+        (AnchorPress(0.3, anchors=PLACES), AnchorPress(0.5, anchors=PLACES)),
+        (AnchorPress(0.3, anchors=PLACES), VariableBlockPress(0.5, **DROPOUT)),
+    ],
+    ids=lambda press: press_name(press),
+)
+def test_a_second_one_protects_the_same_tokens(model: PreTrainedModel, first: BasePress, second: BasePress) -> None:
+    model.train()
+    for mask in kept(model, ComposedPress([first, second])):
+        assert mask[..., ENDS].all()
+        assert int(mask.sum(-1).unique()) == 33
+
+
+def test_in_evaluation_soft_threshold_protects_behind_another(model: PreTrainedModel) -> None:
+    press = ComposedPress([AnchorPress(0.3, anchors=PLACES), SoftThresholdPress(0.5, window_size=8)])
+    for mask in kept(model.eval(), press):
+        assert mask[..., ENDS].all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("press", [SoftThresholdPress(window_size=8), AnchorPress(anchors=PLACES)], ids=press_name)
+def test_sinks_stay_while_tokens_are_decoded(model: PreTrainedModel, press: BasePress) -> None:
+    model.eval()
+    start, more = prefill(model, ids(96), None), ids(120, 9)
+    read_while_evicting(model, start, more, press, budget=60, interval=40)
+    sinks = prefill(model, ids(96)[:, :4], None).cache.layers[0].keys
+    now = start.cache.layers[0].keys
+    assert torch.equal(now[:, :, :4], sinks)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "wrap", [KeyRerotationPress, lambda press: ComposedPress([press])], ids=["rotated", "composed"]
+)
+def test_in_evaluation_random_drops_pass_in_wrappers_too(
+    model: PreTrainedModel, wrap: Callable[[BasePress], BasePress]
+) -> None:
+    inner = BlockDropoutPress(0.5, **DROPOUT)
+    press = wrap(inner)
+    assert prefill(model.eval(), ids(96), press).cache.get_seq_length() == 96
+    assert prefill(model.train(), ids(96), press).cache.get_seq_length() == 48
+    assert inner.compression_ratio == 0.5

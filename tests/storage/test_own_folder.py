@@ -1,0 +1,121 @@
+"""A folder belongs to one live process, to nobody once that is killed; one that cannot be is refused at the start."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from evaluate import EvaluateCommandLine
+from sparsekv_pl.cli.command_line import CommandLine, run
+from sparsekv_pl.storage.own_folder import claimed
+from train import TrainCommandLine
+
+ROOT = Path(__file__).parents[2]
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from sparsekv_pl.storage.own_folder import claimed
+with claimed(Path(sys.argv[1]), "key", sys.argv[2]):
+    worker = os.fork()  # as a DataLoader has them
+    if worker:
+        print(worker, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A live process that trains in ``tmp_path``/run, with a worker that outlives it."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run"), "training"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        yield process
+        process.kill()
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_a_folder_is_one_live_process_s(holder: subprocess.Popen[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    by = rf"key={folder}: process {holder.pid} on [^\n]*: wait for it, or give [^\n]*$"
+    with pytest.raises(ValueError, match=by), claimed(folder, "key", "training"):
+        pass
+    with claimed(folder, "key", "report"):
+        pass  # an export of a live training may be measured
+    holder.kill()
+    holder.wait()
+    for _ in range(2):
+        with claimed(folder, "key", "training"):
+            pass
+
+
+def refused(line: type[CommandLine], *arguments: str) -> str:
+    """The one line that ``run`` ends with."""
+    with pytest.raises(SystemExit) as end:
+        run(lambda: line(args=list(arguments), save_config_callback=None))
+    said = str(end.value.code)
+    assert "\n" not in said
+    return said
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("the expensive part began")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.setattr(CommandLine, "instantiate_classes", load)
+
+
+COMMANDS = {
+    "train": (TrainCommandLine, "fit", "quickstart.yaml", "--trainer.default_root_dir"),
+    "export": (TrainCommandLine, "fit", "quickstart.yaml", "--export.directory"),
+    "measure": (EvaluateCommandLine, "test", "evaluate/niah.yaml", "--model.output"),
+    "analyze": (EvaluateCommandLine, "predict", "analyze/statistics.yaml", "--model.output"),
+}
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_output_that_cannot_be_is_a_line_before_the_model_is_loaded(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line, name, config, key = COMMANDS[command]
+    file = tmp_path / "file"
+    file.write_text("")
+
+    def said(folder: Path) -> str:
+        text = refused(line, name, f"--config={ROOT}/configs/{config}", f"{key}={folder}")
+        assert f"{key.removeprefix('--')}={folder}: " in text
+        return text
+
+    assert "give a" in said(file / "below")
+    assert "give" in said(Path("/proc/self/below"))  # where root cannot write either
+    assert "give a shorter path" in said(tmp_path / ("long" * 80))
+    assert "give a shorter path" in said(tmp_path / ("x/" * 1990))
+
+    def full(lock: FileLock, **settings: Any) -> Any:
+        if "full" in lock.lock_file:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), lock.lock_file)
+        return acquire(lock, **settings)
+
+    acquire = FileLock.acquire
+    monkeypatch.setattr(FileLock, "acquire", full)
+    assert "make room" in said(tmp_path / "full")
+
+
+@pytest.mark.usefixtures("nothing_is_loaded", "holder")
+def test_a_second_training_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    config = f"--config={ROOT}/configs/quickstart.yaml"
+    said = refused(TrainCommandLine, "fit", config, f"--trainer.default_root_dir={tmp_path}/run")
+    assert "writes its training there" in said
+    with pytest.raises(AssertionError, match="the expensive part began"):
+        TrainCommandLine(args=["fit", config, "--name=other"], save_config_callback=None)

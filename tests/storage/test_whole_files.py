@@ -1,0 +1,130 @@
+"""Whatever is exported, reported or kept is written by one function, and is whole or not there."""
+
+import errno
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sparsekv_pl.blocksparse.gate_store import GateShape, write_gates
+from sparsekv_pl.blocksparse.tensor_format import LayerTensors, Metadata, write
+from sparsekv_pl.eviction.interrupted_prefill import SavedState
+from sparsekv_pl.reporting.file_formats import replace_all
+from sparsekv_pl.storage.records import Results
+from sparsekv_pl.storage.user_errors import told
+from sparsekv_pl.storage.whole_files import mend, replace, written_whole
+
+ROOT = Path(__file__).parents[2]
+WRITES = re.compile(
+    r"\.write_text\(|\.write_bytes\(|save_file\(|torch\.save\((?!\w+, file\))|\.save_pretrained\(|"
+    r"json\.dump\(|parser\.save\(|"
+    r"open\([^)]*[\"'][wa]b?\+?[\"']|\.to_csv\([^)i]|savefig\([^b]"
+)
+ELSEWHERE = {
+    "sparsekv_pl/storage/own_folder.py": 1,  # who holds a lock
+    "sparsekv_pl/evaluation/time_and_memory.py": 1,  # a switch of the kernel's
+    "sparsekv_pl/storage/records.py": 1,  # adds lines
+}
+"""Places that write otherwise, and how many."""
+
+
+def test_nothing_is_written_past_the_one_function() -> None:
+    """Every call that writes stands in a block of ``written_whole``, or writes below the name that one gave."""
+    files = [path for name in ("sparsekv_pl", "callbacks", "data") for path in (ROOT / name).rglob("*.py")]
+    assert len(files) > 100
+    found = {}
+    for path in files:
+        lines = [line for line in path.read_text().splitlines() if WRITES.search(line)]
+        past = [line for line in lines if "partial" not in line]
+        if past:
+            found[str(path.relative_to(ROOT))] = past
+    assert {name: len(lines) for name, lines in found.items()} == ELSEWHERE, found
+
+
+def layer() -> LayerTensors:
+    tensor = torch.ones(1, 1, 2, 2)
+    about = {"layer_idx": 0, "seq_len": 2, "num_heads": 1, "num_kv_heads": 1, "head_dim": 2, "hidden_size": 2}
+    metadata = Metadata(**about, batch_size=1, timestamp="20240219_120000", model_path="m")  # type: ignore[typeddict-item]
+    return LayerTensors(tensor, tensor, tensor, metadata)
+
+
+def folder_of_tensors(folder: Path) -> None:
+    with written_whole(folder / "export") as partial:
+        partial.mkdir()
+        save_file({"a": torch.ones(2)}, partial / "model.safetensors")
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "report": lambda folder: replace_all(folder, {"report.json": b"{}", "report.html": b"<html>"}),
+    "gates": lambda folder: write_gates(folder, GateShape(1, 1, 1, 2, 2, gate_dim=2), {"a": torch.ones(2)}),
+    "tensors": lambda folder: write(folder, 0, layer()),
+    "state": lambda folder: SavedState(folder / "state.safetensors").save("key", {"a": torch.ones(2)}),
+    "folder": folder_of_tensors,
+    "results": lambda folder: Results(folder).put("key", [{"a": 1}], "trained"),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_disk_that_fills_is_a_line_with_the_path_and_leaves_nothing(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left") as refused:
+        patch.setattr(os, "fsync", full)
+        WRITERS[kind](tmp_path)
+    line = told(refused.value)
+    assert line is not None and "make room" in line and str(tmp_path) in line and "\n" not in line
+    if kind != "results":  # a line that is added, and read again
+        assert list(tmp_path.iterdir()) == []
+    WRITERS[kind](tmp_path)
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_an_error_of_a_library_that_hides_the_systems_is_the_systems(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"No space left on device: .*it'$") as refused, written_whole(tmp_path / "it"):
+        raise Exception("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert refused.value.errno == errno.ENOSPC
+
+
+def test_an_error_about_another_file_names_that_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="absent"), written_whole(tmp_path / "it") as partial:
+        partial.write_bytes((tmp_path / "absent").read_bytes())
+
+
+@pytest.mark.parametrize("place", ["before.rename", "partial.replace"])
+def test_a_folder_that_a_kill_half_replaced_is_the_old_or_the_new_one(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(text: str) -> None:
+        with written_whole(tmp_path / "it") as partial:
+            partial.mkdir()
+            (partial / "file").write_text(text)
+
+    class Killed(BaseException):
+        """Nothing after it runs, cleaning neither."""
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    write("old")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("sparsekv_pl.storage.whole_files._delete_quietly", lambda _: None)
+        patch.setattr(Path, "replace" if place == "partial.replace" else "rename", die)
+        write("new")
+    mend(tmp_path)
+    assert (tmp_path / "it" / "file").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["it"]
+
+
+def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
+    path = tmp_path / "it"
+    replace(path, b"old")
+    with pytest.raises(TypeError):
+        replace(path, None)  # type: ignore[arg-type]
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

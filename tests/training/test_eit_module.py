@@ -1,0 +1,252 @@
+"""The training module in a real Trainer, on tiny models: teacher, objectives, evictions, validation, accumulation."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from kvpress import BasePress, ExpectedAttentionPress, KnormPress, RandomPress, SnapKVPress, StreamingLLMPress
+from torch import Tensor
+
+from callbacks.curriculum import Curriculum
+from sparsekv_pl.evaluation.points import Setting
+from sparsekv_pl.eviction.dropout import KVDropout
+from sparsekv_pl.eviction.real import RealEviction
+from sparsekv_pl.models.anchors import Anchors
+from sparsekv_pl.models.backbone import causal_lm
+from sparsekv_pl.objectives import EIT, LM, Mixed, Objective, SelectionObjective, StudentView
+from sparsekv_pl.presses import EvictionAugPress
+from sparsekv_pl.schedules import Fixed, Linear, Spread
+from sparsekv_pl.training.eit_module import EITModule
+from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw, mixed, trained
+
+OBJECTIVES: dict[str, Callable[[], Objective]] = {
+    "lm": LM,
+    "eit": EIT,
+    "selection": SelectionObjective,
+    "mixed": mixed,
+}
+EVICTIONS: dict[str, Callable[[], Any]] = {
+    "one chunk": lambda: RealEviction(SnapKVPress(window_size=8)),
+    "many chunks": lambda: RealEviction(ExpectedAttentionPress(), chunk_tokens=40),
+    "kv dropout": lambda: KVDropout(Anchors(recent=8), query_chunk=32),
+}
+TERMS = {
+    "lm": {"loss", "cross_entropy"},
+    "eit": {"loss", "cross_entropy", "kl"},
+    "selection": {"loss", "selection/"},
+    "mixed": {"loss", "cross_entropy", "kl", "selection/"},
+}
+
+
+def snapkv() -> RealEviction:
+    return RealEviction(SnapKVPress(window_size=8))
+
+
+def tokens(rows: int = 2) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(2, 1024, (rows, 48), generator=torch.Generator().manual_seed(3))
+    return ids[:, :32], ids[:, 32:]
+
+
+# --- the teacher ---
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_the_teachers_logits_are_the_base_models_whatever_the_adapter_learnt(
+    kind: str, tiny_backbone: MakeBackbone
+) -> None:
+    base, _ = tiny_backbone(kind, lora=None).load()
+    module = EITModule(tiny_backbone(kind), snapkv())
+    for parameter in trained(module):
+        torch.nn.init.normal_(module.get_parameter(parameter), std=0.3)
+    context, continuation = tokens()
+    with torch.no_grad():
+        expected = base(torch.cat([context, continuation], 1)).logits[:, 32:]
+        changed = causal_lm(module.model)(torch.cat([context, continuation], 1)).logits[:, 32:]
+    hidden = module.teacher(context, continuation)
+    assert torch.equal(hidden @ module.student.head_weight.T, expected)
+    assert not torch.allclose(changed, expected, atol=1e-2)
+    assert module.teacher.head_weight is None
+
+
+def test_the_teacher_of_full_fine_tuning_does_not_drift(
+    tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer
+) -> None:
+    module = EITModule(tiny_backbone(lora=None), snapkv(), optimizer=adamw)
+    context, continuation = tokens()
+    head = module.teacher.head_weight
+    assert head is not None
+    before = module.teacher(context, continuation) @ head.T
+    student = module.student.head_weight.detach().clone()
+    tiny_trainer(Curriculum(Fixed(0.5)), max_steps=2).fit(module, tiny_data())
+    assert not torch.equal(module.student.head_weight, student)
+    assert torch.equal(module.teacher(context, continuation) @ head.T, before)
+    assert not any(name.startswith("teacher") for name, _ in module.named_parameters())
+
+
+def test_at_the_start_and_without_eviction_student_and_teacher_agree(
+    tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer
+) -> None:
+    """LoRA starts as zero, so at compression 0 the KL term is 0."""
+    trainer = tiny_trainer(Curriculum(Fixed(0.0)), max_steps=1)
+    trainer.fit(EITModule(tiny_backbone(), snapkv()), tiny_data())
+    assert trainer.callback_metrics["train/kl"] == pytest.approx(0, abs=1e-5)
+    assert trainer.callback_metrics["train/kept_share"] == 1
+
+
+# --- objectives and evictions ---
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_trains_under_every_eviction(
+    objective: str, eviction: str, tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer
+) -> None:
+    if eviction == "kv dropout" and "selection/" in TERMS[objective]:
+        with pytest.raises(ValueError, match="KVDropout has no press"):
+            EITModule(tiny_backbone(), EVICTIONS[eviction](), OBJECTIVES[objective]())
+        return
+    module = EITModule(tiny_backbone(), EVICTIONS[eviction](), OBJECTIVES[objective](), optimizer=adamw)
+    before = trained(module)
+    trainer = tiny_trainer(Curriculum(Linear(0.5, 0.6, steps=1)), max_steps=2)
+    trainer.fit(module, tiny_data(retrieval_share=0.5))
+    logs = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    for term in TERMS[objective]:
+        assert [name for name in logs if name.startswith(f"train/{term}")]
+    assert all(math.isfinite(value) for value in logs.values()), logs
+    assert logs["train/compression_ratio"] == pytest.approx(0.6)
+    assert 0.35 < logs["train/kept_share"] < 0.65
+    changed = [name for name, value in trained(module).items() if not torch.equal(value, before[name])]
+    assert any("lora_B" in name for name in changed)
+
+
+def test_the_mixed_loss_is_the_weighted_sum_of_its_members() -> None:
+    generator = torch.Generator().manual_seed(0)
+    view = StudentView(
+        hidden_NE=torch.randn(5, 8, generator=generator),
+        labels_N=torch.tensor([1, 2, 3, 4, 5]),
+        head_weight_VE=torch.randn(11, 8, generator=generator),
+        teacher_NE=torch.randn(5, 8, generator=generator),
+    )
+    parts = [LM()(view)["loss"], EIT(kl_weight=2.0)(view)["loss"]]
+    assert Mixed([LM(), EIT(kl_weight=2.0)], [0.5, 3.0])(view)["loss"] == pytest.approx(0.5 * parts[0] + 3 * parts[1])
+    assert EIT(kl_weight=0.0)(view)["loss"] == pytest.approx(float(parts[0]), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (lambda: EIT(kl_weight=-1.0), "kl_weight=-1.0"),
+        (lambda: EIT(temperature=0.0), "temperature=0.0"),
+        (lambda: Mixed([]), "empty"),
+        (lambda: Mixed([LM()], [1.0, 2.0]), r"weights=\[1.0, 2.0\]"),
+    ],
+)
+def test_objectives_name_a_bad_setting(bad: Callable[[], Objective], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bad()
+
+
+@pytest.mark.parametrize("press", [StreamingLLMPress(), RandomPress()])
+def test_selection_alone_with_nothing_to_train_is_refused(press: Any, tiny_backbone: MakeBackbone) -> None:
+    with pytest.raises(ValueError, match=r"nothing to train in (StreamingLLM|Random)"):
+        EITModule(tiny_backbone(), RealEviction(press), SelectionObjective())
+
+
+def test_a_step_that_draws_a_press_with_nothing_to_train_trains_nothing(
+    tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer
+) -> None:
+    press = EvictionAugPress([StreamingLLMPress(), SnapKVPress(window_size=8)], weights=[1.0, 0.0])
+    module = EITModule(tiny_backbone(), RealEviction(press), SelectionObjective(), optimizer=adamw)
+    trainer = tiny_trainer(Curriculum(Linear(0.5, 0.5)), max_steps=1)
+    trainer.fit(module, tiny_data())
+    assert trainer.callback_metrics["train/loss"] == 0
+
+
+def test_one_press_per_step_and_all_of_them_score(
+    tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer
+) -> None:
+    press = EvictionAugPress([SnapKVPress(window_size=8), KnormPress(), StreamingLLMPress()], score_all=True)
+    module = EITModule(tiny_backbone(), RealEviction(press), mixed(), optimizer=adamw)
+    trainer = tiny_trainer(Curriculum(Linear(0.5, 0.5)), max_steps=3)
+    trainer.fit(module, tiny_data())
+    for name in ("train/selection/SnapKV", "train/selection/Knorm"):
+        assert math.isfinite(trainer.callback_metrics[name])
+    assert "train/selection/StreamingLLM" not in trainer.callback_metrics
+    assert module.describe_training()["presses"] == ["SnapKV", "Knorm", "StreamingLLM"]
+
+
+# --- validation ---
+
+
+def test_validation_logs_perplexity_full_and_evicted_at_its_own_ratio(
+    tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer
+) -> None:
+    module = EITModule(tiny_backbone(), snapkv(), validation_compression_ratio=0.0)
+    trainer = tiny_trainer(limit_val_batches=1.0)
+    module.compression_ratio = 0.9
+    first = trainer.validate(module, tiny_data(), verbose=False)[0]
+    assert first["val/perplexity_full"] == pytest.approx(first["val/perplexity_evicted"], rel=1e-5)
+    module.validation_compression_ratio = 0.8
+    second = trainer.validate(module, tiny_data(), verbose=False)[0]
+    assert second["val/perplexity_full"] == first["val/perplexity_full"]
+    assert second["val/perplexity_evicted"] != pytest.approx(first["val/perplexity_evicted"], rel=1e-4)
+
+
+@pytest.mark.parametrize("press", [SnapKVPress(0.3, window_size=8), EvictionAugPress([KnormPress(0.3)])])
+def test_a_ratio_that_is_written_in_a_press_and_overridden_is_warned_of(
+    press: BasePress, tiny_backbone: MakeBackbone, caplog: pytest.LogCaptureFixture
+) -> None:
+    EITModule(tiny_backbone(), snapkv(), validation_eviction=RealEviction(KnormPress()))
+    Setting(SnapKVPress(), [0.5])
+    assert not caplog.records
+    EITModule(tiny_backbone(), RealEviction(press))
+    EITModule(tiny_backbone(), snapkv(), validation_eviction=RealEviction(press))
+    Setting(press, [0.5])
+    told = ("the Curriculum", "validation_compression_ratio", "compression_ratios")
+    for record, sets in zip(caplog.records, told, strict=True):
+        assert re.fullmatch(rf".*compression_ratio=0.3 counts for nothing: {sets} sets the ratio", record.getMessage())
+
+
+# --- accumulation ---
+
+
+def test_two_accumulated_batches_train_as_one_of_twice_the_size(
+    tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer
+) -> None:
+    def run(batch_size: int, accumulate: int) -> tuple[dict[str, Tensor], int]:
+        torch.manual_seed(0)
+        module = EITModule(tiny_backbone(), snapkv(), optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
+        curriculum = Curriculum(Spread(Linear(0.3, 0.6, steps=2)))
+        trainer = tiny_trainer(curriculum, max_steps=2, accumulate_grad_batches=accumulate)
+        trainer.fit(module, tiny_data(batch_size=batch_size, retrieval_share=0.0))
+        return trained(module), trainer.global_step
+
+    (accumulated, steps), (whole, same_steps) = run(1, 2), run(2, 1)
+    assert steps == same_steps == 2
+    for name, value in whole.items():
+        torch.testing.assert_close(accumulated[name], value, rtol=1e-3, atol=1e-5)
+    assert any(value.abs().max() > 1e-3 for name, value in whole.items() if "lora_B" in name)
+
+
+# --- settings that are refused ---
+
+
+def test_a_context_shorter_than_the_presss_window_stops_before_training(
+    tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer
+) -> None:
+    module = EITModule(tiny_backbone(), RealEviction(SnapKVPress(window_size=96)))
+    with pytest.raises(ValueError, match=r"SnapKV looks at a window of 96 tokens .* chunks of 96"):
+        tiny_trainer().fit(module, tiny_data())
+    module = EITModule(tiny_backbone(), KVDropout(Anchors(recent=96)))
+    with pytest.raises(ValueError, match="96"):
+        tiny_trainer().fit(module, tiny_data())
+    assert module.global_step == 0
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, math.nan])
+def test_a_compression_outside_0_to_1_is_refused(ratio: float, tiny_backbone: MakeBackbone) -> None:
+    with pytest.raises(ValueError, match=f"{ratio}"):
+        EITModule(tiny_backbone(), snapkv(), validation_compression_ratio=ratio)
