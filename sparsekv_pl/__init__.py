@@ -1,19 +1,92 @@
 """sparsekv_pl: train causal language models to survive the eviction of their KV cache.
 
-Our presses are importable from here: ``from sparsekv_pl import AnchorPress``.
+What a script needs is importable from here: ``from sparsekv_pl import EITModule, RealEviction``. Names are loaded at
+their first use, because kvpress and transformers take seconds.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from sparsekv_pl.evaluation.evaluation_module import EvaluationModule
+    from sparsekv_pl.evaluation.points import Setting
+    from sparsekv_pl.eviction.dropout import KVDropout
+    from sparsekv_pl.eviction.real import RealEviction
+    from sparsekv_pl.models.anchors import Anchors
+    from sparsekv_pl.models.backbone import Backbone
+    from sparsekv_pl.models.lora import Lora
+    from sparsekv_pl.objectives import EIT, LM, Layerwise, Mixed, Reconstruction, SelectionObjective, SparseLM
+    from sparsekv_pl.presses import (
+        AdaptiveBlockDropoutPress,
+        AnchorPress,
+        BlockDropoutPress,
+        EvictionAugPress,
+        SentenceDropoutPress,
+        SoftThresholdPress,
+        SparseRegPress,
+        VariableBlockPress,
+    )
+    from sparsekv_pl.schedules import Adaptive, Cosine, Fixed, Linear, Spread, Step
+    from sparsekv_pl.training.eit_module import EITModule
+
+__version__ = "0.2.0"
+
+__all__ = [
+    "EIT",
+    "LM",
+    "Adaptive",
+    "AdaptiveBlockDropoutPress",
+    "AnchorPress",
+    "Anchors",
+    "Backbone",
+    "BlockDropoutPress",
+    "Cosine",
+    "EITModule",
+    "EvaluationModule",
+    "EvictionAugPress",
+    "Fixed",
+    "KVDropout",
+    "Layerwise",
+    "Linear",
+    "Lora",
+    "Mixed",
+    "RealEviction",
+    "Reconstruction",
+    "SelectionObjective",
+    "SentenceDropoutPress",
+    "Setting",
+    "SoftThresholdPress",
+    "SparseLM",
+    "SparseRegPress",
+    "Spread",
+    "Step",
+    "VariableBlockPress",
+]
+
+_SOURCES = {
+    "Anchors": "models.anchors",
+    "Backbone": "models.backbone",
+    "EITModule": "training.eit_module",
+    "EvaluationModule": "evaluation.evaluation_module",
+    "KVDropout": "eviction.dropout",
+    "Lora": "models.lora",
+    "RealEviction": "eviction.real",
+    "Setting": "evaluation.points",
+    **dict.fromkeys(["Adaptive", "Cosine", "Fixed", "Linear", "Spread", "Step"], "schedules"),
+    **dict.fromkeys(
+        ["EIT", "LM", "Layerwise", "Mixed", "Reconstruction", "SelectionObjective", "SparseLM"], "objectives"
+    ),
+}
+"""The module of each exported name; presses, by their suffix, are in ``presses``."""
+
+if not TYPE_CHECKING:  # a type checker that saw it would accept every name
+
+    def __getattr__(name):
+        if name not in __all__:
+            raise AttributeError(f"sparsekv_pl has no {name!r}; it exports {', '.join(__all__)}")
+        source = _SOURCES.get(name, "presses")
+        return getattr(import_module(f"sparsekv_pl.{source}"), name)
 
 
-def __getattr__(name: str) -> Any:
-    if not name.endswith("Press"):
-        raise AttributeError(f"module 'sparsekv_pl' has no attribute {name!r}")
-    # Late: presses import kvpress, which takes seconds, and importing this package imports nothing else.
-    presses = import_module("sparsekv_pl.presses")
-    if name in presses.__all__:
-        return getattr(presses, name)
-    raise AttributeError(f"sparsekv_pl has no {name!r}; its presses are {presses.__all__}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sparsekv_pl.cli.config_extent import check_depth, check_extent
 from sparsekv_pl.cli.config_values import check_shape, check_values, explained
+from sparsekv_pl.cli.moved_classes import moved
 from sparsekv_pl.cli.out_of_memory import out_of_memory_explained
 from sparsekv_pl.cli.run_folders import REPORT, RunFolders
 from sparsekv_pl.cli.run_length import fill_length
@@ -103,7 +104,7 @@ class Parser(LightningArgumentParser):
             "Unexpected config: ", f"{self._reading} holds no settings: "
         )
         if self.exit_on_error and not os.environ.get("JSONARGPARSE_DEBUG"):
-            self.exit(2, f"error: {plain(message)}\n")
+            self.exit(2, f"error: {moved(plain(message))}\n")
         super().error(message, ex)
 
     def instantiate(self, namespace: Namespace, *args: Any, **settings: Any) -> Namespace:
