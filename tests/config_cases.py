@@ -19,7 +19,7 @@ NO_CLASS = ["nonsense", "kvpress.NoSuchPress", "os.path.join", "datetime.datetim
 NO_SETTINGS: list[Any] = ["many", [1, 2], True, 3.7, -7, math.nan, None, [None]]
 NO_NUMBER: list[Any] = ["many", [1, 2], {"nonsense": 1}, math.nan, math.inf, -math.inf, 10**30, "", [None], -7]
 ANYTHING: list[Any] = ["many", [1, 2], {"nonsense": 1}, True, None, 3.7, -7, 0, math.nan, math.inf, 10**30, "", [], "3"]
-NEGATIVE = {"max_steps", "max_epochs", "num_sanity_val_steps", "version", "seed_everything"}
+NEGATIVE = {"max_steps", "max_epochs", "num_sanity_val_steps", "version", "seed_everything", "seed"}
 """Numbers for which -1 or every integer means something, or of which Lightning names the key itself."""
 STRUCTURE = {"class_path", "init_args"}
 

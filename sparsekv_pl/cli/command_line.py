@@ -179,9 +179,9 @@ class CommandLine(LightningCLI):
         with self._memory_explained():
             super().instantiate_classes()
         if self.subcommand is not None and self.reports:
-            trainer, model = cast(Any, self.trainer), cast(Any, self.model)
-            if not trainer.fast_dev_run:
-                self.folders.claim("model.output", model.output, REPORT)  # where nothing said it
+            output = getattr(self.model, "output", None)  # a user's own module may write nothing
+            if output is not None and not cast(Any, self.trainer).fast_dev_run:
+                self.folders.claim("model.output", output, REPORT)
 
     def instantiate_trainer(self, **settings: Any) -> Trainer:
         """The trainer; what Lightning refuses becomes a ``ValueError`` with the settings that it speaks of."""

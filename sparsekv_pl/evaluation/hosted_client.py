@@ -88,9 +88,11 @@ class HostedModel:
             raise ValueError("hosted.key_variable must be the name of an environment variable in capitals, not a key")
         if not self.model:
             raise ValueError("hosted.model is empty: give the endpoint's name of a model")
-        for name, least in {"concurrency": 1, "retries": 0, "thinking_tokens": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"hosted.{name}={getattr(self, name)} must be at least {least}")
+        least_of = {"concurrency": 1, "retries": 0, "thinking_tokens": 0, "max_tokens_total": 1, "max_dollars": 0}
+        for name, least in least_of.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"hosted.{name}={value} must be at least {least}")
         if not 0 < self.timeout <= LONGEST_WAIT:
             raise ValueError(f"hosted.timeout={self.timeout} must be more than 0 seconds and at most {LONGEST_WAIT:,}")
         prices = (self.dollars_per_million_input, self.dollars_per_million_output)

@@ -89,7 +89,10 @@ class Placement:
         given = {int(d) if d.isdigit() else d: in_bytes(size, d) for d, size in self.max_memory.items()}
         unknown = sorted(str(device) for device in set(given) - set(found))
         if unknown:
-            raise ValueError(f"placement.max_memory names {unknown}, but this machine has {[str(d) for d in found]}")
+            raise ValueError(
+                f"placement.max_memory is {self.max_memory}, which names {unknown}, but this machine has "
+                f"{[str(d) for d in found]}"
+            )
         return {device: given[device] for device in found if device in given}
 
     def _device_map(self, model: PreTrainedModel, unquantised: PreTrainedModel) -> dict[str, Device]:

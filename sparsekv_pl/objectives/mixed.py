@@ -32,7 +32,7 @@ class Mixed(Objective):
 
     def __post_init__(self) -> None:
         if not self.objectives:
-            raise ValueError("Mixed.objectives is empty: name at least one objective")
+            raise ValueError("Mixed.objectives is []: name at least one objective")
         if self.weights is None:
             self.weights = [1.0] * len(self.objectives)
         sound = all(0 <= weight < math.inf for weight in self.weights) and any(self.weights)

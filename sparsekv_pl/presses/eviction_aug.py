@@ -46,7 +46,7 @@ class EvictionAugPress(BasePress, Draws):
 
     def __post_init__(self) -> None:
         if not self.presses:
-            raise ValueError("EvictionAugPress.presses is empty: name at least one press")
+            raise ValueError("EvictionAugPress.presses is []: name at least one press")
         for press in self.presses:
             if not isinstance(press, BasePress):
                 raise ValueError(f"EvictionAugPress.presses has {press!r}, which is no press: give kvpress's or ours")

@@ -152,6 +152,7 @@ def test_loopback_does_not_go_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -
         ({"timeout": 0.0}, "hosted.timeout=0.0"),
         ({"retries": -1}, "hosted.retries=-1"),
         ({"concurrency": 0}, "hosted.concurrency=0"),
+        ({"max_tokens_total": -7}, "hosted.max_tokens_total=-7"),
         ({"thinking_tokens": -1}, "hosted.thinking_tokens=-1"),
         ({"max_dollars": 1.0}, "dollars_per_million_input"),
         ({"dollars_per_million_input": 1.0}, "and _output"),

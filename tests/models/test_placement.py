@@ -75,7 +75,7 @@ def test_limits_are_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerate.utils, "get_max_memory", lambda: {0: 100, 1: 100, "cpu": 50})
     assert Placement().rooms() == {0: 90, 1: 90, "cpu": 45}
     assert list(Placement(max_memory={"cpu": "1KiB", "1": "2KB"}).rooms().items()) == [(1, 2000), ("cpu", 1024)]
-    with pytest.raises(ValueError, match=r"max_memory names \['2', 'tpu'\], but this machine has \['0', '1', 'cpu'\]"):
+    with pytest.raises(ValueError, match=r"which names \['2', 'tpu'\], but this machine has \['0', '1', 'cpu'\]"):
         Placement(max_memory={"2": "1GiB", "tpu": "1GiB", "cpu": "1GiB"}).rooms()
 
 

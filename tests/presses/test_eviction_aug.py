@@ -83,7 +83,7 @@ def test_presses_are_equally_likely_without_weights() -> None:
 
 
 def test_no_presses_is_an_error() -> None:
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match=r"presses is \[\]"):
         EvictionAugPress([])
 
 
