@@ -45,6 +45,6 @@ def check_evicts_in_evaluation(eviction: Eviction) -> None:
     traits = None if eviction.press is None else traits_of(eviction.press)
     if traits is not None and traits.only_trains:
         raise ValueError(
-            f"validation_eviction is null, or {traits.name} itself, which evicts in training alone: validation would see "
-            "the full cache. Name another eviction (RealEviction with SnapKVPress, say)"
+            f"validation_eviction is null, or {traits.name} itself, which evicts in training alone: validation would "
+            "see the full cache. Name another eviction (RealEviction with SnapKVPress, say)"
         )
