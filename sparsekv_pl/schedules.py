@@ -1,6 +1,6 @@
-"""Compression curricula: which fraction of the KV pairs is removed at which training step.
+"""Compression curricula: the fraction of KV pairs that is removed at each training step.
 
-Training starts near the full cache and removes more as the model learns to do without. SparseKV's "keep 0.9 -> 0.3" is
+Training starts near the full cache and removes more as the model adapts. SparseKV's "keep 0.9 -> 0.3" is
 compression_ratio 0.1 -> 0.7 here. Steps are optimizer steps, from 0; lengths are steps or shares of the run
 (training/schedule_steps.py).
 """
@@ -19,33 +19,36 @@ from sparsekv_pl.training.schedule_steps import Steps, check_boundaries, check_s
 
 
 class Schedule(ABC):
-    """A compression curriculum: ``ratio(step)``, and a state if it learns from validation.
+    """A compression curriculum: ``ratio(step)``, with a state if it adapts to validation.
 
-    A pure schedule is a function of the step alone: nothing to save, the same on every rank.
+    A pure schedule is a function of the step alone: it has no state and is the same on every rank.
     """
 
     @abstractmethod
     def ratio(self, step: int) -> float:
-        """The compression ratio of optimizer step ``step`` (from 0), 0 <= ratio < 1."""
+        """Return the compression ratio of optimizer step ``step`` (from 0), 0 <= ratio < 1."""
 
     def over(self, max_steps: int) -> "Schedule":
-        """This schedule in a run of ``max_steps`` steps; itself where its lengths are steps already."""
+        """Return this schedule with lengths in steps, for a run of ``max_steps`` optimizer steps.
+
+        Raises ``ValueError`` if lengths are shares and ``max_steps`` is no length (-1).
+        """
         return in_steps(self, max_steps)
 
     @property
     def observes(self) -> bool:
-        """Whether ``observe`` changes anything, so that a validation perplexity must exist."""
+        """Whether the schedule needs validation perplexities (``observe``)."""
         return False
 
-    def observe(self, perplexity: float) -> None:  # noqa: B027 - a pure schedule rightly ignores it
-        """Tell the schedule the newest validation perplexity under eviction."""
+    def observe(self, perplexity: float) -> None:  # noqa: B027 - a pure schedule ignores it
+        """Take the newest validation perplexity under eviction."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold, JSON-able; empty for a pure schedule."""
+        """Return the state for a checkpoint, JSON-able; empty for a pure schedule."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` gave; ValueError if another kind of schedule gave it."""
+        """Restore the result of ``state_dict``; ``ValueError`` if it is of another kind of schedule."""
         if state:
             raise ValueError(
                 f"{type(self).__name__} has no state, but the checkpoint holds {state}: resume with the "
@@ -53,20 +56,21 @@ class Schedule(ABC):
             )
 
     def describe(self) -> dict[str, Any]:
-        """The schedule as a config has it: ``{"class_path": ..., "init_args": {...}}``, JSON-able."""
+        """Return the schedule as in a config: ``{"class_path": ..., "init_args": {...}}``, JSON-able."""
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.init}  # type: ignore[arg-type]
         init_args = {k: v.describe() if isinstance(v, Schedule) else v for k, v in given.items()}
         return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": init_args}
 
 
 class WarmedUp(Schedule):
-    """Begins ``warmup_steps`` late; until then the ratio rises linearly from 0 to the start."""
+    """A schedule with a warm-up, in which the ratio rises linearly from 0 to the schedule's start."""
 
     warmup_steps: Steps
+    """Length of the warm-up, in optimizer steps or as a share of the run."""
 
     @abstractmethod
     def after_warmup(self, step: int) -> float:
-        """The compression ratio ``step`` steps after the warm-up's end."""
+        """Return the compression ratio ``step`` steps after the warm-up's end."""
 
     @override
     def ratio(self, step: int) -> float:
@@ -78,7 +82,20 @@ class WarmedUp(Schedule):
 
 @dataclass(frozen=True)
 class Fixed(WarmedUp):
-    """The same ratio at every step."""
+    """The same ratio at every step.
+
+    Parameters
+    ----------
+    compression_ratio
+        The removed share, 0 <= r < 1.
+    warmup_steps
+        See ``WarmedUp``.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range.
+    """
 
     compression_ratio: float = 0.5
     warmup_steps: Steps = 0
@@ -94,7 +111,22 @@ class Fixed(WarmedUp):
 
 @dataclass(frozen=True)
 class Linear(WarmedUp):
-    """In a straight line from ``start`` to ``end`` over ``steps`` (by default the whole run), then ``end``."""
+    """A straight line from ``start`` to ``end`` over ``steps``, then ``end``.
+
+    Parameters
+    ----------
+    start, end
+        Compression ratios, 0 <= r < 1.
+    steps
+        Length of the line, in optimizer steps or as a share of the run after the warm-up (1.0: all of it).
+    warmup_steps
+        See ``WarmedUp``.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range.
+    """
 
     start: float = 0.1
     end: float = 0.7
@@ -109,7 +141,7 @@ class Linear(WarmedUp):
         check_steps(f"{name}.warmup_steps", self.warmup_steps, 0)
 
     def progress(self, step: int) -> float:
-        """The share of the way from ``start`` to ``end``, 0 to 1."""
+        """Return the share of the way from ``start`` to ``end``, 0 to 1."""
         return min(step / self.steps, 1.0)
 
     @override
@@ -120,7 +152,7 @@ class Linear(WarmedUp):
 
 @dataclass(frozen=True)
 class Cosine(Linear):
-    """From ``start`` to ``end`` over ``steps`` along half a cosine: slow, fast, slow. Then ``end``."""
+    """Half a cosine from ``start`` to ``end`` over ``steps``, then ``end``; parameters as in ``Linear``."""
 
     @override
     def progress(self, step: int) -> float:
@@ -129,7 +161,22 @@ class Cosine(Linear):
 
 @dataclass(frozen=True)
 class Step(WarmedUp):
-    """Piecewise constant: ``values[i]`` until step ``boundaries[i]``, from there on ``values[i + 1]``."""
+    """Piecewise constant: ``values[i]`` before step ``boundaries[i]``, ``values[i + 1]`` from it on.
+
+    Parameters
+    ----------
+    values
+        Compression ratios, one more than ``boundaries``.
+    boundaries
+        Increasing lengths, in optimizer steps or as shares of the run after the warm-up.
+    warmup_steps
+        See ``WarmedUp``.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range.
+    """
 
     values: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7])
     boundaries: list[int] | list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])
@@ -153,25 +200,30 @@ class Step(WarmedUp):
 
 @dataclass
 class Adaptive(WarmedUp):
-    """Raises the ratio while validation perplexity under eviction holds; holds or backs off when it rises.
+    """Raise the ratio while validation perplexity under eviction is stable; keep or lower it when perplexity rises.
 
-    The first validation sets the reference; after that it is the best perplexity seen. A validation holds if its
+    The first validation sets the reference; after that it is the best perplexity so far. A validation is stable if its
     perplexity is at most ``(1 + tolerance)`` times the reference. Validations during the warm-up count too.
 
     Parameters
     ----------
     start, maximum
-        The ratio before the first validation, which is also the lowest to back off to, and the highest.
+        The lowest ratio, used before the first validation, and the highest.
     step_size
-        How much the ratio rises each time.
+        Increase of the ratio each time, above 0.
     tolerance
-        The relative rise of perplexity that still counts as holding.
+        Largest relative rise of perplexity that counts as stable.
     patience
-        How many validations in a row must hold before the ratio rises.
+        Number of consecutive stable validations before the ratio rises.
     back_off
-        How much the ratio falls when perplexity rises; 0 holds the ratio instead.
+        Decrease of the ratio when perplexity rises; 0 keeps the ratio.
     warmup_steps
         See ``WarmedUp``.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range.
     """
 
     start: float = 0.1
@@ -207,7 +259,7 @@ class Adaptive(WarmedUp):
 
     @override
     def observe(self, perplexity: float) -> None:
-        """Raise, hold or lower the ratio. Infinity is a rise; NaN or a value below 1 a ValueError."""
+        """Raise, keep or lower the ratio. Infinity counts as a rise; NaN and values below 1 raise ``ValueError``."""
         if not perplexity >= 1:
             raise ValueError(f"validation perplexity under eviction is {perplexity}: exp(loss) is at least 1, check it")
         limit = math.inf if self.best is None else self.best * (1 + self.tolerance)
@@ -245,10 +297,24 @@ class Adaptive(WarmedUp):
 
 @dataclass(frozen=True)
 class Spread(Schedule):
-    """Draws each step's ratio uniformly between ``low`` and ``schedule``'s: small ratios stay trained.
+    """Draw each step's ratio uniformly between ``low`` and ``schedule``'s ratio, so that small ratios stay trained.
 
-    The draw is a function of (seed, step): every rank and every resumed run draws the same. Where
-    ``schedule`` is at or below ``low``, its value is taken as it is.
+    The draw is a function of (seed, step): every rank and every resumed run draws the same. If ``schedule``'s ratio is
+    at or below ``low``, it is used unchanged.
+
+    Parameters
+    ----------
+    schedule
+        Gives the upper end.
+    low
+        The lower end, 0 <= low < 1.
+    seed
+        Seed of the draws.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range.
     """
 
     schedule: Schedule

@@ -1,1 +1,1 @@
-"""Seeing attention, and computing it over a cache, without an L x L matrix."""
+"""Computing attention over a cache, and measuring it, without an L x L matrix."""

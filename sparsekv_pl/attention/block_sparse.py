@@ -1,8 +1,8 @@
-"""Attention that computes the selected key blocks alone.
+"""Block-sparse attention: compute only the selected key blocks.
 
-Each query block's keys and values are gathered and then multiplied as dense matrices, so a block that is not selected
-costs nothing. All queries of a block share what was gathered, and so do the query heads of a KV head where every head
-has the same selection. Only a query block's own block needs the causal mask: it is gathered first, and is one slice.
+Each query block's keys and values are gathered and multiplied as dense matrices, so a block that is not selected costs
+nothing. All queries of a block share the gathered keys and values, and so do the query heads of a KV head if all heads
+have the same selection. Only a query block's own block needs the causal mask: it is gathered first, as one slice.
 """
 
 from collections.abc import Iterator
@@ -19,30 +19,35 @@ from sparsekv_pl.attention.blocks import NOTHING, Blocks, block_count, first_blo
 from sparsekv_pl.attention.flex_blocks import flex_attention_over, suits_flex
 
 UNIT = 3 << 20
-"""Bytes that a thread of a CPU gathers and scores at once: what its caches hold."""
+"""Bytes that a CPU thread gathers and scores at once, so that they fit its caches."""
 UNIT_ON_DEVICE = 64 << 20
-"""The same elsewhere, where many multiprocessors want work at once."""
+"""The same on other devices, whose many multiprocessors need more work at once."""
 
 
 def block_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scaling: float | None = None
 ) -> Tensor:
-    """(B, H, T, D): every query attends to the selected blocks, causally. Equal to ``dense_reference``.
+    """Attend causally to the selected blocks; return (B, H, T, D). Equal to ``dense_reference``.
 
-    ``query`` (B, H, T, D) are the last T of the S positions of ``key`` and ``value`` (B, K, S, D), any dtype, H a
-    multiple of K; ``scaling`` of the dot products is 1 / sqrt(D) if None. Beyond inputs, output and gradients the
-    memory does not grow with T, and a single query touches what is selected for it alone. Differentiable once: the
-    backward computes every unit of work again.
+    Beyond inputs, output and gradients, memory does not grow with T, and a single query reads only its selected blocks.
+    Differentiable once: backward computes every unit of work again. In 16 bits the dot products are rounded to 16 bits
+    before the softmax, as in eager attention. Under autocast the inputs are cast as for PyTorch's attention.
+    FlexAttention computes it if ``suits_flex``; everything else takes the same path on every device.
 
-    In 16 bits the dot products are rounded to 16 bits before the softmax, as eager attention rounds them. Under
-    autocast the inputs are cast as PyTorch's attention casts them.
-
-    Where ``suits_flex`` says so, FlexAttention computes it. The rest takes one route on every device.
+    Parameters
+    ----------
+    query, key, value
+        ``query`` (B, H, T, D) has the last T of the S positions of ``key`` and ``value`` (B, K, S, D); any dtype, H a
+        multiple of K.
+    blocks
+        The selected key blocks of each query block.
+    scaling
+        Factor of the dot products; None for 1 / sqrt(D).
 
     Raises
     ------
     ValueError
-        For shapes that do not fit one another, or blocks that were selected for others.
+        If shapes do not fit one another, or ``blocks`` was selected for other queries and keys.
     """
     _check(query, key, value, blocks)
     kind = query.device.type
@@ -56,9 +61,10 @@ def block_sparse_attention(
 
 
 def dense_reference(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scaling: float | None = None) -> Tensor:
-    """(B, H, T, D) of queries (B, H, T, D), the last T of the S positions of keys and values (B, K, S, D).
+    """Compute ``block_sparse_attention`` with a mask over all T x S pairs: the slow reference.
 
-    Through a mask over all T x S pairs.
+    Returns (B, H, T, D); ``query`` (B, H, T, D) has the last T of the S positions of ``key`` and ``value``
+    (B, K, S, D).
     """
     queries, keys, size = query.shape[2], key.shape[2], blocks.block_size
     positions = torch.arange(keys - queries, keys, device=query.device)
@@ -81,13 +87,13 @@ def _check(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> None:
     groups = blocks.indices.shape[1]
     if blocks.keys != keys or (len(blocks.indices), blocks.indices.shape[2]) != expected or groups not in (1, heads):
         raise ValueError(
-            f"blocks {tuple(blocks.indices.shape)} of {blocks.block_size} over {blocks.keys} keys are not of queries "
+            f"blocks {tuple(blocks.indices.shape)} of {blocks.block_size} over {blocks.keys} keys do not fit queries "
             f"{tuple(query.shape)} over {keys} keys: select them from the same queries and keys, for 1 or all heads"
         )
 
 
 def _gathered_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scaling: float) -> Tensor:
-    """(B, H, T, D). Queries are filled up to whole blocks, but not where all of them are in one."""
+    """Attend by gathering, (B, H, T, D). Queries are padded to whole blocks, unless all are in one block."""
     batch, heads, queries, _ = query.shape
     size, (_, groups, rows, _) = blocks.block_size, blocks.indices.shape
     offset, before, after = (key.shape[2] - queries) % size, 0, 0
@@ -101,19 +107,19 @@ def _gathered_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Block
 
 
 class _Unit(NamedTuple):
-    """What is computed at once: N query blocks of one row, for the heads that share a KV head and a selection."""
+    """A unit of work: N query blocks of one row, for the heads that share a KV head and a selection."""
 
     query_at: tuple[int, int, slice, slice]
     key_at: tuple[int, int]
     indices: Tensor
-    """(N, k), descending: the own block first, ``NOTHING`` last."""
+    """(N, k) int64, descending: the own block first, ``NOTHING`` last."""
     tokens: Tensor
-    """(N * k * size,) positions of their keys; where there is none, of one that is masked."""
+    """(N * k * size,) int64, positions of the blocks' keys; for ``NOTHING``, of keys that are masked."""
     absent: Tensor | None
     """(N, 1, k, 1) bool, True for ``NOTHING``; None if there is none."""
 
     def gather(self, states: Tensor, scratch: "_Scratch | None" = None) -> Tensor:
-        """(N, k * size, D) of ``states`` (B, K, S, D)."""
+        """Gather (N, k * size, D) from ``states`` (B, K, S, D)."""
         shape = len(self.tokens), states.shape[-1]
         out = None if scratch is None else scratch.take("gathered", states, *shape)
         gathered = torch.index_select(states[self.key_at], 0, self.tokens, out=out)
@@ -121,22 +127,22 @@ class _Unit(NamedTuple):
 
 
 class _Scratch:
-    """Memory that units use one after the other: allocated anew, CPUs spend as long on its pages as on the products."""
+    """Memory reused by one unit after the other: allocating pages takes CPUs as long as the matrix products."""
 
     def __init__(self) -> None:
         self.kept: dict[str, Tensor] = {}
 
     def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
-        """Uninitialised, in the dtype and on the device of ``like``; what was taken under this name is overwritten."""
+        """Return an uninitialised tensor like ``like``, in the memory of the last tensor of this name."""
         if name not in self.kept or self.kept[name].numel() < prod(shape):
             self.kept[name] = like.new_empty(prod(shape))
         return self.kept[name][: prod(shape)].view(shape)
 
 
 class _Work:
-    """How attention of ``query`` (B, G, heads, Nq, R, D) is cut up. G is K, or H where every head selects for itself.
+    """The division of attention of ``query`` (B, G, heads, Nq, R, D) into units. G is K, or H if each head selects.
 
-    The first of the R queries of a block is its ``offset``-th position.
+    The first of the R queries of a block is at the block's position ``offset``.
     """
 
     def __init__(self, query: Tensor, key: Tensor, blocks: Blocks, offset: int, scaling: float) -> None:
@@ -154,7 +160,7 @@ class _Work:
             self.at_once, self.limit = torch.get_num_threads(), UNIT
 
     def units(self) -> Iterator[_Unit]:
-        """All of it."""
+        """Yield all units of work."""
         selected = (self.indices != NOTHING).sum(-1).tolist()
         for row, group in product(range(self.batch), range(self.groups)):
             shared = group % self.indices.shape[1]
@@ -170,12 +176,15 @@ class _Work:
                 yield _Unit(at, (row, group // self.heads_per_key), chosen, tokens, absent)
 
     def zeros(self, states: Tensor) -> Tensor:
-        """(B, K, blocks, size * D) for gradients of ``states`` (B, K, S, D), in float32 at least."""
+        """Return zeros (B, K, blocks, size * D) for gradients of ``states`` (B, K, S, D), float32 or wider."""
         count, dtype = block_count(self.keys, self.size), torch.promote_types(states.dtype, torch.float32)
         return states.new_zeros(*states.shape[:2], count, self.size * states.shape[-1], dtype=dtype)
 
     def weights(self, query: Tensor, key: Tensor, absent: Tensor | None, scratch: _Scratch | None = None) -> Tensor:
-        """(N, heads * R, k * size) of a unit's queries (N, heads, R, D) and gathered keys (N, k * size, D)."""
+        """Compute attention weights (N, heads * R, k * size) of a unit.
+
+        ``query`` (N, heads, R, D) are its queries, ``key`` (N, k * size, D) its gathered keys.
+        """
         folded = query.flatten(1, 2)
         out = None if scratch is None else scratch.take("scores", query, *folded.shape[:2], key.shape[1])
         scores = torch.baddbmm(query.new_empty(()), folded, key.mT, beta=0, alpha=self.scaling, out=out)
@@ -187,7 +196,7 @@ class _Work:
 
 
 class _Gathered(torch.autograd.Function):
-    """Attention of queries (B, G, heads, Nq, R, D), shaped as they are, over keys and values (B, K, S, D)."""
+    """Attention of queries (B, G, heads, Nq, R, D) over keys and values (B, K, S, D); the result has that shape."""
 
     @staticmethod
     def forward(
@@ -198,7 +207,7 @@ class _Gathered(torch.autograd.Function):
         attended, scratch = query.new_empty(*query.shape[:-1], value.shape[-1]), _Scratch()
         for unit in work.units():
             queries = query[unit.query_at].transpose(0, 1)
-            # Values are gathered last, into the memory that the keys left: it is in the cache.
+            # Values are gathered after the weights, into the keys' memory, which is still in the CPU's cache.
             weights = work.weights(queries, unit.gather(key, scratch), unit.absent, scratch)
             product = weights @ unit.gather(value, scratch)
             attended[unit.query_at] = product.unflatten(1, queries.shape[1:3]).transpose(0, 1)
@@ -207,7 +216,7 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Keys and values are in many units: their gradients are added up in at least float32, block by block."""
+        """Add up gradients block by block, in at least float32: keys and values are in many units."""
         query, key, value = ctx.saved_tensors
         work: _Work = ctx.work
         of_query = torch.empty_like(query)

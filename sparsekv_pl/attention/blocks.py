@@ -1,7 +1,7 @@
-"""Key blocks that query blocks attend to: how they are chosen from scores, and what may be chosen at all.
+"""The key blocks that query blocks attend to, and their selection from scores.
 
-Blocks start at position 0, for queries and keys alike; the last one may be shorter. With T new queries over S keys the
-query blocks are those that the last T positions touch.
+Blocks start at position 0, for queries and keys; the last one may be shorter. With T new queries over S keys, the query
+blocks are those that contain the last T positions.
 """
 
 from collections.abc import Callable
@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 
 NOTHING = -1
-"""Stands where a query block has fewer key blocks than others."""
+"""Filler index where a query block has fewer key blocks than others."""
 
 
 def block_count(tokens: int, block_size: int) -> int:
-    """Blocks that ``tokens`` tokens take."""
+    """Return the number of blocks that ``tokens`` tokens take."""
     return -(-tokens // block_size)
 
 
 def first_block(queries: int, keys: int, block_size: int) -> int:
-    """The block that the first of the last ``queries`` positions of ``keys`` is in."""
+    """Return the block of the first query, if the queries are the last ``queries`` of ``keys`` positions."""
     return (keys - queries) // block_size
 
 
 def visible_blocks(queries: int, keys: int, block_size: int, device: torch.device | None = None) -> Tensor:
-    """(Nq, Nk) bool: the key blocks at or before each query block."""
+    """Return (Nq, Nk) bool, True for key blocks at or before each query block."""
     first, count = first_block(queries, keys, block_size), block_count(keys, block_size)
     rows = torch.arange(first, count, device=device)
     return torch.arange(count, device=device) <= rows[:, None]
@@ -34,14 +34,15 @@ def visible_blocks(queries: int, keys: int, block_size: int, device: torch.devic
 
 @dataclass(frozen=True)
 class Blocks:
-    """The key blocks of every query block.
+    """The selected key blocks of every query block.
 
-    A query block's own block is always among them, so that every query sees itself; later blocks never are.
+    A query block's own block is always selected, so that every query sees itself; later blocks never are.
     """
 
     indices: Tensor
     """(B, G, Nq, k) int64, ascending, ``NOTHING`` at the end. G is 1 (all heads share) or the number of query heads."""
     block_size: int
+    """Tokens per block."""
     keys: int
     """S, the number of keys."""
 
@@ -58,13 +59,13 @@ class Blocks:
         return selected[..., :count]
 
     def sparsity(self) -> Tensor:
-        """(B, G): of the blocks that queries could see, the share that they do not."""
+        """(B, G) float, the share of visible blocks that is not selected."""
         rows = torch.arange(self.first, self.first + self.indices.shape[2], device=self.indices.device) + 1
         return 1 - (self.indices != NOTHING).sum((2, 3)) / rows.sum()
 
 
 def blocks_of(mask: Tensor, block_size: int, keys: int) -> Blocks:
-    """The blocks that ``mask`` (B, G, Nq, Nk) bool selects; own blocks are added and later ones taken out."""
+    """Make ``Blocks`` of ``mask`` (B, G, Nq, Nk) bool; own blocks are added and later ones removed."""
     count = mask.shape[-1]
     rows = torch.arange(count - mask.shape[2], count, device=mask.device)
     columns = torch.arange(count, device=mask.device)
@@ -75,34 +76,42 @@ def blocks_of(mask: Tensor, block_size: int, keys: int) -> Blocks:
 
 
 class BlockScorer(Protocol):
-    """Says how much each query block wants each key block; may keep state from layer to layer and step to step.
+    """A scorer of key blocks for each query block; it may keep state between layers and steps.
 
-    A new context (as many queries as keys) begins anew. Keys that follow an eviction have no blocks: ValueError.
+    A new context (as many queries as keys) resets the state. Raises ``ValueError`` for keys after an eviction, which
+    have no blocks.
     """
 
     block_size: int
+    """Tokens per block."""
 
     def __call__(self, layer: int, query: Tensor, key: Tensor) -> Tensor | None:
-        """(B, G, Nq, Nk) float32, higher is wanted more; what stands at later blocks is not looked at. None: dense.
+        """Return scores (B, G, Nq, Nk) float32, higher is selected first; None for dense attention.
 
-        ``query`` (B, H, T, D) are the last T of the S positions of ``key`` (B, K, S, D), both after RoPE.
+        ``query`` (B, H, T, D) has the last T of the S positions of ``key`` (B, K, S, D), both after RoPE. Scores of
+        later blocks are ignored.
         """
 
 
 Selector = Callable[[int, Tensor, Tensor], Blocks | None]
-"""Called with layer_idx, queries and keys as a BlockScorer is; None for dense attention."""
+"""Takes layer_idx, queries and keys as a ``BlockScorer`` does; returns selected blocks, or None for dense attention."""
 
 
 @dataclass
 class TopBlocks:
-    """Selects the ``top_k`` best blocks of a scorer, the first and the query's own among them.
+    """Select the ``top_k`` best blocks by a scorer's scores, always with the first block and the query's own.
 
     Parameters
     ----------
     scorer
-        Whose scores.
+        Scores the blocks.
     top_k
-        Key blocks per query block, at least 2 where there are as many.
+        Key blocks per query block, at least 2.
+
+    Raises
+    ------
+    ValueError
+        If ``top_k`` is below 2.
     """
 
     scorer: BlockScorer
@@ -110,7 +119,7 @@ class TopBlocks:
 
     def __post_init__(self) -> None:
         if self.top_k < 2:
-            raise ValueError(f"top_k={self.top_k} must be at least 2: the first and the query's own block stay always")
+            raise ValueError(f"top_k={self.top_k} must be at least 2: the first and the query's own block always stay")
 
     def __call__(self, layer: int, query: Tensor, key: Tensor) -> Blocks | None:
         """See ``Selector``."""
@@ -122,7 +131,15 @@ class TopBlocks:
 
 @dataclass
 class ThresholdBlocks:
-    """Selects all blocks that a scorer scores at least ``threshold``, and the first and the query's own."""
+    """Select all blocks with a score of at least ``threshold``, and always the first block and the query's own.
+
+    Parameters
+    ----------
+    scorer
+        Scores the blocks.
+    threshold
+        Lowest score of a selected block, in the scorer's unit.
+    """
 
     scorer: BlockScorer
     threshold: float = 0.1
@@ -136,10 +153,10 @@ class ThresholdBlocks:
 
 
 def top_blocks(scores: Tensor, top_k: int, block_size: int, keys: int) -> Blocks:
-    """The ``top_k`` best visible blocks of every row of ``scores`` (B, G, Nq, Nk), own and first among them.
+    """Select the ``top_k`` best visible blocks of every query block by ``scores`` (B, G, Nq, Nk).
 
-    Scores of -inf or NaN are not chosen, though fewer than ``top_k`` be left. Whatever a scorer says, the own block
-    comes before the first and the first before the rest.
+    Blocks with a score of -inf or NaN are not selected, even if fewer than ``top_k`` are left. The own block comes
+    first and block 0 second, whatever their scores.
     """
     rows, count = scores.shape[2:]
     own = torch.arange(count - rows, count, device=scores.device)[:, None]

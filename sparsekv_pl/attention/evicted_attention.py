@@ -1,9 +1,9 @@
-"""Attention of the newest tokens over whatever a cache holds, registered with transformers under a name of its own.
+"""Attention of the newest tokens over an evicted cache, registered with transformers under the name ``CACHED``.
 
-Two things that the stock functions do not do. The causal mask is aligned to the lower right for every layer by itself,
-so a continuation is right after an eviction, also where layers keep different numbers of pairs (transformers builds one
-mask for all layers; PyTorch's ``is_causal`` aligns to the upper left). And a keyword of the model's forward reaches it:
-an ``observer`` is shown the queries, keys and values of each layer, a ``selector`` chooses the key blocks that are
+It differs from transformers' own functions in two ways. The causal mask is aligned to the lower right in each layer
+separately, so continuations are right after an eviction, also if layers keep different numbers of pairs (transformers
+builds one mask for all layers; PyTorch's ``is_causal`` aligns to the upper left). And it takes keywords of the model's
+forward: an ``observer`` gets the queries, keys and values of each layer, a ``selector`` chooses the key blocks that are
 attended to. ``passing`` gives a keyword to every forward inside a block.
 """
 
@@ -24,34 +24,35 @@ from sparsekv_pl.attention.blocks import Selector
 from sparsekv_pl.models.decoder import decoder_of
 
 CACHED = "sparsekv_cached"
+"""The name under which transformers finds this attention."""
 
 Observer = Callable[[int, Tensor, Tensor, Tensor], None]
-"""Called with layer_idx, queries (B, H, T, D), keys and values (B, K, S, D) after RoPE; S counts cache and new tokens.
+"""Takes layer_idx, queries (B, H, T, D), keys and values (B, K, S, D) after RoPE; S counts cache and new tokens.
 
-Products of queries and keys over sqrt(D) are the logits: a model's other factor is in the queries."""
+Logits are dot products over sqrt(D): if a model has another factor, the queries are scaled accordingly."""
 
 
 class RowCache(Protocol):
-    """A cache whose rows run in one forward with those of other caches, a token each."""
+    """A cache whose rows run in one forward with rows of other caches, one token per row."""
 
     masked: Sequence[Sequence[Tensor] | None]
-    """By layer, what a head-wise press left as ``masked_key_indices``."""
+    """Per layer, the ``masked_key_indices`` of a head-wise press, or None."""
     visible: Tensor
-    """(rows, R) bool, which of the newest R keys each row may see."""
+    """(rows, R) bool, True for those of the newest R keys that each row may see."""
     seconds: float
-    """Spent on attention to this cache."""
+    """Time spent on attention to this cache."""
 
     def __len__(self) -> int:
-        """How many rows it has in the forward."""
+        """Return the number of rows in the forward."""
         ...
 
     def joined(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (rows, K, S, D) of a layer, the new ones (rows, K, 1, D) last."""
+        """Append a layer's new pairs (rows, K, 1, D) and return all its keys and values (rows, K, S, D)."""
         ...
 
 
 def lower_right_mask(queries: int, keys: int, device: torch.device) -> Tensor:
-    """(queries, keys) bool, True where visible: the last query sees every key, the one before it all but the last."""
+    """Return (queries, keys) bool, True where visible: the last query sees all keys, the one before all but one."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
@@ -68,15 +69,27 @@ def cached_attention(
     caches: Sequence[RowCache] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scaled dot-product attention, causal from the lower right. The mask argument is not used (see the module's text).
+    """Compute scaled dot-product attention, causal and aligned to the lower right; transformers' mask is not used.
 
-    ``newest_visible`` (B, R) bool says which of the newest R keys each row may see: questions of different lengths are
-    padded, and a cache keeps the padding. ``key_log_weights`` maps a layer to (B, K, S'), which is added to the logits
-    of the oldest S' keys: SoftThresholdPress's way to fade a key out. With ``caches`` the rows are single tokens, each
-    of which attends to its own cache and joins it.
+    Returns (B, T, H, D) and None. Head-wise presses (AdaKVPress) set ``module.masked_key_indices``. kvpress hides those
+    keys by overwriting them with fake ones, which need not exist for more than one query; here they are masked, and the
+    cache does not change.
 
-    Head-wise presses (AdaKVPress) leave ``module.masked_key_indices``. kvpress hides those keys by overwriting them
-    with fake ones, which need not exist for more than one query; here they are masked, and the cache stays as it is.
+    Parameters
+    ----------
+    module, query, key, value
+        The attention layer, its queries (B, H, T, D), keys and values (B, K, S, D).
+    observer
+        Gets the layer's queries, keys and values.
+    selector
+        Chooses key blocks; None for dense attention.
+    newest_visible
+        (B, R) bool, which of the newest R keys each row may see: questions of different lengths are padded, and a cache
+        keeps the padding.
+    key_log_weights
+        layer -> (B, K, S'), added to the logits of the oldest S' keys (SoftThresholdPress fades keys out).
+    caches
+        The rows are then single tokens that attend to their own cache and are appended to it.
     """
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if caches is not None:
@@ -119,9 +132,9 @@ def _masked(
     scaling: float | None = None,
     **_: Any,
 ) -> Tensor:
-    """(B, T, H, D): transformers' call without its copies of keys and values for every query head of a KV head.
+    """Attend like transformers, (B, T, H, D), without its copies of keys and values for every query head.
 
-    It makes them wherever there is a mask; a CPU's kernel needs none.
+    transformers makes those copies whenever there is a mask; PyTorch's CPU kernel does not need them.
     """
     attended = nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=True
@@ -132,7 +145,7 @@ def _masked(
 def _to_each_cache(
     caches: Sequence[RowCache], layer: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **looking: Any
 ) -> Tensor:
-    """(rows, 1, H, D): what the single tokens of every cache's rows, in the caches' order, attend to in theirs."""
+    """Let each cache's rows, single tokens in the caches' order, attend to their own cache; return (rows, 1, H, D)."""
     counts, attended = [len(cache) for cache in caches], []
     for cache, own, *new in zip(caches, query.split(counts), key.split(counts), value.split(counts), strict=True):
         started = time.perf_counter()
@@ -148,7 +161,7 @@ def _to_each_cache(
 
 
 def _scaled_as_usual(query: Tensor, scaling: float | None) -> Tensor:
-    """Queries whose products with the keys over sqrt(D) are the logits, also where a model has another factor."""
+    """Scale queries so that their dot products over sqrt(D) are the logits, also if a model has another factor."""
     factor = 1.0 if scaling is None else scaling * query.shape[-1] ** 0.5
     return query if abs(factor - 1) < 1e-6 else query * factor
 
@@ -163,7 +176,7 @@ def _check_unmasked(module: nn.Module, newest_visible: Tensor | None) -> None:
 
 
 def one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    """(B, 1, H, D): what one new token per row (B, H, 1, D) attends to, in float32 and without repeating KV heads.
+    """Attend with one new token per row (B, H, 1, D), in float32 and without repeating KV heads; return (B, 1, H, D).
 
     On CPUs PyTorch's kernel takes several times as long for a single query in bfloat16: see docs/log/speed.md.
     """
@@ -180,14 +193,14 @@ def one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
 
 
 def _without(masked: Sequence[Tensor], query: Tensor, key: Tensor) -> Tensor:
-    """(B, H, 1, S) bool, False at ``masked``: indices of rows, KV heads and keys."""
+    """Return (B, H, 1, S) bool, False at ``masked``: indices of rows, KV heads and keys."""
     visible = torch.ones(key.shape[:3], dtype=torch.bool, device=key.device)
     visible[tuple(masked)] = False
     return visible.repeat_interleave(query.shape[1] // key.shape[1], dim=1).unsqueeze(2)
 
 
 def _weighted(log_weights: Tensor, visible: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    """(B, H, T or 1, S): log-weights (B, K, S') of the oldest keys, minus infinity where a key is not visible."""
+    """Return an additive mask (B, H, T or 1, S): log-weights (B, K, S') of the oldest keys, -inf where not visible."""
     if log_weights.shape[2] > key.shape[2]:
         raise ValueError(
             f"{log_weights.shape[2]} keys were faded out, of which a press after that left {key.shape[2]}: put "
@@ -199,7 +212,10 @@ def _weighted(log_weights: Tensor, visible: Tensor | None, query: Tensor, key: T
 
 
 def _no_mask(kv_length: int, attention_mask: Tensor | None = None, local_size: int | None = None, **_: Any) -> None:
-    """Stands where transformers would build its mask: without it another implementation's mask would arrive."""
+    """Build no mask in place of transformers' function, so that no other implementation's mask is passed.
+
+    Raises ``ValueError`` for sliding windows and padding, which this attention does not support.
+    """
     if local_size is not None and local_size < kv_length:
         raise ValueError(
             f"attention over an evicted cache is causal over all {kv_length} tokens, but this model looks back "
@@ -229,8 +245,8 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
 def passing(model: PreTrainedModel, **attention: Any) -> Iterator[None]:
     """Give every forward of ``model``'s decoder inside the block these keywords (``observer``, ``selector``).
 
-    They only reach our attention: run the model through ``continue_from``, ``prefill`` or under
-    ``attention_implementation(model, CACHED)``. A keyword that a forward is given itself wins.
+    Only ``cached_attention`` uses them: run the model through ``continue_from``, ``prefill`` or under
+    ``attention_implementation(model, CACHED)``. A keyword passed to a forward directly takes precedence.
     """
 
     def add(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

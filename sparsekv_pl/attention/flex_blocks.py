@@ -1,7 +1,7 @@
 """Block-sparse attention through FlexAttention, whose kernels skip the blocks that a mask leaves out.
 
-FlexAttention (arXiv 2412.05496) is told for every query block which key blocks to compute with a mask (a block's own,
-which is causal) and which without one (those before it).
+FlexAttention (arXiv 2412.05496) takes for every query block the key blocks to compute with a mask (a block's own, which
+is causal) and those to compute without one (earlier blocks).
 """
 
 from functools import cache
@@ -15,16 +15,16 @@ from torch.nn.functional import pad
 from sparsekv_pl.attention.blocks import NOTHING, Blocks, block_count
 
 TILE = 64
-"""Queries, and keys, that its forward can be told to compute at once; blocks are whole tiles."""
+"""Tokens per tile of queries and of keys, set for the forward; blocks are whole tiles."""
 DEFAULT_TILE = 128
-"""The largest tile of its own choice. Its backward cannot be told another."""
+"""The largest tile that it chooses by itself; the backward's tile cannot be set."""
 
 
 def suits_flex(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> bool:
-    """Whether compiled FlexAttention takes these on: on a GPU, queries of more than one block, blocks of whole tiles.
+    """Return whether compiled FlexAttention supports these inputs: a GPU, several query blocks, blocks of whole tiles.
 
-    A tile is 64 tokens, or 128 where gradients are wanted. A single block's queries (decoding) are left to gathering,
-    which compiles nothing for every length of the cache.
+    A tile is 64 tokens, or 128 with gradients. Queries of a single block (decoding) are gathered instead, which does
+    not compile for every cache length.
     """
     learns = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
     whole = blocks.block_size % (DEFAULT_TILE if learns else TILE) == 0
@@ -32,10 +32,10 @@ def suits_flex(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> boo
 
 
 def flex_mask(blocks: Blocks) -> BlockMask:
-    """The mask of whole query blocks, the last one too, over the keys.
+    """Make the block mask of whole query blocks, the last one padded, over the keys.
 
-    Full blocks and the own, partial ones are told apart. The mask function knows the selection too, so that it holds
-    wherever FlexAttention is not compiled and looks at nothing else.
+    Earlier blocks are full blocks, own blocks are partial ones. The mask function contains the selection too, because
+    FlexAttention uses it alone when it is not compiled.
     """
     size, count = blocks.block_size, block_count(blocks.keys, blocks.block_size)
     batch, groups, rows, _ = blocks.indices.shape
@@ -66,7 +66,7 @@ def flex_mask(blocks: Blocks) -> BlockMask:
 def flex_attention_over(
     blocks: Blocks, query: Tensor, key: Tensor, value: Tensor, scaling: float, compiled: bool = True
 ) -> Tensor:
-    """``dense_reference``; not ``compiled``, it computes all pairs (a test can run it)."""
+    """Compute ``dense_reference`` with FlexAttention; if not ``compiled``, it computes all pairs, for tests."""
     queries, size = query.shape[2], blocks.block_size
     before = blocks.keys - queries - blocks.first * size
     whole = pad(query, (0, 0, before, -blocks.keys % size))

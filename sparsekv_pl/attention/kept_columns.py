@@ -1,8 +1,8 @@
 """Causal attention in which each KV head sees its kept keys, the recent window and the query itself.
 
 Query i attends to key j exactly if ``j <= i``, j is not padding, and ``i - j < recent`` or j is in the kept
-set of its KV head (anchors are members of every kept set). ``kept_columns_mask`` states this rule as a dense
-mask; the fast paths walk chunks of queries, gather the visible columns alone and must equal it in values and
+set of its KV head (anchors are in every kept set). ``kept_columns_mask`` implements this rule as a dense mask;
+the fast paths go through chunks of queries, gather only the visible columns and must equal it in values and
 gradients.
 """
 
@@ -21,7 +21,7 @@ Backend = Literal["cpu_flash", "sdpa"]
 
 
 class _Span(NamedTuple):
-    """A chunk of queries, start..stop, and its columns: ``old`` gathered ones, then the block first..stop."""
+    """A chunk of queries start..stop, and its columns: ``old`` gathered ones, then the block first..stop."""
 
     start: int
     stop: int
@@ -39,17 +39,17 @@ class _Walk:
     spans: list[_Span]
 
     def is_kept(self) -> Tensor:
-        """(B, K, S) bool."""
+        """Return (B, K, S) bool, True for kept keys."""
         length = self.real.shape[1]
         member = self.kept.new_zeros((*self.kept.shape[:2], length + 1), dtype=torch.bool)
         return member.scatter_(2, self.kept, True)[..., :length]
 
     def gathered(self) -> Tensor:
-        """(B, K, M) positions that are safe to gather: a filler reads the last key, and the mask hides it."""
+        """Return positions (B, K, M) that are safe to gather: a filler reads the last key, which the mask hides."""
         return self.kept.clamp(max=self.real.shape[1] - 1)
 
     def visible(self, span: _Span, is_kept: Tensor) -> Tensor:
-        """(B, K, stop - start, old + stop - first) bool."""
+        """Return the chunk's mask (B, K, stop - start, old + stop - first) bool, True where visible."""
         real_kept = self.real[:, None].expand(-1, self.kept.shape[1], -1).gather(2, self.gathered())
         old = ((self.kept < span.first) & real_kept)[:, :, None, : span.old]
         block = slice(span.first, span.stop)
@@ -61,7 +61,7 @@ class _Walk:
 
 
 def _spans(kept: Tensor, length: int, recent: int, query_chunk: int) -> list[_Span]:
-    """The chunks of ``length`` queries; ``kept`` (B, K, M) is looked at where it was drawn, on the host."""
+    """Cut ``length`` queries into chunks; ``kept`` (B, K, M) is best on the host, where it was drawn."""
     starts = torch.arange(0, length, query_chunk, device=kept.device)
     firsts = (starts - recent + 1).clamp(min=0)
     # kept is sorted: what lies before the block is a prefix. The longest over rows and heads serves all.
@@ -73,29 +73,29 @@ def _spans(kept: Tensor, length: int, recent: int, query_chunk: int) -> list[_Sp
 
 
 def _gather(states: Tensor, index: Tensor) -> Tensor:
-    """(B, K, S, D), (B, K, M) -> (B, K, M, D)."""
+    """Gather positions (B, K, M) of ``states`` (B, K, S, D): (B, K, M, D)."""
     return states.gather(2, index[..., None].expand(-1, -1, -1, states.shape[-1]))
 
 
 def _columns(states: Tensor, kept_states: Tensor, span: _Span) -> Tensor:
-    """The chunk's keys or values: (B, K, old + stop - first, D)."""
+    """Return the chunk's keys or values (B, K, old + stop - first, D)."""
     return torch.cat([kept_states[:, :, : span.old], states[:, :, span.first : span.stop]], dim=2)
 
 
 def _fold(states: Tensor, span: _Span, kv_heads: int) -> Tensor:
-    """(B, H, S, D) -> (B, K, H / K * chunk, D): a KV head's queries in one row, no key repeated."""
+    """Reshape a chunk of (B, H, S, D) to (B, K, H / K * chunk, D), so that no key is repeated."""
     chunk = states[:, :, span.start : span.stop]
     return chunk.reshape(chunk.shape[0], kv_heads, -1, chunk.shape[-1])
 
 
 def _float_mask(visible: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """(B, K, C, W) bool -> (B, K, groups * C, W) of ``dtype``, rows as ``_fold`` lays them out."""
+    """Convert a mask (B, K, C, W) bool to an additive one (B, K, groups * C, W) of ``dtype``, rows as in ``_fold``."""
     mask = visible.new_zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)
     return mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
 
 
 class _CPUFlash(torch.autograd.Function):
-    """aten's CPU flash kernels, chunk by chunk; saves O(S): inputs, output, logsumexp, kept indices.
+    """Run aten's CPU flash kernels chunk by chunk; saves O(S): inputs, output, logsumexp, kept indices.
 
     The kernels read the mask as float32 for half-precision inputs and as the inputs' own type otherwise.
     """
@@ -158,7 +158,7 @@ class _CPUFlash(torch.autograd.Function):
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, walk: _Walk, scale: float) -> Tensor:
-    """The same walk through PyTorch's own attention, on any device.
+    """Compute the same chunks with PyTorch's own attention, on any device.
 
     Backward recomputes each chunk: keeping every chunk's columns and mask would be O(S^2).
     """
@@ -190,13 +190,31 @@ def kept_columns_attention(
     scale: float | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Attention to kept and recent keys, in O(S) memory and with work that falls with what is kept.
+    """Attend to kept and recent keys, in O(S) memory and with work proportional to the kept keys.
 
-    ``query`` (B, H, S, D), ``key`` and ``value`` (B, K, S, D) with H a multiple of K; ``kept`` (B, K, M)
-    int64, sorted, with S as filler, best left on the CPU; ``real`` (B, S) bool, False on padding; ``scale``
-    defaults to D ** -0.5. Returns (B, S, H, D); a query that may see nothing gets zeros. ``backend`` defaults to
-    "cpu_flash" on a CPU where keys and values are equally wide, else to "sdpa". Raises ValueError for ``recent`` or
-    ``query_chunk`` below 1.
+    Returns (B, S, H, D); a query that may see no key gets zeros.
+
+    Parameters
+    ----------
+    query, key, value
+        (B, H, S, D), and twice (B, K, S, D), with H a multiple of K.
+    kept
+        (B, K, M) int64, positions of kept keys, sorted, with S as filler; best on the CPU.
+    recent
+        Most recent keys that every query sees, itself included, in tokens, at least 1.
+    query_chunk
+        Queries per call of the kernel, in tokens, at least 1.
+    real
+        (B, S) bool, False on padding; None for no padding.
+    scale
+        Factor of the dot products; None for D ** -0.5.
+    backend
+        None takes "cpu_flash" on a CPU if keys and values have the same width, else "sdpa".
+
+    Raises
+    ------
+    ValueError
+        If ``recent`` or ``query_chunk`` is below 1.
     """
     for name, setting in (("recent", recent), ("query_chunk", query_chunk)):
         if setting < 1:
@@ -213,7 +231,7 @@ def kept_columns_attention(
 
 
 def kept_columns_mask(kept: Tensor, recent: int, real: Tensor) -> Tensor:
-    """The rule itself, the slow reference: (B, K, S, S) bool, True where query i sees key j."""
+    """Return the rule as a mask (B, K, S, S) bool, True where query i sees key j: the slow reference."""
     length = real.shape[1]
     position = torch.arange(length, device=kept.device)
     distance = position[:, None] - position

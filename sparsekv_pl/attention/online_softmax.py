@@ -1,11 +1,12 @@
-"""Attention of one KV head's query group, tile by tile: queries in strips against keys in tiles, never L x L.
+"""Attention of one KV head's query group in tiles: strips of queries against tiles of keys, never L x L.
 
-A walk over a strip's tiles keeps a running log-sum-exp of every query (Milakov and Gimelshein, "Online normalizer
-calculation for softmax", arXiv 1805.02867); a second one gives each tile with what turns it into probabilities. Where
-one tile holds all keys it is computed once, and tiles that no query of a strip can see never are.
+The first pass over a strip's tiles keeps a running log-sum-exp of every query (Milakov and Gimelshein, "Online
+normalizer calculation for softmax", arXiv 1805.02867); the second yields each tile with the factor that makes its
+weights probabilities. If one tile holds all keys, it is computed once; tiles that no query of a strip can see are
+skipped.
 
-Logits and their exponentials are to the base 2: on CPUs PyTorch's exp2 takes a third of the time of its exp, and a
-twentieth where results are near 0, as most of attention is.
+Logits and exponentials are to the base 2: on CPUs PyTorch's exp2 takes a third of the time of its exp, and a twentieth
+if results are near 0, as most attention weights are.
 """
 
 from collections.abc import Iterator
@@ -30,12 +31,12 @@ class Keys:
     key: Tensor
     """(S, D) float32."""
     valid: Tensor | None
-    """(S,) bool."""
+    """(S,) bool, False for padding; None for no padding."""
     tokens: Tensor | None
     """(S,) float32, 1 for the tokens whose share is measured."""
 
     def first_by_block(self, start: int, stop: int, block_size: int) -> Tensor:
-        """(blocks,), the first position in each block of a tile that is no padding; past the last one if all is."""
+        """Return the first position that is no padding in each block of a tile, (blocks,); S if all are padding."""
         positions = torch.arange(start, stop, device=self.key.device)
         if self.valid is None:
             return positions[::block_size]
@@ -49,9 +50,9 @@ class Tile(NamedTuple):
     start: int
     stop: int
     logits: Tensor
-    """(G, Q, keys), less their peak."""
+    """(G, Q, keys), minus ``peak``."""
     weights: Tensor
-    """(G, Q, keys), 2 to the power of them."""
+    """(G, Q, keys), 2 ** ``logits``."""
     peak: Tensor
     """(G, Q), the largest logit."""
     block_mass: Tensor
@@ -59,7 +60,7 @@ class Tile(NamedTuple):
 
 
 class Strip:
-    """Consecutive queries (G, Q, D) of a group of G heads, the first at ``position``; ``scaling`` is for nats."""
+    """Consecutive queries (G, Q, D) of a group of G heads, the first at ``position``; ``scaling`` is for base e."""
 
     def __init__(self, query: Tensor, keys: Keys, position: int, scaling: float) -> None:
         self.query = query.float() * (scaling * BITS_PER_NAT)
@@ -70,7 +71,7 @@ class Strip:
         self.counted = torch.ones_like(self.positions, dtype=torch.bool) if valid is None else valid[self.positions]
 
     def tile(self, start: int, stop: int, block_size: int) -> Tile:
-        """What a query cannot see weighs 0, unless it sees nothing in the tile: then all weighs 1."""
+        """Compute the tile of keys start..stop. Hidden keys weigh 0; if a query sees none of them, all weigh 1."""
         flat = self.query.flatten(0, 1) @ self.keys.key[start:stop].T
         logits = flat.view(*self.query.shape[:2], -1)
         if stop > self.position:
@@ -84,7 +85,7 @@ class Strip:
         return Tile(start, stop, logits, weights, peak, block_sums(weights, block_size))
 
     def tiles(self, step: int, block_size: int) -> Iterator[tuple[Tile, Tensor]]:
-        """Every tile that some query sees, and (G, Q), the log2 of what makes its weights probabilities."""
+        """Yield every tile that a query sees, and log2 of the factor (G, Q) that makes its weights probabilities."""
         bounds = [(start, min(start + step, self.seen)) for start in range(0, self.seen, step)]
         peak, mass = self.query.new_full(self.query.shape[:2], HIDDEN), self.query.new_zeros(self.query.shape[:2])
         for start, stop in bounds:
@@ -92,14 +93,14 @@ class Strip:
             higher = torch.maximum(peak, tile.peak)
             mass = mass * (peak - higher).exp2() + tile.block_mass.sum(-1) * (tile.peak - higher).exp2()
             peak = higher
-        for start, stop in reversed(bounds):  # the last tile is still there
+        for start, stop in reversed(bounds):  # the last tile is reused
             if stop != tile.stop:
                 tile = self.tile(start, stop, block_size)
             yield tile, tile.peak - peak - mass.log2()
 
 
 def block_sums(values: Tensor, block_size: int) -> Tensor:
-    """(..., S) -> (..., blocks): sums over blocks, the last one may be shorter."""
+    """Sum values (..., S) over blocks of ``block_size``, the last of which may be shorter: (..., blocks)."""
     whole = values.shape[-1] // block_size * block_size
     sums = values[..., :whole].unflatten(-1, (-1, block_size)).sum(-1)
     return sums if whole == values.shape[-1] else torch.cat([sums, values[..., whole:].sum(-1, keepdim=True)], dim=-1)

@@ -1,7 +1,7 @@
-"""How much attention keys receive: each by itself, and by group of keys and distance from the query.
+"""Measure the attention that keys receive: per key, and by group of keys and distance from the query.
 
-Queries are taken in strips, and a strip's attention over all the keys it sees is added up at once: memory grows with
-the context's length, never with its square.
+Queries are processed in strips, each against all keys that it sees: memory grows with the context's length, not with
+its square.
 """
 
 from collections.abc import Iterator
@@ -15,37 +15,37 @@ from torch.nn.functional import one_hot
 
 STRIP_QUERIES = 64
 STRIP_FLOATS = 2**24
-"""A strip has as many queries as fit, B * H * Q * S floats, and at least one."""
+"""Limit of a strip's B * H * Q * S floats; it has at least one query and at most STRIP_QUERIES."""
 
 
 @dataclass(frozen=True)
 class Received:
-    """Attention, summed over queries. B rows, H heads, S keys, G groups, N bins of distance; all float32."""
+    """Attention received, summed over queries. B rows, H heads, S keys, G groups, N bins of distance; all float32."""
 
     by_key: Tensor
-    """(B, H, S)"""
+    """(B, H, S), attention to each key."""
     by_group: Tensor
-    """(B, H, G, N), bin n being distances from ``distance_edges(S)[n]`` up to, not including, the next edge."""
+    """(B, H, G, N), by group and distance: bin n has distances from ``distance_edges(S)[n]`` to below the next edge."""
 
 
 @dataclass(frozen=True)
 class Exposure:
-    """What there is to attend to, whatever the model does. Shapes as in ``Received``, without H."""
+    """Counts of visible keys, independent of the model. Shapes as in ``Received``, without H."""
 
     pairs: Tensor
-    """(B, G, N), pairs of a query and a key that it sees."""
+    """(B, G, N), number of pairs of a query and a key that it sees."""
     chance: Tensor
-    """(B, G, N), what attention spread evenly over all that a query sees would bring, summed over queries."""
+    """(B, G, N), attention received if each query spread it evenly over the keys it sees, summed over queries."""
     last: Tensor
-    """(B, G, N), the keys as the last query sees them: they add up to S."""
+    """(B, G, N), number of keys that the last query sees; they add up to S."""
     pairs_by_key: Tensor
-    """(S,), how many queries see a key."""
+    """(S,), number of queries that see a key."""
     chance_by_key: Tensor
-    """(S,)"""
+    """(S,), ``chance`` per key."""
 
 
 def distance_edges(keys: int) -> list[int]:
-    """0, 1, 2, 4, 8, ... up to the first that is not below ``keys``; distance 0 is the query's own token.
+    """Return 0, 1, 2, 4, 8, ... up to the first that is not below ``keys``; distance 0 is the query's own token.
 
     >>> distance_edges(9)
     [0, 1, 2, 4, 8, 16]
@@ -57,16 +57,16 @@ def distance_edges(keys: int) -> list[int]:
 
 
 class ReceivedAttention:
-    """An ``Observer`` (evicted_attention.py) that adds up what every layer's keys receive in one full-cache pass.
+    """An ``Observer`` (evicted_attention.py) of the attention that every layer's keys receive in one full-cache pass.
 
-    Then ``layers[layer]`` is that layer's ``Received``. A second pass needs a second observer.
+    Afterwards ``layers[layer]`` is that layer's ``Received``. Each pass needs its own observer.
 
     Parameters
     ----------
     groups
         (B, S) int64, each key's group, from 0 to ``count`` - 1.
     count
-        How many groups there are.
+        Number of groups.
     """
 
     def __init__(self, groups: Tensor, count: int) -> None:
@@ -74,7 +74,7 @@ class ReceivedAttention:
         self.layers: dict[int, Received] = {}
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG002
-        """Add up one layer. ValueError if it was seen before."""
+        """Measure one layer. Raises ``ValueError`` if it was measured before."""
         if layer in self.layers:
             raise ValueError(f"layer {layer} was observed already: take a new ReceivedAttention for every pass")
         self.layers[layer] = received_attention(query, key, self.groups, self.count)
@@ -84,16 +84,16 @@ class ReceivedAttention:
 def received_attention(
     query: Tensor, key: Tensor, groups: Tensor, count: int, scaling: float | None = None
 ) -> Received:
-    """What keys receive under softmax(query key^T * scaling), causal from the lower right, computed in float32.
+    """Measure the attention that keys receive under softmax(query key^T * scaling), causal, in float32.
 
-    ``query`` (B, H, T, D) are the last T of the S positions of ``key`` (B, K, S, D), any dtype, H a multiple of K; the
+    ``query`` (B, H, T, D) has the last T of the S positions of ``key`` (B, K, S, D), any dtype, H a multiple of K; the
     query heads of a group are neighbours. Rows are not padded. ``groups`` and ``count`` are those of
-    ``ReceivedAttention``.
+    ``ReceivedAttention``; ``scaling`` defaults to 1 / sqrt(D).
 
     Raises
     ------
     ValueError
-        For shapes that do not fit one another, and for groups that are not between 0 and ``count`` - 1.
+        If shapes do not fit one another, or groups are not between 0 and ``count`` - 1.
     """
     (batch, heads, queries, dim), (kv_heads, seen) = query.shape, key.shape[1:3]
     if heads % kv_heads or not 0 < queries <= seen or groups.shape != (batch, seen):
@@ -116,7 +116,7 @@ def received_attention(
 
 
 def exposure(groups: Tensor, count: int) -> Exposure:
-    """What the queries at all S positions of ``groups`` (B, S) see of each group, by distance."""
+    """Count what queries at all S positions of ``groups`` (B, S) see of each of ``count`` groups, by distance."""
     (batch, seen), device = groups.shape, groups.device
     members = _members(groups, count)
     total = _empty(batch, 2, seen, count, device)
@@ -132,18 +132,18 @@ def exposure(groups: Tensor, count: int) -> Exposure:
 
 
 def carrying_share(by_key: Tensor, mass: float = 0.8) -> Tensor:
-    """The smallest share of the keys (..., S) that together hold ``mass`` of what all receive: (...) float64."""
+    """Return the smallest share (...) float64 of keys that receive ``mass`` of all attention ``by_key`` (..., S)."""
     heaviest = by_key.double().sort(dim=-1, descending=True).values.cumsum(-1)
     needed = (heaviest < mass * heaviest[..., -1:]).sum(-1) + 1
     return needed.double() / by_key.shape[-1]
 
 
 def _add(attention: Tensor, first: int, members: Tensor, total: Received) -> None:
-    """Add ``attention`` (B, H, Q, E) of the queries at positions ``first`` to E - 1 over the E keys so far."""
+    """Add to ``total`` the attention (B, H, Q, N) of queries at positions ``first`` to N - 1 over the N keys so far."""
     end, device = attention.shape[-1], attention.device
     positions = torch.arange(first, end, device=device)[:, None]
     for place, (near, far) in enumerate(pairwise(distance_edges(total.by_key.shape[-1]))):
-        start, stop = max(0, first - far + 1), end - near  # the keys that some query of the strip has in this bin
+        start, stop = max(0, first - far + 1), end - near  # keys that are in this bin for a query of the strip
         if stop <= start:
             break
         distance = positions - torch.arange(start, stop, device=device)
@@ -154,18 +154,18 @@ def _add(attention: Tensor, first: int, members: Tensor, total: Received) -> Non
 
 
 def _strips(queries: int, floats: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of strips of queries, each of which takes ``floats`` floats."""
+    """Return (start, stop) of strips of queries, each query taking ``floats`` floats."""
     step = max(1, min(STRIP_QUERIES, STRIP_FLOATS // floats))
     return ((start, min(start + step, queries)) for start in range(0, queries, step))
 
 
 def _visible(first: int, end: int, device: torch.device) -> Tensor:
-    """(end - first, end) bool: the queries at positions ``first`` to ``end`` - 1 see themselves and what is before."""
+    """Return the causal mask (end - first, end) bool of queries at positions ``first`` to ``end`` - 1."""
     return torch.arange(end, device=device) <= torch.arange(first, end, device=device)[:, None]
 
 
 def _members(groups: Tensor, count: int) -> Tensor:
-    """(B, S, G) float32, 1 where a key belongs to a group."""
+    """Return (B, S, G) float32, 1 if a key belongs to a group; ``ValueError`` for groups out of range."""
     low, high = int(groups.min()), int(groups.max())
     if low < 0 or high >= count:
         raise ValueError(f"groups go from {low} to {high}: give every key a group from 0 to {count - 1}")
@@ -173,6 +173,6 @@ def _members(groups: Tensor, count: int) -> Tensor:
 
 
 def _empty(batch: int, heads: int, keys: int, groups: int, device: torch.device) -> Received:
-    # Not the default dtype: Lightning sets it to 16 bits where a run trains in them.
+    # Not the default dtype, which Lightning sets to 16 bits for precisions such as bf16-true.
     zeros = partial(torch.zeros, dtype=torch.float32, device=device)
     return Received(zeros(batch, heads, keys), zeros(batch, heads, groups, len(distance_edges(keys)) - 1))

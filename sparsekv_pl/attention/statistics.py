@@ -1,8 +1,8 @@
-"""What attention looks like, by layer and head, without ever holding an L x L matrix.
+"""Statistics of attention by layer and head, without an L x L matrix.
 
-Row by row and KV head by KV head, strips of queries meet tiles of keys (see online_softmax.py), and what is asked of
-the probabilities is added up. The memory for a tile is the same however long the context is and however many heads
-there are; what is returned grows with L alone.
+For each row and KV head, strips of queries are multiplied with tiles of keys (see online_softmax.py), and statistics of
+the probabilities are summed. A tile's memory does not depend on the context's length or the number of heads; the
+results grow linearly with L.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -18,25 +18,30 @@ from sparsekv_pl.attention.online_softmax import BITS_PER_NAT, Keys, Strip, bloc
 
 @dataclass(frozen=True)
 class StatisticsSettings:
-    """What to measure.
+    """The settings of attention statistics.
 
     Parameters
     ----------
     window
-        Look at the last ``window`` queries alone; null for all.
+        Measure only the last ``window`` queries; null for all.
     top_k
-        Keys per query whose mass is the top-k coverage.
+        Number of keys per query whose attention is the top-k coverage.
     block_size
-        Keys per block, in tokens; blocks start at key 0 and the last one may be shorter.
+        Tokens per block of keys; blocks start at key 0 and the last one may be shorter.
     block_threshold
-        A key block is empty for a query if it receives less than this share of its attention.
+        A key block is empty for a query if it receives less than this share of the query's attention.
     query_block
-        Queries that share one verdict on key blocks, as in block-sparse attention: their attention is averaged before
-        it is compared with the threshold. 1 judges every query by itself. Blocks start at the first observed query.
+        Queries whose attention is averaged before it is compared with the threshold, as in block-sparse attention;
+        1 compares every query. Blocks start at the first observed query.
     query_tile, key_tile
-        Largest tile computed at once, in tokens; rounded up to whole blocks. Fewer keys are met by more queries, so
-        that a tile holds as many logits. They bound the memory (H / K * query_tile * key_tile floats, up to four times)
-        and change no result.
+        Largest tile computed at once, in tokens; rounded up to whole blocks. With fewer keys a tile has more queries,
+        so that its size stays the same. They bound the memory (H / K * query_tile * key_tile floats, up to four times)
+        and do not change results.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range.
     """
 
     window: int | None = None
@@ -58,32 +63,32 @@ class StatisticsSettings:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """One layer's attention. B rows, H query heads, S keys, W observed queries (the last W); all float32."""
+    """Statistics of one layer's attention: B rows, H query heads, S keys, the W last queries; all float32."""
 
     received: Tensor
     """(B, H, S), attention that each key receives, summed over the counted queries."""
     entropy: Tensor
-    """(B, H, W), nats."""
+    """(B, H, W), entropy of each query's attention, in nats."""
     top_k_coverage: Tensor
-    """(B, H, W), share of a query's attention on its ``top_k`` heaviest keys; 1 where it sees no more than that."""
+    """(B, H, W), share of a query's attention on the ``top_k`` keys that get most of it; 1 if it sees no more."""
     block_sparsity: Tensor
-    """(B, H, W), of the key blocks that a query (or its query block) can see, the share that is empty for it."""
+    """(B, H, W), share of the key blocks visible to a query (or its query block) that are empty for it."""
     token_share: Tensor | None
-    """(B, H, W), share of a query's attention on the given tokens; None where none were given."""
+    """(B, H, W), share of a query's attention on the given tokens; None if none were given."""
     counted: Tensor
-    """(B, W) bool, False for queries that are padding: they hold 0 everywhere and enter no mean."""
+    """(B, W) bool, False for queries that are padding, which have 0 everywhere and enter no mean."""
 
     @property
     def effective_support(self) -> Tensor:
-        """(B, H, W), exp(entropy): the number of keys that equal attention would be spread over."""
+        """(B, H, W), exp(entropy): the number of keys over which uniform attention would have the same entropy."""
         return torch.where(self.counted[:, None], self.entropy.exp(), 0)
 
     def mean(self, per_query: Tensor) -> Tensor:
-        """(B, H): (B, H, W) averaged over the counted queries; NaN for a row that has none."""
+        """Average (B, H, W) over the counted queries, (B, H); NaN for a row without any."""
         return per_query.sum(-1) / self.counted.sum(-1)[:, None]
 
     def followed_by(self, later: "LayerStatistics") -> "LayerStatistics":
-        """Of both passes, where ``later`` observed the queries right after these, over these keys and more."""
+        """Join with the statistics of the queries right after these, over these keys and more."""
         grown = later.received.shape[-1] - self.received.shape[-1]
         assert grown == later.entropy.shape[-1], "queries are missing between the two"
         per_query = {
@@ -94,22 +99,22 @@ class LayerStatistics:
         return replace(later, received=pad(self.received, (0, grown)) + later.received, **per_query)
 
     def received_by_block(self, block_size: int) -> Tensor:
-        """(B, H, blocks): ``received`` summed over blocks of ``block_size`` keys, the last one may be shorter."""
+        """Sum ``received`` over blocks of ``block_size`` keys, the last of which may be shorter: (B, H, blocks)."""
         return block_sums(self.received, block_size)
 
 
 class AttentionStatistics:
-    """An ``Observer`` (evicted_attention.py) that measures every layer of one full-cache pass, also one in chunks.
+    """An ``Observer`` (evicted_attention.py) of the attention statistics of one full-cache pass, also in chunks.
 
-    Give it as ``observer=`` to a forward that runs with our attention, for instance
+    Pass it as ``observer=`` to a forward with this project's attention, for example
     ``continue_from(model, ids, DynamicCache(), 0, observer=statistics)``; then ``statistics.layers[layer]`` is that
-    layer's ``LayerStatistics``. Chunks of a pass add up, from the first that is observed; a window must lie in the last
-    one. A second pass needs a second observer.
+    layer's ``LayerStatistics``. Chunks of a pass are joined; a window must lie in the last one. Each pass needs its own
+    observer.
 
     Parameters
     ----------
     settings
-        What to measure.
+        The settings; None for the defaults.
     tokens
         (B, S) bool, the token set whose share is measured (anchors), or None.
     valid
@@ -127,13 +132,13 @@ class AttentionStatistics:
         self.layers: dict[int, LayerStatistics] = {}
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG002
-        """Measure one layer: ``query`` (B, H, T, D) are the last T positions of the S that ``key`` (B, K, S, D) holds.
+        """Measure one layer: ``query`` (B, H, T, D) has the last T of the S positions of ``key`` (B, K, S, D).
 
         Raises
         ------
         ValueError
-            If this layer was measured before, and these queries do not follow on those; or if what looks at several
-            queries, a window or a query block, would reach into an earlier chunk.
+            If this layer was measured before and these queries are not the next ones, or if a window or a query block
+            would reach into an earlier chunk.
         """
         queries, seen = query.shape[2], key.shape[2]
         before = self.layers.get(layer)
@@ -168,16 +173,16 @@ def attention_statistics(
     valid: Tensor | None = None,
     scaling: float | None = None,
 ) -> LayerStatistics:
-    """Statistics of softmax(query key^T * scaling), causal from the lower right, computed in float32.
+    """Compute statistics of softmax(query key^T * scaling), causal, in float32.
 
-    ``query`` (B, H, T, D) are the last T of the S positions of ``key`` (B, K, S, D), any dtype, H a multiple of K; the
+    ``query`` (B, H, T, D) has the last T of the S positions of ``key`` (B, K, S, D), any dtype, H a multiple of K; the
     query heads of a group are neighbours. ``tokens`` and ``valid`` are those of ``AttentionStatistics``; ``scaling``
     defaults to 1 / sqrt(D).
 
     Raises
     ------
     ValueError
-        For shapes that do not fit one another.
+        If shapes do not fit one another.
     """
     settings = settings or StatisticsSettings()
     _check(query, key, {"tokens": tokens, "valid": valid})
@@ -205,7 +210,7 @@ def attention_statistics(
 def _measure_group(
     query: Tensor, keys: Keys, scaling: float, settings: StatisticsSettings, received: Tensor, per_query: Tensor
 ) -> None:
-    """Fill ``received`` (G, S) and ``per_query`` (4, G, W) of queries (G, W, D), the last W of S positions."""
+    """Fill ``received`` (G, S) and ``per_query`` (4, G, W) for queries (G, W, D) at the last W of S positions."""
     (observed, seen), block = (query.shape[1], len(keys.key)), settings.query_block
     key_step = min(_whole_blocks(settings.key_tile, settings.block_size), seen)
     step = _whole_blocks(max(settings.query_tile * settings.key_tile // key_step, 1), block)
@@ -215,7 +220,7 @@ def _measure_group(
 
 
 def _measure(strip: Strip, settings: StatisticsSettings, received: Tensor) -> Tensor:
-    """(4, G, Q): entropy, coverage, sparsity and share of a strip; adds to ``received`` (G, S)."""
+    """Return entropy, coverage, sparsity and share of a strip, (4, G, Q), and add to ``received`` (G, S)."""
     step, tokens = _whole_blocks(settings.key_tile, settings.block_size), strip.keys.tokens
     entropy, share, empty, blocks = strip.query.new_zeros(4, *strip.query.shape[:2])
     top = strip.query.new_zeros(*entropy.shape, 0)
@@ -235,9 +240,9 @@ def _measure(strip: Strip, settings: StatisticsSettings, received: Tensor) -> Te
 
 
 def _count_blocks(strip: Strip, mass: Tensor, first: Tensor, settings: StatisticsSettings) -> tuple[Tensor, Tensor]:
-    """How many key blocks of a tile are empty, (G, Q), and how many are visible at all, (Q,).
+    """Count the empty key blocks of a tile, (G, Q), and the visible ones, (Q,).
 
-    ``mass`` (G, Q, blocks) is what they receive, ``first`` (blocks,) the position from which on they are seen.
+    ``mass`` (G, Q, blocks) is the attention that they receive, ``first`` (blocks,) the first position that sees them.
     """
     seen, group = (first <= strip.positions[:, None]) & strip.counted[:, None], settings.query_block
     if group > 1:
@@ -252,10 +257,10 @@ def _count_blocks(strip: Strip, mass: Tensor, first: Tensor, settings: Statistic
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
-    """(..., up to count): the largest of (..., n), in any order.
+    """Return the ``count`` largest of (..., n), or all if there are fewer, in any order.
 
-    A value that is among the largest lies in a part whose maximum is among the largest maxima: only those parts are
-    searched, several times faster than the whole row.
+    The largest values lie in the parts with the largest maxima: only those parts are searched, which is several times
+    faster than the whole row.
     """
     total = values.shape[-1]
     if total <= count:
@@ -264,7 +269,7 @@ def _largest(values: Tensor, count: int) -> Tensor:
     if size < 2:
         return values.topk(count, sorted=False).values
     parts = total // size
-    body = values[..., : size * parts].unflatten(-1, (size, parts))  # a part's values stand a row apart
+    body = values[..., : size * parts].unflatten(-1, (size, parts))  # strided: a part is a column of (size, parts)
     best = body.amax(-2).topk(count, sorted=False).indices
     found = body.gather(-1, best.unsqueeze(-2).expand(*best.shape[:-1], size, count)).flatten(-2)
     return torch.cat([found, values[..., size * parts :]], dim=-1).topk(count, sorted=False).values

@@ -102,7 +102,7 @@ class Setting:
                 raise ValueError(f"{name}={value} must be at least 1 token, or null")
         check_evicts(self.press)
         if written := written_ratio(self.press):
-            log.warning("%s counts for nothing: compression_ratios sets the ratio", written)
+            log.warning("%s is ignored: compression_ratios sets the ratio", written)
         if self.chunk_tokens is not None and self.decoding_interval is not None:
             raise ValueError("a setting evicts in chunks or during decoding: set chunk_tokens or decoding_interval")
 

@@ -1,8 +1,8 @@
 """Prefill for long contexts in training: only one chunk's activations live at a time.
 
-A chunk is a function of its tokens and of the state that the chunks before it left: keys, values, positions (see
+A chunk is a function of its tokens and of the state after the previous chunk: keys, values, positions (see
 ``ChunkedPrefill.state_dict``). That function runs under activation checkpointing (https://arxiv.org/abs/1604.06174):
-between chunks the state alone is kept, and backward runs each chunk again from it. transformers' own checkpointing
+only the state is kept between chunks, and backward runs each chunk again from it. transformers' own checkpointing
 works by layer and drops the cache in training, so nothing would be evicted.
 """
 
@@ -20,19 +20,19 @@ from sparsekv_pl.eviction.prefill import ChunkedPrefill
 from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.presses.nesting import presses_in
 
-Said = tuple[list[Selection], dict[str, list[Tensor]]]
-"""A chunk's scores and losses: results that the next chunk does not depend on."""
+Results = tuple[list[Selection], dict[str, list[Tensor]]]
+"""A chunk's scores and loss terms, which the next chunk does not depend on."""
 
 
 def checkpointed_prefill(filling: ChunkedPrefill, context_ids: Tensor) -> Prefilled:
-    """As ``filling.run``, with the same result and the same gradients, and no activations kept.
+    """Run ``filling`` over a context (B, L) without keeping activations; results and gradients equal ``filling.run``'s.
 
-    Between two chunks it keeps the state: with a budget, as many bytes for every chunk. Backward costs one more
-    forward. The press may be set and drawn anew before backward runs; the model must not change.
+    Only the state is kept between two chunks; with a budget, its size is the same for every chunk. Backward costs one
+    more forward. The press's settings and draws may change before backward runs; the model must not.
     """
     assert filling.traits is not None
 
-    def run(layout: Layout | None, chunk_ids: Tensor, *packed: Tensor) -> tuple[Layout, list[Tensor], Said]:
+    def run(layout: Layout | None, chunk_ids: Tensor, *packed: Tensor) -> tuple[Layout, list[Tensor], Results]:
         chunk = filling.again()
         if layout is not None:
             chunk.load_state_dict(layout.unpack(packed))
@@ -58,10 +58,10 @@ def checkpointed_prefill(filling: ChunkedPrefill, context_ids: Tensor) -> Prefil
 
 
 class PressAsItWas:
-    """A context, entered as often as wanted, in which a press has the settings that it had when this was made.
+    """A reusable context manager that restores a press's settings from the time when this object was made.
 
-    By the time backward runs a chunk again, the press may have been given the ratio, the draw or the temperature of
-    another batch. Afterwards it has those again.
+    When backward runs a chunk again, the press may already have the ratio, draw or temperature of another batch. On
+    exit it gets those back.
     """
 
     def __init__(self, press: BasePress) -> None:
@@ -83,5 +83,5 @@ def _set(settings: list[tuple[BasePress, dict[str, Any]]]) -> None:
 
 
 def _contexts(then: PressAsItWas) -> tuple[nullcontext, PressAsItWas]:
-    """Of the forward and of its repetition."""
+    """Return the contexts of the forward and of its repetition."""
     return nullcontext(), then

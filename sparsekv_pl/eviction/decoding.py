@@ -1,4 +1,4 @@
-"""What follows an eviction, token by token: greedy answers, and text read while a press evicts during decoding."""
+"""Decoding after an eviction: greedy answers, and text read token by token while a press evicts."""
 
 from collections.abc import Collection, Sequence
 
@@ -23,7 +23,7 @@ def greedy(
     stop_ids: Collection[int] = (),
     enough: Enough | None = None,
 ) -> list[list[int]]:
-    """The most likely answers after one cache: see ``Answering`` and ``greedy_together``."""
+    """Decode greedy answers after one cache; return their token ids. See ``Answering`` and ``greedy_together``."""
     answering = Answering(model, prefilled, questions, lengths, most)
     greedy_together(model, [answering], stop_ids, enough)
     return answering.answers
@@ -33,26 +33,26 @@ def greedy(
 def greedy_together(
     model: PreTrainedModel, asked: Sequence[Answering], stop_ids: Collection[int] = (), enough: Enough | None = None
 ) -> None:
-    """Let all rows of ``asked`` answer, greedily and without the stop token, into their ``answers``.
+    """Decode greedily for all rows of ``asked``; their ``answers`` get the token ids, without the stop token.
 
-    A token of every row that goes on is one forward: products are of all rows, attention of each cache's by itself. A
-    row gets what it would get alone.
+    Each forward decodes one token of every unfinished row: matrix products cover all rows, attention is computed cache
+    by cache. A row's answer equals the one that it would get alone.
     """
-    head = model.get_output_embeddings().weight.float()  # bfloat16 logits tie, and a tie is no verdict
+    head = model.get_output_embeddings().weight.float()  # bfloat16 logits can tie, and then argmax is arbitrary
     last, going = torch.cat([one.last for one in asked]), list(asked)
     while going:
         with torch.autocast(last.device.type, enabled=False):
             newest = (last.float() @ head.T).argmax(-1)
-        said, stay, start = newest.tolist(), [], 0
+        tokens, stay, start = newest.tolist(), [], 0
         for one in going:
             rows = len(one)
-            stay += [start + place for place in one.hear(said[start : start + rows], stop_ids, enough)]
+            stay += [start + place for place in one.append(tokens[start : start + rows], stop_ids, enough)]
             start += rows
         going = [one for one in going if len(one)]
-        if len(stay) < len(said):
-            newest = torch.tensor([said[place] for place in stay], device=newest.device)
+        if len(stay) < len(tokens):
+            newest = torch.tensor([tokens[place] for place in stay], device=newest.device)
         if going:
-            positions = torch.cat([one.go_on() for one in going])
+            positions = torch.cat([one.next_positions() for one in going])
             last = continue_from(model, newest[:, None], DynamicCache(), positions, decoding=True, caches=going)[:, 0]
 
 
@@ -65,14 +65,15 @@ def read_while_evicting(
     budget: int,
     interval: int,
 ) -> Tensor:
-    """Hidden states (B, T, E) of a continuation (B, T) read one token at a time, as it would be generated.
+    """Read a continuation (B, T) one token at a time, as in generation; return its hidden states (B, T, E).
 
-    Every ``interval`` tokens ``press`` shrinks each layer's cache to ``budget`` pairs a head (kvpress's DecodingPress).
+    Every ``interval`` tokens ``press`` shrinks each layer's cache to ``budget`` pairs per head (kvpress's
+    DecodingPress).
 
     Raises
     ------
     ValueError
-        For a press that is no scorer or looks at a window longer than ``interval``, and for a budget below 1.
+        If the press is no scorer, if its window is longer than ``interval``, or if ``budget`` is below 1.
     """
     traits = traits_of(press)
     if not traits.evicts_while_decoding or traits.window > interval or budget < 1:

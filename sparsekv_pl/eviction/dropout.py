@@ -3,9 +3,9 @@
 Every query still sees itself, its own recent window and the anchors. Unlike real eviction it trains the
 context's queries under eviction too, and needs no cache.
 
-The rule of ``attention/kept_columns.py`` reaches a transformers model by name (``NAME``) through the
-attention and the mask interface; without the second, padding would be ignored. What is kept travels as the
-keyword argument ``kept_columns`` of the model's forward, so that no module and no global holds it.
+The attention of ``attention/kept_columns.py`` is registered under ``NAME`` with transformers' attention and mask
+interfaces; without the mask interface, padding would be ignored. The kept keys are passed as the keyword argument
+``kept_columns`` of the model's forward, so no module or global holds them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,11 +35,11 @@ NAME = "sparsekv_kept_columns"
 
 @dataclass(frozen=True)
 class KeptColumns:
-    """What the attention of one forward pass may see.
+    """The keys that attention may see in one forward pass.
 
     ``draw(layer_idx, kv_heads)`` returns that layer's kept keys, (B, K, M) int64, sorted, with S as filler
-    where a row keeps fewer than M. A checkpointed layer calls it again to recompute, so it must depend on its
-    arguments alone. ``recent`` counts the query itself. ``recent`` and ``query_chunk`` are in tokens, >= 1.
+    where a row keeps fewer than M. A checkpointed layer calls it again to recompute, so it must depend on nothing
+    but its arguments. ``recent`` counts the query itself. ``recent`` and ``query_chunk`` are in tokens, >= 1.
     """
 
     draw: Callable[[int, int], Tensor]
@@ -54,14 +54,15 @@ class KVDropout:
     Parameters
     ----------
     anchors
-        What is never dropped. Its ``recent`` is also the window, in tokens, that every query has of its own.
+        Tokens that are never dropped. ``anchors.recent`` is also the window, in tokens, of each query's own most
+        recent keys.
     seed
-        Together with the step, the layer and the row's context it decides every draw.
+        Seeds every draw, together with the step, the layer and the row's context.
     query_chunk
-        Queries per call of the attention kernel, in tokens: larger is fewer calls and more memory.
+        Queries per call of the attention kernel, in tokens; more means fewer calls and more memory.
     checkpoint
-        Keep no activations inside layers: backward runs each layer again, so that only one layer's live at a time
-        (https://arxiv.org/abs/1604.06174). Costs a second forward.
+        Keep no activations inside layers: backward runs each layer again, so only one layer's activations exist at a
+        time (https://arxiv.org/abs/1604.06174). Costs a second forward.
     """
 
     anchors: Anchors = field(default_factory=Anchors)
@@ -69,8 +70,8 @@ class KVDropout:
     query_chunk: int = 128
     checkpoint: bool = False
     tokenizer: PreTrainedTokenizerBase | AnchorTable | None = field(default=None, init=False, repr=False, compare=False)
-    """Finds the special tokens and the punctuation among the anchors; set it before the first pass."""
-    press = None  # chance selects
+    """Identifies special tokens and punctuation for the anchors; set it before the first pass."""
+    press = None  # kept keys are random
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -79,7 +80,7 @@ class KVDropout:
             raise ValueError(f"query_chunk={self.query_chunk} must be at least 1 token")
 
     def check(self, context_tokens: int, request: Request = NOTHING) -> None:
-        """Raise ``ValueError`` if a context of this length is all anchors."""
+        """Raise ``ValueError`` if a context of ``context_tokens`` tokens consists of anchors alone."""
         assert not (request.scores or request.contexts or request.press_losses)  # see fit_together
         self.anchors.check(context_tokens)
 
@@ -95,7 +96,7 @@ class KVDropout:
     ) -> Evicted:
         """Run context and continuation in one pass; see ``Eviction``.
 
-        ``compression_ratio`` is the share of the evictable context, anchors aside, that every KV head loses.
+        ``compression_ratio`` is the share of the evictable context (all but anchors) that every KV head loses.
         Continuation tokens come after the eviction and are never dropped.
         """
         check_compression_ratio("compression_ratio", compression_ratio)
@@ -122,18 +123,18 @@ class KVDropout:
 
 
 def removed_tokens(always: Tensor, compression_ratio: float) -> Tensor:
-    """(B,) int64: how many keys a row loses in every layer and head. ``always`` (B, S) bool: never lost."""
+    """Number of keys that each row loses in every layer and head, (B,) int64. ``always`` (B, S) bool: never lost."""
     return ((~always).sum(dim=1).double() * compression_ratio).round().long()
 
 
 def draw_kept(
     always: Tensor, removed: Tensor, seeds: Sequence[tuple[int, ...]], layer_idx: int, kv_heads: int
 ) -> Tensor:
-    """One layer's kept keys, (B, K, M) int64, sorted; rows that keep fewer than M end in S as filler.
+    """Draw one layer's kept keys, (B, K, M) int64, sorted; rows that keep fewer than M end in S as filler.
 
-    ``always`` (B, S) bool and ``removed`` (B,) int64 on the CPU, ``seeds`` one per row; every head of a row keeps
-    equally many. The draw happens on the CPU, so it is the same on every device. More keys begin with the same draws,
-    so padding at the end changes none.
+    ``always`` (B, S) bool and ``removed`` (B,) int64 are on the CPU, ``seeds`` has one entry per row. Every head of a
+    row keeps the same number. The draw happens on the CPU, so it is the same on every device. A longer row starts with
+    the same draws as a shorter one, so padding at the end changes no draw.
     """
     length = always.shape[1]
     generators = [generator_for("kept keys", *seed, layer_idx) for seed in seeds]
@@ -148,7 +149,7 @@ def draw_kept(
 
 @contextmanager
 def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
-    """Checkpoint every layer inside the block, and not for good: with a cache, layers would compute without it."""
+    """Checkpoint every layer inside the block only: checkpointed layers ignore a cache, which other passes need."""
     already = model.is_gradient_checkpointing
     model.gradient_checkpointing_enable()
     try:
@@ -162,8 +163,8 @@ def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
 def _kept_columns_in(model: PreTrainedModel) -> Iterator[None]:
     """Compute ``model``'s attention over kept columns inside the block.
 
-    Checkpointed layers run once more in the backward pass, after the block, and are given the same attention
-    for that. This needs non-reentrant checkpointing, which is transformers' default.
+    Checkpointed layers run again in the backward pass, after the block; the same attention is set for that. This needs
+    non-reentrant checkpointing, transformers' default.
     """
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -189,7 +190,7 @@ def _padding_mask(
     local_size: int | None = None,
     **_: Any,
 ) -> Tensor | None:
-    """The mask that transformers hands to ``_registered_attention``: (B, S) bool or None, never S x S."""
+    """Make the mask that transformers passes to ``_registered_attention``: (B, S) bool or None, never S x S."""
     shortened = local_size is not None and local_size < kv_length
     if shortened or (local_size is None and mask_function is not causal_mask_function):
         raise ValueError(
@@ -215,7 +216,7 @@ def _registered_attention(
     kept_columns: KeptColumns | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature; returns (B, S, H, D) and no attention weights."""
+    """Attend with transformers' attention signature; return (B, S, H, D) and no attention weights."""
     if kept_columns is None:
         raise ValueError(f"Attention {NAME!r} needs model(..., kept_columns=KeptColumns(...))")
     asked = {"dropout": dropout or None, "softcap": kwargs.get("softcap"), "s_aux": kwargs.get("s_aux")}

@@ -1,4 +1,4 @@
-"""The interface of every way of evicting, and what one returns."""
+"""The interface of all evictions, and the types that they return."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from sparsekv_pl.eviction.request import NOTHING, Request
 
 @dataclass
 class Selection:
-    """What one scorer said of the keys of one layer when it selected."""
+    """The scores that one scorer gave to the keys of one layer."""
 
     layer: int
     press: str
@@ -22,8 +22,8 @@ class Selection:
     positions: Tensor | None = None
     """(B, K, S) int64, the context position of each scored key; None means 0..S-1, as in a single prefill."""
     order_only: bool = False
-    """The scores are never negative and yet no masses. LagKV's softmax is over statistics that hardly differ, so its
-    shares are all alike whatever it was taught."""
+    """True if the scores are not negative but only their order has a meaning. LagKV's softmax is over statistics that
+    hardly differ, so its shares are nearly equal whatever was trained."""
 
 
 @dataclass
@@ -36,34 +36,33 @@ class Evicted:
     """KV pairs kept / KV pairs of the context, mean over layers and KV heads."""
     selections: list[Selection] = field(default_factory=list)
     losses: dict[str, Tensor] = field(default_factory=dict)
-    """Scalar terms by name that presses ask an objective to add (SparseRegPress)."""
+    """Name -> scalar loss term that a press asks the objective to add (SparseRegPress)."""
     context: "EvictedContext | None" = None
-    """For objectives that ask what was lost; None unless they were requested."""
+    """For objectives that ask for evicted text; None unless ``Request.contexts``."""
 
 
 @dataclass
 class EvictedContext:
-    """A context after its eviction, to be asked about."""
+    """A context after its eviction, which an objective can continue with questions about it."""
 
     ids: Tensor
     """(B, L) int64."""
     lost: Tensor
-    """(B, L) float32, 0 to 1: in what share of layers and KV heads a token's pair was evicted."""
+    """(B, L) float32, 0 to 1: the share of layers and KV heads in which a token's pair was evicted."""
     continued: Callable[[Tensor], Tensor]
-    """Hidden states (B, T, E) of any continuation (B, T) after what is left, as often as wanted; differentiable."""
+    """Maps a continuation (B, T) after the evicted cache to its hidden states (B, T, E), differentiably; may be called
+    any number of times."""
 
 
 class Eviction(Protocol):
-    """Hidden states of the supervised tokens under eviction: the one question that real eviction and KV dropout
-    answer.
-    """
+    """A way to compute the continuation's hidden states under eviction: ``RealEviction`` or ``KVDropout``."""
 
     @property
     def press(self) -> BasePress | None:
-        """What selects; None where chance does."""
+        """The press that selects; None if the selection is random."""
 
     def check(self, context_tokens: int, request: Request = NOTHING) -> None:
-        """Raise ``ValueError`` where a context of this length cannot be evicted from, or the request not answered."""
+        """Raise ``ValueError`` if contexts of ``context_tokens`` tokens cannot be evicted or ``request`` not be met."""
 
     def __call__(
         self,
@@ -77,6 +76,7 @@ class Eviction(Protocol):
     ) -> Evicted:
         """Run context (B, L) and continuation (B, T), evicting between the two.
 
-        ``step`` seeds every draw; ``request`` says what else is to be known.
+        ``compression_ratio`` is the removed share, 0 <= r < 1; ``step`` seeds every draw; ``request`` names the
+        results wanted besides hidden states.
         """
         ...

@@ -1,4 +1,4 @@
-"""A half-filled cache on disk, so that a prefill that was stopped goes on where it was."""
+"""A half-filled cache on disk, from which an interrupted prefill continues."""
 
 import hashlib
 import logging
@@ -16,22 +16,22 @@ log = logging.getLogger(__name__)
 
 
 class SavedState:
-    """One safetensors file with the key of the work that it belongs to and a checksum of its tensors.
+    """One safetensors file that holds a prefill's state, the key of the work it belongs to and a checksum.
 
-    The file is replaced in one step: a kill leaves the one before.
+    The file is replaced atomically: a killed process leaves the previous one.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def save(self, key: str, state: Mapping[str, Tensor]) -> None:
-        """Put ``state`` in the place of what was saved before."""
+        """Replace the saved state by ``state``, tensors by name, for the work ``key``."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         with written_whole(self.path) as partial:
             save_file(tensors, partial, metadata={"key": key, "checksum": _checksum(tensors)})
 
     def load(self, key: str) -> dict[str, Tensor] | None:
-        """The state saved for ``key``. None, and the reason in the log, if it is damaged or belongs to other work."""
+        """Return the state saved for ``key``; None, with a logged reason, if it is damaged or of other work."""
         if not self.path.exists():
             return None
         try:
@@ -39,18 +39,18 @@ class SavedState:
                 about = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
         except (SafetensorError, OSError) as error:
-            log.warning("%s is damaged (%s): the prefill starts anew", self.path, error)
+            log.warning("%s is damaged (%s): the prefill starts over", self.path, error)
             return None
         if about.get("key") != key:
-            log.warning("%s belongs to another model, press, text or setting: the prefill starts anew", self.path)
+            log.warning("%s belongs to another model, press, text or setting: the prefill starts over", self.path)
             return None
         if about.get("checksum") != _checksum(tensors):
-            log.warning("%s is damaged (its checksum is another): the prefill starts anew", self.path)
+            log.warning("%s is damaged (its checksum is another): the prefill starts over", self.path)
             return None
         return tensors
 
     def discard(self) -> None:
-        """The work is finished."""
+        """Delete the file, once the work is finished."""
         self.path.unlink(missing_ok=True)
 
 

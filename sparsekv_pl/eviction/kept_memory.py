@@ -1,4 +1,4 @@
-"""What an eviction really left: KV pairs and bytes, and whether memory was freed or pairs were only hidden."""
+"""Measure an evicted cache: KV pairs and bytes, and whether memory was freed or pairs were only hidden."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ from sparsekv_pl.eviction.prefilled_cache import mean_length
 
 @dataclass(frozen=True)
 class KeptMemory:
-    """Counts of one cache."""
+    """KV pairs and bytes of one cache."""
 
     kept_pairs: float
-    """KV pairs that attention can still see, mean over rows, layers and KV heads."""
+    """KV pairs that attention can still see, a mean over rows, layers and KV heads."""
     kv_bytes: int
     """Bytes that the keys and values hold in memory, all rows together."""
     freed: bool
@@ -21,7 +21,7 @@ class KeptMemory:
 
 
 def kept_memory(model: PreTrainedModel, cache: DynamicCache) -> KeptMemory:
-    """Read ``cache``, which was just evicted from under ``model``; memory is counted once, as it was allocated."""
+    """Measure ``cache``, just evicted under ``model``; shared storage is counted once."""
     storages, heads = {}, 0
     for layer in cache.layers:
         assert layer.keys is not None and layer.values is not None

@@ -1,7 +1,7 @@
-"""Which context positions a cache still holds after any press, read off the cache itself.
+"""Find which context positions a cache still holds after any press, from the cache itself.
 
-Presses do not say what they kept, and not all keep what their scores rank highest (AdaKV, ChunkKV, PyramidKV). But the
-pairs of an evicted cache are rows of the full cache, bit for bit, so they are looked up there.
+Presses do not report what they kept, and not all keep what their scores rank highest (AdaKV, ChunkKV, PyramidKV). But
+the pairs of an evicted cache are rows of the full cache, bit for bit, so they are looked up there.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class _Pairs(NamedTuple):
 
 
 def masked_keys(model: PreTrainedModel) -> list[Masked | None]:
-    """What a head-wise press (AdaKVPress) left on the attention modules of ``model``, layer by layer."""
+    """Collect, per layer, the pairs that a head-wise press (AdaKVPress) hides in ``model``; None if there are none."""
     return [getattr(layer.self_attn, "masked_key_indices", None) for layer in decoder_of(model).layers]
 
 
@@ -37,31 +37,31 @@ def kept_positions(
     masked: Sequence[Masked | None] | None = None,
     rotary: nn.Module | None = None,
 ) -> list[Tensor]:
-    """(B, K, L) bool per layer, True where ``evicted`` holds the pair of that context position.
+    """Return per layer (B, K, L) bool, True where ``evicted`` holds the pair of that context position.
 
     ``full`` is the cache of the same context (B, L) before the eviction, from the same prefill
-    (``RecordedPrefill.cache``); compare before either is continued. Pairs are found by their keys and values. Equal
-    pairs are interchangeable: as many count as kept as there are, the earliest first.
+    (``RecordedPrefill.cache``); compare before either is continued. Pairs are matched by their keys and values. Equal
+    pairs are interchangeable: the earliest positions count as kept.
 
     Some presses change what they keep. Channels of a head's keys that are zero throughout (ThinKPress) are left out of
-    the comparison. Where values alone were changed (MergingPress blends evicted ones in), the keys tell. Where keys
-    were rotated to new positions, candidates are found by their values; in the first layer equal tokens have equal
-    values, so each candidate's key is rotated as the press would have done and must come out bit for bit. Candidates
-    that rounding makes equal are interchangeable too.
+    the comparison. If only values were changed (MergingPress blends evicted ones in), pairs are matched by keys alone.
+    If keys were rotated to new positions, candidates are found by their values; in the first layer equal tokens have
+    equal values, so each candidate's key is rotated as the press would do and must match bit for bit. Candidates that
+    rounding makes equal are interchangeable too.
 
     Parameters
     ----------
     full, evicted
-        Caches of as many layers.
+        Caches with the same number of layers.
     masked
-        Pairs that are in the cache but hidden, layer by layer: ``masked_keys(model)``. None for none.
+        Pairs that are in the cache but hidden, per layer: ``masked_keys(model)``. None if none are.
     rotary
         The model's rotary embedding (``decoder_of(model).rotary_emb``), needed for presses that re-rotate keys.
 
     Raises
     ------
     ValueError
-        Where it cannot be told, with the reason: keys that are not in the full cache.
+        If a key of ``evicted`` is not in ``full``, or the caches differ in layers or in length.
     """
     masked = masked if masked is not None else [None] * len(full.layers)
     if not len(full.layers) == len(evicted.layers) == len(masked):
@@ -83,7 +83,7 @@ def kept_positions(
 
 
 def _positions(there: _Pairs, here: _Pairs, rotary: nn.Module | None, layer: int) -> Tensor:
-    """(B, K, kept) int64, the context position of every pair that is here."""
+    """Find the context position of every pair of ``here`` among those of ``there``, (B, K, kept) int64."""
     if here.keys.shape[2] > there.keys.shape[2]:
         raise ValueError(
             f"layer {layer} holds {here.keys.shape[2]} pairs of a context of {there.keys.shape[2]}: compare before the "
@@ -99,15 +99,16 @@ def _positions(there: _Pairs, here: _Pairs, rotary: nn.Module | None, layer: int
     if index is None:
         rotated = ", or rotated to new positions: give the model's rotary embedding" if rotary is None else ""
         raise ValueError(
-            f"which positions layer {layer} holds cannot be told: it has keys that the full cache has not. They were "
+            f"the positions that layer {layer} holds are unknown: it has keys that the full cache has not. They were "
             f"merged, quantised or computed after an earlier eviction (a prefill in chunks){rotated}"
         )
     return index
 
 
 def _find(there: Tensor, here: Tensor) -> Tensor | None:
-    """For every row of ``here`` (B, K, n, D) the index (B, K, n) of an equal row of ``there`` (B, K, L, D), each used
-    once; None if there is no such assignment.
+    """Find for every row of ``here`` (B, K, n, D) an equal row of ``there`` (B, K, L, D), using each row once.
+
+    Returns the indices (B, K, n), or None if there is no such assignment.
     """
     marks_there, order_there = _fingerprint(there).sort(dim=-1, stable=True)
     marks_here, order_here = _fingerprint(here).sort(dim=-1, stable=True)
@@ -122,7 +123,7 @@ def _find(there: Tensor, here: Tensor) -> Tensor | None:
 
 
 def _find_rotated(there: _Pairs, here: _Pairs, rotary: nn.Module) -> Tensor | None:
-    """As ``_find``, for keys that were rotated from their positions to 0..n-1. They are still in order."""
+    """Find rows as ``_find`` does, for keys rotated from their positions to 0..n-1 and still in order."""
     length = there.keys.shape[2]
     marks_there, order_there = _fingerprint(there.values).sort(dim=-1, stable=True)
     marks_here = _fingerprint(here.values)
@@ -144,7 +145,7 @@ def _find_rotated(there: _Pairs, here: _Pairs, rotary: nn.Module) -> Tensor | No
 
 
 def _fingerprint(rows: Tensor) -> Tensor:
-    """(B, K, n) int64, equal for rows (B, K, n, D) of equal bits and different for others, as good as always."""
+    """Hash rows (B, K, n, D) to (B, K, n) int64: equal for equal bits, different otherwise with high probability."""
     generator = generator_for("fingerprint")
     # Odd factors are invertible modulo 2**64: a change in one number is never lost.
     factors = torch.randint(-(2**63), 2**63 - 1, (rows.shape[-1],), generator=generator) | 1
@@ -152,7 +153,7 @@ def _fingerprint(rows: Tensor) -> Tensor:
 
 
 def _bits(rows: Tensor) -> Tensor:
-    """The same memory as integers, so that -0.0, NaN and rounding play no part."""
+    """View the memory of ``rows`` as integers, so that -0.0, NaN and rounding do not matter."""
     return rows.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()])
 
 

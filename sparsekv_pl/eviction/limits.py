@@ -1,4 +1,4 @@
-"""What a model or a press cannot do: positions not trained on, keys beyond a window, weights on disk, chunks."""
+"""Checks of what a model or a press can do: positions, sliding windows, weights on disk, chunks."""
 
 from transformers import PreTrainedModel
 
@@ -7,11 +7,11 @@ from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.presses.traits import PressTraits
 
 CHANGING_ROPE = ("dynamic", "longrope")
-"""Types of RoPE whose frequencies depend on how long the text is."""
+"""Types of RoPE whose frequencies depend on the length of the text."""
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
-    """Positions that ``model`` was trained on, or is scaled to by its RoPE settings; None where it names none."""
+    """Number of positions that ``model`` was trained on or scaled to by RoPE settings; None if its config has none."""
     config = model.config.get_text_config()
     trained = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
@@ -20,9 +20,9 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 
 def check_positions(model: PreTrainedModel, positions: int, tokens: int, rotates: bool) -> None:
-    """Raise ``ValueError`` if a context of ``tokens`` tokens takes more positions than ``model`` has.
+    """Raise ``ValueError`` if a context of ``tokens`` tokens takes more ``positions`` than ``model`` has.
 
-    ``rotates`` tells whether kept keys are re-rotated, so that positions come free again.
+    ``rotates`` is True if kept keys are re-rotated, which frees positions.
     """
     limit = position_limit(model)
     if limit is None or positions <= limit:
@@ -35,16 +35,17 @@ def check_positions(model: PreTrainedModel, positions: int, tokens: int, rotates
 
 
 def rope_changes(model: PreTrainedModel) -> bool:
-    """Whether ``model`` turns all rows of a forward by frequencies that follow from its furthest position."""
+    """Return whether RoPE's frequencies for all rows of a forward follow from its largest position."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     return rope.get("rope_type") in CHANGING_ROPE
 
 
 def check_rope(model: PreTrainedModel, first: int, total: int, rotates: bool = False) -> None:
-    """Raise ``ValueError`` if positions mean something else after ``total`` tokens than after the ``first`` of them.
+    """Raise ``ValueError`` if RoPE's frequencies change between the ``first`` tokens and all ``total`` tokens.
 
-    RoPE of the types "dynamic" and "longrope" turns keys by other frequencies once a text is longer than the original
-    context: those that are in the cache by then were turned by the old ones. With ``rotates``, keys are turned again.
+    RoPE of the types "dynamic" and "longrope" changes its frequencies once a text is longer than the original context;
+    keys that are in the cache by then were rotated by the old ones. With ``rotates``, keys are rotated again, which the
+    model's RoPE must allow.
     """
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
@@ -66,15 +67,15 @@ def check_rope(model: PreTrainedModel, first: int, total: int, rotates: bool = F
 
 
 def check_rows(traits: PressTraits, rows: int) -> None:
-    """Raise ``ValueError`` if a press would choose for every one of ``rows`` rows what it chooses for the first."""
+    """Raise ``ValueError`` if a press would keep in all ``rows`` rows of a batch what it keeps in the first."""
     if rows > 1 and traits.first_row_decides:
         raise ValueError(
-            f"{traits.name} keeps in all {rows} rows of a batch what the first row's scores say: set batch_size=1"
+            f"{traits.name} keeps in all {rows} rows of a batch what the first row's scores select: set batch_size=1"
         )
 
 
 def check_sliding_window(model: PreTrainedModel, tokens: int) -> None:
-    """Raise ``ValueError`` if a context is longer than the window in which ``model`` attends."""
+    """Raise ``ValueError`` if a context of ``tokens`` tokens is longer than ``model``'s sliding window."""
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     if window is not None and tokens > window:
         raise ValueError(
@@ -84,7 +85,7 @@ def check_sliding_window(model: PreTrainedModel, tokens: int) -> None:
 
 
 def check_weights(model: PreTrainedModel, traits: PressTraits) -> None:
-    """Raise ``ValueError`` if a press reads weights that lie on disk: it would silently compute garbage."""
+    """Raise ``ValueError`` if a press reads weights that are offloaded to disk: its scores would be garbage."""
     reads = any("weights" in part.needs for part in traits.parts)
     if reads and any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
@@ -94,14 +95,14 @@ def check_weights(model: PreTrainedModel, traits: PressTraits) -> None:
 
 
 def check_chunks(traits: PressTraits, bounds: list[tuple[int, int]], request: Request) -> None:
-    """Raise ``ValueError`` where a press cannot be run in chunks of these bounds and say what is requested."""
+    """Raise ``ValueError`` if a press cannot run in chunks of these ``bounds``, or not with ``request``."""
     shortest = min(stop - start for start, stop in bounds)
     if shortest <= traits.window:
         raise ValueError(
             f"{traits.name} looks at a window of {traits.window} tokens but the context is run in chunks of {shortest}"
             ": use a longer context, longer chunks (chunk_tokens) or a smaller window_size (n_sink)"
         )
-    # Of a press that moves groups of pairs (ChunkKVPress) scores do not tell which it kept.
+    # The scores of a press that moves groups of pairs (ChunkKVPress) do not determine which pairs it kept.
     followed = all(candidate.by_scores or candidate.only_trains for candidate in traits.candidates)
     if len(bounds) > 1 and not (traits.works_in_chunks and (followed or not request.scores)):
         raise ValueError(
@@ -111,9 +112,10 @@ def check_chunks(traits: PressTraits, bounds: list[tuple[int, int]], request: Re
 
 
 def check_full_cache(model: PreTrainedModel, tokens: int, teacher: bool, validation: bool) -> None:
-    """Raise ``ValueError`` if a ``teacher``, or ``validation``, would read ``tokens`` tokens (context and
-    continuation) and ``model`` has fewer positions: eviction with re-rotated keys takes the student beyond them, but
-    nothing takes a pass with the full cache there.
+    """Raise ``ValueError`` if ``teacher`` or ``validation`` would read more tokens than ``model`` has positions.
+
+    ``tokens`` counts context and continuation. Re-rotated keys let the student go beyond the model's positions; a pass
+    with the full cache cannot.
     """
     limit = position_limit(model)
     if limit is None or tokens <= limit:
@@ -132,7 +134,7 @@ def check_full_cache(model: PreTrainedModel, tokens: int, teacher: bool, validat
 
 
 def check_continuation(model: PreTrainedModel, position: int, tokens: int) -> None:
-    """Raise ``ValueError`` if a continuation of ``tokens`` tokens from ``position`` on ends beyond ``model``'s last."""
+    """Raise ``ValueError`` if ``tokens`` tokens from ``position`` on end beyond ``model``'s last position."""
     check_rope(model, position, position + tokens)
     limit = position_limit(model)
     if limit is not None and position + tokens > limit:

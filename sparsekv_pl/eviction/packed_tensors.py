@@ -1,4 +1,4 @@
-"""Many small tensors in few large ones."""
+"""Pack many small tensors into a few large ones."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """Where in packed tensors each of the tensors is that were packed."""
+    """The place of each original tensor inside the packed tensors."""
 
     groups: tuple[tuple[tuple[str, torch.Size], ...], ...]
-    """Names and shapes, in order; a group for every packed tensor."""
+    """Names and shapes in order, one group per packed tensor."""
 
     def unpack(self, packed: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The tensors by name, as views."""
+        """Return the original tensors by name, as views of ``packed``."""
         state: dict[str, Tensor] = {}
         for group, tensor in zip(self.groups, packed, strict=True):
             parts = tensor.split([shape.numel() for _, shape in group])
@@ -24,10 +24,10 @@ class Layout:
 
 
 def pack(state: Mapping[str, Tensor]) -> tuple[Layout, list[Tensor]]:
-    """``state`` in one tensor (N,) for every dtype and device; differentiable.
+    """Concatenate ``state`` into one flat tensor per dtype and device; differentiable.
 
-    What outlives a chunk while its temporaries come and go should lie together. Sixty small tensors spread over the
-    heap keep pages from being used again: SmolLM2 then grows by twice what they hold.
+    Tensors that outlive a chunk's temporaries should lie together in memory. Sixty small tensors spread over the heap
+    keep pages from being reused: SmolLM2 then grows by twice what they hold.
     """
     groups: dict[tuple[torch.dtype, torch.device], list[str]] = {}
     for name, tensor in state.items():

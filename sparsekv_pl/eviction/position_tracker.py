@@ -1,4 +1,4 @@
-"""Which context positions a cache still holds while it is filled chunk by chunk."""
+"""Track which context positions a cache holds while it is filled chunk by chunk."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,14 +16,22 @@ from sparsekv_pl.presses.traits import PressTraits
 
 
 class PositionTracker:
-    """Notes scores, and puts kept pairs back in the order of their positions.
+    """Record scores, and restore kept pairs to the order of their positions.
 
-    A ScorerPress of kvpress's leaves pairs in the order of their scores. Attention does not mind, but a later chunk's
-    press that protects the first tokens (sinks) or compares neighbours does, so between chunks the order is restored.
-    The same indices say which context position every pair came from, which a selection loss over later chunks needs.
+    kvpress's ScorerPress leaves pairs in the order of their scores. Attention does not depend on the order, but a later
+    chunk's press that protects the first tokens (sinks) or compares neighbours does, so the order is restored between
+    chunks. The same indices give the context position of every pair, which a selection loss over later chunks needs.
 
-    Positions are followed where ``request`` needs them (contexts), and with ``many`` chunks. ``inv_freq`` are the
-    model's RoPE frequencies (see ``Rotation``), for a press that re-rotates keys.
+    Parameters
+    ----------
+    traits
+        Of the press that evicts.
+    request
+        Positions are tracked if ``request.contexts``; scores are recorded if ``request.scores``.
+    many
+        Whether there are several chunks; positions are then tracked too.
+    inv_freq
+        The model's RoPE frequencies (see ``Rotation``), for a press that re-rotates keys; else None.
     """
 
     def __init__(self, traits: PressTraits, request: Request, many: bool, inv_freq: Tensor | None) -> None:
@@ -37,27 +45,27 @@ class PositionTracker:
         self.selections: list[Selection] = []
         self.positions: dict[int, Tensor] = {}
         self.log_weights: dict[int, Tensor] = {}
-        """layer -> (B, K, S), what the press wrote into ``PressContext.key_log_weights``: in the order of the keys."""
+        """layer -> (B, K, S), as the press wrote it into ``PressContext.key_log_weights``, in the order of the keys."""
 
     @contextmanager
     def __call__(self, cache: DynamicCache, seen: int) -> Iterator[None]:
-        """Look after one chunk; ``seen`` counts the context's tokens to its end."""
+        """Track one chunk inside the block; ``seen`` counts the context's tokens up to the chunk's end."""
         if not (self.with_scores or self.follow):
             yield
             return
         with catch_scores(self.press) as caught:
             yield
         for scored in caught:
-            self._note(scored, cache, seen)
+            self._record(scored, cache, seen)
         if self.follow and self.selecting is not None:
             self._follow_unscored(cache, seen)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the next chunk needs of the chunks before it."""
+        """Return the tensors that the next chunk depends on, by name."""
         return {f"{name}.{layer}": tensor for name, kept in self._state().items() for layer, tensor in kept.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor], devices: Sequence[torch.device]) -> None:
-        """Go on after the chunk that ``state`` was taken at, each layer on the device where it computes."""
+        """Restore ``state_dict``'s result, each layer's tensors on the device where the layer computes."""
         for name, kept in self._state().items():
             saved = {layer: state.get(f"{name}.{layer}") for layer in range(len(devices))}
             kept.clear()
@@ -67,7 +75,7 @@ class PositionTracker:
         rotation = {} if self.rotation is None else {"first": self.rotation.first, "places": self.rotation.places}
         return {"positions": self.positions, "log_weights": self.log_weights, **rotation}
 
-    def _note(self, scored: CaughtScores, cache: DynamicCache, seen: int) -> None:
+    def _record(self, scored: CaughtScores, cache: DynamicCache, seen: int) -> None:
         positions = self._positions(scored, seen) if self.follow else None
         if self.with_scores:
             if positions is None and scored.scores.shape[-1] != seen:
@@ -81,7 +89,7 @@ class PositionTracker:
             self._restore_order(scored, positions, cache)
 
     def _follow_unscored(self, cache: DynamicCache, seen: int) -> None:
-        """A press at a compression of 0 does not score: then all of the chunk stayed, behind what was held before."""
+        """Extend the positions by a whole chunk where the press did not score: at a ratio of 0 everything stays."""
         for index, layer in enumerate(cache.layers):
             assert layer.keys is not None
             batch, heads, held = layer.keys.shape[:3]
@@ -92,7 +100,7 @@ class PositionTracker:
                 self.positions[index] = new if before is None else torch.cat([before, new], dim=-1)
 
     def _positions(self, scored: CaughtScores, seen: int) -> Tensor:
-        """Context positions of the scored keys: those kept before, then the newest tokens."""
+        """Return the context positions (B, K, S) of the scored keys: those kept before, then the newest tokens'."""
         batch, heads, keys = scored.scores.shape
         before = self.positions.get(scored.layer)
         held = 0 if before is None else before.shape[-1]

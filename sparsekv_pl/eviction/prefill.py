@@ -1,7 +1,6 @@
-"""Prefill with eviction: the context runs through the model in chunks and a press shrinks the cache after each of them.
+"""Prefill with eviction: the context runs through the model in chunks, and a press shrinks the cache after each.
 
-One chunk is "prefill, press, continue"; with many, chunk n sees the cache as chunks 1..n-1 left it, as a server would
-run it.
+One chunk is "prefill, press, continue". With many, chunk n sees the cache that chunks 1..n-1 left, as on a server.
 """
 
 from collections.abc import Iterator, Mapping
@@ -40,7 +39,10 @@ from sparsekv_pl.presses.traits import traits_of
 
 
 def chunk_bounds(tokens: int, chunk_tokens: int | None) -> list[tuple[int, int]]:
-    """Cut ``tokens`` into the fewest chunks of at most ``chunk_tokens``, equal to within one token."""
+    """Cut ``tokens`` into the fewest chunks of at most ``chunk_tokens``; return (start, stop) of each.
+
+    Their lengths differ by at most one token. None makes one chunk.
+    """
     count = 1 if chunk_tokens is None else -(-tokens // chunk_tokens)
     edges = [tokens * i // count for i in range(count + 1)]
     return list(pairwise(edges))
@@ -49,27 +51,27 @@ def chunk_bounds(tokens: int, chunk_tokens: int | None) -> list[tuple[int, int]]
 class ChunkedPrefill:
     """A prefill of ``tokens`` tokens that is advanced chunk by chunk and can be saved between two chunks.
 
-    With many chunks the compression ratio of each is set so that, of the tokens seen so far, the share that the press
-    was set to (and no more than ``budget``) stays.
+    With many chunks, each chunk's compression ratio is set so that the press's ratio holds for all tokens seen so far
+    and at most ``budget`` pairs stay.
 
     Parameters
     ----------
     model, press
-        None keeps everything.
+        The causal LM and the press on it; a press of None keeps everything.
     tokens
         Length of the whole context.
     chunk_tokens
-        Most tokens of a chunk; None makes it one. The chunks are ``bounds``.
+        Most tokens of a chunk; None makes one chunk. ``bounds`` has the chunks.
     budget
-        Most KV pairs per head that stay after a chunk, in tokens.
+        Most KV pairs per head that stay after a chunk, in tokens; None sets no limit.
     request
-        Its ``scores`` are kept: results, which ``state_dict`` leaves out. For its ``contexts`` the positions of the
-        kept keys are followed, in one chunk too: see ``Prefilled``.
+        ``request.scores`` keeps the press's scores (results, not part of ``state_dict``); ``request.contexts`` tracks
+        the kept keys' positions also in a single chunk: see ``Prefilled``.
 
     Raises
     ------
     ValueError
-        For a press that cannot be run in these chunks, and for more positions than the model was trained on.
+        If the press cannot run in these chunks, or the context takes more positions than the model was trained on.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class ChunkedPrefill:
         request: Request = NOTHING,
     ) -> None:
         self.again = partial(ChunkedPrefill, model, press, tokens, chunk_tokens, budget, request)
-        """Makes another at its beginning."""
+        """Makes a new prefill with the same arguments."""
         self.model, self.budget = model, budget
         self.bounds = chunk_bounds(tokens, chunk_tokens)
         self.traits = None if press is None else traits_of(press)
@@ -116,7 +118,7 @@ class ChunkedPrefill:
         return len(self.bounds) - self.chunks_done
 
     def advance(self, chunk_ids: Tensor) -> None:
-        """Run the next chunk (B, stop - start) and evict. After an exception the cache is not to be used."""
+        """Run the next chunk (B, stop - start) and evict. After an exception the cache is invalid."""
         start, stop = self.bounds[self.chunks_done]
         if chunk_ids.shape[1] != stop - start:
             raise ValueError(
@@ -127,10 +129,10 @@ class ChunkedPrefill:
             check_rows(self.traits, len(chunk_ids))
         held = self.cache.get_seq_length()
         position = held if self.rotates else start
-        told = self._told(chunk_ids)
+        keywords = self._keywords(chunk_ids)
         rotated = queries_from(self.model, position if self.traits is not None else 0)
         with self._evicting(held, start, stop), rotated, last_mlp_for(self.model, 0):
-            continue_from(self.model, chunk_ids, self.cache, position, **told)
+            continue_from(self.model, chunk_ids, self.cache, position, **keywords)
         self.chunks_done += 1
 
     def run(self, context_ids: Tensor) -> Prefilled:
@@ -140,7 +142,7 @@ class ChunkedPrefill:
         return self.result()
 
     def result(self) -> Prefilled:
-        """The cache as the last chunk left it."""
+        """Return the cache after the last chunk, with the press's results."""
         assert not self.chunks_left
         position = self.cache.get_seq_length() if self.rotates else self.seen
         if self.traits is None:
@@ -154,9 +156,9 @@ class ChunkedPrefill:
         return Prefilled(self.cache, position, self.tracker.selections, self.press_context, self.tracker.positions)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that the next chunk depends on, by names that ``safetensors`` takes. Not in memory of its own.
+        """Return every tensor that the next chunk depends on, by names that ``safetensors`` accepts; not copied.
 
-        Gradients flow through it. What was said of the chunks so far (scores, losses) is not in it.
+        Gradients flow through it. Results of the chunks so far (scores, losses) are not in it.
         """
         state = {} if self.traits is None else self.tracker.state_dict()
         for index, layer in enumerate(self.cache.layers):
@@ -167,7 +169,7 @@ class ChunkedPrefill:
         return state | {"chunks_done": torch.tensor(self.chunks_done)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where ``state`` was taken, by a prefill with the same arguments."""
+        """Continue from ``state``, taken from a prefill with the same arguments."""
         decoder = decoder_of(self.model)
         self.cache = DynamicCache()
         for index, layer in enumerate(decoder.layers):
@@ -180,8 +182,8 @@ class ChunkedPrefill:
             self.press_context.token_ids = state.get("token_ids")
         self.chunks_done = int(state["chunks_done"])
 
-    def _told(self, chunk_ids: Tensor) -> dict[str, Any]:
-        """Keywords of the forward for the press, and for attention over what it left: see ``PressContext``."""
+    def _keywords(self, chunk_ids: Tensor) -> dict[str, Any]:
+        """Return the forward's keywords for the press and for attention after evictions: see ``PressContext``."""
         if self.traits is None or self.press_context is None:
             return {}
         self.press_context.start = self.seen
@@ -192,7 +194,7 @@ class ChunkedPrefill:
 
     @contextmanager
     def _evicting(self, held: int, start: int, stop: int) -> Iterator[None]:
-        """The press on the model, at this chunk's ratio; in evaluation, presses for training alone keep everything."""
+        """Apply the press at this chunk's ratio; in evaluation, training-only presses keep everything."""
         if self.traits is None or self.deciding is None:
             yield
             return
@@ -206,7 +208,7 @@ class ChunkedPrefill:
             yield
 
     def _positions(self) -> int:
-        """How many RoPE positions are in use at once."""
+        """Return the largest number of RoPE positions in use at once."""
         if not self.rotates or self.ratio is None:
             return self.bounds[-1][1]
         held, most = 0, 0
@@ -229,7 +231,7 @@ def prefill(
 
 
 def full_cache(model: PreTrainedModel, context_ids: Tensor, continuation_ids: Tensor) -> Tensor:
-    """Hidden states (B, T, E) of a continuation (B, T) after its whole context (B, L): nothing is evicted."""
+    """Return the hidden states (B, T, E) of a continuation (B, T) after its whole context (B, L), without eviction."""
     prefilled = prefill(model, context_ids, None)
     return continue_from(model, continuation_ids, prefilled.cache, prefilled.next_position)
 
@@ -243,10 +245,10 @@ def continue_from(
     decoding: bool = False,
     **attention: Any,
 ) -> Tensor:
-    """Hidden states (B, T, E) of tokens (B, T) from ``position`` on, which attend to ``cache`` and join it.
+    """Run tokens (B, T) after ``cache``, appending their pairs to it; return their hidden states (B, T, E).
 
-    ``position`` is one for all rows, or (B,). ``decoding`` tells presses that this is no prefill; ``attention`` goes to
-    ``cached_attention``.
+    ``position`` is the first token's: one number for all rows, or (B,). ``decoding`` marks the forward as no prefill,
+    so presses do not evict; ``attention`` are keywords of ``cached_attention``.
     """
     count, first = input_ids.shape[1], position.view(-1, 1) if isinstance(position, Tensor) else position
     places = torch.arange(count, device=input_ids.device) + first
@@ -256,8 +258,8 @@ def continue_from(
             past_key_values=cache,
             use_cache=True,
             position_ids=places.view(-1, count),
-            # kvpress takes a forward whose last cache_position is its length - 1 for a prefill, and presses only then:
-            # it counts from 0 in every chunk. Our attention needs none. On the CPU, as presses read it in every layer.
+            # kvpress presses only in a forward whose last cache_position is its length - 1, so it counts from 0 in
+            # every chunk; our attention does not use it. On the CPU, because presses read it in every layer.
             cache_position=torch.arange(count) + decoding,
             **({TOKEN_IDS: input_ids} | attention),
         )
@@ -265,18 +267,18 @@ def continue_from(
 
 
 def _device(layer: nn.Module) -> torch.device:
-    """Where a layer computes: accelerate says so where it keeps the weights elsewhere (device_map, offload)."""
+    """Return the device where a layer computes: accelerate's hook has it if the weights are elsewhere (offload)."""
     hook = getattr(layer, "_hf_hook", None)
     return torch.device(getattr(hook, "execution_device", None) or next(layer.parameters()).device)
 
 
 def _stay(held: int, seen: int, ratio: float, budget: int | None) -> int:
-    """How many of ``held`` pairs stay: the share of the ``seen`` tokens that ``ratio`` leaves, at most ``budget``."""
+    """Return how many of ``held`` pairs stay: ``seen * (1 - ratio)``, at most ``budget`` and at least 1."""
     return max(1, min(int(seen * (1 - ratio)), held, budget or held))
 
 
 def _chunk_ratio(held: int, seen: int, ratio: float, budget: int | None) -> float:
-    """The ratio at which as many of the ``held`` pairs stay as should."""
+    """Return the ratio at which kvpress keeps ``_stay`` of the ``held`` pairs."""
     target = _stay(held, seen, ratio, budget)
     # kvpress rounds held * (1 - ratio) down: half a pair more is safe.
     return 0.0 if target >= held else 1 - (target + 0.5) / held

@@ -1,4 +1,4 @@
-"""A context's cache after its prefill: what evictions return and continuations start from."""
+"""A context's cache after its prefill, from which continuations start."""
 
 from dataclasses import dataclass, field, replace
 
@@ -18,25 +18,26 @@ class Prefilled:
     next_position: int
     """RoPE position of the first token that follows: the context's length, unless the press re-rotated the keys."""
     selections: list[Selection]
+    """The scores by which the press selected; empty unless requested."""
     press_context: PressContext | None = None
-    """What the press said besides; None without a press."""
+    """Log-weights and losses from the press; None without a press."""
     positions: dict[int, Tensor] = field(default_factory=dict)
-    """layer -> (B, K, S) int64, the context positions of the kept keys; empty where they were not followed."""
+    """layer -> (B, K, S) int64, the context positions of the kept keys; empty if they were not tracked."""
 
     @property
     def mean_weight(self) -> float:
-        """Of a kept pair: 1 unless a press fades pairs out in place of removing them."""
+        """Mean weight of a kept pair: 1 unless the press fades pairs out instead of removing them."""
         faded = {} if self.press_context is None else self.press_context.key_log_weights
         if not faded:
             return 1.0
         return float(stacked([weights.detach().exp().mean() for weights in faded.values()]).mean())
 
     def copy(self) -> "Prefilled":
-        """One to continue from, while this one stays as it is."""
+        """Return a copy with its own memory, which can be continued without changing this one."""
         return replace(self, cache=copy_cache(self.cache))
 
     def branch(self) -> "Prefilled":
-        """As ``copy``, for a continuation in training: it shares the memory, and gradients flow back into this one."""
+        """Return a copy for a continuation in training: it shares memory with this one and passes gradients to it."""
         cache = DynamicCache()
         for index, layer in enumerate(self.cache.layers):
             assert layer.keys is not None and layer.values is not None
@@ -45,7 +46,7 @@ class Prefilled:
 
 
 def copy_cache(cache: DynamicCache) -> DynamicCache:
-    """The same keys and values in memory of their own."""
+    """Return a cache with clones of the same keys and values."""
     copied = DynamicCache()
     for index, layer in enumerate(cache.layers):
         assert layer.keys is not None and layer.values is not None
@@ -54,5 +55,5 @@ def copy_cache(cache: DynamicCache) -> DynamicCache:
 
 
 def mean_length(cache: DynamicCache) -> float:
-    """KV pairs per head that ``cache`` holds, averaged over layers."""
+    """Return the number of KV pairs per head that ``cache`` holds, averaged over layers."""
     return sum(cache.get_seq_length(layer) for layer in range(len(cache.layers))) / len(cache.layers)

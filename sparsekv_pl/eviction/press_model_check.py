@@ -1,8 +1,8 @@
-"""Whether a press that computes queries anew, or turns keys, does so as the model itself does: tried on a few tokens.
+"""Check on a few tokens that a press which recomputes queries or rotates keys gets the model's own results.
 
-kvpress takes a query for the output of ``q_proj`` (normalised in Qwen3 and Gemma 3) turned by RoPE, and every key for
-turned by the RoPE that lies in ``rotary_emb``. Models that do something else are scored wrongly in silence, or fail
-when the first context has been read.
+kvpress assumes that a query is the output of ``q_proj`` (normalised in Qwen3 and Gemma 3) rotated by RoPE, and that
+keys are rotated by ``rotary_emb``. Models that differ would be scored wrongly without an error, or fail only after the
+first context.
 """
 
 import math
@@ -25,11 +25,12 @@ from sparsekv_pl.presses.traits import Need, PressTraits, traits_of
 
 TOKENS, SHIFT = 8, 5
 NEAR = 0.1
-"""Relative error that rounding stays below (1 % after 30 layers of bfloat16); another computation is above 28 %."""
+"""Relative error above which two computations differ: rounding stays below it (1 % after 30 layers of bfloat16),
+another computation is above 28 %."""
 
 
 class _SeenTensors:
-    """What each layer was given and computed, in one forward."""
+    """Each layer's inputs, queries and keys in one forward."""
 
     def __init__(self) -> None:
         self.modules: dict[int, nn.Module] = {}
@@ -50,9 +51,9 @@ class _SeenTensors:
 
 @torch.no_grad()
 def check_press(model: PreTrainedModel, press: BasePress | None) -> None:
-    """Raise ``ValueError`` where ``press``, or one in it, would not see what ``model`` computes; called at load.
+    """Raise ``ValueError`` if ``press``, or a press in it, would not reproduce ``model``'s queries or keys.
 
-    Weights on the meta device (sharded models) cannot be tried.
+    Called once the model is loaded. Models with weights on the meta device (sharded ones) are not checked.
     """
     if press is None:
         return
@@ -90,7 +91,7 @@ Check = Callable[[PreTrainedModel, int, list[_SeenTensors]], float]
 
 
 def _checks(traits: PressTraits) -> Iterator[tuple[str, Check]]:
-    """What a press relies on, in words and as a relative error."""
+    """Yield what a press assumes of the model: its description for messages, and its check."""
     yield from (check for need, check in CHECKS.items() if need in traits.needs)
     if traits.re_rotates:
         yield "turns keys to other positions by the model's RoPE (rotary_emb)", _turn_error
@@ -151,7 +152,7 @@ def _by_rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _error(mine: Tensor, used: Tensor) -> float:
-    """Relative, up to one factor for all: attention's scale may be in the queries."""
+    """Return the relative error after the best common factor, since attention's scale may be in the queries."""
     mine, used = mine.double(), used.double().to(mine.device)
     factor = (mine * used).sum() / (mine * mine).sum()
     return float((factor * mine - used).norm() / used.norm())
@@ -159,7 +160,7 @@ def _error(mine: Tensor, used: Tensor) -> float:
 
 @torch.no_grad()
 def _forward(model: PreTrainedModel, start: int) -> _SeenTensors:
-    """One forward of a few tokens whose positions begin at ``start``."""
+    """Run a few random tokens whose positions begin at ``start``; return each layer's tensors."""
     seen, decoder, training = _SeenTensors(), decoder_of(model), model.training
     rows: Any = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     ids = torch.randint(int(rows), (1, TOKENS), generator=generator_for("press fit")).to(model.device)

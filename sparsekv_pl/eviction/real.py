@@ -1,6 +1,6 @@
-"""Real eviction in training: the context runs through the model in chunks and a press shrinks the cache after each.
+"""Real eviction in training: the context runs through the model in chunks, and a press shrinks the cache after each.
 
-``ChunkedPrefill`` does it, with and without gradients, for training and evaluation, so the two cannot drift apart.
+Training (with gradients) and evaluation (without) both use ``ChunkedPrefill``, so the two cannot drift apart.
 """
 
 from dataclasses import dataclass
@@ -30,15 +30,20 @@ class RealEviction:
     Parameters
     ----------
     press
-        Selects what stays.
+        Selects the KV pairs that stay.
     chunk_tokens
-        Most tokens per chunk; null runs the context in one. Chunks are cut as equal as they can be.
+        Most tokens per chunk; null runs the context in one chunk. Chunk lengths differ by at most one token.
     budget
-        KV pairs per head that the cache may keep, in tokens. Where it is smaller than what the compression ratio would
-        keep, it decides; with it memory stays flat however long the context is.
+        Most KV pairs per head that the cache keeps, in tokens; applies if the compression ratio would keep more.
+        With it, memory does not grow with the context. Null sets no limit.
     checkpoint
-        Keep no activations of the context: backward runs each chunk again, so that only one chunk's live at a time. For
-        long contexts; costs a second forward. See eviction/checkpointed_prefill.py.
+        Keep no activations of the context: backward runs each chunk again, so only one chunk's activations exist at a
+        time. For long contexts; costs a second forward. See eviction/checkpointed_prefill.py.
+
+    Raises
+    ------
+    ValueError
+        If ``chunk_tokens`` or ``budget`` is below 1.
     """
 
     press: BasePress
@@ -53,7 +58,7 @@ class RealEviction:
                 raise ValueError(f"{name}={value} must be at least 1 token, or null")
 
     def check(self, context_tokens: int, request: Request = NOTHING) -> None:
-        """Raise ``ValueError`` if a chunk would be too short for the press, or the press cannot be run in chunks."""
+        """Raise ``ValueError`` if a chunk would be too short for the press, or the press cannot run in chunks."""
         check_chunks(traits_of(self.press), chunk_bounds(context_tokens, self.chunk_tokens), request)
 
     def __call__(
@@ -80,14 +85,20 @@ class RealEviction:
 
 
 def continued(model: PreTrainedModel, prefilled: Prefilled, ids: Tensor) -> Tensor:
-    """Hidden states (B, T, E) of a continuation (B, T), which joins the cache; ``ValueError`` where it ends too far."""
+    """Run a continuation (B, T), appending its pairs to the cache; return its hidden states (B, T, E).
+
+    Raises ``ValueError`` if it ends beyond the model's last position.
+    """
     check_continuation(model, prefilled.next_position, ids.shape[1])
     weights = None if prefilled.press_context is None else prefilled.press_context.key_log_weights
     return continue_from(model, ids, prefilled.cache, prefilled.next_position, key_log_weights=weights)
 
 
 def evicted_context(model: PreTrainedModel, prefilled: Prefilled, context_ids: Tensor) -> EvictedContext:
-    """What can be asked of a context (B, L) after its eviction."""
+    """Return the context (B, L) after its eviction, for objectives that continue it.
+
+    Raises ``ValueError`` if the positions of the kept pairs are unknown.
+    """
     if not prefilled.positions:
         raise ValueError(
             "this press does not say which pairs it keeps, so no objective can ask for those that it evicted: use a "

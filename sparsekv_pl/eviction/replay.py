@@ -1,8 +1,8 @@
 """One prefill, many presses.
 
-With a dense prefill the cache before eviction does not depend on the press: a press only looks at a layer after the
-layer has run. So a context is run once, what each layer's hook would have seen is kept, and every press at every ratio
-is applied to it. Scores that do not depend on the ratio are computed once for all ratios of a press.
+In a dense prefill the cache before eviction does not depend on the press, which only reads a layer after the layer has
+run. So a context is run once, the inputs of each layer's hook are kept, and every press at every ratio is applied to
+them. Scores that do not depend on the ratio are computed once for all ratios of a press.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ from sparsekv_pl.presses.traits import PressTraits, traits_of
 
 @dataclass
 class _Call:
-    """One attention layer's forward, as a hook sees it."""
+    """The arguments of one attention layer's forward hook."""
 
     module: nn.Module
     kwargs: dict[str, Any]
@@ -35,7 +35,13 @@ class _Call:
 
 
 class RecordedPrefill:
-    """A dense prefill of a context (B, L) to which presses can be applied one after the other."""
+    """A dense prefill of a context (B, L), to which presses can be applied one after the other.
+
+    Parameters
+    ----------
+    model, context_ids
+        The causal LM, and the context's token ids (B, L).
+    """
 
     def __init__(self, model: PreTrainedModel, context_ids: Tensor) -> None:
         self.model = model
@@ -43,7 +49,7 @@ class RecordedPrefill:
         self.calls: list[_Call] = []
         self._scores: dict[tuple[int, int], tuple[ScorerPress, Tensor]] = {}
         hooks = [
-            layer.self_attn.register_forward_hook(self._note, with_kwargs=True) for layer in decoder_of(model).layers
+            layer.self_attn.register_forward_hook(self._record, with_kwargs=True) for layer in decoder_of(model).layers
         ]
         try:
             with torch.no_grad():
@@ -52,14 +58,14 @@ class RecordedPrefill:
             for hook in hooks:
                 hook.remove()
 
-    def _note(self, module: nn.Module, _: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def _record(self, module: nn.Module, _: Any, kwargs: dict[str, Any], output: Any) -> None:
         self.calls.append(_Call(module, kwargs, output))
 
     @torch.no_grad()
     def evicted(self, press: BasePress | None) -> Prefilled:
-        """The context's cache as ``press`` leaves it: equal to a prefill under that press. None keeps everything.
+        """Return the context's cache after ``press``, equal to a prefill under that press. None keeps everything.
 
-        A press that runs the model itself (KVzipPress) cannot be replayed and gets a prefill of its own.
+        A press that runs the model itself (KVzipPress) cannot be replayed and gets its own prefill.
         """
         traits = None if press is None else traits_of(press)
         if traits is not None and not traits.replayable:
@@ -96,9 +102,9 @@ class RecordedPrefill:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         whole = self.cache.layers[layer].keys
         assert whole is not None
-        if keys.shape != whole.shape:  # BlockPress and its like show it parts
+        if keys.shape != whole.shape:  # BlockPress and similar presses pass parts of the keys
             return type(scorer).score(scorer, module, hidden_states, keys, *args, **kwargs)
         key = (id(scorer), layer)
-        if key not in self._scores:  # with the scorer, so that no other can take its id
+        if key not in self._scores:  # the scorer is kept too: a freed one's id could be reused
             self._scores[key] = scorer, type(scorer).score(scorer, module, hidden_states, keys, *args, **kwargs)
         return self._scores[key][1].clone()  # wrappers write into it

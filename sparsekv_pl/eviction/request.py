@@ -1,4 +1,4 @@
-"""What a step needs to know, said once: an objective makes the request, the teacher and the eviction answer it."""
+"""The request of a step: an objective makes it, the teacher and the eviction answer it."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ from sparsekv_pl.models.layer_outputs import LayerOutput
 
 @dataclass(frozen=True)
 class Request:
-    """What is wanted besides the hidden states of the continuation; ``|`` adds up what several want."""
+    """The results wanted besides the continuation's hidden states; ``|`` joins several requests."""
 
     teacher: bool = False
     """The teacher's hidden states, with the full cache."""
     scores: bool = False
-    """The press's scores, differentiable, for a selection loss, each with the teacher's attention."""
+    """The press's differentiable scores and the teacher's attention, for a selection loss."""
     contexts: bool = False
-    """The evicted contexts, to be asked about; so the context positions of the kept keys are followed."""
+    """The evicted contexts, for objectives that continue them; the kept keys' context positions are then tracked."""
     press_losses: bool = False
     """The loss terms that presses ask to add (SparseRegPress)."""
     layers: frozenset[LayerOutput] = frozenset()
@@ -31,4 +31,4 @@ class Request:
 
 
 NOTHING = Request()
-"""The hidden states alone."""
+"""A request for the hidden states alone."""

@@ -11,9 +11,9 @@ from sparsekv_pl.models.decoder import decoder_of
 
 @contextmanager
 def queries_from(model: PreTrainedModel, position: int) -> Iterator[None]:
-    """Tell presses that look ahead by RoPE (ExpectedAttention) that the chunk's queries start at ``position``.
+    """Shift the positions of presses that look ahead by RoPE (ExpectedAttention), so a chunk starts at ``position``.
 
-    They count positions from 0 within the hidden states they are given, which is right in the first chunk alone.
+    Such presses count positions from 0 within their hidden states, which is right only in the first chunk.
     """
     if position == 0:
         yield

@@ -1,4 +1,4 @@
-"""What nobody reads of a prefill: of the last layer only keys and values outlive it, so its MLP has nothing to do."""
+"""Skip the last layer's MLP in a prefill: only that layer's keys and values are used afterwards."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,10 +13,10 @@ from sparsekv_pl.presses.shadowed_method import shadowed
 
 @contextmanager
 def last_mlp_for(model: PreTrainedModel, newest: int) -> Iterator[None]:
-    """Inside the block ``model``'s last MLP computes the ``newest`` tokens of a forward; the others' output is void.
+    """Compute ``model``'s last MLP for the ``newest`` tokens of a forward alone; the others' output is zero.
 
-    Nothing else changes: layers before it, keys and values, and what a press sees are whole. Experts, which a router
-    feeds token by token, compute everything.
+    Nothing else changes: earlier layers, keys and values and a press's inputs are complete. Mixture-of-experts layers
+    compute everything.
     """
     mlp = getattr(decoder_of(model).layers[-1], "mlp", None)
     if not hasattr(mlp, "down_proj"):

@@ -1,4 +1,4 @@
-"""What every metric here shares: states that add up, and torchmetrics' keywords and plots."""
+"""The base class of metrics: additive states, and torchmetrics' keywords and plots."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,13 +19,16 @@ class AdditiveMetric(Metric):
     is_differentiable = False
 
     def plot(self, val: Computed | Sequence[Computed] | None = None, ax: Any = None) -> Any:
-        """Figure and axes of ``val``, or of what is computed now; several values become curves, a matrix its mean."""
+        """Plot ``val``, or the present result, and return figure and axes; several values become curves.
+
+        A matrix is averaged to a scalar.
+        """
         shown = self.compute() if val is None else val
         return self._plot([_means(one) for one in shown] if isinstance(shown, list | tuple) else _means(shown), ax)
 
 
 def _means(computed: Any) -> Any:
-    """Scalars, which is what torchmetrics draws; what holds NaN is averaged without it."""
+    """Average results to scalars, which torchmetrics can plot; NaN is left out."""
     if isinstance(computed, dict):
         return {name: value.nanmean() for name, value in computed.items()}
     return computed.nanmean()

@@ -1,4 +1,4 @@
-"""How sparse attention is, by layer and head."""
+"""Sparsity of attention by layer and head."""
 
 from typing import Any
 
@@ -12,18 +12,18 @@ MEASURES = ("effective_support", "top_k_coverage", "block_sparsity", "anchor_sha
 
 
 class AttentionSparsity(AdditiveMetric):
-    """Means over all counted queries of all rows, batches and ranks, by layer and head.
+    """Means of attention statistics over all counted queries of all rows, batches and ranks, by layer and head.
 
     ``compute`` returns ``effective_support`` (keys), ``top_k_coverage``, ``block_sparsity`` and ``anchor_share`` (each
-    in [0, 1]), all (layers, heads) float32; see ``LayerStatistics`` for what they are. A layer to which nothing was
-    added holds NaN, and so does ``anchor_share`` if statistics without a token set were added.
+    in [0, 1]), all (layers, heads) float32; ``LayerStatistics`` defines them. They are NaN for a layer without
+    statistics; ``anchor_share`` is also NaN if statistics without a token set were added.
 
     Parameters
     ----------
     layers
-        Attention layers of the model.
+        Number of attention layers of the model.
     heads
-        Query heads of a layer.
+        Number of query heads per layer.
     """
 
     higher_is_better = None
@@ -40,12 +40,12 @@ class AttentionSparsity(AdditiveMetric):
         self.add_state("queries", torch.zeros(layers, 1, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, layer: int, statistics: LayerStatistics) -> None:
-        """Add what was measured of one layer: values (B, H, W).
+        """Add one layer's statistics (B, H, W).
 
         Raises
         ------
         ValueError
-            For a layer or a number of heads that this metric was not built for.
+            For a layer or a number of heads that do not fit this metric.
         """
         layers, heads = self.effective_support.shape
         if not 0 <= layer < layers or statistics.entropy.shape[1] != heads:
@@ -61,9 +61,9 @@ class AttentionSparsity(AdditiveMetric):
         self.queries[layer] += statistics.counted.sum().to(self.device)
 
     def compute(self) -> dict[str, Tensor]:
-        """Measure -> (layers, heads) float32."""
+        """Return the means by name, (layers, heads) float32."""
         return {name: (getattr(self, name) / self.queries).float() for name in MEASURES}
 
     def _summed(self, per_query_BHW: Tensor) -> Tensor:
-        """(H,) float64, where the metric is: the layer may lie elsewhere. Queries that are padding hold 0."""
+        """Sum over rows and queries, (H,) float64, on the metric's device; queries that are padding have 0."""
         return per_query_BHW.double().sum((0, 2)).to(self.device)

@@ -32,5 +32,5 @@ class ContinuationPerplexity(AdditiveMetric):
         self.tokens += nll.numel()
 
     def compute(self) -> Tensor:
-        """Scalar float32; 1 where nothing was added."""
+        """Return the perplexity, a scalar float32; 1 if no tokens were added."""
         return (self.nll / self.tokens.clamp(min=1)).exp().float()

@@ -1,4 +1,4 @@
-"""Scores of what a model answered against what was hidden: substring, exact match, token F1 and ROUGE-L."""
+"""Scores of a model's answer against the expected answers: substring, exact match, token F1 and ROUGE-L."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from torchmetrics.functional.text import rouge_score, squad
 
 RETRIEVAL_SCORES = ("substring", "exact", "f1", "rouge_l")
 
-# One to three digits with a full stop or bracket; a value of more digits at a sentence's end is none.
+# One to three digits with a full stop or bracket; a value of more digits at a sentence's end is no numbering.
 _NUMBERING = re.compile(r"(?:^|(?<=\s))\(?\d{1,3}[.)]\s+")
 _END = re.compile(r"[.!?](?=\s|$)|[\u3002\uff01\uff1f]|\n\s*\n")
 _SEPARATORS = re.compile(r"[,;\u3001\uff0c\uff1b]|\band\b", re.IGNORECASE)
@@ -27,22 +27,27 @@ _SPACELESS = "".join(
     )
 )
 _UNITS = re.compile(f"[{_SPACELESS}]|[^{_SPACELESS}]+")
-"""A character of a script without spaces, which counts as a word, or a run of others."""
+"""A character of a script without spaces, which counts as a word, or a run of other characters."""
 
 
 def retrieval_scores(prediction: str, answers: Sequence[str]) -> dict[str, float]:
-    """Scores in [0, 1] of one prediction.
+    """Score one prediction against the expected answers; each score is in [0, 1].
 
-    - substring: share of the answers that it contains, case aside (RULER's string_match_all).
-    - exact: 1 where the extracted value is the answer. For one answer: its first words, as many as the answer has. For
-      several: the set of items it lists (at most one sentence, and no more lines than it takes to name as many items as
-      there are answers; split at commas, "and", line breaks and, where no answer has a space, spaces; numbering aside).
-      Both sides without case and outer punctuation.
+    - substring: share of the answers that it contains, ignoring case (RULER's string_match_all).
+    - exact: 1 if the extracted value is the answer. For one answer: the prediction's first words, as many as the answer
+      has. For several: the set of listed items (at most one sentence, and no more lines than are needed for as many
+      items as answers; split at commas, "and", line breaks and, if no answer has a space, spaces; without numbering).
+      Case and outer punctuation are ignored.
     - f1: SQuAD's token F1 of the whole prediction; several answers are joined.
-    - rouge_l: ROUGE-L F-measure, likewise.
+    - rouge_l: ROUGE-L F-measure of the same texts.
 
-    In all of them text counts in Unicode's composed form (NFC), and in scripts without spaces between words (Chinese,
-    Japanese, Thai, ...) every character is a word.
+    Text is in Unicode's composed form (NFC), and in scripts without spaces between words (Chinese, Japanese, Thai, ...)
+    every character is a word.
+
+    Raises
+    ------
+    ValueError
+        If there is no answer, or an answer without a letter or digit.
 
     >>> retrieval_scores(" 4823915.", ["4823915"])
     {'substring': 1.0, 'exact': 1.0, 'f1': 1.0, 'rouge_l': 1.0}
@@ -68,17 +73,17 @@ def retrieval_scores(prediction: str, answers: Sequence[str]) -> dict[str, float
 
 
 def _words(text: str) -> list[str]:
-    """Words without case and outer punctuation; marks alone are none."""
+    """Split into words without case and outer punctuation; marks alone are no words."""
     return [word for part in _units(text) if (word := _without_outer_marks(part).casefold())]
 
 
 def _units(text: str) -> list[str]:
-    """Split at spaces, and where a character is a word."""
+    """Split at spaces, and between characters of scripts without spaces."""
     return [unit for part in text.split() for unit in _joined_marks(_UNITS.findall(part))]
 
 
 def _joined_marks(units: list[str]) -> list[str]:
-    """Vowel signs and tones (Unicode's category M) stand with the character that they belong to."""
+    """Join vowel signs and tones (Unicode's category M) with the character before them."""
     joined: list[str] = []
     for unit in units:
         if joined and all(category(letter)[0] == "M" for letter in unit):
@@ -89,7 +94,7 @@ def _joined_marks(units: list[str]) -> list[str]:
 
 
 def _spaced(text: str) -> str:
-    """With spaces around words of one character, and without the marks of such scripts."""
+    """Put spaces around words of one character and remove the punctuation of such scripts."""
     return " ".join(map(_without_foreign_marks, _units(text))) if re.search(f"[{_SPACELESS}]", text) else text
 
 
@@ -98,7 +103,7 @@ def _without_foreign_marks(unit: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """In lower case, with a space for all that is no letter, digit or mark on a letter."""
+    """Convert to lower case, with a space for everything but letters, digits and marks on letters."""
     return "".join(letter if _counts(letter) else " " for letter in text.lower())
 
 

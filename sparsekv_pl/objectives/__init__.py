@@ -1,4 +1,4 @@
-"""What training minimises: one objective per file, chosen and mixed in YAML."""
+"""Training objectives, one per file, chosen and mixed in YAML."""
 
 from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.objectives.eit import EIT

@@ -10,27 +10,27 @@ from sparsekv_pl.models.batch import Supervised
 
 
 def with_mass(selections: Iterable[Selection], mass: dict[int, Tensor]) -> list[tuple[Selection, Tensor]]:
-    """Each selection with the teacher's mass in its layer."""
+    """Pair each selection with the teacher's attention mass (B, K, L) in its layer."""
     return [(selection, mass[selection.layer]) for selection in selections]
 
 
 class AttentionMass:
-    """An ``Observer`` (evicted_attention.py) that keeps, per layer, the attention supervised rows pay to the context.
+    """An ``Observer`` (evicted_attention.py) of the attention that supervised rows pay to the context, per layer.
 
     Only the rows of supervised positions are computed, never the full attention matrix. ``mass[layer]`` is (B, K, L)
-    float32: the mean over those rows and over the query heads of a KV head.
+    float32, the mean over those rows and over the query heads of a KV head.
 
     Parameters
     ----------
     supervised
-        Where the continuation's supervised rows are.
+        The continuation's supervised positions.
     context_tokens
-        L.
+        L, tokens of the context.
     """
 
     def __init__(self, supervised: Supervised, context_tokens: int) -> None:
         self.rows = supervised.columns + context_tokens
-        """(B, R) positions of the supervised rows among context + continuation; shorter rows are filled with others."""
+        """(B, R) positions of the supervised rows in context + continuation; other positions fill up shorter rows."""
         self.weights = torch.zeros_like(self.rows, dtype=torch.float32)
         for weights, count in zip(self.weights, supervised.counts, strict=True):
             weights[:count] = 1 / max(1, count)
@@ -39,7 +39,7 @@ class AttentionMass:
 
     @torch.no_grad()
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG002
-        """Add one layer: ``query`` (B, H, T, D) are the last T positions of the S that ``key`` (B, K, S, D) holds."""
+        """Add one layer: ``query`` (B, H, T, D) has the last T of the S positions of ``key`` (B, K, S, D)."""
         batch, heads, tokens, dim = query.shape
         kv_heads, seen = key.shape[1], key.shape[2]
         rows = self.rows - (seen - tokens)

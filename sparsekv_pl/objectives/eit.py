@@ -12,14 +12,23 @@ from sparsekv_pl.objectives.rank_means import rank_share
 
 @dataclass
 class EIT(Objective):
-    """Eviction-Invariant Training: cross-entropy + kl_weight * KL(teacher || student), both under eviction.
+    """Eviction-Invariant Training: cross-entropy + kl_weight * KL(teacher || student), the student under eviction.
+
+    Both terms are in nats, means over supervised tokens; see ``distillation_loss``.
 
     Parameters
     ----------
     kl_weight
-        lambda.
+        Weight of the KL term (lambda), at least 0.
     temperature
-        Of both distributions in the KL term.
+        Temperature of both distributions in the KL term, above 0.
+    chunk_tokens
+        Tokens whose logits exist at once; changes memory and speed, not the result.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range.
     """
 
     kl_weight: float = 1.0

@@ -1,4 +1,4 @@
-"""The objective that makes student and teacher agree layer by layer, without a vocabulary."""
+"""The layerwise objective: match the student's layer outputs to the teacher's, without logits."""
 
 import math
 from dataclasses import dataclass
@@ -13,27 +13,32 @@ from sparsekv_pl.objectives.objective import Objective, StudentView
 from sparsekv_pl.objectives.rank_means import rank_share
 
 SMALL = 0.01
-"""Of the layer's median squared norm: squared norms below it count as this much."""
+"""Lower bound of the teacher's squared norms, as a share of their median in the layer."""
 TINY = 1e-12
 
 
 @dataclass
 class Layerwise(Objective):
-    """Match what every layer makes of the supervised tokens to what the teacher, with the full cache, makes of them.
+    """Match every layer's output at supervised tokens to that of the teacher with the full cache.
 
     A layer's loss is the mean over supervised tokens of ||s - t||^2 / ||t||^2, with s the student's and t the teacher's
-    output: 0 where they agree, 1 where the student says nothing. The relative form lets layers be averaged, whose
-    outputs differ in size by orders of magnitude; a floor under ||t||^2 keeps tokens with a tiny output from ruling
-    the mean. Hint losses (https://arxiv.org/abs/1412.6550) match hidden states so, there as an absolute error. Computed
-    in float32; the teacher gets no gradient.
+    output: 0 if they agree, 1 if the student's output is zero. The relative error makes layers comparable, whose
+    outputs differ in size by orders of magnitude; a lower bound on ||t||^2 keeps tokens with a tiny output from
+    dominating the mean. Hint losses (https://arxiv.org/abs/1412.6550) match hidden states by an absolute error.
+    Computed in float32; the teacher gets no gradient.
 
     Parameters
     ----------
     match
-        "hidden": the residual stream after each layer. "attention": what the layer's attention adds to it, which is
-        the one place where an eviction acts.
+        "hidden": the residual stream after each layer. "attention": the layer's attention output before it is added to
+        the residual stream, the only place where an eviction acts.
     layer_weights
-        One per layer, not negative; the loss is the weighted mean. None weighs all alike.
+        One weight per layer, at least 0; the loss is the weighted mean. None weighs all layers equally.
+
+    Raises
+    ------
+    ValueError
+        For an unknown ``match``, or weights that are negative, all 0 or not one per layer.
     """
 
     match: LayerOutput = "hidden"
@@ -63,7 +68,7 @@ class Layerwise(Objective):
 
 
 def relative_error(student_NE: Tensor, teacher_NE: Tensor) -> Tensor:
-    """() float32: the mean over N tokens of ||s - t||^2 / ||t||^2; 0 where N is 0. See ``Layerwise``."""
+    """Mean over N tokens of ||s - t||^2 / ||t||^2, () float32; 0 if N is 0. See ``Layerwise``."""
     student, teacher = student_NE.float(), teacher_NE.detach().float()
     norms = teacher.square().sum(-1)
     floor = (SMALL * norms.median()).clamp(min=TINY)

@@ -17,7 +17,7 @@ class LM(Objective):
     Parameters
     ----------
     chunk_tokens
-        Tokens whose logits exist at once; memory against launch overhead, not the result.
+        Tokens whose logits exist at once; changes memory and speed, not the result.
     """
 
     chunk_tokens: int = CHUNK_TOKENS
@@ -37,7 +37,10 @@ class LM(Objective):
 
 @dataclass
 class SparseLM(LM):
-    """Next-token cross-entropy under eviction, plus what SparseRegPress measures: attention that is spread out."""
+    """Next-token cross-entropy under eviction plus the loss terms of SparseRegPress, which penalises spread attention.
+
+    Parameters are those of ``LM``.
+    """
 
     request = Request(press_losses=True)
 

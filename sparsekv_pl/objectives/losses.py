@@ -3,8 +3,8 @@
 At a vocabulary of 151,936 the logits of 2,048 tokens take 1.2 GB in float32, and a dense loss holds several
 such tensors for the student and the teacher. Here the forward pass takes a few tokens at a time, from hidden
 states to logits to the gradient with respect to the hidden states, and frees the logits; backward only scales
-what was stored. The matrix products are those of the dense loss, no more: the logits of student and teacher,
-and the gradient of the hidden states (and of the head, where it trains).
+the stored gradients. The matrix products are those of the dense loss: the logits of student and teacher, and the
+gradient of the hidden states (and of the head, if it trains).
 
 Shapes: N tokens, E hidden size, V vocabulary. Matrix products run in the dtype of their inputs (in autocast's
 under autocast); softmax, sums and stored gradients are float32 (float64 for float64 inputs).
@@ -48,7 +48,7 @@ def distillation_loss(
     logit_scale: float = 1.0,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> TokenLosses:
-    """Cross-entropy of the student plus weighted forward KL from the teacher, a mean over supervised tokens.
+    """Compute the student's cross-entropy plus weighted forward KL, in nats, means over supervised tokens.
 
     With s and t the logits of student and teacher for one token, y its label, T the temperature,
     p = softmax(t / T) and q = softmax(s / T), a token costs
@@ -57,24 +57,23 @@ def distillation_loss(
 
     The factor T^2 keeps the size of the KL's gradient as T changes (Hinton et al. 2015, arXiv:1503.02531,
     section 2). Both sums are divided by the number of supervised tokens, so the loss does not depend on how
-    rows are batched or padded. Where no token is supervised, loss and gradients are zero. The teacher gets no
-    gradient.
+    rows are batched or padded. If no token is supervised, loss and gradients are zero. The teacher gets no gradient.
 
     Parameters
     ----------
     student_NE, teacher_NE
-        Hidden states after the final norm, (N, E). The teacher may be None where ``kl_weight`` is 0.
+        Hidden states after the final norm, (N, E). The teacher may be None if ``kl_weight`` is 0.
     head_weight_VE
-        Weight of the language-model head, (V, E), without bias; gets a gradient where it requires one.
+        Weight of the language-model head, (V, E), without bias; gets a gradient if it requires one.
     labels_N
-        (N,) int64, already shifted: the hidden state of row n predicts ``labels_N[n]``. Neither term sees a
-        row whose label is ``IGNORE``.
+        (N,) int64, already shifted: the hidden state of row n predicts ``labels_N[n]``. Rows labelled ``IGNORE``
+        enter neither term.
     kl_weight, temperature
         kl_weight >= 0 and T > 0 of the formula.
     teacher_head_weight_VE
-        The teacher's head, where it differs from the student's.
+        The teacher's head (V, E), if it differs from the student's.
     logit_scale
-        Multiplies the logits of both.
+        Factor of the student's and the teacher's logits.
     chunk_tokens
         Tokens whose logits exist together; changes memory and speed, not the result.
 
@@ -114,7 +113,7 @@ def token_nll(
     logit_scale: float = 1.0,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Tensor:
-    """Negative log-likelihood of every label, (N,) float32 in nats, 0 at ``IGNORE``; no gradient.
+    """Compute the negative log-likelihood of every label, (N,) float32 in nats, 0 at ``IGNORE``; no gradient.
 
     Arguments and errors are those of :func:`distillation_loss`.
     """
@@ -131,7 +130,7 @@ def token_nll(
 
 @torch.no_grad()
 def log_probabilities(hidden_NE: Tensor, head_weight_VE: Tensor) -> Tensor:
-    """(N, V), float32 or wider, of hidden states (N, E) under a head (V, E), as the losses here compute them."""
+    """Compute log-probabilities (N, V), float32 or wider, of hidden states (N, E) under a head (V, E); no gradient."""
     hidden, head_VE = _matmul_input(hidden_NE), _matmul_input(head_weight_VE)
     with torch.autocast(hidden.device.type, enabled=False):
         return _logits(hidden, head_VE, 1.0).log_softmax(-1)
@@ -145,9 +144,9 @@ class _Settings(NamedTuple):
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Loss of the supervised rows; forward makes the gradients, while a chunk's logits exist.
+    """The loss of the supervised rows; forward computes the gradients too, while a chunk's logits exist.
 
-    The other rows, zeros by now, are computed and left out: to find them and pick the rest a GPU would be waited for.
+    Ignored rows, set to zero before, are computed and masked: selecting rows would synchronise with the GPU.
     """
 
     @staticmethod
@@ -204,9 +203,9 @@ def _loss_and_grad(
     teacher_head_VE: Tensor,
     settings: _Settings,
 ) -> tuple[Tensor, Tensor]:
-    """Sums of cross-entropy and scaled KL over one chunk's supervised rows, (2,), and each row's gradient, (n, V).
+    """Compute the sums (2,) of cross-entropy and scaled KL over one chunk's rows, and their logits' gradient (n, V).
 
-    Works in place and drops each (n, V) buffer as soon as it can: four of them are the peak of the loss.
+    Works in place and frees each (n, V) buffer as soon as possible: at most four exist at once.
     """
     temperature, scale = settings.temperature, settings.logit_scale
     ignored_n = labels_n == IGNORE
@@ -238,7 +237,7 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _matmul_input(tensor: Tensor) -> Tensor:
-    """Cast as autocast would, but once: inside the loop it would cast the head again for every chunk."""
+    """Cast as autocast would, but once: autocast inside the loop would cast the head again for every chunk."""
     device = tensor.device.type
     return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
 

@@ -1,4 +1,4 @@
-"""Several objectives at once."""
+"""A weighted sum of objectives."""
 
 import math
 from collections.abc import Container
@@ -17,14 +17,19 @@ from sparsekv_pl.objectives.objective import Objective, StudentView
 class Mixed(Objective):
     """A weighted sum of objectives.
 
-    Where two log a term of the same name, the later one's ends in its place: ``cross_entropy_2`` is the second's.
+    If two objectives log a term of the same name, the later one's gets its number: ``cross_entropy_2`` is the second's.
 
     Parameters
     ----------
     objectives
-        What to add up.
+        The objectives to add up.
     weights
-        One per objective; all 1 if not given.
+        One weight per objective, at least 0; all 1 if not given.
+
+    Raises
+    ------
+    ValueError
+        For an empty list, or weights that are negative, all 0 or not one per objective.
     """
 
     objectives: list[Objective]
@@ -44,7 +49,7 @@ class Mixed(Objective):
         self.request = reduce(or_, (objective.request for objective in self.objectives))
 
     def prepare(self, tokenizer: Any) -> None:
-        """Prepare all of them."""
+        """Prepare all objectives with the model's tokenizer."""
         for objective in self.objectives:
             objective.prepare(tokenizer)
 
@@ -60,7 +65,7 @@ class Mixed(Objective):
 
 
 def _free(name: str, place: int, taken: Container[str]) -> str:
-    """``name``, or that with the first number from ``place`` on that no other term has."""
+    """Return ``name`` if it is free, else ``name`` with the first free number from ``place`` on."""
     number, free = place, name
     while free in taken:
         number, free = number + 1, f"{name}_{number}"

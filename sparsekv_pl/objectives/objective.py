@@ -1,4 +1,4 @@
-"""What an objective is, and what it is shown."""
+"""The interface of objectives, and the view of a training step that they get."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,36 +13,39 @@ from sparsekv_pl.eviction.request import NOTHING, Request
 from sparsekv_pl.models.layer_outputs import LayerOutput
 
 LayerRows = dict[int, Tensor]
-"""layer -> (N, E), its output at supervised tokens."""
+"""layer -> (N, E), the layer's output at supervised tokens."""
 
 
 @dataclass
 class StudentView:
-    """One training step as an objective sees it. N counts supervised tokens."""
+    """The tensors of one training step that an objective computes its loss from. N counts supervised tokens."""
 
     hidden_NE: Tensor
-    """The student's hidden states, under eviction."""
+    """The student's hidden states (N, E), under eviction."""
     labels_N: Tensor
+    """(N,) int64, the token that each hidden state predicts."""
     head_weight_VE: Tensor
+    """The student's LM head (V, E)."""
     teacher_NE: Tensor | None = None
-    """The teacher's hidden states, with the full cache; None unless requested."""
+    """The teacher's hidden states (N, E), with the full cache; None unless requested."""
     teacher_head_weight_VE: Tensor | None = None
+    """The teacher's LM head (V, E); None if it is the student's."""
     selections: list[tuple[Selection, Tensor]] = field(default_factory=list)
-    """Scores of every scorer and layer, each with the attention (B, K, L) that the teacher pays there (see
-    selection.AttentionMass); empty unless ``scores`` are requested."""
+    """Scores of every scorer and layer, each with the teacher's attention to the context in that layer, (B, K, L) (see
+    ``AttentionMass``); empty unless ``scores`` are requested."""
     layers: dict[LayerOutput, tuple[LayerRows, LayerRows]] = field(default_factory=dict)
     """Student's and teacher's layer outputs, for the kinds requested."""
     press_losses: dict[str, Tensor] = field(default_factory=dict)
-    """Scalars by name that presses ask to add (SparseRegPress)."""
+    """Name -> scalar loss term of a press (SparseRegPress)."""
     contexts: list[EvictedContext] = field(default_factory=list)
-    """The evicted contexts, to be asked about; empty unless requested."""
+    """The evicted contexts, which an objective can continue; empty unless requested."""
 
 
 def joined(views: Sequence[StudentView], rows: Sequence[int]) -> StudentView:
-    """The views of parts of a batch, of ``rows`` rows each, as one view of the batch.
+    """Join the views of parts of a batch, with ``rows`` rows each, to one view of the batch.
 
-    What objectives average over tokens weighs every supervised token of the batch the same, press losses weigh every
-    row the same, and a selection loss weighs the rows of all parts as it does those of one.
+    Token means then weigh all supervised tokens of the batch equally, press losses weigh all rows equally, and a
+    selection loss weighs rows as in a single part.
     """
     if len(views) == 1:
         return views[0]
@@ -74,14 +77,14 @@ def _stacked(parts: Sequence[LayerRows]) -> LayerRows:
 
 
 class Objective(ABC):
-    """A loss with named terms."""
+    """A training loss with named terms."""
 
     request: Request = NOTHING
-    """What its views have to show."""
+    """The results that its ``StudentView`` must contain."""
 
-    def prepare(self, tokenizer: Any) -> None:  # noqa: B027 - most objectives ask nothing of it
-        """Called once, before training, with the model's tokenizer."""
+    def prepare(self, tokenizer: Any) -> None:  # noqa: B027 - most objectives do not need it
+        """Prepare for the model's tokenizer; called once, before training."""
 
     @abstractmethod
     def __call__(self, view: StudentView) -> dict[str, Tensor]:
-        """Scalar terms; ``"loss"`` is what training minimises, the rest is logged."""
+        """Return scalar terms by name: ``"loss"`` is minimised, the others are logged."""

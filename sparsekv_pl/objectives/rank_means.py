@@ -1,4 +1,4 @@
-"""How ranks with a batch each come to the loss that one process has on all their batches together."""
+"""Means over ranks that equal those of one process with the batches of all ranks."""
 
 from collections.abc import Mapping
 
@@ -8,10 +8,11 @@ from torch.distributed import ReduceOp, all_reduce, get_world_size, is_available
 
 
 def rank_share(count: Tensor) -> Tensor:
-    """() float32: this rank's ``count`` over the mean of all ranks' counts; 1 in a single process.
+    """Divide this rank's ``count`` by the mean of all ranks' counts, () float32; 1 in a single process.
 
-    Strategies average gradients over ranks, however many tokens each has. A mean over this rank's ``count`` things,
-    times this, so becomes the mean over the things of all ranks. 0 where no rank has any. All ranks must call it.
+    Strategies average gradients over ranks, whatever the number of tokens on each. A mean over this rank's ``count``
+    items, times this factor, averages to the mean over the items of all ranks. 0 if no rank has any. Collective: all
+    ranks must call it.
     """
     if not _several():
         return torch.ones((), device=count.device)
@@ -20,7 +21,7 @@ def rank_share(count: Tensor) -> Tensor:
 
 
 def means_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each scalar's mean over ranks, detached, in one exchange. All ranks must call it, with the same names."""
+    """Average each scalar over ranks, detached, in one exchange. All ranks must call it, with the same names."""
     own = {name: value.detach() for name, value in values.items()}
     if not own or not _several():
         return own

@@ -1,4 +1,4 @@
-"""The objective that asks for what was evicted."""
+"""The reconstruction objective: predict evicted text from the pairs that were kept."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,32 +18,38 @@ from sparsekv_pl.objectives.rank_means import rank_share
 
 @dataclass
 class Reconstruction(Objective):
-    """Cross-entropy of the text of evicted blocks, in nats, a mean over the evicted tokens that are asked for.
+    """Cross-entropy of the text of evicted blocks, in nats, a mean over the supervised evicted tokens.
 
-    Each row is asked for one block: the instruction, the tokens that stand before the block (the cue) and the block
-    itself follow what is left of the context. What was evicted must be told from what was kept, so this trains the
-    kept pairs to speak for their neighbours. In-context autoencoders pretrain so (https://arxiv.org/abs/2307.06945),
-    and KVzip selects by what such a repetition attends to (https://arxiv.org/abs/2505.23416); here pairs are evicted
-    first, and asked for after.
+    One block is predicted per row: the instruction, the tokens before the block (the cue) and the block itself follow
+    the evicted cache. Evicted tokens can only be predicted from kept pairs, so this trains the kept pairs to carry
+    information about their neighbours. In-context autoencoders pretrain in this way (https://arxiv.org/abs/2307.06945),
+    and KVzip selects the pairs that such a repetition attends to (https://arxiv.org/abs/2505.23416); here pairs are
+    evicted first and predicted afterwards.
 
-    Where nothing was evicted the loss is 0. Logged are ``reconstruction`` (the cross-entropy), ``reconstruction_lost``
-    (in what share of layers and KV heads the tokens asked for were evicted) and ``reconstruction_accuracy`` (the share
-    of them that is the likeliest next token).
+    If nothing was evicted, the loss is 0. Logged are ``reconstruction`` (the cross-entropy), ``reconstruction_lost``
+    (the share of layers and KV heads in which the block's tokens were evicted) and ``reconstruction_accuracy`` (the
+    share of supervised tokens that are the most likely next token).
 
     Parameters
     ----------
     block_size
-        Tokens of a block.
+        Tokens per block.
     cue_tokens
-        Tokens before the block that say which block is meant. They may be evicted too.
+        Tokens before the block that identify it. They may be evicted too.
     least_lost
-        Tokens whose pairs were evicted in a smaller share of layers and KV heads than this are read, not supervised.
+        A token is supervised if its pairs were evicted in at least this share of layers and KV heads.
     slack
-        The block is drawn, by the row's tokens, from those whose lost share is at most this much below the highest.
+        The block is drawn among those whose lost share is at most this much below the highest; the row's tokens seed
+        the draw.
     instruction
-        What comes before the cue, as plain text; may be empty.
+        Plain text before the cue; may be empty.
     chunk_tokens
-        Tokens whose logits exist at once; memory against launch overhead, not the result.
+        Tokens whose logits exist at once; changes memory and speed, not the result.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range, and for contexts shorter than cue and block.
     """
 
     block_size: int = 32
@@ -53,7 +59,7 @@ class Reconstruction(Objective):
     instruction: str = "\n\nRepeat the text that goes on after: "
     chunk_tokens: int = CHUNK_TOKENS
     instruction_ids: list[int] | None = field(default=None, init=False, repr=False, compare=False)
-    """Set by ``prepare``."""
+    """The instruction's token ids, set by ``prepare``."""
     request = Request(contexts=True)
 
     def __post_init__(self) -> None:
@@ -66,7 +72,7 @@ class Reconstruction(Objective):
             raise ValueError(f"Reconstruction.slack={self.slack} must be between 0 and 1")
 
     def prepare(self, tokenizer: Any) -> None:
-        """Encode the instruction."""
+        """Encode the instruction with the model's tokenizer."""
         self.instruction_ids = tokenizer.encode(self.instruction, add_special_tokens=False)
 
     def __call__(self, view: StudentView) -> dict[str, Tensor]:
@@ -83,7 +89,10 @@ class Reconstruction(Objective):
         }
 
     def _ask(self, context: EvictedContext) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states (N, E) that predict the blocks, labels (N,) and lost shares (N,); N = B * block_size."""
+        """Return the hidden states (N, E) that predict the blocks, labels (N,) and lost shares (N,).
+
+        N = B * block_size.
+        """
         if self.instruction_ids is None:
             raise ValueError("Reconstruction has not encoded its instruction: call prepare(tokenizer) first")
         first = self._first(context)
@@ -97,7 +106,7 @@ class Reconstruction(Objective):
         return before.flatten(0, 1), labels.flatten(), lost.flatten()
 
     def _first(self, context: EvictedContext) -> Tensor:
-        """(B,) where each row's cue begins: a function of the row alone."""
+        """Choose the position (B,) where each row's cue begins, a function of the row alone."""
         length, needed = context.ids.shape[1], self.cue_tokens + self.block_size
         if length < needed:
             raise ValueError(
@@ -110,12 +119,12 @@ class Reconstruction(Objective):
 
 
 def _draws(rows: Sequence[Sequence[int]], count: int) -> Tensor:
-    """(B, count) in [0, 1), seeded by each row's token ids."""
+    """Draw (B, count) numbers in [0, 1), seeded by each row's token ids."""
     return torch.stack([torch.rand(count, generator=generator_for("asked block", *row)) for row in rows])
 
 
 @torch.no_grad()
 def _hits(hidden_NE: Tensor, head_VE: Tensor, labels_N: Tensor, chunk_tokens: int) -> Tensor:
-    """How many labels are the likeliest token; none that is ``IGNORE`` is."""
+    """Count the labels that are the most likely token; ``IGNORE`` never is."""
     pairs = zip(hidden_NE.split(chunk_tokens), labels_N.split(chunk_tokens), strict=True)
     return torch.stack([((hidden @ head_VE.T).argmax(-1) == labels).sum() for hidden, labels in pairs]).sum()

@@ -1,9 +1,9 @@
-"""How far a press's scores are from the teacher's attention mass, head by head.
+"""Losses between a press's scores and the teacher's attention mass, per head.
 
-A score has a natural scale where it is a mass itself: SnapKV, TOVA and ExpectedAttention never score below 0, and the
-share of a key is its score over the sum. Others (Knorm, KeyDiff) only order the keys: they are standardised, to mean 0
-and deviation 1 over the evictable keys of a head, before a softmax. That softmax is far flatter than attention is: a
-``temperature`` below 1 sharpens it.
+Some scores are masses: SnapKV, TOVA and ExpectedAttention never score below 0, and a key's share is its score divided
+by the sum. Others (Knorm, KeyDiff) only order the keys: they are standardised, to mean 0 and deviation 1 over the
+evictable keys of a head, before a softmax. That softmax is far flatter than attention; a ``temperature`` below 1
+sharpens it.
 """
 
 import torch
@@ -16,10 +16,10 @@ TINY = 1e-9
 
 
 def evictable_keys(scores: Tensor, sinks: int, positions: Tensor | None = None) -> Tensor:
-    """True where scores (B, K, S) decide: behind the first ``sinks`` positions, and not given by rule.
+    """Return (B, K, S) bool, True for keys that scores select: not among the first ``sinks``, not kept by rule.
 
-    ``positions`` (B, K, S) are those of the keys in the context; None means 0..S-1. An infinite score is a rule too:
-    padding goes first, what is protected never.
+    ``positions`` (B, K, S) int64 are the keys' context positions; None means 0..S-1. Infinite scores are rules too:
+    padding is evicted first, protected keys never.
     """
     if positions is None:
         positions = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
@@ -27,12 +27,12 @@ def evictable_keys(scores: Tensor, sinks: int, positions: Tensor | None = None) 
 
 
 def key_logits(scores: Tensor, evictable: Tensor, temperature: float = 1.0, standardise: bool = False) -> Tensor:
-    """What a softmax turns into each key's share of the selection, (B, K, S); minus infinity where not evictable.
+    """Compute logits (B, K, S) whose softmax is each key's share of the selection; -inf where not evictable.
 
-    Masses become their logs, which have a scale; other scores, and with ``standardise`` those logs too, are
-    standardised and divided by ``temperature``.
+    Masses become their logs; other scores, and with ``standardise`` those logs too, are standardised and divided by
+    ``temperature``.
     """
-    # Both are computed and chosen from, row by row: to ask a GPU which one it is would wait for it, in every layer.
+    # Both are computed, and one is chosen row by row: a branch would synchronise with the GPU in every layer.
     are_masses = ((scores.detach() >= 0) | ~evictable).flatten(1).all(1).view(-1, 1, 1)
     masses = torch.where(evictable & are_masses, scores, 0)
     logs = (masses / masses.sum(-1, keepdim=True).clamp(min=TINY)).clamp(min=TINY).log()
@@ -46,28 +46,28 @@ def _standardised(scores: Tensor, evictable: Tensor) -> Tensor:
     count = evictable.sum(-1, keepdim=True).clamp(min=1)
     mean = torch.where(evictable, scores, 0).sum(-1, keepdim=True) / count
     centred = torch.where(evictable, scores - mean, 0)
-    # Clamped before the root: where all scores tie, its gradient at 0 would be NaN.
+    # Clamped before the root, whose gradient at 0 would be NaN if all scores are equal.
     deviation = (centred.square().sum(-1, keepdim=True) / count).clamp(min=TINY**2).sqrt()
     return centred / deviation
 
 
 def log_share(scores: Tensor, evictable: Tensor) -> Tensor:
-    """log of the share of the selection that each evictable key gets, (B, K, S); 0 where not evictable."""
+    """Compute the log of each evictable key's share of the selection, (B, K, S); 0 where not evictable."""
     return torch.where(evictable, key_logits(scores, evictable).log_softmax(-1), 0)
 
 
 def cross_entropy(logits: Tensor, target: Tensor, evictable: Tensor) -> Tensor:
-    """(B, K) nats: from the teacher's shares of a head's mass, ``target`` (B, K, S), to the softmax of ``logits``."""
+    """Cross-entropy (B, K), in nats, from the teacher's shares ``target`` (B, K, S) to the softmax of ``logits``."""
     return -(target * torch.where(evictable, logits.log_softmax(-1), 0)).sum(-1)
 
 
 def ranking(logits: Tensor, target: Tensor, evictable: Tensor, top_share: float) -> Tensor:
-    """(B, K) nats: a pairwise logistic loss between the keys that the teacher looks at most and the rest.
+    """Pairwise logistic loss (B, K), in nats, between the keys with most of the teacher's attention and the rest.
 
-    Each key i of the teacher's top is to outrank all others j at once: softplus(logsumexp_j z_j - z_i), an upper bound
-    of its worst pair's softplus(z_j - z_i) that costs O(S) instead of a matrix of pairs. A key weighs what is gained
-    by keeping it in place of an average other: its mass less the others' mean. The weights of a head sum to 1. It asks
-    for no proportions, and for no order inside the top or inside the rest.
+    Each key i of the teacher's top must outrank all others j: softplus(logsumexp_j z_j - z_i), an upper bound of its
+    worst pair's softplus(z_j - z_i) that costs O(S) instead of a matrix of pairs. A key's weight is the gain of keeping
+    it instead of an average other key: its mass minus the others' mean. The weights of a head sum to 1. The loss
+    constrains neither proportions nor the order inside the top or inside the rest.
     """
     top = teachers_top(target, evictable, top_share)
     others = evictable & ~top
@@ -79,6 +79,6 @@ def ranking(logits: Tensor, target: Tensor, evictable: Tensor, top_share: float)
 
 
 def teachers_top(target: Tensor, evictable: Tensor, top_share: float) -> Tensor:
-    """(B, K, S) bool: of a head's evictable keys, the ``top_share`` (rounded up) that the teacher looks at most."""
+    """Return (B, K, S) bool: the ``top_share`` (rounded up) of evictable keys with most of the teacher's attention."""
     ranks = target.masked_fill(~evictable, -1).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     return evictable & (ranks < (evictable.sum(-1, keepdim=True) * top_share).ceil())

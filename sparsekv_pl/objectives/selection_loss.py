@@ -1,4 +1,4 @@
-"""The selection loss: a press's scores aligned with the attention that the teacher pays to the context."""
+"""The selection loss: align a press's scores with the teacher's attention to the context."""
 
 import math
 from collections.abc import Iterable
@@ -20,28 +20,33 @@ Heads = Literal["mass", "equal"]
 
 @dataclass
 class SelectionLoss:
-    """From the teacher's attention mass to a press's scores, in nats.
+    """Distance from the teacher's attention mass to a press's scores, in nats.
 
     A weighted mean over layers, chunks, batch rows and KV heads.
 
     Parameters
     ----------
     sinks
-        First context tokens that are left out: every press keeps them and they would take most of the mass.
+        Number of first context tokens left out: every press keeps them, and they would take most of the mass.
     heads
-        "mass": a head counts as much as the attention it pays to what may be evicted, so that the few heads that
-        retrieve are not drowned by the many that rest on the sinks. "equal": every head counts the same.
+        "mass": a head's weight is its attention to evictable keys, so that the few retrieving heads are not outweighed
+        by the many that attend to the sinks. "equal": every head has the same weight.
     form
-        "cross_entropy": the press's normalised scores shall be the teacher's mass. "ranking": the keys that the teacher
-        looks at most shall outrank the others, in what proportion does not matter. See score_alignment.py.
+        "cross_entropy": the press's normalised scores should equal the teacher's mass. "ranking": the keys with most of
+        the teacher's attention should outrank the others, in any proportion. See score_alignment.py.
     temperature
-        What standardised scores are divided by: all of them in a ranking, in a cross-entropy those without a natural
-        scale (Knorm, KeyDiff, LagKV). Below 1 where they are to become as peaked as attention is.
+        Divides standardised scores: all scores in a ranking; in a cross-entropy those without a natural scale (Knorm,
+        KeyDiff, LagKV). A value below 1 lets them become as peaked as attention.
     top_share
-        Of a ranking: the fraction of a head's evictable keys that belong to the top. Not taken from the step's
-        compression ratio: scores also arrive from presses that were not drawn, and one order serves every ratio.
+        For "ranking": the fraction of a head's evictable keys in the top. Independent of the step's compression ratio,
+        because scores also come from presses that were not drawn, and one order serves every ratio.
     layer_weights
-        What each layer counts, the first layer's first; equal where not given.
+        One weight per layer, in order; equal if not given.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range.
     """
 
     sinks: int = 4
@@ -66,15 +71,15 @@ class SelectionLoss:
             raise ValueError(f"layer_weights={weights}: give a number of at least 0 per layer, not all 0, or null")
 
     def __call__(self, selections: Iterable[tuple[Selection, Tensor]]) -> dict[str, Tensor]:
-        """Scalar loss of each press by its name; its gradient reaches whatever the scores were computed from.
+        """Return each press's scalar loss by name, differentiable with respect to its scores.
 
         Each selection comes with the teacher's mass (B, K, L) in its layer (``AttentionMass``).
-        Scores that carry no gradient (a random press drawn among others) are left out, so the result may be empty.
+        Scores without a gradient (of a random press, for example) are left out, so the result may be empty.
 
         Raises
         ------
         ValueError
-            Where ``layer_weights`` are not as many as the layers that were selected in.
+            If ``layer_weights`` has not one weight per layer.
         """
         pairs = list(selections)
         self._check_layers(pairs)
@@ -93,7 +98,7 @@ class SelectionLoss:
             )
 
     def _heads(self, selection: Selection, mass_BKL: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of each head and what it counts, both (B, K)."""
+        """Return the loss and the weight of each head, both (B, K)."""
         scores, positions = selection.scores.float(), selection.positions
         evictable = evictable_keys(scores, self.sinks, positions)
         if positions is not None:
@@ -118,12 +123,12 @@ def _mean(losses: Tensor, weights: Tensor) -> Tensor:
 
 @dataclass
 class SelectionObjective(Objective):
-    """Align the press's own scores with the attention the teacher pays.
+    """Align the press's own scores with the teacher's attention to the context.
 
     Parameters
     ----------
     sinks, heads, form, temperature, top_share, layer_weights
-        See SelectionLoss.
+        See ``SelectionLoss``.
     """
 
     sinks: int = 4
@@ -143,7 +148,7 @@ class SelectionObjective(Objective):
     def __call__(self, view: StudentView) -> dict[str, Tensor]:
         losses = self._loss()(view.selections)
         if not losses:  # a press without trainable scores was drawn at this step
-            return {"loss": 0 * view.hidden_NE.sum()}  # keeps its graph: backward needs one
+            return {"loss": 0 * view.hidden_NE.sum()}  # backward needs a graph
         logs = {f"selection/{press}": loss.detach() for press, loss in losses.items()}
         return {"loss": torch.stack(list(losses.values())).mean(), **logs}
 

@@ -1,4 +1,4 @@
-"""Selecting what stays: presses of our own, and what every kvpress press has in common."""
+"""This project's presses, and tools that work with any kvpress press."""
 
 from sparsekv_pl.presses.adaptive_block_dropout import AdaptiveBlockDropoutPress
 from sparsekv_pl.presses.anchor import AnchorPress

@@ -1,4 +1,4 @@
-"""AnchorPress: the anchors stay, and a cheap scorer chooses the rest."""
+"""AnchorPress: keep the anchors and let a cheap scorer choose the rest."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,44 +19,44 @@ from sparsekv_pl.presses.position_order import InOrderPress
 from sparsekv_pl.presses.ratio import at_ratios
 
 NOTHING_KNOWN = AnchorTable(torch.zeros(1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool))
-"""The table under which an unknown token, id 0, is neither special nor punctuation."""
+"""A table in which the only token, id 0, is neither special nor punctuation."""
 
 
 @dataclass
 class AnchorPress(ReadsTokens, InOrderPress):
-    """Keep the anchors and fill the rest of the budget with what ``press`` scores highest, in training and evaluation.
+    """Keep the anchors and fill the rest of the budget by the scores of ``press``, in training and evaluation.
 
     SparseKV's rule at inference. Sinks and recent tokens are from StreamingLLM (arXiv 2309.17453), special tokens and
-    punctuation from SepLLM (arXiv 2412.12094), the default scorer is KeyDiff (arXiv 2504.15364). Besides the scorer it
-    costs a look at the token ids. Exactly the budget stays: where a row has more anchors than that, sinks come first,
-    then recent tokens, then special ones, then punctuation, the newest of each first; then what the scorer itself
-    keeps by rule (SnapKV's window).
+    punctuation from SepLLM (arXiv 2412.12094), the default scorer is KeyDiff (arXiv 2504.15364). The only cost besides
+    the scorer is a lookup of token ids. Exactly the budget stays. If a row has more anchors than that, sinks come
+    first, then recent tokens, special tokens and punctuation, the newest of each kind first; then the keys that the
+    scorer itself keeps by rule (SnapKV's window).
 
-    Where the tokens of the keys are not known, anchors are so by place alone: the first and the last keys that the
-    press is shown. That is so while tokens are decoded, for each part that ChunkPress and BlockPress cut, and behind
-    another press in a ComposedPress: put this one first.
+    If the keys' tokens are unknown, only the first and last keys passed to the press are anchors. This is the case in
+    decoding, for each part that ChunkPress and BlockPress cut, and after another press in a ComposedPress: put this one
+    first.
 
-    Gradients flow through the scores of all that is no anchor. Padding is no anchor and goes first; the scorer sees it
-    as keys of 0, which KeyDiff and Knorm pass over. Other scorers of kvpress's let padding blur their scores.
+    Gradients flow through the scores of all keys that are no anchors. Padding is no anchor and is evicted first; the
+    scorer gets keys of 0 for it, which KeyDiff and Knorm ignore. In kvpress's other scorers, padding affects scores.
 
     Parameters
     ----------
     compression_ratio
-        Of the whole budget, anchors included.
+        Fraction of all KV pairs that is removed, anchors included.
     press
-        Scores what is no anchor. Its own compression_ratio stays 0: it scores at this press's.
+        Scores the keys that are no anchors. Its own compression_ratio must stay 0: it scores at this press's ratio.
     anchors
         Which tokens are anchors.
 
     Attributes
     ----------
     tokenizer
-        Tells special tokens and punctuation; None takes the one beside the model's weights.
+        Identifies special tokens and punctuation; None takes the one beside the model's weights.
 
     Raises
     ------
     ValueError
-        For bad settings, and where special tokens or punctuation are asked for without a tokenizer.
+        For bad settings, and if special tokens or punctuation are anchors and there is no tokenizer.
     """
 
     compression_ratio: float = 0.0
@@ -81,7 +81,7 @@ class AnchorPress(ReadsTokens, InOrderPress):
             raise ValueError(f"AnchorPress.anchors is {self.anchors!r}: give Anchors(sinks=4, recent=64, ...)")
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
-        """Ask for the ids of every forward, and look up which of them are special or punctuation."""
+        """Make token ids available to this press, and build the table of special tokens and punctuation."""
         super().post_init_from_model(model)
         self.press.post_init_from_model(model)
         if self.anchors.special or self.anchors.punctuation:
@@ -96,14 +96,14 @@ class AnchorPress(ReadsTokens, InOrderPress):
         attentions: Tensor | None,
         kwargs: Mapping[str, Any],
     ) -> Tensor:
-        """(B, K, S) float32: the inner scores, under one value that all anchors share, and padding under all."""
+        """Return scores (B, K, S) float32: one highest value for all anchors, the inner scores, then padding."""
         real = real_keys(keys, kwargs)
         shown = keys if real is None else keys.masked_fill(~real[:, None, :, None], 0)
         inner = self._inner_scores(module, hidden_states, shown, values, attentions, kwargs)
         by_rule = pinned(inner)
         if real is not None:
             by_rule = by_rule & real[:, None]
-        # What the scorer keeps by rule has a score of no meaning: as an anchor it gets another, or it is worth nothing.
+        # Scores of keys kept by rule have no meaning: such a key either becomes an anchor below or scores 0.
         scores = inner.masked_fill(by_rule, 0)
         wanted = self._priority(module, keys, real, kwargs)
         newest = torch.arange(1, keys.shape[2] + 1, device=keys.device)
@@ -111,18 +111,18 @@ class AnchorPress(ReadsTokens, InOrderPress):
         first = wanted.topk(compute_n_kept(keys.shape[2], self.compression_ratio), dim=-1)
         stays = torch.zeros_like(by_rule).scatter(-1, first.indices, first.values > 0)
         highest, lowest = scores.detach().amax(), scores.detach().amin()
-        # Not + 1 alone, which a large float32 swallows.
+        # + 1 alone could be rounded away next to a large float32.
         scores = torch.where(stays, 1 + highest + highest.abs(), scores)
         return scores if real is None else torch.where(real[:, None], scores, lowest - 1 - lowest.abs())
 
     def _inner_scores(self, module: nn.Module, hidden_states: Tensor, keys: Tensor, *rest: Any) -> Tensor:
-        """Scores (B, K, S) of the press inside, at this ratio: CriticalKVPress scores by it."""
+        """Return the inner press's scores (B, K, S) at this press's ratio, on which CriticalKVPress's depend."""
         with at_ratios([(self.press, self.compression_ratio)]):
             scores: Tensor = self.press.score(module, hidden_states, keys, *rest)
             return scores.float()
 
     def _priority(self, module: nn.Module, keys: Tensor, real: Tensor | None, kwargs: Mapping[str, Any]) -> Tensor:
-        """(B, K, S) or (B, 1, S) int64: 0 for what is no anchor, else higher for what stays rather."""
+        """Return each key's priority as an anchor, (B, K, S) or (B, 1, S) int64, see ``priority``."""
         table = self._table
         if table is None and (self.anchors.special or self.anchors.punctuation):
             raise ValueError(
@@ -139,9 +139,9 @@ class AnchorPress(ReadsTokens, InOrderPress):
 
 
 def priority(anchors: Anchors, ids: Tensor, table: AnchorTable, real: Tensor | None) -> Tensor:
-    """(B, L) int64: 0 for what is no anchor of ``ids`` (B, L), else higher for what stays rather, no two the same.
+    """Return each token's priority as an anchor, (B, L) int64: 0 for no anchor, else higher is kept first.
 
-    ``real`` (B, L) is False where ``ids`` are padding. The lowest anchor is above L.
+    ``ids`` are (B, L); ``real`` (B, L) is False for padding. Anchors' priorities are distinct and above L.
     """
     none = Anchors(sinks=0, recent=0, special=False, punctuation=False)
     place = torch.arange(1, ids.shape[1] + 1, device=ids.device)

@@ -9,15 +9,20 @@ from sparsekv_pl.presses.span_dropout import Shown, SpanDropoutPress
 
 @dataclass
 class BlockDropoutPress(SpanDropoutPress):
-    """Drop random blocks of neighbouring tokens in training, so that a model learns to do without any of them.
+    """Drop random blocks of neighbouring tokens in training, so that a model does not rely on any one of them.
 
-    The seed of this project (SparseKV's block dropout) on a cache that really shrinks. See ``SpanDropoutPress`` for
-    what blocks and other spans have in common, and for the parameters not listed here.
+    SparseKV's block dropout, on a cache that really shrinks. See ``SpanDropoutPress`` for the rules and parameters that
+    blocks share with other spans.
 
     Parameters
     ----------
     block_size
         Tokens per block, counted from the first key in the cache. The last block may be shorter.
+
+    Raises
+    ------
+    ValueError
+        If ``block_size`` is below 1.
     """
 
     block_size: int = 64

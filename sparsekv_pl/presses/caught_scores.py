@@ -1,4 +1,4 @@
-"""The scores of any press, caught while it selects and kept differentiable."""
+"""Record the differentiable scores of any press while it selects."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,25 +14,25 @@ from sparsekv_pl.presses.nesting import scorers_in
 
 @dataclass
 class CaughtScores:
-    """What one scorer said of one layer's keys."""
+    """One scorer's scores of one layer's keys."""
 
     layer: int
     scorer: ScorerPress
     scores: Tensor
-    """(B, K, S), higher stays; S counts the keys that were in the cache when the press selected."""
+    """(B, K, S), higher stays; S counts the keys in the cache when the press selected."""
 
 
 @contextmanager
 def catch_scores(press: BasePress) -> Iterator[list[CaughtScores]]:
-    """Collect what every scorer in ``press`` returns inside the block.
+    """Collect the scores of every scorer in ``press`` inside the block.
 
-    The instance's ``score`` is shadowed for the block; classes stay as they are. Wrappers such as AdaKVPress write into
-    the scores they are given, so they get a copy.
+    The instance's ``score`` is replaced inside the block; classes do not change. Wrappers such as AdaKVPress write into
+    scores, so they get a copy.
     """
     caught: list[CaughtScores] = []
     scorers = scorers_in(press)
     for scorer in scorers:
-        scorer.score = partial(_score_and_note, scorer, caught)
+        scorer.score = partial(_score_and_record, scorer, caught)
     try:
         yield caught
     finally:
@@ -40,7 +40,7 @@ def catch_scores(press: BasePress) -> Iterator[list[CaughtScores]]:
             vars(scorer).pop("score", None)
 
 
-def _score_and_note(
+def _score_and_record(
     scorer: ScorerPress, caught: list[CaughtScores], module: nn.Module, *args: Any, **kwargs: Any
 ) -> Tensor:
     scores = type(scorer).score(scorer, module, *args, **kwargs)
@@ -49,10 +49,10 @@ def _score_and_note(
 
 
 def pinned(scores: Tensor) -> Tensor:
-    """True where a press gave its highest score by rule (its window, its sinks) and not by looking.
+    """Return (B, K, S) bool, True for keys that a press keeps by rule (its window, its sinks), whatever they contain.
 
-    kvpress presses pin by padding with one value above all others, so pinned keys tie for the maximum of their row of
-    scores (B, K, S).
+    kvpress presses give such keys one value above all others, so they tie for the maximum of their row's scores
+    (B, K, S).
     """
     ties = scores == scores.amax((1, 2), keepdim=True)
     return ties & (ties.sum((1, 2), keepdim=True) > 1)

@@ -20,22 +20,27 @@ from sparsekv_pl.presses.sync_free import no_waiting_on
 
 @dataclass
 class EvictionAugPress(BasePress, Draws):
-    """Evict with one of several presses, another one at every step: data augmentation by eviction method.
+    """Evict with a press drawn at random at every step: data augmentation by eviction method.
 
-    The draw depends on ``seed`` and the step alone, so every layer and every rank evicts with the same press. Nothing
-    flows through the choice; gradients flow through what is kept, as in any kvpress press.
+    The draw depends only on ``seed`` and the step, so all layers and ranks use the same press. No gradient flows
+    through the draw; gradients flow through the kept pairs, as in any kvpress press.
 
     Parameters
     ----------
     presses
-        What to draw from.
+        The presses to draw from.
     weights
         Relative odds, one per press; equal if not given.
     seed
-        Of the draws.
+        Seed of the draws.
     score_all
         Let the scorers that were not drawn score too, without evicting, so that a selection loss trains all of them at
-        every step. Costs their scoring, no second pass.
+        every step. Costs their scoring, but no second pass.
+
+    Raises
+    ------
+    ValueError
+        For an empty list, an object that is no press, bad weights, or a nested EvictionAugPress with the same seed.
     """
 
     presses: list[BasePress]
@@ -72,7 +77,7 @@ class EvictionAugPress(BasePress, Draws):
 
     @property
     def compression_ratio(self) -> float:
-        """Of the press of this step; setting it sets it for all."""
+        """The ratio of this step's press; setting it sets all presses' ratios."""
         return self.press.compression_ratio
 
     @compression_ratio.setter
@@ -95,29 +100,29 @@ class EvictionAugPress(BasePress, Draws):
             yield stack.enter_context(self.press(model))
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
-        """Called by presses around this one; each press inside calls its own."""
+        """Forward the call of an outer press to the presses inside."""
         for press in self.presses:
             press.post_init_from_model(model)
 
     def score(self, *_: Any, **__: Any) -> torch.Tensor:
-        """Raise ``ValueError``: a press that needs the scores of the one inside it (DMSPress) would get none."""
+        """Raise ``ValueError``: presses that need an inner press's scores (DMSPress) cannot wrap this one."""
         raise ValueError("EvictionAugPress has no scores of its own: put it around the press that asks")
 
     def forward_hook(self, module: nn.Module, input: list[Any], kwargs: dict[str, Any], output: Any) -> Any:
-        """Evict from one layer with the drawn press: what ComposedPress and PrefillDecodingPress call."""
+        """Evict from one layer with the drawn press; called by ComposedPress and PrefillDecodingPress."""
         if others := self._others():
             _Scoring(others).forward_hook(module, input, kwargs, output)
         return self.press.forward_hook(module, input, kwargs, output)
 
     def _others(self) -> list[ScorerPress]:
-        """The scorers that score beside the press of this step."""
+        """Return the scorers that score in addition to this step's press."""
         others = [scorer for press in self.presses if press is not self.press for scorer in scorers_in(press)]
         return others if self.score_all else []
 
 
 @dataclass
 class _Scoring(BasePress):
-    """Scores with several scorers and keeps everything."""
+    """Score with several scorers and keep everything."""
 
     scorers: list[ScorerPress]
 

@@ -1,4 +1,4 @@
-"""Which tokens stand behind the keys that a press selects among."""
+"""The tokens of the keys that a press selects from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.presses.press_context import press_context_in
 
 TOKEN_IDS = "token_ids"
-"""The keyword under which an attention layer is told the forward's token ids."""
+"""The keyword by which attention layers get the forward's token ids."""
 
 
 @dataclass(frozen=True)
 class KeyTokens:
-    """The context so far, and where in it each key is from."""
+    """The context's token ids so far, and each key's position in it."""
 
     ids: Tensor
     """(B, L) int64."""
@@ -26,16 +26,16 @@ class KeyTokens:
     """(B, K, S) int64, indices into ``ids``."""
 
     def at_keys(self, values: Tensor) -> Tensor:
-        """(B, K, S): what ``values`` (B, L) says of the token of every key."""
+        """Gather ``values`` (B, L), given per token, for every key: (B, K, S)."""
         heads = self.positions.shape[1]
         return values[:, None].expand(-1, heads, -1).gather(-1, self.positions)
 
 
 def key_tokens(module: nn.Module, keys: Tensor, kwargs: Mapping[str, Any]) -> KeyTokens | None:
-    """The tokens of ``keys`` (B, K, S, D), as ``kwargs`` of a press tell; None where they do not.
+    """Find the tokens of ``keys`` (B, K, S, D) from ``kwargs`` of a press; None if they are unknown.
 
-    They do in a prefill of ours, in one chunk or many, and in one forward over the whole context under a
-    ``ReadsTokens`` press. They do not for parts of the keys (ChunkPress) and while tokens are decoded.
+    They are known in this project's prefill, in one chunk or many, and in one forward over the whole context under a
+    ``ReadsTokens`` press. They are unknown for parts of the keys (ChunkPress) and in decoding.
     """
     batch, heads, length = keys.shape[:3]
     press_context = press_context_in(kwargs)
@@ -45,7 +45,7 @@ def key_tokens(module: nn.Module, keys: Tensor, kwargs: Mapping[str, Any]) -> Ke
     positions = torch.arange(ids.shape[1], device=keys.device).expand(batch, heads, -1)
     held = None if press_context is None else press_context.positions.get(int(module.layer_idx))  # type: ignore[arg-type]
     if held is not None:
-        # Not the newest chunk's alone: where nothing had to go, those of the chunk before are not among ``held``.
+        # More than the newest chunk's: if the chunk before evicted nothing, its keys are not among ``held``.
         new = length - held.shape[-1]
         if new < kwargs["hidden_states"].shape[1]:
             return None
@@ -54,24 +54,24 @@ def key_tokens(module: nn.Module, keys: Tensor, kwargs: Mapping[str, Any]) -> Ke
 
 
 class ReadsTokens:
-    """Mixed into a press that looks at token ids."""
+    """Mixin for presses that read token ids."""
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
-        """See ``tell_token_ids``. A wrapper calls this of the press inside, but never its ``__call__``."""
-        tell_token_ids(model)
+        """See ``pass_token_ids``. Wrappers call this method of an inner press, but never its ``__call__``."""
+        pass_token_ids(model)
 
 
-def tell_token_ids(model: PreTrainedModel) -> None:
-    """Let the presses on ``model`` see the ids of every forward, until there is no press on it any more."""
+def pass_token_ids(model: PreTrainedModel) -> None:
+    """Pass the token ids of every forward to the presses on ``model``, until no press is on it."""
     decoder = decoder_of(model)
-    if any(isinstance(hook, _TellTokenIds) for hook in decoder._forward_pre_hooks.values()):
+    if any(isinstance(hook, _PassTokenIds) for hook in decoder._forward_pre_hooks.values()):
         return
-    hook = _TellTokenIds()
+    hook = _PassTokenIds()
     hook.handle = decoder.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-class _TellTokenIds:
-    """A hook that adds the ids to the keywords that reach every layer, and that removes itself after use."""
+class _PassTokenIds:
+    """A forward hook that adds token ids to the keywords of every layer and removes itself when unused."""
 
     handle: Any
 
@@ -88,14 +88,14 @@ def _pressed(attention: nn.Module) -> bool:
 
 
 def real_keys(keys: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
-    """(B, S) bool, False where a key (B, K, S, D) is padding, on either side; None where nothing is padded.
+    """Return (B, S) bool, False where a key (B, K, S, D) is padding, on either side; None if nothing is padded.
 
-    Read off the attention mask that the layer was given. Our own forward takes no padding and gives none.
+    Read from the layer's attention mask. This project's own forward takes no padding and passes no mask.
 
     Raises
     ------
     ValueError
-        For a padded batch from which another press has removed keys: the mask does not say which.
+        For a padded batch from which another press has removed keys: it is unknown which keys are padding.
     """
     mask = kwargs.get("attention_mask")
     if mask is None:
@@ -108,17 +108,17 @@ def real_keys(keys: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
         return None
     if mask.shape[1] != _whole(keys):
         raise ValueError(
-            f"a padded batch had {mask.shape[1]} keys, {keys.shape[2]} are left, and which of them are padding cannot "
-            "be told: put this press first, or use rows of equal length"
+            f"a padded batch had {mask.shape[1]} keys, {keys.shape[2]} are left, and it is unknown which of them are "
+            "padding: put this press first, or use rows of equal length"
         )
     start = first_key(keys)
     return mask[:, start : start + keys.shape[2]]
 
 
 def key_places(keys: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-    """(B, S) int64: the number of each key (B, K, S, D) among the real ones of its row, from 0; -1 for padding.
+    """Number the real keys of each row from 0, (B, S) int64, -1 for padding. ``keys`` are (B, K, S, D).
 
-    Raises as ``real_keys`` does.
+    Raises ``ValueError`` as ``real_keys`` does.
     """
     real = real_keys(keys, kwargs)
     if real is None:
@@ -127,10 +127,10 @@ def key_places(keys: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def first_key(keys: Tensor) -> int:
-    """Where ``keys`` (B, K, S, D) begin in the cache: 0, but for the parts that kvpress's ChunkPress shows."""
+    """Return where ``keys`` (B, K, S, D) begin in the cache: 0, except for parts that kvpress's ChunkPress passes."""
     return keys.storage_offset() // keys.stride(2) % _whole(keys)
 
 
 def _whole(keys: Tensor) -> int:
-    """How many keys a head has in the tensor that ``keys`` (B, K, S, D) are or are a view of."""
+    """Return the number of keys per head in the tensor that ``keys`` (B, K, S, D) are a view of."""
     return max(keys.shape[2], keys.stride(1) // keys.stride(2))

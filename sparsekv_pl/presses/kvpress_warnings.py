@@ -1,4 +1,4 @@
-"""kvpress warns of a model class that it does not list whenever a press is applied, four times in a training step."""
+"""Shorten kvpress's warning of an unlisted model class, which it repeats four times in a training step."""
 
 import logging
 import re
@@ -8,11 +8,11 @@ WARNING = re.compile(r"Model <class '(?:.*\.)?(\w+)'> not tested")
 
 
 class OnceShortened(logging.Filter):
-    """Lets the warning pass once for each class of models, in one short line."""
+    """Logging filter that passes the warning once per model class, as one short line."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.said: set[str] = set()
+        self.passed: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
         """See ``logging.Filter``."""
@@ -20,13 +20,13 @@ class OnceShortened(logging.Filter):
         if found is None:
             return True
         record.msg, record.args = f"kvpress does not list {found[1]} among the models it was tested with", ()
-        new = found[1] not in self.said
-        self.said.add(found[1])
+        new = found[1] not in self.passed
+        self.passed.add(found[1])
         return new
 
 
 def shorten_warnings() -> None:
-    """From now on; a second call changes nothing."""
+    """Add the filter to kvpress's loggers; a second call changes nothing."""
     if not any(isinstance(one, OnceShortened) for one in logging.getLogger(LOGGERS[0]).filters):
         once = OnceShortened()
         for name in LOGGERS:

@@ -1,4 +1,4 @@
-"""The tokenizer behind a model, for presses that read text."""
+"""The tokenizer of a model, for presses that read text."""
 
 from functools import lru_cache
 
@@ -8,14 +8,14 @@ from sparsekv_pl.models.anchors import special_ids
 
 
 def tokenizer_of(model: PreTrainedModel, given: PreTrainedTokenizerBase | None = None) -> PreTrainedTokenizerBase:
-    """``given`` if there is one, else the tokenizer that lies beside the weights of ``model``, loaded once.
+    """Return ``given`` if it is not None, else the tokenizer beside the weights of ``model``, loaded once.
 
     Code that comes with a tokenizer is never run.
 
     Raises
     ------
     ValueError
-        Where none is given and none can be loaded: for a model built in memory, say.
+        If none is given and none can be loaded, for example for a model built in memory.
     """
     return _loaded(model.name_or_path) if given is None else given
 
@@ -29,7 +29,7 @@ def _loaded(source: str) -> PreTrainedTokenizerBase:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"this press needs a tokenizer, but {source!r} has none ({error}): {advice}") from error
-    # Where a folder has no tokenizer's files, transformers may make one up out of special tokens.
+    # If a folder has no tokenizer files, transformers may build one that has only special tokens.
     if special_ids(loaded).issuperset(loaded.get_vocab().values()):
         raise ValueError(f"this press needs a tokenizer, but {source!r} has none with words in it: {advice}")
     return loaded

@@ -1,4 +1,4 @@
-"""Presses inside presses: walked through, and named."""
+"""Walk through presses inside presses, and name them."""
 
 from collections.abc import Iterator
 
@@ -7,28 +7,28 @@ from torch import nn
 
 
 def presses_in(press: BasePress) -> Iterator[BasePress]:
-    """``press`` and every press that it wraps, outermost first."""
+    """Yield ``press`` and every press that it wraps, outermost first."""
     yield press
     for inner in wrapped(press):
         yield from presses_in(inner)
 
 
 def scorers_in(press: BasePress) -> list[ScorerPress]:
-    """The scorers that decide: a scorer around a scorer (CriticalKVPress) hides the inner one."""
+    """Return the scorers that select; of a scorer around a scorer (CriticalKVPress), the outer one."""
     if isinstance(press, ScorerPress):
         return [press]
     return [scorer for inner in wrapped(press) for scorer in scorers_in(inner)]
 
 
 def wrapped(press: BasePress) -> list[BasePress]:
-    """The presses that ``press`` wraps, without those inside them."""
+    """Return the presses that ``press`` wraps directly."""
     # Not the dataclass fields: CriticalKVPress keeps the press inside it in a plain attribute.
     values = [value if isinstance(value, (list, tuple)) else [value] for value in vars(press).values()]
     return [inner for value in values for inner in value if isinstance(inner, BasePress)]
 
 
 def learnable(press: BasePress) -> dict[str, nn.Parameter]:
-    """The parameters that presses in ``press`` have of their own (SoftThresholdPress's threshold), by name."""
+    """Return the trainable parameters of ``press`` and of presses in it (SoftThresholdPress's threshold), by name."""
     return {
         f"{index}_{press_name(inner).partition('(')[0]}_{name}": value
         for index, inner in enumerate(presses_in(press))
@@ -38,7 +38,7 @@ def learnable(press: BasePress) -> dict[str, nn.Parameter]:
 
 
 def press_name(press: BasePress | None) -> str:
-    """SnapKVPress -> SnapKV, AdaKVPress(SnapKVPress) -> AdaKV(SnapKV), None -> full cache."""
+    """Name a press for reports: SnapKVPress -> SnapKV, AdaKVPress(SnapKVPress) -> AdaKV(SnapKV), None -> full cache."""
     if press is None:
         return "full cache"
     inner = [press_name(item) for item in list(presses_in(press))[1:2]]

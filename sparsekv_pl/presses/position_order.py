@@ -1,4 +1,4 @@
-"""Scorers that leave the cache in the order of its positions."""
+"""A base class of scorers that keep the cache in the order of positions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 
 class InOrderPress(ScorerPress):
-    """A ScorerPress after which the first and the last keys of the cache are still those of the first and last tokens.
+    """A ScorerPress that leaves the kept keys in the order of their positions.
 
-    kvpress's own leave keys in the order of their scores. A press that protects sinks or recent tokens by where they
-    stand would protect others the next time it is called: while tokens are decoded, and in a ComposedPress, where it
-    must therefore not stand behind a press of kvpress's.
+    kvpress's ScorerPress leaves keys in the order of their scores. A press that protects sinks or recent tokens by
+    their index would protect other tokens in its next call, in decoding or in a ComposedPress, where it must therefore
+    not follow one of kvpress's presses.
     """
 
     def compress(
@@ -25,7 +25,7 @@ class InOrderPress(ScorerPress):
         attentions: Tensor | None,
         kwargs: Mapping[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        """The keys and values (B, K, S, D) that score highest. See ``ScorerPress.compress``."""
+        """Return the keys and values (B, K, kept, D) that score highest. See ``ScorerPress.compress``."""
         if self.compression_ratio == 0:
             return keys, values
         scores = self.score(module, hidden_states, keys, values, attentions, kwargs)

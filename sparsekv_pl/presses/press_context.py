@@ -1,4 +1,4 @@
-"""What a prefill and its presses exchange: the tokens behind the keys, soft weights, losses."""
+"""The data that a prefill and its presses exchange: the keys' tokens, soft weights, losses."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,27 +14,27 @@ PRESS_CONTEXT = "press_context"
 
 @dataclass
 class PressContext:
-    """Made by ``ChunkedPrefill`` for every chunk, and written to by presses that do more than shrink the cache."""
+    """Data of one prefill, made by ``ChunkedPrefill``, for presses that do more than shrink the cache."""
 
     start: int = 0
     """The context position of this chunk's first token."""
     token_ids: Tensor | None = None
-    """(B, L) int64, the context's tokens up to the end of this chunk; None where no press reads them."""
+    """(B, L) int64, the context's tokens up to the end of this chunk; None if no press reads them."""
     positions: Mapping[int, Tensor] = field(default_factory=dict)
     """layer -> (B, K, S) int64, the context positions of the keys that the cache held before this chunk."""
     key_log_weights: dict[int, Tensor] = field(default_factory=dict)
-    """layer -> (B, K, S), added to the logits of the kept keys by everything that follows; 0 leaves a key as it is."""
+    """layer -> (B, K, S), added to the attention logits of the kept keys in later passes; 0 changes nothing."""
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
     """name -> scalars, one per layer and chunk: terms that an objective may add."""
     _numbered: tuple[Tensor, list[int]] | None = field(default=None, init=False, repr=False, compare=False)
 
     def row_numbers(self, chunk_ids: Tensor) -> list[int]:
-        """``draws.row_numbers``, read back from the device once for all layers of a chunk."""
+        """Call ``step_draws.row_numbers``, once for all layers of a chunk: it waits for the device."""
         if self._numbered is None or self._numbered[0] is not chunk_ids:
             self._numbered = chunk_ids, row_numbers(chunk_ids)
         return self._numbered[1]
 
 
 def press_context_in(kwargs: Mapping[str, Any]) -> PressContext | None:
-    """The press context in ``kwargs`` of a press; None in a forward that is not ours, such as kvpress's pipeline."""
+    """Return the press context in ``kwargs`` of a press; None in other forwards, such as kvpress's pipeline."""
     return kwargs.get(PRESS_CONTEXT)

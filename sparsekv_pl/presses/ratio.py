@@ -1,4 +1,4 @@
-"""The compression ratio of any press: set, read, and as it was written."""
+"""Set and read the compression ratio of any press."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,12 +16,12 @@ def set_compression_ratio(press: BasePress, ratio: float) -> None:
     Raises
     ------
     ValueError
-        For a ratio outside [0, 1), and for a press that has none to set (ComposedPress, and those with a fixed rule).
+        For a ratio outside [0, 1), and for a press without a settable ratio (ComposedPress, presses with a fixed rule).
     """
     traits = traits_of(press)
     if traits.takes_a_ratio:
         check_compression_ratio("compression_ratio", ratio)
-        with suppress(AttributeError):  # kvpress's way to say that the ratio follows from other settings
+        with suppress(AttributeError):  # kvpress raises it if the ratio follows from other settings
             press.compression_ratio = ratio
             return
     lacking = next((candidate for candidate in traits.candidates if not candidate.takes_a_ratio), traits)
@@ -32,7 +32,7 @@ def set_compression_ratio(press: BasePress, ratio: float) -> None:
 
 @contextmanager
 def at_ratios(ratios: Sequence[tuple[BasePress, float]]) -> Iterator[None]:
-    """Presses at these ratios inside the block."""
+    """Set presses to these compression ratios inside the block, and restore theirs afterwards."""
     before = [press.compression_ratio for press, _ in ratios]
     try:
         for press, ratio in ratios:
@@ -44,15 +44,15 @@ def at_ratios(ratios: Sequence[tuple[BasePress, float]]) -> Iterator[None]:
 
 
 def compression_ratio_of(press: BasePress) -> float:
-    """The fraction of KV pairs that ``press`` is set to remove. ``ValueError`` where it does not say."""
-    with suppress(AttributeError, AssertionError):  # which of them is up to the press
+    """Return the fraction of KV pairs that ``press`` is set to remove; ``ValueError`` if it has no ratio."""
+    with suppress(AttributeError, AssertionError):  # presses differ in which one they raise
         if (ratio := press.compression_ratio) is not None:
             return float(ratio)
     raise ValueError(f"{press_name(press)} has no compression_ratio of its own: name a press that has one")
 
 
 def written_ratio(press: BasePress | None) -> str | None:
-    """The ratio that was written in ``press`` or in one inside it (``SnapKV.compression_ratio=0.5``), if one was."""
+    """Return the ratio set on ``press`` or a press in it, as ``SnapKV.compression_ratio=0.5``; None if none is set."""
     for inner in () if press is None else presses_in(press):
         ratio = vars(inner).get("compression_ratio")
         if ratio and ratio != getattr(type(inner), "compression_ratio", None):

@@ -15,21 +15,26 @@ from sparsekv_pl.presses.span_dropout import Shown, SpanDropoutPress
 
 @dataclass
 class SentenceDropoutPress(ReadsTokens, SpanDropoutPress):
-    """Drop random sentences in training: what goes is one thought, not half of two.
+    """Drop random whole sentences in training.
 
-    Where sentences end is read off the token ids (``SentenceTable``); in a prefill of many chunks, off the context and
-    not off what is left of it. It needs to know every key's token, so ChunkPress and DecodingPress cannot wrap it. See
+    Sentence ends are found in the token ids (``SentenceTable``), in a prefill of many chunks in those of the whole
+    context so far. The press needs every key's token, so ChunkPress and DecodingPress cannot wrap it. See
     ``SpanDropoutPress`` for the parameters not listed here.
 
     Parameters
     ----------
     max_tokens
-        A longer sentence is split.
+        Most tokens of a sentence; longer ones are split.
+
+    Raises
+    ------
+    ValueError
+        If ``max_tokens`` is below 1, or the keys' tokens are unknown.
     """
 
     max_tokens: int = 128
     tokenizer: PreTrainedTokenizerBase | None = field(default=None, init=False, repr=False, compare=False)
-    """Of the ids; by default the one that lies beside the model."""
+    """The tokenizer of the token ids; None takes the one beside the model's weights."""
     _table: SentenceTable | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -37,12 +42,12 @@ class SentenceDropoutPress(ReadsTokens, SpanDropoutPress):
         self.check_at_least("max_tokens", 1)
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
-        """Find the tokenizer; ``ValueError`` where there is none."""
+        """Find the tokenizer and build its sentence table; ``ValueError`` if there is none."""
         super().post_init_from_model(model)
         self._table = sentence_table(tokenizer_of(model, self.tokenizer))
 
     def most_spans(self, shown: Shown) -> int:
-        """See ``SpanDropoutPress``: sentences of the whole context, of which later chunks hold a part."""
+        """See ``SpanDropoutPress``; sentences are numbered in the whole context, of which later chunks hold a part."""
         press_context = press_context_in(shown.kwargs)
         ids = shown.kwargs.get(TOKEN_IDS) if press_context is None else press_context.token_ids
         return shown.keys.shape[2] if ids is None else max(ids.shape[1], shown.keys.shape[2])
@@ -57,9 +62,8 @@ class SentenceDropoutPress(ReadsTokens, SpanDropoutPress):
         tokens = key_tokens(shown.module, shown.keys, shown.kwargs)
         if tokens is None:
             raise ValueError(
-                "SentenceDropoutPress is not told which tokens the keys are of, as when it is shown parts of a context "
-                "(ChunkPress), what another press left (ComposedPress) or keys while tokens are decoded: use it alone "
-                "in a prefill, or take BlockDropoutPress"
+                "SentenceDropoutPress does not know the keys' tokens, as for parts of a context (ChunkPress), after "
+                "another press (ComposedPress) and in decoding: use it alone in a prefill, or take BlockDropoutPress"
             )
         length = tokens.ids.shape[1]
         padded = length == shown.place.shape[1]  # only one forward over the whole context takes padding

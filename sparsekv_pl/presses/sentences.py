@@ -1,4 +1,4 @@
-"""Where sentences begin and end in token ids, by what each id decodes to."""
+"""Find sentences in token ids, by the text that each id decodes to."""
 
 import unicodedata
 from dataclasses import dataclass
@@ -15,19 +15,19 @@ ENDS = frozenset(".!?…‼⁇⁈⁉。．｡！？؟۔।॥։።፧။។៕�
 Ethiopic, Burmese, Khmer, Canadian syllabics, Tibetan."""
 
 WORD_BEGINS = "\u2581"
-"""How SentencePiece's vocabularies write the space before a word."""
+"""SentencePiece's character for the space before a word."""
 
 
 @dataclass(frozen=True)
 class SentenceTable:
-    """Which ids of one vocabulary end a sentence, and which still belong to the one that has ended.
+    """The ids of one vocabulary that end a sentence, and those that still belong to the sentence before them.
 
     Both are bool (V,), V = the tokenizer's largest id + 1. An id ends a sentence if its text ends with a mark of
-    ``ENDS``, closing quotes and brackets after it aside, or holds an empty line; every special token ends one too. An
-    id trails if it is such marks, or white space, alone.
+    ``ENDS`` (closing quotes and brackets may follow) or contains an empty line; every special token ends one too. An
+    id trails if its text is only such marks or white space.
 
-    The table knows one id at a time: a full stop that is an id of its own ends a sentence in ``3.14`` and ``e.g.`` too,
-    an empty line that takes two ids ends none, and neither does an id that holds a part of a character's bytes.
+    The table knows one id at a time: a full stop that is its own id ends a sentence also in ``3.14`` and ``e.g.``, an
+    empty line that takes two ids ends none, and neither does an id with a part of a character's bytes.
     """
 
     ends_V: Tensor
@@ -35,7 +35,7 @@ class SentenceTable:
 
     @classmethod
     def build(cls, tokenizer: PreTrainedTokenizerBase) -> "SentenceTable":
-        """Decode the whole vocabulary once."""
+        """Build the table of ``tokenizer`` by decoding its whole vocabulary once."""
         special, vocabulary = special_ids(tokenizer), list(tokenizer.get_vocab().values())
         ends_V = torch.zeros(max(vocabulary) + 1, dtype=torch.bool)
         trails_V = ends_V.clone()
@@ -45,18 +45,18 @@ class SentenceTable:
         return cls(ends_V, trails_V)
 
     def to(self, device: torch.device) -> "SentenceTable":
-        """The same table on ``device``."""
+        """Return the same table on ``device``."""
         return SentenceTable(self.ends_V.to(device), self.trails_V.to(device))
 
     def sentences(self, ids: Tensor, place: Tensor, max_tokens: int) -> Tensor:
-        """(B, L) int64: the number of each token's sentence in its row, from 0.
+        """Return the number of each token's sentence in its row, from 0, (B, L) int64.
 
-        One longer than ``max_tokens`` counts as several. ``ids`` are (B, L) on the table's device. ``place`` (B, L)
-        int64 numbers the real tokens of a row from 0 and is -1 at padding, whose sentences mean nothing.
+        Sentences longer than ``max_tokens`` are split. ``ids`` are (B, L) on the table's device. ``place`` (B, L)
+        int64 numbers the real tokens of a row from 0 and is -1 at padding, whose sentence numbers have no meaning.
         """
         real = place >= 0
         ends, trails = self.ends_V[ids] & real, self.trails_V[ids]
-        # A sentence is over where its last end comes after, or with, its last word.
+        # A sentence is complete if its last end mark comes with or after its last word.
         over = _last(ends, place) >= _last(real & ~trails, place)
         starts = real & ~trails & over.roll(1, dims=1) | (place == 0)
         inside = place - _last(starts, place)
@@ -64,18 +64,18 @@ class SentenceTable:
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """What ``token`` stands for inside a text: decoded alone, a piece that begins a word loses the space before it."""
+    """Return the text of ``token`` inside a text: decoded alone, a word's first piece loses the space before it."""
     text, piece = str(tokenizer.decode([token])), str(tokenizer.convert_ids_to_tokens(token))
     return f" {text}" if piece.startswith(WORD_BEGINS) and not text[:1].isspace() else text
 
 
 def _last(where: Tensor, place: Tensor) -> Tensor:
-    """(B, L): at every token the place of the last one, up to and including it, for which ``where`` holds; else -1."""
+    """Return for every token (B, L) the place of the last token up to it for which ``where`` is True; else -1."""
     return place.masked_fill(~where, -1).cummax(1).values
 
 
 def ends_sentence(text: str) -> bool:
-    """Whether a sentence is over after ``text``: a mark of ``ENDS``, then closing marks at most; or an empty line."""
+    """Return whether ``text`` ends a sentence: a mark of ``ENDS``, then at most closing marks; or an empty line."""
     stripped = text.strip()
     while stripped and _closes(stripped[-1]):
         stripped = stripped[:-1].rstrip()
@@ -83,7 +83,7 @@ def ends_sentence(text: str) -> bool:
 
 
 def trails_sentence(text: str) -> bool:
-    """Whether ``text`` belongs to the sentence before it: white space, or final and closing marks with none before."""
+    """Return whether ``text`` belongs to the sentence before it: white space, or end and closing marks alone."""
     marks = all(character in ENDS or _closes(character) for character in text.strip())
     return bool(text) and (text.isspace() or (marks and not text[0].isspace()))
 
@@ -93,7 +93,7 @@ def _closes(character: str) -> bool:
 
 
 def sentence_table(tokenizer: PreTrainedTokenizerBase) -> SentenceTable:
-    """The tokenizer's table: built once, and again if the tokenizer is given tokens. Asking takes some milliseconds."""
+    """Return the tokenizer's table, built again only if tokens were added. A cached call takes some milliseconds."""
     return _table(tokenizer, len(tokenizer), special_ids(tokenizer))
 
 

@@ -1,4 +1,4 @@
-"""Another function in place of one instance's method, for a while."""
+"""Replace one instance's method for a while."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from typing import Any
 
 @contextmanager
 def shadowed(owner: object, name: str, instead: Callable[..., Any]) -> Iterator[None]:
-    """``owner.name`` is ``instead`` inside the block, which gets the original as its first argument."""
+    """Replace ``owner.name`` by ``instead`` inside the block; ``instead`` gets the original as its first argument."""
     own = vars(owner).get(name)
     setattr(owner, name, partial(instead, getattr(owner, name)))
     try:

@@ -1,7 +1,7 @@
-"""What scorers would compute a second time, or alike in every layer, and get instead within one prefill.
+"""Share work between a model's layers and the presses on them within one prefill.
 
-Scorers that look at queries (SnapKV, TOVA, ExpectedAttention) project the hidden states again that their layer has just
-projected; ExpectedAttention averages the rotations of hundreds of future positions, which are the same in every layer.
+Scorers that read queries (SnapKV, TOVA, ExpectedAttention) project hidden states that their layer has just projected;
+ExpectedAttention averages the rotations of hundreds of future positions, which are the same in every layer.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,10 +19,10 @@ from sparsekv_pl.presses.traits import PressTraits
 
 @contextmanager
 def shared_work(model: PreTrainedModel, traits: PressTraits) -> Iterator[None]:
-    """Let the presses of ``traits`` use, inside the block, what ``model``'s layers or other layers' presses computed.
+    """Let the presses of ``traits`` reuse, inside the block, the results of ``model``'s layers and of other presses.
 
-    LeverageScorePress computes in float32, also under autocast. Instances are shadowed for the block; classes stay as
-    they are. With dropout in an adapter a press then scores the very queries that attended.
+    LeverageScorePress computes in float32, also under autocast. Methods of instances are replaced inside the block;
+    classes do not change. With dropout in an adapter, a press scores exactly the queries that attended.
     """
     queries, rotations = _Queries(), _Rotations()
     with ExitStack() as stack:
@@ -39,19 +39,19 @@ def shared_work(model: PreTrainedModel, traits: PressTraits) -> Iterator[None]:
 
 
 def _in_float32(leverage_scores: Callable[[Tensor, int], Tensor], keys: Tensor, sketch_dimension: int) -> Tensor:
-    """Autocast would make its matrices bfloat16, for which there is no Cholesky factorisation."""
+    """Compute in float32: autocast would make the matrices bfloat16, which has no Cholesky factorisation."""
     with torch.autocast(keys.device.type, enabled=False):
         return leverage_scores(keys.float(), sketch_dimension)
 
 
 class _Queries:
-    """The newest projection of queries; rows of its input are not projected again."""
+    """Cache of the newest projection of queries: rows of its input are not projected again."""
 
     def __init__(self) -> None:
         self.newest: tuple[Callable[..., Tensor], Tensor, int, Tensor] | None = None
 
     def project(self, projection: Callable[..., Tensor], hidden: Tensor) -> Tensor:
-        """``projection`` of hidden states (B, L, E)."""
+        """Project hidden states (B, L, E), or take their rows from the newest projection."""
         if self.newest is not None and self.newest[0] == projection:
             _, whole, version, queries = self.newest
             rows = _rows(whole, hidden) if _version(whole) == version else None
@@ -63,7 +63,7 @@ class _Queries:
 
 
 class _Rotations:
-    """ExpectedAttention's mean rotation (D, D), by how many tokens were read."""
+    """Cache of ExpectedAttention's mean rotation (D, D), by number of tokens."""
 
     def __init__(self) -> None:
         self.means: dict[tuple[Any, ...], Tensor] = {}
@@ -76,7 +76,7 @@ class _Rotations:
         covariance: Tensor | None,
         tokens: int,
     ) -> tuple[Tensor, Tensor | None]:
-        """``apply_avg_rope`` of the queries' ``mean`` (B, H, D) and ``covariance`` (B, H, D, D)."""
+        """Apply ``apply_avg_rope`` to the queries' ``mean`` (B, H, D) and ``covariance`` (B, H, D, D)."""
         key = (original, tokens, module.rotary_emb, mean.shape[-1], mean.dtype, mean.device)
         if key not in self.means:
             unit = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
@@ -88,7 +88,7 @@ class _Rotations:
 
 
 def _rows(whole: Tensor, part: Tensor) -> slice | None:
-    """Which rows of ``whole`` (B, L, E) ``part`` (B, n, E) is a view of; None where it is none."""
+    """Find the rows of ``whole`` (B, L, E) that ``part`` (B, n, E) is a view of; None if it is no view."""
     if part.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr() or part.dtype != whole.dtype:
         return None
     if part.dim() != 3 or part.stride() != whole.stride() or part.shape[::2] != whole.shape[::2]:
@@ -99,5 +99,5 @@ def _rows(whole: Tensor, part: Tensor) -> slice | None:
 
 
 def _version(tensor: Tensor) -> int:
-    """Counts what was written into ``tensor``; in inference mode nobody counts, and no press writes."""
+    """Return the version counter of ``tensor``; 0 in inference mode, which has none and where no press writes."""
     return 0 if tensor.is_inference() else tensor._version

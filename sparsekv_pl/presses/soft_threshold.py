@@ -1,4 +1,4 @@
-"""SoftThresholdPress: keys fade out by a sigmoid of the attention they receive, so that selecting is differentiable."""
+"""SoftThresholdPress: fade keys out by a sigmoid of the attention they receive, so that selection is differentiable."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,47 +18,52 @@ from sparsekv_pl.presses.step_draws import Draws
 from sparsekv_pl.presses.window_attention import window_attention, window_rows
 
 PADDING = -1.0
-"""The score of padding: below every attention, which may be 0."""
+"""The score of padding, below every attention (at least 0)."""
 
 
 @dataclass
 class SoftThresholdPress(InOrderPress, Draws):
-    """Weigh every key by sigmoid(temperature * (attention - threshold)) in training, and evict by attention after it.
+    """Weigh keys by sigmoid(temperature * (attention - threshold)) in training; evict by attention in evaluation.
 
     ``attention`` is what a key receives from the last ``window_size`` queries, a mean over them and over the query
-    heads of a KV head, in units of the uniform share: 1 is what each of S keys would get if attention were spread
-    evenly, 1 / S of it. So a threshold means the same at every length. (Most keys get less: sinks take the most.)
+    heads of a KV head, in units of the uniform share 1 / S: 1 is what each of S keys gets if attention is spread
+    evenly. So a threshold means the same at every length. (Most keys get less: sinks take the most.)
 
-    In training, in a prefill of ours, nothing is removed. What follows multiplies the unnormalised attention to a key
-    by its weight, so gradients reach keys, values, queries and a learnable threshold alike. The hard limit of high
-    temperatures is dropping what lies below the threshold. In evaluation, outside our prefill, and in a wrapper that
-    only asks for scores (AdaKVPress), this is a plain scorer that keeps exactly the budget by the same attention.
+    In training, in this project's prefill, nothing is removed. Later attention multiplies the unnormalised weight of a
+    key by this weight, so gradients reach keys, values, queries and a learnable threshold. In the limit of high
+    temperatures, keys below the threshold are dropped. In evaluation, outside this prefill and in a wrapper that only
+    uses scores (AdaKVPress), this is a plain scorer that keeps exactly the budget by the same attention.
 
-    The observation window and the sinks always stay, with a weight of 1. Where they do not all fit the budget, the
-    sinks go first, then the most recent. Padding has a weight of 0. Keys must come in the order of their positions,
-    and in one chunk.
+    The observation window and the sinks always stay, with a weight of 1. If they exceed the budget, sinks are kept
+    first, then the most recent tokens. Padding has a weight of 0. Keys must be in the order of their positions, and in
+    one chunk.
 
-    The gate is that of learned token pruning (LTP, https://arxiv.org/abs/2107.00910), which learns a threshold by
-    layer. Here one threshold serves all layers, and what is thresholded comes from a window, not from all queries.
+    The gate is that of learned token pruning (LTP, https://arxiv.org/abs/2107.00910), which learns one threshold per
+    layer. Here all layers share one threshold, and attention comes from a window, not from all queries.
 
     Parameters
     ----------
     compression_ratio
-        0 switches the press off. Else it sets the budget; in training under a fixed or learnable threshold it has
-        nothing to decide.
+        0 switches the press off. Otherwise it sets the budget; it has no effect in training under a fixed or learnable
+        threshold.
     window_size
-        Queries that judge, in tokens.
+        Last queries whose attention is measured, in tokens.
     sinks
         First tokens that always stay.
     threshold
-        In uniform shares. None puts it, in each row and KV head, midway between the last key that the budget keeps and
-        the first that it drops; no gradient flows through it. The hard limit is then what evaluation evicts.
+        In uniform shares. None sets it, in each row and KV head, midway between the last key that the budget keeps and
+        the first that it drops, without a gradient; the limit of high temperatures then equals evaluation's eviction.
     learnable
-        Train the threshold, from ``threshold`` on. A loss on tokens alone pulls it down, for more context is better:
-        add a term that asks for sparse attention (SparseRegPress).
+        Train the threshold, starting at ``threshold``. A loss on tokens alone lowers it, because more context is
+        better: add a term for sparse attention (SparseRegPress).
     temperature, final_temperature, anneal_steps
         At optimizer step n the temperature is temperature * (final_temperature / temperature) ** (n / anneal_steps),
-        and ``final_temperature`` from ``anneal_steps`` on. None keeps it constant.
+        and ``final_temperature`` from ``anneal_steps`` on. A ``final_temperature`` of None keeps it constant.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range.
     """
 
     compression_ratio: float = 0.0
@@ -90,13 +95,13 @@ class SoftThresholdPress(InOrderPress, Draws):
             self.learned_threshold = nn.Parameter(torch.tensor(float(self.threshold or 0)))
 
     def draw(self, step: int) -> float:
-        """Set the temperature of optimizer step ``step``, and return it."""
+        """Set the temperature for optimizer step ``step``, and return it."""
         self.step = step
         return self.temperature_now
 
     @property
     def temperature_now(self) -> float:
-        """The temperature of the step that was drawn last."""
+        """The temperature at the latest step passed to ``draw``."""
         if self.final_temperature is None:
             return self.temperature
         return self.temperature * (self.final_temperature / self.temperature) ** min(self.step / self.anneal_steps, 1)
@@ -110,13 +115,13 @@ class SoftThresholdPress(InOrderPress, Draws):
         attentions: Tensor | None,  # noqa: ARG002
         kwargs: Mapping[str, Any],
     ) -> Tensor:
-        """(B, K, S) float32: the attention received; what always stays ties above all else, padding is below."""
+        """Return scores (B, K, S) float32: attention received; protected keys share the maximum, padding is lowest."""
         attention = window_attention(module, hidden_states, keys, kwargs, self.window_size)
         place = key_places(keys, kwargs)
         received = attention.sum(2) / window_rows(attention) * (place.amax(-1) + 1)[:, None, None]
         scores = received.unflatten(1, (keys.shape[1], -1)).mean(2)
         pinned = self._rank(place) < compute_n_kept(keys.shape[2], self.compression_ratio)
-        scores = torch.where(pinned[:, None], scores.detach().amax() + 1, scores)  # masked_fill would read the number
+        scores = torch.where(pinned[:, None], scores.detach().amax() + 1, scores)  # masked_fill would synchronise
         return scores.masked_fill((place < 0)[:, None], PADDING)
 
     def compress(
@@ -128,13 +133,13 @@ class SoftThresholdPress(InOrderPress, Draws):
         attentions: Tensor | None,
         kwargs: Mapping[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        """Note the log-weights (B, K, S) in training, else evict. See ``ScorerPress.compress``."""
+        """Write log-weights (B, K, S) to the press context in training, else evict; see ``ScorerPress.compress``."""
         press_context = press_context_in(kwargs)
         if self.compression_ratio == 0 or press_context is None or not module.training:
             return super().compress(module, hidden_states, keys, values, attentions, kwargs)
         if keys.shape[2] != hidden_states.shape[1]:
             raise ValueError(
-                f"SoftThresholdPress was shown {keys.shape[2]} keys of {hidden_states.shape[1]} tokens: in training it "
+                f"SoftThresholdPress got {keys.shape[2]} keys of {hidden_states.shape[1]} tokens: in training it "
                 "needs the whole context in one chunk (chunk_tokens: null), and no press before it"
             )
         scores = self.score(module, hidden_states, keys, values, attentions, kwargs)
@@ -143,7 +148,7 @@ class SoftThresholdPress(InOrderPress, Draws):
         return keys, values
 
     def _log_weights(self, scores: Tensor, rank: Tensor) -> Tensor:
-        """(B, K, S) log of each key's weight, by scores (B, K, S) and the rank (B, S) of what is protected."""
+        """Return the log of each key's weight (B, K, S), from scores (B, K, S) and ranks (B, S), see ``_rank``."""
         length = scores.shape[-1]
         budget = compute_n_kept(length, self.compression_ratio)
         padding = scores == PADDING
@@ -155,13 +160,13 @@ class SoftThresholdPress(InOrderPress, Draws):
         else:
             ordered = scores.detach().masked_fill(pinned, torch.inf).masked_fill(padding, -torch.inf)
             edge = pad(ordered, (0, 1), value=-torch.inf).topk(budget + 1, dim=-1).values
-            # Where what always stays fills the budget this is infinite: the rest is dropped outright.
+            # Infinite if the protected keys fill the budget: the rest is then dropped completely.
             threshold = edge[..., -2:].mean(-1, keepdim=True)
         logits = self.temperature_now * (scores - threshold)
         return logsigmoid(logits.masked_fill(pinned, torch.inf).masked_fill(padding, -torch.inf))
 
     def _rank(self, place: Tensor) -> Tensor:
-        """(B, S) int64: the order in which protected keys at ``place`` (B, S) are kept, from 0; S for all others."""
+        """Rank protected keys at ``place`` (B, S) from 0 in the order they are kept, (B, S) int64; S for all others."""
         count = place.amax(-1, keepdim=True) + 1
         from_end = count - 1 - place
         rank = torch.where(place < self.sinks, place, count.clamp(max=self.sinks) + from_end)

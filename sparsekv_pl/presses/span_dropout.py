@@ -1,4 +1,4 @@
-"""SpanDropoutPress: what all presses have in common that drop whole stretches of the context in training."""
+"""SpanDropoutPress: the base class of presses that drop whole spans of the context in training."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ from sparsekv_pl.presses.step_draws import Draws
 
 @dataclass(frozen=True)
 class Shown:
-    """One layer, as a press is shown it."""
+    """The arguments that a press gets for one layer."""
 
     module: nn.Module
     hidden_states: Tensor
-    """(B, L, E), of the newest tokens."""
+    """(B, L, E) of the newest tokens."""
     keys: Tensor
     """(B, K, S, D)."""
     kwargs: Mapping[str, Any]
@@ -33,15 +33,15 @@ class Shown:
 
     @property
     def layer(self) -> int:
-        """Which one."""
+        """The layer's index."""
         return int(self.module.layer_idx)  # type: ignore[arg-type]
 
     @cached_property
     def firsts(self) -> list[int]:
-        """Per row, the context position of the first new token: what tells one chunk, or decoded token, from another.
+        """The context position of each row's first new token, which identifies a chunk or a decoded token.
 
-        A prefill of ours says so; position_ids start at the same number in every chunk when a budget is full and keys
-        are re-rotated. Llama 4 tells its attention no position_ids.
+        Taken from the press context if there is one: position_ids start at the same number in every chunk once a budget
+        is full and keys are re-rotated. Llama 4 passes its attention no position_ids.
         """
         press_context = press_context_in(self.kwargs)
         if press_context is not None:
@@ -52,7 +52,7 @@ class Shown:
 
     @cached_property
     def rows(self) -> list[int]:
-        """A number for each row, by its new tokens where they are told (in a prefill of ours), else by its place."""
+        """A number for each row, by its new tokens in this project's prefill, else by its index in the batch."""
         press_context = press_context_in(self.kwargs)
         return (
             list(range(len(self.keys))) if press_context is None else press_context.row_numbers(self.kwargs[TOKEN_IDS])
@@ -61,30 +61,35 @@ class Shown:
 
 @dataclass
 class SpanDropoutPress(Draws, InOrderPress):
-    """Drop spans of neighbouring tokens, whole ones, while the model is in training; keep everything in evaluation.
+    """Drop whole spans of neighbouring tokens in training; keep everything in evaluation.
 
-    Subclasses say where the spans are (``spans``) and, if not by lot, which stay longest (``priority``). Exactly the
-    budget stays, so one span of each head is cut: its first tokens go first, because the hidden states of its last ones
-    have seen them. The draw depends on ``seed``, the step, the layer, the position of the chunk, the row's tokens in it
-    (outside our prefill: the row's place) and the KV head, and on nothing in the other rows. A later chunk of a prefill
-    chooses among the keys that are in the cache.
+    Subclasses define the spans (``spans``) and, if they are not random, their priorities (``priority``). Exactly the
+    budget stays, so one span per head is dropped in part: its first tokens go first, because the hidden states of its
+    last tokens have seen them. The draw depends on ``seed``, the step, the layer, the chunk's position, the row's
+    tokens in the chunk (outside this project's prefill: the row's index) and the KV head, but not on other rows. A
+    later chunk of a prefill chooses among the keys in the cache.
 
-    Padding goes first. Wrappers that ask for scores alone (AdaKVPress, ChunkPress, KeyRerotationPress) do not ask
-    whether the model is in training: outside our prefill they evict in evaluation too. ChunkPress shows its parts one
-    by one: each has protected ends of its own, and all have one draw.
+    Padding is evicted first. Wrappers that only use scores (AdaKVPress, ChunkPress, KeyRerotationPress) do not check
+    whether the model is in training: outside this project's prefill they evict in evaluation too. ChunkPress passes its
+    parts one by one: each has its own protected ends, and all share one draw.
 
     Parameters
     ----------
     compression_ratio
         Fraction of KV pairs that is removed.
     protect_start
-        The first tokens (attention sinks), never dropped while they fit the budget.
+        Number of first tokens (attention sinks) that are never dropped while they fit the budget.
     protect_recent
-        The last tokens, never dropped while they fit beside ``protect_start``; if they do not, the newest stay.
+        Number of last tokens that are never dropped while they fit beside ``protect_start``; if not, the newest stay.
     seed
-        Of the draws.
+        Seed of the draws.
     shared
-        Drop the same spans in every layer and KV head, so that nothing of what is dropped is left anywhere.
+        Drop the same spans in every layer and KV head, so that no layer keeps a dropped token.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range.
     """
 
     compression_ratio: float = 0.0
@@ -100,29 +105,30 @@ class SpanDropoutPress(Draws, InOrderPress):
             self.check_at_least(name, 0)
 
     def check_at_least(self, name: str, minimum: float, whole: bool = True) -> None:
-        """Raise ``ValueError`` where the setting ``name`` is below ``minimum``, or no ``whole`` number."""
+        """Raise ``ValueError`` if the setting ``name`` is below ``minimum``, or no ``whole`` number."""
         check_at_least(f"{type(self).__name__}.{name}", getattr(self, name), minimum, whole)
 
     def draw(self, step: int) -> None:
-        """Drop other spans than at other steps."""
+        """Draw the spans of optimizer step ``step``."""
         self.step = step
 
     @abstractmethod
     def spans(self, shown: Shown) -> Tensor:
-        """(B, 1 or K, S) int64: the number of each key's span, from 0 and rising along the real keys of a row."""
+        """Return the number of each key's span, (B, 1 or K, S) int64, from 0 and increasing along a row's real keys."""
 
     def most_spans(self, shown: Shown) -> int:
-        """N, as many spans as there can be: to count them a GPU would be waited for in every layer."""
+        """Return N, an upper bound of the number of spans; counting them would synchronise with the GPU."""
         return shown.keys.shape[2]
 
     def priority(self, shown: Shown, spans: Tensor) -> Tensor:  # noqa: ARG002
-        """(B, 1 or K, N), finite: of N spans, those with the highest stay longest. Drawn, unless overridden."""
+        """Return the priorities (B, 1 or K, N) of N spans, finite; the highest are kept. Random unless overridden."""
         return self.uniform(shown, self.most_spans(shown))
 
     def uniform(self, shown: Shown, count: int, stream: int = 0) -> Tensor:
-        """(B, 1 or K, ``count``) float64 in [0, 1), drawn; other numbers in another ``stream``.
+        """Draw (B, 1 or K, ``count``) float64 in [0, 1); each ``stream`` has its own numbers.
 
-        More of them begin with the same ones, so padding changes no draw. 1 instead of K where all heads share theirs.
+        A larger ``count`` starts with the same numbers, so padding changes no draw. Heads that share one draw have 1
+        instead of K.
         """
         heads, layer = (1, ()) if self.shared else (shown.keys.shape[1], (shown.layer,))
         generators = [
@@ -142,12 +148,12 @@ class SpanDropoutPress(Draws, InOrderPress):
         attentions: Tensor,  # noqa: ARG002
         kwargs: Mapping[str, Any],
     ) -> Tensor:
-        """(B, K, S) float32, all of a row and head different: how long each key stays."""
+        """Return scores (B, K, S) float32, distinct within a row and head; higher stays."""
         shown = Shown(module, hidden_states, keys, kwargs, key_places(keys, kwargs))
         spans = self.spans(shown)
         priority = self.priority(shown, spans)
-        heads_told = max(spans.shape[1], priority.shape[1])
-        at_key = priority.expand(-1, heads_told, -1).gather(-1, spans.expand(-1, heads_told, -1))
+        heads = max(spans.shape[1], priority.shape[1])
+        at_key = priority.expand(-1, heads, -1).gather(-1, spans.expand(-1, heads, -1))
         return self._ranked(at_key, shown.place).expand(-1, keys.shape[1], -1).contiguous()
 
     def compress(
@@ -159,19 +165,19 @@ class SpanDropoutPress(Draws, InOrderPress):
         attentions: Tensor | None,
         kwargs: Mapping[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        """Everything in evaluation, what scores highest in training."""
+        """Return all pairs in evaluation, those that score highest in training."""
         if not module.training:
             return keys, values
         return super().compress(module, hidden_states, keys, values, attentions, kwargs)
 
     def _ranked(self, priority: Tensor, place: Tensor) -> Tensor:
-        """(B, 1 or K, S) float32 of the priorities of keys (B, 1 or K, S): padding, then spans, then protected keys."""
+        """Rank keys (B, 1 or K, S) float32: padding lowest, then spans by ``priority``, then protected keys."""
         length = place.shape[1]
         place = place[:, None]
         start = (place >= 0) & (place < self.protect_start)
         recent = (place >= 0) & (place > place.amax(-1, keepdim=True) - self.protect_recent)
         ordered = priority.masked_fill(start | recent, torch.inf).masked_fill(place < 0, -torch.inf)
-        # Stable: the keys of a span have one priority, so they stay together and in order.
+        # A stable sort keeps the keys of a span, which have one priority, together and in order.
         rank = ordered.argsort(dim=-1, stable=True).argsort(dim=-1)
         rank = rank.where(~recent, length + place).where(~start, 3 * length - place)
         return rank.float()

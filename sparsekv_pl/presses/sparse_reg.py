@@ -1,4 +1,4 @@
-"""SparseRegPress: a loss term for attention that is spread out, beside whatever press evicts."""
+"""SparseRegPress: add a loss term against spread-out attention, around any press."""
 
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,33 +19,37 @@ from sparsekv_pl.presses.window_attention import window_attention, window_rows
 
 @dataclass
 class SparseRegPress(BasePress):
-    """Evict with another press, and ask for sparse attention in training: the press that SparseLM needs.
+    """Evict with another press, and penalise spread-out attention in training; used by the SparseLM objective.
 
-    The loss is read off the attention of the last ``window_size`` queries of each chunk to all keys before the
-    eviction, never an L x L matrix. Each layer adds ``weight`` times its loss to what the prefill notes, and the
-    objective adds the mean over layers and chunks. In evaluation the inner press is all there is.
+    The loss is computed from the attention of the last ``window_size`` queries of each chunk to all keys before the
+    eviction, never from an L x L matrix. Each layer adds ``weight`` times its loss to the press context, and the
+    objective adds the mean over layers and chunks. In evaluation only the inner press acts.
 
-    It goes around a press, ComposedPress and EvictionAugPress included, is one of EvictionAugPress's, or goes into
+    It can wrap any press (ComposedPress and EvictionAugPress too), be one of EvictionAugPress's presses, or be inside
     ComposedPress and PrefillDecodingPress.
 
     Parameters
     ----------
     press
-        What evicts. None keeps everything: then the compression ratio is 0 whatever it is set to, and validation needs
-        a press of its own (validation_eviction).
+        The press that evicts. None keeps everything: the compression ratio is then always 0, and validation needs its
+        own press (validation_eviction).
     kind
-        "entropy": of each row of attention, -sum a log a, in nats (log S if it is spread evenly over S keys). "l1": the
-        L1 norm of the row's evictable part, 0 to 1. That of a whole row is always 1, as a softmax is, and cannot be
-        trained; so this is the attention that goes to keys outside the sinks and the row's own last ``window_size``
-        keys. A mean over the rows and heads.
+        "entropy": -sum a log a of each row of attention, in nats (log S if it is spread evenly over S keys). "l1": the
+        attention of each row to its evictable keys, 0 to 1: those outside the sinks and the row's own last
+        ``window_size`` keys. (The L1 norm of a whole softmax row is always 1.) Both are means over rows and heads.
     weight
-        Of the term.
+        Factor of the loss term.
     window_size
-        Rows that are looked at, in tokens.
+        Number of last queries whose attention rows are used, in tokens.
     layers
-        Where to measure; None for all.
+        Indices of the layers to measure; None for all.
     sinks
-        First tokens that "l1" does not count.
+        Number of first tokens that "l1" does not count.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range.
     """
 
     press: BasePress | None = None
@@ -70,7 +74,7 @@ class SparseRegPress(BasePress):
 
     @property
     def compression_ratio(self) -> float:
-        """Of the inner press; 0 without one, whatever is set."""
+        """The inner press's ratio; without one, always 0."""
         return 0.0 if self.press is None else self.press.compression_ratio
 
     @compression_ratio.setter
@@ -91,10 +95,13 @@ class SparseRegPress(BasePress):
             yield
 
     def loss(self, module: nn.Module, hidden_states: Tensor, keys: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        """Scalar, not weighted: see ``kind``. ``hidden_states`` (B, L, E) are the newest of the S of ``keys``."""
+        """Compute one layer's scalar loss, not yet weighted: see ``kind``.
+
+        ``hidden_states`` (B, L, E) belong to the newest L of the S ``keys`` (B, K, S, D).
+        """
         attention = window_attention(module, hidden_states, keys, kwargs, self.window_size)
         if self.kind == "entropy":
-            # Clamped before the log: 0 log 0 is 0, and so is its gradient, once it has gone through the softmax.
+            # Clamped before the log, so that 0 log 0 is 0, and its gradient too after the softmax.
             tiny = torch.finfo(attention.dtype).tiny
             by_row = -(attention * attention.clamp(min=tiny).log()).sum(-1)
         else:
@@ -102,22 +109,23 @@ class SparseRegPress(BasePress):
         return (by_row.sum(-1, keepdim=True) / window_rows(attention)).mean()
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
-        """Called by presses around this one; the inner press calls its own."""
+        """Forward the call of an outer press to the inner press."""
         if self.press is not None:
             self.press.post_init_from_model(model)
 
     def score(self, *_: Any, **__: Any) -> Tensor:
-        """Raise ``ValueError``: a press that needs the scores of the one inside it (DMSPress) would get none."""
+        """Raise ``ValueError``: presses that need an inner press's scores (DMSPress) cannot wrap this one."""
         raise ValueError("SparseRegPress has no scores of its own: put it around the press that asks")
 
     def forward_hook(self, module: nn.Module, input: list[Any], kwargs: dict[str, Any], output: Any) -> Any:
-        """Measure one layer and evict from it: what ComposedPress and PrefillDecodingPress call."""
+        """Measure one layer and evict from it; called by ComposedPress and PrefillDecodingPress."""
         _Measuring(self).forward_hook(module, input, kwargs, output)
         return output if self.press is None else self.press.forward_hook(module, input, kwargs, output)
 
     def _evictable(self, rows: int, place: Tensor) -> Tensor:
-        """(B, 1, W, S) bool, of keys at ``place`` (B, S) for the last W = ``rows`` queries: keys that are no sinks and
-        not among a row's own last ``window_size``.
+        """Return (B, 1, W, S) bool, the evictable keys at ``place`` (B, S) for each of the last W = ``rows`` queries.
+
+        Those are all but the sinks and a query's own last ``window_size`` keys.
         """
         last = place.amax(-1, keepdim=True)
         at = last + 1 - rows + torch.arange(rows, device=place.device)
@@ -127,7 +135,7 @@ class SparseRegPress(BasePress):
 
 @dataclass
 class _Measuring(BasePress):
-    """Adds a loss for each layer and keeps everything."""
+    """Add each layer's loss to the press context and keep everything."""
 
     settings: SparseRegPress
 

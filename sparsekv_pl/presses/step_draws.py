@@ -1,6 +1,6 @@
-"""Presses that draw: anew at every step, and by the row's tokens where rows differ.
+"""Random draws of presses: seeded by the step, and by each row's tokens where rows differ.
 
-So a rank draws what one process would that has the rows of all, and a resumed run what the first one would have.
+So several ranks draw what one process with all rows would, and a resumed run draws what the first run would have.
 """
 
 import zlib
@@ -14,11 +14,11 @@ from sparsekv_pl.presses.nesting import presses_in
 
 
 class Draws(ABC):
-    """A press that does something else at every training step."""
+    """Base class of presses whose behaviour depends on the training step."""
 
     @abstractmethod
     def draw(self, step: int) -> Any:
-        """Prepare for optimizer step ``step``; what follows depends on the step and the press's settings alone."""
+        """Prepare for optimizer step ``step``; draws depend only on the step and the press's settings."""
 
 
 def draw(press: BasePress, step: int) -> None:
@@ -29,5 +29,5 @@ def draw(press: BasePress, step: int) -> None:
 
 
 def row_numbers(ids: Tensor) -> list[int]:
-    """A number for each row of token ids (B, L): what a row draws by it is its own, wherever in a batch it stands."""
+    """Hash each row of token ids (B, L) to a seed, so that a row's draws do not depend on its place in a batch."""
     return [zlib.crc32(row.tobytes()) for row in ids.cpu().numpy()]

@@ -1,4 +1,4 @@
-"""kvpress's presses on a GPU without waiting for it in every layer."""
+"""Run kvpress's presses on a GPU without synchronising in every layer."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,11 +15,11 @@ from sparsekv_pl.presses.traits import PressTraits
 
 
 class NoWaiting(TorchFunctionMode):
-    """Inside the block a press computes what it always computes, and never reads a number back from ``device``.
+    """Keep presses from reading numbers back from ``device`` inside the block; their results do not change.
 
-    Scorers pad their scores with ``scores.max().item() + 1`` (SnapKV, TOVA, ExpectedAttention, Finch, CAP): the number
-    stays a tensor on the device. ExpectedAttentionPress makes positions and unit matrices on the CPU and copies them in
-    every layer: they are made where they are used.
+    Scorers pad their scores with ``scores.max().item() + 1`` (SnapKV, TOVA, ExpectedAttention, Finch, CAP): here that
+    number stays a tensor on the device. ExpectedAttentionPress makes positions and unit matrices on the CPU and copies
+    them in every layer: here they are made on the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -38,21 +38,21 @@ class NoWaiting(TorchFunctionMode):
 
 
 def _padded(values: Tensor, widths: Sequence[int], mode: str, value: Tensor) -> Tensor:
-    """``pad`` with a number that is a tensor."""
+    """Pad with a ``value`` that is a tensor."""
     inside = pad(torch.ones_like(values, dtype=torch.bool), widths, mode, False)
     return torch.where(inside, pad(values, widths, mode, 0.0), value.to(values.dtype))
 
 
 def no_waiting_on(device: torch.device) -> AbstractContextManager[Any]:
-    """``NoWaiting``, but on the CPU, where there is nothing to wait for."""
+    """Return ``NoWaiting(device)``; on the CPU, where nothing has to wait, an empty context."""
     return nullcontext() if device.type == "cpu" else NoWaiting(device)
 
 
 @contextmanager
 def no_waiting(traits: PressTraits) -> Iterator[None]:
-    """Run the hooks of a press and of all presses in it so inside the block.
+    """Run the hooks of a press and of all presses in it under ``NoWaiting`` inside the block.
 
-    Each instance's ``forward_hook`` is shadowed for the block; classes stay as they are.
+    Each instance's ``forward_hook`` is replaced inside the block; classes do not change.
     """
     presses = [part.press for part in traits.parts]
     for inner in presses:

@@ -1,7 +1,7 @@
-"""Press traits: everything the project has to know about a kind of press, one row of one table for each.
+"""Press traits: everything the project has to know about each kind of press, in one table with a row per kind.
 
-A new press is one file and one row. A press from outside the table has the row of the class that it is derived from; it
-names what differs in a class attribute: ``traits = {"works_in_chunks": False}``.
+A new press is one file and one row. A press without a row has that of its nearest base class, and states differences in
+a class attribute: ``traits = {"works_in_chunks": False}``.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,90 +17,91 @@ from sparsekv_pl.presses.nesting import press_name, wrapped
 from sparsekv_pl.presses.position_order import InOrderPress
 
 Need = Literal["queries", "whole queries", "keys", "rotary", "weights", "hidden states", "attention"]
-"""What a press reads besides the cache and positions: queries that it computes from q_proj and RoPE (``whole``: RoPE
-must turn all their dimensions), keys from k_proj and RoPE, the model's RoPE (rotary_emb) at later positions, the output
+"""Inputs of a press besides the cache and positions: queries computed from q_proj and RoPE (``whole``: RoPE must rotate
+all their dimensions), keys computed from k_proj and RoPE, the model's RoPE (rotary_emb) at later positions, the output
 projection, hidden states, attention weights."""
 
 
 @dataclass(frozen=True)
 class PressTraits:
-    """What one press is, with its settings and all that it wraps. The defaults suit a press of which little is known.
+    """The traits of one press, with its settings and the presses that it wraps. The defaults suit an unknown press.
 
-    "Any" and "all" below count the press itself and every press inside it.
+    "Any" and "all" below refer to the press itself and every press inside it.
     """
 
     needs: tuple[Need, ...] = ()
-    """Of this press alone."""
+    """Inputs of this press alone, see ``Need``."""
     by_scores: bool = False
-    """What stays are the keys with the highest scores of one scorer, head by head; of a mix, in every member."""
+    """Keeps the keys with the highest scores of one scorer, per head; for a mix of presses, every member does."""
     trainable: bool = False
-    """Any has scores that depend, differentiably, on the model."""
+    """Any has scores that depend differentiably on the model."""
     order_only: bool = False
-    """Its scores are never negative and yet no masses: only their order means something."""
+    """Its scores are not negative, but only their order has a meaning."""
     works_in_chunks: bool = False
     """All may evict after each of several chunks of a context."""
     evicts_while_decoding: bool = False
     """All may evict while tokens are decoded (kvpress's DecodingPress)."""
     head_wise: bool = False
-    """Any hides pairs, head by head, and leaves them in memory."""
+    """Any hides pairs per head and leaves them in memory."""
     first_row_decides: bool = False
-    """Any keeps in all rows of a batch what the first row's scores say."""
+    """Any keeps in all rows of a batch the pairs that the first row's scores select."""
     re_rotates: bool = False
-    """Any moves the kept keys to positions 0..budget-1, so that what follows continues from the cache's length."""
+    """Any moves the kept keys to positions 0..budget-1, so that later tokens continue from the cache's length."""
     in_order: bool = False
-    """It leaves the cache in the order of its positions."""
+    """It leaves the cache in the order of positions."""
     same_at_every_ratio: bool = False
-    """Its scores depend on nothing but a dense prefill and its settings. Never true of a subclass without a row."""
+    """Its scores depend only on a dense prefill and its settings. Never inherited by a subclass without a row."""
     only_trains: bool = False
     """It, or all inside it, keep everything in evaluation."""
     adds_losses: bool = False
-    """Any asks the objective to add a loss."""
+    """Any adds a loss term to the objective's."""
     takes_a_ratio: bool = True
-    """It has a compression_ratio to set, be it that of all inside."""
+    """Its compression_ratio can be set, possibly by setting that of all inside."""
     decides: Literal["itself", "drawn", "inside"] = "itself"
-    """Who chooses what stays: this press, the one inside that was drawn for the step, or the one inside."""
+    """Which press selects: this one, the inner press drawn for the step, or the inner press."""
     shared_work: Literal["", "mean rotation", "factorisation"] = ""
-    """What presses/shared_work.py does in its place."""
+    """The part of its work that presses/shared_work.py replaces."""
     reads_tokens: bool = False
-    """Any looks at token ids."""
+    """Any reads token ids."""
     replayable: bool = False
-    """All only look at layers that have run; none runs the model itself (KVzipPress)."""
+    """All only read layers that have run; none runs the model itself (KVzipPress)."""
     window: int = 0
-    """Tokens that one looks at or keeps by rule (window_size, n_sink): a chunk must be longer than the largest."""
-    press: BasePress = None  # rows have none
+    """Largest number of tokens that one observes or keeps by rule (window_size, n_sink); chunks must be longer."""
+    press: BasePress = None  # rows of the table have no press
+    """The press that these traits were made from."""
     inside: tuple["PressTraits", ...] = ()
-    """Of the presses that it wraps."""
+    """The traits of the presses that it wraps."""
 
     @property
     def name(self) -> str:
-        """See ``press_name``."""
+        """The press's name in reports, see ``press_name``."""
         return press_name(self.press)
 
     @cached_property
     def parts(self) -> tuple["PressTraits", ...]:
-        """These, and those of every press inside, outermost first."""
+        """These traits and those of every press inside, outermost first."""
         return (self, *(part for inner in self.inside for part in inner.parts))
 
     @property
     def attention_free(self) -> bool:
-        """Whether all select by the cache and positions alone: what a paged inference engine can run."""
+        """Whether all select by the cache and positions alone, so that a paged inference engine can run them."""
         return not any(part.needs for part in self.parts)
 
     @property
     def members(self) -> tuple["PressTraits", ...]:
-        """The presses of which one is drawn at every step; these traits alone where none is."""
+        """The traits of the presses of which one is drawn at every step; else these traits alone."""
         return self.inside if self.decides == "drawn" else (self,)
 
     @property
     def candidates(self) -> tuple["PressTraits", ...]:
-        """Of every press that may come to decide what stays."""
+        """The traits of every press that may select."""
         if self.decides == "itself" or not self.inside:
             return (self,)
         return tuple(candidate for inner in self.inside for candidate in inner.candidates)
 
     @property
     def deciding(self) -> "PressTraits":
-        """Of the candidate that decides at this step."""
+        """The traits of the candidate that selects at this step."""
         if self.decides == "itself" or not self.inside:
             return self
         now: Any = self.press
@@ -108,17 +109,17 @@ class PressTraits:
 
     @property
     def selecting(self) -> BasePress:
-        """The scorer whose scores say what stays, where ``by_scores``; else the press itself."""
+        """The scorer whose scores select, if ``by_scores``; else the press itself."""
         return self.press if isinstance(self.press, ScorerPress) or not self.by_scores else self.inside[0].press
 
 
 def traits_of(press: BasePress) -> PressTraits:
-    """The traits of ``press`` as it is now.
+    """Return the traits of ``press`` with its present settings.
 
     Raises
     ------
     ValueError
-        For a press of kvpress, here or inside, that has no row: it may do what nobody here knows of.
+        For a kvpress press, itself or inside, without a row: its behaviour is unknown.
     """
     own, inside = _own(press), tuple(traits_of(inner) for inner in wrapped(press))
     together = (own, *inside)
@@ -141,7 +142,7 @@ def traits_of(press: BasePress) -> PressTraits:
 
 
 def _own(press: BasePress) -> PressTraits:
-    """The row of ``press``, and what shows in the object itself."""
+    """Return the row of ``press``, with the traits that follow from the object itself."""
     kind = type(press)
     row = _row(press, kind)
     has_ratio = "compression_ratio" in vars(press) or hasattr(kind, "compression_ratio")
@@ -155,7 +156,7 @@ def _own(press: BasePress) -> PressTraits:
 
 
 def _row(press: BasePress, kind: type) -> PressTraits:
-    """The row of ``kind``, or of the nearest class that it is derived from, with what its ``traits`` say."""
+    """Return the row of ``kind``, or that of its nearest base class with the differences of its ``traits``."""
     found = table().get(kind)
     if found is not None:
         return found(press) if callable(found) else found
@@ -170,13 +171,13 @@ def _row(press: BasePress, kind: type) -> PressTraits:
 
 
 Row = PressTraits | Callable[[Any], PressTraits]
-"""A kind's own traits, or what makes them of a press whose settings decide."""
+"""The traits of a kind, or a function that makes them from a press's settings."""
 
 
 @cache
 def table() -> dict[type, Row]:
-    """A row for every press of kvpress and of ours."""
-    from sparsekv_pl import presses  # late: some ask for the traits of those inside them
+    """Return a row for every press of kvpress and of this project."""
+    from sparsekv_pl import presses  # imported late: some presses use traits_of
     from sparsekv_pl.presses.span_dropout import SpanDropoutPress
 
     scorer = partial(PressTraits, by_scores=True, trainable=True, works_in_chunks=True, evicts_while_decoding=True)
@@ -219,7 +220,7 @@ def table() -> dict[type, Row]:
         kvpress.KVgradPress: kvzip,
         kvpress.KVzapPress: scorer(needs=("hidden states",)),
         kvpress.KVzipPress: kvzip,
-        kvpress.LagKVPress: lambda press: scorer(  # without cross_scoring its score is a rank
+        kvpress.LagKVPress: lambda press: scorer(  # without cross_scoring its scores are ranks
             trainable=press.cross_scoring, order_only=True, same_at_every_ratio=True
         ),
         kvpress.LeverageScorePress: whole_context(needs=("keys",), shared_work="factorisation"),
@@ -229,7 +230,7 @@ def table() -> dict[type, Row]:
         kvpress.ObservedAttentionPress: scorer(needs=("attention",), evicts_while_decoding=False),
         kvpress.PerLayerCompressionPress: no_ratio,
         kvpress.PrefillDecodingPress: no_ratio,
-        # It would share out its budget over layers again at every chunk, each time of what is left.
+        # It would distribute its budget over layers again at every chunk.
         kvpress.PyramidKVPress: scorer(needs=queries, works_in_chunks=False, same_at_every_ratio=True),
         kvpress.QFilterPress: scorer(),
         kvpress.RandomPress: scorer(trainable=False),
@@ -246,7 +247,7 @@ def table() -> dict[type, Row]:
         presses.BlockDropoutPress: drops(),
         presses.EvictionAugPress: wrapper(decides="drawn"),
         presses.SentenceDropoutPress: drops(evicts_while_decoding=False),
-        # Later chunks would have to weigh the keys of earlier ones, and do not.
+        # Later chunks do not weigh the keys of earlier ones.
         presses.SoftThresholdPress: scorer(needs=("queries",), in_order=True, works_in_chunks=False),
         presses.SparseRegPress: lambda press: wrapper(
             needs=("queries",), decides="inside", adds_losses=True, only_trains=press.press is None

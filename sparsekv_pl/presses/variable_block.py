@@ -8,20 +8,25 @@ from torch import Tensor
 from sparsekv_pl.presses.span_dropout import Shown, SpanDropoutPress
 
 LENGTHS = 1
-"""The stream of draws that decides how long blocks are."""
+"""The stream of draws for the blocks' lengths."""
 
 
 @dataclass
 class VariableBlockPress(SpanDropoutPress):
-    """Drop random blocks whose lengths are random too, so that a model learns no block boundary by heart.
+    """Drop random blocks of random lengths in training, so that a model cannot learn block boundaries.
 
-    Every row and KV head is cut anew at every step (all heads and layers alike if ``shared``). See ``SpanDropoutPress``
-    for the parameters not listed here.
+    Every row and KV head gets new blocks at every step (all heads and layers the same ones if ``shared``). See
+    ``SpanDropoutPress`` for the parameters not listed here.
 
     Parameters
     ----------
     shortest, longest
         Tokens per block, drawn uniformly between the two, both included. The last block may be shorter.
+
+    Raises
+    ------
+    ValueError
+        If ``shortest`` is below 1 or ``longest`` below ``shortest``.
     """
 
     shortest: int = 16

@@ -1,4 +1,4 @@
-"""What the last queries of a context attend to: the rows that presses judge keys by, never an L x L matrix."""
+"""The attention of a context's last queries to all keys, by which presses score; never an L x L matrix."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,12 +14,12 @@ from sparsekv_pl.presses.key_tokens import first_key, real_keys
 def window_attention(
     module: nn.Module, hidden_states: Tensor, keys: Tensor, kwargs: Mapping[str, Any], window: int
 ) -> Tensor:
-    """(B, H, W, S) float32 (float64 of float64 keys): the attention of the last W tokens to all keys, causal.
+    """Compute the causal attention (B, H, W, S) of the last W tokens to all keys, float32 (float64 for float64 keys).
 
-    ``keys`` (B, K, S, D) are in the order of their positions, the newest are those of ``hidden_states`` (B, L, E); W is
-    the smallest of ``window`` and L. Differentiable. The queries are computed anew from the hidden states, as kvpress's
-    SnapKVPress does. In a row that is padded, on either side, the last W queries are those of its last real tokens, and
-    padding receives nothing; rows of 0 come first where it has fewer than W.
+    ``keys`` (B, K, S, D) are in the order of their positions, the newest belong to ``hidden_states`` (B, L, E); W is
+    the smaller of ``window`` and L. Differentiable. The queries are recomputed from the hidden states, as in kvpress's
+    SnapKVPress. In a padded row, on either side, the last W queries are those of its last real tokens, and padding
+    receives nothing; a row with fewer than W tokens starts with rows of 0.
     """
     real = real_keys(keys, kwargs)
     batch, tokens = hidden_states.shape[:2]
@@ -44,34 +44,34 @@ def window_attention(
 
 
 def window_rows(attention: Tensor) -> Tensor:
-    """(B, H, 1): how many of the W rows of ``window_attention`` (B, H, W, S) there are, at least 1, to average over."""
+    """Count the nonzero rows of ``window_attention``'s result (B, H, W, S), at least 1, (B, H, 1), for averages."""
     return attention.detach().sum(-1).sum(-1, keepdim=True).round().clamp(min=1)
 
 
 def _ends(real: Tensor) -> Tensor:
-    """(B,) one past the last real key of each row of (B, S)."""
+    """Return the index (B,) one past the last real key of each row of ``real`` (B, S)."""
     return real.shape[1] - real.flip(1).int().argmax(1)
 
 
 def _queries(
     module: nn.Module, hidden_states: Tensor, at_token: Tensor, keys: Tensor, kwargs: Mapping[str, Any]
 ) -> Tensor:
-    """(B, H, W, D): the queries of tokens (B, W), turned by their rotary embeddings."""
+    """Compute the rotated queries (B, H, W, D) of the tokens at indices ``at_token`` (B, W)."""
     index = at_token[..., None]
     query = get_prerope_query_states(module, hidden_states.gather(1, index.expand(-1, -1, hidden_states.shape[-1])))
     cos, sin = (
         part.expand(len(at_token), -1, -1).gather(1, index.expand(-1, -1, part.shape[-1]))[:, None]
         for part in _rotary(module, hidden_states, keys, kwargs)
     )
-    rotary = cos.shape[-1]  # Phi3 may rotate a part of the dimensions alone
+    rotary = cos.shape[-1]  # Phi3 may rotate only a part of the dimensions
     turned, rest = query[..., :rotary], query[..., rotary:]
     return torch.cat([turned * cos + rotate_half(turned) * sin, rest], dim=-1)
 
 
 def _rotary(module: nn.Module, hidden_states: Tensor, keys: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (1 or B, L, D) of the tokens of ``hidden_states`` (B, L, E).
+    """Return the cosines and sines (1 or B, L, D) of the tokens of ``hidden_states`` (B, L, E).
 
-    Those of the forward are others where a wrapper shows a part of the context (ChunkPress) or the tokens of several
+    They differ from the forward's if a wrapper passes a part of the context (ChunkPress) or the tokens of several
     forwards (DecodingPress).
     """
     cos, sin = kwargs["position_embeddings"]

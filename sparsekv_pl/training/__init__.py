@@ -1,1 +1,1 @@
-"""Training a model to survive eviction: the LightningModule and what it steps with."""
+"""Training a model to survive eviction: the LightningModule, its passes, optimizers and guards."""

@@ -1,4 +1,4 @@
-"""Which objectives, evictions and presses go together: checked before a model is loaded."""
+"""Checks that objective, eviction and press fit one another, made before a model is loaded."""
 
 from sparsekv_pl.eviction import Eviction
 from sparsekv_pl.eviction.real import RealEviction
@@ -7,7 +7,7 @@ from sparsekv_pl.presses.traits import traits_of
 
 
 def fit_together(objective: Objective, eviction: Eviction) -> None:
-    """Raise ``ValueError`` where ``eviction`` cannot answer what ``objective`` requests."""
+    """Raise ``ValueError`` if ``eviction`` cannot answer what ``objective`` requests."""
     request = objective.request
     needs = {
         "the selection objective trains a press's scores": request.scores,
@@ -35,13 +35,13 @@ def fit_together(objective: Objective, eviction: Eviction) -> None:
     silent = [candidate for candidate in traits.candidates if not candidate.by_scores]
     if request.contexts and silent:
         raise ValueError(
-            f"the reconstruction objective asks for what a press evicted, and {silent[0].name} does not say "
+            f"the reconstruction objective asks for what a press evicted, and {silent[0].name} does not report "
             "which pairs those are: take one that selects by scores (SnapKVPress, say), or leave the objective out"
         )
 
 
 def check_evicts_in_evaluation(eviction: Eviction) -> None:
-    """Raise ``ValueError`` where validation under ``eviction`` would silently be validation with the full cache."""
+    """Raise ``ValueError`` if ``eviction`` only evicts in training: validation would run with the full cache."""
     traits = None if eviction.press is None else traits_of(eviction.press)
     if traits is not None and traits.only_trains:
         raise ValueError(

@@ -52,19 +52,24 @@ class EITModule(LightningModule):
     Parameters
     ----------
     backbone
-        What is trained.
+        The model, and which of its weights train.
     eviction
         How the context's KV pairs are evicted: RealEviction (real) or KVDropout.
     objective
-        What is minimised: anything in sparsekv_pl.objectives, several in Mixed.
+        The loss: any of sparsekv_pl.objectives, several through Mixed. Default: EIT.
     optimizer
         Called with the trainable parameters.
     lr_scheduler
         Called with the optimizer; steps once per optimizer step. None keeps the learning rate.
     validation_compression_ratio
-        What validation evicts at, whatever the curriculum does, so that its curve compares one thing.
+        The fixed compression ratio of validation, independent of the curriculum, so that its curve is comparable.
     validation_eviction
-        What validation evicts with: another press shows what carries over to it. None takes ``eviction``.
+        The eviction of validation; another press measures transfer to it. None takes ``eviction``.
+
+    Raises
+    ------
+    ValueError
+        If objective, eviction, press and model do not fit one another, or a setting is out of range.
     """
 
     def __init__(
@@ -89,14 +94,14 @@ class EITModule(LightningModule):
         self.lr: float | None = None
         self.validation_compression_ratio = validation_compression_ratio
         self.compression_ratio: float | None = None
-        """Of the next training step; the Curriculum callback sets it."""
+        """The compression ratio of the next training step; the Curriculum callback sets it."""
         self.strict_loading = False  # checkpoints hold what trains; the frozen base comes from `backbone`
         self.model, self.tokenizer = backbone.load()
         for evicts, sets in ((eviction, "the Curriculum"), (validation_eviction, "validation_compression_ratio")):
             press = None if evicts is None else evicts.press
             check_press(causal_lm(self.model), press)
             if written := written_ratio(press):
-                log.warning("%s counts for nothing: %s sets the ratio", written, sets)
+                log.warning("%s is ignored: %s sets the ratio", written, sets)
         self.teacher = Teacher(self.model)
         for evicting in (eviction, validation_eviction):
             if isinstance(evicting, KVDropout):
@@ -110,11 +115,14 @@ class EITModule(LightningModule):
 
     @property
     def press(self) -> BasePress | None:
-        """The training eviction's press; None where it has none (KVDropout)."""
+        """The training eviction's press; None if it has none (KVDropout)."""
         return self.eviction.press
 
     def setup(self, stage: str) -> None:
-        """Check, before anything expensive, that something is evicted, and that the data's contexts can be."""
+        """Check, before anything expensive, that a curriculum is set and that the data's contexts can be evicted.
+
+        Raises ``ValueError`` if not.
+        """
         self._check_contexts()
         if stage == "fit" and self.compression_ratio is None:
             raise ValueError(
@@ -123,7 +131,7 @@ class EITModule(LightningModule):
             )
 
     def _check_contexts(self) -> None:
-        """Raise ``ValueError`` where contexts cannot be evicted from, or the teacher cannot read them."""
+        """Raise ``ValueError`` if contexts cannot be evicted from, or the teacher cannot read them."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         context_tokens = getattr(data, "context_tokens", None)
         if context_tokens is None:
@@ -140,38 +148,38 @@ class EITModule(LightningModule):
                 check_positions(causal_lm(self.model), reads, reads, rotates=False)
 
     def configure_model(self) -> None:
-        """Share the weights out over the ranks, where ``backbone.sharded`` says so."""
+        """Shard the weights over the ranks, if ``backbone.sharded``."""
         shard(self)
 
     def on_fit_start(self) -> None:
-        """Hugging Face models load in evaluation mode and Lightning keeps it."""
+        """Set training mode: Hugging Face models load in evaluation mode, and Lightning keeps it."""
         self.train()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
-        """An adapter's dropout draws from torch's own generator: set it by the place, as every draw of ours is."""
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # what seed_everything was given
+        """Seed torch's generator, from which an adapter's dropout draws, by epoch, batch and rank."""
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # the argument of seed_everything
         torch.manual_seed(seed_for("adapter dropout", seed, self.current_epoch, batch_idx, self.global_rank))
 
     def training_step(self, batch: Batch) -> Tensor:
-        """One step of the objective on a context evicted at ``compression_ratio``."""
+        """Compute and log the objective's terms on contexts evicted at ``compression_ratio``; return the loss."""
         assert self.compression_ratio is not None  # see setup
         terms, kept_share = self.loss_terms(batch, self.compression_ratio, self.global_step)
         watch(self, terms, batch, compression_ratio=f"{self.compression_ratio:.3f}")
-        told = means_over_ranks({**terms, "kept_share": torch.full((), kept_share, device=self.device)})
-        self._log_step(told, batch)
+        means = means_over_ranks({**terms, "kept_share": torch.full((), kept_share, device=self.device)})
+        self._log_step(means, batch)
         return terms["loss"]
 
     def loss_terms(self, batch: Batch, compression_ratio: float, step: int) -> tuple[dict[str, Tensor], float]:
-        """The objective's terms on ``batch``, and the share of KV pairs that was kept."""
+        """Compute the objective's terms on ``batch``, and the share of KV pairs that was kept."""
         view, kept_share = self.student.view(batch, compression_ratio, step)
         terms = self.objective(view)
         return {**terms, "loss": terms["loss"] + self._nothing(view)}, kept_share
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Perplexity of the supervised tokens with the full cache and under eviction."""
+        """Measure the perplexity of the supervised tokens with the full cache and under eviction."""
         place = batch_idx * self.trainer.world_size + self.global_rank
-        # Ranks take turns, and the last turn begins anew to give every rank a batch. That one has counted already, and
-        # runs all the same: the model may be sharded.
+        # The sampler repeats first batches to give every rank as many. A repeated one is not counted, but runs, because
+        # the model may be sharded.
         again = place >= len(self.trainer.val_dataloaders.dataset)  # type: ignore[union-attr]
         for part in rows_of_equal_length(batch):
             rows, columns = places = supervised_in(part).places()
@@ -185,24 +193,24 @@ class EITModule(LightningModule):
         self.log("val/perplexity_evicted", self.val_evicted, on_epoch=True, prog_bar=True, batch_size=size)
 
     def configure_callbacks(self) -> list[Callback]:
-        """What stands between a loss that is not finite and the optimizer."""
+        """Add ``Resumption`` and, if the trainer has none, ``NonFinite``."""
         return guards(self.trainer)
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over what trains, and the learning-rate schedule if there is one."""
+        """Make the optimizer of the trainable parameters, and the learning-rate schedule if there is one."""
         return configured(self, [p for p in self.parameters() if p.requires_grad])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse what cannot go on."""
+        """Raise ``ValueError`` if this run cannot continue the checkpoint's training."""
         check_resumable(self, checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only what trains: the base weights are on disk already."""
+        """Keep only trainable parameters: the base weights are on disk already."""
         trains = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trains}
 
     def describe_training(self) -> dict[str, Any]:
-        """What an exported adapter says of how it was trained, JSON-able."""
+        """Describe how the adapter was trained, JSON-able, for the exported adapter's training.json."""
         splits = getattr(getattr(self._trainer, "datamodule", None), "splits", None)
         members = () if self.press is None else traits_of(self.press).members
         return {
@@ -216,9 +224,9 @@ class EITModule(LightningModule):
         }
 
     def _nothing(self, view: StudentView) -> Tensor:
-        """Zero, with a gradient of zero in the model and in what presses learn.
+        """Return zero, with zero gradients in the model and in the presses' parameters.
 
-        DDP waits for a gradient in every parameter, also at a step whose objective or press leaves some of them out.
+        DDP waits for a gradient of every parameter, also at a step whose objective or press does not use some of them.
         """
         return sum(((0 * part).sum() for part in self.press_parameters.values()), (0 * view.hidden_NE).sum())
 

@@ -1,4 +1,4 @@
-"""What every module that trains does with its optimizer, and with losses and gradients that are not finite."""
+"""The guard against losses and gradients that are not finite, for every module that trains."""
 
 import logging
 from collections.abc import Mapping
@@ -25,26 +25,29 @@ class NonFiniteLossError(RuntimeError):
 
 
 class MicroBatch(NamedTuple):
-    """One batch of an accumulation window, and what it cost."""
+    """One batch of an accumulation window, with its loss terms."""
 
     terms: dict[str, Tensor]
-    told: dict[str, object]
+    """Name -> detached scalar; ``"loss"`` is differentiated."""
+    details: dict[str, object]
+    """Name -> value, for messages."""
     documents: list[str]
+    """The ids of the batch's documents."""
 
     def __str__(self) -> str:
         terms = {name: value.item() for name, value in self.terms.items()}
-        return "; ".join(f"{k}: {v}" for k, v in {"terms": terms, **self.told, "documents": self.documents}.items())
+        return "; ".join(f"{k}: {v}" for k, v in {"terms": terms, **self.details, "documents": self.documents}.items())
 
 
 class NonFinite(Callback):
-    """Never lets the optimizer step on a loss or a gradient that is infinite or NaN.
+    """Keep the optimizer from stepping on a loss or a gradient that is infinite or NaN.
 
-    One such batch, of any rank and anywhere in an accumulation window, spoils the window. All ranks then skip its
-    optimizer step together: parameters and the optimizer's state stay as they were, while the step is counted, so
-    curriculum and learning rate move on. Modules that train add this callback where it is not given (``guards``).
+    One such batch, on any rank and anywhere in an accumulation window, invalidates the window. All ranks then skip its
+    optimizer step together: parameters and the optimizer's state do not change, but the step is counted, so curriculum
+    and learning rate advance. Modules that train add this callback if the trainer has none (``guards``).
 
-    With a float16 loss scaler, gradients that overflow are its own affair: it halves its factor and tries the next
-    batch. They count here once the factor is below 1, where halving has not helped.
+    A float16 loss scaler handles gradients that overflow: it halves its factor and tries the next batch. They count
+    here once its factor is below 1, when halving has not helped.
 
     Parameters
     ----------
@@ -54,7 +57,12 @@ class NonFinite(Callback):
     Logs
     ----
     train/skipped_steps
-        Optimizer steps skipped so far; it goes on where the checkpoint left it.
+        Optimizer steps skipped so far, continued from the checkpoint at resume.
+
+    Raises
+    ------
+    ValueError
+        If ``skip`` is negative.
     """
 
     def __init__(self, skip: int = 0) -> None:
@@ -65,12 +73,12 @@ class NonFinite(Callback):
         self._window: list[MicroBatch] = []
 
     def watch(self, batch: MicroBatch) -> None:
-        """Take note of a batch whose loss is about to be differentiated."""
+        """Add a batch whose loss is about to be differentiated to the accumulation window."""
         self._window.append(batch)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a precision that could only fail."""
+        """Raise ``ValueError`` for a precision in which training would fail."""
         check_precision(trainer, pl_module)
 
     @override
@@ -79,7 +87,7 @@ class NonFinite(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Skip the step or stop, on all ranks alike; gradients are whole and unscaled by now, but not clipped."""
+        """Skip the step or stop, on all ranks together; gradients are complete and unscaled here, but not clipped."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scaling = scaler is not None and scaler.get_scale() >= 1
         fault = _fault(self._window, optimizer, scaling)
@@ -112,38 +120,40 @@ class NonFinite(Callback):
 
 
 def guards(trainer: Trainer) -> list[Callback]:
-    """For ``configure_callbacks``: ``Resumption``, and a ``NonFinite`` that stops at once unless there is one.
+    """Return ``Resumption`` and, if the trainer has none, a ``NonFinite`` that stops at once, to be added to it.
 
     Raises
     ------
     ValueError
-        For a callback of the trainer that cannot work.
+        For a callback of the trainer that cannot work here.
     """
     refuse_callbacks(trainer)
     given = trainer.callbacks  # type: ignore[attr-defined]
     return [Resumption(), *([] if any(isinstance(callback, NonFinite) for callback in given) else [NonFinite()])]
 
 
-def watch(module: LightningModule, terms: Mapping[str, Tensor], batch: Batch, **told: object) -> None:
-    """Have the trainer's ``NonFinite`` see to ``terms``; "loss" is what is differentiated.
+def watch(module: LightningModule, terms: Mapping[str, Tensor], batch: Batch, **details: object) -> None:
+    """Pass ``terms`` to the trainer's ``NonFinite``; "loss" is differentiated, ``details`` are for messages.
 
     Nothing is raised here: under DDP the other ranks would wait for this one's gradients for ever.
     """
     callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
     detached = {name: term.detach() for name, term in terms.items()}
     for guard in callbacks:
-        if isinstance(guard, NonFinite):  # the finders of a batch size and a learning rate take all callbacks away
-            guard.watch(MicroBatch(detached, told, batch["document_ids"]))
+        if isinstance(guard, NonFinite):  # none while Lightning's batch-size and learning-rate finders run
+            guard.watch(MicroBatch(detached, details, batch["document_ids"]))
 
 
 def _fault(window: list[MicroBatch], optimizer: Optimizer, scaling: bool) -> str:
-    """What is not finite on this rank, on which documents; empty where all is."""
+    """Describe what is not finite on this rank, and on which documents; empty if everything is finite."""
     seen = [batch.terms["loss"] for batch in window]
     if not scaling:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = get_total_norm([grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients])
         seen.append(norm)
-    if not seen or torch.stack([value.isfinite().to(seen[0].device) for value in seen]).all():  # the step's one look
+    if (
+        not seen or torch.stack([value.isfinite().to(seen[0].device) for value in seen]).all()
+    ):  # the step's only synchronisation
         return ""
     bad = [batch for batch in window if not torch.isfinite(batch.terms["loss"])]
     if bad:

@@ -1,4 +1,4 @@
-"""What a module that trains steps with: its optimizer, learning rate and schedule, as the trainer takes them."""
+"""Optimizer, learning rate and schedule of a module that trains, in the form that the trainer takes."""
 
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -10,22 +10,22 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 
 class Steps(Protocol):
-    """The settings of a LightningModule that trains."""
+    """The optimizer settings of a LightningModule that trains."""
 
     optimizer: OptimizerCallable
     lr_scheduler: LRSchedulerCallable | None
     lr: float | None
-    """Takes the place of the optimizer's own rate: Lightning's LearningRateFinder sets it."""
+    """Replaces the optimizer's own rate; set by Lightning's LearningRateFinder."""
     trainer: Trainer
 
 
 def configured(module: Steps, parameters: Iterable[Parameter]) -> Any:
-    """What ``configure_optimizers`` returns; a schedule steps once per optimizer step, a plateau once per validation.
+    """Make the result of ``configure_optimizers``; schedules step per optimizer step, a plateau per validation.
 
     Raises
     ------
     ValueError
-        For a plateau that would see no metric, and a found rate that a schedule would overwrite.
+        For a ReduceLROnPlateau without a metric, and for a found learning rate that a schedule would overwrite.
     """
     optimizer = module.optimizer(parameters)
     if module.lr is not None:
@@ -46,11 +46,11 @@ def configured(module: Steps, parameters: Iterable[Parameter]) -> Any:
 
 
 def _after_validations(scheduler: ReduceLROnPlateau, trainer: Trainer) -> dict[str, Any]:
-    """What Lightning has to know of a schedule that looks at a metric."""
+    """Return Lightning's settings for a schedule that monitors a validation metric."""
     monitor = getattr(scheduler, "monitor", None)
     if monitor is None:
         raise ValueError(
-            "lr_scheduler is torch's ReduceLROnPlateau, which does not say what it looks at: give "
+            "lr_scheduler is torch's ReduceLROnPlateau, which has no metric to monitor: give "
             "lightning.pytorch.cli.ReduceLROnPlateau with a monitor (val/perplexity_evicted)"
         )
     if not trainer.enable_validation:

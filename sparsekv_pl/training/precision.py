@@ -1,4 +1,4 @@
-"""The precision of a run: decided where it was left out, refused where it could only fail."""
+"""The precision of a run: a default for this machine, and checks that it can work."""
 
 from collections.abc import Mapping
 from pkgutil import resolve_name
@@ -14,14 +14,15 @@ from sparsekv_pl.models.native_precision import AUTO, decide, warn_of_emulation
 
 
 def decide_settings(settings: Namespace, trains: bool) -> None:
-    """Put what ``decide`` says in the place of a precision and a dtype that were left out, and say it.
+    """Fill in a precision and a dtype that were left out, as ``decide`` chooses them, and print the decision.
 
-    ``settings`` are a command's, resolved. Without a backbone there is no model to run, and Lightning's default stays.
+    ``settings`` are a command's, resolved; ``trains`` is True for training. Without a backbone there is no model to
+    run, and Lightning's default stays.
 
     Raises
     ------
     ValueError
-        For float16 on a CPU, in whose place Lightning would put bfloat16.
+        For float16 on a CPU, where Lightning would use bfloat16 instead.
     """
     trainer, plugin = settings.trainer, _plugin(settings.trainer.get("plugins"))
     asked, accelerator = trainer.get("precision"), trainer.get("accelerator")
@@ -48,7 +49,7 @@ def decide_settings(settings: Namespace, trains: bool) -> None:
 
 
 def check_precision(trainer: Trainer, module: LightningModule) -> None:
-    """Raise ``ValueError`` for a precision that could only fail; warn of one that the device emulates.
+    """Raise ``ValueError`` for a precision in which training would fail; warn of one that the device emulates.
 
     Called once the parameters have the dtype and the device that they train in.
     """
@@ -63,7 +64,7 @@ def check_precision(trainer: Trainer, module: LightningModule) -> None:
 
 
 def _plugin(plugins: Any) -> Mapping[str, Any] | None:
-    """The settings of the plugin that decides the precision, if one of ``plugins`` does."""
+    """Return the settings of the precision plugin among ``plugins``; None if there is none."""
     for plugin in plugins if isinstance(plugins, list) else [plugins]:
         if isinstance(plugin, Namespace) and issubclass(resolve_name(plugin.class_path), Precision):
             return (plugin.get("init_args") or Namespace()).as_dict()

@@ -1,7 +1,7 @@
-"""What a run is given at resume holds: it is applied where that has one meaning, and refused by name where not.
+"""Resume with this run's settings: they are applied where that is well defined, else refused by name.
 
-Lightning restores optimizers, learning-rate schedules and callbacks with the settings that they were saved with, so
-that a schedule made longer, or another learning rate, would silently be ignored.
+Lightning restores optimizers, learning-rate schedules and callbacks with their saved settings, so a longer schedule or
+another learning rate would silently be ignored.
 """
 
 import inspect
@@ -22,18 +22,19 @@ from sparsekv_pl.storage.fingerprint import weights_digest
 log = logging.getLogger(__name__)
 
 RECORD = "decided_by"
-"""Where a checkpoint holds what cannot change at resume."""
+"""Checkpoint key of the settings that cannot change at resume."""
 PRECISION = "computed_in"
-"""Where a checkpoint holds the trainer's precision, which follows the machine and may change at resume."""
+"""Checkpoint key of the trainer's precision, which depends on the machine and may change at resume."""
 SHOWN = 3
+"""Differences that a message lists."""
 NEW_RUN = "or start a new run from what was exported (model.backbone.adapter) without ckpt_path"
 
 
 class Resumption(Callback):
-    """Sees to it that a resumed run has this run's settings. Modules that train add it (``guards``).
+    """Give a resumed run the settings of this run. Modules that train add it (``guards``).
 
-    The state of the optimizer (its moments) comes from the checkpoint; its settings are this run's, and the learning
-    rate is what this run's schedule says after as many steps. Callbacks keep what they were constructed with.
+    The optimizer's state (its moments) comes from the checkpoint; its settings are this run's, and the learning rate is
+    that of this run's schedule after as many steps. Callbacks keep their constructor arguments.
     """
 
     def __init__(self) -> None:
@@ -63,18 +64,18 @@ class Resumption(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """All is restored by now."""
+        """Apply this run's settings, after Lightning has restored everything."""
         if not self._resumed:
             return
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             for name, value in self._given.get(id(callback), {}).items():
-                if value is not None and getattr(callback, name) is not value:  # what was left out is found at setup
+                if value is not None and getattr(callback, name) is not value:  # None is filled in at setup
                     setattr(callback, name, value)
         _apply(pl_module, trainer)
 
 
 def check_resumable(module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` that names what differs from ``checkpoint`` and has no one meaning in a run that goes on."""
+    """Raise ``ValueError`` that names the settings and parameters with which ``checkpoint`` cannot be continued."""
     done, planned = checkpoint.get("global_step", 0), module.trainer.max_steps
     if 0 <= planned < done:
         raise ValueError(f"trainer.max_steps is {planned}, but the checkpoint is of step {done}: give {done} or more")
@@ -90,7 +91,7 @@ def check_resumable(module: LightningModule, checkpoint: Mapping[str, Any]) -> N
 
 
 def _decided(module: LightningModule) -> dict[str, Any]:
-    """What the trained weights and the optimizer's moments belong to."""
+    """Return the settings that the trained weights and the optimizer's moments depend on."""
     backbone: Any = module.backbone
     adapter = getattr(module.model, "peft_config", {}).get("default")
     optimizer = module.optimizer([nn.Parameter(torch.zeros(2, 2))])  # type: ignore[operator]
@@ -103,7 +104,7 @@ def _decided(module: LightningModule) -> dict[str, Any]:
 
 
 def _parameters(module: LightningModule, saved: Mapping[str, Any] | None) -> list[str]:
-    """Parameters that train and differ in name or shape; sharded checkpoints are checked where they are loaded."""
+    """List trainable parameters that differ in name or shape; sharded checkpoints are checked when they are loaded."""
     if saved is None:
         return []
     trains = {name: tuple(value.shape) for name, value in module.named_parameters() if value.requires_grad}
@@ -119,7 +120,7 @@ def _parameters(module: LightningModule, saved: Mapping[str, Any] | None) -> lis
 
 
 def _apply(module: LightningModule, trainer: Trainer) -> None:
-    """This run's settings of the optimizer and its schedule, at the step that was resumed from."""
+    """Set the optimizer and its schedule to this run's settings, at the step that was resumed from."""
     made: Any = module.configure_optimizers()
     fresh: Optimizer = made["optimizer"] if isinstance(made, dict) else made
     schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -144,9 +145,9 @@ def _apply(module: LightningModule, trainer: Trainer) -> None:
 
 
 def _step(schedule: LRScheduler, steps: int) -> None:
-    """Where ``schedule`` is after ``steps``."""
+    """Advance ``schedule`` by ``steps``."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch misses the steps of the optimizer
+        warnings.simplefilter("ignore")  # torch warns that the optimizer has not stepped
         try:
             for _ in range(steps):
                 schedule.step()
@@ -157,6 +158,6 @@ def _step(schedule: LRScheduler, steps: int) -> None:
 
 
 def _settings(callback: Callback) -> dict[str, Any]:
-    """What a callback was constructed with, as far as it keeps that under the same names."""
+    """Return a callback's constructor arguments, as far as it keeps them under the same names."""
     names = inspect.signature(type(callback).__init__).parameters
     return {name: getattr(callback, name) for name in names if name in vars(callback)}

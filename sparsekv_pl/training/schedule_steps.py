@@ -9,14 +9,14 @@ Steps = int | float
 """A whole number counts optimizer steps; a number with a point, 0 to 1, is a share of the run."""
 
 LASTING = ("warmup_steps", "steps", "boundaries")
-"""Settings of schedules that are ``Steps``; the latter two begin when the warm-up ends and share what it leaves."""
+"""Settings of schedules that are ``Steps``; the last two count from the end of the warm-up, as shares of the rest."""
 
 Schedule = TypeVar("Schedule", bound=Any)
 """A dataclass of schedules.py."""
 
 
 def check_steps(name: str, value: Steps, minimum: int) -> None:
-    """Raise ValueError where ``value``, the setting ``name``, is neither ``minimum`` steps or more nor a share."""
+    """Raise ``ValueError`` if ``value``, the setting ``name``, is neither at least ``minimum`` steps nor a share."""
     share = isinstance(value, float)
     if not (minimum <= value if not share else 0 <= value <= 1 and (value or not minimum)):
         raise ValueError(
@@ -26,7 +26,7 @@ def check_steps(name: str, value: Steps, minimum: int) -> None:
 
 
 def check_boundaries(name: str, boundaries: Sequence[Steps]) -> None:
-    """Raise ValueError unless ``boundaries``, the setting ``name``, are rising steps, or rising shares."""
+    """Raise ``ValueError`` unless ``boundaries``, the setting ``name``, are increasing steps, or increasing shares."""
     if any(a >= b for a, b in pairwise([0, *boundaries])) or len({type(boundary) for boundary in boundaries}) > 1:
         raise ValueError(
             f"{name} is {boundaries}: give steps above 0, each larger than the last, or shares of the run up to 1.0"
@@ -36,18 +36,20 @@ def check_boundaries(name: str, boundaries: Sequence[Steps]) -> None:
 
 
 def check_settled(schedule: Any) -> None:
-    """Raise ValueError where ``schedule`` has shares of a run whose length it was not given."""
+    """Raise ``ValueError`` if ``schedule`` still has lengths that are shares of a run."""
     if found := _shares(schedule):
         raise ValueError(f"{type(schedule).__name__} has shares of a run, {found}: ask schedule.over(max_steps)")
 
 
 def in_steps(schedule: Schedule, max_steps: int) -> Schedule:
-    """``schedule``, and one inside it, with shares of a run of ``max_steps`` optimizer steps as steps.
+    """Convert lengths that are shares of a run into steps, in ``schedule`` and in a schedule inside it.
+
+    ``max_steps`` is the run's length in optimizer steps.
 
     Raises
     ------
     ValueError
-        Where there are shares, and ``max_steps`` says no length (-1).
+        If there are shares and ``max_steps`` is no length (-1).
     """
     inner = getattr(schedule, "schedule", None)
     if inner is not None:
@@ -72,7 +74,7 @@ def in_steps(schedule: Schedule, max_steps: int) -> Schedule:
 
 
 def _shares(schedule: Any) -> dict[str, Any]:
-    """The settings of ``schedule`` that are shares of a run's length."""
+    """Return the settings of ``schedule`` that are shares of a run's length."""
     lasting = {f.name: getattr(schedule, f.name) for f in fields(schedule) if f.name in LASTING}
     return {name: value for name, value in lasting.items() if _is_share(value)}
 
@@ -82,7 +84,7 @@ def _is_share(value: Any) -> bool:
 
 
 def _apart(boundaries: Sequence[int]) -> list[int]:
-    """Each at least one step after the one before: a short run rounds neighbours together."""
+    """Move boundaries at least one step apart: in a short run, neighbours can round to the same step."""
     apart: list[int] = []
     for boundary in boundaries:
         apart.append(max(boundary, (apart[-1] if apart else 0) + 1))

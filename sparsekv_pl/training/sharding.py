@@ -1,9 +1,9 @@
-"""Sharding (FSDP2, https://arxiv.org/abs/2304.11277): each rank holds its part of every weight and of its optimizer
-state, and gathers a layer only while that layer computes.
+"""Sharding (FSDP2, https://arxiv.org/abs/2304.11277): each rank holds a part of every weight and optimizer state.
 
-The engine is torch's ``fully_shard`` under Lightning's ModelParallelStrategy. Each decoder layer is one group; the
-root's group holds what is left: embeddings, final norm and head, tied or not. The root is the LightningModule, whose
-steps count as its forward, because passes call the decoder and read the head's weight, and never call the causal LM.
+A layer's weights are gathered only while it computes. This uses torch's ``fully_shard`` under Lightning's
+ModelParallelStrategy. Each decoder layer is one group; the root's group holds the rest: embeddings, final norm and
+head, tied or not. The root is the LightningModule, with its steps as forward methods, because passes call the decoder
+and read the head's weight, and never call the causal LM.
 """
 
 from collections.abc import Mapping
@@ -27,19 +27,21 @@ STEPS = ("training_step", "validation_step")
 
 
 def shard(module: Any) -> None:
-    """Share ``module``'s model and its teacher's copy out over the ranks, and fill them; call it in configure_model.
+    """Shard ``module``'s model and its teacher's copy over the ranks and load their weights; for configure_model.
 
-    ``module`` is an EITModule. Where its backbone is not sharded nothing happens. Collective: every rank calls it.
+    ``module`` is an EITModule. Does nothing if its backbone is not sharded. Collective: every rank calls it.
 
     Raises
     ------
     ValueError
-        For a backbone and a strategy of which only one shards, a mesh in which ranks would read the same data, and
-        settings with which ranks would run different numbers of passes or update weights of their own.
+        If only one of backbone and strategy shards, if ranks would read the same data, or if settings would make ranks
+        run different numbers of passes or update their own weights.
     """
     mesh = module.device_mesh
     if module.backbone.sharded and mesh is None:
-        module.to_empty(device="cpu")  # not touched, so no memory; Lightning's teardown cannot move meta tensors
+        module.to_empty(
+            device="cpu"
+        )  # never written, so takes no memory; Lightning's teardown cannot move meta tensors
     _check_strategy(module.backbone.sharded, mesh)
     if mesh is None or isinstance(module, FSDPModule):
         return
@@ -65,9 +67,9 @@ def shard(module: Any) -> None:
 
 
 def gathered(module: Any) -> dict[str, Tensor] | None:
-    """The weights of ``module.model`` that train, whole, in rank 0's CPU memory, and nothing on other ranks.
+    """Gather the trainable weights of ``module.model`` in rank 0's CPU memory; other ranks get an empty dict.
 
-    None where nothing is sharded. Collective: every rank calls it.
+    None if nothing is sharded. Collective: every rank calls it.
     """
     if not isinstance(module, FSDPModule):
         return None
@@ -79,7 +81,7 @@ def gathered(module: Any) -> dict[str, Tensor] | None:
 
 
 def exported(backbone: Backbone, folder: Path) -> PreTrainedModel:
-    """Whole, in this process alone: what a run with ``backbone`` exported to ``folder``, an adapter or a model."""
+    """Load in this process, unsharded, what a run with ``backbone`` exported to ``folder``: an adapter or a model."""
     alone = replace(backbone, sharded=False)
     if (folder / "adapter_config.json").exists():
         return replace(alone, adapter=str(folder)).load(trainable=False)[0]
@@ -109,7 +111,7 @@ def _check_strategy(sharded: bool, mesh: DeviceMesh | None) -> None:
 
 
 def _check_module(module: Any) -> None:
-    """What ranks must agree on: every pass gathers weights, so all run equally many, in the same order."""
+    """Raise ``ValueError`` for settings under which ranks would run different passes: each pass gathers weights."""
     if len(module.press_parameters):
         raise ValueError(
             f"{type(module.press).__name__} has parameters of its own, which sharding would not keep equal on all "
@@ -124,14 +126,14 @@ def _check_module(module: Any) -> None:
 
 
 def _mixed_precision(precision: str) -> MixedPrecisionPolicy:
-    """Gather in bfloat16 what autocast would cast to it anyway, and keep for the whole step; sum in float32."""
+    """Gather in bfloat16 what autocast would cast to it for the whole step, and reduce gradients in float32."""
     if precision != "bf16-mixed":
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
 
 
 def _shard_ends(network: nn.Module, settings: dict[str, Any]) -> None:
-    """Embeddings, final norm and head of a model that is no part of the module: its decoder is a root of its own."""
+    """Shard embeddings, final norm and head of a model outside the module, whose decoder is its own root."""
     decoder, head = decoder_of(network), network.get_output_embeddings()  # type: ignore[arg-type, operator]
     tied = head.weight is decoder.get_input_embeddings().weight
     fully_shard(decoder, **settings)
@@ -142,7 +144,7 @@ def _shard_ends(network: nn.Module, settings: dict[str, Any]) -> None:
 
 
 def _fill(network: nn.Module, whole: nn.Module | None, device: torch.device) -> None:
-    """Give ``network`` the values of ``whole``, which rank 0 alone has; one tensor at a time is whole elsewhere."""
+    """Copy the weights of ``whole``, which only rank 0 has, into ``network``, one tensor at a time."""
     network.to_empty(device=device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(network, {} if whole is None else whole.state_dict(), options=options)
@@ -153,17 +155,17 @@ def _fill(network: nn.Module, whole: nn.Module | None, device: torch.device) -> 
 
 
 def _keep_what_trains(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    """Sharded checkpoints are read key by key: what loading asks for must be what EITModule saves."""
+    """Remove frozen weights from a state dict: the keys that loading a sharded checkpoint asks for must be saved."""
     trains = {prefix + name for name, parameter in module.named_parameters() if parameter.requires_grad}
     for name in [name for name in state_dict if name not in trains]:
         del state_dict[name]
 
 
 def _tie_cache_to_output(layer: nn.Module, _: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-    """Let gradients of the last layer's cached keys and values pass its output first.
+    """Route gradients of the last layer's cached keys and values through the layer's output.
 
-    A layer gathers its weights for backward when the gradient of its output arrives. The last layer of a context's
-    pass has an output that nothing uses: its keys and values alone have gradients, and would meet freed weights.
+    A layer gathers its weights for backward when the gradient of its output arrives. In a context's pass the last
+    layer's output is unused, and only its keys and values get gradients, which would meet freed weights.
     """
     cache = kwargs.get("past_key_values")
     hidden = output if isinstance(output, Tensor) else output[0]
@@ -174,7 +176,7 @@ def _tie_cache_to_output(layer: nn.Module, _: Any, kwargs: Mapping[str, Any], ou
 
 
 class _AfterOutput(torch.autograd.Function):
-    """Keys and values as they are; the output gets a gradient of zeros."""
+    """Pass keys and values through unchanged and give the output a gradient of zeros."""
 
     @staticmethod
     def forward(ctx: Any, keys: Tensor, values: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:

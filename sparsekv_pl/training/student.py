@@ -1,4 +1,4 @@
-"""One batch under eviction: what the teacher and the student make of it, as an objective sees it."""
+"""The student's and the teacher's passes over one batch, for an objective."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,7 +21,7 @@ from sparsekv_pl.training.teacher import Teacher
 
 @dataclass
 class Student:
-    """Runs batches under eviction, with the teacher beside it where ``objective`` asks for one."""
+    """Run batches under eviction, and with the teacher if ``objective`` requests it."""
 
     model: Any
     eviction: Eviction
@@ -29,9 +29,9 @@ class Student:
     objective: Objective
 
     def view(self, batch: Batch, compression_ratio: float, step: int) -> tuple[StudentView, float]:
-        """What the objective sees of ``batch``, and the share of KV pairs that was kept, a mean over rows.
+        """Return the objective's view of ``batch``, and the share of KV pairs that was kept, a mean over rows.
 
-        Contexts of different lengths run one after the other: see ``rows_of_equal_length``.
+        ``step`` seeds every draw. Contexts of different lengths run one after the other: see ``rows_of_equal_length``.
         """
         parts = list(rows_of_equal_length(batch))
         rows = [len(part["labels"]) for part in parts]
@@ -85,11 +85,11 @@ class Student:
 def _layers(
     model: PreTrainedModel, kinds: list[LayerOutput], labels_BT: Tensor
 ) -> Iterator[dict[LayerOutput, dict[int, Tensor]]]:
-    """Of the forward inside the block, what the layers make of the continuation, (B, T, E)."""
+    """Collect each layer's output for the last T tokens, (B, T, E), of the forward inside the block."""
     with ExitStack() as stack:
         yield {kind: stack.enter_context(layer_outputs(model, kind, labels_BT.shape[1])) for kind in kinds}
 
 
 def _rows(layers: dict[int, Tensor], places: tuple[Tensor, Tensor]) -> LayerRows:
-    """Of each layer's (B, T, E), the supervised rows (N, E)."""
+    """Select the supervised rows (N, E) of each layer's output (B, T, E)."""
     return {layer: output[places] for layer, output in layers.items()}

@@ -1,4 +1,4 @@
-"""The teacher: the same network with the full cache and without what training added to it."""
+"""The teacher: the base model with the full cache."""
 
 import copy
 from typing import Any
@@ -16,22 +16,24 @@ from sparsekv_pl.models.decoder import decoder_of
 class Teacher:
     """Full-cache passes through the base model.
 
-    With an adapter the base model is the student with its adapter switched off: no second copy of the weights. Where
-    every weight trains there is no such switch, so a frozen copy is made; a teacher that drifts with the student is no
-    teacher.
+    With an adapter, the base model is the student with its adapter switched off: no second copy of the weights. If
+    every weight trains, a frozen copy is made, so that the teacher does not change with the student.
     """
 
     def __init__(self, model: Any) -> None:
         self._model = model
         self._copy: list[
             PreTrainedModel
-        ] = []  # in a list, so that a LightningModule that holds us does not register it
+        ] = []  # in a list, so that a LightningModule does not register it as a submodule
         if not hasattr(model, "disable_adapter"):
             self._copy = [copy.deepcopy(model).eval().requires_grad_(False)]
 
     @torch.no_grad()
     def __call__(self, context_ids: Tensor, continuation_ids: Tensor, observer: Observer | None = None) -> Tensor:
-        """Hidden states (B, T, E) of the continuation (B, T) after the whole context (B, L)."""
+        """Return the hidden states (B, T, E) of a continuation (B, T) after its whole context (B, L), no gradient.
+
+        ``observer`` gets every layer's queries, keys and values.
+        """
         model = self.network
         if model.device != context_ids.device:
             torch.nn.Module.to(model, context_ids.device)
@@ -44,17 +46,17 @@ class Teacher:
 
     @property
     def own_network(self) -> PreTrainedModel | None:
-        """The frozen copy, or None where the student's own layers compute."""
+        """The frozen copy; None if the teacher shares the student's layers."""
         return self._copy[0] if self._copy else None
 
     @property
     def network(self) -> PreTrainedModel:
-        """What computes: the student's own layers, or the frozen copy."""
+        """The teacher's network: the student's, or the frozen copy."""
         return self._copy[0] if self._copy else causal_lm(self._model)
 
     @property
     def head_weight(self) -> Tensor | None:
-        """The teacher's own LM head (V, E), or None where it is the student's. A sharded one is gathered."""
+        """The teacher's own LM head (V, E), gathered if sharded; None if it is the student's."""
         if not self._copy:
             return None
         weight = self._copy[0].get_output_embeddings().weight

@@ -1,4 +1,4 @@
-"""Validation's two sides, the full cache and an evicted one, from one prefill where the press only looks on."""
+"""Validation with the full cache and with an evicted one, from a single prefill where the press allows it."""
 
 import torch
 from torch import Tensor
@@ -17,14 +17,15 @@ from sparsekv_pl.training.student import Student
 
 @torch.no_grad()
 def full_and_evicted(student: Student, batch: Batch, compression_ratio: float, place: int) -> tuple[Tensor, Tensor]:
-    """Hidden states (B, T, E) of the continuations of equally long contexts, with the full cache and under eviction.
+    """Return the continuations' hidden states (B, T, E) with the full cache, and under eviction.
 
-    A sharded model, whose layers have their weights only while they run, and evictions that need more than one look at
-    a dense prefill (chunks, a budget, KV dropout, presses that write) take a prefill for each.
+    The contexts have equal lengths; ``place`` seeds the draws. Two prefills run if the model is sharded, because its
+    layers have weights only while they run, and if the eviction does not follow from a dense prefill alone (chunks, a
+    budget, KV dropout, presses that change the model's computation).
     """
     model, eviction = causal_lm(student.model), student.eviction
     context, continuation = batch["context_ids"], batch["continuation_ids"]
-    if not _looks_on(eviction, context.shape[1]) or any(hasattr(p, "full_tensor") for p in model.parameters()):
+    if not _is_replayable(eviction, context.shape[1]) or any(hasattr(p, "full_tensor") for p in model.parameters()):
         return full_cache(model, context, continuation), student.evict(batch, compression_ratio, place).hidden
     assert isinstance(eviction, RealEviction)
     draw(eviction.press, place)
@@ -34,8 +35,8 @@ def full_and_evicted(student: Student, batch: Batch, compression_ratio: float, p
     return full, evicted
 
 
-def _looks_on(eviction: Eviction, tokens: int) -> bool:
-    """Whether what ``eviction`` keeps of ``tokens`` tokens depends on a dense prefill alone."""
+def _is_replayable(eviction: Eviction, tokens: int) -> bool:
+    """Return whether the pairs that ``eviction`` keeps of ``tokens`` tokens follow from a dense prefill alone."""
     return (
         isinstance(eviction, RealEviction)
         and (eviction.chunk_tokens is None or eviction.chunk_tokens >= tokens)

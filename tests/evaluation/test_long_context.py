@@ -180,7 +180,7 @@ def test_a_damaged_or_foreign_state_is_reported_and_not_trusted(
     with caplog.at_level(logging.WARNING):
         assert run() == whole
     assert chunks.run == CHUNKS
-    assert "starts anew" in caplog.text
+    assert "starts over" in caplog.text
 
 
 def test_dry_stops_before_inference(

@@ -208,7 +208,7 @@ def test_a_damaged_or_foreign_state_is_reported_and_not_taken(
     }
     saved.path.write_bytes(changed[damage])
     assert saved.load("another" if damage == "foreign" else "key") is None
-    assert "starts anew" in caplog.text
+    assert "starts over" in caplog.text
     assert ("belongs to another" if damage == "foreign" else "is damaged") in caplog.text
 
 

@@ -180,7 +180,7 @@ def test_equal_pairs_are_counted_and_no_more() -> None:
     assert found.tolist() == [[[True, False, True, True, False, False]]]
     found = kept_positions(full, cache_of(pairs(3, 7, 7, 7)))[0]
     assert found.tolist() == [[[True, True, True, False, True, False]]]
-    with pytest.raises(ValueError, match="cannot be told"):
+    with pytest.raises(ValueError, match="holds are unknown"):
         kept_positions(full, cache_of(pairs(5, 5)))
 
 
@@ -216,13 +216,13 @@ def test_what_cannot_be_told_is_said(random_model: Build) -> None:
     model = random_model()
     recorded = RecordedPrefill(model, ids())
     chunked = prefill(model, ids(), KnormPress(0.5), chunk_tokens=10).cache
-    with pytest.raises(ValueError, match=r"positions layer 1 holds cannot be told.*prefill in chunks"):
+    with pytest.raises(ValueError, match=r"positions that layer 1 holds are unknown.*prefill in chunks"):
         kept_positions(recorded.cache, chunked)
     merged = copy_cache(recorded.cache)
     merged.layers[0].keys = merged.layers[0].keys[:, :, ::2] + merged.layers[0].keys[:, :, 1::2]
     merged.layers[0].values = merged.layers[0].values[:, :, ::2]
     for rotary in (None, model.model.rotary_emb):
-        with pytest.raises(ValueError, match=r"layer 0 holds cannot be told.*merged"):
+        with pytest.raises(ValueError, match=r"layer 0 holds are unknown.*merged"):
             kept_positions(recorded.cache, merged, rotary=rotary)
     longer = cache_of(*[(layer.keys.repeat(1, 1, 2, 1), layer.values.repeat(1, 1, 2, 1)) for layer in merged.layers])
     with pytest.raises(ValueError, match="compare before the cache is continued"):

@@ -52,7 +52,7 @@ def test_presses_that_select_by_scores_can_be_asked_for_what_they_evicted(press:
     ],
 )
 def test_one_candidate_that_does_not_say_what_it_kept_is_refused_before_training(press: BasePress, named: str) -> None:
-    with pytest.raises(ValueError, match=f"{named}.* does not say which pairs"):
+    with pytest.raises(ValueError, match=f"{named}.* does not report which pairs"):
         fit_together(Reconstruction(), RealEviction(press))
 
 

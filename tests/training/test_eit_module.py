@@ -207,7 +207,7 @@ def test_a_ratio_that_is_written_in_a_press_and_overridden_is_warned_of(
     Setting(press, [0.5])
     told = ("the Curriculum", "validation_compression_ratio", "compression_ratios")
     for record, sets in zip(caplog.records, told, strict=True):
-        assert re.fullmatch(rf".*compression_ratio=0.3 counts for nothing: {sets} sets the ratio", record.getMessage())
+        assert re.fullmatch(rf".*compression_ratio=0.3 is ignored: {sets} sets the ratio", record.getMessage())
 
 
 # --- accumulation ---
