@@ -1,1 +1,1 @@
-"""Lightning callbacks: one concern each, imported by their modules' names."""
+"""Lightning callbacks, one concern each, imported from their modules."""

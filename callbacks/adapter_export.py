@@ -1,4 +1,4 @@
-"""Writes what training made in the form that others load: a peft adapter folder, or a plain Hugging Face model."""
+"""Export trained weights as a peft adapter folder or a plain Hugging Face model."""
 
 import json
 import shutil
@@ -24,21 +24,26 @@ from sparsekv_pl.training.sharding import exported, gathered
 
 
 class AdapterExport(pl.Callback):
-    """Exports at every checkpoint (``checkpoint-N/``, N the optimizer step) and at the end (``final/``).
+    """Export at every checkpoint (``checkpoint-N/``, N the optimizer step) and at the end (``final/``).
 
-    A folder holds the adapter (adapter_config.json, adapter_model.safetensors) or, where every weight trained, the
-    model; the tokenizer; ``curriculum.json``, the curriculum's state; ``config.yaml``, the resolved run; and
-    ``training.json``, what the training was and cost. ``peft.PeftModel.from_pretrained(base, folder)`` loads it.
-    A module that trains something beside its model writes that alone, by a method ``save_trained(folder)``; then there
-    is no adapter, no tokenizer and no curriculum. A folder appears whole or not at all; a resumed run that has nothing
-    left to train writes what was not written before it was stopped.
+    A folder holds the adapter (adapter_config.json, adapter_model.safetensors) or, if every weight trained, the model;
+    the tokenizer; ``curriculum.json``, the curriculum's state; ``config.yaml``, the resolved configuration; and
+    ``training.json``, a summary of the training and its cost. ``peft.PeftModel.from_pretrained(base, folder)`` loads
+    it. A module that trains something other than its model has a method ``save_trained(folder)``, which writes that
+    alone, without adapter, tokenizer and curriculum. Folders are written completely or not at all; a resumed run with
+    no steps left writes exports that are missing.
 
     Parameters
     ----------
     directory
-        Where the folders go; the trainer's ``default_root_dir`` if not given.
+        Parent of the exported folders; the trainer's ``default_root_dir`` if not given.
     merge
-        At the end also write ``merged/``: the base with the adapter folded in, a plain Hugging Face model.
+        Also write ``merged/`` at the end: the base with the adapter merged in, a plain Hugging Face model.
+
+    Raises
+    ------
+    ValueError
+        At setup: for ``merge`` with a module without an adapter, and for a generation_config that cannot be saved.
     """
 
     def __init__(self, directory: str | None = None, merge: bool = False) -> None:
@@ -85,7 +90,7 @@ class AdapterExport(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        finder = not self._started  # saves the state that it goes back to
+        finder = not self._started  # Lightning's finders save a state to restore before training starts
         if self._exported != trainer.global_step and not finder:
             self._exported = trainer.global_step
             self._export(trainer, pl_module, f"checkpoint-{trainer.global_step}")
@@ -101,7 +106,7 @@ class AdapterExport(pl.Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Merge, which changes the model: the last checkpoint is saved by now. Here also ends a run that was over."""
+        """Merge, after the last checkpoint, because it changes the model; also for a run that had no steps left."""
         step = trainer.global_step
         if trainer.fast_dev_run or not step:  # type: ignore[attr-defined]
             return
@@ -128,7 +133,7 @@ class AdapterExport(pl.Callback):
         return self._seconds + (time.perf_counter() - self._started if self._started else 0.0)
 
     def _all_tokens(self) -> int:
-        """Of all ranks, which call it together."""
+        """Sum the tokens of all ranks. Collective: every rank calls it."""
         ranks = [self._tokens]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             ranks = ranks * torch.distributed.get_world_size()
@@ -139,7 +144,7 @@ class AdapterExport(pl.Callback):
         folder = self._folder(trainer) / name
         self._metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
         weights, tokens = gathered(pl_module), self._all_tokens()
-        logged = trainer.log_dir or trainer.default_root_dir  # all ranks ask: the first one's answer is sent to all
+        logged = trainer.log_dir or trainer.default_root_dir  # collective: rank 0's value is broadcast
         config = Path(logged) / "config.yaml"
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return folder
@@ -166,11 +171,11 @@ class AdapterExport(pl.Callback):
 
 
 def export_whole(folder: Path, step: int) -> bool:
-    """Whether an export of this optimizer step lies in ``folder``, and its files of tensors can be read."""
+    """Return whether ``folder`` has an export of optimizer step ``step`` whose tensor files can be read."""
     tensors = list(folder.glob("*.safetensors"))
     try:
         for path in tensors:
-            with safe_open(path, framework="pt"):  # its header says how long the file is
+            with safe_open(path, framework="pt"):  # checks the file's length against its header
                 pass
         return bool(tensors) and read_mapping(folder / TRAINING_SUMMARY)["steps"] == step
     except (OSError, SafetensorError, ValueError, KeyError):
@@ -178,7 +183,7 @@ def export_whole(folder: Path, step: int) -> bool:
 
 
 def _check_generation_config(model: Any) -> None:
-    """Raise ``ValueError`` where transformers would refuse to write the model's generation_config with it."""
+    """Raise ``ValueError`` if transformers would refuse to save the model's generation_config."""
     config = getattr(causal_lm(model), "generation_config", None)
     if config is None:
         return
@@ -187,7 +192,7 @@ def _check_generation_config(model: Any) -> None:
     except ValueError as error:
         raise ValueError(
             f"{causal_lm(model).name_or_path}: its generation_config.json cannot be saved with the trained model "
-            f"({' '.join(str(error).split())}). Mend it in a local copy of the model, or delete it there"
+            f"({' '.join(str(error).split())}). Correct it in a local copy of the model, or delete it there"
         ) from error
 
 
@@ -198,7 +203,7 @@ def _writes_itself(pl_module: pl.LightningModule) -> bool:
 def _write_model(
     trainer: pl.Trainer, pl_module: pl.LightningModule, partial: Path, weights: dict[str, Tensor] | None
 ) -> None:
-    """``weights`` are those that training changed, where the model's own are sharded."""
+    """Write model, tokenizer and curriculum; ``weights`` are the trained ones, gathered from a sharded model."""
     pl_module.model.save_pretrained(partial, state_dict=weights)  # type: ignore[operator, union-attr]
     pl_module.tokenizer.save_pretrained(partial)  # type: ignore[operator, union-attr]
     curricula = [callback for callback in trainer.callbacks if isinstance(callback, Curriculum)]  # type: ignore[attr-defined]
@@ -211,7 +216,7 @@ def _write_json(partial: Path, name: str, content: dict[str, Any]) -> None:
 
 
 def _write_merged(pl_module: pl.LightningModule, final: Path) -> None:
-    """Beside the export ``final``, from which a sharded model is read back: no process holds a whole one."""
+    """Write ``merged/`` beside ``final``. A sharded model is loaded from ``final``, as no process holds all of it."""
     folder, backbone = final.with_name("merged"), pl_module.backbone
     model = exported(backbone, final) if backbone.sharded else pl_module.model  # type: ignore[arg-type, union-attr]
     _untie(model)
@@ -224,7 +229,7 @@ def _write_merged(pl_module: pl.LightningModule, final: Path) -> None:
 
 
 def _untie(model: Any) -> None:
-    """Give the head weights of its own where an adapter changes those of the input embeddings that it shares."""
+    """Copy the head's weights if they are tied to input embeddings that an adapter changes."""
     base = causal_lm(model)
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     own = getattr(embedding, "base_layer", None)  # peft's wrapper

@@ -1,4 +1,4 @@
-"""Watches where attention rests while a model trains: by token type, on sinks and recent tokens, by layer and head."""
+"""Measure attention during training by token type, on sinks and on recent tokens, by layer and head."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,43 +31,48 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RECENT = 64
-"""Tokens nearest to a query that are counted as recent: the default of ``Anchors``."""
+"""Number of tokens before a query that count as recent, as in ``Anchors``."""
 
 
 class AnchorAnalysisCallback(pl.Callback):
-    """Measures the attention of one fixed probe batch before, during and after training, with the adapter on.
+    """Measure the attention of a fixed probe batch before, during and after training, with the adapter on.
 
-    The probe is the context of the first training batch, before the first step; it is kept, and saved with the
-    checkpoint. A measurement is one pass without gradient in evaluation mode. It draws no random number, touches no
-    data and leaves every module's mode as it was, so training goes as without it. Under several ranks all of them run
-    the pass over rank 0's probe, because sharded weights (FSDP) can only be used together; rank 0 logs and writes.
+    The probe is the context of the first training batch, before the first step; it is saved with the checkpoint. A
+    measurement is one pass without gradient in evaluation mode. It draws no random numbers, reads no data and restores
+    every module's mode, so it does not change training. All ranks run the pass over rank 0's probe, because sharded
+    weights (FSDP) can only be used together; rank 0 logs and writes.
 
-    At the end ``anchor_analysis.json`` and ``anchor_analysis.png`` (before beside after) stand in the trainer's
+    At the end ``anchor_analysis.json`` and ``anchor_analysis.png`` (before and after) are written to the trainer's
     ``default_root_dir``, and a table is printed.
 
     Parameters
     ----------
     every_n_steps
-        Measure after every so many optimizer steps, besides the start and the end.
+        Optimizer steps from one measurement to the next, in addition to the start and the end.
     rows
-        At most so many rows of the batch.
+        Most rows of the batch in the probe.
     sinks
-        So many first tokens count as sinks; the types leave them out.
+        Number of first tokens that count as sinks; token types exclude them.
     carrying
-        Of each head: the share of tokens that carry this share of the attention.
+        Share of a head's attention for ``anchors/carrying_tokens``, above 0 and at most 1.
 
     Logs
     ----
     anchors/share_sinks, anchors/share_recent, anchors/share_TYPE
-        Share of all attention; recent are the 64 nearest tokens, sinks aside. Types without tokens are not logged.
+        Share of all attention; recent are the 64 nearest tokens without sinks. Types without tokens are not logged.
     anchors/per_token_TYPE
-        What a token of the type gets of the attention of a query that sees it.
+        Mean attention that a token of the type receives from a query that sees it.
     anchors/times_chance_TYPE
-        What the type gets over what attention spread evenly over all tokens but the sinks would give it.
+        The type's attention divided by what it would get if attention were spread evenly over all tokens but sinks.
     anchors/carrying_tokens
-        Share of a row's tokens that carry most of a head's attention, averaged over heads.
+        Smallest share of a row's tokens that receives the share ``carrying`` of a head's attention, a mean over heads.
     anchors/layers, anchors/log10_attention_per_token
-        Heat maps, to loggers that take pictures, and a histogram, to TensorBoard alone.
+        Heat maps, for loggers that take images, and a histogram, for TensorBoard only.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range.
     """
 
     def __init__(self, every_n_steps: int = 50, rows: int = 4, sinks: int = 4, carrying: float = 0.8) -> None:
@@ -80,15 +85,15 @@ class AnchorAnalysisCallback(pl.Callback):
             raise ValueError(f"AnchorAnalysisCallback.carrying is {carrying}: give a share above 0 and at most 1")
         self.every_n_steps, self.rows, self.sinks, self.carrying = every_n_steps, rows, sinks, carrying
         self.probe: list[list[int]] = []
-        """Token ids of the probe, a list for each row."""
+        """Token ids of the probe, one list per row."""
         self.measured: list[dict[str, Any]] = []
-        """What was found so far: "step", "scalars" and "layers" (layer x type)."""
+        """Measurements so far, each with "step", "scalars" and "layers" (layer x type)."""
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """Take the probe and measure it once, before anything was learnt."""
+        """Take the probe from the first batch and measure it before the first step."""
         if not self.measured:
             self.probe = trainer.strategy.broadcast(batch["context_ids"][: self.rows].tolist())
             self._measure(trainer, pl_module)
@@ -97,19 +102,19 @@ class AnchorAnalysisCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Measure if this batch ended an optimizer step whose turn it is."""
+        """Measure after every ``every_n_steps`` optimizer steps."""
         if trainer.global_step % self.every_n_steps == 0:
             self._measure(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure what training ended with, and tell it beside what it began with."""
+        """Measure after the last step; write and print the first and last measurements."""
         if not self.measured:
             return
         self._measure(trainer, pl_module)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._write(Path(trainer.default_root_dir))
-            self._say()
+            self._print_table()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -163,7 +168,7 @@ class AnchorAnalysisCallback(pl.Callback):
             folder, {"anchor_analysis.json": json_bytes(content), "anchor_analysis.png": png(layers_figure(layers))}
         )
 
-    def _say(self) -> None:
+    def _print_table(self) -> None:
         from rich import box
         from rich.table import Table
 
@@ -179,7 +184,7 @@ class AnchorAnalysisCallback(pl.Callback):
 
 @contextmanager
 def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards each part is in the mode that it was in."""
+    """Set evaluation mode inside the block and restore each submodule's mode afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -190,7 +195,7 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
 
 
 def probe_scalars(profile: AnchorProfile, sinks: int) -> dict[str, float]:
-    """What is logged, by name; a type that the probe does not have is left out."""
+    """Return the logged scalars by name; token types that the probe does not contain are left out."""
     first, nearest = profile.sinks(sinks), profile.recent(min(RECENT, profile.edges[-1]))
     scalars = {
         "share_sinks": profile.portion(first).attention,
@@ -207,14 +212,17 @@ def probe_scalars(profile: AnchorProfile, sinks: int) -> dict[str, float]:
 
 
 def per_token(observer: ReceivedAttention) -> Tensor:
-    """(B, S): what each token gets of the attention of a query that sees it, a mean over layers and heads; above 0."""
+    """Return the mean attention (B, S) that each token receives from queries that see it, over layers and heads.
+
+    Clamped to be above 0.
+    """
     received = stacked([layer.by_key.mean(1) for layer in observer.layers.values()]).mean(0).cpu()
     queries = torch.arange(received.shape[1], 0, -1)
     return (received / queries).clamp(min=1e-12)
 
 
 def pixels(figure: "Figure") -> np.ndarray:
-    """(height, width, 3) uint8, without pyplot."""
+    """Render a figure to (height, width, 3) uint8, without pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)

@@ -1,4 +1,4 @@
-"""Checkpoints from which a run goes on exactly, whatever stopped it."""
+"""Checkpoints from which a run resumes exactly, however it was stopped."""
 
 import signal
 from contextlib import nullcontext
@@ -30,29 +30,34 @@ REQUEUES = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 class SafeCheckpoint(ModelCheckpoint):
-    """Saves whole checkpoints between optimizer steps, keeps the last ones, and saves when a signal ends the run.
+    """Save complete checkpoints between optimizer steps and when a signal ends the run; keep the last ones.
 
-    A checkpoint is written under a hidden name, brought to disk and renamed; where that fails the run stops with
-    ``CheckpointError`` on every rank. ``--ckpt_path last`` is the one of the latest step that can be read. The last
-    step is always saved.
+    A checkpoint is written under a hidden name, flushed to disk and renamed; if that fails, the run stops with
+    ``CheckpointError`` on every rank. ``--ckpt_path last`` is the readable checkpoint of the latest step. The last step
+    is always saved.
 
-    A validation that falls on a step comes before its checkpoint, which so holds what an adaptive curriculum learnt.
+    A step's validation runs before its checkpoint, which therefore includes the state of an adaptive curriculum.
 
     SIGTERM and Ctrl-C wait for the end of the optimizer step and of its validation; all ranks then save together and
-    exit with 143 or 130. Where Lightning requeues a Slurm job, its signal waits likewise: inside a step its collectives
-    would cross those of training. A second one ends at once. After another error a single process saves what it
-    has, at the beginning of the optimizer step that was being worked on; several cannot agree then, and the last
-    checkpoint stands.
+    exit with 143 or 130. Lightning's signal for requeueing a Slurm job waits too: inside a step its collectives would
+    interfere with those of training. A second signal ends the run at once. After another error, a single process saves
+    its state at the beginning of the current optimizer step; several ranks cannot coordinate then, and the last
+    checkpoint remains.
 
     Parameters
     ----------
     every_n_train_steps
         Optimizer steps from one checkpoint to the next.
     keep
-        How many to keep; 2 or more, so that there is one before the newest. While one more is written the disk
-        holds ``keep`` + 1.
+        Number of checkpoints to keep, at least 2, so that there is one before the newest. While a checkpoint is
+        written, the disk holds ``keep`` + 1.
     dirpath
-        A local folder; by default ``checkpoints`` in the logger's.
+        A local folder; by default ``checkpoints`` in the logger's folder.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range, or a ``dirpath`` that is an address.
     """
 
     def __init__(self, every_n_train_steps: int, keep: int = 2, dirpath: str | None = None) -> None:
@@ -63,7 +68,7 @@ class SafeCheckpoint(ModelCheckpoint):
         super().__init__(
             dirpath,
             filename="{step}",
-            monitor="step",  # Lightning's way to say: the last ones
+            monitor="step",  # makes Lightning keep the last ones
             mode="max",
             save_top_k=keep,
             every_n_train_steps=every_n_train_steps,
@@ -76,7 +81,7 @@ class SafeCheckpoint(ModelCheckpoint):
     @property
     @override
     def state_key(self) -> str:
-        """The same for every interval, so that a run resumed with another one still knows which files to delete."""
+        """The same key for every interval, so that a run resumed with another interval still deletes old files."""
         return type(self).__qualname__
 
     @override
@@ -92,7 +97,7 @@ class SafeCheckpoint(ModelCheckpoint):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._last_global_step_saved = trainer.global_step  # what was resumed from is on disk
+        self._last_global_step_saved = trainer.global_step  # the step resumed from is on disk
         if trainer.is_global_zero:
             check_room(Path(str(self.dirpath)), bytes_of(pl_module, trained=True), "a checkpoint takes")
         self._training, self._signals = True, HeldSignals()
@@ -121,7 +126,7 @@ class SafeCheckpoint(ModelCheckpoint):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, (CheckpointError, SystemExit)) or self._signals.asked:
-            return  # there is no room, or all is saved, or the user would not wait
+            return  # the disk is full, or everything is saved, or the user sent a second signal
         if trainer.world_size > 1 or not self._training or not self._should_save_on_exception(trainer):
             return
         try:
@@ -140,7 +145,7 @@ class SafeCheckpoint(ModelCheckpoint):
         self._obey(trainer)
 
     def _obey(self, trainer: Trainer) -> None:
-        """What any rank was asked; every rank calls this after every optimizer step."""
+        """Act on a signal that any rank got. Collective: every rank calls it after every optimizer step."""
         asked = torch.tensor(self._signals.asked, device=trainer.strategy.root_device)
         number = int(trainer.strategy.reduce(asked, reduce_op="max"))
         if number in REQUEUES:
@@ -151,46 +156,48 @@ class SafeCheckpoint(ModelCheckpoint):
             self._stop(trainer, number)
 
     def _stop(self, trainer: Trainer, number: int) -> None:
-        # Lightning's watch over processes it started would kill this one where another has exited first.
+        # Lightning kills this process if another one that it started exits first: forget those processes.
         getattr(trainer.strategy.launcher, "procs", []).clear()
         name = signal.Signals(number).name
         rank_zero_info(f"{name}: stopped after step {trainer.global_step}; go on with --ckpt_path last")
         raise Stopped(number)
 
     def _save_now(self, trainer: Trainer) -> None:
-        """Unless this step is saved already."""
+        """Save a checkpoint, unless this step is saved already."""
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     @override
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        """As Lightning's, but a rank that fails stops the others too, and they do not wait for it."""
+        """Save as Lightning does, but stop all ranks if one fails, so that none waits for it."""
         failure: BaseException | None = None
         try:
             self._write(trainer, Path(filepath))
         except (Exception, CheckpointException) as error:
-            refused = None if isinstance(error, CheckpointError) else disk_error(error)  # of an export beside it
+            refused = None if isinstance(error, CheckpointError) else disk_error(error)  # possibly of an export
             failure = CheckpointError(not_saved(Path(filepath), 0, refused)) if refused else error
         if not trainer.strategy.reduce_boolean_decision(failure is None):
-            raise failure or CheckpointError(f"checkpoint {filepath} was not saved: see what another rank says")
+            raise failure or CheckpointError(f"checkpoint {filepath} was not saved: see another rank's error")
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
 
     def _write(self, trainer: Trainer, path: Path) -> None:
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
-        sharded = getattr(trainer.strategy, "_save_distributed_checkpoint", False)  # a folder, past the CheckpointIO
+        sharded = getattr(
+            trainer.strategy, "_save_distributed_checkpoint", False
+        )  # writes a folder without the CheckpointIO
         whole = sharded and trainer.is_global_zero
         with saved_whole(path, checkpoint) if whole else nullcontext(path) as target:
             trainer.strategy.save_checkpoint(checkpoint, target)
 
     @override
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
-        """Also the one that the run was resumed from, once newer ones are whole: else each resumption leaves one."""
+        """Also remove the checkpoint resumed from, once newer ones are complete; else each resumption leaves one."""
         return previous != current and Path(str(self.dirpath)).absolute() in Path(previous).absolute().parents
 
     @override
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
-        """What ``--ckpt_path last`` is: of these and of those saved for a Slurm requeue the latest that can be read."""
+        """Find ``--ckpt_path last``: the latest readable one of these and of those saved for a Slurm requeue."""
         folder = Path(str(self._ModelCheckpoint__resolve_ckpt_dir(trainer)))  # type: ignore[attr-defined]
         found = [*checkpoints_in(folder), *Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt")]
         return {str(newest_readable(found))} if found else set()

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written whole or not at all, read without running their code, the newest that can be read."""
+"""Checkpoint files: written atomically, checked without running code in them, and found by their step."""
 
 import io
 import pickle
@@ -21,7 +21,7 @@ from sparsekv_pl.storage.whole_files import free_bytes, written_whole
 
 SUFFIX = ".ckpt"
 SHARDED = "meta.pt"
-"""In a sharded checkpoint's folder: what is no tensor."""
+"""The file in a sharded checkpoint's folder with everything but tensors."""
 
 METADATA = {
     "torch": {"Size"},
@@ -34,18 +34,18 @@ METADATA = {
     "pathlib": {"PosixPath", "WindowsPath"},
     "pathlib._local": {"PosixPath", "WindowsPath"},
 }
-"""Module -> its classes and functions that stand in a sharded checkpoint's metadata, besides torch's dtypes."""
+"""Module -> classes and functions allowed in a sharded checkpoint's metadata, besides torch's dtypes."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; nothing of it is left, and those before it are as they were."""
+    """A checkpoint could not be written; nothing of it is left, and earlier checkpoints are unchanged."""
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Lightning's files, streamed to a hidden name beside the target and renamed when they are on disk.
+    """Write Lightning's checkpoint files to a hidden name beside the target and rename them once they are on disk.
 
-    Lightning's own builds a second copy of everything in memory, writes it under the system's folder for temporary
-    files and moves it from there, which is a copy that can end half-way wherever that is another disk.
+    Lightning's own CheckpointIO makes a second copy of everything in memory, writes it to the system's temporary folder
+    and moves it from there; if that is another disk, the move is a copy, which can be interrupted.
     """
 
     @override
@@ -67,13 +67,13 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 @contextmanager
 def saved_whole(path: Path, content: Any) -> Iterator[Path]:
-    """``written_whole`` for a checkpoint or an export beside it.
+    """Yield a partial path for a checkpoint or an export, renamed to ``path`` when complete: see ``written_whole``.
 
     Raises
     ------
     CheckpointError
-        Where the disk refuses: it names ``path``, how many bytes the tensors in ``content`` need and how many are
-        free, and the last checkpoint that can be read.
+        If writing fails: it names ``path``, the bytes that the tensors in ``content`` need, the free bytes, and the
+        last readable checkpoint.
     """
     needed = sum(leaf.nbytes for leaf in tree_leaves(content) if isinstance(leaf, torch.Tensor))
     try:
@@ -84,24 +84,24 @@ def saved_whole(path: Path, content: Any) -> Iterator[Path]:
 
 
 def bytes_of(module: nn.Module, trained: bool = False) -> int:
-    """Of a module's weights; of those that are ``trained`` alone."""
+    """Return the bytes of a module's weights, or of its ``trained`` weights alone."""
     return sum(
         value.numel() * value.element_size() for value in module.parameters() if value.requires_grad or not trained
     )
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Those in a run's or its checkpoints' folder."""
+    """Return the checkpoints in a run's folder or in its ``checkpoints`` folder."""
     return [*folder.glob(f"*{SUFFIX}"), *folder.glob(f"checkpoints/*{SUFFIX}")]
 
 
 def newest_readable(paths: Iterable[Path]) -> Path:
-    """The one of the latest step that can be read; each later one is warned of.
+    """Return the readable checkpoint of the latest step; warn of each unreadable later one.
 
     Raises
     ------
     ValueError
-        If none of them can be read.
+        If none can be read.
     """
     tried = []
     for path in latest_first(paths):
@@ -110,11 +110,11 @@ def newest_readable(paths: Iterable[Path]) -> Path:
             return path
         tried.append(f"{path}: {why}")
         rank_zero_warn(f"checkpoint not used: {tried[-1]}")
-    raise ValueError("no checkpoint can be read; start anew without --ckpt_path. " + "; ".join(tried))
+    raise ValueError("no checkpoint can be read; start over without --ckpt_path. " + "; ".join(tried))
 
 
 def chosen(path: Path) -> Path:
-    """What ``--ckpt_path`` means: a checkpoint, or of a run's folder the newest that can be read.
+    """Resolve ``--ckpt_path``: a checkpoint, or the newest readable one in a run's folder.
 
     Raises
     ------
@@ -138,21 +138,21 @@ def chosen(path: Path) -> Path:
 
 
 def fault(path: Path) -> str:
-    """Why a checkpoint cannot be loaded; empty where it can. All of it is read, nothing in it is run."""
+    """Return why a checkpoint cannot be loaded; empty if it can. All of it is read, no code in it is run."""
     try:
         if path.is_dir():
             _check_shards(path)
         _check_file(path / SHARDED if path.is_dir() else path)
     except pickle.UnpicklingError as error:
         return f"it holds objects whose code loading would run; it was not ({_first_line(error)})"
-    except Exception as error:  # unpickling what anyone may have written raises anything
+    except Exception as error:  # unpickling an arbitrary file can raise anything
         return f"it is truncated or corrupt ({_first_line(error)})"
     return ""
 
 
 def _check_file(path: Path) -> None:
     with ZipFile(path) as archive:
-        broken = archive.testzip()  # torch writes the checksums and does not look at them when it reads
+        broken = archive.testzip()  # torch writes checksums but does not check them
     if broken:
         raise ValueError(f"checksum of {broken} does not match")
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -162,10 +162,9 @@ def _check_file(path: Path) -> None:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Of sharded checkpoints' ``.metadata``, which torch unpickles as it is.
+    """Unpickler of sharded checkpoints' ``.metadata``, which torch unpickles without a check.
 
-    Looking a name up imports its module, and importing runs code: what is not known to stand in such a file is refused
-    by its name.
+    Looking a name up imports its module, which runs code: names that are not allowed in such a file are refused.
     """
 
     @override
@@ -177,7 +176,10 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def _check_shards(folder: Path) -> None:
-    """Shards are as long as the metadata says, and what in them is pickled is plain: torch loads it as it is."""
+    """Check that shards have the length in the metadata, and that pickled parts are plain data.
+
+    torch loads both without a check.
+    """
     with (folder / ".metadata").open("rb") as file:
         metadata = _MetadataUnpickler(file).load()
     for index, stored in metadata.storage_data.items():
@@ -191,7 +193,7 @@ def _check_shards(folder: Path) -> None:
 
 
 def not_saved(path: Path, needed: int, error: OSError) -> str:
-    """One line: why, the bytes that the tensors need (0: not known) and those free, and the last good checkpoint."""
+    """Make the one-line message of a failed write: cause, bytes needed (0: unknown) and free, last checkpoint."""
     what = f" {error.filename}" if error.filename and Path(error.filename) != path else ""
     saved = latest_first(checkpoints_in(path.parent))
     return (
@@ -203,22 +205,19 @@ def not_saved(path: Path, needed: int, error: OSError) -> str:
 
 
 def step_of(path: Path) -> int:
-    """The optimizer step that a checkpoint was saved at, which no clock can change; -1 where nothing says it.
-
-    As it stands in the file; of one that cannot be read, as its name says.
-    """
+    """Return the optimizer step of a checkpoint, from the file or, if that cannot be read, its name; else -1."""
     try:
         content = torch.load(
             path / SHARDED if path.is_dir() else path, map_location="cpu", weights_only=True, mmap=True
         )
         return int(content["global_step"])
-    except Exception:  # unpickling what anyone may have written raises anything; ``fault`` says what
+    except Exception:  # unpickling an arbitrary file can raise anything; ``fault`` reports it
         named = re.search(r"step=(\d+)", path.name)
         return int(named[1]) if named else -1
 
 
 def latest_first(paths: Iterable[Path]) -> list[Path]:
-    """Ordered by step; of one step the one with the later name first."""
+    """Sort checkpoints by step, latest first; within a step by name, last first."""
     return sorted(paths, key=lambda path: (step_of(path), path.name), reverse=True)
 
 

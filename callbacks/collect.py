@@ -1,4 +1,4 @@
-"""Collects Q, K, V while an evaluation runs, from the forwards that it runs anyway."""
+"""Collect Q, K, V tensors from the forwards of an evaluation."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -24,14 +24,14 @@ from sparsekv_pl.storage.records import Record, gathered
 
 
 class CollectTensors(pl.Callback):
-    """Writes the files of ``blocksparse.collection.TensorCollection`` in any ``evaluate.py test`` run of a model.
+    """Write the files of ``blocksparse.collection.TensorCollection`` in any ``evaluate.py test`` run of a model.
 
-    Looked at are dense forwards over a whole context of the batch (as many queries as keys), each context once, with
-    the adapter on where there is one: the trained model, not the base. An evaluation in one chunk runs such a forward
-    for every context; one in many chunks, or that a hosted model answers, runs none. What an evaluation finds finished
-    on disk it does not run, so nothing is collected from it: begin with a fresh ``model.output``.
+    Tensors come from dense forwards over a whole context of the batch (as many queries as keys), once per context, with
+    the adapter on if there is one. An evaluation in one chunk runs such a forward for every context; one in many
+    chunks, or of a hosted model, runs none. Finished work on disk is not run again, so nothing is collected from it:
+    use a fresh ``model.output``.
 
-    The nth case of a length, among those of ``tasks``, is sample n.
+    Sample n is the nth case of a length, among those of ``tasks``.
 
     Parameters
     ----------
@@ -42,11 +42,16 @@ class CollectTensors(pl.Callback):
     layers
         Layers to write; null for all.
     samples
-        Of each length, the first so many.
+        Most samples of each length.
     tasks
         Tasks to collect, as the data names them ("text", "facts"); null for all. Text windows come first.
     statistics
-        What the summaries say of attention; null for the last 256 queries.
+        Settings of the attention statistics in the summaries; null measures the last 256 queries.
+
+    Raises
+    ------
+    ValueError
+        If ``lengths`` is empty or ``samples`` below 1.
     """
 
     def __init__(
@@ -70,12 +75,12 @@ class CollectTensors(pl.Callback):
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say what the files will take of the disk, and look at the model's forwards from now on.
+        """Print the disk space that the files take, and hook into the model's forwards.
 
         Raises
         ------
         ValueError
-            If it does not fit, if the data has none of the lengths, or if the module has no model.
+            If the files do not fit on the disk, if the data has none of the lengths, or if the module has no model.
         """
         if not hasattr(pl_module, "model"):
             raise ValueError(f"CollectTensors needs a model of its own, which {type(pl_module).__name__} has not")
@@ -92,16 +97,16 @@ class CollectTensors(pl.Callback):
         self.records: list[Record] = []
         self._seen = Counter[int]()
         dtype = attention_dtype(model, str(trainer.precision))
-        told = disk_need(self.folder, model, dict.fromkeys(lengths, self.samples), self.capture.layers, dtype)
+        need = disk_need(self.folder, model, dict.fromkeys(lengths, self.samples), self.capture.layers, dtype)
         if trainer.is_global_zero:
-            show("to collect at most: " + told)
-        self._look_at(pl_module.model, model)
+            show("to collect at most: " + need)
+        self._add_hooks(pl_module.model, model)
 
     @override
     def on_test_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: CaseBatch, batch_idx: int, *_: Any
     ) -> None:
-        """Number the batch's samples."""
+        """Assign sample numbers to the batch's rows."""
         context = batch["context_ids"]
         self._context, self._waiting = context, {}
         if context.shape[1] not in self.lengths:
@@ -115,27 +120,29 @@ class CollectTensors(pl.Callback):
 
     @override
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write a summary of each length."""
+        """Write and print a summary of each length."""
         records = gathered(self.records)
         if not trainer.is_global_zero:
             return
         files = summaries_of(records, self.capture.statistics)
         paths = replace_all(self.folder, {name: json_bytes(content) for name, content in files.items()})
-        told = f"collected {len(records)} tensor files in {self.folder}"
+        outcome = f"collected {len(records)} tensor files in {self.folder}"
         if not records:
-            told = "collected no tensors: no whole context went through the model in one forward (see CollectTensors)"
-        show(", ".join([told, *map(str, paths)]))
+            outcome = (
+                "collected no tensors: no whole context went through the model in one forward (see CollectTensors)"
+            )
+        show(", ".join([outcome, *map(str, paths)]))
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the model, also after an error."""
+        """Remove the hooks, also after an error."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._running = [], set()
         if hasattr(self, "capture"):
             self.capture.discard()
 
-    def _look_at(self, wrapped: Any, model: PreTrainedModel) -> None:
+    def _add_hooks(self, wrapped: Any, model: PreTrainedModel) -> None:
         decoder = decoder_of(model)
 
         def begin(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
@@ -151,8 +158,8 @@ class CollectTensors(pl.Callback):
                 self.records += self.capture.finish()
                 self._waiting = {row: sample for row, sample in self._waiting.items() if sample not in done}
 
-        # Beside each layer's attention, where what the evaluation itself passes has arrived: a hook of the decoder
-        # would run before the evaluation's own and take the place of its observer.
+        # On each layer's attention, after the evaluation's own keywords are set: a hook of the decoder would run before
+        # the evaluation's hook and its observer would be replaced.
         self._handles = [decoder.register_forward_pre_hook(begin, with_kwargs=True)]
         for layer in self.capture.layers:
             attention = decoder.layers[layer].self_attn
@@ -166,7 +173,7 @@ class CollectTensors(pl.Callback):
         return args, kwargs | {"observer": _all_of(observer for observer in observers if observer is not None)}
 
     def _rows(self, kwargs: dict[str, Any]) -> dict[int, int]:
-        """Row -> sample, of a forward over whole contexts that are still to be collected."""
+        """Map the rows of a forward to samples, if it is over whole contexts that are still to be collected."""
         ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
         if ids is None or self._context is None or ids.shape[1] != self._context.shape[1]:
             return {}

@@ -1,4 +1,4 @@
-"""Sets the compression of each training step from a schedule, and saves the schedule with the checkpoint."""
+"""Set each training step's compression ratio from a schedule, and save the schedule's state in checkpoints."""
 
 from typing import Any
 
@@ -10,19 +10,17 @@ from sparsekv_pl.schedules import Schedule
 
 
 class Curriculum(pl.Callback):
-    """Gives the training module its ``compression_ratio`` before every batch, and logs it.
+    """Set the training module's ``compression_ratio`` before every batch, and log it.
 
-    All micro-batches of one optimizer step get the same ratio. Validation's ratio is the module's own
-    business.
+    All micro-batches of one optimizer step get the same ratio. Validation's ratio is the module's own setting.
 
     Parameters
     ----------
     schedule
         The curriculum: ratio by optimizer step. Its shares of the run follow the trainer's ``max_steps``.
     monitor
-        The metric that an adaptive schedule learns from, once per validation (not the sanity check):
-        perplexity under eviction. Pure schedules do not use it. Every rank takes rank 0's value, so that
-        their ratios stay equal.
+        The metric that an adaptive schedule observes once per validation (not in the sanity check): perplexity under
+        eviction. Pure schedules do not use it. Every rank takes rank 0's value, so that their ratios stay equal.
 
     Logs
     ----
@@ -36,7 +34,7 @@ class Curriculum(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Raise ValueError before training if the curriculum could not do its work."""
+        """Raise ``ValueError`` before training if the curriculum would have no effect or no metric."""
         if stage != TrainerFn.FITTING:
             return
         if self.schedule.observes and not trainer.enable_validation:
@@ -55,10 +53,10 @@ class Curriculum(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raise ValueError before the first step where an adaptive schedule would never learn anything."""
+        """Raise ``ValueError`` before the first step if an adaptive schedule would never see a validation."""
         if not self.schedule.observes:
             return
-        batches, every = sum(trainer.num_val_batches), trainer.val_check_batch or 0  # None: by the clock
+        batches, every = sum(trainer.num_val_batches), trainer.val_check_batch or 0  # None: validation by wall time
         trained = trainer.max_steps * trainer.accumulate_grad_batches
         if batches == 0 or (0 < trained < every):
             what = "validation has no cases" if batches == 0 else f"validation comes after {every} of {trained} batches"
@@ -72,14 +70,14 @@ class Curriculum(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Set and log the ratio of the coming step."""
+        """Set and log the ratio of this step."""
         ratio = self.schedule.ratio(trainer.global_step)
         pl_module.compression_ratio = ratio  # type: ignore[assignment]
         pl_module.log("curriculum/compression_ratio", ratio, on_step=True, on_epoch=False)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Feed the newest perplexity to an adaptive schedule."""
+        """Pass the newest perplexity to an adaptive schedule."""
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or not self.schedule.observes:
             return
         if self.monitor not in trainer.callback_metrics:
@@ -91,7 +89,7 @@ class Curriculum(pl.Callback):
         self.schedule.observe(trainer.strategy.broadcast(perplexity))
 
     def export_state(self, step: int) -> dict[str, Any]:
-        """The curriculum at optimizer step ``step``, JSON-able: what an exported adapter has learnt."""
+        """Describe the curriculum at optimizer step ``step``, JSON-able, for an exported adapter."""
         return {
             "step": step,
             "compression_ratio": self.schedule.ratio(step),

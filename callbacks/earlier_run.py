@@ -1,4 +1,4 @@
-"""What an earlier training left in a run's folder: moved aside, not mixed with the new one's and not deleted."""
+"""Move the files of an earlier training in a run's folder aside, so that they are neither mixed in nor deleted."""
 
 import re
 from collections.abc import Iterable
@@ -13,15 +13,16 @@ from sparsekv_pl.storage.whole_files import mend
 
 EXPORTS = ("final", "merged", "checkpoint-*")
 RECORDS = ("events.out.tfevents.*", "metrics.csv", "hparams.yaml", "config.yaml")
-"""Of a whole training: its curves, and how it was configured."""
+"""Files of a whole training: its curves and its configuration."""
 LISTED = 4
+"""File names that a message lists."""
 
 
 def set_aside(folders: Iterable[Path], ckpt_path: str | None) -> None:
-    """Move what lies in a training's ``folders`` and is not its own to ``earlier-1`` (or 2, ...) in each of them.
+    """Move files of other runs in a training's ``folders`` to ``earlier-1`` (or 2, ...) in each of them.
 
-    A new run, or one that goes on from another folder's checkpoint, has nothing there. One that goes on from a
-    checkpoint that is not its latest has what is of no later step. Says what was moved, and how to go on with it.
+    A new run, or one that resumes from another folder's checkpoint, owns none of the files. One that resumes from a
+    checkpoint that is not the latest owns those of no later step. Prints what was moved, and how to resume it.
     """
     own = [path for path in dict.fromkeys(path.absolute() for path in folders) if path.is_dir()]
     for folder in own:
@@ -40,9 +41,9 @@ def set_aside(folders: Iterable[Path], ckpt_path: str | None) -> None:
 
 
 def _goes_on_from(saved: list[Path], ckpt_path: str | None) -> int | None:
-    """The step that a run which ``saved`` these goes on from, -1 for a new run; None where all there is its own."""
+    """Return the step that the run resumes from, -1 for a new run; None if all of ``saved`` is its own."""
     if any(path.name.startswith("hpc_ckpt_") for path in saved):
-        return None  # Lightning goes on from these, whatever it is given
+        return None  # Lightning resumes from these, whatever ckpt_path is
     if ckpt_path is None or ckpt_path in ("last", "best", "hpc"):
         return None if ckpt_path and saved else -1
     path = Path(ckpt_path).expanduser().absolute()
@@ -53,7 +54,7 @@ def _goes_on_from(saved: list[Path], ckpt_path: str | None) -> int | None:
 
 
 def _step(export: Path) -> int:
-    """The step that an export is of; where it does not say, later than any."""
+    """Return the step of an export; if unknown, a number above any step."""
     if named := re.fullmatch(r"checkpoint-(\d+)", export.name):
         return int(named[1])
     try:

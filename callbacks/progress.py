@@ -8,10 +8,10 @@ from typing_extensions import override
 
 
 class StepsBar(RichProgressBar):
-    """Lightning's bar, in optimizer steps of ``max_steps``, so that the time left is right.
+    """Lightning's progress bar, counting optimizer steps of ``max_steps``, so that the time left is right.
 
-    Lightning's own counts micro-batches of as many steps, which accumulation makes too many, and a resumed run's steps
-    of those that are left.
+    Lightning's own bar counts micro-batches against a number of steps, which is wrong with accumulation, and counts a
+    resumed run's steps against the remaining ones.
     """
 
     @property
@@ -22,7 +22,7 @@ class StepsBar(RichProgressBar):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if self.is_enabled and trainer.max_steps > 0:  # a run that goes on inside an epoch starts none
+        if self.is_enabled and trainer.max_steps > 0:  # a run resumed inside an epoch has no epoch start
             self._initialize_train_progress_bar_id()
             self._update(self.train_progress_bar_id, trainer.global_step)
 

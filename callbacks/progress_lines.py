@@ -1,4 +1,4 @@
-"""Progress where there is no terminal: lines in a log in place of a bar."""
+"""Progress without a terminal: lines in a log instead of a bar."""
 
 import sys
 import time
@@ -16,16 +16,16 @@ from sparsekv_pl.models.batch import tokens_read
 
 
 def progress() -> ProgressBar:
-    """A bar in a terminal, lines elsewhere (nohup, Slurm, Docker, CI)."""
+    """Return a progress bar in a terminal, progress lines elsewhere (nohup, Slurm, Docker, CI)."""
     return StepsBar() if sys.stdout.isatty() else ProgressLines()
 
 
 class ProgressLines(ProgressBar):
-    """A line at every logging interval of a training and after every validation; every half a minute of an evaluation.
+    """Print a line at every logging interval of a training and after validations; in evaluations every half minute.
 
-    A training's line has the step, what the module logged as ``train/``, tokens per second of all ranks since the line
-    before, and the time left by the pace so far, validation included. What takes longer than half a minute within one
-    batch of an evaluation is reported by its module (``piece_done``).
+    A training's line has the step, the module's ``train/`` metrics, tokens per second of all ranks since the previous
+    line, and the estimated time left, including validation. Work inside one batch of an evaluation that takes longer
+    than half a minute is reported by the module (``piece_done``).
     """
 
     def __init__(self) -> None:
@@ -111,7 +111,7 @@ class ProgressLines(ProgressBar):
         self._batch_done(batch)
 
     def on_piece_end(self, done: int, pieces: int) -> None:
-        """Of the batch that is running, ``done`` of so many pieces are done."""
+        """Report that ``done`` of ``pieces`` pieces of the current batch are done."""
         if self._shows and self._pace is not None and done < pieces:
             self._pace.reached(self._batches + done / pieces, f"{done} of {pieces} measurements of the next")
 
@@ -139,6 +139,6 @@ def _tokens(batch: Any) -> int:
 
 
 def _shown(metrics: Mapping[str, Tensor], prefix: str) -> list[str]:
-    """Name and value of those with ``prefix``; those of single layers are for TensorBoard."""
+    """Format the metrics with ``prefix`` as name and value, without those of single layers."""
     own = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
     return [f"{name} {value:.4g}" for name, value in own.items() if not name[-1].isdigit()]

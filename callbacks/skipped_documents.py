@@ -1,4 +1,4 @@
-"""Logs how many documents could not be used."""
+"""Log the number of documents that could not be used."""
 
 from collections import deque
 from typing import Any
@@ -10,11 +10,10 @@ from sparsekv_pl.models.batch import Batch
 
 
 class SkippedDocuments(pl.Callback):
-    """Logs ``data/skipped_documents``: the documents that the training stream has skipped since the run began, of all
-    workers and ranks, those of every epoch.
+    """Log ``data/skipped_documents``: the documents that the training stream has skipped since the run began.
 
-    The count is the stream's own and resumes with it; each batch carries that of the worker that made it, and workers
-    take turns. The first log waits until each has had one.
+    It counts all workers, ranks and epochs. The count belongs to the stream and resumes with it; each batch carries its
+    worker's count. The first log waits for a batch of each worker.
     """
 
     def __init__(self) -> None:
@@ -22,7 +21,7 @@ class SkippedDocuments(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """One count for each worker of this rank."""
+        """Reset to one count per worker of this rank."""
         loader: Any = trainer.train_dataloader
         self._counts = deque(maxlen=max(getattr(loader, "num_workers", 0), 1))
 
@@ -30,7 +29,7 @@ class SkippedDocuments(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Log when loggers write."""
+        """Log at the trainer's logging interval."""
         self._counts.append(batch.get("skipped_documents", 0))
         due = trainer.global_step % max(trainer.log_every_n_steps, 1) == 0  # type: ignore[attr-defined]
         if due and len(self._counts) == self._counts.maxlen:

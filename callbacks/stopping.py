@@ -1,4 +1,4 @@
-"""Ends what is no training when a signal asks for it, between two pieces of work, with all that is finished kept."""
+"""Stop evaluations and analyses at a signal, between two pieces of work, keeping all finished work."""
 
 import signal
 from functools import partial
@@ -16,10 +16,10 @@ from sparsekv_pl.evaluation.stop_signal import HeldSignals, Stopped
 
 
 class Stopping(Callback):
-    """The first SIGTERM or Ctrl-C says that what is being measured is finished; then the run ends with 143 or 130.
+    """Finish the current measurement after the first SIGTERM or Ctrl-C, then exit with 143 or 130.
 
-    Ranks that Lightning started get the signal too. Trainings stop by ``SafeCheckpoint``; one without it stops as
-    Lightning does, and says so.
+    The signal is passed on to ranks that Lightning started. Trainings are stopped by ``SafeCheckpoint``; without it
+    they stop as Lightning does, and a message says so.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Stopping(Callback):
         self._obey()
 
     def on_piece_end(self, done: int, pieces: int) -> None:  # noqa: ARG002
-        """A batch's piece is measured and kept."""
+        """Stop here if a signal arrived: this piece of the batch is measured and stored."""
         self._obey()
 
     @override
@@ -83,13 +83,13 @@ class Stopping(Callback):
         if self._trainer is None or not self._signals.is_set():
             return
         number = self._signals.asked
-        _started(self._trainer).clear()  # Lightning's watch over them would end this process where another ends first
+        _started(self._trainer).clear()  # Lightning kills this process if another one that it started exits first
         rank_zero_info(f"{signal.Signals(number).name}: stopped; the same command goes on from here")
         raise Stopped(number)
 
 
 def _started(trainer: Trainer) -> list[Any]:
-    """The processes of other ranks that Lightning started from this one."""
+    """Return the processes of other ranks that Lightning started from this one."""
     return getattr(trainer.strategy.launcher, "procs", [])
 
 

@@ -1,4 +1,4 @@
-"""Logs the speed and the peak memory of training."""
+"""Log the speed and the peak memory of training."""
 
 import resource
 import sys
@@ -15,7 +15,7 @@ from sparsekv_pl.models.batch import Batch, tokens_read
 
 
 class Mark(NamedTuple):
-    """What had been done when an optimizer step ended, since training started."""
+    """Seconds, tokens and steps since training started, at the end of an optimizer step."""
 
     seconds: float
     tokens: int
@@ -23,29 +23,34 @@ class Mark(NamedTuple):
 
 
 class Throughput(pl.Callback):
-    """Measures training over a sliding window of optimizer steps.
+    """Measure the speed of training over a sliding window of optimizer steps.
 
-    Validation is not counted as time; waiting for data and writing checkpoints are. Lightning's
-    ThroughputMonitor does not fit: it logs past ``callback_metrics`` and the progress bar, is silent until
-    its window is full, and counts batches.
+    Time includes waiting for data and writing checkpoints, but not validation. Lightning's ThroughputMonitor is not
+    used because it bypasses ``callback_metrics`` and the progress bar, logs nothing until its window is full, and
+    counts batches.
 
     Parameters
     ----------
     every_n_steps
-        Measure after every so many optimizer steps. Default: the trainer's ``log_every_n_steps``, which is
-        also when loggers write.
+        Optimizer steps from one measurement to the next. Default: the trainer's ``log_every_n_steps``, at which
+        loggers write.
     window
-        How many optimizer steps the speeds are averaged over (fewer at the start of a run).
+        Number of optimizer steps that speeds are averaged over (fewer at the start of a run).
 
     Logs
     ----
     throughput/tokens_per_second
-        Context and continuation tokens of all ranks: contexts without their padding, which is not computed.
+        Context and continuation tokens of all ranks per second, without contexts' padding, which is not computed.
     throughput/steps_per_second
-        Optimizer steps.
+        Optimizer steps per second.
     throughput/peak_memory_gib
-        On a GPU the most memory that tensors held since training started, on a CPU the most that the process
-        ever held, in GiB, of the rank that held most.
+        Peak memory in GiB, the largest of all ranks: on a GPU of tensors since training started, on a CPU of the
+        process since its start.
+
+    Raises
+    ------
+    ValueError
+        For a setting below 1.
     """
 
     def __init__(self, every_n_steps: int | None = None, window: int = 20) -> None:
@@ -61,7 +66,7 @@ class Throughput(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start counting, so that the sanity check before it is not counted."""
+        """Start counting after the sanity check."""
         device = trainer.strategy.root_device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -73,7 +78,7 @@ class Throughput(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Count the batch; if it ended an optimizer step whose turn it is, log."""
+        """Count the batch, and log after every ``every_n_steps`` optimizer steps."""
         self._tokens += tokens_read(batch)
         if trainer.global_step == self._marks[-1].steps:  # gradients are still being accumulated
             return
@@ -106,7 +111,7 @@ class Throughput(pl.Callback):
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory used so far, in GiB: by tensors on a CUDA device, by the whole process otherwise."""
+    """Return the peak memory so far in GiB: of tensors on a CUDA device, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB

@@ -90,6 +90,8 @@ def cached_attention(
         layer -> (B, K, S'), added to the logits of the oldest S' keys (SoftThresholdPress fades keys out).
     caches
         The rows are then single tokens that attend to their own cache and are appended to it.
+    **kwargs
+        transformers' own keywords, such as ``scaling``, the factor of the dot products.
     """
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if caches is not None:

@@ -72,7 +72,7 @@ def test_no_readable_one_is_an_error_and_none_at_all_is_a_start(fit: Any, tmp_pa
     assert trainer.global_step == 4
     for path in tmp_path.glob("*.ckpt"):
         cut(path)
-    with pytest.raises(ValueError, match=r"no checkpoint can be read; start anew .*step=4.*; .*step=2"):
+    with pytest.raises(ValueError, match=r"no checkpoint can be read; start over .*step=4.*; .*step=2"):
         fit(max_steps=4, ckpt_path="last")
 
 
