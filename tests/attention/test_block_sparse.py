@@ -177,9 +177,9 @@ def test_autocast_casts_as_pytorch_does() -> None:
         (((2, 4, 70, 8), (2, 3, 70, 8)), "H a multiple of K"),
         (((2, 4, 71, 8), (2, 2, 70, 8)), "the last T of the S positions"),
         (((2, 4, 70, 8), (2, 2, 70, 4)), "do not fit"),
-        (((1, 4, 70, 8), (1, 2, 70, 8)), "not of queries"),
+        (((1, 4, 70, 8), (1, 2, 70, 8)), "do not fit queries"),
         (((2, 4, 69, 8), (2, 2, 69, 8)), "over 70 keys do not fit queries"),
-        (((2, 4, 16, 8), (2, 2, 70, 8)), "not of queries"),
+        (((2, 4, 16, 8), (2, 2, 70, 8)), "do not fit queries"),
         (((2, 6, 70, 8), (2, 2, 70, 8)), "for 1 or all heads"),
     ],
 )
