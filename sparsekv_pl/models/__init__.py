@@ -1,1 +1,1 @@
-"""Which network: sources, adapters, precision, placement; and what goes into it: batches, seeds, ratios."""
+"""The network: sources, adapters, precision, placement; and its inputs: batches, seeds, ratios."""

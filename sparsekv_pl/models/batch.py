@@ -1,4 +1,4 @@
-"""The batches that data makes and modules consume."""
+"""The batches that data modules make and training and evaluation consume."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,72 +8,73 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
-"""Label of a token that no loss and no metric looks at."""
+"""Label of tokens that losses and metrics ignore."""
 
 
 class Supervised(NamedTuple):
-    """Where a continuation (B, T) predicts supervised tokens: position t - 1 predicts label t.
+    """The positions of a continuation (B, T) that predict supervised tokens: position t - 1 predicts label t.
 
-    How many they are is known on the host: a GPU that had to say so would be waited for.
+    Their numbers are kept on the host, so that reading them does not synchronise with a GPU.
     """
 
     columns: Tensor
-    """(B, R) int64. In row b the first ``counts[b]`` are those positions, ascending; others fill it up."""
+    """(B, R) int64. In row b the first ``counts[b]`` are those positions, ascending; the rest is filler."""
     counts: list[int]
+    """Number of supervised positions in each row."""
 
     @classmethod
     def of(cls, labels: Tensor) -> Self:
-        """Look through labels (B, T), once and where they are made."""
+        """Find the positions in labels (B, T)."""
         predicts = labels[:, 1:] != IGNORE
         counts = predicts.sum(1).tolist()
         order = predicts.int().argsort(dim=1, descending=True, stable=True)
         return cls(order[:, : max(1, *counts)], counts)
 
     def of_rows(self, rows: Sequence[int]) -> "Supervised":
-        """The same for some of the rows."""
+        """Return the positions of some of the rows."""
         counts = [self.counts[row] for row in rows]
         return Supervised(_rows(self.columns, rows)[:, : max(1, *counts)], counts)
 
     def places(self) -> tuple[Tensor, Tensor]:
-        """Rows and columns (N,) of all these positions: ``hidden[places]`` is (N, E) of hidden states (B, T, E)."""
+        """Return rows and columns (N,) of all positions: ``hidden[places]`` is (N, E) of hidden states (B, T, E)."""
         columns = [own[:count] for own, count in zip(self.columns, self.counts, strict=True)]
         rows = [torch.full_like(own, row) for row, own in enumerate(columns)]
         return torch.cat(rows), torch.cat(columns)
 
 
 class Batch(TypedDict):
-    """Context + continuation windows; the eviction happens between the two.
+    """Contexts and continuations; the eviction happens between the two.
 
-    ``labels`` equals ``continuation_ids`` where a token is supervised and ``IGNORE`` elsewhere; it is not shifted.
+    ``labels`` equals ``continuation_ids`` for supervised tokens and is ``IGNORE`` elsewhere; it is not shifted.
     Column 0 is never supervised: the last context token predicts it, and that token saw the full cache.
     """
 
     context_ids: Tensor
-    """(B, L) int64, padded on the right where ``context_lengths`` says so."""
+    """(B, L) int64, padded on the right according to ``context_lengths``."""
     context_lengths: NotRequired[list[int]]
-    """Tokens of each row's context; every row has L where it is missing. Rows of different lengths never run together:
+    """Tokens of each row's context; if missing, every row has L. Rows of different lengths never run together:
     padding would be scored and kept like text."""
     continuation_ids: Tensor
     """(B, T) int64, padded on the right, where a causal model cannot see the padding."""
     continuation_lengths: NotRequired[list[int]]
-    """Tokens of each row's continuation; every row has T where it is missing."""
+    """Tokens of each row's continuation; if missing, every row has T."""
     labels: Tensor
     """(B, T) int64."""
     supervised: NotRequired[Supervised]
-    """Where ``labels`` are supervised, found where they were made; looked for in them where it is missing."""
+    """The supervised positions of ``labels``; found in them if missing."""
     document_ids: list[str]
-    """The documents that row b was made of, for error messages and for proving that splits are disjoint."""
+    """The documents of each row, for error messages and for checking that splits are disjoint."""
     tasks: list[str]
-    """"text", or the name of the retrieval task that made row b."""
+    """Per row, "text" or the name of the retrieval task that made it."""
     skipped_documents: NotRequired[int]
-    """Documents that whoever made the batch could not use so far."""
+    """Number of documents that the batch's worker could not use so far."""
 
 
 def rows_of_equal_length(batch: Batch) -> Iterator[Batch]:
-    """The batch in parts of equally long, unpadded contexts, so that each row gets what it would get alone.
+    """Split the batch into parts of equally long, unpadded contexts, so that each row computes what it would alone.
 
-    Shorter parts come first, rows within a part in the batch's order. What a press draws at random it draws for a row's
-    tokens, whatever part they come in.
+    Shorter parts come first, rows within a part in the batch's order. A press's random draws depend on a row's tokens,
+    not on its part.
     """
     lengths = context_lengths(batch)
     if set(lengths) == {batch["context_ids"].shape[1]}:
@@ -92,17 +93,17 @@ def rows_of_equal_length(batch: Batch) -> Iterator[Batch]:
 
 
 def supervised_in(batch: Batch) -> Supervised:
-    """What the batch says of itself, or its labels do."""
+    """Return the batch's supervised positions, found in its labels if it has none."""
     return batch["supervised"] if "supervised" in batch else Supervised.of(batch["labels"])
 
 
 def _rows(values: Tensor, rows: Sequence[int]) -> Tensor:
-    """Some rows; a list as an index would be copied to the device, which waits for it."""
+    """Select rows; indexing with a list would synchronise with the device."""
     return torch.stack([values[row] for row in rows])
 
 
 def context_lengths(batch: Batch) -> list[int]:
-    """Tokens of each row's context, padding aside."""
+    """Return the number of tokens of each row's context, without padding."""
     rows, longest = batch["context_ids"].shape
     lengths = batch.get("context_lengths", [longest] * rows)
     assert len(lengths) == rows and 1 <= min(lengths) <= max(lengths) <= longest, (lengths, rows, longest)
@@ -110,43 +111,46 @@ def context_lengths(batch: Batch) -> list[int]:
 
 
 def tokens_read(batch: Batch) -> int:
-    """Tokens that a model computes: padding after a context is cut off, padding after a continuation is read too."""
+    """Return the number of tokens that a model computes: without contexts' padding, with continuations' padding."""
     return sum(context_lengths(batch)) + batch["continuation_ids"].numel()
 
 
 def tokens_given(batch: Batch) -> int:
-    """Tokens of text in a batch, without any padding."""
+    """Return the number of tokens in a batch, without any padding."""
     rows, longest = batch["continuation_ids"].shape
     return sum(context_lengths(batch)) + sum(batch.get("continuation_lengths", [longest] * rows))
 
 
 TEXT = "text"
-"""The task whose continuation is read, not answered."""
+"""The name of the task of plain text, whose continuation is read, not answered."""
 
 
 @dataclass
 class CaseInfo:
-    """What is known of one case of an evaluation besides its tokens. Lightning cannot move a frozen dataclass."""
+    """The description of one evaluation case, besides its tokens. Not frozen: Lightning moves it to devices."""
 
     id: str
     """Unique in an evaluation and the same in every run of it."""
     task: str
     """``TEXT``, or the retrieval task's name."""
     answers: tuple[str, ...] = ()
-    """What the model should say; empty for ``TEXT``."""
+    """The expected answers; empty for ``TEXT``."""
     context: str = ""
     """The context as plain text, without the chat template's marks."""
     question: str = ""
-    """The question as plain text; in a query-aware case the context ends with it already."""
+    """The question as plain text; in a query-aware case the context already ends with it."""
     answer_prefix: str = ""
-    """How the answer is begun for the model."""
+    """The beginning of the answer, given to the model."""
     max_new_tokens: int = 0
+    """Most tokens of the generated answer."""
     depth: float | None = None
-    """Fraction of the haystack before the (first) needle; None where a task has no such place."""
+    """Fraction of the haystack before the (first) needle; None if the task has no needle."""
     seed: int = 0
+    """Seed of the case."""
     document_ids: tuple[str, ...] = ()
+    """The documents of the context."""
     answer_span: tuple[int, int] | None = None
-    """Tokens [start, end) of the context that hold the answer; None where that is not known."""
+    """Tokens [start, end) of the context that contain the answer; None if unknown."""
 
 
 class CaseBatch(TypedDict):
@@ -155,7 +159,8 @@ class CaseBatch(TypedDict):
     context_ids: Tensor
     """(B, L) int64, unpadded."""
     continuation_ids: Tensor
-    """(B, T) int64, padded on the right: the text that follows, or the question up to where the answer begins."""
+    """(B, T) int64, padded on the right: the text that follows, or the question up to the answer's beginning."""
     continuation_lengths: Tensor
     """(B,) int64, tokens of each continuation."""
     cases: list[CaseInfo]
+    """The description of each row."""

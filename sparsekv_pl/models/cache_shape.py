@@ -1,42 +1,44 @@
-"""How many keys and values a model's layers hold, from its config alone."""
+"""The size of a model's KV cache, from its config alone."""
 
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
 WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-"""Kinds of layers that look back a limited way, and the setting that says how many tokens."""
+"""Kinds of layers with a limited window -> the config setting with its number of tokens."""
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What a decoder's config says about its KV cache."""
+    """The KV heads, head dimension and windows of a decoder's layers."""
 
     kv_heads: int
+    """K, KV heads per layer."""
     head_dim: int
+    """D, dimension of a head."""
     windows: tuple[int | None, ...]
-    """By layer, how far back it looks in tokens; None for as far as there is."""
+    """Per layer, the window in tokens; None for unlimited."""
 
     @property
     def pair_bytes(self) -> int:
-        """Numbers (not yet bytes) of one token's key and value in one layer."""
+        """Count of numbers (not bytes: multiply by the item size) in one token's key and value in one layer."""
         return 2 * self.kv_heads * self.head_dim
 
 
 def cache_shape(config: PreTrainedConfig) -> CacheShape:
-    """KV heads, head dim and windows of the decoder of ``config``, which may be nested in a multimodal one.
+    """Read the cache's shape from ``config``, in which the decoder's config may be nested.
 
     Raises
     ------
     ValueError
-        For layers that hold something else than plain keys and values: latent attention, state spaces.
+        For layers without plain keys and values: latent attention, state spaces.
     """
     text = config.get_text_config(decoder=True)
     if getattr(text, "kv_lora_rank", None):
         raise ValueError(f"{text.model_type} has multi-head latent attention, whose cache is not counted: plan another")
     heads = text.num_attention_heads
     kinds = getattr(text, "layer_types", None)
-    if kinds is None:  # as transformers' DynamicCache reads it
+    if kinds is None:  # as in transformers' DynamicCache
         limited = [kind for kind, name in WINDOWS.items() if getattr(text, name, None) is not None]
         kinds = [limited[0] if limited else "full_attention"] * text.num_hidden_layers
     kinds = kinds[: len(kinds) - (getattr(text, "num_kv_shared_layers", None) or 0)]  # the last ones may share a cache
@@ -51,15 +53,15 @@ def cache_shape(config: PreTrainedConfig) -> CacheShape:
 
 
 def kept_pairs(tokens: int, compression_ratio: float | None, budget: int | None) -> int:
-    """KV pairs per head that ``prefill`` leaves of ``tokens``, rounded as it rounds."""
+    """Return the KV pairs per head that ``prefill`` keeps of ``tokens``, with the same rounding."""
     kept = int(tokens * (1 - (compression_ratio or 0.0)))
     return max(1, min(kept, budget or tokens))
 
 
 def windowed_pairs(tokens: int, chunk: int, window: int | None) -> int:
-    """KV pairs per head that transformers' cache has allocated after the last chunk, for a layer with ``window``.
+    """Return the KV pairs per head that transformers' cache has allocated after the last chunk, for ``window``.
 
-    It keeps window - 1 tokens, as a view into what it needed for the last chunk: that memory is not freed before the
-    next forward.
+    It keeps window - 1 tokens as a view into the last chunk's tensor, whose memory is not freed before the next
+    forward.
     """
     return tokens if window is None else min(tokens, window - 1 + chunk)

@@ -1,6 +1,6 @@
-"""LoRA's product and RMSNorm on a CPU, in fewer passes over memory than peft, transformers and autograd make.
+"""LoRA's product and RMSNorm on a CPU, in fewer passes over memory than with peft, transformers and autograd.
 
-Both stand on module instances, which keep the forward of their class for every case that is not the plain one.
+Both replace the forward of module instances, and call the class's forward in all but the standard case.
 """
 
 from types import MethodType
@@ -17,11 +17,11 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 NORMS = (LlamaRMSNorm, MistralRMSNorm, Phi3RMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
-"""These very classes compute weight * x / rms(x), the root mean square in float32."""
+"""Classes (not their subclasses) that compute weight * x / rms(x), with the root mean square in float32."""
 
 
 def quicken(model: nn.Module) -> None:
-    """Give ``model``'s norms and LoRA projections the forwards below."""
+    """Replace the forwards of ``model``'s norms and LoRA projections by the faster ones below."""
     for module in model.modules():
         if type(module) in NORMS:
             vars(module)["forward"] = MethodType(_norm, module)
@@ -30,7 +30,7 @@ def quicken(model: nn.Module) -> None:
 
 
 def _norm(module: Any, hidden: Tensor) -> Tensor:
-    """The class's own forward, except where a CPU will differentiate by ``hidden`` alone."""
+    """Normalise with the class's forward, or faster on a CPU if only ``hidden`` needs a gradient."""
     plain = hidden.device.type == "cpu" and torch.is_grad_enabled()
     if not plain or not hidden.requires_grad or module.weight.requires_grad:
         output: Tensor = type(module).forward(module, hidden)
@@ -40,7 +40,7 @@ def _norm(module: Any, hidden: Tensor) -> Tensor:
 
 
 def _project(module: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The class's own forward, except for one adapter of the plain kind on a CPU."""
+    """Project with the class's forward, or faster on a CPU with one standard adapter."""
     adapters = module.active_adapters
     plain = hidden.device.type == "cpu" and not (args or kwargs or module.disable_adapters or module.merged)
     base = module.get_base_layer()
@@ -63,7 +63,7 @@ def _project(module: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 class _FrozenNorm(torch.autograd.Function):
-    """RMSNorm (https://arxiv.org/abs/1910.07467) of (..., E) that saves its input and one number a row."""
+    """RMSNorm (https://arxiv.org/abs/1910.07467) of (..., E) that saves only its input and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -82,7 +82,7 @@ class _FrozenNorm(torch.autograd.Function):
 
 
 class _LoraProduct(torch.autograd.Function):
-    """x W' + scaling (x A') B' for a frozen W, added up inside the products; x and W have one dtype."""
+    """x W' + scaling (x A') B' for a frozen W, accumulated inside the products; x and W have the same dtype."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, base: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:

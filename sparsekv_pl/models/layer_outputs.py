@@ -1,4 +1,4 @@
-"""What every layer of a model makes of the newest tokens, collected from a forward as it happens."""
+"""Collect every layer's output for the newest tokens during a forward."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,24 +11,24 @@ from transformers import PreTrainedModel
 from sparsekv_pl.models.decoder import decoder_of
 
 LayerOutput = Literal["hidden", "attention"]
-"""The residual stream after a layer, or what its attention adds to it."""
+"""The residual stream after a layer, or the layer's attention output before it is added to that stream."""
 
 
 @contextmanager
 def layer_outputs(model: PreTrainedModel, kind: LayerOutput, last: int | None = None) -> Iterator[dict[int, Tensor]]:
-    """layer -> (B, T, E), of the last forward inside the block; T are the tokens of that forward. Differentiable.
+    """Collect layer -> (B, T, E) from the last forward inside the block; differentiable.
 
-    With ``last``, T is at most that many, the newest, and the memory of the others is not held.
+    T counts that forward's tokens; with ``last``, only the newest ``last`` tokens, without holding memory of others.
     """
     outputs: dict[int, Tensor] = {}
 
-    def note(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
+    def record(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         outputs[layer] = hidden if last is None or hidden.shape[1] <= last else hidden[:, -last:].clone()
 
     layers = decoder_of(model).layers
     watched = [layer if kind == "hidden" else layer.self_attn for layer in layers]
-    hooks = [module.register_forward_hook(partial(note, index)) for index, module in enumerate(watched)]
+    hooks = [module.register_forward_hook(partial(record, index)) for index, module in enumerate(watched)]
     try:
         yield outputs
     finally:

@@ -1,4 +1,4 @@
-"""Low-rank adapters: put on a model, or loaded from what a run exported."""
+"""Low-rank adapters: inject them into a model, or load exported ones."""
 
 import re
 from collections.abc import Collection, Iterator
@@ -21,8 +21,22 @@ WEIGHTS = "adapter_model.safetensors"
 class Lora:
     """Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685) through peft.
 
-    Dropout defaults to 0 because SnapKV and ExpectedAttention recompute queries while they score: with dropout they
-    would score other queries than the model used.
+    Parameters
+    ----------
+    r
+        Rank, at least 1.
+    alpha
+        The adapter's output is scaled by alpha / r; above 0.
+    targets
+        Names of the decoder's layers that get an adapter.
+    dropout
+        Dropout on the adapter's input, in [0, 1). 0 by default: SnapKV and ExpectedAttention recompute queries when
+        they score, and with dropout these would differ from the model's own.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range.
     """
 
     r: int = 16
@@ -42,10 +56,10 @@ class Lora:
 
 
 def inject_lora(model: PreTrainedModel, lora: Lora, revision: str | None = None) -> PreTrainedModel:
-    """``model`` with fresh adapters in its decoder: not in what sees or hears beside it, nor in the head.
+    """Return ``model`` with new adapters in its decoder, not in vision or audio towers, nor in the head.
 
-    ``revision`` is the base's, for whoever loads the adapter. Raises ``ValueError`` for targets that the decoder does
-    not have.
+    ``revision`` is the base model's, saved in the adapter's config. Raises ``ValueError`` for targets that the decoder
+    does not have.
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
@@ -82,9 +96,9 @@ def inject_lora(model: PreTrainedModel, lora: Lora, revision: str | None = None)
 
 
 def _beside(model: PreTrainedModel, decoder: torch.nn.Module, targets: Collection[str]) -> str | None:
-    """A pattern of the parts of ``model`` beside its decoder that have modules called as ``targets``, if there are any.
+    """Return a pattern of the parts of ``model`` outside its decoder that have modules named in ``targets``, or None.
 
-    A vision tower's have the same names; its adapters would be trained by nothing and exported.
+    A vision tower's layers have the same names; its adapters would be exported untrained.
     """
     names = {id(module): name for name, module in model.named_modules()}
     inside = names.get(id(decoder), "").split(".")
@@ -98,13 +112,13 @@ def _beside(model: PreTrainedModel, decoder: torch.nn.Module, targets: Collectio
 
 
 def load_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> PreTrainedModel:
-    """``model`` with the adapter in folder ``adapter``.
+    """Return ``model`` with the adapter in folder ``adapter``; its weights train if ``trainable``.
 
     Raises
     ------
     ValueError
-        Where none is there, where it is damaged or holds numbers that are not finite, and for one that would change
-        nothing of what is computed here, or not all that it was trained to.
+        If there is no adapter, if it is damaged or has numbers that are not finite, and if it would have no effect or
+        only a part of it.
     """
     from peft import PeftConfig, get_peft_model
 
@@ -139,7 +153,7 @@ def load_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> PreTr
 
 @contextmanager
 def _damage_named(adapter: str) -> Iterator[None]:
-    """Peft, safetensors and torch each have their own errors for a file that is damaged."""
+    """Turn the various errors of peft, safetensors and torch for a damaged file into a ``ValueError``."""
     try:
         yield
     except Exception as error:
@@ -151,7 +165,7 @@ def _damage_named(adapter: str) -> Iterator[None]:
 
 def _check_finite(weights: Path) -> None:
     with safe_open(weights, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118  it is no mapping
+        for name in file.keys():  # noqa: SIM118  not a mapping
             if not torch.isfinite(file.get_tensor(name)).all():
                 raise ValueError(f"{WEIGHTS}: {name} holds NaN or infinity")
 

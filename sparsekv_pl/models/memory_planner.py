@@ -1,4 +1,4 @@
-"""What a long context will take, from the model's config alone: KV bytes, weights, time, and where it will not fit."""
+"""Estimate memory and time of a long context from the model's config alone, and warn if it will not fit."""
 
 from dataclasses import dataclass, field
 
@@ -21,36 +21,37 @@ from sparsekv_pl.models.quantisation import (
 
 GIB = 2**30
 HIDDEN_COPIES, WIDTH_COPIES = 6, 3
-"""Rough counts of simultaneous activations of a decoder layer: of the hidden size, and of the feed-forward's width."""
+"""Rough numbers of simultaneous activations in a decoder layer, of the hidden size and of the feed-forward width."""
 
 
 @dataclass
 class Plan:
-    """What to expect. Sizes are bytes, times seconds, both for the whole batch."""
+    """The estimate for one context length. Sizes are in bytes, times in seconds, both for the whole batch."""
 
     name: str
     tokens: int
     batch: int
     dtype: str
     chunk_tokens: int
-    """Tokens of the longest chunk; the whole context where it runs in one."""
+    """Tokens of the longest chunk; the whole context if it runs in one chunk."""
     parameters: int
     weight_bytes: int
     kv_bytes_per_token: int
-    """All layers and KV heads, one row."""
+    """Bytes per token of all layers and KV heads, for one row."""
     kv_bytes_full: int
-    """Without eviction, every layer keeping every token, as a prefill of this project does."""
+    """Cache without eviction if every layer keeps every token, as this project's prefill does."""
     kv_bytes_windowed: int
-    """Without eviction in transformers' own cache, where layers with a window forget what they cannot see any more."""
+    """Cache without eviction in transformers' own cache, where layers with a window drop tokens outside it."""
     kv_bytes_kept: int
-    """After eviction; ``kv_bytes_full`` where there is none."""
+    """Cache after eviction; equal to ``kv_bytes_full`` without eviction."""
     kv_bytes_peak: int
-    """The most at once while the context is prefilled: what is kept, and a chunk that one layer is about to lose."""
+    """Largest cache during the prefill: the kept pairs, and one layer's chunk before its eviction."""
     activation_bytes: int
-    """Of a chunk: a rough estimate, the order of magnitude."""
+    """Activations of one chunk, a rough estimate."""
     memory_limit: int
+    """Memory that may be used."""
     memory: str
-    """What ``memory_limit`` is: given, or found."""
+    """The origin of ``memory_limit``: given, or found on this machine."""
     prefill_seconds: float | None = None
     decode_seconds: float | None = None
     notes: list[str] = field(default_factory=list)
@@ -58,11 +59,11 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        """Weights, cache at its largest, and activations."""
+        """Weights, largest cache and activations together."""
         return self.weight_bytes + self.kv_bytes_peak + self.activation_bytes
 
     def lines(self) -> list[str]:
-        """The plan to read, a line a fact; warnings come last."""
+        """Format the plan as lines of text; warnings come last."""
         context = f"{self.tokens:,} tokens" + (f" x {self.batch}" if self.batch > 1 else "")
         lines = [
             f"{self.name}: {self.parameters / 1e9:.2f} B parameters, a context of {context} in {self.dtype}",
@@ -101,27 +102,27 @@ def plan(
     memory_limit: int | str | None = None,
     cache_dir: str | None = None,
 ) -> Plan:
-    """Plan a context of ``tokens`` tokens without loading a weight.
+    """Estimate memory and time of a context of ``tokens`` tokens without loading weights.
 
     Parameters
     ----------
     pretrained
         A hub id, folder, ``.gguf`` file or the embedded model, as in ``Backbone``; or its config.
     tokens, batch
-        Length of a context, and how many of them are run together.
+        Length of a context, and the number of contexts run together.
     dtype, load_in_4bit, cache_dir
         As in ``Backbone``.
     compression_ratio, budget
-        What eviction removes (a share), and what it may keep at most (KV pairs per head, in tokens); None for neither.
+        The share that eviction removes, and the most KV pairs per head that it keeps, in tokens; None for no limit.
     chunk_tokens
-        Most tokens per chunk of the prefill; None runs the context in one.
+        Most tokens per chunk of the prefill; None runs the context in one chunk.
     rerotates
-        Whether the press moves kept keys to the first positions (KeyRerotationPress), so that positions come free.
+        Whether the press moves kept keys to the first positions (KeyRerotationPress), which frees positions.
     tokens_per_second, decode_tokens_per_second, new_tokens
-        Rates of the prefill and of decoding ``new_tokens`` a row, over the whole batch; measure them on a short
+        Rates of the prefill and of decoding ``new_tokens`` per row, over the whole batch; measure them on a short
         context.
     memory_limit
-        Bytes, or a size such as ``80GiB``. None: what is free on the GPUs together, or in RAM where there is no GPU.
+        Bytes, or a size such as ``80GiB``. None takes the free memory of all GPUs, or of RAM without a GPU.
 
     Raises
     ------
@@ -165,24 +166,24 @@ def plan(
 
 
 def _activation_bytes(config: PreTrainedConfig, shape: CacheShape, rows: int, keys: int, itemsize: int) -> int:
-    """Roughly what one layer computes for ``rows`` tokens (batch x chunk) at once, over ``keys`` pairs."""
+    """Estimate one layer's activations for ``rows`` tokens (batch x chunk) over ``keys`` pairs."""
     text = config.get_text_config(decoder=True)
     width = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
     if experts:
-        # Llama 4 runs every expert on every token; others run those that were chosen.
+        # Llama 4 runs every expert on every token; other models run the chosen ones.
         run = experts if text.model_type.startswith("llama4") else getattr(text, "num_experts_per_tok", 1)
         width = run * (getattr(text, "moe_intermediate_size", None) or width)
     queries = text.num_attention_heads * shape.head_dim
     numbers = HIDDEN_COPIES * text.hidden_size + WIDTH_COPIES * width + 2 * queries + shape.pair_bytes
-    mask = 0 if keys == rows else keys * (1 + itemsize)  # bool, and as the attention kernel adds it
+    mask = 0 if keys == rows else keys * (1 + itemsize)  # bool, and the attention kernel's additive copy
     return rows * (numbers * itemsize + mask)
 
 
 def _judge(
     planned: Plan, config: PreTrainedConfig, shape: CacheShape, largest: int, fused: int, rerotates: bool
 ) -> None:
-    """Write down what will not fit, and what the numbers rest on."""
+    """Add warnings of what will not fit, and notes on the assumptions."""
     text, warn = config.get_text_config(decoder=True), planned.warnings.append
     trained = getattr(text, "max_position_embeddings", None)
     positions = largest if rerotates else planned.tokens
@@ -248,7 +249,7 @@ def _config(pretrained: str | PreTrainedConfig, cache_dir: str | None) -> PreTra
 
 
 def _memory(limit: int | str | None) -> tuple[int, str]:
-    """Bytes that may be used, and in words what they are."""
+    """Return the bytes that may be used, and a description of their origin."""
     if limit is not None:
         return in_bytes(limit, "memory_limit"), "given"
     if torch.cuda.is_available():
@@ -260,7 +261,7 @@ def _memory(limit: int | str | None) -> tuple[int, str]:
 
 
 def gib(size: float) -> str:
-    """Bytes in GiB with three digits that matter.
+    """Format bytes in GiB with three significant digits.
 
     >>> gib(3 * 2**30), gib(2**20)
     ('3.00 GiB', '0.000977 GiB')
@@ -270,7 +271,7 @@ def gib(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Hours and minutes; seconds where it is less than a minute.
+    """Format seconds as hours and minutes, or as seconds below a minute.
 
     >>> duration(3723), duration(12.34), duration(600)
     ('1 h 02 min', '12.3 s', '10 min')

@@ -1,4 +1,4 @@
-"""What a run computes in where nobody says: what its machine computes in natively."""
+"""The default precision of a run: the one that its machine computes natively."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,38 +14,39 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 AskedDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 AUTO: Literal["auto"] = "auto"
-"""The dtype of weights that follows the precision they are computed in."""
+"""The dtype setting that follows the precision of the computation."""
 
 NATIVE_CAPABILITY = (8, 0)
-"""The least compute capability of a GPU with bfloat16."""
+"""Lowest compute capability of GPUs with bfloat16."""
 
 NATIVE_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-"""torch's names of the instructions that multiply bfloat16: x86's, then Arm's."""
+"""torch's names of CPU instructions that multiply bfloat16: x86's, then Arm's."""
 
 EMULATION = "products took 4 to 9 times as long as in float32 forwards and 13 to 65 times backwards (docs/log/speed.md)"
-"""On a CPU; measured with benchmarks/bfloat16.py."""
+"""The cost of emulated bfloat16 on a CPU, measured with benchmarks/bfloat16.py."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What torch says of where a run computes."""
+    """The device of a run and its capabilities, as reported by torch."""
 
     device: str
-    """cpu, cuda, or another accelerator of Lightning's."""
+    """cpu, cuda, or another accelerator of Lightning."""
     name: str
+    """The device's name in messages."""
     capability: tuple[int, int] = (0, 0)
-    """Of the oldest CUDA GPU."""
+    """Compute capability of the oldest CUDA GPU."""
     instructions: frozenset[str] = frozenset()
-    """All that a CPU has, in the names of ``torch.cpu.get_capabilities``."""
+    """The CPU's instruction sets, named as in ``torch.cpu.get_capabilities``."""
     onednn: bool = False
-    """Whether oneDNN, which multiplies matrices on CPUs, takes bfloat16."""
+    """Whether oneDNN, which multiplies matrices on CPUs, supports bfloat16."""
 
     @property
     def bfloat16(self) -> bool:
         """Whether bfloat16 is native.
 
-        A CPU needs both: oneDNN takes bfloat16 on every AVX-512 processor, also where it has to convert each number,
-        and a processor's instructions are of no use to a torch without oneDNN, or to one kept from them.
+        A CPU needs both: oneDNN supports bfloat16 on every AVX-512 processor, even if it has to convert each number,
+        and the processor's instructions are unused if torch has no oneDNN or is set not to use them.
         """
         if self.device == "cuda":
             return self.capability >= NATIVE_CAPABILITY
@@ -53,7 +54,7 @@ class Machine:
 
     @property
     def emulates(self) -> bool:
-        """Whether bfloat16 works all the same, and slowly."""
+        """Whether bfloat16 works, but is emulated and slow."""
         return self.device in ("cpu", "cuda") and not self.bfloat16
 
     def __str__(self) -> str:
@@ -68,7 +69,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Decision:
-    """A trainer's ``precision``, the ``dtype`` of the base weights, and why."""
+    """A trainer's ``precision``, the ``dtype`` of the base weights, the reason, and the device."""
 
     precision: str
     dtype: Dtype
@@ -79,7 +80,7 @@ class Decision:
         return f"precision: {self.precision} over {self.dtype} weights ({self.why})"
 
     def autocast(self) -> AbstractContextManager[None]:
-        """What a trainer of this precision runs a forward in, for code without one."""
+        """Return the autocast context of a trainer with this precision, for code without a trainer."""
         return torch.autocast(
             self.device, getattr(torch, dtype_of(self.precision)), enabled=self.precision.endswith("mixed")
         )
@@ -93,22 +94,22 @@ def decide(
     every_weight: bool = False,
     sharded: bool = False,
 ) -> Decision:
-    """Decide what training, evaluation, analyses, plans, benchmarks and notebooks compute in.
+    """Decide the precision of training, evaluation, analyses, plans, benchmarks and notebooks.
 
-    bfloat16 where it is native, float16 with a loss scaler on older GPUs, float32 else. Warns, once a process, where
-    bfloat16 was asked for and is emulated.
+    bfloat16 where it is native, float16 with a loss scaler on older GPUs, otherwise float32. Warns once per process if
+    bfloat16 was requested and is emulated.
 
     Parameters
     ----------
     precision, dtype
-        What was given, which wins; None and ``auto`` where nothing was. Weights that no one decided on have the type
-        of ``precision``.
+        Settings that were given take precedence; None and ``auto`` if not given. A dtype of ``auto`` follows
+        ``precision``.
     accelerator
-        As a trainer takes it.
+        As in a trainer.
     every_weight
-        Whether the base weights train. A loss scaler wants those in float32.
+        Whether the base weights train: with a loss scaler they must be in float32.
     sharded
-        Whether the model is shared out by ModelParallelStrategy, which has no loss scaler.
+        Whether ModelParallelStrategy shards the model; it has no loss scaler.
     """
     machine = probe(accelerator)
     given = precision is not None
@@ -124,10 +125,10 @@ def decide(
 
 
 def probe(accelerator: str = "auto") -> Machine:
-    """Ask torch about the machine that ``accelerator`` chooses, as Lightning does.
+    """Query torch for the machine that ``accelerator`` selects, as Lightning does.
 
-    The only place that asks. A GPU's answer initialises CUDA in this process, after which a trainer cannot fork
-    (ddp_notebook, ddp_fork): give such a run its dtype.
+    The only place with such a query. On a GPU it initialises CUDA in this process, after which a trainer cannot fork
+    (ddp_notebook, ddp_fork): set the dtype of such a run.
     """
     if accelerator in ("auto", "gpu") and MPSAccelerator.is_available():
         return Machine("mps", "mps")
@@ -147,12 +148,12 @@ def probe(accelerator: str = "auto") -> Machine:
 
 
 def warn_of_emulation(trainer: Trainer) -> None:
-    """Warn where ``trainer`` computes in a precision that its device emulates: it may be of the user's own making."""
+    """Warn if ``trainer`` computes in a precision that its device emulates; the user may have made the trainer."""
     decide(trainer.precision, accelerator=trainer.strategy.root_device.type)
 
 
 def dtype_of(precision: str | int) -> Dtype:
-    """What a trainer's ``precision`` computes matrix products in; of 64 bits, too, float32."""
+    """Return the dtype of matrix products under a trainer's ``precision``; float32 for 64 bits too."""
     text = str(precision)
     if text.startswith("16") or text.endswith("float16"):
         return "float16"
@@ -172,6 +173,6 @@ def _warn_of_emulation(machine: Machine) -> None:
     else:
         cost, instead = "", "16-mixed and dtype float16"
     rank_zero_warn(
-        f"bfloat16 was asked for, which {machine.name} emulates{cost}. Leave precision and dtype out, or give "
+        f"bfloat16 was requested, which {machine.name} emulates{cost}. Leave precision and dtype out, or give "
         f"precision {instead}"
     )

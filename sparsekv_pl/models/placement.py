@@ -1,7 +1,7 @@
-"""Models larger than one device: their layers over several GPUs, then the CPU's memory, then the disk.
+"""Place models larger than one device: layers over several GPUs, then CPU memory, then disk.
 
-Only the decoder's layers are spread. Embeddings, final norm and head stay on the first device, where the inputs are and
-where losses and decoding use the head's weight directly.
+Only the decoder's layers are distributed. Embeddings, final norm and head stay on the first device, where the inputs
+are and where losses and decoding use the head's weight directly.
 """
 
 import tempfile
@@ -21,26 +21,30 @@ Device = int | str
 """A GPU's index, "cpu" or "disk"."""
 SPREAD = ("auto", "sequential")
 HELD_BACK = 0.1
-"""Share of the memory found free that is left for the KV cache and activations where no limits are given."""
+"""Share of the free memory left for the KV cache and activations if no limits are given."""
 
 
 @dataclass
 class Placement:
-    """Where the weights go: accelerate's hooks bring each layer to its device, or from the disk, as it runs.
+    """The placement of weights on devices; accelerate's hooks move each layer to its device when it runs.
 
-    For evaluation. Weights in CPU memory or on the disk are read again for every forward: use long chunks.
+    For evaluation. Weights in CPU memory or on disk are read again for every forward: use long chunks.
 
     Parameters
     ----------
     device_map
-        ``auto`` spreads the layers evenly over the GPUs, ``sequential`` fills one after the other; what does not fit
-        goes to the CPU, then to ``offload_folder``. Or one device: ``cpu``, ``cuda``, ``cuda:1``.
+        ``auto`` distributes the layers evenly over the GPUs, ``sequential`` fills one after the other; the rest goes
+        to the CPU, then to ``offload_folder``. Or one device: ``cpu``, ``cuda``, ``cuda:1``.
     max_memory
-        What weights may take by device, such as ``{"0": "70GiB", "cpu": "100GiB"}``: leave room for the KV cache.
-        Devices not named are not used. Null takes 90 % of what is free everywhere.
+        Most memory for weights by device, such as ``{"0": "70GiB", "cpu": "100GiB"}``: leave room for the KV cache.
+        Devices not named are not used. Null takes 90 % of the free memory of every device.
     offload_folder
-        Where weights on disk may be written; those of a safetensors checkpoint are read where they lie. Null allows
-        none on disk.
+        Folder for weights on disk; those of a safetensors checkpoint are read in place. Null allows none on disk.
+
+    Raises
+    ------
+    ValueError
+        For an unknown device or size.
     """
 
     device_map: str = "auto"
@@ -61,10 +65,10 @@ class Placement:
             in_bytes(size, f"placement.max_memory[{device!r}]")
 
     def arguments(self, model: PreTrainedModel, unquantised: PreTrainedModel) -> dict[str, Any]:
-        """What ``from_pretrained`` needs to load the model so.
+        """Return ``from_pretrained``'s arguments for this placement.
 
-        ``model`` is its skeleton on the meta device, ``unquantised`` the one without 4-bit layers: transformers keeps
-        layers outside the GPUs so.
+        ``model`` is the model's skeleton on the meta device, ``unquantised`` the one without 4-bit layers, as
+        transformers does not quantise layers outside the GPUs.
 
         Raises
         ------
@@ -80,7 +84,7 @@ class Placement:
         return {"device_map": device_map, "offload_folder": self.offload_folder}
 
     def rooms(self) -> dict[Device, int]:
-        """Bytes that weights may take: GPUs first, then ``cpu``."""
+        """Return the bytes that weights may take by device: GPUs first, then ``cpu``."""
         from accelerate.utils import get_max_memory
 
         found: dict[Device, int] = get_max_memory()
@@ -121,16 +125,16 @@ class Placement:
 def spread(
     outside: int, layers: Sequence[int], offloaded: Sequence[int], rooms: Mapping[Device, int], even: bool
 ) -> list[Device]:
-    """The device of each layer, in order: GPUs first, then ``cpu``, then ``disk``.
+    """Choose the device of each layer, in order: GPUs first, then ``cpu``, then ``disk``.
 
-    ``outside`` bytes go to the first device of ``rooms`` whatever happens. A layer takes ``layers[i]`` bytes on a GPU
-    (or on the CPU of a machine without one) and ``offloaded[i]`` elsewhere. Where layers are offloaded, the first
-    device has room left to bring in the largest.
+    ``outside`` bytes (embeddings, norm, head) always go to the first device of ``rooms``. A layer takes ``layers[i]``
+    bytes on a GPU (or on the CPU of a machine without one) and ``offloaded[i]`` elsewhere. If layers are offloaded,
+    room for the largest is reserved on the first device.
 
     Raises
     ------
     ValueError
-        If ``rooms`` is empty or its first device has no room for that.
+        If ``rooms`` is empty or its first device has too little room.
     """
     if not rooms:
         raise ValueError("placement.max_memory leaves no device: name at least one, such as 'cpu' or '0'")
@@ -171,7 +175,7 @@ def _layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def _named(model: PreTrainedModel, devices: Sequence[Device], main: Device) -> dict[str, Device]:
-    """Module name -> device, for every module that holds weights; one name per layer."""
+    """Map module names to devices, for every module with weights; one name per layer."""
     layers = _layers(model)
     [prefix] = [name for name, module in model.named_modules() if module is layers]
     holders = [name for name, m in model.named_modules() if [*m.parameters(recurse=False), *m.buffers(recurse=False)]]
@@ -180,10 +184,10 @@ def _named(model: PreTrainedModel, devices: Sequence[Device], main: Device) -> d
 
 
 def settle(model: PreTrainedModel) -> None:
-    """Make a model that was loaded over several devices usable like any other.
+    """Make a model on several devices usable like any other.
 
-    Its decoder's outputs come back to the device of its inputs. And it stays where it is: Lightning moves every module
-    to its own device, which would undo the placement, and fails for weights on disk.
+    Its decoder's outputs return to the device of its inputs. The model cannot be moved any more: Lightning moves every
+    module to its own device, which would undo the placement and fails for weights on disk.
     """
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
@@ -194,7 +198,7 @@ def settle(model: PreTrainedModel) -> None:
 
 
 def in_bytes(size: str | int, name: str) -> int:
-    """Bytes of a size such as ``70GiB``, ``500MB`` or a number. ``name`` is for the ``ValueError``."""
+    """Convert a size such as ``70GiB``, ``500MB`` or a number to bytes; ``ValueError`` with ``name`` if it is none."""
     from accelerate.utils import convert_file_size_to_int
 
     try:

@@ -1,4 +1,4 @@
-"""4-bit weights, and models without weights: what a checkpoint becomes in memory is known before it is loaded."""
+"""4-bit quantisation, and the size of a checkpoint's weights in memory before it is loaded."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,13 +9,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedCon
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 ABSMAX_BLOCK = 256
-"""Scales per second-level block of double quantisation (https://arxiv.org/abs/2305.14314, section 3)."""
+"""Number of scales per second-level block of double quantisation (https://arxiv.org/abs/2305.14314, section 3)."""
 
 
 def four_bit(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> BitsAndBytesConfig:
-    """NF4 with double quantisation for the model of ``config``; ``dtype`` is what its layers compute in."""
+    """Return the NF4 config (with double quantisation) for the model of ``config``, computing in ``dtype``."""
     model = skeleton(config, dtype, trust_remote_code=trust_remote_code)
-    # Llama 4's router is a Linear that returns two values: bitsandbytes would put one with a single value in its place.
+    # Llama 4's router is a Linear that returns two values: bitsandbytes would replace it by one with a single value.
     routers = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and "Router" in type(m).__name__]
     skipped = None
     if routers:
@@ -37,20 +37,20 @@ def skeleton(
     quantisation: BitsAndBytesConfig | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The causal LM of ``config`` on the meta device: every module, no memory.
+    """Build the causal LM of ``config`` on the meta device: all modules, no memory.
 
-    Linear layers are replaced as they would be while a checkpoint loads: with ``quantisation``, or with the
-    checkpoint's own if bitsandbytes quantised it. Other quantised checkpoints are counted as if they were not.
+    Linear layers are replaced as in loading a checkpoint: with ``quantisation``, or with the checkpoint's own if
+    bitsandbytes quantised it. Other quantised checkpoints are treated as unquantised.
 
     Raises
     ------
     ValueError
-        For an architecture without a causal LM, or one whose code would have to be run.
+        For an architecture without a causal LM, or one that needs remote code without ``trust_remote_code``.
     """
     stored = stored_quantisation(config)
     known: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if known is not None and known.config_class == config.sub_configs.get("text_config"):
-        config = config.get_text_config()  # of a multimodal checkpoint AutoModelForCausalLM loads the text model alone
+        config = config.get_text_config()  # AutoModelForCausalLM loads only the text model of a multimodal checkpoint
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     method = str(stored.get("quant_method", "")).rsplit(".", 1)[-1].lower()
@@ -63,39 +63,39 @@ def skeleton(
 
 
 def stored_quantisation(config: PreTrainedConfig) -> dict[str, Any]:
-    """How the checkpoint of ``config`` is quantised already; empty if it is not."""
+    """Return the quantisation config of the checkpoint of ``config``; empty if it is not quantised."""
     parts = (config, config.get_text_config())
     stored: Any = next(filter(None, (getattr(part, "quantization_config", None) for part in parts)), {})
     return stored if isinstance(stored, dict) else stored.to_dict()
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of ``module``'s parameters and buffers once loaded, tied ones once; it may be on the meta device."""
+    """Return the bytes of ``module``'s parameters and buffers in memory, tied ones once; meta tensors count too."""
     packed = {id(weight): layer for layer, weight in _packed(module)}
     tensors: dict[int, Tensor] = {id(t): t for t in (*module.parameters(), *module.buffers())}
     return sum(_nf4_bytes(packed[k]) if k in packed else t.numel() * t.element_size() for k, t in tensors.items())
 
 
 def parameter_count(module: nn.Module) -> int:
-    """Parameters of ``module``, tied ones once; 4-bit ones count as the numbers that they stand for."""
+    """Return the number of parameters of ``module``, tied ones once; 4-bit weights count unpacked."""
     packed = {id(weight): layer for layer, weight in _packed(module)}
     tensors = {id(p): p for p in module.parameters()}
     return sum(_numbers(packed[k]) if k in packed else p.numel() for k, p in tensors.items())
 
 
 def fused_expert_bytes(module: nn.Module) -> int:
-    """Bytes of experts that one 3-D parameter holds together: no Linear layers, so bitsandbytes leaves them alone."""
+    """Return the bytes of experts fused in one 3-D parameter, which bitsandbytes does not quantise."""
     return sum(p.numel() * p.element_size() for p in module.parameters() if p.ndim == 3)
 
 
 def keep_unpacked(model: nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights for AVX512 in evaluation: gradients are wrong ever after."""
+    """Stop bitsandbytes from repacking 4-bit weights for AVX512 in evaluation, after which gradients are wrong."""
     for layer, _ in _packed(model):
         layer.support_avx512bf16_for_cpu = False
 
 
 def _packed(module: nn.Module) -> Iterator[tuple[Any, Tensor]]:
-    """The 4-bit layers inside, and their weights."""
+    """Yield the 4-bit layers of ``module`` and their weights."""
     if getattr(module, "is_loaded_in_4bit", False) or any(type(m).__name__ == "Linear4bit" for m in module.modules()):
         from bitsandbytes.nn import Linear4bit
 
@@ -107,7 +107,7 @@ def _numbers(layer: Any) -> int:
 
 
 def _nf4_bytes(layer: Any) -> int:
-    """Two weights a byte; a scale per block, and with double quantisation a byte per scale and its own scales."""
+    """Return a layer's bytes: two weights per byte, a scale per block; double quantisation also packs the scales."""
     numbers, block = _numbers(layer), layer.weight.blocksize
     scales = -(-numbers // block)
     code = 16 * 4

@@ -1,4 +1,4 @@
-"""What the project computes of a model by itself, in training, evaluation and analyses alike; more is refused.
+"""Check that a model's head and attention are of the kind that this project computes itself.
 
 Logits are hidden states times the head's weight, and attention is a softmax over scaled products of queries and keys.
 """
@@ -18,16 +18,16 @@ HEAD_SETTINGS: dict[str, float | None] = {
     "logit_scale": 1,  # Cohere
     "lm_head_multiplier": 1,  # Falcon H1
 }
-"""Settings of a configuration with which logits are something else, and where they are not."""
+"""Config settings that change the logits -> their neutral values."""
 
 ATTENTION_SETTINGS: dict[str, float | None] = {"attn_logit_softcapping": None}  # Gemma 2, VaultGemma
-"""The same of attention."""
+"""Config settings that change attention -> their neutral values."""
 
 
 def check_computed(model: PreTrainedModel) -> None:
-    """Raise ``ValueError`` where ``model``'s head or attention does more than is computed here.
+    """Raise ``ValueError`` if ``model``'s head or attention computes more than this project does.
 
-    Dropped in silence, a scale or a cap would make every loss, perplexity and answer those of another model.
+    Ignoring a scale or a cap would give the losses, perplexities and answers of another model.
     """
     config = model.config.get_text_config()
     found = {
@@ -53,5 +53,5 @@ def check_computed(model: PreTrainedModel) -> None:
 
 
 def _attention(model: PreTrainedModel) -> Iterator[nn.Module]:
-    """What attends in ``model``'s decoder: modules know the number of their layer."""
+    """Return the attention modules of ``model``'s decoder, which have a ``layer_idx``."""
     return (module for module in decoder_of(model).modules() if hasattr(module, "layer_idx"))

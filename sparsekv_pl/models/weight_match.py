@@ -1,4 +1,4 @@
-"""Whether weights on disk belong to the model that they are loaded into: else numbers would be wrong in silence."""
+"""Check that weights on disk belong to the model that they are loaded into."""
 
 import logging
 from collections.abc import Callable, Collection, Mapping
@@ -14,13 +14,13 @@ from sparsekv_pl.storage.json_file import read_mapping
 log = logging.getLogger(__name__)
 
 TRAINING_SUMMARY = "training.json"
-"""Written beside an exported adapter by callbacks/adapter_export.py."""
+"""File that callbacks/adapter_export.py writes beside an exported adapter."""
 SHOWN = 4
-"""Names that a message lists."""
+"""Number of names that a message lists."""
 
 
 def load_whole(source: str | Path, **settings: Any) -> PreTrainedModel:
-    """``AutoModelForCausalLM.from_pretrained``; ``ValueError`` where weights are missing or unused."""
+    """Load with ``AutoModelForCausalLM.from_pretrained``; ``ValueError`` if weights are missing or unused."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **settings)
     model, found = loaded
     check_loaded(found, model)
@@ -28,9 +28,9 @@ def load_whole(source: str | Path, **settings: Any) -> PreTrainedModel:
 
 
 def check_loaded(found: Mapping[str, Any], model: PreTrainedModel) -> None:
-    """Raise ``ValueError`` where ``from_pretrained``'s loading info says that tensors are missing or unused.
+    """Raise ``ValueError`` if ``found``, ``from_pretrained``'s loading info, has missing or unused tensors.
 
-    What is missing would be random. A text model may leave out what a multimodal checkpoint has besides.
+    Missing tensors would be random. A text model may leave tensors of a multimodal checkpoint unused.
     """
     missing, unused = found["missing_keys"], found["unexpected_keys"]
     multimodal = model.config.get_text_config() is not model.config
@@ -45,7 +45,7 @@ def check_loaded(found: Mapping[str, Any], model: PreTrainedModel) -> None:
 
 
 def check_adapter_keys(adapter: str, missing: Collection[str], unused: Collection[str]) -> None:
-    """Raise ``ValueError`` where an adapter's tensors are not those that the model has a place for."""
+    """Raise ``ValueError`` if an adapter's tensors do not match the model's."""
     if missing or unused:
         raise ValueError(
             f"adapter={adapter!r} does not fit the model: {_listed(missing)} missing in it, {_listed(unused)} without "
@@ -54,7 +54,7 @@ def check_adapter_keys(adapter: str, missing: Collection[str], unused: Collectio
 
 
 def check_head(model: PreTrainedModel, what: str) -> None:
-    """Raise ``ValueError`` where a low-rank adapter sits on the head: logits are hidden states times its weight."""
+    """Raise ``ValueError`` if there is a low-rank adapter on the head, as logits use the head's own weight."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
@@ -65,14 +65,14 @@ def check_head(model: PreTrainedModel, what: str) -> None:
 
 
 def check_base(adapter: Path, pretrained: str, source: Path, files: Callable[[], Path]) -> None:
-    """Raise ``ValueError`` where the adapter in this folder was trained on another base than ``pretrained``.
+    """Raise ``ValueError`` if the adapter in this folder was trained on another base than ``pretrained``.
 
-    By content where the training run wrote down its base's weights or the base lies in a folder, else by name. Where
-    one is a folder and the other a hub's name, that is a warning: a copy of a hub's model may be called anything.
-    ``files`` finds the base's files, and ``source`` is where they were loaded from: a GGUF file is converted before.
+    Bases are compared by content if the training run recorded its base's weights or the base is a folder, else by name.
+    If one is a folder and the other a hub name, it only warns: a copy of a hub model may have any name. ``files``
+    returns the base's files, ``source`` is where they were loaded from (a GGUF file is converted first).
     """
     if not (adapter / "adapter_config.json").exists():
-        return  # load_adapter says so
+        return  # load_adapter raises
     trained_on = read_mapping(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
     summary = adapter / TRAINING_SUMMARY
     known = read_mapping(summary) if summary.exists() else {}
@@ -96,7 +96,7 @@ def check_base(adapter: Path, pretrained: str, source: Path, files: Callable[[],
 
 
 def check_gates(gates: Path, pretrained: str, files: Callable[[], Path]) -> None:
-    """Raise ``ValueError`` where the gates in this folder say that they were trained on another model."""
+    """Raise ``ValueError`` if the gates in this folder were trained on another model, as far as they record it."""
     summary = gates / TRAINING_SUMMARY
     known = read_mapping(summary) if summary.exists() else {}
     if "base_weights" in known and known["base_weights"] != weights_digest(files()):
@@ -107,7 +107,7 @@ def check_gates(gates: Path, pretrained: str, files: Callable[[], Path]) -> None
 
 
 def check_adapts(model: nn.Module, adapter: str) -> None:
-    """Raise ``ValueError`` where no layer of the model that computes was changed by the adapter."""
+    """Raise ``ValueError`` if the adapter changes no layer that the model computes with."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
