@@ -149,8 +149,14 @@ class MeasuringModule(LightningModule, ABC):
         return self._measure(batch)
 
     def on_test_end(self) -> None:
-        """Write the report."""
+        """Write the report, and say which finished work did not fit into it."""
         records = gathered(self.records)
+        if self.results.unread and self.trainer.world_size == 1:  # of several ranks, each asks for its own share
+            log.warning(
+                "%s also holds %d finished pieces of work of other settings, files, versions or (before 0.2.0) class "
+                "paths: they are not in this report, and what of them belongs here was measured again",
+                *(self.results.folder, len(self.results.unread)),
+            )
         if self.trainer.is_global_zero and records:
             dtype = {} if self.backbone is None else {"dtype": self.identity["dtype"]}
             show_report(self.write(records, run_environment(self, self.started, **dtype)), self.loggers)

@@ -38,9 +38,12 @@ class Results:
         with self._locked() if paths else nullcontext():
             for path in paths:
                 self._pieces |= _read(path)
+        self.unread = {*self._pieces}
+        """Keys of the pieces found here that nobody has asked for."""
 
     def get(self, key: str) -> list[Record] | None:
         """The records of a finished piece of work, or None."""
+        self.unread.discard(key)
         return self._pieces.get(key)
 
     def put(self, key: str, records: Sequence[Record], name: str) -> None:

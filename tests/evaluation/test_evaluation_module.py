@@ -27,6 +27,7 @@ from sparsekv_pl.evaluation.measurement import Measurement
 from sparsekv_pl.evaluation.points import Setting
 from sparsekv_pl.models.batch import TEXT, CaseBatch, CaseInfo
 from sparsekv_pl.reporting import summary
+from sparsekv_pl.storage.records import Results
 from tests.tiny_training import MakeBackbone, MakeTrainer
 
 CONTEXT = 48
@@ -98,6 +99,18 @@ def adapter(tiny_backbone: MakeBackbone, tmp_path: Path) -> Callable[..., str]:
 
 def scores(report: dict[str, Any], side: str) -> list[tuple[Any, ...]]:
     return [(row["press"], row["compression_ratio"], row["metric"], row[side], row["cases"]) for row in report["rows"]]
+
+
+def test_finished_work_that_fits_no_piece_is_named(
+    run: Callable[..., Any], measured: list[str], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    report = run()
+    done = list(measured)
+    Results(tmp_path / "run" / "results").put("a key with a class path of 0.1.0", [{"nll": 1.0}], "old")
+    assert "also holds" not in caplog.text
+    assert run()["rows"] == report["rows"]
+    assert measured == done, "the rest is read from disk"
+    assert "results also holds 1 finished pieces of work of other settings" in caplog.text
 
 
 def test_a_base_alone(run: Callable[..., Any], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
