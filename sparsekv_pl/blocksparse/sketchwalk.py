@@ -73,8 +73,8 @@ class SketchWalk:
         for name in ("block_size", "sketch_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.exponent <= 0:
-            raise ValueError(f"exponent={self.exponent} must be above 0: 1 leaves the block scores as they are")
+        if not 0 < self.exponent <= 1000:  # far beyond, one block takes all and the logits overflow
+            raise ValueError(f"exponent={self.exponent} must be above 0, up to 1000: 1 leaves block scores as they are")
         if self.dense_layers < 0:
             raise ValueError(f"dense_layers={self.dense_layers} must be at least 0")
         if not 0 <= self.damping <= 1:

@@ -246,7 +246,7 @@ def table() -> dict[type, Row]:
         presses.AnchorPress: scorer(trainable=False, in_order=True),  # its scorer trains
         presses.BlockDropoutPress: drops(),
         presses.EvictionAugPress: wrapper(decides="drawn"),
-        presses.SentenceDropoutPress: drops(evicts_while_decoding=False),
+        presses.SentenceDropoutPress: drops(),
         # Later chunks do not weigh the keys of earlier ones.
         presses.SoftThresholdPress: scorer(needs=("queries",), in_order=True, works_in_chunks=False),
         presses.SparseRegPress: lambda press: wrapper(

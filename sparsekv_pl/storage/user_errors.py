@@ -4,7 +4,6 @@ import errno
 import logging
 import os
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from yaml import YAMLError
 
 REMEDIES = {
@@ -25,6 +24,9 @@ OURS = ("sparsekv_pl", "callbacks", "data")
 
 def told(error: BaseException) -> str | None:
     """What to say of ``error``; None for a mistake in the program, of which the traceback says more."""
+    # Late: with it come pandas and matplotlib, which writing a file does not need.
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     if isinstance(error, OSError):
         return _of_system(error)
     unknown_metric = str(error).startswith("Early stopping conditioned on metric")  # a RuntimeError of Lightning's

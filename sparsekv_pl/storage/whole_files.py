@@ -1,5 +1,6 @@
 """Files and folders that stand under their name whole or not at all, whatever stops the writer."""
 
+import errno
 import os
 import re
 import shutil
@@ -44,7 +45,12 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` in one step; a failure leaves the earlier file whole and nothing beside it."""
+    """Write ``data`` to ``path`` in one step; a failure leaves the earlier file whole and nothing beside it.
+
+    A folder is never replaced by a file: ``IsADirectoryError``.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     with written_whole(path) as partial:
         partial.write_bytes(data)
 

@@ -121,7 +121,7 @@ def test_a_long_document_is_tokenised_in_pieces(tokenizer: Any, monkeypatch: pyt
         return encode(text)
 
     monkeypatch.setattr(data.frame, "encode", watched)
-    data.long_haystack(20_000)
+    data.haystack(20_000)
     assert longest == PIECE_CHARACTERS
 
 

@@ -97,7 +97,7 @@ ROWS: list[tuple[BasePress, str, str, int]] = [  # a press, its letters, its nee
     (AnchorPress(), "STCDQPKIW", "", 0),
     (BlockDropoutPress(), "SCDQPKIE", "", 0),
     (EvictionAugPress([KNORM]), "STCQK", "", 0),
-    (SentenceDropoutPress(), "SCQPKIEW", "", 0),
+    (SentenceDropoutPress(), "SCDQPKIEW", "", 0),
     (SoftThresholdPress(), "STDQPI", "queries", 32),
     (SparseRegPress(), "CQEL", "queries", 64),
     (SparseRegPress(press=KNORM), "STCQL", "queries", 64),
