@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -155,8 +156,9 @@ def test_merge_writes_a_plain_model_with_the_same_logits(
 ) -> None:
     module = train(tmp_path, tiny_backbone(**({} if lora else {"lora": None})), tiny_data(), tiny_trainer, merge=True)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    expected = logits(run[1].model if lora else module.model)  # merging changed the module of its own run
-    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    unmerged = deepcopy(run[1].model if lora else module.model)  # merging changed the module of its own run
+    # In float64: a token whose hidden state is nearly 0 magnifies what float32 rounds, up to 5e-4 of a logit.
+    torch.testing.assert_close(logits(merged.double()), logits(unmerged.double()), rtol=1e-4, atol=1e-4)
     assert not names(tmp_path / "merged") & ADAPTER
     assert not any("lora" in name for name, _ in merged.named_parameters())
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").encode("Hi there") == module.tokenizer.encode("Hi there")
