@@ -3,12 +3,14 @@
 Locks are files (flock) that stay when they are free: to delete one would let two processes lock two files of one name.
 """
 
+import errno
 import logging
 import os
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -17,6 +19,8 @@ from sparsekv_pl.storage.user_errors import told
 
 log = logging.getLogger(__name__)
 
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What disks without locks answer: Lustre mounted without flock, NFS without lockd."""
 DEEPEST = 300
 """Characters of the longest path below a run's folder."""
 
@@ -36,8 +40,8 @@ def claimed(folder: Path, key: str, use: str) -> Iterator[None]:
         for above in (*reversed(folder.absolute().parents), folder):  # pathlib's own way recurses
             above.mkdir(exist_ok=True)
         path = folder / f".{use}.lock"
-        lock = FileLock(path, timeout=0)
-        lock.acquire()
+        lock = _lock(path)
+        _acquire(lock, 0)
     except Timeout:
         raise ValueError(
             f"{key}={folder}: {_holder(path)} writes its {use} there: wait for it, or give another --name or folder"
@@ -54,16 +58,35 @@ def claimed(folder: Path, key: str, use: str) -> Iterator[None]:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock file ``path`` inside the block; wait for whoever has it, and say so after a second."""
-    lock = FileLock(path)
+    lock = _lock(path)
     try:
-        lock.acquire(timeout=1)
+        _acquire(lock, 1)
     except Timeout:
         log.warning("another process holds %s: waiting for it", path)
-        lock.acquire()
+        _acquire(lock, -1)
     try:
         yield
     finally:
         lock.release()
+
+
+def _lock(path: Path) -> FileLock:
+    return FileLock(path, fallback_to_soft=False)  # the soft one stays locked after a kill
+
+
+def _acquire(lock: FileLock, seconds: float) -> None:
+    """Wait so long (-1: for ever); on a disk without locks say so and go on."""
+    try:
+        lock.acquire(timeout=seconds)
+    except OSError as error:  # a Timeout too
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+        _warn_once(Path(lock.lock_file).parent, os.strerror(error.errno))
+
+
+@cache
+def _warn_once(folder: Path, why: str) -> None:
+    log.warning("%s is on a disk without locks (%s): see that one run at a time writes there", folder, why)
 
 
 def _check_length(key: str, folder: Path) -> None:

@@ -14,7 +14,8 @@ from filelock import FileLock
 
 from evaluate import EvaluateCommandLine
 from sparsekv_pl.cli.command_line import CommandLine, run
-from sparsekv_pl.storage.own_folder import claimed
+from sparsekv_pl.storage.own_folder import claimed, locked
+from sparsekv_pl.storage.records import Results
 from train import TrainCommandLine
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +55,22 @@ def test_a_folder_is_one_live_process_s(holder: subprocess.Popen[str], tmp_path:
     for _ in range(2):
         with claimed(folder, "key", "training"):
             pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_warned_of_and_used(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    for _ in range(2):  # a lock that is a file's existence would stand there the second time
+        with claimed(tmp_path, "key", "training"), locked(tmp_path / ".lock"):
+            pass
+        Results(tmp_path / "results").put("key", [{"a": 1}], "trained")
+    assert Results(tmp_path / "results").get("key") == [{"a": 1}]
+    assert caplog.text.count(f"{tmp_path} is on a disk without locks") == 1
 
 
 def refused(line: type[CommandLine], *arguments: str) -> str:
