@@ -11,6 +11,9 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from sparsekv_pl.reporting.public_addresses import public_addresses
 from sparsekv_pl.storage.whole_files import written_whole
 
+HEADER = b"# lightning.pytorch=="
+"""Of a configuration that was saved, or printed with --print_config."""
+
 
 class SaveRunConfig(SaveConfigCallback):
     """Saves the resolved configuration where the logger writes, and gives it to all loggers as hyper-parameters.
@@ -22,33 +25,47 @@ class SaveRunConfig(SaveConfigCallback):
         super().__init__(parser, public_addresses(config), **settings)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """On all ranks, which agree on the folder. Lightning's own way would leave half a file after a kill."""
+        """On all ranks, which agree on the folder. Lightning's own way would leave half a file after a kill.
+
+        Raises
+        ------
+        ValueError
+            Where a file of the user's has the name.
+        """
         self.save_to_log_dir = False
-        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
+        path = self._path = self.path(trainer, pl_module)
+        if path.is_file() and not _was_saved(path):
+            raise ValueError(
+                f"{path} is a configuration that you wrote, and the run would replace it by all of its settings: "
+                "rename it, or give a --name or a folder of the run's own"
+            )
         super().setup(trainer, pl_module, stage)
 
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Into the logger's folder, or the trainer's where the logger has none."""
-        self._log(trainer)
-        self._save(self._folder, "config.yaml")
+    def path(self, trainer: Trainer, pl_module: LightningModule) -> Path:  # noqa: ARG002
+        """In the logger's folder, or the trainer's where the logger has none. All ranks ask together."""
+        return Path(trainer.log_dir or trainer.default_root_dir) / "config.yaml"
 
-    def _log(self, trainer: Trainer) -> None:
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        """For the loggers, and as a file."""
         from sparsekv_pl.reporting.loggers import log_settings
 
         log_settings(trainer.loggers, yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
-
-    def _save(self, folder: Path, name: str) -> None:
-        with written_whole(folder / name) as partial:
+        with written_whole(self._path) as partial:
             self.parser.save(self.config, partial, skip_none=False, overwrite=True)
 
 
 class SaveEvaluationConfig(SaveRunConfig):
     """Saves the resolved configuration beside what the run writes, as evaluation.yaml."""
 
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Into the module's ``output`` folder."""
-        self._log(trainer)
-        self._save(Path(str(pl_module.output)), "evaluation.yaml")
+    def path(self, trainer: Trainer, pl_module: LightningModule) -> Path:  # noqa: ARG002
+        """In the module's ``output`` folder."""
+        return Path(str(pl_module.output)) / "evaluation.yaml"
+
+
+def _was_saved(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(len(HEADER))
+    return head == HEADER or not head
 
 
 __all__ = ["SaveEvaluationConfig", "SaveRunConfig"]
