@@ -33,8 +33,12 @@ class TrainCommandLine(CommandLine):
         settings = self.config.get(self.config.get("subcommand") or "", self.config)
         if settings.get("ckpt_path") not in (None, "last", "best", "hpc"):
             settings.ckpt_path = str(chosen(Path(settings.ckpt_path)))
-        if self.subcommand == "fit" and self.folders.writes and not settings.get("trainer.fast_dev_run"):
-            set_aside((folder for _, folder in trained_into(self.named())), settings.get("ckpt_path"))
+
+    def before_fit(self) -> None:
+        """Move aside what an earlier training left: a run that was refused by now has not touched it."""
+        settings = self.named()
+        if self.folders.writes and not settings.get("trainer.fast_dev_run"):
+            set_aside((folder for _, folder in trained_into(settings)), settings.get("ckpt_path"))
 
 
 if __name__ == "__main__":

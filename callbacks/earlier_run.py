@@ -12,8 +12,9 @@ from sparsekv_pl.storage.json_file import read_mapping
 from sparsekv_pl.storage.whole_files import mend
 
 EXPORTS = ("final", "merged", "checkpoint-*")
-RECORDS = ("events.out.tfevents.*", "metrics.csv", "hparams.yaml", "config.yaml")
-"""Files of a whole training: its curves and its configuration."""
+CURVES = ("events.out.tfevents.*", "metrics.csv", "hparams.yaml")
+CONFIG = "config.yaml"
+"""Configuration of a training, if its curves lie beside it; elsewhere a user may have written the file."""
 LISTED = 4
 """File names that a message lists."""
 
@@ -24,7 +25,7 @@ def set_aside(folders: Iterable[Path], ckpt_path: str | None) -> None:
     A new run, or one that resumes from another folder's checkpoint, owns none of the files. One that resumes from a
     checkpoint that is not the latest owns those of no later step. Prints what was moved, and how to resume it.
     """
-    own = [path for path in dict.fromkeys(path.absolute() for path in folders) if path.is_dir()]
+    own = list(dict.fromkeys(place for folder in folders if folder.is_dir() for place in _places(folder)))
     for folder in own:
         mend(folder)
     step = _goes_on_from([path for folder in own for path in checkpoints_in(folder)], ckpt_path)
@@ -34,10 +35,17 @@ def set_aside(folders: Iterable[Path], ckpt_path: str | None) -> None:
         later = [path for path in checkpoints_in(folder) if step_of(path) > step]
         later += [path for name in EXPORTS for path in sorted(folder.glob(name)) if _step(path) > step]
         if step < 0:
-            records = [path for name in RECORDS for path in sorted(folder.glob(name))]
-            later += records if later or len(records) > 1 else []
+            curves = [path for name in CURVES for path in sorted(folder.glob(name))]
+            later += [*curves, *folder.glob(CONFIG)] if curves else []
         if later:
             _move(folder, later, step)
+
+
+def _places(folder: Path) -> list[Path]:
+    """Return ``folder`` resolved, after the folder of its checkpoints if that is a link, as to another disk."""
+    checkpoints = folder / "checkpoints"
+    apart = checkpoints.is_symlink() and checkpoints.is_dir()
+    return [*([checkpoints.resolve()] if apart else []), folder.resolve()]
 
 
 def _goes_on_from(saved: list[Path], ckpt_path: str | None) -> int | None:
@@ -46,7 +54,7 @@ def _goes_on_from(saved: list[Path], ckpt_path: str | None) -> int | None:
         return None  # Lightning resumes from these, whatever ckpt_path is
     if ckpt_path is None or ckpt_path in ("last", "best", "hpc"):
         return None if ckpt_path and saved else -1
-    path = Path(ckpt_path).expanduser().absolute()
+    path = Path(ckpt_path).expanduser().resolve()
     if path not in saved:
         return -1
     step = step_of(path)

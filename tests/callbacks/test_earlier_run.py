@@ -1,5 +1,6 @@
 """What an earlier run left in a folder is neither mixed with the new one's nor lost."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -96,6 +97,44 @@ def test_going_on_from_an_earlier_step_takes_what_follows_it_away(used: Path) ->
     }
     assert names(used / "checkpoints") == {"step=6.ckpt"}
     assert names(used / "earlier-1") == {"checkpoints", "checkpoint-9", "final", "merged"}
+
+
+def test_a_folder_is_the_same_by_any_of_its_names(used: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run goes on from is never moved away from under it."""
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to("run")
+    before = names(used)
+    for name in ("link/checkpoints/step=9.ckpt", "run/../run/checkpoints/step=9.ckpt"):
+        set_aside([Path("run")], name)
+        set_aside([Path("link")], str(used / "checkpoints" / "step=9.ckpt"))
+        assert names(used) == before
+
+
+def test_checkpoints_on_another_disk_stay_on_it(used: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = tmp_path / "disk"
+    (used / "checkpoints").rename(disk)
+    (used / "checkpoints").symlink_to(disk)
+    rename = Path.rename
+
+    def apart(path: Path, target: Path) -> Path:
+        if (disk in path.resolve().parents) != (disk in target.resolve().parents):
+            raise OSError(errno.EXDEV, "Invalid cross-device link", str(path), None, str(target))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", apart)
+    set_aside([used], None)
+    assert names(disk) == {"earlier-1"}
+    assert names(disk / "earlier-1") == {"step=6.ckpt", "step=9.ckpt"}
+    assert names(used / "earlier-1") >= {"final", "config.yaml", EVENTS}
+    assert (used / "checkpoints").is_symlink()
+
+
+def test_a_configuration_without_curves_is_the_users(tmp_path: Path) -> None:
+    """Runs without a name write beside it."""
+    (tmp_path / "config.yaml").write_text("# mine")
+    export(tmp_path / "final", 9)
+    set_aside([tmp_path], None)
+    assert names(tmp_path) == {"config.yaml", "earlier-1"}
 
 
 def test_an_empty_or_absent_folder_is_left_alone(tmp_path: Path) -> None:

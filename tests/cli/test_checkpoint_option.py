@@ -84,3 +84,15 @@ def test_code_in_checkpoints_cannot_be_allowed(command_line: Any, command: str, 
 def test_an_evaluation_reads_no_checkpoint(checkpoint: Path) -> None:
     said = told(EvaluateCommandLine, "test", MODEL, f"--ckpt_path={checkpoint}")
     assert said == f"error: ckpt_path is {checkpoint}: give model.backbone.adapter what the training exported instead"
+
+
+def test_a_run_that_is_refused_leaves_an_earlier_one_where_it_is(fitted: list[Any], tmp_path: Path) -> None:
+    """Evaluations look for it there."""
+    final = tmp_path / "run" / "final"
+    final.mkdir(parents=True)
+    arguments = ["fit", MODEL, f"--trainer.default_root_dir={tmp_path}/run"]
+    bad = ["--trainer.callbacks=callbacks.checkpoint.SafeCheckpoint", "--trainer.callbacks.every_n_train_steps=0"]
+    assert "every_n_train_steps=0" in told(TrainCommandLine, *arguments, *bad)
+    assert final.exists() and not fitted
+    run(lambda: TrainCommandLine(args=arguments, save_config_callback=None))
+    assert not final.exists() and fitted
