@@ -27,7 +27,10 @@ from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.eviction.press_model_check import check_press
 from sparsekv_pl.models.backbone import causal_lm
 from sparsekv_pl.models.chat_template import DAY
+from sparsekv_pl.models.seeding import globally_seeded
 from sparsekv_pl.models.supported_architectures import check_computed
+from sparsekv_pl.presses.nesting import press_name
+from sparsekv_pl.presses.step_draws import row_numbers
 from sparsekv_pl.presses.traits import traits_of
 
 log = logging.getLogger(__name__)
@@ -212,7 +215,8 @@ class PressedLM(HFLM):
         if not split:
             return Prefilled(DynamicCache(), 0, []), held, ContextEviction(len(context), False, 0.0, 0, True)
         press = self.press if self._long_enough(split) else None
-        prefilled = prefill(self.model, seen, press, self.chunk_tokens)
+        with globally_seeded("measured press", *row_numbers(seen), press_name(press)):  # for one without a seed
+            prefilled = prefill(self.model, seen, press, self.chunk_tokens)
         left = kept_memory(self.model, prefilled.cache)
         eviction = ContextEviction(len(context), press is not None, left.kept_pairs, left.kv_bytes, left.freed)
         return prefilled, held, eviction

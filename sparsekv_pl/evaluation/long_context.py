@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.models.batch import CaseBatch
 from sparsekv_pl.models.compression_ratio import check_compression_ratio
 from sparsekv_pl.models.memory_planner import plan
+from sparsekv_pl.models.seeding import globally_seeded
 from sparsekv_pl.presses.nesting import press_name
 from sparsekv_pl.presses.ratio import compression_ratio_of
 from sparsekv_pl.reporting.condition import Condition
@@ -33,7 +34,7 @@ from sparsekv_pl.reporting.console import show
 from sparsekv_pl.reporting.file_formats import json_bytes
 from sparsekv_pl.reporting.loggers import log_scores
 from sparsekv_pl.storage.records import Record
-from sparsekv_pl.storage.result_keys import settings_of
+from sparsekv_pl.storage.result_keys import canonical, settings_of
 from sparsekv_pl.storage.whole_files import replace
 
 set_parsing_settings(subclasses_enabled=[BasePress])
@@ -179,7 +180,8 @@ class LongContextModule(MeasuringModule):
             while filling.chunks_left:
                 start, end = filling.bounds[filling.chunks_done]
                 began = time.perf_counter()
-                filling.advance(context[:, start:end].to(self._input_device))
+                with self._draws(batch, start):
+                    filling.advance(context[:, start:end].to(self._input_device))
                 if self._input_device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds += time.perf_counter() - began
@@ -192,6 +194,11 @@ class LongContextModule(MeasuringModule):
                     stop.stop()
         # The seconds are whole for every question: each rests on all of the prefill. The eviction is a part of it.
         return {"prefill_seconds": seconds, "eviction_seconds": 0.0, "peak_bytes": self.phases.peak_bytes()}
+
+    def _draws(self, batch: CaseBatch, start: int) -> AbstractContextManager[None]:
+        """As ``Measurement``'s, of one chunk: a rerun may begin with it."""
+        cases = (case.id for case in batch["cases"])
+        return globally_seeded("measured press", *cases, canonical(self.press_settings), str(self.budget), start)
 
     def _answers(self, filling: ChunkedPrefill, batch: CaseBatch, variant: str, costs: Record) -> list[Record]:
         prefilled, tokens = filling.result(), batch["context_ids"].shape[1]

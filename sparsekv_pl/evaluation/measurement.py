@@ -2,12 +2,11 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from kvpress import BasePress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekv_pl.evaluation.perplexity_and_kl import FullCacheReading
@@ -23,6 +22,7 @@ from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.eviction.replay import RecordedPrefill
 from sparsekv_pl.metrics.retrieval import retrieval_scores
 from sparsekv_pl.models.batch import TEXT, CaseBatch
+from sparsekv_pl.models.seeding import globally_seeded
 from sparsekv_pl.presses.nesting import press_name
 from sparsekv_pl.presses.ratio import set_compression_ratio
 from sparsekv_pl.presses.traits import traits_of
@@ -99,19 +99,20 @@ class Measurement:
             if point.decoding_interval is not None:  # it evicted while it read
                 left = self._left(prefilled)
         if self.tells_stability(point):
-            rows = [row | stable for row, stable in zip(rows, self._stable(point.press), strict=True)]
+            rows = [row | stable for row, stable in zip(rows, self._stable(point), strict=True)]
         return [costs | left | {"peak_bytes": phases.peak_bytes()} | row for row in rows]
 
     def tells_stability(self, point: Point) -> bool:
         """Whether the records of ``point`` say how stable its press's choice is."""
         return self.with_stability and self.is_text and point.press is not None and point.prefill == "dense"
 
-    def _stable(self, press: BasePress | None) -> list[Record]:
-        assert press is not None
+    def _stable(self, point: Point) -> list[Record]:
+        assert point.press is not None
         try:
-            return self._stability.of(press)
+            with self._draws(point):
+                return self._stability.of(point.press)
         except ValueError as error:  # a press that merges or changes pairs has scores, but no stability
-            log.warning("no stability of %s: %s", press_name(press), error)
+            log.warning("no stability of %s: %s", press_name(point.press), error)
             return [{} for _ in self.batch["cases"]]
 
     @property
@@ -122,6 +123,11 @@ class Measurement:
     def _by_row(self, point: Point) -> bool:
         """Whether the point's press runs the model itself, which a batch of several rows does not go through."""
         return point.press is not None and not traits_of(point.press).replayable and len(self.batch["cases"]) > 1
+
+    def _draws(self, point: Point) -> AbstractContextManager[None]:
+        """What a press without a seed of its own draws inside: the same in every run, for base and trained."""
+        cases = (case.id for case in self.batch["cases"])
+        return globally_seeded("measured press", *cases, press_name(point.press), str(float(point.compression_ratio)))
 
     def _left(self, prefilled: Prefilled) -> Record:
         """What an eviction left, shared out evenly."""
@@ -216,11 +222,13 @@ class Measurement:
         """The context's cache as the point leaves it, and the seconds it took."""
         if point.chunk_tokens is not None:
             context = self.batch["context_ids"]
-            prefilled, seconds = timed(lambda: prefill(self.model, context, point.press, point.chunk_tokens))
+            with self._draws(point):
+                prefilled, seconds = timed(lambda: prefill(self.model, context, point.press, point.chunk_tokens))
             return prefilled, {"prefill_seconds": seconds, "eviction_seconds": 0.0}
         recorded, seconds = self._recorded
         press = None if point.decoding_interval is not None else point.press
-        prefilled, evicting = timed(lambda: recorded.evicted(press))
+        with self._draws(point):
+            prefilled, evicting = timed(lambda: recorded.evicted(press))
         return prefilled, {"prefill_seconds": seconds, "eviction_seconds": evicting}
 
     def answers(self, prefilled: Prefilled) -> list[Record]:
@@ -260,7 +268,8 @@ class Measurement:
             hidden = continue_from(self.model, ids, prefilled.cache, prefilled.next_position)
         else:
             budget = max(1, int(self.batch["context_ids"].shape[1] * (1 - point.compression_ratio)))
-            hidden = read_while_evicting(self.model, prefilled, ids, point.press, budget, point.decoding_interval)
+            with self._draws(point):
+                hidden = read_while_evicting(self.model, prefilled, ids, point.press, budget, point.decoding_interval)
         return self._full.scores(hidden)
 
     @cached_property

@@ -6,6 +6,8 @@ is a function of its name alone, so every rank and every resumed run draws the s
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -24,6 +26,21 @@ def generator_for(purpose: str, *parts: int | str) -> torch.Generator:
 def random_for(purpose: str, *parts: int | str) -> random.Random:
     """Return a Python generator seeded by the whole name, which Python hashes with SHA-512."""
     return random.Random(_name(purpose, parts))
+
+
+@contextmanager
+def globally_seeded(purpose: str, *parts: int | str) -> Iterator[None]:
+    """Inside the block torch's global generators, the GPUs' too, are as ``seed_for`` seeds them; then as before.
+
+    For what draws from them and takes no generator: kvpress's presses.
+    """
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=gpus):
+        seed = seed_for(purpose, *parts)
+        torch.default_generator.manual_seed(seed)
+        if gpus:
+            torch.cuda.manual_seed_all(seed)
+        yield
 
 
 def _name(purpose: str, parts: tuple[int | str, ...]) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from kvpress import AdaKVPress, BasePress, KeyRerotationPress, KnormPress, SnapKVPress, StreamingLLMPress
+from kvpress import AdaKVPress, BasePress, KeyRerotationPress, KnormPress, RandomPress, SnapKVPress, StreamingLLMPress
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
@@ -165,6 +165,14 @@ def test_rerotated_keys_are_continued_from_where_they_end(tiny: tuple[Any, Any])
     assert loglikelihoods(turned, OPTIONS[:1]) != loglikelihoods(plain, OPTIONS[:1])
     assert turned._prefilled(list(range(2, 43)))[0].next_position == 20
     assert plain._prefilled(list(range(2, 43)))[0].next_position == 40
+
+
+def test_a_press_without_a_seed_draws_the_same_for_the_same_context(tiny: tuple[Any, Any]) -> None:
+    first, again, other = (
+        PressedLM(*tiny, press=RandomPress(0.5))._prefilled(list(range(start, start + 40)))[0].cache.layers[0].keys
+        for start in (2, 2, 3)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_a_context_too_short_for_the_press_is_not_evicted_and_says_so(tiny: tuple[Any, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from kvpress import BasePress, KeyDiffPress, KeyRerotationPress, KnormPress, SnapKVPress
+from kvpress import BasePress, KeyDiffPress, KeyRerotationPress, KnormPress, RandomPress, SnapKVPress
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -135,16 +135,17 @@ def test_answers_are_those_of_a_plain_prefill(run: Callable[..., list[Record]], 
 def test_killed_and_rerun_equals_uninterrupted(
     run: Callable[..., list[Record]], chunks: Chunks, tmp_path: Path
 ) -> None:
-    whole = run(output=str(tmp_path / "whole"))
+    press = KeyRerotationPress(RandomPress())  # without a seed
+    whole = run(press, output=str(tmp_path / "whole"))
     assert chunks.run == CHUNKS
     chunks.run, chunks.at, chunks.then = 0, 8, kill  # type: ignore[method-assign]
     with pytest.raises(KilledError):
-        run(save_every=5)
+        run(press, save_every=5)
     chunks.run, chunks.at = 0, None
-    assert run(save_every=5) == whole
+    assert run(press, save_every=5) == whole
     assert chunks.run == CHUNKS - 5
     chunks.run = 0
-    assert run() == whole
+    assert run(press) == whole
     assert chunks.run == 0  # a finished haystack is not read again
     assert not (tmp_path / "out" / STATE).exists()
 

@@ -4,7 +4,15 @@ import math
 
 import pytest
 import torch
-from kvpress import AdaKVPress, BasePress, ExpectedAttentionPress, KnormPress, SnapKVPress, StreamingLLMPress
+from kvpress import (
+    AdaKVPress,
+    BasePress,
+    ExpectedAttentionPress,
+    KnormPress,
+    RandomPress,
+    SnapKVPress,
+    StreamingLLMPress,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -186,3 +194,31 @@ def test_every_record_can_be_written(model, tokenizer) -> None:
         )
     }
     assert all(math.isfinite(value) for value in text.values())
+
+
+def test_a_press_without_a_seed_draws_the_same_in_every_run_and_order(model, tokenizer) -> None:
+    chances = [
+        Point(RandomPress(), 0.5),
+        Point(RandomPress(), 0.75),
+        Point(AdaKVPress(RandomPress()), 0.5),
+        Point(RandomPress(), 0.5, chunk_tokens=16),
+        Point(RandomPress(), 0.5, decoding_interval=2),
+    ]
+    times = {"prefill_seconds", "eviction_seconds", "decode_seconds", "peak_bytes"}
+
+    def measured(task: str, points: list[Point]) -> dict[str, list[dict[str, object]]]:
+        found = Measurement(model, tokenizer, batch(task), with_stability=True)
+        found.ahead = points
+        records = {point.name: found.at(point) for point in points}
+        return {
+            name: [{column: record[column] for column in record.keys() - times} for record in rows]
+            for name, rows in records.items()
+        }
+
+    for task, points in ((TEXT, chances), ("needle", chances[:-1])):
+        torch.manual_seed(1)
+        before, first = torch.get_rng_state(), measured(task, points)
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.manual_seed(2)
+        assert measured(task, points[::-1]) == first
+        assert len({str(records) for records in first.values()}) == len(points)
