@@ -34,7 +34,7 @@ def written_whole(path: Path) -> Iterator[Path]:
             _sync(file)
         _put(partial, path)
     except BaseException as error:
-        _delete_quietly(partial)
+        _undo(partial, path)
         refused = disk_error(error) if isinstance(error, Exception) else None
         if refused is None or refused.errno is None:
             raise
@@ -105,7 +105,7 @@ def check_room(path: Path, needed: int, what: str) -> None:
 def _put(partial: Path, path: Path) -> None:
     """Under its name, in place of what had it: a folder cannot be replaced in one go."""
     before = _before(path)
-    if path.is_dir() and not path.is_symlink():
+    if path.is_dir() or (path.is_symlink() and partial.is_dir()):  # nor can a link by a folder
         path.rename(before)
     partial.replace(path)
     _sync(path.parent)
@@ -115,7 +115,7 @@ def _put(partial: Path, path: Path) -> None:
 def _go_back(path: Path) -> None:
     """Take back what ``path`` was, where its replacement was stopped half-way."""
     before = _before(path)
-    if before.exists() and not path.exists():
+    if os.path.lexists(before) and not os.path.lexists(path):
         before.rename(path)
     delete(before)
 
@@ -128,14 +128,18 @@ def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # SMB brings folders to disk by itself
+            raise
     finally:
         os.close(handle)
 
 
-def _delete_quietly(path: Path) -> None:
+def _undo(partial: Path, path: Path) -> None:
     """What stopped the writer is said, not what stops the cleaning."""
     try:
-        delete(path)
+        delete(partial)
+        _go_back(path)
     except OSError:
         return
 

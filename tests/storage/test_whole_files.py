@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,12 +115,48 @@ def test_a_folder_that_a_kill_half_replaced_is_the_old_or_the_new_one(
 
     write("old")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("sparsekv_pl.storage.whole_files._delete_quietly", lambda _: None)
+        patch.setattr("sparsekv_pl.storage.whole_files._undo", lambda *_: None)
         patch.setattr(Path, "replace" if place == "partial.replace" else "rename", die)
         write("new")
     mend(tmp_path)
     assert (tmp_path / "it" / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["it"]
+
+
+def test_a_folder_that_cannot_be_replaced_stays_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder_of_tensors(tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError, match="Permission denied"):
+        folder_of_tensors(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "absent"])
+def test_a_link_gives_way_to_a_folder_and_what_it_leads_to_stays(target: str, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("mine")
+    (tmp_path / "export").symlink_to(target)
+    folder_of_tensors(tmp_path)
+    assert [path.name for path in (tmp_path / "export").iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "elsewhere" / "file").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_disk_that_does_not_sync_folders_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def files_alone(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", files_alone)
+    folder_of_tensors(tmp_path)
+    assert (tmp_path / "export" / "model.safetensors").exists()
 
 
 def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
