@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 
+import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,7 +32,7 @@ from sparsekv_pl.storage.records import Record
 log = logging.getLogger(__name__)
 
 HELD_BYTES = 2**31
-"""Of keys and values that wait to be answered from: with so many no further point is decoded beside them."""
+"""Of keys and values that wait to be answered from, at most: with so many no point more is decoded beside them."""
 
 
 @dataclass
@@ -139,7 +140,7 @@ class Measurement:
         """The records of ``point`` and of those whose answers were decoded with its own, by name."""
         asked = {point.name: self._asked(point)}
         for other in self._beside(point):
-            if sum(one.nbytes for one in asked.values()) > HELD_BYTES:
+            if sum(one.nbytes for one in asked.values()) > self._may_wait():
                 break
             with suppress(Exception):  # it is asked for by itself later, and fails there
                 asked[other.name] = self._asked(other, held=sum(one.nbytes for one in asked.values()))
@@ -148,9 +149,16 @@ class Measurement:
         try:
             return self._decoded(asked)
         except Exception as error:
-            log.warning("answers of %s cannot be decoded together, so one after the other: %s", ", ".join(asked), error)
+            names, why = ", ".join(asked), str(error)  # the error itself holds the caches, and a log may hold it
+            log.warning("answers of %s cannot be decoded together, so one after the other: %s", names, why)
             self.ahead = []
+            asked.clear()  # what did not fit beside them would not fit now
         return self._decoded({point.name: self._asked(point)})
+
+    def _may_wait(self) -> int:
+        """Bytes of caches. A full GPU says so, and they are decoded one after the other; a CPU's process ends."""
+        free = psutil.virtual_memory().available if self.model.device.type == "cpu" else 4 * HELD_BYTES
+        return min(HELD_BYTES, free // 4)
 
     def _beside(self, point: Point) -> list[Point]:
         """The points behind ``point`` that can be decoded with it."""

@@ -1,7 +1,9 @@
 """Points whose answers are decoded together say what each says alone, and a row costs nothing when it has finished."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,8 +90,14 @@ def test_points_decoded_together_say_what_each_says_alone(network: tuple[Any, An
     assert rows == [len(POINTS) * count for count in wanted]
 
 
-def test_no_more_points_wait_than_memory_holds(network: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measurement, "HELD_BYTES", 0)
+@pytest.mark.parametrize("full", ["our share", "the machine"])
+def test_no_more_points_wait_than_memory_holds(
+    full: str, network: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if full == "our share":
+        monkeypatch.setattr(measurement, "HELD_BYTES", 0)
+    else:
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=0))
     with forwards(network[0]) as rows:
         measured(*network, ahead=POINTS)
     assert len(rows) == len(POINTS) * (max(MOST) - 1)
@@ -112,11 +120,13 @@ def test_a_point_that_fails_fails_alone(network: tuple[Any, Any]) -> None:
 def test_answers_that_do_not_fit_together_are_decoded_one_after_the_other(
     network: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    decode = measurement.greedy_together
+    decode, held = measurement.greedy_together, list[weakref.ref[Any]]()
 
     def small(model: Any, rows: list[Any], *rest: Any) -> None:
         if len(rows) > 1:
+            held.extend(map(weakref.ref, rows))
             raise torch.OutOfMemoryError("too much")
+        assert not any(one() for one in held), "they are in memory while the first is decoded alone"
         decode(model, rows, *rest)
 
     alone = measured(*network, ahead=[])
