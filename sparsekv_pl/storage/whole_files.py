@@ -105,7 +105,7 @@ def check_room(path: Path, needed: int, what: str) -> None:
 def _put(partial: Path, path: Path) -> None:
     """Under its name, in place of what had it: a folder cannot be replaced in one go."""
     before = _before(path)
-    if path.is_dir() or (path.is_symlink() and partial.is_dir()):  # nor can a link by a folder
+    if path.is_dir() or (path.is_symlink() and partial.is_dir()):  # a folder cannot replace a link
         path.rename(before)
     partial.replace(path)
     _sync(path.parent)
@@ -129,14 +129,14 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno != errno.EINVAL or not path.is_dir():  # SMB brings folders to disk by itself
+        if error.errno != errno.EINVAL or not path.is_dir():  # SMB syncs no folders
             raise
     finally:
         os.close(handle)
 
 
 def _undo(partial: Path, path: Path) -> None:
-    """What stopped the writer is said, not what stops the cleaning."""
+    """Delete ``partial`` and take back ``path``. Ignores refusals: the error that stopped the writer is raised."""
     try:
         delete(partial)
         _go_back(path)
