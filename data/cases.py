@@ -1,4 +1,4 @@
-"""Evaluation cases: what a task makes, and the chat frame around context, question and answer."""
+"""Evaluation cases, and the chat frame around context, question and answer."""
 
 import random
 from abc import ABC, abstractmethod
@@ -16,8 +16,8 @@ from sparsekv_pl.models.batch import CaseInfo
 class Case:
     """One row of an evaluation batch, before padding.
 
-    ``continuation_ids`` is what the model reads after the eviction: the question up to where the answer begins,
-    or the text that follows.
+    ``continuation_ids`` are the tokens read after the eviction: the question up to the answer's beginning, or the
+    text that follows.
     """
 
     context_ids: list[int]
@@ -26,7 +26,7 @@ class Case:
 
 
 class Frame(Encoder):
-    """The chat template cut where kvpress's pipeline cuts it: prefix | context question | suffix, answer prefix.
+    """The chat template, cut as in kvpress's pipeline: prefix | context question | suffix, answer prefix.
 
     A tokenizer without a chat template has its bos token (or nothing) as the prefix and a line break as the
     suffix.
@@ -43,9 +43,9 @@ class Frame(Encoder):
         self.prefix_ids = self.start(self.prefix)
 
     def room(self, length: int, question: str, query_aware: bool) -> int:
-        """Tokens of a ``length``-token context that remain beside the prefix and, query-aware, the question.
+        """Return the tokens of a ``length``-token context without the prefix and, if query-aware, the question.
 
-        May be zero or less: the task knows what it needs, and says so.
+        May be zero or negative: the task checks whether it has enough.
         """
         return length - len(self.prefix_ids) - (len(self.encode(question)) if query_aware else 0)
 
@@ -57,11 +57,11 @@ class Frame(Encoder):
         info: CaseInfo,
         query_aware: bool = False,
     ) -> Case:
-        """Frame ``context_ids`` (without the prefix) and ask ``question``; the parts are joined as they are.
+        """Make a case of ``context_ids`` (without the prefix) and ``question``; parts are joined without separators.
 
         Query-agnostic: context = prefix + context, continuation = question + suffix + answer prefix.
-        Query-aware: the question moves to the end of the context. ``info``'s context, question and answer
-        prefix are filled in here.
+        Query-aware: the question moves to the end of the context. The context, question and answer prefix of ``info``
+        are set here.
         """
         context = list(context_ids)
         if query_aware:
@@ -73,12 +73,12 @@ class Frame(Encoder):
 
 
 class CaseTask(ABC):
-    """Makes the cases of one retrieval task; a case is a pure function of the arguments of ``case``."""
+    """A retrieval task that makes cases; a case is a pure function of the arguments of ``case``."""
 
     name: str
     """The task's name in records and reports."""
     uses_depth: bool = True
-    """False where nothing sits at a depth: ``case`` then ignores its ``depth``."""
+    """False if the task has no needle at a depth: ``case`` then ignores its ``depth``."""
 
     @abstractmethod
     def case(
@@ -90,15 +90,18 @@ class CaseTask(ABC):
         rng: random.Random,
         query_aware: bool = False,
     ) -> Case:
-        """A case whose context has exactly ``length`` tokens (prefix, needles and, query-aware, question included).
+        """Make a case whose context has exactly ``length`` tokens, with prefix, needles and, if query-aware, question.
 
-        ``depth`` in [0, 1] puts the asked needle after round(depth * filler) filler tokens; None draws it.
-        ``info.id`` and ``info.seed`` are left for the caller to fill in.
+        ``depth`` in [0, 1] puts the asked needle after round(depth * filler) filler tokens; None draws it. The caller
+        sets ``info.id`` and ``info.seed``.
 
-        Raises ValueError for a depth outside [0, 1], a haystack that is empty or too short, and a needle that
-        does not fit into ``length``.
+        Raises
+        ------
+        ValueError
+            For a depth outside [0, 1], a haystack that is empty or too short, and a needle that does not fit into
+            ``length``.
         """
 
     def tokens_needed(self, frame: Frame, length: int) -> int:  # noqa: ARG002
-        """Haystack tokens that suffice for a context of ``length`` tokens."""
+        """Return a number of haystack tokens that suffices for a context of ``length`` tokens."""
         return length

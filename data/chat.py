@@ -1,4 +1,4 @@
-"""The chat template, cut where kvpress's pipeline cuts it: what stands before the text, after a question, between."""
+"""The parts of a chat template before the text, after a question and between turns, cut as in kvpress's pipeline."""
 
 from typing import Any
 
@@ -6,12 +6,13 @@ from sparsekv_pl.models.chat_template import render
 
 MARK = "<<<the text goes here>>>"
 WORD_STARTS = ("Ġ", "Ċ", "▁", " ", "\n")
-"""How tokens that begin with whitespace are spelled in byte-level, sentencepiece and plain vocabularies."""
+"""The first characters of tokens that begin with whitespace, in byte-level, SentencePiece and plain vocabularies."""
 
 
 def chat_frame(tokenizer: Any) -> tuple[str, str]:
-    """What stands before the text and after the question, as kvpress's pipeline has it: (prefix, question
-    suffix).
+    """Return the template's parts before the text and after the question: (prefix, question suffix).
+
+    Raises ``ValueError`` for a template that fails, or repeats or drops the message.
     """
     if tokenizer.chat_template is None:
         return tokenizer.bos_token or "", "\n"
@@ -23,7 +24,10 @@ def chat_frame(tokenizer: Any) -> tuple[str, str]:
 
 
 def next_turn(tokenizer: Any) -> str:
-    """What stands between an answer and the next question in a conversation."""
+    """Return the template's part between an answer and the next question.
+
+    Raises ``ValueError`` for a template that fails, or drops or reorders messages.
+    """
     if tokenizer.chat_template is None:
         return "\n"
     answer = MARK.replace("text", "answer")
@@ -38,12 +42,12 @@ def next_turn(tokenizer: Any) -> str:
 def _rendered(tokenizer: Any, messages: list[dict[str, str]], **settings: Any) -> str:
     try:
         return render(tokenizer, messages, enable_thinking=False, **settings)
-    except Exception as error:  # a template is a program of the model's; Jinja's sandbox refuses one by an error
+    except Exception as error:  # templates are programs; errors of any kind, Jinja's sandbox included
         raise _refused(tokenizer, f"fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
 
 
 def _refused(tokenizer: Any, why: str) -> ValueError:
     return ValueError(
-        f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} {why}; mend it in the model's folder "
+        f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} {why}; correct it in the model's folder "
         "(chat_template.jinja or tokenizer_config.json), or delete it there to go without"
     )

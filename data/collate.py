@@ -1,4 +1,4 @@
-"""Rows to a batch: one kind at a time, padded on the right."""
+"""Collate rows of one kind to a batch, padded on the right."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from sparsekv_pl.models.batch import IGNORE, Batch, CaseBatch, Supervised
 
 
 def text_batch(windows: Sequence[Tokens], continuation_tokens: int, pad: int) -> Batch:
-    """Windows of plain text that end in a continuation: all of it is supervised but its first token."""
+    """Collate windows of plain text that end in a continuation, supervised except for its first token."""
     continuation = torch.tensor([window.ids[-continuation_tokens:] for window in windows], dtype=torch.int64)
     labels = continuation.clone()
     labels[:, 0] = IGNORE
@@ -27,7 +27,7 @@ def text_batch(windows: Sequence[Tokens], continuation_tokens: int, pad: int) ->
 
 
 def needle_batch(cases: Sequence[NeedleCase], pad: int) -> Batch:
-    """Needle cases; contexts and continuations padded on the right to the longest."""
+    """Collate needle cases; contexts and continuations are padded on the right to the longest."""
     batch: Batch = {
         "context_ids": _ids([case.context_ids for case in cases], pad),
         "continuation_ids": _ids([case.continuation_ids for case in cases], pad),
@@ -42,7 +42,7 @@ def needle_batch(cases: Sequence[NeedleCase], pad: int) -> Batch:
 
 
 def case_batch(cases: Sequence[Case], pad: int) -> CaseBatch:
-    """Evaluation cases of one task and one context length, continuations padded on the right to the longest."""
+    """Collate evaluation cases of one task and one context length; continuations are padded on the right."""
     lengths = [len(case.continuation_ids) for case in cases]
     return {
         "context_ids": torch.tensor([case.context_ids for case in cases], dtype=torch.int64),
@@ -53,18 +53,18 @@ def case_batch(cases: Sequence[Case], pad: int) -> CaseBatch:
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The pad id, else the eos id, else 0: padding is on the right and unlabelled, so any id will do."""
+    """Return the pad id, else the eos id, else 0: padding is on the right and unlabelled, so any id works."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def _ids(rows: Sequence[list[int]], fill: int) -> torch.Tensor:
-    """(B, longest) int64, padded on the right."""
+    """Pad rows on the right with ``fill`` to (B, longest) int64."""
     longest = max(map(len, rows))
     return torch.tensor([row + [fill] * (longest - len(row)) for row in rows], dtype=torch.int64)
 
 
 def _with_lengths(batch: Batch, lengths: list[int]) -> Batch:
-    """Add where the batch is supervised, and its contexts' lengths where they differ."""
+    """Add the supervised positions to ``batch``, and the contexts' lengths if they differ."""
     batch["supervised"] = Supervised.of(batch["labels"])
     if min(lengths) < max(lengths):
         batch["context_lengths"] = lengths

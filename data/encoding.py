@@ -1,4 +1,4 @@
-"""Text to tokens as one whole: parts get no prefix of their own, and no cut falls into a character."""
+"""Encode parts of a text as parts of the whole: without a prefix of their own, and without cutting characters."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -6,14 +6,14 @@ from itertools import accumulate
 from typing import Any
 
 BEFORE = ("\n", "a", "0", ".")
-"""Something that a text is encoded after, and cut off again: the first with which it shares no token."""
+"""Strings that a text is encoded after and that are cut off again: the first one that shares no token with it."""
 
 
 class Encoder:
-    """What a tokenizer makes of text in the middle of a text.
+    """An encoder of text in the middle of a text.
 
-    Tokenizers of the SentencePiece family put a space (the dummy prefix) in front of what they are given. It belongs to
-    the beginning of a text alone: in front of each part it would be a piece that the whole text does not have.
+    Tokenizers of the SentencePiece family put a space (the dummy prefix) in front of their input. It belongs only to
+    the beginning of a text: in front of each part it would be a token that the whole text does not have.
 
     Parameters
     ----------
@@ -25,18 +25,18 @@ class Encoder:
         self.tokenizer = tokenizer
 
     def start(self, text: str) -> list[int]:
-        """Token ids of the beginning of a text, without added special tokens (those spelled out in it count)."""
+        """Encode the beginning of a text, without adding special tokens (those written in it are encoded)."""
         return list(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of text that another text goes before."""
+        """Encode text that follows other text."""
         if not text or not self.has_prefix:
             return self.start(text)
         before, skipped = self._before(text)
         return self.start(before + text)[skipped:]
 
     def parts(self, texts: Sequence[str]) -> list[list[int]]:
-        """``encode`` of all texts joined, cut where they meet; a token across a cut belongs to what comes before it."""
+        """Encode all texts joined, and cut between them; a token across a cut belongs to the text before it."""
         if not self.tokenizer.is_fast:
             return [self.encode(text) for text in texts]
         whole = "".join(texts)
@@ -73,35 +73,35 @@ class Encoder:
         return place
 
     def before_character(self, ids: Sequence[int], place: int) -> int:
-        """``place``, or the one before where a character begins."""
+        """Return ``place``, or the nearest place before it where a character begins."""
         while 0 < place < len(ids) and not self.begins([ids[place]])[0]:
             place -= 1
         return place
 
     @cached_property
     def line_end(self) -> int:
-        """A token that fills a place in which no whole character fits: where each takes three tokens, say."""
+        """A token that fills places with no room for a whole character, for example one of three tokens."""
         return (self.encode("\n") or self.encode("."))[-1]  # WordPiece drops line ends
 
     def begins(self, ids: Sequence[int]) -> list[bool]:
-        """Which tokens begin a character; the others go on with the bytes of one."""
+        """Return for each token whether it begins a character; the others continue the bytes of one."""
         tokens = self.tokenizer.convert_ids_to_tokens(list(ids))
         return [not 0x80 <= self._first_byte(token) < 0xC0 for token in tokens]
 
     @cached_property
     def opening(self) -> list[int]:
-        """Special tokens that the tokenizer puts in front of a text: Gemma and Llama want their bos there."""
+        """Special tokens that the tokenizer puts in front of a text: bos for Gemma and Llama."""
         bare, ids = self.start("a"), list(self.tokenizer("a", verbose=False)["input_ids"])
         return ids[: ids.index(bare[0])] if bare and bare[0] in ids else []
 
     @cached_property
     def has_prefix(self) -> bool:
-        """Whether a text's first word has another token at the text's beginning than after a line's end."""
+        """Whether a word at the beginning of a text has other tokens than after a line end."""
         bare, after = self.start("a"), self.start("\na")
         return after[-len(bare) :] != bare
 
     def _before(self, text: str) -> tuple[str, int]:
-        """What to encode ``text`` after, and how many tokens that takes."""
+        """Return a string to encode ``text`` after, and its number of tokens."""
         if not self.has_prefix:
             return "", 0
         whole = text[:64]
@@ -115,7 +115,7 @@ class Encoder:
         )
 
     def _first_byte(self, token: str | bytes | None) -> int:
-        """0 for a token that is no bytes."""
+        """Return a token's first byte; 0 for tokens that are not bytes."""
         if isinstance(token, bytes):
             return token[0] if token else 0
         if not token:
@@ -126,7 +126,7 @@ class Encoder:
 
     @cached_property
     def _alphabet(self) -> dict[str, int]:
-        """Character -> byte in a byte-level vocabulary; empty for others."""
+        """Character -> byte in a byte-level vocabulary; empty for other vocabularies."""
         decoder = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "decoder", None)
         if decoder is None or b'"ByteLevel"' not in decoder.__getstate__():  # its settings as JSON
             return {}

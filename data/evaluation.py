@@ -31,38 +31,39 @@ class Place:
 
     @property
     def id(self) -> str:
-        """As in "facts/L384/d0.50/s0/3"."""
+        """The case's id, such as "facts/L384/d0.50/s0/3"."""
         depth = "" if self.depth is None else f"/d{self.depth:.2f}"
         return f"{self.task.name}/L{self.length}{depth}/s{self.seed}/{self.number}"
 
 
 class EvaluationData(TokenizedData):
-    """Cases from the held-out documents alone, in batches of one task and one context length, made when asked for.
+    """Evaluation cases from the held-out documents, in batches of one task and one context length.
 
-    Needs a tokenizer: the trainer's ``lightning_module.tokenizer``, or set ``tokenizer`` before ``setup``.
+    Needs a tokenizer: the trainer's ``lightning_module.tokenizer``, or set ``tokenizer`` before ``setup``. Batches are
+    made when they are read.
 
     A case is a function of the text, the tokenizer, its task, length, depth, seed and number, and of
-    ``query_aware``: it is the same in every run, whatever else is asked for beside it. A window of text is one of
-    the text, the tokenizer, its length, ``continuation_tokens`` and the token at which it starts. Everything but
-    text, tokenizer and ``query_aware`` is in its id.
+    ``query_aware``: it is the same in every run, whatever other cases there are. A window of text is a function of the
+    text, the tokenizer, its length, ``continuation_tokens`` and its first token. All but text, tokenizer and
+    ``query_aware`` are in the case's id.
 
     Parameters
     ----------
     text
-        Where text comes from; the default needs no download and has some 15,000 held-out tokens.
-        data.python_source.PythonSource has 250,000, and 2.5 million where splits hold out all of it.
+        Source of the text; the default needs no download and has about 15,000 held-out tokens.
+        data.python_source.PythonSource has 250,000, or 2.5 million if splits hold out all of it.
     splits
-        Shares of the documents: give those that the model was trained with.
+        Shares of the documents: use those of the model's training.
     tasks
-        Retrieval tasks; null for our own facts, [] for none.
+        Retrieval tasks; null for this project's facts, [] for none.
     lengths
-        Context lengths in tokens, everything included that the model reads before the eviction.
+        Context lengths in tokens, including everything that the model reads before the eviction.
     depths
-        Where the asked needle lies: the fraction of the text that is before it.
+        Positions of the asked needle, as fractions of the text before it.
     seeds
-        Every cell of the sweep is made with each.
+        Seeds; every cell of the sweep is made with each.
     cases_per_cell
-        Cases of each task, length, depth and seed; tasks without a depth have as many by length and seed.
+        Cases of each task, length, depth and seed; tasks without a depth have as many per length and seed.
     windows
         Text windows of each length, spread evenly over the text; 0 for none.
     continuation_tokens
@@ -71,6 +72,11 @@ class EvaluationData(TokenizedData):
         Rows per batch and rank.
     query_aware
         Put the question at the end of the context, where the press sees it.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range, a value given twice, or nothing to evaluate.
     """
 
     def __init__(
@@ -119,15 +125,18 @@ class EvaluationData(TokenizedData):
         for name, values in named.items():
             for value in values:
                 if values.count(value) > 1:
-                    raise ValueError(f"{name} has {value} more than once: its cases could not be told apart")
+                    raise ValueError(f"{name} has {value} more than once: its cases would have equal ids")
         if not self.windows and not (self.tasks and self.cases_per_cell):
             raise ValueError("there is nothing to evaluate: ask for windows, or for tasks and cases_per_cell")
 
     def setup(self, stage: str | None = None) -> None:
-        """Take the tokenizer, read the text, and make one case of each task at the shortest length.
+        """Take the tokenizer, read the text, and make one case of each task at the shortest length, as a check.
 
-        Raises ValueError when the held-out documents are too few for the longest context or for the windows, or the
-        shortest context is too short for a task.
+        Raises
+        ------
+        ValueError
+            If there is too little held-out text for the longest context or for the windows, or the shortest context is
+            too short for a task.
         """
         super().setup(stage)
         self._frame = Frame(self.tokenizer)
@@ -150,22 +159,22 @@ class EvaluationData(TokenizedData):
         self._batches = CaseBatches(list(self._groups()), pad_id(self.tokenizer))
 
     def test_dataloader(self) -> DataLoader[CaseBatch]:
-        """Text windows by length, then the tasks, each by length."""
+        """Return text windows by length, then the tasks, each by length."""
         return DataLoader(self._batches, batch_size=None, shuffle=False)
 
     def predict_dataloader(self) -> DataLoader[CaseBatch]:
-        """The cases of ``test_dataloader``."""
+        """Return the cases of ``test_dataloader``."""
         return self.test_dataloader()
 
     def _spans(self) -> dict[tuple[str, int], int]:
-        """Tokens of text that the cases of (task, length) are made of."""
+        """Return the number of text tokens that cases need, by (task, length)."""
         spans = {(task.name, n): task.tokens_needed(self._frame, n) for task in self.tasks for n in self.lengths}
         if self.windows:
             spans |= {(TEXT, length): length + self.continuation_tokens for length in self.lengths}
         return spans
 
     def _groups(self) -> Iterator[list[MakeCase]]:
-        """What makes the rows of each batch."""
+        """Yield for each batch the functions that make its rows."""
         cells = [self._windows(length) for length in self.lengths]
         cells += [
             [partial(self._retrieval_case, place) for place in self._places(task, length)]
@@ -183,7 +192,7 @@ class EvaluationData(TokenizedData):
         return [partial(self._text_case, length, start) for start in starts]
 
     def _places(self, task: CaseTask, length: int) -> Iterator[Place]:
-        """Depths go round fastest, so that a run that was stopped has seen them all."""
+        """Yield the cases' places; depths vary fastest, so that an interrupted run has covered all of them."""
         for number in range(self.cases_per_cell):
             for seed in self.seeds:
                 for depth in self.depths if task.uses_depth else [None]:
@@ -191,7 +200,7 @@ class EvaluationData(TokenizedData):
 
     def _retrieval_case(self, place: Place) -> Case:
         task, length = place.task, place.length
-        # The id is all that a case is drawn from: the facts are the same whether or not the press sees the question.
+        # Only the id seeds the draws: the facts do not depend on whether the press sees the question.
         rng = random_for(place.id)
         case = task.case(self._frame, self._texts[task.name, length], length, place.depth, rng, self.query_aware)
         if len(case.context_ids) != length:
@@ -212,7 +221,7 @@ class EvaluationData(TokenizedData):
 
 
 class CaseBatches(Dataset[CaseBatch]):
-    """Batches that are made when they are asked for: ``groups[i]`` makes the rows of batch i."""
+    """Batches made on access: ``groups[i]`` makes the rows of batch i."""
 
     def __init__(self, groups: Sequence[Sequence[MakeCase]], pad: int) -> None:
         self.groups, self.pad = groups, pad

@@ -1,4 +1,4 @@
-"""Our own needles as an evaluation task: facts of kinds, names and wordings that training never sees."""
+"""This project's needles as an evaluation task: facts in kinds, names and wordings that training never sees."""
 
 import random
 
@@ -10,19 +10,19 @@ from data.packing import Tokens
 from sparsekv_pl.models.batch import CaseInfo
 
 ANSWER_SLACK = 4
-"""Tokens that an answer may have beyond its value's: a full stop, or another way to cut the value into tokens."""
+"""Tokens that an answer may have beyond its value's, for a full stop or another tokenisation of the value."""
 
 
 class Facts(CaseTask):
-    """Facts of data/facts.py in their held-out words, hidden in text; the first one is asked for.
+    """Facts of data/facts.py in held-out wordings, hidden in text; the question asks for the first one.
 
-    Half of the time all facts of a case are of one kind, the harder case. Called "facts", with several needles
+    In half of the cases all facts are of one kind, which is harder. The task is called "facts", with several needles
     "facts-2" and so on.
 
     Parameters
     ----------
     needles
-        Facts hidden in every case. The asked one is at the case's depth, the others anywhere.
+        Number of facts hidden in every case, at least 1. The asked one is at the case's depth, the others anywhere.
     """
 
     def __init__(self, needles: int = 1) -> None:
@@ -40,7 +40,7 @@ class Facts(CaseTask):
         rng: random.Random,
         query_aware: bool = False,
     ) -> Case:
-        """See ``CaseTask.case``; ValueError too when not all needles fit."""
+        """See ``CaseTask.case``; also raises ``ValueError`` if not all needles fit."""
         depth = checked_depth(depth, rng)
         facts = draw_facts(rng, "held_out", self.needles)
         asked = facts[0]

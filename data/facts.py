@@ -1,8 +1,8 @@
-"""Facts that no document states: what retrieval tasks hide, and the wordings they hide it in.
+"""Invented facts for retrieval tasks, and the wordings that state them.
 
 A fact is an attribute of a subject with a value, for instance the access code for the Lisbon archive, 48213.
-Subjects are combined from pools, so one seldom comes twice. Every pool and every list of wordings is divided
-between the splits: no wording, name, place, noun or attribute of the held-out split is ever seen in training.
+Subjects are combined from pools, so they rarely repeat. Every pool and every list of wordings is divided between the
+splits: no wording, name, place, noun or attribute of the held-out split is seen in training.
 """
 
 import random
@@ -30,9 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Fact:
-    """One needle: ``statement`` holds ``value``; ``answer_prefix`` + " " + ``value`` + "." answers
-    ``question``.
-    """
+    """One needle: ``statement`` contains ``value``; ``answer_prefix`` + " " + ``value`` + "." answers ``question``."""
 
     kind: str
     subject: str
@@ -44,7 +42,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of fact: attributes with their prepositions, split by commas, and how a value is drawn."""
+    """One kind of fact: comma-separated attributes with their prepositions, and the function that draws a value."""
 
     name: str
     attributes: str
@@ -53,9 +51,7 @@ class Kind:
 
 
 def part(pool: Sequence[T], split: Split) -> list[T]:
-    """The items of ``pool`` that belong to ``split``: of every ten 7 to train, 1 to validation, 2 to
-    held_out.
-    """
+    """Return the items of ``pool`` that belong to ``split``: of every ten, 7 train, 1 validation, 2 held_out."""
     owner: dict[int, Split] = {0: "held_out", 3: "validation", 5: "held_out"}
     return [item for i, item in enumerate(pool) if owner.get(i % 10, "train") == split]
 
@@ -185,7 +181,7 @@ KINDS: tuple[Kind, ...] = (
 
 
 def draw_subject(rng: random.Random, split: Split) -> str:
-    """A subject made of the split's own names: a facility, a project, a person or a person's possession."""
+    """Draw a subject from the split's names: a facility, a project, a person or a person's possession."""
     form = rng.randrange(4)
     if form == 0:
         return f"the {_place(rng, split)} {rng.choice(part(FACILITIES, split))}"
@@ -197,7 +193,7 @@ def draw_subject(rng: random.Random, split: Split) -> str:
 
 
 def draw_fact(rng: random.Random, split: Split, kind: Kind | None = None) -> Fact:
-    """One fact in the split's own words; ``kind`` fixes the kind, otherwise one is drawn."""
+    """Draw a fact from the split's words; the kind is drawn too unless ``kind`` is given."""
     kind = kind or rng.choice([k for k in KINDS if split == "held_out" or not k.held_out_only])
     subject, who = draw_subject(rng, split), _name(rng, split)
     value = kind.value(rng, split)
@@ -228,9 +224,7 @@ def draw_fact(rng: random.Random, split: Split, kind: Kind | None = None) -> Fac
 
 
 def draw_facts(rng: random.Random, split: Split, count: int) -> list[Fact]:
-    """``count`` facts with different subjects and values; half of the time all of the first one's kind, the
-    harder case.
-    """
+    """Draw ``count`` facts with distinct subjects and values; half of the time all are of one kind, which is harder."""
     facts = [draw_fact(rng, split)]
     kind = {kind.name: kind for kind in KINDS}[facts[0].kind] if rng.random() < 0.5 else None
     while len(facts) < count:
@@ -241,9 +235,7 @@ def draw_facts(rng: random.Random, split: Split, count: int) -> list[Fact]:
 
 
 def _draw_wording(rng: random.Random, split: Split, kind: Kind) -> Wording:
-    """A wording made for the kind where there is one (one draw in three), else a statement and a question
-    that fit all.
-    """
+    """Draw a wording made for the kind (in a third of the draws, if it has one), else a general one."""
     own = KIND_WORDINGS[split].get(kind.name, ())
     if own and rng.random() < 1 / 3:
         return rng.choice(own)

@@ -1,4 +1,4 @@
-"""The stream of a Hugging Face dataset, block by block, opened again where it fails."""
+"""The stream of a Hugging Face dataset, read block by block and reopened at the same row after a failure."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -10,17 +10,16 @@ from data.retries import Retries
 
 
 class Reader(NamedTuple):
-    """A stream of datasets, and its tables of one block each once reading has begun."""
+    """A stream of datasets, and the iterator over its tables of one block each once reading has begun."""
 
     stream: Any
     tables: Iterator[Any] | None = None
 
 
 class HubBlocks(DocumentBlocks):
-    """The documents of ``open_stream()`` whose text ``keep`` accepts, ``size`` rows of the stream to a block.
+    """The documents of ``open_stream()`` whose text ``keep`` accepts, with ``size`` rows of the stream per block.
 
-    ``iter(batch_size)`` rather than ``iter()``: inside a worker the latter would divide the shards a
-    second time.
+    Uses ``iter(batch_size)``, because ``iter()`` would divide the shards a second time inside a worker.
     """
 
     def __init__(
@@ -40,12 +39,16 @@ class HubBlocks(DocumentBlocks):
 
     @property
     def skipped(self) -> int:  # type: ignore[override]
-        """Rows that could not be used so far."""
+        """Number of unusable rows so far."""
         return self.counter.count
 
     def next(self) -> list[Document] | None:
-        """SourceFailed after the last try, or for its rows; the state is then still that before this block."""
-        reader, self.reader = self.reader, None  # a reader that fails is not used again: a thread may hold it
+        """Return the next block, or None at the end of the epoch.
+
+        Raises ``SourceFailed`` after the last try or for too many unusable rows; the state is then that before this
+        block.
+        """
+        reader, self.reader = self.reader, None  # a reader that failed is not reused: a thread may still hold it
         reader, table, position = self.retries.call(
             lambda first: self._read(reader if first else None), self.counter.source
         )
@@ -58,7 +61,7 @@ class HubBlocks(DocumentBlocks):
         return found
 
     def _read(self, reader: Reader | None) -> tuple[Reader, Any, dict[str, Any]]:
-        """The next table. Changes nothing here: it may end in a thread that was left behind."""
+        """Read the next table. Does not change this object, because it may run in an abandoned thread."""
         stream, tables = reader or Reader(self.open_stream())
         if tables is None:
             stream.load_state_dict(self.position)
@@ -67,18 +70,18 @@ class HubBlocks(DocumentBlocks):
         return Reader(stream, tables), table, stream.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
-        """The stream's state and the counts."""
+        """Return the stream's state and the counts of unusable rows."""
         return {"stream": self.position, "skipped": self.counter.count, "in_a_row": self.counter.in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Read on from a saved state."""
+        """Continue from a saved state."""
         self.position = state["stream"]
         self.counter.count, self.counter.in_a_row = state["skipped"], state["in_a_row"]
         self.reader = Reader(self.reader.stream) if self.reader else None
 
 
 def table_documents(table: Any, name: str, text_field: str, skipped: Skipped) -> Iterator[Document]:
-    """The rows of a pyarrow.Table that can be used; the others go to ``skipped``, each alone.
+    """Yield the usable rows of a pyarrow.Table as documents; the others are counted by ``skipped``.
 
     The id comes from the column id, else url, else it is a hash of the text.
     """
@@ -94,7 +97,7 @@ def table_documents(table: Any, name: str, text_field: str, skipped: Skipped) ->
 
 
 def python_value(scalar: Any) -> Any:
-    """The Python value of a pyarrow scalar; the bytes of a string that is not UTF-8, which Parquet does not check."""
+    """Return the Python value of a pyarrow scalar; bytes for a string that is not UTF-8, which Parquet allows."""
     if scalar is None:
         return None
     try:

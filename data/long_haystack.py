@@ -1,4 +1,4 @@
-"""Haystacks of any length: one context of exactly so many tokens, a needle at every depth, a question for each."""
+"""Haystacks of any length: one context of an exact length, a needle at every depth and a question for each needle."""
 
 import logging
 from array import array
@@ -24,30 +24,35 @@ log = logging.getLogger(__name__)
 
 EVERYTHING = Splits(train=0.0, validation=0.0, held_out=1.0)
 PIECE_CHARACTERS = 2**16
-"""Documents are tokenised in pieces: a book in one would be a Python list of all its tokens."""
+"""Characters of the pieces in which documents are tokenised, so that a book is no Python list of all its tokens."""
 
 
 class HaystackData(TokenizedData):
-    """One batch per length: a single context that all its cases share, ``context_ids`` (1, L), and a case per depth.
+    """One batch per length: a context ``context_ids`` (1, L) that all its cases share, and a case per depth.
 
-    Needs a tokenizer: the trainer's ``lightning_module.tokenizer``, or set ``tokenizer`` before ``setup``. Documents
-    come in an order drawn from ``seed``. Facts and wordings are those that training never sees.
+    Needs a tokenizer: the trainer's ``lightning_module.tokenizer``, or set ``tokenizer`` before ``setup``. ``seed``
+    determines the order of documents. Facts and wordings are those that training never sees.
 
     Parameters
     ----------
     text
-        Where text comes from. The default, the Python library's source, has 2.5 million tokens of SmolLM2's tokenizer.
+        Source of the text. The default, the Python library's source, has 2.5 million tokens of SmolLM2's tokenizer.
     tokens
-        Length of the context, chat prefix and needles included.
+        Length of the context, including chat prefix and needles.
     lengths
         Several lengths, one haystack each; they replace ``tokens``.
     depths
-        Where the needles lie: needle i stands after round(depth * filler) tokens of the text.
+        Positions of the needles: needle i comes after round(depth * filler) tokens of the text.
     seed
-        Of facts and the order of documents.
+        Seed of the facts and of the documents' order.
     repeat
-        Let the documents come round again, in a new order, where the text is too short; the task's name then says how
-        often they did. Without it that is an error.
+        Repeat the documents in a new order if the text is too short; the task's name then includes the number of
+        rounds. Otherwise too short a text is an error.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range, or a value given twice.
     """
 
     def __init__(
@@ -68,29 +73,29 @@ class HaystackData(TokenizedData):
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} is {values}: give at least one, and none twice")
         if min(self.lengths) < 1:
-            raise ValueError(f"a context of {min(self.lengths)} tokens was asked for: give at least 1 token")
+            raise ValueError(f"a context of {min(self.lengths)} tokens was requested: give at least 1 token")
         if not all(0 <= depth <= 1 for depth in self.depths):
             raise ValueError(f"depths is {self.depths}: give fractions of the text between 0 and 1")
 
     def setup(self, stage: str | None = None) -> None:
-        """Take the tokenizer. ValueError where the needles do not fit into the shortest context."""
+        """Take the tokenizer. Raises ``ValueError`` if the needles do not fit into the shortest context."""
         super().setup(stage)
         self.frame = Frame(self.tokenizer)
         for length in self.lengths:
             self._room(length)
 
     def test_dataloader(self) -> DataLoader[CaseBatch]:
-        """The haystacks in the order of ``lengths``, each made when it is asked for."""
+        """Return the haystacks in the order of ``lengths``, each made on access."""
         return DataLoader(Haystacks(self), batch_size=None, shuffle=False)
 
     def transfer_batch_to_device(self, batch: CaseBatch, device: torch.device, dataloader_idx: int) -> CaseBatch:  # noqa: ARG002
-        """Nothing moves: a chunk goes to the device when its turn comes."""
+        """Leave the batch where it is: each chunk is moved to the device before it runs."""
         return batch
 
     def haystack(self, length: int) -> CaseBatch:
-        """The context of ``length`` tokens and its cases.
+        """Make the context of ``length`` tokens and its cases.
 
-        Raises ValueError where the text is too short and ``repeat`` is off.
+        Raises ``ValueError`` if the text is too short and ``repeat`` is off.
         """
         facts, needles, room = self._room(length)
         filler, documents, rounds = self._filler(room)
@@ -103,13 +108,13 @@ class HaystackData(TokenizedData):
         return batch
 
     def _room(self, length: int) -> tuple[list[Fact], list[list[int]], int]:
-        """The facts of a haystack, their tokens, and the tokens of text beside them."""
+        """Return the facts of a haystack, their token ids, and the number of text tokens beside them."""
         facts = draw_facts(random_for("haystack", f"L{length}", f"s{self.seed}"), "held_out", len(self.depths))
         needles = [needle_ids(self.frame, fact) for fact in facts]
         return facts, needles, filler_room(self.frame.room(length, "", False), needles, length)
 
     def _case(self, fact: Fact, depth: float, length: int, task: str, documents: tuple[str, ...]) -> Case:
-        """Without the context: it is in the batch once."""
+        """Make a case without the context, which is in the batch once."""
         info = CaseInfo(
             id=f"haystack/L{length}/d{depth:.2f}/s{self.seed}",
             task=task,
@@ -125,7 +130,7 @@ class HaystackData(TokenizedData):
         return Case([], self.frame.encode(asked), info)
 
     def _hidden(self, filler: "array[int]", needles: Sequence[Sequence[int]], length: int) -> Tensor:
-        """(1, L) int64: prefix, then the filler with the needles at their depths."""
+        """Join prefix and filler, with the needles at their depths, to (1, L) int64."""
         text = torch.frombuffer(filler, dtype=torch.int32)
         parts, done = [torch.tensor(self.frame.prefix_ids, dtype=torch.int32)], 0
         places = [self.frame.behind_character(filler, round(depth * len(text))) for depth in self.depths]
@@ -137,7 +142,7 @@ class HaystackData(TokenizedData):
         return context
 
     def _filler(self, count: int) -> "tuple[array[int], tuple[str, ...], int]":
-        """``count`` tokens of text, their documents, and how many times those came round."""
+        """Return ``count`` tokens of text, their documents, and the number of rounds through them."""
         stream = DocumentStream(self.text, EVERYTHING, "held_out", self.seed)
         ids, documents = array("i"), dict[str, None]()
         while len(ids) < count:
@@ -145,19 +150,19 @@ class HaystackData(TokenizedData):
             if stream.epoch and not self.repeat:
                 raise ValueError(
                     f"the text has {len(ids):,} tokens and {count:,} are needed: use a text with more (LocalText, "
-                    "HubText), a shorter context, or repeat: true to let its documents come round again"
+                    "HubText), a shorter context, or repeat: true to repeat its documents"
                 )
             documents[document.id] = None
             for piece in _pieces(document):
                 ids.extend(self.frame.encode(piece))
         if stream.epoch:
-            log.warning("the text is shorter than the haystack: its documents come round %d times", stream.epoch + 1)
+            log.warning("the text is shorter than the haystack: its documents are used %d times", stream.epoch + 1)
         end = self.frame.before_character(ids, count)
         return ids[:end] + array("i", [self.frame.line_end] * (count - end)), tuple(documents), stream.epoch + 1
 
 
 class Haystacks(Dataset[CaseBatch]):
-    """One for each of the data's lengths."""
+    """Dataset of one haystack per length."""
 
     def __init__(self, data: HaystackData) -> None:
         self.data = data
@@ -174,7 +179,7 @@ def _pieces(document: Document) -> Iterator[str]:
     start = 0
     while start < len(text):
         end = start + PIECE_CHARACTERS
-        line_end = text.rfind("\n", start, end) + 1 if end < len(text) else end  # no token goes across
+        line_end = text.rfind("\n", start, end) + 1 if end < len(text) else end  # no token crosses a line end
         end = line_end or end
         yield text[start:end]
         start = end

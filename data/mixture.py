@@ -1,4 +1,4 @@
-"""The LightningDataModule: plain text and retrieval cases mixed by a share, the same on every resume."""
+"""The LightningDataModule of training: plain text and retrieval cases in a given ratio, resumable exactly."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -25,9 +25,9 @@ from sparsekv_pl.models.batch import Batch
 from sparsekv_pl.models.seeding import random_for
 
 DEPTHS = 10
-"""Validation's needles cycle over this many depths, evenly from 0 to 1."""
+"""Number of depths, evenly from 0 to 1, over which validation's needles cycle."""
 TRIED_CASES, SPARE = 256, 1.25
-"""The shortest context must hold a quarter more than the largest of so many facts: of 20,000 none took that much."""
+"""The shortest context must have room for a quarter more than the largest of 256 facts; none of 20,000 took more."""
 
 
 STREAM_SETTINGS = (
@@ -41,45 +41,49 @@ STREAM_SETTINGS = (
     "needles",
     "shortest_context",
 )
-"""What decides the training stream, beside the tokenizer and the numbers of ranks and workers."""
+"""Settings that determine the training stream, besides the tokenizer and the numbers of ranks and workers."""
 
 
 class EvictionData(TokenizedData):
-    """Batches of context + continuation: plain text and needle cases, one kind per batch.
+    """Batches of contexts and continuations: plain text and needle cases, one kind per batch.
 
     Needs a tokenizer: the trainer's ``lightning_module.tokenizer``, or set ``tokenizer`` before ``setup``.
-    Training is an endless stream (set ``trainer.max_steps``) that resumes exactly from Lightning's
-    checkpoints; on other numbers of ranks or workers, or with changed data, it says so and stops.
+    Training is an endless stream (set ``trainer.max_steps``) that resumes exactly from Lightning's checkpoints; with
+    another number of ranks or workers, or changed data, resuming is an error.
 
     Parameters
     ----------
     text
-        Where text comes from; the default needs no download.
+        Source of the text; the default needs no download.
     context_tokens, continuation_tokens
-        Length of contexts and of text continuations, in tokens. Needle continuations are as long as they need
-        to be.
+        Length of contexts and of text continuations, in tokens. Needle continuations have the length of their
+        questions and answers.
     batch_size
         Rows per batch and rank.
     retrieval_share
-        The fraction of training batches that ask for hidden facts; the rest is plain text.
+        Fraction of training batches that ask for hidden facts; the rest is plain text.
     needles
         Least and most facts hidden in a training case, and asked for one after the other; validation hides one.
     num_workers
         Processes that tokenise and pack; 0 does it in the training process.
     seed
-        Of the order of documents, the kinds of batches, the facts and the lengths.
+        Seed of the documents' order, the kinds of batches, the facts and the lengths.
     validation_windows, validation_needles
-        Cases in validation (val_dataloader). They are deterministic: they depend on the text, the tokenizer, the
-        lengths and ``seed`` alone. data/evaluation.py makes the held-out cases.
+        Number of validation cases (val_dataloader) of each kind. They depend only on the text, the tokenizer, the
+        lengths and ``seed``. data/evaluation.py makes the held-out cases.
     splits
         Shares of the documents; the splits never share a text, and evaluation needs the same shares.
     shortest_context
-        Draws the context length of every training row evenly from ``shortest_context`` to ``context_tokens`` tokens;
-        null makes all ``context_tokens`` long. Validation stays at ``context_tokens``. Rows of one length run together
-        and the lengths one after the other, without their padding: a batch computes the tokens it holds and no more,
-        but in up to ``batch_size`` passes of few rows. Rows that seldom meet their like in length cost as much as
-        ``batch_size: 1`` with ``accumulate_grad_batches``. The text between a shorter row and the end of its window
-        is not read.
+        Draw every training row's context length evenly from ``shortest_context`` to ``context_tokens`` tokens; null
+        makes all contexts ``context_tokens`` long. Validation stays at ``context_tokens``. Rows of equal length run
+        together, other lengths one after the other, without padding: a batch computes only its own tokens, but in up
+        to ``batch_size`` passes of few rows. If few rows have equal lengths, it costs as much as ``batch_size: 1`` with
+        ``accumulate_grad_batches``. The text between a shorter row and the end of its window is skipped.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range.
     """
 
     def __init__(
@@ -122,12 +126,12 @@ class EvictionData(TokenizedData):
 
     @property
     def context_lengths(self) -> range:
-        """Every length that a context may have, in tokens."""
+        """All possible context lengths, in tokens."""
         longest = self.context_tokens
         return range(longest if self.shortest_context is None else self.shortest_context, longest + 1)
 
     def setup(self, stage: str | None = None) -> None:
-        """Take the tokenizer; ValueError where the trainer cannot train on a stream, or a fact has no room."""
+        """Take the tokenizer. Raises ``ValueError`` if the trainer cannot train on a stream, or a fact has no room."""
         super().setup(stage)
         if stage == TrainerFn.FITTING and self.trainer is not None:
             without_epochs(self.trainer)
@@ -142,9 +146,9 @@ class EvictionData(TokenizedData):
             )
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Endless; its length says only that ``trainer.max_steps`` ends it, never its own end.
+        """Return the endless training stream; its nominal length is larger than ``trainer.max_steps`` needs.
 
-        With ``trainer.overfit_batches`` the first so many batches, the same in every epoch.
+        With ``trainer.overfit_batches``, only the first batches, the same in every epoch.
         """
         trainer = self.trainer
         if trainer is None:
@@ -152,12 +156,11 @@ class EvictionData(TokenizedData):
         stream, batches = MixtureStream(self, trainer.global_rank, trainer.world_size), batches_to_train(trainer)
         if trainer.overfit_batches:  # type: ignore[attr-defined]
             return _in_order(list(islice(stream, batches)))
-        # One more than is trained: an epoch that never ends cannot be saved at its end, where loaders forget their
-        # place.
+        # One more than is trained, so that the epoch never ends: loaders saved at an epoch's end lose their place.
         return RankStatefulLoader(stream, batches + 1, self.num_workers, trainer)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Text windows of the validation split, then needle cases in its wordings."""
+        """Return text windows of the validation split, then needle cases in its wordings."""
         return _in_order(self._validation_batches())
 
     def _validation_batches(self) -> list[Batch]:
@@ -173,13 +176,13 @@ class EvictionData(TokenizedData):
 
 
 class MixtureStream(IterableDataset[Batch]):
-    """Endless training batches. Step s is text or retrieval by a draw from (seed, s), on all ranks."""
+    """Endless training batches. A draw from (seed, s) decides for all ranks whether step s is text or retrieval."""
 
     def __init__(self, data: EvictionData, rank: int, ranks: int) -> None:
         self.data, self.rank, self.ranks = data, rank, ranks
 
     def settings(self) -> dict[str, Any]:
-        """All that decides which batches come, by name."""
+        """Return all settings that determine the batches, by name."""
         found: dict[str, Any] = {"ranks": self.ranks}
         for name in STREAM_SETTINGS:
             found |= flat_settings(name, getattr(self.data, name))
@@ -192,9 +195,7 @@ class MixtureStream(IterableDataset[Batch]):
 
 
 class MixtureIterator(Iterator[Batch]):
-    """One worker's part: it makes steps worker, worker + workers, ... of its rank, from its own share of the
-    documents.
-    """
+    """One worker's batches: steps worker, worker + workers, ... of its rank, from its own share of the documents."""
 
     def __init__(self, data: EvictionData, rank: int, ranks: int, worker: int, workers: int) -> None:
         self.data, self.rank, self.ranks, self.workers = data, rank, ranks, workers
@@ -222,17 +223,17 @@ class MixtureIterator(Iterator[Batch]):
         return text_batch(cut, tokens, self.pad) | unusable
 
     def state_dict(self) -> dict[str, Any]:
-        """The next step and the text's state; everything else is a function of the step."""
+        """Return the next step and the text's state; everything else is a function of the step."""
         return {"step": self.step, "windows": self.windows.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Continue from a saved state."""
         self.step = state["step"]
         self.windows.load_state_dict(state["windows"])
 
 
 def training_needles(data: EvictionData) -> NeedleTask:
-    """The needle cases of the training stream."""
+    """Make the task of the training stream's needle cases."""
     return NeedleTask(
         data.tokenizer, data.context_tokens, data.seed, "train", data.needles, "value_and_stop", ask="all"
     )

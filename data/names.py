@@ -1,6 +1,4 @@
-"""The names and nouns that facts are made of; data.facts divides every pool but the months between the
-splits.
-"""
+"""The names and nouns of facts; data.facts divides every pool but the months between the splits."""
 
 FIRST_NAMES = """
     Maria Tomas Ingrid Kofi Leila Pavel Aiko Bruno Chiara Dmitri Elena Farid Greta Hassan Irene Jonas

@@ -1,4 +1,4 @@
-"""Where a needle is inserted: the stretch of haystack, the depth, and the tokens around it."""
+"""Insertion of needles: the stretch of haystack, the depth, and word and character boundaries."""
 
 import random
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from data.chat import WORD_STARTS
 from data.packing import Tokens
 
 REACH = 256
-"""How many tokens on a word start is looked for."""
+"""Number of tokens within which a word start is searched."""
 
 
 def checked_depth(depth: float | None, rng: random.Random) -> float:
-    """``depth``, or a drawn one where it is None; ValueError outside [0, 1]."""
+    """Return ``depth``, or draw one if it is None; ``ValueError`` outside [0, 1]."""
     if depth is None:
         return rng.random()
     if not 0 <= depth <= 1:
@@ -21,11 +21,11 @@ def checked_depth(depth: float | None, rng: random.Random) -> float:
 
 
 def stretch(frame: Frame, haystack: Tokens, count: int, rng: random.Random, at: int = 0) -> Tokens:
-    """``count`` tokens from a random place of the haystack on where tokens 0 and ``at`` both begin a word.
+    """Take ``count`` tokens of the haystack from a random place at which tokens 0 and ``at`` both begin a word.
 
-    Where there is no such place within ``REACH`` tokens, ``at`` alone begins one, and where there is none for it either
-    the place stays as drawn. No character is cut in two: where none ends at the last token, line ends take the place of
-    its part. ValueError when the haystack is empty or too short.
+    If there is no such place within ``REACH`` tokens, only token ``at`` begins a word; if there is none either, the
+    drawn place is used. No character is cut: a cut character at the end is replaced by line ends. Raises ``ValueError``
+    if the haystack is empty or too short.
     """
     if not haystack.ids:
         raise ValueError("the haystack is empty: give the task some text to hide facts in")
@@ -48,7 +48,7 @@ def stretch(frame: Frame, haystack: Tokens, count: int, rng: random.Random, at: 
 
 
 def word_starts(frame: Frame, ids: list[int]) -> list[bool]:
-    """Which of the tokens begin a word; all that do not continue one where the tokens carry no spaces."""
+    """Return for each token whether it begins a word; if tokens carry no spaces, whether it does not continue one."""
     tokens = frame.tokenizer.convert_ids_to_tokens(ids)
     starts = [token.startswith(WORD_STARTS) for token in tokens]
     if any(starts):
@@ -57,9 +57,9 @@ def word_starts(frame: Frame, ids: list[int]) -> list[bool]:
 
 
 def hide(frame: Frame, filler: Sequence[int], needles: Sequence[Sequence[int]], places: Sequence[int]) -> list[int]:
-    """``filler`` with ``needles[i]`` after its first ``places[i]`` tokens, at one place in the order given.
+    """Insert ``needles[i]`` after the first ``places[i]`` tokens of ``filler``; at equal places in the given order.
 
-    A place within a character moves behind it.
+    A place inside a character moves behind it.
     """
     ids: list[int] = []
     done = 0

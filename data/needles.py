@@ -1,4 +1,4 @@
-"""Training's needle cases: facts hidden in real text at exact token depths, asked for after the eviction."""
+"""Needle cases of training: facts hidden in real text at exact token depths, with questions after the eviction."""
 
 import random
 from dataclasses import dataclass
@@ -15,14 +15,12 @@ from sparsekv_pl.models.seeding import random_for
 QUESTION_FIRST_SHARE = 0.1
 MIN_FILLER_SHARE = 0.5
 QUESTION_OPENING = "\n\n"
-"""Between the text and the first question."""
+"""Separator between the text and the first question."""
 
 
 @dataclass(frozen=True)
 class NeedleCase:
-    """One row of a batch, before padding. ``position`` counts the filler tokens before the needle that is
-    asked for.
-    """
+    """One row of a batch, before padding. ``position`` is the number of filler tokens before the asked needle."""
 
     context_ids: list[int]
     continuation_ids: list[int]
@@ -35,24 +33,32 @@ class NeedleCase:
 
 
 class NeedleTask:
-    """Makes needle cases; case ``i`` is a pure function of (seed, split, i) and of the text it is given.
+    """A maker of needle cases; case ``i`` is a pure function of (seed, split, i) and of its text.
 
     Parameters
     ----------
     tokenizer
-        A transformers tokenizer. With a chat template the context is the beginning of the user's message, up
-        to the question, exactly as kvpress's pipeline cuts it; without one it begins with the bos token where
-        there is one.
+        A transformers tokenizer. With a chat template, the context is the beginning of the user's message up to the
+        question, cut as in kvpress's pipeline; without one, it begins with the bos token if there is one.
     context_tokens
-        Length of contexts, in tokens, chat prefix and needles included.
+        Length of contexts in tokens, including chat prefix and needles.
+    seed
+        Seed of the cases.
+    split
+        Split of the wordings and names.
     needles
-        Least and most facts hidden in a case, only while the filler remains at least half of the context. Where
-        one is asked for, more than one are hidden in a third of the cases that the range leaves the choice.
-    ask
-        "one": for the first of the facts. "all": for each in a turn of its own, which teaches far more per
-        context, because the context costs most.
+        Least and most facts hidden in a case; fewer if the filler would be less than half of the context. With
+        ask="one", and a range that starts at 1, a third of the cases hide more than one.
     supervise
-        "value": labels on the value's tokens alone, for exact match. "value_and_stop": on the full stop too.
+        "value": labels only on the value's tokens, for exact match. "value_and_stop": also on the full stop.
+    ask
+        "one": ask for the first fact. "all": ask for each fact in its own turn, which gives more supervision per
+        context, the most expensive part.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range.
     """
 
     def __init__(
@@ -79,9 +85,12 @@ class NeedleTask:
         """Hide the facts of case ``index`` in a stretch of ``text`` that begins at a random word.
 
         ``depth`` in [0, 1] puts the asked needle after round(depth * filler) filler tokens; None draws it.
-        ``context_tokens`` is the length of this case alone; None takes the task's.
+        ``context_tokens`` is this case's length; None takes the task's.
 
-        Raises ValueError when the text is empty or shorter than the filler, or when the needle does not fit.
+        Raises
+        ------
+        ValueError
+            If the text is empty or shorter than the filler, or the needle does not fit.
         """
         length = self.context_tokens if context_tokens is None else context_tokens
         rng = self._rng(index)
@@ -103,7 +112,7 @@ class NeedleTask:
         )
 
     def most_beside_text(self, cases: int) -> int:
-        """The most tokens that prefix and asked needle take in cases 0 to ``cases`` - 1; text must fit beside them."""
+        """Return the most tokens that prefix and asked needle take in the first ``cases`` cases, without text."""
         beside = 0
         for index in range(cases):
             facts, prefix_ids = self._facts_and_prefix(self._rng(index))
@@ -129,7 +138,7 @@ class NeedleTask:
         return rng.randint(max(least, 2), most)
 
     def _fit(self, facts: list[Fact], used: int, length: int) -> list[list[int]]:
-        """Token ids of the needles that fit a context of ``length`` tokens beside ``used``; the asked one must."""
+        """Encode the needles that fit into ``length`` tokens of which ``used`` are taken; the asked one must fit."""
         asked, *others = (needle_ids(self.frame, fact) for fact in facts)
         room = filler_room(length - used, [asked], length)
         kept = [asked]
@@ -155,14 +164,14 @@ class NeedleTask:
 
 
 def needle_ids(frame: Frame, fact: Fact) -> list[int]:
-    """Token ids of a fact on a line of its own."""
+    """Encode a fact on its own line."""
     return frame.encode(f"\n{fact.statement}\n")
 
 
 def filler_room(room: int, needles: list[list[int]], length: int) -> int:
-    """Tokens of filler that remain beside the needles in ``room`` tokens of a ``length``-token context.
+    """Return the number of filler tokens beside the needles in ``room`` tokens of a ``length``-token context.
 
-    Raises ValueError when none does: a needle that nothing surrounds is not hidden.
+    Raises ``ValueError`` if there are none: a needle without text around it is not hidden.
     """
     used = sum(map(len, needles))
     if room <= used:

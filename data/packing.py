@@ -1,4 +1,4 @@
-"""Documents to token windows: shuffled, endless, exactly resumable."""
+"""Pack documents into token windows: shuffled, endless, exactly resumable."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,7 @@ from data.text import Document, DocumentBlocks, Splits, TextSource
 from sparsekv_pl.models.seeding import random_for
 
 JOINT = "\n\n"
-"""Stands after every document."""
+"""Separator after every document."""
 
 
 @dataclass
@@ -23,16 +23,16 @@ class Tokens:
 
     @property
     def document_ids(self) -> list[str]:
-        """The documents, in order, each once."""
+        """The documents' ids, in order, each once."""
         return list(dict.fromkeys(name for name, _ in self.spans))
 
     def append(self, document_id: str, ids: list[int]) -> None:
-        """Add a document at the end."""
+        """Append a document's tokens."""
         self.ids += ids
         self.spans.append((document_id, len(ids)))
 
     def first(self, enough: int) -> "Tokens":
-        """The documents from the beginning until they have ``enough`` tokens (the last is not cut), or all."""
+        """Return the first documents that together have ``enough`` tokens (the last is not cut), or all."""
         end = 0
         for _, count in self.spans:
             if end >= enough:
@@ -41,7 +41,7 @@ class Tokens:
         return self.slice(0, end)
 
     def slice(self, start: int, end: int) -> "Tokens":
-        """The tokens [start, end) with the documents they touch."""
+        """Return the tokens [start, end) with their documents."""
         spans, offset = [], 0
         for name, count in self.spans:
             inside = min(end, offset + count) - max(start, offset)
@@ -52,14 +52,12 @@ class Tokens:
 
 
 def encode_document(encoder: Encoder, document: Document, joint: str = JOINT) -> list[int]:
-    """A document's tokens as they follow another document's, without special tokens, with the joint after it."""
+    """Encode a document that follows another, with ``joint`` after it and without special tokens."""
     return encoder.encode(document.text + joint)
 
 
 def take_tokens(documents: Iterable[Document], tokenizer: Any, enough: int) -> Tokens:
-    """Documents joined, in order, until there are ``enough`` tokens (the last document is not cut) or no more
-    documents.
-    """
+    """Join documents in order until there are ``enough`` tokens (the last is not cut) or no more documents."""
     taken, encoder = Tokens(), Encoder(tokenizer)
     for document in documents:
         taken.append(document.id, encode_document(encoder, document))
@@ -69,17 +67,17 @@ def take_tokens(documents: Iterable[Document], tokenizer: Any, enough: int) -> T
 
 
 def enough_for(span: int) -> int:
-    """Tokens of text that evaluation takes stretches of ``span`` tokens from: 64 times as many, at most 2**20 more.
+    """Return the number of text tokens from which evaluation takes stretches of ``span`` tokens.
 
-    A function of the span alone: a case does not change with the cases that are asked for beside it.
+    A function of the span alone, so that a case does not depend on the other cases of an evaluation.
     """
     return min(64 * span, span + 2**20)
 
 
 def split_tokens(source: TextSource, splits: Splits, split: Split, tokenizer: Any, span: int) -> Tokens:
-    """The text of a split from its beginning, ``enough_for(span)`` tokens where it has as many.
+    """Return the text of a split from its beginning, ``enough_for(span)`` tokens or all that it has.
 
-    Raises ValueError when no document belongs to the split.
+    Raises ``ValueError`` if no document belongs to the split.
     """
     documents = (document for document in source.documents() if splits.of(document.text) == split)
     text = take_tokens(documents, tokenizer, enough_for(span))
@@ -91,16 +89,16 @@ def split_tokens(source: TextSource, splits: Splits, split: Split, tokenizer: An
 
 
 def spread_windows(text: Tokens, count: int, window: int, fresh: int, encoder: Encoder) -> list[Tokens]:
-    """The windows of ``window_starts`` over ``text``, opened."""
+    """Return ``count`` windows of ``text``: see ``window_starts`` and ``window_at``."""
     starts = window_starts(text, count, window, fresh, encoder)
     return [window_at(text, start, window, fresh, encoder) for start in starts]
 
 
 def window_at(text: Tokens, start: int, window: int, fresh: int, encoder: Encoder) -> Tokens:
-    """``window`` tokens of ``text``, of which the last ``fresh`` are the continuation.
+    """Return ``window`` tokens of ``text``, of which the last ``fresh`` are the continuation.
 
-    The first is a bos instead where the tokenizer begins a text with one. The continuation begins with a character:
-    where the context would end within one, line ends at its beginning push the text on.
+    The first token is a bos if the tokenizer begins texts with one. The continuation begins with a whole character: if
+    the context would end inside one, line ends at the window's beginning shift the text.
     """
     first, end = encoder.opening, start + window - fresh
     begin = encoder.behind_character(text.ids, start + len(first))
@@ -110,10 +108,11 @@ def window_at(text: Tokens, start: int, window: int, fresh: int, encoder: Encode
 
 
 def window_starts(text: Tokens, count: int, window: int, fresh: int, encoder: Encoder) -> list[int]:
-    """Where ``count`` windows of ``window`` tokens begin, spread evenly; their last ``fresh`` tokens never overlap.
+    """Choose the starts of ``count`` windows of ``window`` tokens, spread evenly.
 
-    They begin with whole characters. Contexts may overlap where text is short: what is predicted is then still
-    predicted once, but for tokens of a character on the border. ValueError when there is no room for ``count``.
+    Windows begin with whole characters. Contexts may overlap if the text is short, but the last ``fresh`` tokens, which
+    are predicted, do not, except for the tokens of a character on the border. Raises ``ValueError`` if there is no room
+    for ``count`` windows.
     """
     if count == 0:
         return []
@@ -122,18 +121,17 @@ def window_starts(text: Tokens, count: int, window: int, fresh: int, encoder: En
     if last < 0 or (count > 1 and step < fresh):
         room = 0 if last < 0 else last // fresh + 1
         raise ValueError(
-            f"{count} windows of {window} tokens asked of a split with {len(text.ids)} tokens, which has room for "
+            f"{count} windows of {window} tokens requested of a split with {len(text.ids)} tokens, which has room for "
             f"{room}: ask for fewer windows, raise the split's share or give more text"
         )
     return [max(0, encoder.before_character(text.ids, i * step + first) - first) for i in range(count)]
 
 
 class DocumentStream(Iterator[Document]):
-    """The documents of one split and one worker, endlessly, each once per epoch, in an order drawn from the
-    seed.
+    """The documents of one split and one worker, endless, each once per epoch, in an order drawn from the seed.
 
-    The order is shuffled within blocks (everything, when the source is in memory), so that the state is the
-    reader's state at the block's start and the position in the block: exact, and small.
+    Documents are shuffled within blocks (all of them if the source is in memory), so that the state is small and exact:
+    the reader's state at the block's start, and the position in the block.
     """
 
     def __init__(
@@ -147,7 +145,7 @@ class DocumentStream(Iterator[Document]):
         self.start = self.blocks.state_dict()
         self.order: list[Document] = []
         self.documents = ""
-        """Fingerprint of the block's documents."""
+        """Fingerprint of the present block's documents."""
 
     def __next__(self) -> Document:
         while self.position >= len(self.order):
@@ -158,7 +156,7 @@ class DocumentStream(Iterator[Document]):
 
     def _read_block(self) -> None:
         start = self.blocks.state_dict()
-        documents = self.blocks.next()  # where this fails, the state is still that of the block before
+        documents = self.blocks.next()  # if this fails, the state is still that of the previous block
         self.start, self.block, self.position = start, self.block + 1, 0
         if documents is None:
             if not self.found:
@@ -171,7 +169,7 @@ class DocumentStream(Iterator[Document]):
         random_for("order", self.seed, self.epoch, self.block).shuffle(self.order)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next document will be read."""
+        """Return the position of the next document."""
         return {
             "share": self.share,
             "epoch": self.epoch,
@@ -183,7 +181,7 @@ class DocumentStream(Iterator[Document]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Read on from a saved state; ValueError when it is another share's, or the source has other documents now."""
+        """Continue from a saved state; ``ValueError`` if it is another share's, or the documents have changed."""
         if state["share"] != self.share:
             raise ValueError(
                 f"the state is of the {state['share']}, this stream reads the {self.share}: resume with as "
@@ -213,10 +211,9 @@ def _fingerprint(documents: list[Document]) -> str:
 
 
 class WindowStream(Iterator[Tokens]):
-    """Packs a document stream into windows of exactly ``window`` tokens; what is left over begins the next
-    window.
+    """Windows of exactly ``window`` tokens from a document stream; leftover tokens begin the next window.
 
-    The rest of a character that the window before has cut is left out.
+    The rest of a character that was cut at a window's end is left out.
     """
 
     def __init__(self, documents: DocumentStream, tokenizer: Any, window: int) -> None:
@@ -233,7 +230,7 @@ class WindowStream(Iterator[Tokens]):
         return window
 
     def state_dict(self) -> dict[str, Any]:
-        """The document stream's state and the tokens left over."""
+        """Return the document stream's state and the leftover tokens."""
         return {
             "documents": self.documents.state_dict(),
             "ids": list(self.rest.ids),
@@ -241,6 +238,6 @@ class WindowStream(Iterator[Tokens]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Pack on from a saved state."""
+        """Continue from a saved state."""
         self.documents.load_state_dict(state["documents"])
         self.rest = Tokens(list(state["ids"]), [(name, count) for name, count in state["spans"]])

@@ -1,4 +1,4 @@
-"""Text that every machine has: the source of the interpreter's own standard library."""
+"""Text without a download: the source of the interpreter's standard library."""
 
 import sysconfig
 import tokenize
@@ -9,7 +9,7 @@ from pathlib import Path
 from data.text import Document, TextSource
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__"}
-"""Folders: tests, what users installed, tables of characters, and what ``EmbeddedText`` reads already."""
+"""Folders left out: tests, installed packages, character tables, and the text of ``EmbeddedText``."""
 
 
 @dataclass
@@ -21,7 +21,7 @@ class PythonSource(TextSource):
     """
 
     def documents(self) -> Iterator[Document]:
-        """In the order of their ids. ValueError where an installation carries no sources."""
+        """Yield the documents in the order of their ids; ``ValueError`` if the installation has no sources."""
         library = Path(sysconfig.get_path("stdlib"))
         found = False
         for path in sorted(library.rglob("*.py"), key=lambda path: path.relative_to(library).as_posix()):
@@ -38,5 +38,5 @@ class PythonSource(TextSource):
 
 
 def _made_at_build(path: Path) -> bool:
-    """Settings of one machine's build, folders of that machine among them."""
+    """Return whether a file was generated at build time, with settings and folders of the build machine."""
     return path.parts[0].startswith(("_sysconfigdata", "config-"))

@@ -1,4 +1,4 @@
-"""Where questions about documents come from: the hub, local files, or facts planted in real text."""
+"""Sources of questions about documents: the hub, local files, or facts planted in real text."""
 
 import hashlib
 import itertools
@@ -22,9 +22,9 @@ from data.text import Splits, TextSource
 from sparsekv_pl.models.seeding import random_for
 
 GOLDEN = (5**0.5 - 1) / 2
-"""Multiples of it, without their whole part, lie evenly in [0, 1) however many there are (H. Weyl, 1916)."""
+"""Reciprocal of the golden ratio: fractional parts of its multiples spread evenly in [0, 1) (H. Weyl, 1916)."""
 SPARE_TOKENS = 32
-"""A planted document stays this much shorter than it may be: text that is cut into tokens anew may take a few more."""
+"""Tokens by which a planted document is shorter than allowed, as tokenising it again may give a few more tokens."""
 
 
 @dataclass(frozen=True)
@@ -36,46 +36,47 @@ class Question:
     document: str
     question: str
     answers: tuple[str, ...]
+    """The expected answers."""
     answer_at: tuple[int, int] | None = None
-    """Characters [start, end) of the document that hold the answer; None where that is not known."""
+    """Characters [start, end) of the document that contain the answer; None if unknown."""
     answer_prefix: str = ""
-    """How the answer is begun for the model."""
+    """The beginning of the answer, given to the model."""
     depth: float | None = None
-    """Fraction of the document before the answer, where it was chosen."""
+    """Fraction of the document before the answer, if it was chosen."""
     document_ids: tuple[str, ...] = ()
-    """What the document is made of."""
+    """The documents that this one is made of."""
 
 
 class QuestionSource(ABC):
-    """A place that questions come from."""
+    """A source of questions."""
 
     @abstractmethod
     def samples(self, frame: Frame, max_tokens: int) -> Iterator[Question]:
-        """The questions in the source's order, the same in every run; possibly without end.
+        """Yield the questions in the source's order, the same in every run; possibly endless.
 
-        A source that makes its documents makes them so long that with frame, question and the answer's beginning they
-        take ``max_tokens`` tokens. Others give whole documents.
+        A source that makes its documents makes prompts of about ``max_tokens`` tokens, with frame, question and the
+        answer's beginning. Others yield whole documents.
         """
 
 
 @dataclass
 class PlantedQuestions(QuestionSource):
-    """Facts that no document states, each on a line of its own in held-out text; the first of them is asked for.
+    """Invented facts, each on its own line in held-out text; the question asks for the first of them.
 
-    Question i is a function of the text, the tokenizer, the seed and i. The places of the asked facts are spread evenly
-    over the document, from its beginning to its end. Facts and wordings are those that training never sees.
+    Question i is a function of the text, the tokenizer, the seed and i. The positions of the asked facts are spread
+    evenly over the document. Facts and wordings are those that training never sees.
 
     Parameters
     ----------
     text
-        Where text comes from. The default, the Python library's source, has 250,000 held-out tokens of SmolLM2's
+        Source of the text. The default, the Python library's source, has 250,000 held-out tokens of SmolLM2's
         tokenizer; documents are stretches of it and may overlap.
     splits
-        Shares of the text's documents: give those that the model was trained with.
+        Shares of the text's documents: use those of the model's training.
     facts
-        Facts in a document. The others lie anywhere; half of the time all are of one kind, the harder case.
+        Number of facts in a document. The others are anywhere; half of the time all are of one kind, which is harder.
     seed
-        Of facts and stretches.
+        Seed of the facts and stretches.
     """
 
     text: TextSource | None = None
@@ -88,7 +89,7 @@ class PlantedQuestions(QuestionSource):
             raise ValueError(f"facts is {self.facts}: plant at least 1")
 
     def samples(self, frame: Frame, max_tokens: int) -> Iterator[Question]:
-        """Without end. ValueError where the text is too short, or ``max_tokens`` too few."""
+        """Yield questions, endlessly. Raises ``ValueError`` if the text is too short or ``max_tokens`` too small."""
         source, splits = self.text or PythonSource(), self.splits or Splits()
         text = split_tokens(source, splits, "held_out", frame.tokenizer, max_tokens)
         for number in itertools.count():
@@ -115,9 +116,9 @@ class PlantedQuestions(QuestionSource):
 
 
 def plant(text: str, asked: Fact, depth: float, others: Sequence[tuple[Fact, float]] = ()) -> tuple[str, int]:
-    """``text`` with every fact on a line of its own after about its depth, and the character where the value begins.
+    """Insert every fact into ``text`` on its own line near its depth; return the text and where the value begins.
 
-    A fact stands at the next end of a line, or right there where no line ends any more.
+    A fact is inserted at the next line end, or at its depth if there is none.
     """
     document, done, start = [], 0, 0
     for fact, share in sorted([(asked, depth), *others], key=lambda pair: pair[1]):
@@ -133,16 +134,16 @@ def plant(text: str, asked: Fact, depth: float, others: Sequence[tuple[Fact, flo
 
 @dataclass
 class LocalQuestions(QuestionSource):
-    """JSON lines; where a row's answer stands in its document word for word, exactly once, its place is known.
+    """Questions from JSON lines; an answer's position is known if it occurs in its document exactly once.
 
     Parameters
     ----------
     paths
-        Files.
+        The files.
     document_field, question_field, answer_field
-        Keys, or paths such as "document.text" and "answers[0].text". The answer is a string or a list of them.
+        Keys, or paths such as "document.text" and "answers[0].text". The answer is a string or a list of strings.
     answer_prefix
-        How the answer is begun for the model: the last token before the answer is the one that is looked at.
+        The beginning of the answer, given to the model: the attention of its last token is measured.
     """
 
     paths: list[str]
@@ -152,7 +153,7 @@ class LocalQuestions(QuestionSource):
     answer_prefix: str = "The answer is"
 
     def samples(self, frame: Frame, max_tokens: int) -> Iterator[Question]:  # noqa: ARG002
-        """ValueError names the file and the line that is missing or broken."""
+        """Yield the questions; ``ValueError`` names the file and the line that is missing or broken."""
         if not self.paths:
             raise ValueError("LocalQuestions got an empty list of paths: name at least one file")
         fields = self.document_field, self.question_field, self.answer_field
@@ -174,10 +175,10 @@ class LocalQuestions(QuestionSource):
 
 @dataclass
 class HubQuestions(QuestionSource):
-    """A Hugging Face dataset by name, streamed (the default) or downloaded whole.
+    """Questions from a Hugging Face dataset, streamed (the default) or downloaded.
 
-    Answers are looked for in their documents as ``LocalQuestions`` does; NarrativeQA's are people's own words, so few
-    are found there.
+    Answers are searched in their documents as in ``LocalQuestions``; NarrativeQA's answers are free-form, so few are
+    found there.
 
     Parameters
     ----------
@@ -186,7 +187,7 @@ class HubQuestions(QuestionSource):
     document_field, question_field, answer_field, answer_prefix
         As in ``LocalQuestions``.
     per_document
-        Most questions about one document: rows of NarrativeQA ask some 30 about each, one after another.
+        Most questions about one document: NarrativeQA has about 30 per document, one after another.
     """
 
     name: str = "deepmind/narrativeqa"
@@ -201,7 +202,7 @@ class HubQuestions(QuestionSource):
     data_files: list[str] | None = None
 
     def samples(self, frame: Frame, max_tokens: int) -> Iterator[Question]:  # noqa: ARG002
-        """ValueError where the dataset cannot be opened or a row has no such fields."""
+        """Yield the questions; ``ValueError`` if the dataset cannot be opened or a row has no such fields."""
         from datasets import load_dataset
 
         try:
@@ -223,9 +224,9 @@ class HubQuestions(QuestionSource):
 
 
 def document_room(frame: Frame, max_tokens: int, question: str, answer_prefix: str) -> int:
-    """Tokens that a document may take where everything that the model reads is ``max_tokens`` long.
+    """Return the tokens that a document may take in a prompt of ``max_tokens`` tokens.
 
-    Raises ValueError where nothing remains.
+    Raises ``ValueError`` if none remain.
     """
     asked = frame.encode(f"{QUESTION_OPENING}{question}{frame.question_suffix}{answer_prefix}")
     room = max_tokens - len(frame.prefix_ids) - len(asked)
@@ -238,7 +239,10 @@ def document_room(frame: Frame, max_tokens: int, question: str, answer_prefix: s
 
 
 def question_of(row: Mapping[str, Any], fields: tuple[str, str, str], answer_prefix: str, name: str) -> Question:
-    """The question in a dataset's row; ``fields`` are the paths of document, question and answer."""
+    """Make the question of a dataset's row; ``fields`` are the paths of document, question and answer.
+
+    Raises ``ValueError`` with ``name`` for missing fields or fields of the wrong type.
+    """
     document, question = (_text(row, field, name) for field in fields[:2])
     found = value_at(row, fields[2], name)
     answers = tuple(found) if isinstance(found, (list, tuple)) else (found,)
@@ -251,9 +255,9 @@ def question_of(row: Mapping[str, Any], fields: tuple[str, str, str], answer_pre
 
 
 def located(document: str, answers: Sequence[str]) -> tuple[int, int] | None:
-    """Characters [start, end) of the first answer that stands in the document exactly once, as words of its own."""
+    """Find characters [start, end) of the first answer that occurs in the document exactly once, as whole words."""
     for answer in filter(None, map(str.strip, answers)):
-        # Letters of other scripts are not looked at: Chinese has no spaces between its words.
+        # Only Latin letters and digits bound words: Chinese, for example, has no spaces between words.
         places = list(re.finditer(rf"(?<![A-Za-z0-9]){re.escape(answer)}(?![A-Za-z0-9])", document))
         if len(places) == 1:
             return places[0].span()
@@ -261,7 +265,7 @@ def located(document: str, answers: Sequence[str]) -> tuple[int, int] | None:
 
 
 def value_at(row: Any, path: str, name: str) -> Any:
-    """What stands at a path such as "answers[0].text"; ValueError with ``name`` where nothing does."""
+    """Return the value at a path such as "answers[0].text"; ``ValueError`` with ``name`` if there is none."""
     value = row
     for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):
         try:

@@ -1,4 +1,4 @@
-"""The LightningDataModule of questions about documents: one prompt a batch, cut to a length, in the chat frame."""
+"""The LightningDataModule of questions about documents: one prompt per batch, in the chat frame, cut to a length."""
 
 import itertools
 import logging
@@ -16,17 +16,17 @@ log = logging.getLogger(__name__)
 
 
 class QuestionData(TokenizedData):
-    """A document (the context), then a question up to where the answer begins (the continuation), a row a batch.
+    """Documents (the context), each with a question up to the answer's beginning (the continuation), one per batch.
 
-    Needs a tokenizer: the trainer's ``lightning_module.tokenizer``, or set ``tokenizer`` before ``setup``. Of a
-    document that is too long the beginning is kept; an answer that lay behind it has no place any more.
+    Needs a tokenizer: the trainer's ``lightning_module.tokenizer``, or set ``tokenizer`` before ``setup``. Documents
+    that are too long are cut at the end; the position of an answer in the removed part is then unknown.
 
     Parameters
     ----------
     source
-        Where documents and questions come from; the default needs no download.
+        Source of documents and questions; the default needs no download.
     samples
-        How many questions.
+        Number of questions, at least 1.
     max_tokens
         Most tokens of a prompt: chat frame, document, question and the answer's beginning.
     """
@@ -41,16 +41,16 @@ class QuestionData(TokenizedData):
         self.lengths: list[int] = []
 
     def setup(self, stage: str | None = None) -> None:
-        """Take the tokenizer, read the questions and make their prompts; ``lengths`` is then the longest of them.
+        """Take the tokenizer, read the questions and make their prompts; ``lengths`` then has the longest one's length.
 
-        Raises ValueError when the source has too few questions, or a question leaves no room for its document.
+        Raises ``ValueError`` if the source has too few questions, or a question leaves no room for its document.
         """
         super().setup(stage)
         self.frame = Frame(self.tokenizer)
         questions = list(itertools.islice(self.source.samples(self.frame, self.max_tokens), self.samples))
         if len(questions) < self.samples:
             raise ValueError(
-                f"{type(self.source).__name__} has {len(questions)} questions and {self.samples} were asked for: set "
+                f"{type(self.source).__name__} has {len(questions)} questions and {self.samples} were requested: set "
                 f"data.samples to {len(questions)} or give it more"
             )
         self.cut = 0
@@ -66,7 +66,7 @@ class QuestionData(TokenizedData):
         self._batches = [case_batch([case], pad_id(self.tokenizer)) for case in cases]
 
     def predict_dataloader(self) -> DataLoader[CaseBatch]:
-        """The questions in the source's order."""
+        """Return the questions in the source's order."""
         return DataLoader(self._batches, batch_size=None, shuffle=False)  # type: ignore[arg-type]  # a list is sized
 
     def _case(self, question: Question) -> Case:
@@ -87,13 +87,13 @@ class QuestionData(TokenizedData):
         return self.frame.build(ids[:room], asked, question.answer_prefix, info)
 
     def _tokens(self, question: Question) -> tuple[list[int], tuple[int, int] | None]:
-        """A document's tokens, and those [start, end) of them that hold the answer."""
+        """Return a document's token ids, and the tokens [start, end) that contain the answer, or None."""
         if question.answer_at is None:
             return self.frame.encode(question.document), None
         if not self.tokenizer.is_fast:
             raise ValueError(
-                f"{type(self.tokenizer).__name__} does not say which characters a token stands for, so the place of "
-                f"the answer to {question.id} cannot be told: use a fast tokenizer"
+                f"{type(self.tokenizer).__name__} does not map tokens to characters, so the tokens of the answer to "
+                f"{question.id} are unknown: use a fast tokenizer"
             )
         ids, offsets = self.frame.with_offsets(question.document)
         start, end = question.answer_at

@@ -1,4 +1,4 @@
-"""One sentence over and over: for those who compare with evaluations that hide needles in it."""
+"""One repeated sentence, for comparison with evaluations that hide needles in such text."""
 
 import itertools
 from collections.abc import Iterator
@@ -11,17 +11,17 @@ DOCUMENT_CHARACTERS = 10_000
 
 @dataclass
 class RepeatedText(TextSource):
-    """A sentence repeated in documents of 10,000 characters and more, each one sentence longer than the one before:
-    a document's split follows from its text, and so every split has its share of them.
+    """A sentence repeated in documents of at least 10,000 characters, each one sentence longer than the one before.
 
-    Text without content is easy to read past and easy to evict: figures are not those of real text.
+    The lengths differ because a document's split follows from its text, so that every split gets documents. Text
+    without content is easy to ignore and to evict: results differ from those on real text.
 
     Parameters
     ----------
     characters
-        How many there are in all documents together, at least; whole sentences.
+        Least number of characters in all documents together; sentences are whole.
     sentence
-        What is repeated, with a space between.
+        The sentence, repeated with a space between.
     """
 
     characters: int = 1_000_000
@@ -34,7 +34,7 @@ class RepeatedText(TextSource):
             raise ValueError(f"characters is {self.characters}: give at least 1")
 
     def documents(self) -> Iterator[Document]:
-        """repeated/0, repeated/1, ..."""
+        """Yield the documents, with ids repeated/0, repeated/1, ..."""
         repeats = -(-DOCUMENT_CHARACTERS // (len(self.sentence) + 1))
         given = 0
         for number in itertools.count():

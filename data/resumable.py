@@ -1,4 +1,4 @@
-"""The training loader: every rank's place in its stream, saved with Lightning's checkpoint and checked on resume."""
+"""The training loader: each rank's position in its stream, saved in Lightning's checkpoints and checked at resume."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -14,27 +14,27 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from sparsekv_pl.models.batch import Batch
 
 SHOWN = 5
-"""Settings that a refusal names; it counts the others."""
+"""Number of settings that an error names; it counts the others."""
 SAMPLE = "Größe of 3.14 € def f(x):\n\treturn {'naïve': x**2}  # 漢字 ünd 1234567890 KV\n\n"
-"""Text whose tokens tell tokenizers apart."""
+"""Text whose tokens differ between tokenizers."""
 
 
 class ResumableStream(Protocol):
     """A dataset of batches whose iterator has ``state_dict`` and ``load_state_dict``."""
 
     def settings(self) -> dict[str, Any]:
-        """All that decides which batches come, as ``flat_settings`` makes it."""
+        """Return all settings that determine the batches, as made by ``flat_settings``."""
 
 
 class RankStatefulLoader(StatefulDataLoader):
-    """Saves the state of every rank and gives each its own back; Lightning would give rank 0's to all.
+    """A loader that saves and restores every rank's state; Lightning would give rank 0's state to all ranks.
 
-    What it saves is the place that belongs to the parameters: a checkpoint from the middle of gradient accumulation
-    (Ctrl-C, a signal, an exception) holds no gradients, so it holds the place at which the accumulation began, and
-    the resumed run does all its micro-batches again.
+    The saved position matches the parameters: a checkpoint in the middle of gradient accumulation (Ctrl-C, a signal, an
+    exception) has no gradients, so it has the position at which the accumulation began, and the resumed run repeats all
+    its micro-batches.
 
-    The length is the loader's, not the stream's: torch would store that one and warn when a resumed run
-    passes it.
+    The length belongs to the loader, not to the stream: torch would store the stream's length and warn if a resumed run
+    exceeds it.
     """
 
     def __init__(self, stream: ResumableStream, batches: int, num_workers: int, trainer: Trainer | None = None) -> None:
@@ -44,7 +44,7 @@ class RankStatefulLoader(StatefulDataLoader):
         self.stream, self.batches, self.trainer = stream, batches, trainer
         self.taken = 0
         self.step_began: tuple[int, dict[str, Any]] | None = None
-        """Batches taken before the newest optimizer step's first one, and the place then."""
+        """Batches taken before the first one of the present optimizer step, and the position at that time."""
 
     def __len__(self) -> int:
         return self.batches
@@ -59,17 +59,17 @@ class RankStatefulLoader(StatefulDataLoader):
             yield batch
 
     def settings(self) -> dict[str, Any]:
-        """All that must be the same when a run is resumed."""
+        """Return all settings that must be the same at resume."""
         return self.stream.settings() | {
             "num_workers": self.num_workers,
             "accumulate_grad_batches": self._accumulated,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """{"settings", "batches" taken per rank, "ranks": one state per rank}. All ranks call it, and wait."""
+        """Return "settings", "batches" (taken per rank) and "ranks" (a state each). Collective: all ranks call it."""
         taken, own = self.taken, super().state_dict()
         done = taken if self.trainer is None else self.trainer.global_step * self._accumulated
-        if self.step_began and (done < taken or taken == self.step_began[0]):  # the latter: its first batch failed
+        if self.step_began and (done < taken or taken == self.step_began[0]):  # the second: its first batch failed
             taken, own = self.step_began
         states = [own]
         if _distributed():
@@ -78,7 +78,7 @@ class RankStatefulLoader(StatefulDataLoader):
         return {"settings": self.settings(), "batches": taken, "ranks": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take this rank's state; ValueError says what does not match, where something that decides batches does."""
+        """Restore this rank's state; ``ValueError`` names settings that differ from the checkpoint's."""
         check_settings(state_dict.get("settings", {}), self.settings())
         self.taken = state_dict["batches"]
         if self.trainer is not None:
@@ -87,12 +87,12 @@ class RankStatefulLoader(StatefulDataLoader):
 
     @property
     def _accumulated(self) -> int:
-        """Batches of one optimizer step."""
+        """Batches per optimizer step."""
         return 1 if self.trainer is None else self.trainer.accumulate_grad_batches
 
 
 def _count_from(trainer: Trainer, batches: int) -> None:
-    """Let the loop go on after ``batches`` batches where its checkpoint was not saved at the end of a step."""
+    """Set Lightning's loop to continue after ``batches`` batches, if its checkpoint was saved inside a step."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     total: Any = progress.total
     if total.ready == total.processed == batches:
@@ -104,7 +104,7 @@ def _count_from(trainer: Trainer, batches: int) -> None:
 
 
 def check_settings(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    """ValueError that names what differs between a checkpoint's settings of the data and this run's."""
+    """Raise ``ValueError`` that names the data settings in which the checkpoint and this run differ."""
     different = [
         f"{name} was {_shown(name, saved)}, is {_shown(name, present)}"
         for name in dict.fromkeys([*present, *saved])
@@ -121,9 +121,9 @@ def check_settings(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None
 
 
 def flat_settings(name: str, value: Any) -> dict[str, Any]:
-    """``value`` and all inside it by dotted names, as plain numbers and text; a file's size stands with its name.
+    """Flatten ``value`` to plain numbers and strings by dotted names; file names are given with the file's size.
 
-    Of a dataclass, the fields that its constructor takes and that count when two are compared.
+    Fields of dataclasses are included if they are constructor arguments and take part in comparisons.
 
     >>> flat_settings("needles", (1, 3))
     {'needles[0]': 1, 'needles[1]': 3}
@@ -143,7 +143,7 @@ def flat_settings(name: str, value: Any) -> dict[str, Any]:
 
 
 def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
-    """How many tokens it has, and fingerprints of what it makes of a sample and of its chat template."""
+    """Return the tokenizer's number of tokens, and fingerprints of a sample's tokens and of its chat template."""
     template = getattr(tokenizer, "chat_template", None)
     return {
         "tokenizer": f"{len(tokenizer)} tokens",

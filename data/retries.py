@@ -1,4 +1,4 @@
-"""Reading again what stalls or fails, with growing waits and a limit."""
+"""Retry reads that stall or fail, with increasing waits and a limit."""
 
 import logging
 import sys
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Stalled(TimeoutError):
-    """Nothing came in time. ``shard`` is the file that was being read, where it is known."""
+    """A read timed out. ``shard`` is the file that was being read, if known."""
 
     def __init__(self, seconds: float, shard: str | None) -> None:
         super().__init__(f"nothing came for {seconds:g} s")
@@ -28,19 +28,24 @@ class Stalled(TimeoutError):
 
 @dataclass(frozen=True)
 class Retries:
-    """How often and how patiently a source that stalls, drops or returns garbage is opened again.
+    """Retries of a source that stalls, drops the connection or returns garbage; it is opened again each time.
 
-    This is the outer layer: within one try, datasets and huggingface_hub repeat single requests on their own.
+    This is the outer layer: within one try, datasets and huggingface_hub retry single requests themselves.
 
     Parameters
     ----------
     limit
-        Tries after the first, of one read. A success starts the count anew.
+        Retries of one read after the first try. A success resets the count.
     first_wait, longest_wait
-        Seconds before the first of them, and at most; the wait doubles every time.
+        Seconds before the first retry, and the longest wait; the wait doubles every time.
     timeout_seconds
-        A read that brings nothing for so long has stalled. A read is a block of documents, and opening the stream
-        before it where it has to be opened.
+        Seconds after which a read counts as stalled. A read is one block of documents, including opening the stream if
+        necessary.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range.
     """
 
     limit: int = 5
@@ -57,10 +62,10 @@ class Retries:
             raise ValueError(f"retries.timeout_seconds is {self.timeout_seconds}: give more than 0 seconds")
 
     def call(self, read: Callable[[bool], T], source: str) -> T:
-        """What ``read(first)`` returns; ``first`` is False when it is tried again.
+        """Return the result of ``read(first)``; ``first`` is False for retries.
 
-        A local file is read once: it does not mend itself, unless it only stalled. SourceFailed names the source, the
-        shard where it is known, the number of tries and the last cause.
+        Errors of local files are not retried, except for stalls. Raises ``SourceFailed`` with the source, the shard if
+        known, the number of tries and the last cause.
         """
         for tries in count(1):
             try:
@@ -68,11 +73,11 @@ class Retries:
             except Exception as error:
                 shard = error.shard if isinstance(error, Stalled) else file_read(walk_tb(error.__traceback__))
                 what = f"{source}{f', shard {shard}' if shard else ''}"
-                if tries > self.limit or not _may_heal(error, shard):
+                if tries > self.limit or not _is_transient(error, shard):
                     raise SourceFailed(
                         f"{what}: not readable in {tries} {'try' if tries == 1 else 'tries'} "
-                        f"({causes(error)}). Repair it, or wait until the source is well, and resume: "
-                        "the checkpoint goes on from this place"
+                        f"({causes(error)}). Repair it, or wait until the source is available, and resume: "
+                        "the checkpoint continues from this place"
                     ) from error
                 wait = min(self.first_wait * 2 ** (tries - 1), self.longest_wait)
                 log.warning("%s: %s. Opening it again in %g s", what, causes(error), wait)
@@ -81,9 +86,9 @@ class Retries:
 
 
 def in_time(seconds: float, work: Callable[[], T]) -> T:
-    """What ``work`` returns, or Stalled after ``seconds``: its thread is then left behind, with what it holds.
+    """Return the result of ``work``, or raise ``Stalled`` after ``seconds``; its thread is then abandoned.
 
-    A thread, because no timeout of a socket ends a read that trickles, or hangs in a file system.
+    It runs in a thread because socket timeouts do not end a read that trickles or hangs in a file system.
     """
     future: Future[T] = Future()
 
@@ -103,8 +108,9 @@ def in_time(seconds: float, work: Callable[[], T]) -> T:
 
 
 def file_read(frames: Iterable[tuple[FrameType, int]]) -> str | None:
-    """The file that a builder of datasets was reading. It keeps it in a variable ``file``, and says it nowhere else:
-    the state of a stream that reads ahead is not the place of the error.
+    """Return the file that a builder of datasets was reading, from its local variable ``file``; None if unknown.
+
+    The state of a stream that reads ahead is not the place of the error.
     """
     for frame, _ in frames:
         file = frame.f_locals.get("file")
@@ -114,7 +120,7 @@ def file_read(frames: Iterable[tuple[FrameType, int]]) -> str | None:
 
 
 def causes(error: BaseException | None) -> str:
-    """An error and the two that came before it: fsspec calls every failure over HTTP a missing file."""
+    """Describe an error and the two before it: fsspec reports every HTTP failure as a missing file."""
     found: list[str] = []
     while error is not None and len(found) < 3:
         found.append(f"{type(error).__name__}: {error}")
@@ -122,7 +128,7 @@ def causes(error: BaseException | None) -> str:
     return ", after ".join(found)
 
 
-def _may_heal(error: Exception, shard: str | None) -> bool:
+def _is_transient(error: Exception, shard: str | None) -> bool:
     missing = str(error) if isinstance(error, FileNotFoundError) else None
     place = (shard or missing or "unknown://").split("::")[-1]  # gzip://name::address
     return isinstance(error, TimeoutError) or "://" in place

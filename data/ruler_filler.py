@@ -1,4 +1,4 @@
-"""What stands between RULER's needles: real text, one repeated sentence, or more needles; always an exact length."""
+"""The filler between RULER's needles: real text, one repeated sentence, or more needles; always of an exact length."""
 
 import random
 from bisect import bisect_left
@@ -13,33 +13,33 @@ from data.packing import Tokens
 Haystack = Literal["text", "noise", "needles"]
 
 AFTER_CONTEXT = "\n"
-"""Stands between the context and the question in every template."""
+"""Separator between the context and the question in every template."""
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
 
 @dataclass(frozen=True)
 class Filler:
-    """Tokens and, in order, the places where something may be put in without splitting a word or a line."""
+    """Tokens, and the sorted places where needles can be inserted without splitting a word or a line."""
 
     ids: list[int]
     places: Sequence[int]
     document_ids: tuple[str, ...] = field(default=())
 
     def near(self, place: int) -> int:
-        """The first such place from ``place`` on, or else the last one."""
+        """Return the first such place from ``place`` on, or else the last one."""
         found = bisect_left(self.places, place)
         return self.places[min(found, len(self.places) - 1)]
 
 
 def text_filler(frame: Frame, haystack: Tokens, count: int, at: int, rng: random.Random) -> Filler:
-    """``count`` tokens of real text, drawn so that a word begins after ``at`` of them."""
+    """Draw ``count`` tokens of real text so that a word begins after ``at`` of them."""
     text = stretch(frame, haystack, count, rng, at)
     starts = [place for place, begins in enumerate(word_starts(frame, text.ids)) if begins]
     return Filler(text.ids, sorted({*starts, at}), tuple(text.document_ids))
 
 
 def line_filler(line: Callable[[], list[int]], count: int, at: int) -> Filler:
-    """``count`` tokens of lines, laid so that one begins after ``at`` of them: the first and the last may be cut."""
+    """Make ``count`` tokens of lines so that a line begins after ``at`` of them; the first and the last may be cut."""
     before = _lines(line, at)
     surplus = sum(map(len, before)) - at
     ids: list[int] = []
@@ -52,7 +52,7 @@ def line_filler(line: Callable[[], list[int]], count: int, at: int) -> Filler:
 
 
 def _lines(line: Callable[[], list[int]], count: int) -> list[list[int]]:
-    """As few lines as hold ``count`` tokens."""
+    """Return the fewest lines that have ``count`` tokens."""
     lines: list[list[int]] = []
     total = 0
     while total < count:
@@ -63,14 +63,14 @@ def _lines(line: Callable[[], list[int]], count: int) -> list[list[int]]:
 
 
 def encode_statement(frame: Frame, statement: str, haystack: Haystack) -> list[int]:
-    """A needle as it stands among words, or as a line of its own."""
+    """Encode a needle between words, or as its own line."""
     return frame.encode(f" {statement}" if haystack == "text" else f"{statement}\n")
 
 
 def plain_filler(
     frame: Frame, haystack: Tokens, kind: Literal["text", "noise"], count: int, at: int, rng: random.Random
 ) -> Filler:
-    """``count`` tokens of the haystack, or of RULER's noise."""
+    """Make ``count`` tokens of filler from the haystack, or of RULER's noise."""
     if kind == "text":
         return text_filler(frame, haystack, count, at, rng)
     noise = frame.encode(f"{NOISE}\n")
@@ -78,7 +78,7 @@ def plain_filler(
 
 
 def filler_tokens(where: str, room: int, parts: Iterable[list[int]]) -> int:
-    """Tokens left for the filler when ``parts`` are in the ``room``; ValueError, saying ``where``, if there is none."""
+    """Return the tokens left for filler in ``room`` after ``parts``; ``ValueError`` naming ``where`` if none are."""
     count = room - sum(map(len, parts))
     if count < 1:
         raise ValueError(

@@ -34,12 +34,12 @@ NIAH_ONE = (
 )
 NIAH_NEW_TOKENS = 128
 MOST_KEYS = 1000
-"""Far fewer than there are words to draw, so that drawing distinct ones ends."""
+"""Far fewer than the available words, so that drawing distinct ones terminates."""
 
 
 @dataclass(frozen=True)
 class Needles:
-    """What a needle task hides and asks for; the fields are ``Niah``'s parameters."""
+    """The settings of a needle task; the fields are ``Niah``'s parameters."""
 
     keys: int = 1
     values: int = 1
@@ -72,27 +72,33 @@ PRESETS: dict[Preset, Needles] = {
 
 
 class Niah(CaseTask):
-    """Needles in a haystack: RULER's eight settings by name, or any other by its options.
+    """Needles in a haystack: RULER's eight settings by name, or others by options.
 
-    The first asked needle stands at the depth. Where several are asked for, number j of n stands at (depth + j / n)
-    modulo 1, so that they spread evenly and start at the depth; the others stand anywhere.
+    The first asked needle is at the depth. If several are asked, number j of n is at (depth + j / n) modulo 1, so that
+    they are spread evenly, starting at the depth; the other needles are anywhere.
 
     Parameters
     ----------
     preset
-        RULER's name of the setting. The options below change it where they are given.
+        RULER's name of the setting. The options below override it.
     keys
-        Different keys hidden, those that are asked for among them.
+        Number of different keys hidden, including the asked ones.
     values
         Values of each key; all are asked for.
     queries
-        Keys asked for in one question.
+        Number of keys asked for in one question.
     key_kind, value_kind
         "word" (adjective-noun), "number" (seven digits) or "uuid".
     haystack
         "text": the evaluation's text. "noise": RULER's one repeated sentence. "needles": other needles, line by line.
     max_new_tokens
-        Tokens of an answer; RULER's 128 by default. A number needs ten, and each token of a batch costs a pass.
+        Most tokens of an answer; 128 as in RULER by default. A number needs ten, and each token of a batch costs a
+        pass.
+
+    Raises
+    ------
+    ValueError
+        For an unknown preset, or a setting out of range.
     """
 
     def __init__(
@@ -129,7 +135,7 @@ class Niah(CaseTask):
         self.name = names.get(needles, "niah_" + "_".join(map(str, astuple(needles))))
 
     def tokens_needed(self, frame: Frame, length: int) -> int:  # noqa: ARG002
-        """``length`` where the haystack is text, else none."""
+        """Return ``length`` if the haystack is text, else 0."""
         return length if self.needles.haystack == "text" else 0
 
     def case(
@@ -168,7 +174,7 @@ class Niah(CaseTask):
         return frame.build(context, question, answer_prefix, info, query_aware)
 
     def _draw(self, rng: random.Random) -> dict[str, list[str]]:
-        """Values by key, all different; the keys that are asked for come first."""
+        """Draw values by key, all different; the asked keys come first."""
         kinds = ([self.needles.key_kind] + [self.needles.value_kind] * self.needles.values) * self.needles.keys
         drawn: dict[str, None] = {}
         for kind in kinds:
@@ -177,7 +183,7 @@ class Niah(CaseTask):
         return {names[i]: names[i + 1 : i + each] for i in range(0, len(names), each)}
 
     def _prompt(self, queries: list[str]) -> tuple[str, str, str]:
-        """(before the context, question, answer prefix); in the singular where one value is asked for."""
+        """Return (introduction, question, answer prefix), in the singular if one value is asked for."""
         one = len(queries) * self.needles.values == 1
         kind = self.needles.value_kind if one else f"{self.needles.value_kind}s"
         query = queries[0] if len(queries) == 1 else f"{', '.join(queries[:-1])}, and {queries[-1]}"

@@ -21,37 +21,42 @@ ANSWER_PREFIX = (
 NEW_TOKENS = 30
 LETTERS, EXAMPLE_LETTERS = 5, 3
 MOST_VARIABLES = 1000
-"""Far fewer than there are names to draw, so that drawing distinct ones ends."""
+"""Far fewer than the available names, so that drawing distinct ones terminates."""
 VALUES = range(10_000, 99_999)
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Variables that all have one value: the first is assigned it, each other one the variable before it."""
+    """Variables with one value: the first is assigned the value, each other one the variable before it."""
 
     value: int
     names: list[str]
 
     def statements(self) -> list[str]:
-        """RULER's assignments, in order."""
+        """Return RULER's assignments, in order."""
         later = [f"VAR {name} = VAR {before}" for before, name in zip(self.names, self.names[1:], strict=False)]
         return [f"VAR {self.names[0]} = {self.value}", *later]
 
 
 class VariableTracking(CaseTask):
-    """RULER's variable tracking: a chain of assignments, of which all variables with one value are asked for.
+    """RULER's variable tracking: the question asks for all variables of a chain of assignments.
 
-    The first assignment stands at the depth, the others in order anywhere after it; other chains anywhere. The task is
-    called "vt", and "vt_noise" in RULER's repeated sentence.
+    The first assignment is at the depth, the others in order anywhere after it; other chains are anywhere. The task is
+    called "vt", and "vt_noise" with RULER's repeated sentence.
 
     Parameters
     ----------
     chains, hops
-        Chains hidden (the first is asked for), and assignments of each after its first.
+        Number of chains hidden (the first is asked for), and of assignments in each after its first.
     haystack
-        "text": the evaluation's text, RULER's other choice. "noise": one repeated sentence, RULER's default.
+        "text": the evaluation's text, RULER's other option. "noise": one repeated sentence, RULER's default.
     example_tokens
-        Length of the solved example before the context, at most; RULER's has up to 500. 0 leaves it out.
+        Most tokens of the solved example before the context; RULER's has up to 500. 0 leaves it out.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range.
     """
 
     def __init__(
@@ -67,7 +72,7 @@ class VariableTracking(CaseTask):
         self.name = "vt" if haystack == "text" else "vt_noise"
 
     def tokens_needed(self, frame: Frame, length: int) -> int:  # noqa: ARG002
-        """``length`` where the haystack is text, else none."""
+        """Return ``length`` if the haystack is text, else 0."""
         return length if self.haystack == "text" else 0
 
     def case(
@@ -108,7 +113,7 @@ class VariableTracking(CaseTask):
         return QUESTION.format(value=chain.value), ANSWER_PREFIX.format(value=chain.value, count=count)
 
     def _example(self, frame: Frame, haystack: Tokens, values: list[int], rng: random.Random) -> list[int]:
-        """A solved case with shorter names."""
+        """Make a solved case with shorter names."""
         if not self.example_tokens:
             return []
         chains = self._draw(values, EXAMPLE_LETTERS, rng)
@@ -126,7 +131,7 @@ class VariableTracking(CaseTask):
         depth: float,
         rng: random.Random,
     ) -> tuple[list[int], tuple[str, ...]]:
-        """``room`` tokens from the introduction to the break before the question, and the documents in them."""
+        """Return ``room`` tokens from the introduction to the break before the question, and their documents."""
         head, tail = frame.encode(INTRO), frame.encode(AFTER_CONTEXT)
         end = "." if self.haystack == "text" else ""
         statements = [

@@ -1,9 +1,8 @@
-"""What RULER's needles and word lists are made of: words, numbers, UUIDs and coded words, drawn from a generator.
+"""The words, numbers, UUIDs and coded words of RULER's needles and word lists.
 
 RULER (https://github.com/NVIDIA/RULER) draws its words from the wonderwords package. Deviation: keys and word values
-are made of the lists below (96 adjectives x 145 nouns), which share no word with the facts of the training
-(data.names); the word lists take their words from here and from Python's own documentation (about 2,500 together), and
-pairs of those where more are needed.
+come from the lists below (96 adjectives x 145 nouns), which share no word with the facts of training (data.names); word
+lists use these words and those of Python's documentation (about 2,500 together), and pairs of them if more are needed.
 """
 
 import random
@@ -39,7 +38,7 @@ NUMBER_DIGITS = 7
 
 
 def draw(kind: Kind, rng: random.Random) -> str:
-    """A key or value: adjective-noun, a number of seven digits, or a version-4 UUID."""
+    """Draw a key or value: adjective-noun, a number of seven digits, or a version-4 UUID."""
     if kind == "word":
         return f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
     if kind == "number":
@@ -48,7 +47,7 @@ def draw(kind: Kind, rng: random.Random) -> str:
 
 
 def draw_besides(taken: Collection[str], kind: Kind, rng: random.Random) -> str:
-    """A key or value that is not in ``taken``."""
+    """Draw a key or value that is not in ``taken``."""
     while (drawn := draw(kind, rng)) in taken:
         pass
     return drawn
@@ -56,17 +55,17 @@ def draw_besides(taken: Collection[str], kind: Kind, rng: random.Random) -> str:
 
 @cache
 def words() -> tuple[str, ...]:
-    """Distinct single words in lower case, in alphabetical order."""
+    """Return distinct single words in lower case, in alphabetical order."""
     from pydoc_data.topics import topics
 
-    # Words of prose alone: nothing that touches code or markup.
+    # Only words of prose: nothing next to code or markup.
     prose = re.compile(r"(?<![^\s(])[a-z]{4,12}(?=[,.;:)]?\s)")
     found = {word for topic in topics.values() for word in prose.findall(topic)}
     return tuple(sorted(found | set(ADJECTIVES) | set(NOUNS)))
 
 
 def distinct_words(rng: random.Random) -> Iterator[str]:
-    """Endless words in random order, none twice: first single ones, then pairs that hold none of the first 100."""
+    """Yield distinct words endlessly, in random order: single words, then pairs without the first 100 words."""
     pool = list(words())
     rng.shuffle(pool)
     yield from pool
@@ -79,7 +78,7 @@ def distinct_words(rng: random.Random) -> Iterator[str]:
 
 
 def random_words(count: int, letters: int, rng: random.Random, alphabet: str = string.ascii_lowercase) -> list[str]:
-    """``count`` distinct words of so many random letters."""
+    """Draw ``count`` distinct words of ``letters`` random letters."""
     drawn: dict[str, None] = {}
     while len(drawn) < count:
         drawn["".join(rng.choices(alphabet, k=letters))] = None

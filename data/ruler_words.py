@@ -1,6 +1,6 @@
 """RULER's aggregation tasks: the most common words of a list, the most frequent coded words. See data.ruler.
 
-Both fill the context with as many words as fit; no haystack is needed and nothing stands at a depth.
+Both fill the context with as many words as fit, without a haystack or a needle at a depth.
 """
 
 import itertools
@@ -23,7 +23,7 @@ CWE_ANSWER_PREFIX = "Answer: The top 10 words that appear most often in the list
 CWE_NEW_TOKENS = 120
 COMMON_WORDS = 10
 LONG = 4096
-"""From this many tokens on words are repeated as often as published."""
+"""Context length in tokens from which words are repeated as often as published."""
 
 FWE_INTRO = (
     "Read the following coded text and track the frequency of each coded word. "
@@ -44,15 +44,16 @@ TOKENS_PER_CODED_WORD = 50
 class CommonWords(CaseTask):
     """Common words extraction, "cwe": ten words of a shuffled, numbered list appear more often than the others.
 
-    The list has as many other words as fit, all of them equally often. Then words that appear once follow, and the last
-    of those is cut to reach the exact length.
+    The list has as many other words as fit, all equally often. Words that appear once follow, and the last of them is
+    cut for the exact length.
 
     Parameters
     ----------
     repeats
-        How often a common and any other word appear; null for RULER's 30 and 3, 6 and 1 in contexts below 4,096 tokens.
+        Number of repeats of a common and of any other word; null for RULER's 30 and 3, or 6 and 1 in contexts below
+        4,096 tokens.
     example
-        Begin with RULER's solved example: a list of 40 entries, of 190 from 4,096 tokens on.
+        Begin with RULER's solved example: a list of 40 entries, or of 190 from 4,096 tokens on.
     """
 
     name = "cwe"
@@ -64,7 +65,7 @@ class CommonWords(CaseTask):
         self.repeats, self.example = repeats, example
 
     def tokens_needed(self, frame: Frame, length: int) -> int:  # noqa: ARG002
-        """None."""
+        """Return 0: the task needs no haystack."""
         return 0
 
     def case(
@@ -97,9 +98,9 @@ class CommonWords(CaseTask):
         length: int,
         rng: random.Random,
     ) -> list[int]:
-        """Exactly ``room`` tokens of numbered words."""
+        """Make exactly ``room`` tokens of numbered words."""
         often, seldom = repeats
-        # Numbers for as many entries as could fit, of two tokens each, and one word more.
+        # Numbers for as many entries as could fit with two tokens each, and for one word more.
         numbers = frame.encode_all([f" {i + 1}." if i else "1." for i in range(max(room // 2, 0) + seldom)])
         entries = [ids for ids in frame.encode_all([f" {word}" for word in common]) for _ in range(often)]
         total = sum(map(len, entries)) + sum(map(len, numbers[: len(entries)]))
@@ -122,15 +123,15 @@ class CommonWords(CaseTask):
 
 
 class FrequentWords(CaseTask):
-    """Frequent words extraction, "fwe": of coded words drawn by Zipf's law, the three most frequent.
+    """Frequent words extraction, "fwe": the three most frequent of coded words that follow Zipf's law.
 
-    Word k appears floor(n / k^alpha) times, n the largest for which the text fits and the third word is more frequent
-    than the fourth. The first is "...", RULER's noise, which also fills what is left.
+    Word k appears floor(n / k^alpha) times, with the largest n for which the text fits and the third word is more
+    frequent than the fourth. The first word is "...", RULER's noise, which also fills the rest of the context.
 
     Parameters
     ----------
     alpha
-        Exponent of the law. RULER's is 2.
+        Exponent of the law, above 0. RULER's is 2.
     """
 
     name = "fwe"
@@ -142,7 +143,7 @@ class FrequentWords(CaseTask):
         self.alpha = alpha
 
     def tokens_needed(self, frame: Frame, length: int) -> int:  # noqa: ARG002
-        """None."""
+        """Return 0: the task needs no haystack."""
         return 0
 
     def case(
@@ -165,7 +166,7 @@ class FrequentWords(CaseTask):
         return frame.build([*head, *text, *tail], FWE_QUESTION, FWE_ANSWER_PREFIX, info, query_aware)
 
     def _fill(self, words: list[list[int]], room: int, length: int, rng: random.Random) -> list[int]:
-        """Exactly ``room`` tokens of shuffled words."""
+        """Make exactly ``room`` tokens of shuffled words."""
 
         def tokens(noise: int) -> int:
             return sum(count * len(word) for count, word in zip(self._counts(noise, words), words, strict=True))
@@ -175,8 +176,8 @@ class FrequentWords(CaseTask):
             noise -= 1
         if noise <= 0:
             raise ValueError(
-                f"{self.name}: in a context of {length} tokens the {FREQUENT_WORDS} most frequent words cannot be told "
-                "from the others: give longer contexts"
+                f"{self.name}: in a context of {length} tokens the {FREQUENT_WORDS} most frequent words are not more "
+                "frequent than the others: give longer contexts"
             )
         more, rest = divmod(room - tokens(noise), len(words[0]))
         counts = self._counts(noise, words)
@@ -194,12 +195,12 @@ class FrequentWords(CaseTask):
 
 
 def _cost(numbers: list[list[int]], entries: int, word: list[int], repeats: int) -> int:
-    """Tokens of ``repeats`` more entries."""
+    """Return the tokens of ``repeats`` more entries."""
     return sum(map(len, numbers[entries : entries + repeats])) + repeats * len(word)
 
 
 def _example(words: Iterator[str], length: int, rng: random.Random) -> str:
-    """RULER's solved example, and the break after it."""
+    """Make RULER's solved example, with the break after it."""
     count, often, seldom = (40, 10, 3) if length >= LONG else (20, 3, 1)
     drawn = list(itertools.islice(words, count))
     common, others = drawn[:COMMON_WORDS], drawn[COMMON_WORDS:]

@@ -1,4 +1,4 @@
-"""The LightningDataModule over files of queries, keys and values that were collected before."""
+"""The LightningDataModule of collected files of queries, keys and values."""
 
 import re
 from collections import defaultdict
@@ -13,19 +13,19 @@ FIX = "collect some first: python evaluate.py predict --config configs/analyze/c
 
 
 class TensorFiles(LightningDataModule):
-    """Batches are lists of paths: the files of one sample and collection, layers ascending, for a walk across them.
+    """Batches of file paths: the files of one sample and collection, in ascending order of layers.
 
-    The files are found by their names alone and not opened. A tensors_*.pt file whose name says neither length, layer
-    nor sample is a batch of its own, for the module to refuse; files of other names are not looked at.
+    Files are found by their names and not opened. A tensors_*.pt file whose name has no length, layer and sample is its
+    own batch, which the module refuses; other files are ignored.
 
     Parameters
     ----------
     folder
-        Where the files are.
+        The folder of the files.
     lengths
-        Of which lengths, in tokens; null for all.
+        Context lengths to read, in tokens; null for all.
     layers
-        Of which layers; null for all.
+        Layers to read; null for all.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class TensorFiles(LightningDataModule):
         self.folder, self.lengths, self.layers = Path(folder), lengths, layers
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
-        """Find the files. ValueError where there are none, or none of these lengths and layers."""
+        """Find the files. Raises ``ValueError`` if there are none, or none of these lengths and layers."""
         files = sorted(self.folder.glob("tensors_*.pt"))
         if not files:
             raise ValueError(f"{self.folder} holds no tensors_*.pt files: {FIX}")
@@ -47,7 +47,7 @@ class TensorFiles(LightningDataModule):
             )
 
     def predict_dataloader(self) -> DataLoader[list[str]]:
-        """By length, then sample, then time of collection."""
+        """Return the batches by length, then sample, then time of collection."""
         return DataLoader(_Groups(self.groups), batch_size=None, shuffle=False)
 
     def _grouped(self, files: Sequence[Path]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Where text comes from, and which documents belong to which split."""
+"""Sources of text, and the division of documents into splits."""
 
 import hashlib
 import json
@@ -22,11 +22,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Splits:
-    """Divides documents by a stable hash of their text: the same text is in the same split in every source, under
-    every path and id, however often it comes.
+    """Splits of documents by a stable hash of their text, so that a text has the same split in every source.
 
-    Shares are fractions that add up to 1. ``key`` seeds the hash; the default gives the embedded text of Python
-    3.11, which has few and very unequal documents, a fair number of characters in each split.
+    Parameters
+    ----------
+    train, validation, held_out
+        Shares of the documents; fractions that add up to 1.
+    key
+        Seed of the hash. The default gives each split of Python 3.11's embedded text, which has few documents of very
+        different lengths, a fair share of the characters.
+
+    Raises
+    ------
+    ValueError
+        If the shares are negative or do not add up to 1.
     """
 
     train: float = 0.8
@@ -40,7 +49,7 @@ class Splits:
             raise ValueError(f"split shares are {shares}: give three fractions that add up to 1")
 
     def of(self, text: str) -> Split:
-        """The split of a document with this text; whitespace and Unicode's normal forms make no difference."""
+        """Return the split of a document with this text; whitespace and Unicode's normal forms do not matter."""
         content = unicodedata.normalize("NFC", " ".join(text.removeprefix(BOM).split())).encode()
         digest = hashlib.blake2b(content, digest_size=8, key=self.key.encode()).digest()
         draw = int.from_bytes(digest, "big") / 2**64
@@ -51,12 +60,10 @@ class Splits:
 
 @dataclass
 class EmbeddedText(TextSource):
-    """The Python documentation that ships with the interpreter (pydoc_data.topics), one document per topic.
-    No download.
-    """
+    """The Python documentation in the interpreter (pydoc_data.topics), one document per topic. No download."""
 
     def documents(self) -> Iterator[Document]:
-        """79 topics in Python 3.11, 465 KB together."""
+        """Yield the topics: 79 in Python 3.11, with 465 KB together."""
         from pydoc_data.topics import topics
 
         for topic in sorted(topics):
@@ -65,22 +72,21 @@ class EmbeddedText(TextSource):
 
 @dataclass
 class LocalText(TextSource):
-    """Local files, held in memory: .txt is one document, each row of .jsonl, .json (JSON lines) and .parquet
-    is one.
+    """Local files, in memory: a .txt file is one document, as is each row of .jsonl, .json (JSON lines) and .parquet.
 
-    Documents without usable text (none, empty, not a string, no valid Unicode) are skipped; ``skipped`` counts them in
+    Documents without usable text (none, empty, not a string, no valid Unicode) are skipped; ``skipped`` counts those of
     the last reading.
 
     Parameters
     ----------
     paths
-        Files. A document's id is its path as given, with the line or row for the formats that hold many.
+        The files. A document's id is its path as given, with the line or row for formats with many documents.
     text_field
-        The key or column that holds the text.
+        The key or column of the text.
     skip_broken
-        Skip and count JSONL lines that are no JSON objects in UTF-8, too, instead of stopping.
+        Also skip and count JSONL lines that are no JSON objects in UTF-8, instead of stopping.
     skip_limit
-        More documents in a row that cannot be used stop the run.
+        Most unusable documents in a row; more stop the run.
     """
 
     paths: list[str]
@@ -90,7 +96,7 @@ class LocalText(TextSource):
     skipped: int = field(default=0, init=False, compare=False)
 
     def documents(self) -> Iterator[Document]:
-        """ValueError names the file (and the line) that is missing, empty, broken or of an unknown kind."""
+        """Yield the documents; ``ValueError`` names a missing, empty, broken or unknown file, and the line."""
         if not self.paths:
             raise ValueError("LocalText got an empty list of paths: name at least one file")
         readers = {
@@ -168,26 +174,28 @@ class LocalText(TextSource):
 
 @dataclass
 class HubText(TextSource):
-    """A Hugging Face dataset by name, streamed (the default) or downloaded whole.
+    """A Hugging Face dataset, streamed (the default) or downloaded.
 
-    A stream that stalls, drops or returns garbage is opened again at the same row. A shard that stays broken stops the
-    run by name. A row whose text cannot be used (none, empty, not a string, no valid Unicode) is skipped and counted.
+    A stream that stalls, drops the connection or returns garbage is opened again at the same row. If a shard stays
+    broken, the run stops with its name. Rows without usable text (none, empty, not a string, no valid Unicode) are
+    skipped and counted.
 
     Parameters
     ----------
     name, config, split, data_files
-        As in datasets.load_dataset; ``config`` for instance "sample-10BT" for HuggingFaceFW/fineweb-edu, "en"
-        for allenai/c4.
+        As in datasets.load_dataset; ``config`` is for instance "sample-10BT" for HuggingFaceFW/fineweb-edu, "en" for
+        allenai/c4.
     text_field
-        The column that holds the text. The id comes from the column id, else url, else it is a hash of the
-        text.
+        The column of the text. The id comes from the column id, else url, else it is a hash of the text.
     streaming
-        Read on the fly. Documents are then shuffled in blocks of ``block_size``, which is what resumes
+        Read without a download. Documents are then shuffled in blocks of ``block_size`` rows, so that reading resumes
         exactly.
+    block_size
+        Rows per block.
     retries
-        When a read has stalled, and how often and how patiently the stream is opened again.
+        Timeout and retries of the stream.
     skip_limit
-        More rows in a row that cannot be used stop the run.
+        Most unusable rows one after another; more stop the run.
     """
 
     name: str = "HuggingFaceFW/fineweb-edu"
@@ -202,7 +210,7 @@ class HubText(TextSource):
     skipped: int = field(default=0, init=False, compare=False)
 
     def documents(self) -> Iterator[Document]:
-        """The documents in the dataset's order."""
+        """Yield the documents in the dataset's order."""
         if self.streaming:
             blocks = self.blocks(lambda _: True)
             while (block := blocks.next()) is not None:
@@ -215,8 +223,9 @@ class HubText(TextSource):
         self.skipped = counter.count
 
     def blocks(self, keep: Callable[[str], bool], number: int = 0, total: int = 1) -> DocumentBlocks:
-        """Streamed: whole shards where they divide by ``total``, else every total-th row; those whose text ``keep``
-        accepts.
+        """Return share ``number`` of ``total`` of the documents whose text ``keep`` accepts.
+
+        Streamed shares are whole shards if their number is divisible by ``total``, else every ``total``-th row.
         """
         if not self.streaming:
             return super().blocks(keep, number, total)
@@ -241,7 +250,7 @@ class HubText(TextSource):
         try:
             builder = load_dataset_builder(self.name, self.config, data_files=self.data_files)
             if hasattr(builder.config, "on_mixed_types"):
-                # Where one row's text is a number, datasets would hand out all texts around it as JSON, in quotes.
+                # If one row's text is a number, datasets would return all texts around it as JSON, in quotes.
                 builder.config.on_mixed_types = None
             if self.streaming:
                 found: Any = builder.as_streaming_dataset(split=self.split)

@@ -1,4 +1,4 @@
-"""What every LightningDataModule here needs first: the tokenizer of the model that reads its batches."""
+"""The base class of LightningDataModules that need the model's tokenizer."""
 
 from typing import Any
 
@@ -6,17 +6,19 @@ from lightning.pytorch import LightningDataModule
 
 
 class TokenizedData(LightningDataModule):
-    """Has a ``tokenizer``: the trainer's ``lightning_module.tokenizer``, or what is set before ``setup``."""
+    """A LightningDataModule with a ``tokenizer``: the trainer's ``lightning_module.tokenizer``, or one set before
+    ``setup``.
+    """
 
     has_text = False
-    """Whether some of its cases are windows of text, which are read and not answered."""
+    """Whether it has windows of text, which are read, not answered."""
 
     def __init__(self) -> None:
         super().__init__()
         self.tokenizer: Any = None
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
-        """Take the tokenizer from the trainer's module unless one was set."""
+        """Take the tokenizer from the trainer's module unless one was set; ``ValueError`` if there is none."""
         if self.tokenizer is None and self.trainer is not None:
             self.tokenizer = getattr(self.trainer.lightning_module, "tokenizer", None)
         if self.tokenizer is None:

@@ -1,4 +1,4 @@
-"""The Trainer's settings that are about epochs, on a training stream that has no end: what they become, or why not."""
+"""Adapt or refuse the Trainer's epoch settings for an endless training stream."""
 
 from collections.abc import Iterable
 
@@ -15,16 +15,16 @@ NEED_EPOCHS: dict[type[Callback], str] = {
     GradientAccumulationScheduler: "changes accumulation from epoch to epoch: set trainer.accumulate_grad_batches",
     StochasticWeightAveraging: "averages at the ends of epochs: leave it out",
 }
-"""Callbacks that would do nothing, or something else than was asked for."""
+"""Callbacks that would have no effect or another one than configured -> the reason and the fix."""
 
 
 def batches_to_train(trainer: Trainer) -> int:
-    """Batches that one rank trains on; with fast_dev_run or overfit_batches, those of one epoch.
+    """Return the number of batches that one rank trains on; with fast_dev_run or overfit_batches, of one epoch.
 
     Raises
     ------
     ValueError
-        For a length that does not follow from ``trainer.max_steps``, or is nothing.
+        If ``trainer.max_steps`` does not determine the length, or the length is 0.
     """
     if trainer.max_steps < 1:
         raise ValueError(f"trainer.max_steps is {trainer.max_steps}: set it, the training stream has no end")
@@ -47,16 +47,16 @@ def batches_to_train(trainer: Trainer) -> int:
 
 
 def without_epochs(trainer: Trainer) -> None:
-    """Give the trainer's settings about epochs the meaning that they have on a stream without, before training.
+    """Adapt the trainer's epoch settings to a stream without epochs, before training.
 
-    All of the training counts as the one epoch that Lightning's defaults are about. ``val_check_interval`` as a share
-    is a share of the training (1.0: at its end), and becomes a number of batches; callbacks that look after validation
-    then know that there are several in the epoch. Where epochs are real (fast_dev_run, overfit_batches) all stays.
+    The whole training counts as one epoch. A ``val_check_interval`` that is a share becomes a number of batches of the
+    training (1.0: at its end), so that callbacks that run after validation expect several in the epoch. With real
+    epochs (fast_dev_run, overfit_batches) nothing changes.
 
     Raises
     ------
     ValueError
-        For what has no meaning, or would silently never happen: one line with the setting and what to do.
+        For settings without a meaning, or with no effect: one line with the setting and the fix.
     """
     batches = batches_to_train(trainer)
     if trainer.fast_dev_run or trainer.overfit_batches:  # type: ignore[attr-defined]
@@ -72,7 +72,7 @@ def _settle_least_epochs(trainer: Trainer) -> None:
         raise ValueError(
             f"trainer.min_epochs is {trainer.min_epochs}: set trainer.min_steps, the training stream has no epochs"
         )
-    trainer.fit_loop.min_epochs = 0  # Lightning makes it 1 where min_steps is set: nothing could stop early
+    trainer.fit_loop.min_epochs = 0  # Lightning sets it to 1 if min_steps is set, which would prevent early stopping
 
 
 def _settle_validation(trainer: Trainer, batches: int) -> None:
@@ -103,7 +103,7 @@ def _check_callbacks(trainer: Trainer, callbacks: Iterable[Callback]) -> None:
             raise ValueError(f"{name}.interval is epoch: give step, the training stream has no epochs")
         if isinstance(callback, EarlyStopping) and callback._check_on_train_epoch_end:
             raise ValueError(
-                f"{name}.check_on_train_epoch_end is true: leave it out to look after every validation, the training "
+                f"{name}.check_on_train_epoch_end is true: leave it out to check after every validation, the training "
                 "stream has no epochs"
             )
         monitor = getattr(callback, "monitor", None) or ""

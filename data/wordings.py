@@ -1,15 +1,15 @@
-"""The sentences that facts are put in, by split. No string appears in two splits.
+"""The wordings of facts, by split. No string appears in two splits.
 
 Fields: ``{topic}`` is an attribute with its subject ("access code for the Lisbon archive"), ``{subject}`` the
-subject alone, ``{value}`` the answer, ``{who}`` a person who reports it; a capital in the field's name asks
-for a capital in the text.
+subject alone, ``{value}`` the answer, ``{who}`` a person who reports it; a capital in the field's name means a
+capital in the text.
 """
 
 from typing import NamedTuple
 
 
 class Wording(NamedTuple):
-    """A statement, the question it answers, and how the answer begins (the value and a full stop follow)."""
+    """A statement, the question it answers, and the answer's beginning (the value and a full stop follow)."""
 
     statement: str
     question: str
@@ -227,4 +227,4 @@ KIND_WORDINGS: dict[str, dict[str, tuple[Wording, ...]]] = {
         ),
     },
 }
-"""Wordings made for one kind: the subject stands without an attribute."""
+"""Wordings for single kinds of facts, without an attribute."""

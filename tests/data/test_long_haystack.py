@@ -144,7 +144,7 @@ def test_repeated_text_comes_in_a_new_order_and_is_named(tokenizer: Any, caplog:
     task = batch["cases"][0].task
     assert task.startswith("haystack, text ")
     times = int(task.split()[2])
-    assert f"come round {times} times" in caplog.text
+    assert f"are used {times} times" in caplog.text
     assert (times - 1) * 6 < len(orders) <= times * 6
 
 
@@ -152,7 +152,7 @@ def test_repeated_text_comes_in_a_new_order_and_is_named(tokenizer: Any, caplog:
     "settings, message",
     [
         ({"tokens": 60}, r"5 needle\(s\) of .* leave no room for text in a context of 60 tokens"),
-        ({"tokens": 0}, "a context of 0 tokens was asked for"),
+        ({"tokens": 0}, "a context of 0 tokens was requested"),
         ({"lengths": []}, "lengths is .*: give at least one"),
         ({"lengths": [300, 300]}, "lengths is .*none twice"),
         ({"depths": [0.5, 0.5]}, "depths is .*none twice"),

@@ -211,7 +211,7 @@ def test_broken_rows_are_refused_by_file_and_line(bpe: Any, lines: Write, row: A
 
 def test_too_little_is_refused(bpe: Any, lines: Write, tmp_path: Path) -> None:
     path = lines({"document": "text", "question": "Why?", "answer": "So"})
-    with pytest.raises(ValueError, match=r"has 1 questions and 2 were asked for: set data.samples to 1"):
+    with pytest.raises(ValueError, match=r"has 1 questions and 2 were requested: set data.samples to 1"):
         batches(bpe, LocalQuestions([path]), samples=2)
     with pytest.raises(ValueError, match="max_tokens is 5, but chat frame, question"):
         batches(bpe, LocalQuestions([path]), samples=1, max_tokens=5)
