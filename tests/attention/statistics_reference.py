@@ -28,7 +28,7 @@ def dense(query: Tensor, key: Tensor, valid: Tensor | None, scaling: float | Non
 def expected(
     attention: Tensor, settings: StatisticsSettings, valid: Tensor | None, tokens: Tensor | None
 ) -> LayerStatistics:
-    """Everything from attention (B, H, T, S), query by query and block by block."""
+    """Compute all statistics from attention (B, H, T, S), query by query and block by block."""
     batch, heads, queries, seen = attention.shape
     observed = min(queries, settings.window or queries)
     attention = attention[:, :, queries - observed :]

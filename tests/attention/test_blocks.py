@@ -1,4 +1,4 @@
-"""Which blocks may be chosen, which always are, and which scores decide the rest."""
+"""The blocks that can be selected, those that always are, and the selection of the rest by scores."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def rows(blocks: Blocks, row: int = 0, group: int = 0) -> list[list[int]]:
 
 
 class Scores:
-    """A scorer that says what it was told."""
+    """A scorer with fixed scores."""
 
     def __init__(self, scores: Tensor | None) -> None:
         self.scores, self.block_size = scores, SIZE

@@ -1,4 +1,4 @@
-"""Received attention equals the same added up over a full attention matrix, pair by pair."""
+"""Received attention equals sums over a full attention matrix, pair by pair."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -133,7 +133,7 @@ def test_the_observer_sees_what_eager_attention_computes(random_model: Callable[
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of a tensor that an operation made."""
+    """The number of elements of the largest tensor that an operation returned."""
 
     elements = 0
 

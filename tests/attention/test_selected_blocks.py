@@ -31,7 +31,7 @@ def own_block(_: int, query: Tensor, key: Tensor) -> Blocks:
 
 @torch.no_grad()
 def hidden(model: PreTrainedModel, cuts: list[int], **attention: object) -> Tensor:
-    """Of all tokens, run in pieces that end at ``cuts``."""
+    """Return the hidden states of all tokens, run in pieces that end at ``cuts``."""
     cache, start, parts = DynamicCache(), 0, []
     with passing(model, **attention):
         for stop in [*cuts, TOKENS]:

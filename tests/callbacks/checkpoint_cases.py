@@ -1,4 +1,4 @@
-"""A linear module and what befalls its checkpoints: full disks, damage, malice, signals."""
+"""A linear module, and faults of its checkpoints: full disks, damage, malicious files, signals."""
 
 import os
 import resource
@@ -35,7 +35,7 @@ class Line(LightningModule):
 
 
 class AtBatch(Callback):
-    """Does something when micro-batch ``batch`` (from 0) starts."""
+    """Run a function when micro-batch ``batch`` (from 0) starts."""
 
     def __init__(self, batch: int, action: Callable[[], Any]) -> None:
         self.batch, self.action = batch, action
@@ -79,7 +79,7 @@ def cut(path: Path) -> None:
 
 
 class Malice:
-    """Makes the folder ``path`` when it is unpickled."""
+    """An object that makes the folder ``path`` when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -26,7 +26,7 @@ def fit(tiny_trainer: MakeTrainer, tmp_path: Path) -> Callable[..., tuple[Traine
 
 @pytest.fixture
 def room() -> Iterator[None]:
-    """As much room after the test as before it."""
+    """Restore the disk's room after the test."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,4 +1,4 @@
-"""The anchor analysis during training: it sees what changes, tells every logger, and disturbs nothing."""
+"""The anchor analysis during training: it measures changes, logs to every logger, and does not change training."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Checkpoints on disk are whole or absent, and the newest that can be read is read; code in one is not run."""
+"""Checkpoints are complete or absent, the newest readable one is used, and code in one is not run."""
 
 import pickle
 import shutil

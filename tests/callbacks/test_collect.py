@@ -1,4 +1,4 @@
-"""Collecting while an evaluation runs: the same files as a collection, and the same evaluation as without."""
+"""Collecting during an evaluation: the same files as in a collection, and the same evaluation as without."""
 
 import json
 import shutil

@@ -16,7 +16,7 @@ from sparsekv_pl.schedules import Adaptive, Linear, Schedule, Spread
 
 
 class Evicting(BoringModel):
-    """Stands for the training module: notes the ratio of each batch, logs the perplexities it is given."""
+    """A substitute for the training module that records each batch's ratio and logs given perplexities."""
 
     def __init__(self, perplexities: list[float] | None = None) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Evicting(BoringModel):
 
     def on_validation_epoch_end(self) -> None:
         if self.trainer.sanity_checking:
-            self.log("val/perplexity_evicted", 2.0)  # a rumour: nobody may listen
+            self.log("val/perplexity_evicted", 2.0)  # must be ignored
         else:
             self.log("val/perplexity_evicted", next(self.perplexities))
 

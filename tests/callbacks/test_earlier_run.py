@@ -1,4 +1,4 @@
-"""What an earlier run left in a folder is neither mixed with the new one's nor lost."""
+"""Files of an earlier run in a folder are neither mixed with the new run's nor lost."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""A run that was killed between its last checkpoint and whole exports writes them when it is resumed."""
+"""A run that was killed between its last checkpoint and its exports writes them when it is resumed."""
 
 import shutil
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def fit(
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """But for the run's time and place."""
+    """Return the files' contents without the run's time and place."""
     files = [path for name in ("final", "merged") for path in sorted((folder / name).iterdir())]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.name != "training.json"}
 

@@ -1,4 +1,4 @@
-"""The bar of a training counts optimizer steps, also where batches are accumulated and a run goes on."""
+"""A training's bar counts optimizer steps, also with accumulation and in resumed runs."""
 
 import sys
 from pathlib import Path
@@ -18,22 +18,22 @@ QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 
 class Shown(Callback):
-    """What the bar says when a micro-batch starts, and after the last one."""
+    """Record the bar's state when a micro-batch starts, and after the last one."""
 
     def __init__(self, bar: StepsBar) -> None:
         self.bar = bar
-        self.said: list[tuple[str, float, float | None]] = []
+        self.states: list[tuple[str, float, float | None]] = []
 
-    def note(self) -> None:
+    def record(self) -> None:
         assert self.bar.progress is not None
         task = self.bar.progress.tasks[self.bar.train_progress_bar_id or 0]
-        self.said.append((task.description.split("]")[-1], task.completed, task.total))
+        self.states.append((task.description.split("]")[-1], task.completed, task.total))
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.note()
+        self.record()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        self.note()
+        self.record()
 
 
 @pytest.fixture
@@ -41,10 +41,10 @@ def shown(tiny_trainer: MakeTrainer, tmp_path: Path) -> Any:
     def run(**settings: Any) -> list[tuple[str, float, float | None]]:
         ckpt_path = settings.pop("ckpt_path", None)
         bar = StepsBar()
-        noted, saver = Shown(bar), SafeCheckpoint(2, 2, str(tmp_path))
+        shown, saver = Shown(bar), SafeCheckpoint(2, 2, str(tmp_path))
         switches: dict[str, Any] = {"enable_checkpointing": True, "enable_progress_bar": True}
-        tiny_trainer(noted, bar, saver, **switches, **settings).fit(Line(), ckpt_path=ckpt_path)
-        return noted.said
+        tiny_trainer(shown, bar, saver, **switches, **settings).fit(Line(), ckpt_path=ckpt_path)
+        return shown.states
 
     return run
 

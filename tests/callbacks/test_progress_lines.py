@@ -1,4 +1,4 @@
-"""Without a terminal a run says in lines how far it is: a training by steps, everything else by batches and pieces."""
+"""Without a terminal, a run prints lines of progress: a training by steps, everything else by batches and pieces."""
 
 import itertools
 import sys
@@ -17,7 +17,7 @@ from tests.callbacks.checkpoint_cases import Line
 from tests.tiny_training import MakeTrainer
 
 
-class Told(Line):
+class Measured(Line):
     """Logs terms of a loss, and measures in three pieces."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ARG002
@@ -46,7 +46,7 @@ class Batches(torch.utils.data.Dataset[dict[str, Any]]):
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> ProgressLines:
-    """With a clock that goes on by five seconds whenever somebody looks."""
+    """Return progress lines with a clock that advances by five seconds at every reading."""
     made = ProgressLines()
     ticks = itertools.count(0, 5)
     monkeypatch.setattr(pace.Pace, "clock", staticmethod(lambda: float(next(ticks))))
@@ -59,7 +59,7 @@ def test_a_training_has_a_line_at_every_logging_interval_and_validation(
 ) -> None:
     settings: dict[str, Any] = {"max_steps": 5, "log_every_n_steps": 2, "accumulate_grad_batches": 1}
     trainer = tiny_trainer(lines, enable_progress_bar=True, limit_val_batches=2, val_check_interval=4, **settings)
-    trainer.fit(Told(), DataLoader(Batches(), batch_size=None), DataLoader(Batches(), batch_size=None))
+    trainer.fit(Measured(), DataLoader(Batches(), batch_size=None), DataLoader(Batches(), batch_size=None))
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("step", "validation"))]
     steps = [line.partition(":")[0] for line in said]
     sanity, after = "validation before the first step", "validation after step 4"
@@ -75,7 +75,7 @@ def test_measuring_has_a_line_every_half_a_minute_also_within_a_batch(
     verb: str, what: str, lines: ProgressLines, tiny_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = tiny_trainer(lines, enable_progress_bar=True)
-    getattr(trainer, verb)(Told(), DataLoader(Batches(), batch_size=None))
+    getattr(trainer, verb)(Measured(), DataLoader(Batches(), batch_size=None))
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith(what)]
     assert said[0].startswith(f"{what}: 0 of 6 batches, 1 of 3 measurements of the next, ")
     assert said[-1].startswith(f"{what}: 6 of 6 batches, ") and said[-1].endswith("tokens of cases/s, 0 s left")

@@ -1,4 +1,4 @@
-"""Throughput with a clock that the test moves: exact numbers, in a real Trainer."""
+"""Throughput with a simulated clock: exact numbers, in a real Trainer."""
 
 import resource
 import sys
@@ -73,8 +73,8 @@ def run(
     }
     callback.clock = lambda: module.now
     trainer = pl.Trainer(callbacks=[callback], **(defaults | settings))
-    told = {} if lengths is None else {"context_lengths": lengths}
-    loader = DataLoader(Windows(), batch_size=BATCH, collate_fn=lambda rows: default_collate(rows) | told)
+    entries = {} if lengths is None else {"context_lengths": lengths}
+    loader = DataLoader(Windows(), batch_size=BATCH, collate_fn=lambda rows: default_collate(rows) | entries)
     trainer.fit(module, loader, loader)
     return trainer
 

@@ -20,7 +20,7 @@ TEMPLATE = (
 
 @dataclass
 class Numbered(TextSource):
-    """``count`` short documents whose text says which one it is."""
+    """``count`` short documents whose text contains their number."""
 
     count: int = 40
 
@@ -68,7 +68,7 @@ def plain(tokenizer: Any) -> tuple[Frame, Tokens]:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that were to be waited."""
+    """Record the seconds of each wait, without waiting."""
     asked: list[float] = []
     monkeypatch.setattr("data.retries.sleep", asked.append)
     return asked

@@ -1,4 +1,4 @@
-"""Text sources that fail: a stream of tables, a server of shards, and the content of those."""
+"""Text sources that fail: a stream of tables, and a server of shards with their contents."""
 
 import json
 import threading
@@ -20,7 +20,7 @@ DROP, GARBAGE, LATE = ConnectionError("reset"), pa.ArrowInvalid("no JSON"), Time
 
 
 class FaultyStream:
-    """What HubBlocks uses of a stream of datasets; before row n it does what ``faults[n]`` says, each once."""
+    """The interface of a datasets stream that HubBlocks uses; before row n it runs ``faults[n]`` once."""
 
     def __init__(self, faults: dict[int, list[Any]]) -> None:
         self.faults, self.row = faults, 0

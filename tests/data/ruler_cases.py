@@ -1,4 +1,4 @@
-"""What the tests of RULER's tasks share."""
+"""Settings for the tests of RULER's tasks."""
 
 from data.cases import CaseTask
 from data.ruler import CommonWords, FrequentWords, Niah, VariableTracking

@@ -1,4 +1,4 @@
-"""What stands around the text and the question is what kvpress's pipeline puts there."""
+"""The parts of the chat template around text and question equal those of kvpress's pipeline."""
 
 from types import SimpleNamespace
 

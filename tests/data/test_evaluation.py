@@ -1,4 +1,4 @@
-"""Held-out cases: exact, grouped, lazy, and the same whatever else is asked for."""
+"""Held-out cases: exact, grouped, lazy, and independent of the other cases."""
 
 import hashlib
 from collections.abc import Callable
@@ -192,7 +192,7 @@ def test_works_without_a_chat_template(make, plain_tokenizer):
 
 
 class Reader(LightningModule):
-    """Remembers the ids of what it was given."""
+    """A module that records the ids of its cases."""
 
     def __init__(self, tokenizer) -> None:
         super().__init__()

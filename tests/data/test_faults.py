@@ -1,4 +1,4 @@
-"""A stream that stalls, drops or returns garbage is outlasted; one that breaks for good stops with an exact state."""
+"""A stream that stalls, drops or returns garbage is retried; one that stays broken stops with an exact state."""
 
 import json
 import shutil
@@ -86,7 +86,7 @@ class Healing(TextSource):
 
 
 class Reads(LightningModule):
-    """Remembers what it read."""
+    """A module that records its batches."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__()

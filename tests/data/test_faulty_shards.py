@@ -1,4 +1,4 @@
-"""Shards on disk and behind a real server that are broken, cut, late or something else."""
+"""Shards on disk and behind a real server that are broken, truncated, late or of another format."""
 
 import gzip
 import threading
@@ -49,7 +49,7 @@ def test_a_broken_local_shard_is_named_at_once(tmp_path, kind, position, waits):
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Shards]]:
-    """Starts servers. datasets' own repetitions of single requests, which take minutes, are off."""
+    """Start servers, with datasets' own retries of single requests, which take minutes, switched off."""
     monkeypatch.setattr("datasets.config.STREAMING_READ_MAX_RETRIES", 1)
     monkeypatch.setattr("datasets.config.STREAMING_READ_RETRY_INTERVAL", 0)
     monkeypatch.setattr("datasets.config.STREAMING_OPEN_MAX_RETRIES", 1)

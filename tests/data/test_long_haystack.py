@@ -45,7 +45,7 @@ def only(data: HaystackData) -> CaseBatch:
 
 
 def without_needles(data: HaystackData, batch: CaseBatch) -> tuple[list[int], list[int]]:
-    """The filler's tokens, and how many of them stand before each needle."""
+    """Return the filler's tokens, and the number of them before each needle."""
     facts, needles, room = data._room(batch["context_ids"].shape[1])
     ids = batch["context_ids"][0].tolist()[len(data.frame.prefix_ids) :]
     assert [(fact.value,) for fact in facts] == [case.answers for case in batch["cases"]]

@@ -1,4 +1,4 @@
-"""Questions about documents: where the answer's tokens are, what is cut, and what a source is refused for."""
+"""Questions about documents: the answer's tokens, cutting, and the errors of sources."""
 
 import itertools
 import json
@@ -255,7 +255,7 @@ def test_a_dataset_that_cannot_be_opened_is_explained(bpe: Any) -> None:
 
 
 class Slow:
-    """A tokenizer that cannot say which characters a token stands for."""
+    """A tokenizer that does not map tokens to characters."""
 
     is_fast = False
 

@@ -170,9 +170,9 @@ def test_a_shortest_context_outside_the_lengths_is_named(shortest):
 def test_a_shortest_context_without_room_for_a_fact_is_refused_before_training(tokenizer, numbered):
     with pytest.raises(
         ValueError, match=r"shortest_context is 100: .* Give at least (\d+), or retrieval_share 0"
-    ) as told:
+    ) as refused:
         ragged(tokenizer, numbered, shortest_context=100)
-    least = int(str(told.value).split("at least ")[1].split(",")[0])
+    least = int(str(refused.value).split("at least ")[1].split(",")[0])
     assert len(take(ragged(tokenizer, numbered, shortest_context=least, retrieval_share=1.0), 20)) == 20
     with pytest.raises(ValueError, match="shortest_context"):
         ragged(tokenizer, numbered, shortest_context=least - 1)

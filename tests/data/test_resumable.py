@@ -1,4 +1,4 @@
-"""The loader's place in the stream: it belongs to the parameters, and another stream's is refused."""
+"""The loader's position in the stream: it matches the parameters, and another stream's position is refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -211,7 +211,7 @@ def test_a_refusal_counts_what_it_does_not_name() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_file_edited_in_place_is_noticed(tmp_path: Path, tokenizer: Any, workers: int) -> None:
-    """Of the same length, so that only its text tells."""
+    """Of the same length, so that only its text differs."""
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f'{{"text": "line {i} {"word " * 90}"}}\n' for i in range(9)))
 

@@ -1,4 +1,4 @@
-"""RULER's tasks against what was published: prompts, presets, examples, laws; and what they refuse."""
+"""RULER's tasks against the published ones: prompts, presets, examples, frequencies; and their errors."""
 
 import random
 import re

@@ -1,4 +1,4 @@
-"""A document's split follows from its text: no spelling of a path, no format, id or order moves it."""
+"""A document's split follows from its text: spelling of a path, format, id and order do not change it."""
 
 import json
 from collections.abc import Iterable
@@ -42,7 +42,7 @@ def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
 
 
 def split_texts(source: TextSource, split: Any) -> set[str]:
-    """What a stream of the split reads in one epoch, whitespace made equal."""
+    """Return the texts that a stream of the split reads in one epoch, with normalised whitespace."""
     stream, texts = DocumentStream(source, SPLITS, split), set()
     while (document := next(stream)) and stream.epoch == 0:
         texts.add(" ".join(document.text.split()))

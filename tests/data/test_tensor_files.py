@@ -1,4 +1,4 @@
-"""Tensor files by their names: which belong together, and what there is to do where there are none."""
+"""Tensor files grouped by their names, and the error if there are none."""
 
 from pathlib import Path
 

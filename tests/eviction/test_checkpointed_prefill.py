@@ -46,7 +46,7 @@ CONTEXT, CONTINUATION, BUDGET, RATIO = 48, 8, 20, 0.5
 
 @dataclass
 class Tells(ScorerPress):
-    """Knorm's scores; says what it kept as soft weights, and a loss."""
+    """Knorm's scores, with soft weights of kept keys and a loss."""
 
     compression_ratio: float = 0.0
 
@@ -61,7 +61,7 @@ class Tells(ScorerPress):
 
 
 def presses() -> list[BasePress]:
-    """New ones: their settings are changed by what is tested."""
+    """Make new presses, as tests change their settings."""
     return [
         KnormPress(),
         SnapKVPress(window_size=4),
@@ -83,7 +83,7 @@ def ids(tokens: int = CONTEXT) -> tuple[Tensor, Tensor]:
 
 
 def loss_of(evicted: Evicted) -> Tensor:
-    """Every output differently weighed, a selection loss against made-up attention, the press's losses, a question."""
+    """Sum differently weighted outputs, a selection loss against random attention, press losses and a continuation."""
     generator = torch.Generator().manual_seed(1)
     loss = (evicted.hidden.float() * torch.randn(evicted.hidden.shape, generator=generator)).sum()
     mass = dict.fromkeys(range(2), torch.rand(2, 2, CONTEXT, generator=generator))

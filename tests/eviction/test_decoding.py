@@ -27,7 +27,7 @@ def questions() -> Tensor:
 
 
 def alone(model: PreTrainedModel, press: BasePress | None, context: Tensor, question: Tensor, new: int) -> list[int]:
-    """kvpress's own way: a prefill under the press, then single tokens with transformers' stock attention."""
+    """Decode as kvpress does: a prefill under the press, then single tokens with transformers' stock attention."""
     cache = DynamicCache()
     if press is None:
         model.model(context[None], past_key_values=cache)

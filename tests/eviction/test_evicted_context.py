@@ -1,4 +1,4 @@
-"""The evicted context that an objective asks about: what it says was lost, and continuing it as often as wanted."""
+"""The evicted context for objectives: the lost shares, and repeated continuations."""
 
 from collections.abc import Callable
 
@@ -79,7 +79,7 @@ def test_lost_is_the_share_of_layers_and_heads_that_hold_no_pair_of_the_token(
 @torch.no_grad()
 @pytest.mark.parametrize("press", [KnormPress(), SnapKVPress(window_size=4)], ids=press_name)
 def test_lost_after_many_chunks_is_read_off_the_values_of_a_single_layer(press: BasePress, random_model: Build) -> None:
-    """A value of the first layer depends on its token alone, so it tells where it came from."""
+    """A value of the first layer depends on its token alone, so it identifies its position."""
     model = random_model(num_hidden_layers=1)
     before = prefill(model, ids()[0], None).cache.layers[0].values
     set_compression_ratio(press, RATIO)

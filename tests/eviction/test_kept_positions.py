@@ -1,4 +1,4 @@
-"""What a cache still holds, against what the press is known to have kept."""
+"""The positions found in a cache, against those that the press is known to have kept."""
 
 from collections.abc import Callable
 
@@ -67,7 +67,7 @@ def kept(recorded: RecordedPrefill, press: BasePress | None) -> tuple[list[Tenso
 
 
 def caught_by(press: BasePress, recorded: RecordedPrefill) -> list[Tensor]:
-    """(B, K, L) scores of each layer, from a prefill of their own."""
+    """Record the scores (B, K, L) of each layer in a separate prefill."""
     with catch_scores(press) as caught, torch.no_grad():
         prefill(recorded.model, recorded.context_ids, press)
     assert [scored.layer for scored in caught] == [0, 1]
@@ -184,7 +184,7 @@ def test_equal_pairs_are_counted_and_no_more() -> None:
         kept_positions(full, cache_of(pairs(5, 5)))
 
 
-def test_equal_keys_are_told_apart_by_their_values() -> None:
+def test_equal_keys_are_distinguished_by_their_values() -> None:
     keys = pairs(1, 1, 1)[0]
     values = pairs(4, 5, 6)[1]
     found = kept_positions(cache_of((keys, values)), cache_of((keys[:, :, :2], values[:, :, [2, 1]])))[0]
@@ -212,7 +212,7 @@ def test_rotated_keys_need_the_rotary_embedding(random_model: Build) -> None:
         kept_positions(recorded.cache, recorded.evicted(press).cache)
 
 
-def test_what_cannot_be_told_is_said(random_model: Build) -> None:
+def test_unknown_positions_are_an_error(random_model: Build) -> None:
     model = random_model()
     recorded = RecordedPrefill(model, ids())
     chunked = prefill(model, ids(), KnormPress(0.5), chunk_tokens=10).cache

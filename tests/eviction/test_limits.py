@@ -1,4 +1,4 @@
-"""What a model cannot do is said before anything runs: RoPE that changes, partly turned heads, presses of one row."""
+"""Unsupported models and presses are refused before anything runs: changing or partial RoPE, presses of one row."""
 
 from collections.abc import Callable
 from typing import Any

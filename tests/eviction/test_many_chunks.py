@@ -48,7 +48,7 @@ presses = pytest.mark.parametrize(
 
 
 def ids() -> tuple[Tensor, Tensor]:
-    """No token twice in a row, so that a layer-0 value tells which token it came from."""
+    """Make rows of distinct tokens, so that a layer-0 value identifies its token."""
     generator = torch.Generator().manual_seed(0)
     everything = torch.stack([torch.randperm(64, generator=generator) for _ in range(2)])
     return everything[:, :CONTEXT], everything[:, CONTEXT : CONTEXT + CONTINUATION]
@@ -62,7 +62,7 @@ def run(model: PreTrainedModel, press: BasePress, tokens: int = CONTEXT, **setti
 
 @torch.no_grad()
 def kept_positions(model: PreTrainedModel, prefilled: Prefilled) -> Tensor:
-    """(B, K, S): the context positions of layer 0's pairs, in the order of the cache, read off the values."""
+    """Find the context positions (B, K, S) of layer 0's pairs, in the order of the cache, from their values."""
     values, full = prefilled.cache.layers[0].values, prefill(model, ids()[0], None).cache.layers[0].values
     return torch.cdist(values, full).argmin(-1)
 

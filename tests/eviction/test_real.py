@@ -52,7 +52,7 @@ def evict(model: PreTrainedModel, press: BasePress, ratio: float = RATIO, chunk_
 
 
 def plain(model: PreTrainedModel) -> Tensor:
-    """One pass of transformers' own, nothing evicted."""
+    """Run one pass of transformers, without eviction."""
     return model.model(input_ids=torch.cat(ids(), 1)).last_hidden_state[:, CONTEXT:]
 
 
@@ -162,7 +162,7 @@ def test_gradients_reach_kept_pairs_alone(random_model: Build, press: ScorerPres
 
 @torch.no_grad()
 def token_by_token(model: PreTrainedModel, press: BasePress) -> Tensor:
-    """As kvpress's pipeline runs a press: transformers' own attention, one continuation token at a time."""
+    """Run a press as kvpress's pipeline does: transformers' attention, one continuation token at a time."""
     (context, continuation), cache = ids(), DynamicCache()
     with press(model):
         model.model(input_ids=context, past_key_values=cache)

@@ -1,4 +1,4 @@
-"""One recorded prefill serves every press: each must leave what a prefill of its own would leave."""
+"""One recorded prefill serves every press: each must leave the same cache as its own prefill."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,7 +67,7 @@ def continued(model: PreTrainedModel, prefilled: Prefilled) -> Tensor:
 
 @torch.no_grad()
 def check(recorded: RecordedPrefill, press: BasePress) -> None:
-    """Replayed equals fresh: the pairs, the next position and what a continuation makes of them."""
+    """Check that a replay equals a prefill: the pairs, the next position and a continuation's hidden states."""
     model = recorded.model
     replayed = recorded.evicted(press)
     pairs = [(layer.keys.clone(), layer.values.clone()) for layer in replayed.cache.layers]
@@ -168,7 +168,7 @@ def test_without_a_press_everything_stays(random_model: Build) -> None:
 
 @dataclass
 class RunsTheModel(BasePress):
-    """As KVzipPress: takes over ``__call__``, lets the context run and evicts when the block ends."""
+    """A press like KVzipPress, which overrides ``__call__`` and evicts when the block ends."""
 
     compression_ratio: float = 0.5
     contexts: list[Tensor] = field(default_factory=list)

@@ -37,5 +37,5 @@ def test_one_eviction_answers_one_request_after_the_other(
         assert (evicted.context is not None) is request.contexts
         assert vars(eviction) == settings
         hidden.append(evicted.hidden)
-    for other in hidden[1:]:  # to be asked changes nothing but the order of the keys
+    for other in hidden[1:]:  # a request changes only the order of the keys
         torch.testing.assert_close(other, hidden[0])

@@ -1,4 +1,4 @@
-"""Of a prefill's last layer only keys and values are read: its MLP computes what is, and nothing else changes."""
+"""The last layer's MLP computes only the tokens whose output is used, and nothing else changes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ def adapted(tiny_backbone: Callable[..., Any]) -> Any:
 
 @contextmanager
 def rows_of_mlps(model: PreTrainedModel) -> Iterator[list[int]]:
-    """Tokens that the gate of each MLP was given, in order."""
+    """Record the number of tokens that each MLP's gate gets, in order."""
     rows: list[int] = []
     gates = [layer.mlp.gate_proj for layer in decoder_of(model).layers]
     hooks = [gate.register_forward_hook(lambda _m, args, _o: rows.append(args[0].shape[1])) for gate in gates]

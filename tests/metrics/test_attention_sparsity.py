@@ -40,7 +40,7 @@ def test_queries_count_equally_whatever_batch_they_came_in() -> None:
 
 
 def test_two_ranks_equal_one() -> None:
-    """What torchmetrics does when it gathers: every state is summed."""
+    """Sum every state, as torchmetrics does when it gathers."""
     one, ranks = AttentionSparsity(2, 4), [AttentionSparsity(2, 4) for _ in range(2)]
     for step in range(4):
         one.update(step % 2, measured(step, queries=4 + step))

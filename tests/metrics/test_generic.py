@@ -1,4 +1,4 @@
-"""What torchmetrics asks of every metric: its keywords, merging, plotting, forward, cloning, pickling, wrappers."""
+"""The requirements of torchmetrics: keywords, merging, plotting, forward, cloning, pickling, wrappers."""
 
 import pickle
 from collections.abc import Callable

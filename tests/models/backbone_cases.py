@@ -1,4 +1,4 @@
-"""Model folders with something missing or changed."""
+"""Model folders with missing or changed files."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What the tests of the planner share."""
+"""Helpers for the tests of the planner."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ def cache_bytes(cache: Any) -> int:
 
 
 def loaded_bytes(model: torch.nn.Module) -> int:
-    """Every storage that the loaded model holds, quantisation states included, once."""
+    """Sum the bytes of every storage of the loaded model, including quantisation states, once each."""
     tensors = [*model.parameters(), *model.buffers()]
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)

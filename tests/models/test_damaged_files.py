@@ -67,9 +67,9 @@ def test_a_damaged_adapter_is_named(
     folder = tmp_path / "it"
     shutil.copytree(adapter, folder)
     ADAPTERS[damage](folder)
-    with pytest.raises(ValueError, match=rf"^(adapter='{folder}'|{folder}/adapter_config.json) ") as told:
+    with pytest.raises(ValueError, match=rf"^(adapter='{folder}'|{folder}/adapter_config.json) ") as refused:
         tiny_backbone(adapter=str(folder)).load()
-    assert len(str(told.value)) < 600 and "\n" not in str(told.value)
+    assert len(str(refused.value)) < 600 and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000, ""])
@@ -81,9 +81,9 @@ def test_a_damaged_summary_of_a_training_is_named(content: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("targets", [[], [""], ["layers"], ["nowhere"], ["model"], ["q_proj", "act_fn"]])
 def test_targets_that_cannot_be_adapted_are_named(targets: Any, tiny_backbone: Callable[..., Backbone]) -> None:
-    with pytest.raises(ValueError, match=r"^lora\.targets[ =]\[") as told:
+    with pytest.raises(ValueError, match=r"^lora\.targets[ =]\[") as refused:
         tiny_backbone(lora=Lora(targets=targets)).load()
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(refused.value)
 
 
 MODELS: dict[str, Callable[[Path], Any]] = {

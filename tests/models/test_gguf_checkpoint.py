@@ -84,7 +84,7 @@ def test_the_converted_model_knows_its_special_tokens() -> None:
 
 @pytest.fixture
 def gguf(tmp_path: Path, tiny_models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that "converts" to the tiny Llama; the fixture's ``conversions`` are noted beside it, one line each."""
+    """A file that "converts" to the tiny Llama; each conversion is recorded beside it as a line of ``conversions``."""
 
     class Reader:
         @staticmethod

@@ -1,4 +1,4 @@
-"""What layer_outputs collects, against transformers' own hidden states and against the attention's place in a layer."""
+"""The results of layer_outputs against transformers' hidden states and the attention's output in a layer."""
 
 from collections.abc import Callable
 

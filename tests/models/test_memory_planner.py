@@ -1,4 +1,4 @@
-"""The plan against what is really allocated: caches after a forward, weights after a load; and what it warns of."""
+"""The plan against real allocations: caches after a forward, weights after a load; and its warnings."""
 
 from itertools import pairwise
 from typing import Any

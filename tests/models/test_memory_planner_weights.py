@@ -1,4 +1,4 @@
-"""The planner's account of weights, its plans for Llama 4 Scout, and what it warns of."""
+"""The planner's estimate of weights, its plans for Llama 4 Scout, and its warnings."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ from tests.tiny_training import MakeBackbone
 
 @pytest.fixture(autouse=True)
 def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All plans here are for a machine that computes in it."""
+    """Make all plans for a machine with native bfloat16."""
     machine = Machine("cuda", "NVIDIA A100", (8, 0))
     monkeypatch.setattr(native_precision, "probe", lambda *_, **__: machine)
 

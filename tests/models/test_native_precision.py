@@ -1,4 +1,4 @@
-"""One function decides what a run computes in: on every kind of machine, for every entry, and in nothing shipped."""
+"""One function decides a run's precision, on every kind of machine and for every entry point; no config sets it."""
 
 import json
 import re
@@ -56,7 +56,7 @@ MACHINES: dict[str, tuple[Machine, str, str]] = {
 
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
-    """Makes this machine another."""
+    """Simulate other machines."""
     native_precision._warn_of_emulation.cache_clear()
     yield lambda machine: monkeypatch.setattr(native_precision, "probe", lambda *_, **__: machine)
     native_precision._warn_of_emulation.cache_clear()
@@ -126,7 +126,7 @@ ENTRIES: dict[str, tuple[Any, str, str]] = {
 
 @pytest.fixture
 def settings_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """(entry, arguments) -> its settings as they are saved, with nothing made of them, and what was said of them."""
+    """Return a function (entry, arguments) -> its settings as they are saved, without running, and its output."""
 
     def nothing(*_: Any) -> None:
         pass
@@ -204,9 +204,9 @@ def test_bfloat16_where_it_is_emulated_warns_once_wherever_it_was_asked_for(
             warnings.simplefilter("always")
             ask()
             decide(dtype="bfloat16")
-        told = [str(warning.message) for warning in caught if "emulates" in str(warning.message)]
-        assert len(told) == 1, ask
-        assert re.search(r"this CPU emulates: .* \d+ to \d+ times .*Leave precision and dtype out", told[0])
+        emulated = [str(warning.message) for warning in caught if "emulates" in str(warning.message)]
+        assert len(emulated) == 1, ask
+        assert re.search(r"this CPU emulates: .* \d+ to \d+ times .*Leave precision and dtype out", emulated[0])
     pretend(T4)
     with pytest.warns(UserWarning, match=r"Tesla T4 emulates\. .*give precision 16-mixed"):
         decide("bf16-mixed")
@@ -215,15 +215,15 @@ def test_bfloat16_where_it_is_emulated_warns_once_wherever_it_was_asked_for(
 def test_reports_keys_and_exports_hold_what_was_decided(
     pretend: Pretend, tiny_backbone: MakeBackbone, tiny_cases: MakeCases, tiny_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
-    """Results of one machine are not taken for another's."""
+    """Results of one machine are not reused on another."""
     for count, (machine, precision, dtype) in enumerate([MACHINES["AVX512-BF16"], MACHINES["AVX2"]], start=1):
         pretend(machine)
         module = EvaluationModule(tiny_backbone(dtype="auto"), [Setting(KnormPress(), [0.5])], str(tmp_path))
         assert module.model.dtype == getattr(torch, dtype)
         data = tiny_cases(windows=0, depths=[0.0], cases_per_cell=1)
         tiny_trainer(precision=decide().precision).test(module, data, verbose=False)
-        told = json.loads((tmp_path / "report.json").read_text())["environment"]
-        assert (told["precision"], told["dtype"]) == (precision, dtype)
+        environment = json.loads((tmp_path / "report.json").read_text())["environment"]
+        assert (environment["precision"], environment["dtype"]) == (precision, dtype)
         lines = [line for file in (tmp_path / "results").iterdir() for line in file.read_text().splitlines()]
         assert len({json.loads(line)["key"] for line in lines}) == 2 * count  # the full cache, and Knorm
         trains = EITModule(tiny_backbone(dtype="auto"), RealEviction(KnormPress(0.5)))

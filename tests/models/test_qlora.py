@@ -28,7 +28,7 @@ def training(backbone: Any) -> EITModule:
 
 
 def unpacked(quantised: Any) -> dict[str, Tensor]:
-    """The numbers that the 4-bit weights stand for, by the layer's name."""
+    """Return the unpacked 4-bit weights by layer name."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
 

@@ -1,4 +1,4 @@
-"""Draws of different purposes have nothing to do with each other, also at equal seeds and steps."""
+"""Draws of different purposes are independent, also at equal seeds and steps."""
 
 import ast
 from collections.abc import Callable, Iterator
@@ -42,20 +42,20 @@ SPANS: list[type[SpanDropoutPress]] = [
 
 
 def press(step: int) -> float:
-    """Which press evicts, as EvictionAugPress draws it."""
+    """Draw the press that evicts, as EvictionAugPress does."""
     augmented = EvictionAugPress([KnormPress(), SnapKVPress()])
     augmented.draw(step)
     return augmented.drawn
 
 
 def kept_keys(step: int) -> float:
-    """Where the one key lies that KVDropout keeps of 64."""
+    """Draw the one key that KVDropout keeps of 64."""
     always, removed = torch.zeros(1, 64, dtype=torch.bool), torch.tensor([63])
     return float(draw_kept(always, removed, [(0, step)], layer_idx=0, kv_heads=1)[0, 0, 0])
 
 
 def adapter_dropout(step: int) -> float:
-    """What an adapter's dropout draws first in a batch."""
+    """Draw the first number of an adapter's dropout in a batch."""
     module = cast(EITModule, SimpleNamespace(current_epoch=0, global_rank=0))
     with torch.random.fork_rng(devices=[]):
         EITModule.on_train_batch_start(module, cast(Any, {}), step)
@@ -63,7 +63,7 @@ def adapter_dropout(step: int) -> float:
 
 
 def spans(kind: type[SpanDropoutPress]) -> Callable[[int], float]:
-    """What decides over the first span in a press that drops spans."""
+    """Return the draw that decides the first span of a press that drops spans."""
     shown = cast(Shown, SimpleNamespace(keys=torch.zeros(1, 1, 4, 2), layer=0, rows=[0], firsts=[0]))
 
     def draw(step: int) -> float:
@@ -75,7 +75,7 @@ def spans(kind: type[SpanDropoutPress]) -> Callable[[int], float]:
 
 
 def every_purpose() -> dict[str, list[str]]:
-    """The purposes that the code names, with the places; what is no literal under the source of its expression."""
+    """Return the purposes that the code names -> their places; expressions by their source."""
     found: dict[str, list[str]] = {}
     for place, call, name in calls():
         if name in FUNCTIONS:
@@ -86,7 +86,7 @@ def every_purpose() -> dict[str, list[str]]:
 
 
 def calls() -> Iterator[tuple[str, ast.Call, str]]:
-    """Every call in what trains, evaluates and analyses: its place, the call, the last part of its name."""
+    """Yield every call in code that trains, evaluates or analyses: its place, the call, the last part of its name."""
     for top in ("sparsekv_pl", "data", "callbacks", "train.py", "evaluate.py"):
         path = ROOT / top
         for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
@@ -99,7 +99,7 @@ def calls() -> Iterator[tuple[str, ast.Call, str]]:
 
 
 def draws() -> dict[str, Callable[[int], float]]:
-    """Every draw by step at seed 0: those of a training step as they are made there, the others by their purpose."""
+    """Return every draw as a function of the step at seed 0: those of training as made there, others by purpose."""
     by_purpose = {
         purpose: lambda step, purpose=purpose: random_for(purpose, 0, step).random() for purpose in every_purpose()
     }
@@ -128,13 +128,13 @@ def test_no_draw_tells_of_another_nor_of_the_step_before() -> None:
     series |= {f"{name}, a step before": values[:-1] for name, values in drawn.items()}
     correlation = np.abs(np.corrcoef(list(series.values())))
     assert np.isfinite(correlation).all(), "a draw is the same at every step"
-    told = {
+    correlated = {
         pair: float(correlation[a, b])
         for (a, first), (b, second) in combinations(enumerate(series), 2)
         if correlation[a, b] > 4.8 / STEPS**0.5  # of a thousand pairs one in 600 runs would reach this by chance
         for pair in [f"{first} | {second}"]
     }
-    assert not told
+    assert not correlated
 
 
 def test_every_generator_is_seeded_in_one_place_and_every_purpose_has_one() -> None:

@@ -118,7 +118,7 @@ def test_an_adapter_of_another_base_is_refused(
     said = re.escape(f"was trained on '{tiny_models['llama']}', and pretrained='{other}' has other weights")
     with pytest.raises(ValueError, match=said):
         Backbone(pretrained=str(other), dtype="float32", adapter=str(adapter)).load(trainable=False)
-    # What a training run wrote down needs no base beside it.
+    # The training run's record is enough; the base's files are not needed.
     from sparsekv_pl.storage.fingerprint import weights_digest
 
     summary = {"base": "a/name", "base_weights": weights_digest(Path(tiny_models["llama"]))}

@@ -1,4 +1,4 @@
-"""What the chunks are for: full logits never exist, nothing of the vocabulary is kept, no product is made twice."""
+"""Memory of the chunked losses: full logits never exist, nothing of size V is kept, no product is computed twice."""
 
 import torch
 from torch import Tensor

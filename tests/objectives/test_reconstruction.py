@@ -1,4 +1,4 @@
-"""The model is asked for evicted blocks, and for nothing else."""
+"""The reconstruction objective supervises evicted blocks, and nothing else."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ Build = Callable[..., PreTrainedModel]
 
 
 class Tokenizer:
-    """Encodes any text as ``INSTRUCTION``, and with special tokens if it is asked for them."""
+    """A tokenizer that encodes any text as ``INSTRUCTION``, with special tokens if requested."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         assert text
@@ -37,13 +37,13 @@ def prepared(**settings: Any) -> Reconstruction:
 
 
 def ids(rows: int = 2, seed: int = 0) -> Tensor:
-    """Rows in which no token comes twice, so that a token says where it is from."""
+    """Make rows of distinct tokens, so that a token identifies its position."""
     draws = torch.rand(rows, VOCABULARY - 4, generator=torch.Generator().manual_seed(seed))
     return draws.argsort(1)[:, :LENGTH]
 
 
 class Asked:
-    """A context of which every continuation is noted; its hidden states are embeddings, plus a key that is kept."""
+    """A context that records its continuations; its hidden states are embeddings plus a kept key."""
 
     def __init__(self, context_ids: Tensor, lost: Tensor) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -100,12 +100,12 @@ def test_the_loss_is_the_cross_entropy_of_the_evicted_block_alone() -> None:
 
 
 def test_right_answers_are_counted() -> None:
-    """The hidden state of a token is one-hot in its successor, so the block is told without a mistake."""
+    """The hidden state of a token is one-hot in its successor, so the block is predicted exactly."""
     context_ids = ids(1)
     successors = torch.zeros(VOCABULARY, dtype=torch.long)
     successors[context_ids[0, :-1]] = context_ids[0, 1:]
-    told = F.one_hot(successors, VOCABULARY).float() * 50
-    context = EvictedContext(context_ids, torch.ones(1, LENGTH), lambda ids: told[ids].requires_grad_())
+    next_token = F.one_hot(successors, VOCABULARY).float() * 50
+    context = EvictedContext(context_ids, torch.ones(1, LENGTH), lambda ids: next_token[ids].requires_grad_())
     view = StudentView(torch.zeros(0, VOCABULARY), torch.zeros(0, dtype=torch.long), torch.eye(VOCABULARY))
     view.contexts = [context]
     terms = prepared()(view)

@@ -1,4 +1,4 @@
-"""What objectives make of a view, and of the joined views of parts of a batch."""
+"""The terms of objectives on a view, and on the joined views of parts of a batch."""
 
 from typing import Any
 

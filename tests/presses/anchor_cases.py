@@ -1,4 +1,4 @@
-"""Tokens, anchors and plain loops: what the tests of AnchorPress share."""
+"""Tokens, anchors and reference loops for the tests of AnchorPress."""
 
 from collections.abc import Callable
 from functools import cache
@@ -75,14 +75,14 @@ def context(tokens: int = CONTEXT, rows: int = 2) -> Tensor:
 
 @torch.no_grad()
 def scores_of(model: PreTrainedModel, press: ScorerPress, **inputs: Any) -> list[Tensor]:
-    """What ``press`` says of every layer in one forward."""
+    """Return the scores of ``press`` in every layer of one forward."""
     with catch_scores(press) as caught, press(model):
         model.model(**({"input_ids": context()} | inputs), past_key_values=DynamicCache())
     return [scored.scores for scored in caught]
 
 
 def ranked(ids: list[int], positions: list[int], anchors: Anchors, seen: int) -> list[int]:
-    """Indices into ``positions`` of the anchors, those that stay rather first: as the class says, in plain loops."""
+    """Return indices into ``positions`` of the anchors in the order of the class's rule, in plain loops."""
     token_of = dict(enumerate(ids))
     newest_first = sorted(range(len(positions)), key=lambda index: -positions[index])
     sinks = [index for index in reversed(newest_first) if positions[index] < anchors.sinks]
@@ -93,7 +93,7 @@ def ranked(ids: list[int], positions: list[int], anchors: Anchors, seen: int) ->
 
 
 def first_by_loops(scores: Tensor, ids: list[int], anchors: Anchors) -> list[int]:
-    """The keys of one row and head that stay first: anchors, then those that the scorer itself pins (S,)."""
+    """Return the keys of one row and head that stay first: anchors, then those that the scorer itself pins, (S,)."""
     tops = (scores == scores.max()).nonzero()[:, 0].flip(0).tolist()
     by_rule = tops if len(tops) > 1 else []
     return list(dict.fromkeys([*ranked(ids, list(range(len(ids))), anchors, len(ids)), *by_rule]))

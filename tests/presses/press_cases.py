@@ -1,4 +1,4 @@
-"""Every press of the matrix: how it is made in each setting, what it protects, and which promise it breaks and why."""
+"""Every press of the matrix: its settings, the positions that it protects, and the promises that it breaks, and why."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -36,7 +36,7 @@ from sparsekv_pl.presses.variable_block import VariableBlockPress
 
 Options = Mapping[str, Any]
 Protects = Callable[[Any, Tensor], list[int]]
-"""Of a press and one row's ids (L,): the positions that it never evicts, those first that it would give up last."""
+"""Takes a press and one row's ids (L,); returns the positions that it never evicts, the most protected first."""
 
 
 @dataclass(frozen=True)

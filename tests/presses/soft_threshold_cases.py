@@ -1,4 +1,4 @@
-"""What the tests of SoftThresholdPress share."""
+"""Inputs and references for the tests of SoftThresholdPress."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +24,7 @@ def ids(rows: int = 2, length: int = LENGTH, seed: int = 0) -> Tensor:
     return torch.randint(1, 64, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def noted(model: PreTrainedModel, press: BasePress, context: Tensor | None = None) -> PressContext:
+def press_context_of(model: PreTrainedModel, press: BasePress, context: Tensor | None = None) -> PressContext:
     press_context = prefill(model.train(), ids() if context is None else context, press).press_context
     assert press_context is not None
     return press_context
@@ -32,7 +32,7 @@ def noted(model: PreTrainedModel, press: BasePress, context: Tensor | None = Non
 
 @torch.no_grad()
 def received(model: PreTrainedModel, context: Tensor) -> list[Tensor]:
-    """(B, K, S) of each layer, from the whole attention: the reference."""
+    """Compute the attention that keys receive in each layer, (B, K, S), from full attention matrices."""
     model.eval().set_attn_implementation("eager")
     attentions = model.model(context, output_attentions=True).attentions
     model.set_attn_implementation("sdpa")

@@ -1,4 +1,4 @@
-"""What the tests of presses that drop spans share."""
+"""Helpers for the tests of presses that drop spans."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +35,7 @@ def context(seed: int = 0, rows: int = 2, tokens: int = CONTEXT) -> Tensor:
 
 @torch.no_grad()
 def evicted(model: PreTrainedModel, press: BasePress | None, ids: Tensor, **stock: Any) -> DynamicCache:
-    """As kvpress's pipeline uses a press, with stock attention, in training."""
+    """Evict as kvpress's pipeline does, with stock attention, in training."""
     cache = DynamicCache()
     model.train()
     if press is None:
@@ -47,13 +47,13 @@ def evicted(model: PreTrainedModel, press: BasePress | None, ids: Tensor, **stoc
 
 
 def kept(model: PreTrainedModel, press: BasePress, ids: Tensor, **stock: Any) -> Tensor:
-    """(layers, B, K, S) bool: which of the full cache's keys are found in what is left."""
+    """Return (layers, B, K, S) bool, True for keys of the full cache that are in the evicted cache."""
     pairs = zip(evicted(model, None, ids, **stock).layers, evicted(model, press, ids, **stock).layers, strict=True)
     return torch.stack([(full.keys[:, :, :, None] == left.keys[:, :, None]).all(-1).any(-1) for full, left in pairs])
 
 
 def spans_in(model: PreTrainedModel, press: SpanDropoutPress, ids: Tensor, **stock: Any) -> list[Tensor]:
-    """What ``press`` takes for spans, layer by layer."""
+    """Return the spans of ``press``, layer by layer."""
     found: list[Tensor] = []
     known = press.spans
     press.spans = lambda shown: (found.append(known(shown)), found[-1])[1]  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""What the tests of SparseRegPress share."""
+"""Helpers for the tests of SparseRegPress."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Blocks that the last queries hardly read go sooner, and attention that asks for nothing in particular keeps none."""
+"""Blocks with little attention from the last queries are dropped first, and sink attention protects no block."""
 
 import math
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def context(seed: int = 0, rows: int = 2, tokens: int = CONTEXT) -> Tensor:
 
 @torch.no_grad()
 def evicted(model: PreTrainedModel, press: BasePress, ids: Tensor, **stock: Any) -> list[Tensor]:
-    """Every layer's scores, in training, with stock attention."""
+    """Return every layer's scores, in training, with stock attention."""
     cache = DynamicCache()
     with press(model.train()), catch_scores(press) as caught:
         model.model(input_ids=ids, past_key_values=cache, **stock)
@@ -50,7 +50,7 @@ def importances(model: PreTrainedModel, press: AdaptiveBlockDropoutPress, ids: T
 
 
 def expected_importance(attention: Tensor, sinks: int) -> Tensor:
-    """(B, K, N) in plain loops, from whole attention matrices (B, H, S, S) of 4 query and 2 KV heads."""
+    """Compute importance (B, K, N) in plain loops, from attention matrices (B, H, S, S) of 4 query and 2 KV heads."""
     rows = attention[:, :, -WINDOW:]
     result = torch.zeros(len(rows), 2, BLOCKS)
     for b in range(len(rows)):
@@ -121,7 +121,7 @@ def test_first_tokens_are_sinks_whatever_they_draw() -> None:
 
 
 def order_of_blocks(scores: Tensor) -> Tensor:
-    """(B, K, 7): the blocks without protected keys, those that go first in front."""
+    """Return the blocks without protected keys in the order in which they are dropped, (B, K, 7)."""
     whole = scores[..., BLOCK : 8 * BLOCK].unflatten(-1, (7, BLOCK)).amin(-1)
     return whole[..., :6].argsort(-1) + 1
 
@@ -152,7 +152,7 @@ def test_temperature_1_keeps_in_proportion_to_importance() -> None:
 
 
 class _Given(AdaptiveBlockDropoutPress):
-    """Has its importance from a test."""
+    """A press whose importance is set by a test."""
 
     given: Tensor
 

@@ -193,7 +193,7 @@ def test_the_scorer_works_at_the_ratio_of_the_whole(random_model: Build) -> None
     pressed(random_model(), press)
     assert seen == [0.75, 0.75]
     set_compression_ratio(press, 0.5)
-    assert settings_of(press) == before  # what a run notes of a press does not depend on where it was used
+    assert settings_of(press) == before  # the settings in a run's key do not depend on where a press was used
 
 
 def test_it_is_one_scorer_and_trains() -> None:

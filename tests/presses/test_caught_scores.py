@@ -1,4 +1,4 @@
-"""Scores are caught without a trace, and every press can be named, set and asked the same way."""
+"""Scores are recorded without side effects, and every press can be named, set and read in the same way."""
 
 from collections.abc import Callable
 from typing import Any

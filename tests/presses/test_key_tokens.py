@@ -1,4 +1,4 @@
-"""A press is told which tokens stand behind its keys, however it is used."""
+"""A press gets the tokens of its keys, in every way that it is used."""
 
 from collections.abc import Callable
 
@@ -40,37 +40,37 @@ def test_one_chunk(random_model: Build) -> None:
     model, press = random_model(), Reads(0.5)
     with torch.no_grad():
         prefill(model, context(), press)
-    assert [noted.layer for noted in press.noted] == [0, 1]
-    for noted in press.noted:
-        check(model, noted)
-        assert torch.equal(noted.tokens.positions, torch.arange(CONTEXT).expand(2, 2, -1))
+    assert [call.layer for call in press.calls] == [0, 1]
+    for call in press.calls:
+        check(model, call)
+        assert torch.equal(call.tokens.positions, torch.arange(CONTEXT).expand(2, 2, -1))
 
 
 @pytest.mark.parametrize("ratio", [0.01, 0.5, 0.9])
 def test_many_chunks(random_model: Build, ratio: float) -> None:
-    """At 0.01 the chunks are too short to lose anything at first, and no scorer is asked."""
+    """At 0.01 the first chunks are too short to lose a pair, and no scorer runs."""
     model, press = random_model(), Reads(ratio)
     with torch.no_grad():
         prefilled = prefill(model, context(), press, CHUNK)
-    ends = {(noted.layer, noted.tokens.ids.shape[1]) for noted in press.noted if noted.tokens is not None}
-    assert len(ends) == len(press.noted) >= 2  # every layer of every chunk that evicted, none untold
-    for noted in press.noted:
-        check(model, noted, noted.tokens.ids.shape[1])
-    held = {noted.layer: noted.tokens.positions for noted in press.noted if noted.tokens is not None}
+    ends = {(call.layer, call.tokens.ids.shape[1]) for call in press.calls if call.tokens is not None}
+    assert len(ends) == len(press.calls) >= 2  # every layer of every chunk that evicted
+    for call in press.calls:
+        check(model, call, call.tokens.ids.shape[1])
+    held = {call.layer: call.tokens.positions for call in press.calls if call.tokens is not None}
     for layer, positions in prefilled.positions.items():
         for kept, shown in zip(positions[0].tolist(), held[layer][0].tolist(), strict=True):
             assert {place for place in kept if place <= max(shown)} <= set(shown)
 
 
 def test_chunks_that_lose_nothing_between_chunks_that_do(random_model: Build) -> None:
-    """int(seen * 0.97): of 12 tokens 11 stay, of 24 tokens 23, all that is held by then, of 36 tokens 34, of 48 all."""
+    """int(seen * 0.97) stay: 11 of 12 tokens, 23 of 24 (all that are held then), 34 of 36."""
     model, press = random_model(), Reads(0.03)
     with torch.no_grad():
         prefill(model, context(), press, CHUNK)
-    seen = [noted.tokens.ids.shape[1] for noted in press.noted if noted.layer == 0 and noted.tokens is not None]
+    seen = [call.tokens.ids.shape[1] for call in press.calls if call.layer == 0 and call.tokens is not None]
     assert seen == [12, 36]
-    for noted in press.noted:
-        check(model, noted, noted.tokens.ids.shape[1])
+    for call in press.calls:
+        check(model, call, call.tokens.ids.shape[1])
 
 
 def test_a_saved_prefill_knows_the_tokens_of_its_first_half(random_model: Build) -> None:
@@ -83,17 +83,17 @@ def test_a_saved_prefill_knows_the_tokens_of_its_first_half(random_model: Build)
         second.load_state_dict(first.state_dict())
         for start, stop in second.bounds[2:]:
             second.advance(context()[:, start:stop])
-    for noted in press.noted:
-        check(model, noted, noted.tokens.ids.shape[1])
-    assert [noted.tokens.ids.shape[1] for noted in press.noted[::2]] == [12, 24, 36, 48]
+    for call in press.calls:
+        check(model, call, call.tokens.ids.shape[1])
+    assert [call.tokens.ids.shape[1] for call in press.calls[::2]] == [12, 24, 36, 48]
 
 
 def test_a_replay_tells_what_a_prefill_tells(random_model: Build) -> None:
     model, press = random_model(), Reads(0.5)
     RecordedPrefill(model, context()).evicted(press)
-    assert [noted.layer for noted in press.noted] == [0, 1]
-    for noted in press.noted:
-        check(model, noted)
+    assert [call.layer for call in press.calls] == [0, 1]
+    for call in press.calls:
+        check(model, call)
 
 
 def test_kvpress_s_own_pipeline(tiny_models: dict[str, str]) -> None:
@@ -101,11 +101,11 @@ def test_kvpress_s_own_pipeline(tiny_models: dict[str, str]) -> None:
     asking, press = pipeline("kv-press-text-generation", model=model, tokenizer=tokenizer, device="cpu"), Reads(0.5)
     for text in ("The tiger sleeps under the old bridge. " * 6, "Nobody wakes it."):
         asking(text, question="Where?", max_new_tokens=4, press=press)
-        for noted in press.noted:
-            assert noted.tokens is not None
-            assert text in tokenizer.decode(noted.tokens.ids[0])
-            assert noted.press_context is None
-        press.noted.clear()
+        for call in press.calls:
+            assert call.tokens is not None
+            assert text in tokenizer.decode(call.tokens.ids[0])
+            assert call.press_context is None
+        press.calls.clear()
     assert pre_hooks(model) == 0  # the questions after the context were forwards without a press
 
 
@@ -120,25 +120,25 @@ def test_inside_a_wrapper(random_model: Build, wrap: Callable[[ScorerPress], Bas
             prefill(model, context(), press)
         else:
             pressed(model, press)
-    assert len(inner.noted) == 2
-    for noted in inner.noted:
-        check(model, noted)
+    assert len(inner.calls) == 2
+    for call in inner.calls:
+        check(model, call)
 
 
 def test_inside_eviction_aug_press(random_model: Build) -> None:
     model, inner = random_model(), Reads(0.5)
     eviction = RealEviction(EvictionAugPress([KnormPress(), inner], weights=[0, 1]))
     eviction(model, context()[:, :40], context()[:, 40:], compression_ratio=0.5, step=0)
-    for noted in inner.noted:
-        check(model, noted, 40)
+    for call in inner.calls:
+        check(model, call, 40)
 
 
 def test_first_and_second_of_composed_presses(random_model: Build) -> None:
     model, first, second = random_model(), Reads(0.5), Reads(0.5)
     pressed(model, ComposedPress([first, second]))
-    for noted in first.noted:
-        check(model, noted)
-    assert [noted.tokens for noted in second.noted] == [None, None]  # nobody says what the first one kept
+    for call in first.calls:
+        check(model, call)
+    assert [call.tokens for call in second.calls] == [None, None]  # it is unknown what the first one kept
 
 
 @pytest.mark.parametrize("ours", [False, True])
@@ -150,7 +150,7 @@ def test_parts_of_the_keys_have_no_known_tokens(random_model: Build, ours: bool)
             prefill(model, context(), press)
         else:
             pressed(model, press)
-    assert [noted.tokens for noted in inner.noted] == [None] * 6
+    assert [call.tokens for call in inner.calls] == [None] * 6
 
 
 def test_nothing_is_known_while_decoding(random_model: Build) -> None:
@@ -160,33 +160,33 @@ def test_nothing_is_known_while_decoding(random_model: Build) -> None:
         model(context()[:, :24], past_key_values=cache)
         for token in range(24, 30):
             model(context()[:, token : token + 1], past_key_values=cache)
-    assert [noted.values.shape[2] for noted in inner.noted] == [27, 27, 23, 23]
-    assert [noted.tokens for noted in inner.noted] == [None] * 4
+    assert [call.values.shape[2] for call in inner.calls] == [27, 27, 23, 23]
+    assert [call.tokens for call in inner.calls] == [None] * 4
 
 
 def test_nothing_is_known_of_embeddings(random_model: Build) -> None:
     model, press = random_model(), Reads(0.5)
     pressed(model, press, input_ids=None, inputs_embeds=model.get_input_embeddings()(context()))
-    assert [noted.tokens for noted in press.noted] == [None, None]
+    assert [call.tokens for call in press.calls] == [None, None]
 
 
 def test_ids_may_be_given_by_place(random_model: Build) -> None:
     model, press = random_model(), Reads(0.5)
     with torch.no_grad(), press(model):
         model.model(context(), past_key_values=DynamicCache())
-    for noted in press.noted:
-        check(model, noted)
+    for call in press.calls:
+        check(model, call)
 
 
-def test_a_press_that_does_not_ask_is_not_told(random_model: Build) -> None:
+def test_a_press_that_does_not_read_tokens_gets_none(random_model: Build) -> None:
     model, press = random_model(), Blind(0.5)
     pressed(model, press)
-    assert [noted.tokens for noted in press.noted] == [None, None]
+    assert [call.tokens for call in press.calls] == [None, None]
     assert pre_hooks(model) == 0
-    press.noted.clear()
+    press.calls.clear()
     with torch.no_grad():
         prefill(model, context(), press)
-    assert [(noted.tokens, noted.press_context.token_ids) for noted in press.noted if noted.press_context] == [
+    assert [(call.tokens, call.press_context.token_ids) for call in press.calls if call.press_context] == [
         (None, None)
     ] * 2
 
@@ -212,13 +212,13 @@ def test_the_hook_survives_forwards_under_the_press_and_comes_back_with_it(rando
         for _ in range(3):
             model.model(context(), past_key_values=DynamicCache())
         assert pre_hooks(model) == 1
-    assert len(press.noted) == 6
+    assert len(press.calls) == 6
     with torch.no_grad():
         model(context())
-    press.noted.clear()
+    press.calls.clear()
     pressed(model, press)
-    for noted in press.noted:
-        check(model, noted)
+    for call in press.calls:
+        check(model, call)
 
 
 def test_a_full_cache_prefill_carries_no_notes(random_model: Build) -> None:

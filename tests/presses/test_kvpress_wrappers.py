@@ -26,7 +26,7 @@ WRAPPERS = {
     if inspect.isclass(made) and issubclass(made, BasePress) and set(HOLDS) & set(inspect.signature(made).parameters)
 }
 EVICT = {"ComposedPress", "PrefillDecodingPress"}
-"""Those that leave it to the press inside; the others need its scores."""
+"""Wrappers that let the inner press evict; the others need its scores."""
 
 
 def inside(wrapper: str, inner: BasePress) -> BasePress:
@@ -71,7 +71,7 @@ def test_one_after_another_and_before_decoding(inner: str) -> None:
 
 
 def test_the_press_of_the_step_evicts_inside_a_wrapper() -> None:
-    """The two differ by their ratios; both steps draw a press of their own."""
+    """The two presses differ in their ratios; the two steps draw different presses."""
     augmented = EvictionAugPress([KnormPress(0.5), KnormPress(0.75)])
     found = set()
     for step in range(8):

@@ -1,4 +1,4 @@
-"""Presses that factorise matrices run where a model computes in bfloat16, for which there is no factorisation."""
+"""Presses that factorise matrices also run in bfloat16, which has no factorisation."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.presses.press_bench import model_of
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [LeverageScorePress, CompactorPress])
 def test_they_evict_in_bfloat16(make: type[BasePress], dtype: torch.dtype) -> None:
-    """Under autocast and in weights; of a batch, directly and replayed."""
+    """Under autocast and with bfloat16 weights, directly and replayed, on a batch."""
     model = model_of("llama", dtype).eval()
     ids = torch.randint(2, 1024, (2, 96), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):

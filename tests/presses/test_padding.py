@@ -1,4 +1,4 @@
-"""Which keys are padding is read off the masks that presses are given."""
+"""Padding keys are found from the attention masks that presses get."""
 
 import pytest
 import torch
@@ -22,9 +22,9 @@ def test_padding_is_read_off_the_mask(random_model: Build, implementation: str, 
     model.set_attn_implementation(implementation)
     mask[1, hidden] = 0
     pressed(model, press, attention_mask=mask)
-    for noted in press.noted:
-        assert noted.real is not None
-        assert torch.equal(noted.real, mask.bool())
+    for call in press.calls:
+        assert call.real is not None
+        assert torch.equal(call.real, mask.bool())
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -33,14 +33,14 @@ def test_no_padding_is_none(random_model: Build, implementation: str, mask: Tens
     model, press = random_model(), Blind(0.5)
     model.set_attn_implementation(implementation)
     pressed(model, press, attention_mask=mask)
-    assert [noted.real for noted in press.noted] == [None, None]
+    assert [call.real for call in press.calls] == [None, None]
     with torch.no_grad():
         prefill(model, context(), press, CHUNK)
-    assert [noted.real for noted in press.noted] == [None] * 10
+    assert [call.real for call in press.calls] == [None] * 10
 
 
 def test_a_mask_of_two_dimensions_is_taken_as_it_is() -> None:
-    """As flash attention is given."""
+    """Masks as for flash attention."""
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
     real = real_keys(torch.zeros(2, 1, 3, 4), {"attention_mask": mask})
     assert real is not None
@@ -58,6 +58,6 @@ def test_each_part_of_the_keys_has_its_own_padding(random_model: Build) -> None:
     inner, mask = Blind(0.5), PADDED.clone()
     mask[1, :5], mask[0, -3:] = 0, 0
     pressed(random_model(), ChunkPress(inner, chunk_length=20), attention_mask=mask)
-    told = [noted.real for noted in inner.noted]
-    for layer in (told[:3], told[3:]):
+    masks = [call.real for call in inner.calls]
+    for layer in (masks[:3], masks[3:]):
         assert torch.equal(torch.cat(layer, dim=1), mask.bool())

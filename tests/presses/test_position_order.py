@@ -1,4 +1,4 @@
-"""Presses that protect by place leave the cache in order, so that the next one finds sinks and recent tokens again."""
+"""Presses that protect tokens by position leave the cache in order, so that the next one finds sinks and recents."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ ENDS = [*range(4), *range(88, 96)]
 
 
 def ids(tokens: int, seed: int = 0) -> Tensor:
-    """Every token another, so that keys of the first layer tell which token they came from."""
+    """Make distinct tokens, so that keys of the first layer identify their tokens."""
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([torch.randperm(400, generator=generator)[:tokens] for _ in range(2)])
 

@@ -1,4 +1,4 @@
-"""Whole sentences are dropped, and what a sentence is agrees with how people write."""
+"""Whole sentences are dropped, and sentences end where they do in real text."""
 
 from collections.abc import Callable
 from typing import Any
@@ -103,7 +103,7 @@ def test_a_long_sentence_is_split_and_the_next_starts_anew(tokenizer: Any) -> No
 
 @torch.no_grad()
 def kept(model: PreTrainedModel, press: Any, ids: Tensor) -> Tensor:
-    """(layers, B, K, S) bool, by which of the full cache's keys are found in what is left."""
+    """Return (layers, B, K, S) bool, True for keys of the full cache that are in the evicted cache."""
     caches = DynamicCache(), DynamicCache()
     model.model(input_ids=ids, past_key_values=caches[0])
     with press(model):
@@ -190,8 +190,8 @@ def test_many_chunks_know_the_context_s_sentences(model: PreTrainedModel, tokeni
     for layer in range(2):
         last = seen[-2 + layer]  # what the last chunk saw holds all that stayed
         for head in range(2):
-            told = sentence[done.positions[layer][0, head]]
-            assert set(told.tolist()) <= set(last[0, head].tolist())
+            kept_sentences = sentence[done.positions[layer][0, head]]
+            assert set(kept_sentences.tolist()) <= set(last[0, head].tolist())
     result = RealEviction(press, chunk_tokens=16)(model, ids, ids[:, :6], compression_ratio=0.5, step=2)
     result.hidden.sum().backward()
     assert all(p.grad.isfinite().all() for p in model.model.parameters() if p.grad is not None)

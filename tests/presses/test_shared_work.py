@@ -1,4 +1,4 @@
-"""Within one prefill scorers share what layers and each other's layers computed: fewer products, the same scores."""
+"""Within one prefill, scorers reuse results of layers and of other scorers: fewer products, equal scores."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -34,7 +34,7 @@ def model(tiny_backbone: Callable[..., Any]) -> Any:
 
 @contextmanager
 def projected(model: PreTrainedModel) -> Iterator[list[int]]:
-    """Rows of which the layers really projected queries."""
+    """Record the rows whose queries the layers really projected."""
     rows: list[int] = []
 
     def count(original: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:

@@ -17,7 +17,17 @@ from sparsekv_pl.presses.nesting import learnable
 from sparsekv_pl.presses.soft_threshold import SoftThresholdPress
 from sparsekv_pl.presses.step_draws import draw
 from sparsekv_pl.training.eit_module import EITModule
-from tests.presses.soft_threshold_cases import LENGTH, SINKS, WINDOW, Build, ids, noted, press_with, protected, received
+from tests.presses.soft_threshold_cases import (
+    LENGTH,
+    SINKS,
+    WINDOW,
+    Build,
+    ids,
+    press_context_of,
+    press_with,
+    protected,
+    received,
+)
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw
 
 # --- settings ---
@@ -92,7 +102,7 @@ def test_the_temperature_is_the_same_after_a_resume(
 def test_weights_are_the_sigmoid_of_attention_less_a_fixed_threshold(random_model: Build) -> None:
     model, press = random_model(), press_with(threshold=0.3, temperature=2.5)
     expected = received(model, ids())
-    press_context = noted(model, press)
+    press_context = press_context_of(model, press)
     assert list(press_context.key_log_weights) == [0, 1]
     for layer, log_weights in press_context.key_log_weights.items():
         weights = (2.5 * (expected[layer] - 0.3)).sigmoid().masked_fill(protected(), 1)
@@ -104,7 +114,7 @@ def test_evenly_spread_attention_is_1(random_model: Build) -> None:
     model = random_model()
     for layer in model.model.layers:
         layer.self_attn.q_proj.weight.zero_()
-    press_context = noted(model, press_with(threshold=0.0))
+    press_context = press_context_of(model, press_with(threshold=0.0))
     shares = press_context.key_log_weights[0].exp().logit()[..., ~protected()]
     visible = torch.arange(LENGTH - WINDOW, LENGTH) + 1  # a query spreads it over the keys that it sees
     torch.testing.assert_close(shares, (LENGTH / visible).mean().expand_as(shares))
@@ -114,7 +124,7 @@ def test_evenly_spread_attention_is_1(random_model: Build) -> None:
 def test_without_a_threshold_the_budget_is_what_weighs_more_than_a_half(random_model: Build) -> None:
     model = random_model()
     for ratio in (0.05, 0.3, 0.5, 0.7):
-        for log_weights in noted(model, press_with(ratio)).key_log_weights.values():
+        for log_weights in press_context_of(model, press_with(ratio)).key_log_weights.values():
             assert ((log_weights.exp() > 0.5).sum(-1) == int(LENGTH * (1 - ratio))).all()
             ordered = log_weights.exp()[..., ~protected()].sort(descending=True).values
             kept = int(LENGTH * (1 - ratio)) - SINKS - WINDOW
@@ -127,7 +137,7 @@ def test_without_a_threshold_the_budget_is_what_weighs_more_than_a_half(random_m
 def test_where_protected_keys_fill_the_budget_the_rest_is_dropped_outright(random_model: Build, ratio: float) -> None:
     budget = int(LENGTH * (1 - ratio))  # 6: sinks and window just fit; 2: the sinks alone
     expected = protected() & ((torch.arange(LENGTH) < SINKS) | torch.tensor(budget > SINKS))
-    for log_weights in noted(random_model(), press_with(ratio)).key_log_weights.values():
+    for log_weights in press_context_of(random_model(), press_with(ratio)).key_log_weights.values():
         assert torch.equal(log_weights.exp(), expected.float().expand_as(log_weights))
 
 
@@ -151,9 +161,9 @@ def test_nothing_is_removed_in_training(random_model: Build) -> None:
 @pytest.mark.parametrize("settings", [{}, {"threshold": 0.2}])
 def test_rows_are_independent(random_model: Build, settings: dict[str, Any]) -> None:
     model, press = random_model(), press_with(0.6, **settings)
-    together = noted(model, press, ids(3)).key_log_weights
+    together = press_context_of(model, press, ids(3)).key_log_weights
     for row in range(3):
-        for layer, log_weights in noted(model, press, ids(3)[row : row + 1]).key_log_weights.items():
+        for layer, log_weights in press_context_of(model, press, ids(3)[row : row + 1]).key_log_weights.items():
             torch.testing.assert_close(log_weights[0], together[layer][row], atol=1e-5, rtol=1e-4)
 
 

@@ -19,7 +19,16 @@ from sparsekv_pl.presses.nesting import learnable, scorers_in
 from sparsekv_pl.presses.soft_threshold import SoftThresholdPress
 from sparsekv_pl.presses.traits import traits_of
 from sparsekv_pl.training.eit_module import EITModule
-from tests.presses.soft_threshold_cases import LENGTH, SINKS, Build, ids, noted, press_with, protected, received
+from tests.presses.soft_threshold_cases import (
+    LENGTH,
+    SINKS,
+    Build,
+    ids,
+    press_context_of,
+    press_with,
+    protected,
+    received,
+)
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw
 
 # --- gradients ---
@@ -83,7 +92,7 @@ def test_bfloat16_trains(random_model: Build) -> None:
     loss_of(model, press).backward()
     assert press.learned_threshold.grad is not None and press.learned_threshold.grad != 0
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    assert noted(model, press).key_log_weights[0].dtype == torch.float32
+    assert press_context_of(model, press).key_log_weights[0].dtype == torch.float32
 
 
 # --- evaluation ---

@@ -1,4 +1,4 @@
-"""Spans are dropped whole, by draws that depend on the seed, the step and the place alone, and in training alone."""
+"""Whole spans are dropped, only in training, by draws that depend only on the seed, the step and the position."""
 
 from collections.abc import Callable
 from typing import Any

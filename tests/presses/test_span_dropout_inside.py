@@ -19,7 +19,7 @@ from tests.presses.span_cases import CONTEXT, RATIO, Build, blocks, both, contex
 
 
 def order_of_keys(model: PreTrainedModel, press: BasePress, ids: Tensor, **stock: Any) -> Tensor:
-    """(layers, B, K, S): the keys, those that go first in front."""
+    """Return the keys in the order in which they are dropped, (layers, B, K, S)."""
     with catch_scores(press) as caught:
         evicted(model, press, ids, **stock)
     for scored in caught:

@@ -1,4 +1,4 @@
-"""Sparse attention as a loss: against dense attention's entropy and mass, beside every kind of press, in training."""
+"""Sparse attention as a loss: against dense attention's entropy and mass, with every kind of press, in training."""
 
 from itertools import pairwise
 from typing import Any
@@ -19,7 +19,7 @@ from tests.presses.sparse_reg_cases import KINDS, LENGTH, SINKS, WINDOW, Build, 
 
 
 def reference(attention: Tensor, kind: str, rows: range) -> Tensor:
-    """Of whole rows of attention (B, H, L, L), a term for every row by itself."""
+    """Compute a term for every row of attention (B, H, L, L)."""
     terms = []
     for at in rows:
         row = attention[:, :, at, : at + 1]

@@ -1,4 +1,4 @@
-"""SparseRegPress: what it leaves to the press inside it, and training with it."""
+"""SparseRegPress: delegation to the press inside it, and training with it."""
 
 import csv
 from collections.abc import Callable

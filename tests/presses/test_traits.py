@@ -1,4 +1,4 @@
-"""One row for every press of kvpress and of ours: what the library takes each of them for."""
+"""The traits of every press of kvpress and of this project, one row each."""
 
 from collections.abc import Callable
 from typing import Any
@@ -129,7 +129,7 @@ def test_what_every_press_is_taken_for(press: BasePress, letters: str, needs: st
 
 
 def test_no_press_is_without_a_row() -> None:
-    """Here and in the library: a press that kvpress adds must be placed before it can be used."""
+    """A press that kvpress adds needs a row, here and in the library, before it can be used."""
     named = [getattr(package, name) for package in (kvpress, presses) for name in package.__all__]
     known = {kind for kind in named if isinstance(kind, type) and issubclass(kind, BasePress)}
     assert known == {type(press) for press, *_ in ROWS}
@@ -157,43 +157,43 @@ def test_selections_say_where_only_the_order_of_scores_means_something(random_mo
 
 
 class OwnRule(BasePress):
-    """Nothing is known of it."""
+    """A press about which nothing is known."""
 
 
 class OwnScores(ScorerPress):
-    """The notebook's kind."""
+    """A scorer as in the notebook."""
 
     def score(self, module: Any, hidden_states: Any, keys: torch.Tensor, *_: Any) -> torch.Tensor:  # noqa: ARG002
         return keys.norm(dim=-1)
 
 
 class OwnSnap(SnapKVPress):
-    """May score by the ratio."""
+    """Its scores may depend on the ratio."""
 
 
-class Told(SnapKVPress):
-    """Says in one line what differs."""
+class StatesDifference(SnapKVPress):
+    """States in one line what differs."""
 
     traits = {"order_only": True, "works_in_chunks": False}  # noqa: RUF012
 
 
-class OlderTold(Told):
-    """Has what its base said."""
+class Inherits(StatesDifference):
+    """Inherits its base's difference."""
 
 
 class ReadsTokensInOrder(ReadsTokens, InOrderPress):
-    """Two of ours in one."""
+    """Combines two base classes of this project."""
 
 
 def test_a_press_from_outside_has_its_bases_traits_and_what_it_says() -> None:
     unknown, scores = traits_of(OwnRule()), traits_of(OwnScores())
     assert not (unknown.works_in_chunks or unknown.by_scores or unknown.trainable or unknown.takes_a_ratio)
     assert scores.works_in_chunks and scores.by_scores and scores.trainable and scores.takes_a_ratio
-    assert not (unknown.attention_free or scores.attention_free)  # who knows
+    assert not (unknown.attention_free or scores.attention_free)  # unknown
     snap = traits_of(OwnSnap(window_size=3))
     assert snap.needs == ("whole queries",) and snap.window == 3
     assert not snap.same_at_every_ratio
-    for press in (Told(), OlderTold()):
+    for press in (StatesDifference(), Inherits()):
         assert traits_of(press).order_only and not traits_of(press).works_in_chunks
     both = traits_of(ReadsTokensInOrder())
     assert both.reads_tokens and both.in_order

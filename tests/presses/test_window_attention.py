@@ -66,7 +66,7 @@ def ids(rows: int = 3, length: int = LENGTH) -> Tensor:
 
 
 class Calls(list[tuple[nn.Module, Tensor, dict[str, Any]]]):
-    """What a press's hook would see of every layer: the module, the keys, the keywords."""
+    """The inputs of a press's hook in every layer: the module, the keys, the keywords."""
 
     def __init__(self, model: PreTrainedModel, mask: Tensor | None = None, length: int = LENGTH) -> None:
         cache = DynamicCache()
@@ -158,7 +158,7 @@ def test_a_float_mask_and_a_boolean_one_tell_the_same() -> None:
 
 
 @torch.no_grad()
-def test_which_keys_of_an_evicted_padded_batch_are_padding_cannot_be_told() -> None:
+def test_which_keys_of_an_evicted_padded_batch_are_padding_is_unknown() -> None:
     _, keys, kwargs = Calls(model_of("llama"), padded())[0]
     with pytest.raises(ValueError, match="put this press first"):
         real_keys(keys[:, :, ::2].contiguous(), kwargs)
@@ -223,7 +223,7 @@ def test_a_chunk_looks_at_the_cache_before_it_too() -> None:
 
 
 class Looking(ScorerPress):
-    """Scores by position and keeps what ``window_attention`` said when it was asked."""
+    """Score by position and record the results of ``window_attention``."""
 
     def score(self, module: Any, hidden_states: Any, keys: Any, values: Any, attentions: Any, kwargs: Any) -> Tensor:  # noqa: ARG002
         self.seen = [*getattr(self, "seen", []), window_attention(module, hidden_states, keys, kwargs, 3)]

@@ -1,4 +1,4 @@
-"""Presses that note what they are told, and a context whose tokens tell where they stand."""
+"""Presses that record their inputs, and a context whose tokens identify their positions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,8 +21,8 @@ CONTEXT, CHUNK = 48, 12
 
 
 @dataclass
-class Noted:
-    """What a press was told at one layer of one chunk."""
+class Call:
+    """A press's inputs at one layer of one chunk."""
 
     layer: int
     tokens: KeyTokens | None
@@ -33,32 +33,32 @@ class Noted:
 
 @dataclass
 class Blind(ScorerPress):
-    """Scores each KV head by something else, and notes what it is told."""
+    """Score each KV head differently, and record the inputs."""
 
-    noted: list[Noted] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
 
     def score(self, module: Any, _: Any, keys: Tensor, values: Tensor, __: Any, kwargs: Any) -> Tensor:
         real = real_keys(keys, kwargs)
         context = press_context_in(kwargs)
-        noted = Noted(module.layer_idx, key_tokens(module, keys, kwargs), context, real, values.clone())
-        self.noted.append(noted)
+        call = Call(module.layer_idx, key_tokens(module, keys, kwargs), context, real, values.clone())
+        self.calls.append(call)
         return values.sum(-1)
 
 
 @dataclass
 class Reads(ReadsTokens, Blind):
-    """The same, and is told the ids."""
+    """The same, with token ids."""
 
 
 def context() -> Tensor:
-    """No token twice in a row, so that a layer-0 value tells which token it came from."""
+    """Make rows of distinct tokens, so that a layer-0 value identifies its token."""
     generator = torch.Generator().manual_seed(0)
     return torch.stack([torch.randperm(64, generator=generator)[:CONTEXT] for _ in range(2)])
 
 
 @torch.no_grad()
 def pressed(model: PreTrainedModel, press: BasePress, **inputs: Any) -> DynamicCache:
-    """As kvpress's pipeline uses a press: one forward of the decoder."""
+    """Evict as kvpress's pipeline does, in one forward of the decoder."""
     cache = DynamicCache()
     with press(model):
         model.model(**({"input_ids": context()} | inputs), past_key_values=cache)
@@ -66,14 +66,14 @@ def pressed(model: PreTrainedModel, press: BasePress, **inputs: Any) -> DynamicC
 
 
 @torch.no_grad()
-def check(model: PreTrainedModel, noted: Noted, seen: int = CONTEXT) -> None:
-    """The ids are those seen so far, and the token of every layer-0 key is the one that its value was made from."""
-    assert noted.tokens is not None
-    assert torch.equal(noted.tokens.ids, context()[:, :seen])
-    assert noted.tokens.positions.shape == noted.values.shape[:3]
-    if noted.layer == 0:
+def check(model: PreTrainedModel, call: Call, seen: int = CONTEXT) -> None:
+    """Check that the ids are those seen so far, and that every layer-0 key has the token of its value."""
+    assert call.tokens is not None
+    assert torch.equal(call.tokens.ids, context()[:, :seen])
+    assert call.tokens.positions.shape == call.values.shape[:3]
+    if call.layer == 0:
         full = prefill(model, context(), None).cache.layers[0].values
-        expected = full.gather(2, noted.tokens.positions[..., None].expand_as(noted.values))
-        torch.testing.assert_close(noted.values, expected)
-        ids = context()[:, None].expand(-1, full.shape[1], -1).gather(-1, torch.cdist(noted.values, full).argmin(-1))
-        assert torch.equal(noted.tokens.at_keys(context()[:, :seen]), ids)
+        expected = full.gather(2, call.tokens.positions[..., None].expand_as(call.values))
+        torch.testing.assert_close(call.values, expected)
+        ids = context()[:, None].expand(-1, full.shape[1], -1).gather(-1, torch.cdist(call.values, full).argmin(-1))
+        assert torch.equal(call.tokens.at_keys(context()[:, :seen]), ids)

@@ -1,4 +1,4 @@
-"""Which presses may stand behind an objective that asks for evicted text."""
+"""The presses that fit an objective which needs evicted contexts."""
 
 import pytest
 from kvpress import (

@@ -45,7 +45,7 @@ def loss_of(model: PreTrainedModel, press: BasePress, row: dict[str, Any]) -> tu
 
 @torch.no_grad()
 def perplexity(module: EITModule, batches: list[Batch], press: BasePress) -> float:
-    """Of every row by itself, with nothing of this package but the weights."""
+    """Compute the perplexity row by row, using nothing of this package but the weights."""
     press.compression_ratio = RATIO
     names = ("context_ids", "continuation_ids", "labels")
     rows = [

@@ -1,4 +1,4 @@
-"""Training on contexts longer than the model has positions: what works, and what says why it cannot."""
+"""Training on contexts longer than the model's positions: what works, and the errors of what does not."""
 
 from typing import Any
 

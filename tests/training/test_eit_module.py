@@ -205,8 +205,8 @@ def test_a_ratio_that_is_written_in_a_press_and_overridden_is_warned_of(
     EITModule(tiny_backbone(), RealEviction(press))
     EITModule(tiny_backbone(), snapkv(), validation_eviction=RealEviction(press))
     Setting(press, [0.5])
-    told = ("the Curriculum", "validation_compression_ratio", "compression_ratios")
-    for record, sets in zip(caplog.records, told, strict=True):
+    sources = ("the Curriculum", "validation_compression_ratio", "compression_ratios")
+    for record, sets in zip(caplog.records, sources, strict=True):
         assert re.fullmatch(rf".*compression_ratio=0.3 is ignored: {sets} sets the ratio", record.getMessage())
 
 

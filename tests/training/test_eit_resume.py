@@ -1,4 +1,4 @@
-"""Training that stops and goes on, on tiny models: resume, Ctrl-C, what a checkpoint holds, a bad loss."""
+"""Training that stops and resumes, on tiny models: Ctrl-C, a checkpoint's content, a bad loss."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -126,7 +126,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(new_run: Callable[..., Run], ti
 
 @pytest.mark.usefixtures("sigint")
 def test_ctrl_c_in_the_middle_of_a_step_resumes_too(new_run: Callable[..., Run], tiny_trainer: MakeTrainer) -> None:
-    """The batch that was being worked on is drawn again."""
+    """The interrupted batch is drawn again."""
     straight = new_run("straight").fit(tiny_trainer)
     with pytest.raises(SystemExit):
         new_run("stopped").fit(tiny_trainer, At(1, press_ctrl_c))

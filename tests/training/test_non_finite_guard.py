@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: the step is skipped or the run stops, and nothing is stepped into."""
+"""Losses and gradients that are not finite: the step is skipped or the run stops, and no weight changes."""
 
 import logging
 from collections.abc import Sequence
@@ -95,7 +95,7 @@ def test_a_skipped_step_leaves_no_trace_in_weights_and_optimizer(
 
 
 @pytest.mark.parametrize(("bad", "says"), [(NAN, "the loss is nan"), (STEEP, "the gradient norm is ")])
-def test_the_first_stops_unless_told_otherwise(bad: Value, says: str, tiny_trainer: MakeTrainer) -> None:
+def test_the_first_stops_by_default(bad: Value, says: str, tiny_trainer: MakeTrainer) -> None:
     module = Line()
     trainer = tiny_trainer(max_steps=-1)
     with pytest.raises(NonFiniteLossError, match=rf"at step 1 {says}.*compression_ratio: 0.5; documents: \['doc1'\]"):

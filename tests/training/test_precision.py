@@ -1,4 +1,4 @@
-"""Every precision trains under real eviction with a selection loss, close to float32; what cannot train says so."""
+"""Every precision trains under real eviction with a selection loss, close to float32; others are refused."""
 
 import math
 from pathlib import Path
@@ -53,7 +53,7 @@ class Terms(Callback):
 
 
 class Watched(Objective):
-    """The mixed objective; keeps its terms as they came, before anything logs them."""
+    """The mixed objective, recording its terms before they are logged."""
 
     def __init__(self) -> None:
         self.inner: Mixed = mixed()

@@ -1,4 +1,4 @@
-"""A resumed run has this run's settings: applied where that has one meaning, refused by name where it has not."""
+"""A resumed run has this run's settings: applied where well defined, else refused by name."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +50,7 @@ SCHEDULES: dict[str, Callable[[int], Callable[[Optimizer], LRScheduler]]] = {
 def fit(
     tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer, tmp_path: Path
 ) -> Callable[..., EITModule]:
-    """Train to ``steps``, from the last checkpoint where ``resume`` says so."""
+    """Train to ``steps``, from the last checkpoint if ``resume``."""
 
     def run(
         steps: int,

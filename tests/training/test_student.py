@@ -1,4 +1,4 @@
-"""A ragged batch gives each row what it gets alone: every term, its gradient and what was kept."""
+"""In a ragged batch, each row has the terms, gradients and kept pairs that it has alone."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ LENGTHS = {"all different": [40, 56, 47], "two alike": [56, 40, 56]}
 
 
 def student(make: MakeModel, eviction: Eviction, objective: Objective) -> Student:
-    """The student is not the teacher: it has learnt something already."""
+    """Make a student whose adapter differs from the teacher's zero."""
     model = make(vocab_size=VOCABULARY)
     teacher = Teacher(model)
     generator = torch.Generator().manual_seed(5)
@@ -163,7 +163,7 @@ def test_contexts_in_many_chunks(random_model: MakeModel) -> None:
 
 
 def test_padding_would_change_the_loss(random_model: MakeModel) -> None:
-    """What is proven above is not true of padded contexts that run as they are."""
+    """The above does not hold for padded contexts that run together."""
     own = student(random_model, RealEviction(PRESSES["SnapKV"]()), LM())
     batch = ragged(LENGTHS["two alike"])
     right, *_ = terms_and_gradients(own, batch)

@@ -1,4 +1,4 @@
-"""Validation's full and evicted sides come from one prefill, and are what two would give."""
+"""Validation's results with full and evicted cache come from one prefill, and equal those of two."""
 
 from collections.abc import Callable
 from typing import Any
