@@ -20,15 +20,18 @@ QUESTION_OPENING = "\n\n"
 
 @dataclass(frozen=True)
 class NeedleCase:
-    """One row of a batch, before padding. ``position`` is the number of filler tokens before the asked needle."""
+    """One row of a batch, before padding: token ids, labels, and the asked fact with its place."""
 
     context_ids: list[int]
     continuation_ids: list[int]
     labels: list[int]
+    """As ``continuation_ids`` where supervised, else ``IGNORE``."""
     document_ids: list[str]
     fact: Fact
     depth: float
+    """Fraction of the filler before the asked needle."""
     position: int
+    """Filler tokens before the asked needle."""
     task: str = "needle"
 
 

@@ -17,6 +17,7 @@ class Selection:
 
     layer: int
     press: str
+    """The scorer's name."""
     scores: Tensor
     """(B, K, S), differentiable; higher stays."""
     positions: Tensor | None = None
@@ -35,6 +36,7 @@ class Evicted:
     kept_share: float
     """KV pairs kept / KV pairs of the context, mean over layers and KV heads."""
     selections: list[Selection] = field(default_factory=list)
+    """The press's scores, per layer, chunk and scorer; empty unless ``Request.scores``."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """Name -> scalar loss term that a press asks the objective to add (SparseRegPress)."""
     context: "EvictedContext | None" = None

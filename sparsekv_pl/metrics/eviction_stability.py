@@ -1,11 +1,11 @@
-"""Does what was kept stay important, step after step?
+"""Stability of an eviction: whether the kept pairs stay important step after step.
 
-Presses keep a fixed set of pairs and trust that importance is stable. DefensiveKV (Feng et al., "Taming the Fragility
-of KV Cache Eviction in LLM Inference", arXiv 2510.13334) argues that this trust is fragile: a set chosen by its mean
-importance can be right on average and lose most of what matters at some steps. It therefore scores a pair by its worst
-case, the largest importance over the window's queries, and by no less than the mean over all pairs. The measures here
-are ours; they say how far mean and worst case are apart for any press: the share of each step's importance that falls
-on what was kept, its mean, its minimum over steps and its variance; and the overlap of two kept sets.
+Presses keep a fixed set of pairs, assuming that importance is stable. DefensiveKV (Feng et al., "Taming the Fragility
+of KV Cache Eviction in LLM Inference", arXiv 2510.13334) argues that this assumption is fragile: a set chosen by mean
+importance can be right on average and lose most of the importance at some steps. It therefore scores a pair by its
+worst case, the largest importance over the window's queries, and at least by the mean over all pairs. The measures here
+are this project's; they compare mean and worst case for any press: the share of each step's importance on kept pairs,
+its mean, minimum and variance over steps; and the overlap of two kept sets.
 
 Importance is the attention that a continuation's tokens pay to the context under the full cache.
 """
@@ -22,13 +22,13 @@ class ContextImportance:
     """An ``Observer`` (evicted_attention.py) of one full-cache continuation pass.
 
     ``importance[layer]`` is (B, K, T, L) float32: the attention that each of T continuation tokens pays to each of L
-    context tokens, averaged over the query heads of a KV head; a row sums to less than 1, the rest goes to the
-    continuation itself. T is a continuation's length (64), not the context's: this is no L x L matrix.
+    context tokens, averaged over the query heads of a KV head. Rows sum to less than 1; the rest goes to the
+    continuation itself. T is the continuation's length (64), so this is no L x L matrix.
 
     Parameters
     ----------
     context_tokens
-        L, the tokens in the cache when the continuation begins.
+        L, number of tokens in the cache when the continuation begins.
     scaling
         Factor of the dot products; None for 1 / sqrt(D).
     """
@@ -40,7 +40,7 @@ class ContextImportance:
 
     @torch.no_grad()
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG002
-        """Add one layer: ``query`` (B, H, T, D) of the continuation, ``key`` (B, K, L + T, D) of everything.
+        """Add one layer: ``query`` (B, H, T, D) of the continuation, ``key`` (B, K, L + T, D) of all tokens.
 
         Raises
         ------
@@ -64,9 +64,9 @@ class ContextImportance:
 
 
 def retained_importance(importance: Tensor, kept: Tensor) -> Tensor:
-    """(..., T): the share of each step's importance (..., T, L) that falls on the pairs kept, (..., L) bool.
+    """Compute the share (..., T) of each step's importance (..., T, L) on kept pairs, (..., L) bool.
 
-    1 for a step that pays nothing to the context: nothing was lost.
+    1 for a step without attention to the context, as nothing was lost.
     """
     total = importance.sum(-1)
     on_kept = (importance @ kept.unsqueeze(-1).to(importance.dtype)).squeeze(-1)
@@ -74,12 +74,12 @@ def retained_importance(importance: Tensor, kept: Tensor) -> Tensor:
 
 
 def retained_by_layer(importance: Mapping[int, Tensor], kept: Sequence[Tensor]) -> Tensor:
-    """(layers, B, K, T): retained importance from ``ContextImportance.importance`` and ``kept_positions``.
+    """Compute retained importance (layers, B, K, T) from ``ContextImportance.importance`` and ``kept_positions``.
 
     Raises
     ------
     ValueError
-        If they are not about the same layers.
+        If they are not of the same layers.
     """
     if sorted(importance) != list(range(len(kept))):
         raise ValueError(
@@ -90,15 +90,15 @@ def retained_by_layer(importance: Mapping[int, Tensor], kept: Sequence[Tensor]) 
 
 
 def retained_statistics(retained: Tensor, counted: Tensor | None = None) -> dict[str, Tensor]:
-    """What becomes of retained importance (..., T) over the steps of a continuation.
+    """Compute statistics of retained importance (..., T) over the steps of a continuation.
 
-    ``counted`` is bool, broadcastable to (..., T), False for steps that are padding.
+    ``counted`` is bool, broadcastable to (..., T), False for steps that are padding; None counts all.
 
     Returns
     -------
     dict[str, Tensor]
         ``min_retained`` (the worst step), ``mean_retained`` and ``retained_variance`` (population variance over steps),
-        each (...). For a case as a whole, average them over layers and KV heads.
+        each (...). Average them over layers and KV heads for a whole case.
 
     Raises
     ------
@@ -119,16 +119,19 @@ def retained_statistics(retained: Tensor, counted: Tensor | None = None) -> dict
 
 
 def overlap(kept: Tensor, other: Tensor) -> Tensor:
-    """(...): Jaccard index of two sets (..., L) bool, shared / in either; 1 where both are empty.
+    """Compute the Jaccard index (...) of two sets (..., L) bool; 1 if both are empty.
 
-    Two random sets that each keep the share k overlap by about k / (2 - k): read it against that.
+    The baseline for two random sets that each keep the share k is about k / (2 - k).
     """
     either = (kept | other).sum(-1)
     return torch.where(either > 0, (kept & other).sum(-1) / either, 1)
 
 
 def heaviest(importance: Tensor, budget: int) -> Tensor:
-    """(..., L) bool: the ``budget`` pairs of largest importance (..., L), what a press that knew it would keep."""
+    """Return (..., L) bool: the ``budget`` pairs of largest importance (..., L), the selection of an ideal press.
+
+    Raises ``ValueError`` for a budget outside 1 to L.
+    """
     if not 0 < budget <= importance.shape[-1]:
         raise ValueError(f"budget={budget} must be between 1 and the {importance.shape[-1]} pairs that there are")
     kept = torch.zeros_like(importance, dtype=torch.bool)

@@ -48,7 +48,7 @@ def gradients(attended: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
 
 @contextmanager
 def largest_result() -> Iterator[list[int]]:
-    """Elements of the largest tensor that an operation inside makes anew; views do not count."""
+    """Record the number of elements of the largest new tensor inside the block, without views."""
     found = [0]
 
     class Measure(TorchDispatchMode):

@@ -62,7 +62,7 @@ def test_the_one_before_a_damaged_one_is_used(
     with pytest.warns(UserWarning, match=f"checkpoint not used: {tmp_path}/step=6.ckpt: .*{why}"):
         trainer, module = fit(max_steps=6, max_epochs=-1, ckpt_path="last")
     assert trainer.ckpt_path == str(tmp_path / "step=4.ckpt")
-    assert not fault(tmp_path / "step=6.ckpt"), "it is written anew"
+    assert not fault(tmp_path / "step=6.ckpt"), "it is written again"
     assert trainer.global_step == 6
     assert straight.map.weight.shape == module.map.weight.shape
 

@@ -34,7 +34,7 @@ def test_repeating_template_is_refused(tokenizer, monkeypatch):
 @pytest.mark.parametrize("needed", [chat_frame, next_turn])
 def test_a_template_that_fails_is_one_line(template, needed, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    with pytest.raises(ValueError, match=r"^the chat template of .+ (fails: \w+: |drops or)[^\n]+; mend it"):
+    with pytest.raises(ValueError, match=r"^the chat template of .+ (fails: \w+: |drops or)[^\n]+; correct it"):
         needed(tokenizer)
 
 

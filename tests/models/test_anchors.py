@@ -65,7 +65,7 @@ def test_byte_level_tokenizer_is_judged_by_its_text() -> None:
 
 
 def test_one_byte_of_a_character_is_not_punctuation() -> None:
-    # GPT-2 writes byte 0xAB as the letter "«", which is punctuation: only decoding tells them apart.
+    # GPT-2 writes byte 0xAB as the letter "«", which is punctuation: only decoding distinguishes them.
     tokenizer = byte_level_tokenizer(["."])
     assert byte_piece(0xAB) == "«"
     assert punctuation_of(tokenizer, ["«", "»", "¿", "."]) == ["."]
