@@ -2,12 +2,11 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.processes import ROOT, Started
+
 PIECES = 2 * 5
 """Batches x points of the run below."""
 
@@ -18,7 +17,7 @@ def command(output: Path, pretrained: str) -> list[str]:
     arguments += [f"--model.output={output}", f"--trainer.logger.save_dir={output}", "--trainer.accelerator=cpu"]
     arguments += ["--data.lengths=[512]", "--data.depths=[0.5]", "--data.cases_per_cell=2", "--data.batch_size=2"]
     arguments += ["--trainer.precision=32-true", "--trainer.enable_progress_bar=false"]
-    return [sys.executable, "evaluate.py", "test", "--config", str(config), *arguments]
+    return ["evaluate.py", "test", "--config", str(config), *arguments]
 
 
 def finished(output: Path) -> int:
@@ -26,8 +25,8 @@ def finished(output: Path) -> int:
 
 
 def run(output: Path, pretrained: str) -> list[dict[str, object]]:
-    done = subprocess.run(command(output, pretrained), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    process = Started(command(output, pretrained), output.with_suffix(".log"))
+    assert process.wait() == 0, process.printed[-2000:]
     rows = json.loads((output / "report.json").read_text())["rows"]
     return [{name: row[name] for name in ("press", "compression_ratio", "base", "cases", "f1_base")} for row in rows]
 
@@ -36,7 +35,7 @@ def test_killed_and_rerun_equals_uninterrupted(tiny_models: dict[str, str], tmp_
     whole = run(tmp_path / "whole", tiny_models["llama"])
     assert finished(tmp_path / "whole") == PIECES
     halves = tmp_path / "halves"
-    process = subprocess.Popen(command(halves, tiny_models["llama"]), cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = Started(command(halves, tiny_models["llama"]), tmp_path / "log")
     while process.poll() is None and finished(halves) < 3:
         time.sleep(0.005)
     process.kill()

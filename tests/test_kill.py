@@ -1,10 +1,7 @@
 """Real processes of train.py, killed with SIGKILL in the middle of gradient accumulation, then resumed."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,8 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-ROOT = Path(__file__).parents[1]
+from tests.processes import Started, free_port
+
 ACCUMULATED, STEPS, SAVED, KILLED_IN = 2, 4, 2, 6
 """Checkpoints follow steps 2 and 4; the kill comes in step 4, when its first micro-batch (of index 6) has its
 gradient."""
@@ -94,29 +92,35 @@ def config(model: str, folder: Path, ranks: int, workers: int, eviction: dict[st
     }
 
 
-def start(path: Path, settings: dict[str, Any], wait_in: int | None = None, resume: Path | None = None) -> Any:
-    """train.py as the leader of a process group of its own: its ranks and workers are killed with it."""
+def start(
+    path: Path, settings: dict[str, Any], wait_in: int | None = None, resume: Path | None = None
+) -> list[Started]:
+    """The processes of train.py, one per rank, started as torchrun starts them."""
     path.mkdir(exist_ok=True)
     recorder: dict[str, Any] = settings["trainer"]["callbacks"][1]["init_args"]
     recorder["wait_in"] = wait_in
     (path / "run.yaml").write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "train.py", "fit", "--config", str(path / "run.yaml")]
-    command += [f"--ckpt_path={resume}"] if resume else []
-    with (path / "log.txt").open("w") as log:
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+    command = ["train.py", "fit", "--config", str(path / "run.yaml")] + ([f"--ckpt_path={resume}"] if resume else [])
+    ranks = settings["trainer"]["devices"]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
+    places = [meeting | {"LOCAL_RANK": str(rank)} for rank in range(ranks)] if ranks > 1 else [{}]
+    return [Started(command, path / f"log.{rank}", **place) for rank, place in enumerate(places)]
 
 
-def kill_in(path: Path, process: Any, ranks: int) -> None:
+def kill_in(path: Path, ranks: list[Started]) -> None:
     """SIGKILL, when every rank has the gradient of the micro-batch that it waits in."""
-    while process.poll() is None and not all(len(lines(path, rank)) > KILLED_IN for rank in range(ranks)):
+    while not all(len(lines(path, rank)) > KILLED_IN for rank in range(len(ranks))):
+        for process in ranks:
+            assert process.poll() is None, process.printed[-2000:]
         time.sleep(0.05)
-    assert process.poll() is None, (path / "log.txt").read_text()[-2000:]
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    for process in ranks:
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
 
 
-def end(path: Path, process: Any) -> None:
-    assert process.wait(timeout=300) == 0, (path / "log.txt").read_text()[-2000:]
+def end(ranks: list[Started]) -> None:
+    for process in ranks:
+        assert process.wait() == 0, process.printed[-2000:]
 
 
 def lines(path: Path, rank: int) -> list[dict[str, Any]]:
@@ -177,13 +181,13 @@ def test_killed_and_resumed_equals_uninterrupted(
     whole, killed, resumed = paths
     reference = start(whole, settings(whole))
     try:
-        kill_in(killed, start(killed, settings(killed), wait_in=KILLED_IN), ranks)
+        kill_in(killed, start(killed, settings(killed), wait_in=KILLED_IN))
         assert sorted(path.name for path in killed.glob("*.ckpt")) == [f"step={SAVED}.ckpt"]
-        end(resumed, start(resumed, settings(resumed), resume=killed / f"step={SAVED}.ckpt"))
-        end(whole, reference)
+        end(start(resumed, settings(resumed), resume=killed / f"step={SAVED}.ckpt"))
+        end(reference)
     finally:
-        if reference.poll() is None:
-            os.killpg(reference.pid, signal.SIGKILL)
+        for process in reference:
+            process.kill()
     done = SAVED * ACCUMULATED
     for rank in range(ranks):
         expected = lines(whole, rank)

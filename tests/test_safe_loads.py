@@ -1,84 +1,50 @@
-"""Nothing in the package loads a file in a way that could run code which the file holds."""
+"""Nothing loads a file in a way that could run code it holds: the cases that ruff's S rules do not know."""
 
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
+from sparsekv_pl.models.backbone import Backbone
 
 ROOT = Path(__file__).parents[1]
 OURS = ("sparsekv_pl", "data", "callbacks", "benchmarks", "configs")
-SOURCES = sorted([*(path for name in OURS for path in (ROOT / name).rglob("*.py")), *ROOT.glob("*.py")])
-RUNS_CODE = {
-    *("pickle.load", "pickle.loads", "cPickle.load", "dill.load", "joblib.load", "marshal.loads", "shelve.open"),
-    *("yaml.full_load", "yaml.unsafe_load", "pandas.read_pickle", "pd.read_pickle", "eval", "exec"),
-}
 
 
-def unsafe(source: str) -> Iterator[str]:
-    """``line: what`` of every call that could run code from a file."""
-    for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Call):
-            continue
-        called, given = ast.unparse(node.func), {keyword.arg: keyword.value for keyword in node.keywords}
-        said = f"{node.lineno}: {ast.unparse(node)[:80]}"
-        if called in RUNS_CODE:
-            yield said
-        if called == "torch.load" and not _is(given.get("weights_only"), True):
-            yield said
-        if called in ("np.load", "numpy.load") and "allow_pickle" in given and not _is(given["allow_pickle"], False):
-            yield said
-        if called == "yaml.load" and "Safe" not in ast.unparse(node):
-            yield said
-        if _is(given.get("trust_remote_code"), True):
-            yield said
+def unsafe(source: str) -> list[str]:
+    """Every call that could run code from a file."""
+    found = []
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        called, given = ast.unparse(call.func), {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        wrong = {
+            "torch.load": given.get("weights_only") != "True",
+            "np.load": given.get("allow_pickle", "False") != "False",
+        }
+        if wrong.get(called, False) or given.get("trust_remote_code") == "True":
+            found.append(f"{call.lineno}: {ast.unparse(call)[:80]}")
+    return found
 
 
-def _is(node: ast.expr | None, value: bool) -> bool:
-    return isinstance(node, ast.Constant) and node.value is value
+def test_nothing_loads_code() -> None:
+    sources = [*(path for name in OURS for path in (ROOT / name).rglob("*.py")), *ROOT.glob("*.py")]
+    assert len(sources) > 100
+    assert not [(path, *lines) for path in sources if (lines := unsafe(path.read_text()))]
 
 
-def test_the_sources_are_found() -> None:
-    assert len(SOURCES) > 100
-    assert {"train.py", "backbone.py", "text.py"} <= {path.name for path in SOURCES}
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nothing_loads_code(path: Path) -> None:
-    assert list(unsafe(path.read_text())) == []
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
+def test_what_would_is_recognised() -> None:
+    for line in (
         "torch.load(path)",
         "torch.load(path, weights_only=False)",
         "torch.load(path, weights_only=safe)",
         "np.load(path, allow_pickle=True)",
-        "pickle.loads(data)",
-        "yaml.load(text, Loader=yaml.Loader)",
         "AutoModel.from_pretrained(name, trust_remote_code=True)",
-    ],
-)
-def test_what_would_is_recognised(line: str) -> None:
-    assert len(list(unsafe(line))) == 1
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
+    ):
+        assert len(unsafe(line)) == 1, line
+    for line in (
         "torch.load(path, weights_only=True, mmap=True)",
         "np.load(path)",
-        "yaml.safe_load(text)",
         "AutoModel.from_pretrained(name, trust_remote_code=self.trust_remote_code)",
-        "model.eval()",
-    ],
-)
-def test_what_would_not_is_left_alone(line: str) -> None:
-    assert not list(unsafe(line))
+    ):
+        assert not unsafe(line), line
 
 
 def test_remote_code_is_off_unless_asked_for() -> None:
-    from sparsekv_pl.models.backbone import Backbone
-
     assert Backbone().trust_remote_code is False

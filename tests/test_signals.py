@@ -2,8 +2,6 @@
 
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +12,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from tests.processes import Started
 from tests.test_evaluate_killed import PIECES, command, finished
 
-ROOT = Path(__file__).parents[1]
 STEPS = 24
 PATIENCE = 300
 """Seconds for what takes ten on a machine that does nothing else."""
@@ -31,27 +29,25 @@ def training(folder: Path, pretrained: str, *more: str) -> list[str]:
     arguments += ["--trainer.limit_val_batches=0", "--trainer.callbacks.every_n_train_steps=4"]
     arguments += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
     arguments += [f"--trainer.default_root_dir={folder}", f"--trainer.logger.save_dir={folder}"]
-    return [sys.executable, "train.py", *arguments, *more]
+    return ["train.py", *arguments, *more]
 
 
-def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as file:
-        return subprocess.Popen(arguments, cwd=ROOT, stdout=file, stderr=file)
-
-
-def stop(process: subprocess.Popen[bytes], number: int, ready: Callable[[], bool], log: Path) -> int:
+def stop(process: Started, number: int, ready: Callable[[], bool]) -> int:
     """The exit code of a process that gets signal ``number`` once it is ``ready``."""
     try:
-        deadline = time.monotonic() + PATIENCE
-        while process.poll() is None and not ready():
-            assert time.monotonic() < deadline, log.read_text()[-2000:]
-            time.sleep(0.005)
-        assert process.poll() is None, f"over before it could be stopped: {log.read_text()[-2000:]}"
+        wait_for(ready, process)
+        assert process.poll() is None, f"over before it could be stopped: {process.printed[-2000:]}"
         process.send_signal(number)
         return process.wait(PATIENCE)
     finally:
         process.kill()
+
+
+def wait_for(ready: Callable[[], bool], process: Started) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while process.poll() is None and not ready():
+        assert time.monotonic() < deadline, process.printed[-2000:]
+        time.sleep(0.005)
 
 
 def saved_one(folder: Path) -> bool:
@@ -64,9 +60,9 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def test_training_stopped_by_sigterm_goes_on_exactly(tiny_models: dict[str, str], tmp_path: Path) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    beside = start(training(straight, tiny_models["llama"]), straight / "log")
-    process = start(training(stopped, tiny_models["llama"]), stopped / "log")
-    code = stop(process, signal.SIGTERM, lambda: saved_one(stopped), stopped / "log")
+    beside = Started(training(straight, tiny_models["llama"]), straight / "log")
+    process = Started(training(stopped, tiny_models["llama"]), stopped / "log")
+    code = stop(process, signal.SIGTERM, lambda: saved_one(stopped))
     said = (stopped / "log").read_text()
     assert code == 128 + signal.SIGTERM, said[-2000:]
     assert "SIGTERM: stopped after step" in said
@@ -74,7 +70,7 @@ def test_training_stopped_by_sigterm_goes_on_exactly(tiny_models: dict[str, str]
     saved = torch.load(checkpoints(stopped)[-1], weights_only=True)
     assert 4 <= saved["global_step"] < STEPS
     assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] == 2 * saved["global_step"]
-    on = start(training(stopped, tiny_models["llama"], "--ckpt_path=last"), stopped / "log")
+    on = Started(training(stopped, tiny_models["llama"], "--ckpt_path=last"), stopped / "log")
     assert on.wait(PATIENCE) == beside.wait(PATIENCE) == 0, (stopped / "log").read_text()[-2000:]
     ends = [
         torch.load(folder / "checkpoints" / f"step={STEPS}.ckpt", weights_only=True) for folder in (straight, stopped)
@@ -88,8 +84,8 @@ def test_training_stopped_by_sigterm_goes_on_exactly(tiny_models: dict[str, str]
 def test_two_ranks_stop_together(number: signal.Signals, tiny_models: dict[str, str], tmp_path: Path) -> None:
     """Only the first is told; the other was started by it."""
     ranks = ["--trainer.devices=2", "--trainer.strategy=ddp"]
-    process = start(training(tmp_path, tiny_models["llama"], *ranks), tmp_path / "log")
-    code = stop(process, number, lambda: saved_one(tmp_path), tmp_path / "log")
+    process = Started(training(tmp_path, tiny_models["llama"], *ranks), tmp_path / "log")
+    code = stop(process, number, lambda: saved_one(tmp_path))
     said = (tmp_path / "log").read_text()
     assert code == 128 + number, said[-2000:]
     assert "Traceback" not in said
@@ -112,8 +108,8 @@ def _arguments(process: Path) -> bytes:
 
 def test_evaluation_stopped_by_sigterm_keeps_what_is_finished(tiny_models: dict[str, str], tmp_path: Path) -> None:
     log = tmp_path / "log"
-    process = start(command(tmp_path / "output", tiny_models["llama"]), log)
-    code = stop(process, signal.SIGTERM, lambda: finished(tmp_path / "output") >= 3, log)
+    process = Started(command(tmp_path / "output", tiny_models["llama"]), log)
+    code = stop(process, signal.SIGTERM, lambda: finished(tmp_path / "output") >= 3)
     assert code == 128 + signal.SIGTERM, log.read_text()[-2000:]
     assert "Traceback" not in log.read_text()
     assert 3 <= finished(tmp_path / "output") <= PIECES
@@ -144,16 +140,16 @@ def test_the_first_says_what_it_waits_for_and_a_second_stops_at_once(
     line = {
         "step": training(tmp_path, tiny_models["llama"], "--data.num_workers=2", LONG),
         "measured": [*command(tmp_path, tiny_models["llama"]), LONG],
-        "analysed": [sys.executable, "evaluate.py", *anchors, LONG],
+        "analysed": ["evaluate.py", *anchors, LONG],
     }[doing]
     log = tmp_path / "log"
-    process = start(line, log)
+    process = Started(line, log)
     try:
-        wait_for(lambda: "begun" in log.read_text(), log)
+        wait_for(lambda: "begun" in log.read_text(), process)
         children = psutil.Process(process.pid).children(recursive=True)
         assert len(children) >= (2 if doing == "step" else 0)
         process.send_signal(number)
-        wait_for(lambda: "a second one stops at once" in log.read_text(), log)
+        wait_for(lambda: "a second one stops at once" in log.read_text(), process)
         time.sleep(1)
         assert process.poll() is None, log.read_text()[-2000:]
         process.send_signal(number)
@@ -166,20 +162,13 @@ def test_the_first_says_what_it_waits_for_and_a_second_stops_at_once(
     assert "Traceback" not in said
 
 
-def wait_for(ready: Callable[[], bool], log: Path) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not ready():
-        assert time.monotonic() < deadline, log.read_text()[-2000:]
-        time.sleep(0.02)
-
-
 def test_an_analysis_stops_between_two_batches(tiny_models: dict[str, str], tmp_path: Path) -> None:
     """Lightning's own prediction loop does not look for a signal."""
     arguments = ["predict", "--config", "configs/analyze/anchors.yaml", "--data.lengths=[96]", "--data.windows=400"]
     arguments += [f"--model.backbone.pretrained={tiny_models['llama']}", f"--report={tmp_path}"]
     log = tmp_path / "log"
-    process = start([sys.executable, "evaluate.py", *arguments, "--trainer.accelerator=cpu"], log)
-    code = stop(process, signal.SIGTERM, lambda: finished(tmp_path) >= 3, log)
+    process = Started(["evaluate.py", *arguments, "--trainer.accelerator=cpu"], log)
+    code = stop(process, signal.SIGTERM, lambda: finished(tmp_path) >= 3)
     assert code == 128 + signal.SIGTERM, log.read_text()[-2000:]
     assert "SIGTERM: stopped; the same command goes on from here" in log.read_text()
     assert not (tmp_path / "report.json").exists()

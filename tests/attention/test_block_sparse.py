@@ -21,6 +21,7 @@ from sparsekv_pl.attention.flex_blocks import flex_attention_over, flex_mask, su
 SIZE, DIM = 16, 8
 LENGTHS = [(64, 64), (70, 70), (37, 70), (16, 64), (5, 70), (1, 65), (1, 64)]
 HEADS = [(4, 4), (4, 2), (3, 1)]
+SELECTIONS = [(per_head, kind) for per_head in (False, True) for kind in ("top", "drawn")]
 
 
 def states(
@@ -62,17 +63,20 @@ def largest_result() -> Iterator[list[int]]:
         yield found
 
 
-@pytest.mark.parametrize("kind", ["top", "drawn"])
-@pytest.mark.parametrize("per_head", [False, True], ids=["shared", "per_head"])
-@pytest.mark.parametrize("heads", HEADS, ids=str)
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("unit", [1, 30_000, block_sparse.UNIT])
+WAYS = [
+    *((lengths, (4, 2), per_head, kind, block_sparse.UNIT) for lengths in LENGTHS for per_head, kind in SELECTIONS),
+    *(((37, 70), heads, True, "drawn", unit) for heads in HEADS for unit in (1, 30_000, block_sparse.UNIT)),
+    *((lengths, (4, 2), False, "top", 1) for lengths in LENGTHS),
+]
+
+
+@pytest.mark.parametrize(("lengths", "heads", "per_head", "kind", "unit"), WAYS, ids=str)
 def test_values_and_gradients_equal_the_dense_reference(
-    unit: int,
     lengths: tuple[int, int],
     heads: tuple[int, int],
     per_head: bool,
     kind: str,
+    unit: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(block_sparse, "UNIT", unit)

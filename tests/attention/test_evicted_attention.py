@@ -54,6 +54,7 @@ def test_the_mask_is_aligned_to_the_lower_right() -> None:
     assert lower_right_mask(2, 4, torch.device("cpu")).tolist() == [[bool(x) for x in row] for row in expected]
 
 
+@pytest.mark.parametrize("random_model", ["llama", "qwen3"], indirect=True)
 @pytest.mark.parametrize("reference", ["sdpa", "eager"])
 def test_a_prefill_equals_stock_attention_in_values_and_gradients(random_model: Build, reference: str) -> None:
     gradients = []
@@ -68,6 +69,7 @@ def test_a_prefill_equals_stock_attention_in_values_and_gradients(random_model: 
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("random_model", ["llama", "qwen3"], indirect=True)
 @torch.no_grad()
 def test_a_continuation_equals_the_end_of_one_pass(random_model: Build) -> None:
     model, everything, cache = random_model(), ids(CONTEXT + CONTINUATION), DynamicCache()
@@ -133,6 +135,7 @@ def test_a_new_context_forgets_what_a_headwise_press_masked() -> None:
     torch.testing.assert_close(output, dense(*inputs, torch.ones(4, 4, dtype=torch.bool).tril().expand(2, 4, -1, -1)))
 
 
+@pytest.mark.parametrize("random_model", ["llama", "qwen3"], indirect=True)
 @torch.no_grad()
 def test_the_observer_sees_queries_keys_and_values_after_rope(random_model: Build) -> None:
     model, cache = random_model(), DynamicCache()

@@ -40,6 +40,7 @@ def hidden(model: PreTrainedModel, cuts: list[int], **attention: object) -> Tens
     return torch.cat(parts, dim=1)
 
 
+@pytest.mark.parametrize("random_model", ["llama", "qwen3"], indirect=True)
 @pytest.mark.parametrize("cuts", [[], [9], [8, 9, 10, 11, 12, 13]], ids=["prefill", "continuation", "decoding"])
 def test_all_blocks_are_dense_attention(random_model: Build, cuts: list[int]) -> None:
     model = random_model()

@@ -18,6 +18,7 @@ from tests.attention.statistics_reference import assert_equal, expected, states
 Build = Callable[..., PreTrainedModel]
 
 
+@pytest.mark.parametrize("random_model", ["llama", "qwen3"], indirect=True)
 @torch.no_grad()
 def test_an_observer_measures_every_layer_of_a_pass(random_model: Build) -> None:
     model, settings = random_model(), StatisticsSettings(top_k=4, block_size=8, query_tile=7)
@@ -34,6 +35,7 @@ def test_an_observer_measures_every_layer_of_a_pass(random_model: Build) -> None
         continue_from(model, ids, DynamicCache(), 0, observer=observer)
 
 
+@pytest.mark.parametrize("random_model", ["llama", "qwen3"], indirect=True)
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_padded_rows_equal_eager_attention(random_model: Build, side: str) -> None:

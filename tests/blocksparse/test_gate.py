@@ -114,6 +114,7 @@ def test_turning_back_gives_what_was_turned() -> None:
     assert torch.equal(there[..., 12:], states[..., 12:])
 
 
+@pytest.mark.parametrize("random_model", ["llama", "qwen3"], indirect=True)
 @pytest.mark.parametrize("rope", [{}, YARN], ids=["default", "yarn"])
 def test_pools_are_those_of_the_projections_before_rope(random_model: Build, rope: dict[str, Any]) -> None:
     model = random_model(rope_parameters=rope, max_position_embeddings=2048) if rope else random_model()

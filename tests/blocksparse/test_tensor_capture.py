@@ -46,6 +46,7 @@ def collected(model: PreTrainedModel, folder: Path, rows: dict[int, int], **sett
     return capture.finish()
 
 
+@pytest.mark.parametrize("random_model", ["llama", "qwen3"], indirect=True)
 def test_eager_attention_follows_from_the_files(random_model: Build, tmp_path: Path) -> None:
     model = random_model()
     records = collected(model, tmp_path / "out", {1: 7, 0: 3})

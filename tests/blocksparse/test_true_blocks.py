@@ -52,8 +52,9 @@ def test_mass_and_peak_equal_the_full_matrix_pooled(queries: int, keys: int, siz
     assert bool((got.mass[..., ~visible_blocks(queries, keys, size)] == 0).all())
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 1), (6, 2)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dtype"), [(4, 4, torch.bfloat16), (4, 1, torch.float16), (6, 2, torch.float64)]
+)
 def test_groups_and_dtypes(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
     query, key = states(20, 20, heads, kv_heads, dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):

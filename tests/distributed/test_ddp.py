@@ -1,6 +1,5 @@
 """Two ranks with a batch each train as one process does with both: gradients, draws, logs, validation, curriculum."""
 
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing import start_processes
 
 from tests.distributed.ranks import CASES, RANKS, rank, run
+from tests.processes import free_port
 
 
 @dataclass
@@ -27,10 +27,7 @@ class Ranks:
 def ranks(tiny_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """All cases in one start of the processes: to import the library takes longer than to train."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn(rank, (port, tiny_models["llama"], folder), nprocs=RANKS)
+    start_processes(rank, (free_port(), tiny_models["llama"], folder), nprocs=RANKS, start_method="forkserver")
     return Ranks(folder)
 
 

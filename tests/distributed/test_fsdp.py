@@ -1,13 +1,11 @@
 """Two processes of the CPU that share a model out (FSDP2) train as one process does: benchmarks/fsdp.py --gloo."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "fsdp.py"
+from tests.processes import Started
+
 CHECKS = (
     "lora_real_eviction",
     "lora_real_eviction_selection_loss_accumulated",
@@ -28,12 +26,13 @@ CHECKS = (
 
 
 @pytest.fixture(scope="module")
-def found(tiny_models: dict[str, str]) -> dict[str, str]:
+def found(tiny_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Each check's line, "PASS" or "FAIL: why"."""
-    command = [sys.executable, str(SCRIPT), "--gloo", "--models", tiny_models["llama"], tiny_models["qwen3"]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    lines = re.findall(r"^(PASS|FAIL) (\w+)(.*)$", done.stdout, re.MULTILINE)
-    assert lines, done.stderr[-4_000:]
+    command = ["benchmarks/fsdp.py", "--gloo", "--models", tiny_models["llama"], tiny_models["qwen3"]]
+    benchmark = Started(command, tmp_path_factory.mktemp("fsdp") / "log")
+    benchmark.wait(900)
+    lines = re.findall(r"^(PASS|FAIL) (\w+)(.*)$", benchmark.printed, re.MULTILINE)
+    assert lines, benchmark.printed[-4_000:]
     return {name: verdict + why for verdict, name, why in lines}
 
 

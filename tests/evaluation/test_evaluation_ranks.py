@@ -25,6 +25,6 @@ def test_two_ranks_count_every_case_once(
 
     alone = rows("alone")
     assert [row["cases"] for row in alone] == [2, 4] * 3
-    # Ranks that wait for each other fail soon. Spawned: OpenMP hangs in processes forked after it has run.
-    strategy = DDPStrategy(process_group_backend="gloo", start_method="spawn", timeout=timedelta(minutes=2))
+    # Ranks that wait for each other fail soon.
+    strategy = DDPStrategy(process_group_backend="gloo", start_method="forkserver", timeout=timedelta(minutes=2))
     assert rows("two", strategy=strategy, devices=2) == alone

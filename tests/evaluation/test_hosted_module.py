@@ -1,7 +1,6 @@
 """HostedModule end to end: against ``transformers serve`` with a real model, and against servers that fail."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from sparsekv_pl.evaluation.hosted_module import prompt_of
 from sparsekv_pl.models.batch import CaseInfo
 from tests.evaluation.hosted_runs import MakeHosted, cases, kept, report, right
 from tests.evaluation.scripted_server import Reply, failed, said, serving
+from tests.processes import free_port
 from tests.tiny_training import MakeTrainer
 
 KEY = "sk-test-0b9d4e8f2a61"
@@ -29,9 +29,7 @@ READY_SECONDS = 240
 @pytest.fixture(scope="module")
 def real_server(tiny_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """base_url of ``transformers serve`` with the tiny Llama."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--device", "cpu", "--log-level", "warning", "--force-model", tiny_models["llama"]]
     said = tmp_path_factory.mktemp("serve") / "log"

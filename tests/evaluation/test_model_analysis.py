@@ -149,7 +149,7 @@ def test_two_ranks_measure_every_batch_once(
         return {r["id"]: r["norm"] for r in records}
 
     alone = norms("alone")
-    strategy = DDPStrategy(process_group_backend="gloo", start_method="spawn", timeout=timedelta(minutes=2))
+    strategy = DDPStrategy(process_group_backend="gloo", start_method="forkserver", timeout=timedelta(minutes=2))
     assert norms("two", strategy=strategy, devices=2) == pytest.approx(alone)
     lines = [len(path.read_text().splitlines()) for path in (tmp_path / "two" / "results").glob("*.jsonl")]
     assert sorted(lines) == [1, 2]

@@ -146,6 +146,7 @@ def test_positions_are_true_after_a_chunk_that_evicted_nothing(random_model: Bui
     assert scored == [list(range(6)), [*range(5), *range(6, 30)]]
 
 
+@pytest.mark.parametrize("random_model", ["llama", "qwen3"], indirect=True)
 @presses
 @pytest.mark.parametrize("layers", [1, 2])
 def test_equals_one_pass_whose_mask_hides_from_each_chunk_what_was_dropped_before(

@@ -95,6 +95,7 @@ def gradients(model: PreTrainedModel, hidden: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss(hidden), list(model.model.parameters())))
 
 
+@pytest.mark.parametrize("random_model", ["llama", "qwen3"], indirect=True)
 @scorers
 @pytest.mark.parametrize("layers", [1, 2])
 def test_gathered_and_masked_eviction_agree_in_values_and_gradients(
@@ -176,6 +177,7 @@ def token_by_token(model: PreTrainedModel, press: BasePress) -> Tensor:
     return torch.cat(steps, 1)
 
 
+@pytest.mark.parametrize("random_model", ["llama", "qwen3"], indirect=True)
 @pytest.mark.parametrize(
     "press",
     [

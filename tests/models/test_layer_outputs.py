@@ -31,6 +31,7 @@ def test_hidden_is_the_residual_stream_after_each_layer(random_model: Build) -> 
     assert torch.equal(model.model.norm(outputs[2]), expected[3])  # transformers gives the last one after its norm
 
 
+@pytest.mark.parametrize("random_model", ["llama", "qwen3"], indirect=True)
 def test_attention_is_what_the_layer_adds_to_the_residual_stream(random_model: Build) -> None:
     model = random_model()
     sums: list[Tensor] = []

@@ -82,6 +82,7 @@ def loss_of(scores: Tensor, mass: Tensor, positions: Tensor | None = None, **set
     return SelectionLoss(**({"sinks": SINKS} | settings))([(Selection(0, "some", scores, positions), mass)])["some"]
 
 
+@pytest.mark.parametrize("random_model", ["llama", "qwen3"], indirect=True)
 def test_mass_equals_eager_attention_of_the_supervised_rows(random_model: Build) -> None:
     model = random_model()
     mass = AttentionMass(Supervised.of(labels()), CONTEXT)

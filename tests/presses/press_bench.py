@@ -40,7 +40,6 @@ KINDS: dict[str, Any] = {
 }
 VOCABULARY = 1024
 MakeBench = Callable[..., "Bench"]
-each_kind = pytest.mark.parametrize("kind", KINDS)
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 

@@ -45,8 +45,7 @@ from tests.presses.anchor_cases import (
 
 @torch.no_grad()
 @inner_presses
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.75, 0.9, 0.99])
+@pytest.mark.parametrize(("ratio", "training"), [(0.1, False), (0.5, True), (0.75, False), (0.9, True), (0.99, False)])
 def test_what_stays_is_what_plain_loops_choose(
     random_model: Build, inner: Callable[[], ScorerPress], ratio: float, training: bool
 ) -> None:

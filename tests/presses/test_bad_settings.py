@@ -24,7 +24,8 @@ SPANS = [BlockDropoutPress, AdaptiveBlockDropoutPress, VariableBlockPress, Sente
 RATIOS = [*SPANS, SoftThresholdPress, AnchorPress]
 
 CASES: list[tuple[Any, str, Any, dict[str, Any]]] = [
-    *((press, "compression_ratio", value, {}) for press in RATIOS for value in (-0.1, 1.0, 1.5, math.nan, "0.5", None)),
+    *((press, "compression_ratio", value, {}) for press in RATIOS for value in (-0.1, 1.0, "0.5")),
+    *((SoftThresholdPress, "compression_ratio", value, {}) for value in (1.5, math.nan, None)),
     *((press, name, -1, {}) for press in SPANS for name in ("protect_start", "protect_recent", "seed")),
     (BlockDropoutPress, "block_size", 0, {}),
     (BlockDropoutPress, "block_size", 2.5, {}),
@@ -87,10 +88,8 @@ def test_what_lies_inside_is_checked_too() -> None:
         AnchorPress(press=KnormPress(0.3))
 
 
-@pytest.mark.parametrize(
-    "press", [*RATIOS, lambda: SparseRegPress(KnormPress()), lambda: EvictionAugPress([KnormPress()])]
-)
-@pytest.mark.parametrize("ratio", [-0.1, 1.0, math.nan])
-def test_a_ratio_set_later_is_checked_where_presses_are_set(press: Any, ratio: float) -> None:
-    with pytest.raises(ValueError, match=f"compression_ratio is {ratio}"):
-        presses.ratio.set_compression_ratio(press(), ratio)
+def test_a_ratio_set_later_is_checked_where_presses_are_set() -> None:
+    for press in (*(made() for made in RATIOS), SparseRegPress(KnormPress()), EvictionAugPress([KnormPress()])):
+        for ratio in (-0.1, 1.0, math.nan):
+            with pytest.raises(ValueError, match=f"compression_ratio is {ratio}"):
+                presses.ratio.set_compression_ratio(press, ratio)

@@ -13,7 +13,7 @@ from sparsekv_pl.eviction.decoding import read_while_evicting
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.presses.ratio import set_compression_ratio
 from sparsekv_pl.presses.step_draws import draw
-from tests.presses.press_bench import MakeBench, check_protected, each_kind, kept_in, kept_of
+from tests.presses.press_bench import MakeBench, check_protected, kept_in, kept_of
 from tests.presses.press_cases import CASES, OURS, PressCase
 
 WRAPPERS: dict[str, Callable[[Any], Any]] = {
@@ -26,15 +26,14 @@ SCORERS = pytest.mark.parametrize("case", [case for case in CASES if isinstance(
 """What these wrappers take."""
 
 
-@each_kind
 @SCORERS
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @torch.no_grad()
-def test_inside_wrappers(bench: MakeBench, kind: str, case: PressCase, wrapper: str) -> None:
-    at = bench(kind, case)
+def test_inside_wrappers(bench: MakeBench, case: PressCase, wrapper: str) -> None:
+    at = bench("llama", case)
     press, ids = at.press(), at.text[:3, :96]
     wrapped = WRAPPERS[wrapper](press)
-    with case.holds(kind, wrapper):
+    with case.holds(wrapper):
         run = at.run(ids, wrapped)
         expected = {"Chunk": 3 * 16, "Composed": kept_of(48, 0.5)}.get(wrapper, 48)
         heads = run.selection.shape[2]
@@ -47,14 +46,13 @@ def test_inside_wrappers(bench: MakeBench, kind: str, case: PressCase, wrapper: 
         assert torch.equal(at.run(others, WRAPPERS[wrapper](at.press())).selection[:, -1], run.selection[:, -1])
 
 
-@each_kind
 @SCORERS
 @torch.no_grad()
-def test_while_tokens_are_decoded(bench: MakeBench, kind: str, case: PressCase) -> None:
-    at = bench(kind, case)
+def test_while_tokens_are_decoded(bench: MakeBench, case: PressCase) -> None:
+    at = bench("llama", case)
     press, model = at.press(), at.model.eval()
     start = prefill(model, at.text[:2, :64], None)
-    with case.holds(kind, "Decoding"):
+    with case.holds("Decoding"):
         hidden = read_while_evicting(model, start, at.text[:2, 64:88], press, budget=40, interval=12)
         assert hidden.isfinite().all()
         left = 40 if False in case.evicts_in else 88
@@ -63,11 +61,10 @@ def test_while_tokens_are_decoded(bench: MakeBench, kind: str, case: PressCase) 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("case", OURS, ids=str)  # kvpress's own take padding for text
-@each_kind
 @torch.no_grad()
-def test_padding_goes_first_and_changes_nothing_else(bench: MakeBench, kind: str, case: PressCase, side: str) -> None:
+def test_padding_goes_first_and_changes_nothing_else(bench: MakeBench, case: PressCase, side: str) -> None:
     """In a forward of transformers' own; where a row has as many tokens as the budget or fewer, all of them stay."""
-    at = bench(kind, case)
+    at = bench("llama", case)
     model = at.model.train(case.evicts_in[0])
     lengths, budget = [60, 96, 33], 48
     press = at.press()
@@ -76,7 +73,7 @@ def test_padding_goes_first_and_changes_nothing_else(bench: MakeBench, kind: str
     ids = torch.zeros(3, 96, dtype=torch.int64)
     for row, length in enumerate(lengths):
         ids[row, mask[row]] = at.text[row, :length]
-    with case.holds(kind, "padding"):
+    with case.holds("padding"):
         kept = stock(model, ids, mask, press)
         assert (kept.sum(-1) == budget).all()
         for row, length in enumerate(lengths):

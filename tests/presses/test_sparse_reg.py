@@ -80,6 +80,7 @@ def test_without_an_inner_press_nothing_is_ever_evicted(random_model: Build) -> 
 # --- what it measures ---
 
 
+@pytest.mark.parametrize("random_model", ["llama", "qwen3"], indirect=True)
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients_are_those_of_dense_attention(random_model: Build, kind: str) -> None:
     model = random_model()
@@ -130,6 +131,7 @@ def test_every_chunk_has_its_rows(random_model: Build, kind: str) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("random_model", ["llama", "qwen3"], indirect=True)
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("left", "right"), [(0, 9), (9, 0), (4, 5), (0, 21)])
