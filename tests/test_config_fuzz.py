@@ -5,7 +5,6 @@ import functools
 import logging
 import random
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from evaluate import EvaluateCommandLine
 from sparsekv_pl.cli.command_line import run
 from sparsekv_pl.models.backbone import Backbone
 from tests.config_cases import CONFIGS, ROOT, Case, cases, check, check_kept, replaced, same, wrong
+from tests.processes import Started
 from train import TrainCommandLine
 
 SEED = 0
@@ -195,10 +195,9 @@ def test_the_real_process_prints_one_line_and_ends_with_an_error(tmp_path: Path)
     config = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
     config["trainer"]["callbacks"][0]["class_path"] = None
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "train.py", "fit", "--config", str(tmp_path / "wrong.yaml")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode in (1, 2)
-    assert done.stderr.strip().splitlines()[-1] == (
+    process = Started(["train.py", "fit", "--config", str(tmp_path / "wrong.yaml")], tmp_path / "log")
+    assert process.wait() in (1, 2)
+    assert process.printed.strip().splitlines()[-1] == (
         f"error: {tmp_path}/wrong.yaml: trainer.callbacks[0].class_path is null: give a class as package.module.Class"
     )
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in process.printed

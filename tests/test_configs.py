@@ -1,7 +1,6 @@
 """Every file under configs/ is parsed and instantiated; the quickstart's two commands run on a tiny model."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from evaluate import EvaluateCommandLine
 from sparsekv_pl.cli.command_line import CommandLine
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.models.native_precision import decide
+from tests.processes import Started
 from train import TrainCommandLine
 
 ROOT = Path(__file__).parents[1]
@@ -147,11 +147,11 @@ def check_training(made: CommandLine) -> None:
         assert getattr(schedule, "total_steps", made.trainer.max_steps) >= made.trainer.max_steps
 
 
-def start(script: str, *arguments: str) -> str:
-    """What the script printed; its error output if it failed."""
-    done = subprocess.run([sys.executable, script, *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+def start(log: Path, *command: str) -> str:
+    """What the command printed."""
+    process = Started([*command], log)
+    assert process.wait() == 0, process.printed[-2000:]
+    return process.printed
 
 
 TINY_RUN = [
@@ -171,7 +171,7 @@ def quickstart(tiny_models: dict[str, str], tmp_path_factory: pytest.TempPathFac
     arguments += [f"--name={folder}", "--data.validation_windows=2", "--data.validation_needles=2"]
     arguments += ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--model.lr_scheduler.total_steps=9"]
     arguments += ["--trainer.callbacks.every_n_train_steps=1"]  # of the last callback, the ModelCheckpoint
-    start("train.py", *arguments)
+    start(folder.with_suffix(".log"), "train.py", *arguments)
     return folder, arguments
 
 
@@ -193,10 +193,11 @@ def test_the_quickstart_exports_what_it_trained(
 
 
 def test_the_quickstart_ends_in_a_report(quickstart: tuple[Path, list[str]], tiny_models: dict[str, str]) -> None:
-    arguments = [f"--model.backbone.pretrained={tiny_models['llama']}", *TINY_RUN]
+    arguments = ["--config", "configs/evaluate/quickstart.yaml", *TINY_RUN]
+    arguments += [f"--model.backbone.pretrained={tiny_models['llama']}"]
     arguments += [f"--name={quickstart[0]}", "--report=table"]
     arguments += ["--data.lengths=[96]", "--data.windows=2", "--data.depths=[0.2, 0.8]", "--data.cases_per_cell=1"]
-    said = start("evaluate.py", "test", "--config", "configs/evaluate/quickstart.yaml", *arguments)
+    said = start(quickstart[0].with_suffix(".log"), "evaluate.py", "test", *arguments)
     table = quickstart[0] / "table"
     assert all((table / f"report.{kind}").stat().st_size > 0 for kind in ("json", "csv", "md", "png"))
     assert list(table.glob("events.out.tfevents.*"))

@@ -1,8 +1,6 @@
 """What training leaves behind: the folders, and that others load them and compute the same."""
 
 import json
-import subprocess
-import sys
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +27,7 @@ from sparsekv_pl.models.batch import tokens_given
 from sparsekv_pl.models.lora import Lora
 from sparsekv_pl.schedules import Linear
 from sparsekv_pl.training.eit_module import EITModule
+from tests.processes import Started
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
@@ -125,8 +124,10 @@ def test_a_fresh_process_computes_the_same_logits(
 ) -> None:
     folder, module = run
     torch.save(ids(), tmp_path / "ids")
-    arguments = [tiny_models["llama"], folder / "final", tmp_path / "ids", tmp_path / "out"]
-    subprocess.run([sys.executable, "-c", RELOAD, *map(str, arguments)], check=True, capture_output=True, text=True)
+    (tmp_path / "reload.py").write_text(RELOAD)
+    arguments = [tmp_path / "reload.py", tiny_models["llama"], folder / "final", tmp_path / "ids", tmp_path / "out"]
+    process = Started([*map(str, arguments)], tmp_path / "log")
+    assert process.wait() == 0, process.printed
     reloaded, encoded, answer = torch.load(tmp_path / "out")
     assert torch.equal(reloaded, logits(module.model))
     assert encoded == module.tokenizer.encode("Naive <s> text\n")

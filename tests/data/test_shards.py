@@ -81,7 +81,7 @@ def assert_read_once(shares: list[list[str]], expected: set[str]) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "shards"),
-    [("embedded", 1), ("hub_parquet", 3), *product(["local", "hub"], SHARDS)],
+    [("embedded", 1), ("hub_parquet", 3), ("local", 1), ("local", 5), *(("hub", shards) for shards in SHARDS)],
 )
 def test_shares_of_every_split_are_disjoint_and_complete(kind: str, shards: int, tmp_path: Path) -> None:
     text = source(kind, shards, tmp_path)
@@ -97,7 +97,7 @@ def test_shares_of_every_split_are_disjoint_and_complete(kind: str, shards: int,
 
 @pytest.mark.parametrize(
     ("ranks", "workers", "shards"),
-    [(1, 0, 3), (1, 2, 5), (1, 3, 3), (2, 0, 3), (2, 2, 7), (2, 3, 3), (3, 0, 2), (3, 2, 1), (3, 3, 5)],
+    [(1, 0, 3), (2, 2, 7), (2, 3, 3), (3, 2, 1)],
 )
 def test_loaders_with_worker_processes_read_everything_once(
     ranks: int, workers: int, shards: int, tokenizer: Any, tmp_path: Path

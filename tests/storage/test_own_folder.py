@@ -3,9 +3,11 @@
 import errno
 import os
 import signal
-import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +18,33 @@ from evaluate import EvaluateCommandLine
 from sparsekv_pl.cli.command_line import CommandLine, run
 from sparsekv_pl.storage.own_folder import claimed, locked
 from sparsekv_pl.storage.records import Results
+from tests.processes import FORKSERVER
 from train import TrainCommandLine
 
 ROOT = Path(__file__).parents[2]
-HOLD = """
-import os, sys, time
-from pathlib import Path
-from sparsekv_pl.storage.own_folder import claimed
-with claimed(Path(sys.argv[1]), "key", sys.argv[2]):
-    worker = os.fork()  # as a DataLoader has them
-    if worker:
-        print(worker, flush=True)
-    time.sleep(600)
-"""
+
+
+def _hold(folder: Path, workers: SimpleQueue[int]) -> None:
+    with claimed(folder, "key", "training"):
+        worker = os.fork()  # as a DataLoader has them
+        if worker:
+            workers.put(worker)
+        time.sleep(600)
 
 
 @pytest.fixture
-def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def holder(tmp_path: Path) -> Iterator[BaseProcess]:
     """A live process that trains in ``tmp_path``/run, with a worker that outlives it."""
-    command = [sys.executable, "-c", HOLD, str(tmp_path / "run"), "training"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        assert process.stdout is not None
-        worker = int(process.stdout.readline())
-        yield process
-        process.kill()
-        os.kill(worker, signal.SIGKILL)
+    workers: SimpleQueue[int] = FORKSERVER.SimpleQueue()
+    process = FORKSERVER.Process(target=_hold, args=(tmp_path / "run", workers))
+    process.start()
+    worker = workers.get()
+    yield process
+    process.kill()
+    os.kill(worker, signal.SIGKILL)
 
 
-def test_a_folder_is_one_live_process_s(holder: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_a_folder_is_one_live_process_s(holder: BaseProcess, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     by = rf"key={folder}: process {holder.pid} on [^\n]*: wait for it, or give [^\n]*$"
     with pytest.raises(ValueError, match=by), claimed(folder, "key", "training"):
@@ -51,7 +52,7 @@ def test_a_folder_is_one_live_process_s(holder: subprocess.Popen[str], tmp_path:
     with claimed(folder, "key", "report"):
         pass  # an export of a live training may be measured
     holder.kill()
-    holder.wait()
+    holder.join()
     for _ in range(2):
         with claimed(folder, "key", "training"):
             pass

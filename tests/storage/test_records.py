@@ -2,15 +2,15 @@
 
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from sparsekv_pl.storage.fingerprint import digest_of
+from sparsekv_pl.storage.own_folder import locked
 from sparsekv_pl.storage.records import Results
 from sparsekv_pl.storage.result_keys import key_of
+from tests.processes import FORKSERVER
 
 RECORD = {"case": "facts/1", "exact": 1.0, "answers": ["48213", "Ünïcode\n"], "depth": None}
 
@@ -74,24 +74,21 @@ def test_a_changed_line_is_not_trusted(damage, tmp_path: Path, caplog: pytest.Lo
     assert "line 1 is damaged" in caplog.text
 
 
-ADD_AND_MEND = """
-import sys
-from pathlib import Path
-from sparsekv_pl.storage.own_folder import locked
-from sparsekv_pl.storage.records import Results
-folder, own = Path(sys.argv[1]), sys.argv[2]
-for number in range(60):
-    results = Results(folder)  # finds what the other's torn lines left, and takes it away
-    results.put(f"{own} {number}", [{"n": number}], "trained")
-    with locked(folder / ".lock"), (folder / "trained.0.jsonl").open("ab") as file:  # as one killed in a line
-        file.write(b'{"checksum": "torn')
-"""
+def _add_and_mend(folder: Path, own: str) -> None:
+    for number in range(60):
+        results = Results(folder)  # finds what the other's torn lines left, and takes it away
+        results.put(f"{own} {number}", [{"n": number}], "trained")
+        with locked(folder / ".lock"), (folder / "trained.0.jsonl").open("ab") as file:  # as one killed in a line
+            file.write(b'{"checksum": "torn')
 
 
 def test_two_processes_that_mend_one_file_lose_no_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", ADD_AND_MEND, str(tmp_path)]
-    processes = [subprocess.Popen([*command, own], stderr=subprocess.DEVNULL) for own in ("one", "other")]
-    assert [process.wait() for process in processes] == [0, 0]
+    processes = [FORKSERVER.Process(target=_add_and_mend, args=(tmp_path, own)) for own in ("one", "other")]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
     found = Results(tmp_path)
     assert all(found.get(f"{own} {number}") for own in ("one", "other") for number in range(60))
 
