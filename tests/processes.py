@@ -80,5 +80,7 @@ def _main(command: list[str], log: Path, environment: dict[str, str]) -> None:
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    sys.argv = command
-    runpy.run_path(command[0], run_name="__main__")
+    script = str(ROOT / command[0])
+    sys.argv = [script, *command[1:]]
+    sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(script, run_name="__main__")

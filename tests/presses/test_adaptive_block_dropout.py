@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kvpress import AdaKVPress, BasePress, ChunkPress, ComposedPress, DecodingPress, KeyRerotationPress, KnormPress
+from kvpress import BasePress
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -168,55 +168,6 @@ def _priority(press: AdaptiveBlockDropoutPress, module: Any, place: Tensor) -> T
         return press.priority(shown, place[:, None])
 
 
-def test_layers_heads_steps_and_seeds_differ_and_repeat(random_model: Build) -> None:
-    model = random_model()
-
-    def at(step: int, **settings: Any) -> Tensor:
-        press = adaptive(temperature=50.0, **settings)
-        press.draw(step)
-        return torch.stack(evicted(model, press, context()))
-
-    before = torch.random.get_rng_state()
-    first = at(0)
-    assert torch.equal(first, at(0)) and torch.equal(torch.random.get_rng_state(), before)
-    assert not torch.equal(first, at(1)) and not torch.equal(first, at(0, seed=1))
-    assert len({tuple(row.tolist()) for row in first.flatten(0, 2)}) == 8
-
-
-def test_a_row_sees_no_other_row(random_model: Build) -> None:
-    others = context(1, rows=3)
-    others[1] = context()[1]
-    pairs = zip(
-        evicted(random_model(), adaptive(), others), evicted(random_model(), adaptive(), context()), strict=True
-    )
-    for left, right in pairs:
-        assert torch.equal(left[1], right[1])
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_goes_first_and_changes_nothing_else(random_model: Build, side: str) -> None:
-    model, pads = random_model(), 11
-    short, ids = context()[:, : CONTEXT - pads], context(1)
-    mask = torch.ones(2, CONTEXT, dtype=torch.long)
-    real = slice(pads, None) if side == "left" else slice(0, CONTEXT - pads)
-    mask[1] = 0
-    mask[1, real], ids[1, real] = 1, short[1]
-    alone, padded = evicted(model, adaptive(), short), evicted(model, adaptive(), ids, attention_mask=mask)
-    for lone, among in zip(alone, padded, strict=True):
-        assert torch.equal(among[1, :, real].argsort(-1), lone[1].argsort(-1))
-        assert among[1][:, mask[1] == 0].max() < among[1][:, mask[1] == 1].min()
-
-
-def test_exactly_the_budget_stays_and_in_evaluation_all(random_model: Build) -> None:
-    for model in (random_model(), random_model().bfloat16()):
-        for training, left in ((True, 24), (False, CONTEXT)):
-            model.train(training)
-            cache = DynamicCache()
-            with torch.no_grad(), adaptive(0.6)(model):
-                model.model(context(), past_key_values=cache)
-            assert [layer.keys.shape[2] for layer in cache.layers] == [left] * 2
-
-
 def test_nothing_flows_through_the_choice_and_gradients_through_what_stays(random_model: Build) -> None:
     model, press = random_model().train(), adaptive()
     with press(model), catch_scores(press) as caught:
@@ -228,32 +179,6 @@ def test_nothing_flows_through_the_choice_and_gradients_through_what_stays(rando
     grads = {name: p.grad for name, p in model.model.named_parameters()}
     assert all(grad is not None and grad.isfinite().all() for grad in grads.values())
     assert grads["layers.0.self_attn.k_proj.weight"].abs().sum() > 0
-
-
-def test_kvpress_s_wrappers_take_it(random_model: Build) -> None:
-    model = random_model()
-    halved = [KeyRerotationPress(adaptive()), ChunkPress(adaptive(), 20), ComposedPress([adaptive(), KnormPress()])]
-    for press in (*halved, AdaKVPress(adaptive())):
-        assert len(evicted(model, press, context())) >= 2
-
-
-@torch.no_grad()
-def test_it_works_while_tokens_are_decoded(random_model: Build) -> None:
-    model, cache = random_model().train(), DynamicCache()
-    with DecodingPress(adaptive(0.0), compression_interval=4, target_size=20)(model):
-        for position, token in enumerate(context()[:, :33].split(1, dim=1)):
-            model.model(token, past_key_values=cache, cache_position=torch.tensor([position]))
-    assert [layer.keys.shape[2] for layer in cache.layers] == [20, 20]
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [{"window_size": 0}, {"sink_tokens": -1}, {"temperature": -0.5}, {"temperature": math.nan}, {"block_size": 0}],
-)
-def test_bad_settings_are_named(setting: dict[str, Any]) -> None:
-    name, value = next(iter(setting.items()))
-    with pytest.raises(ValueError, match=rf"AdaptiveBlockDropoutPress\.{name} is {value}: "):
-        adaptive(**setting)
 
 
 def test_rows_that_are_no_queries_do_not_count_as_sinks() -> None:

@@ -158,28 +158,6 @@ def test_no_anchors_is_the_inner_press(random_model: Build) -> None:
         assert layer.keys.shape[2] == one.sum(-1).unique().item()
 
 
-@torch.no_grad()
-def test_ratio_0_changes_nothing(random_model: Build) -> None:
-    model = random_model()
-    for layer, full in zip(
-        prefill(model, context(), anchor(0.0)).cache.layers, prefill(model, context(), None).cache.layers, strict=True
-    ):
-        assert torch.equal(layer.keys, full.keys)
-        assert torch.equal(layer.values, full.values)
-
-
-@inner_presses
-def test_a_row_keeps_what_it_keeps_alone(random_model: Build, inner: Callable[[], ScorerPress]) -> None:
-    model = random_model()
-    for ratio in (0.5, 0.85):
-        with torch.no_grad():
-            asked = Request(contexts=True)
-            together = prefill(model, context(), anchor(ratio, inner()), request=asked).positions
-            for row in range(2):
-                alone = prefill(model, context()[row : row + 1], anchor(ratio, inner()), request=asked).positions
-                assert all(torch.equal(together[layer][row], alone[layer][0]) for layer in together)
-
-
 @pytest.mark.parametrize("ratio", [0.5, 0.75])
 @pytest.mark.parametrize("inner", [KeyDiffPress, lambda: SnapKVPress(window_size=6)], ids=["KeyDiff", "SnapKV"])
 def test_anchors_of_earlier_chunks_stay_anchors(
@@ -266,36 +244,3 @@ def test_training_reaches_what_stays_and_what_scores(random_model: Build) -> Non
         gradient = model.model.layers[0].self_attn.k_proj.weight.grad
         assert gradient.isfinite().all()
         assert gradient.abs().max() > 0
-
-
-@torch.no_grad()
-def test_bfloat16(random_model: Build) -> None:
-    model, press = random_model().bfloat16(), anchor(0.7, SnapKVPress(window_size=6))
-    prefilled = prefill(model, context(), press, request=Request(contexts=True))
-    for layer, positions in prefilled.positions.items():
-        cached = prefilled.cache.layers[layer]
-        assert cached.keys.dtype == torch.bfloat16
-        assert cached.keys.shape[2] == positions.shape[-1] == int(CONTEXT * 0.3)
-        assert {0, 1, 9, 21, 30, 38, 44, 45, 46, 47} <= set(positions[0, 0].tolist())
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("ratio", [0.5, 0.8])
-def test_padding_is_no_anchor_and_goes_first(random_model: Build, side: str, ratio: float) -> None:
-    model, real = random_model(), 40
-    text = context(real)[1]
-    padding = torch.full((CONTEXT - real,), 1)  # a special token, as padding often is
-    row = torch.cat([padding, text] if side == "left" else [text, padding])
-    ids, shift = torch.stack([context()[0], row]), CONTEXT - real if side == "left" else 0
-    mask = torch.ones_like(ids)
-    mask[1] = torch.cat([0 * padding, torch.ones(real)] if side == "left" else [torch.ones(real), 0 * padding])
-    places = (mask.cumsum(1) - 1).clamp(min=0)
-    budget = int(CONTEXT * (1 - ratio))
-    padded = scores_of(model, anchor(ratio, KnormPress()), input_ids=ids, attention_mask=mask, position_ids=places)
-    alone = scores_of(model, anchor(1 - (budget + 0.5) / real, KnormPress()), input_ids=text[None])
-    for scores, own in zip(padded, alone, strict=True):
-        kept = scores.topk(budget, dim=-1).indices[1].sort(dim=-1).values - shift
-        assert torch.equal(kept, own.topk(budget, dim=-1).indices[0].sort(dim=-1).values)
-        padded_scores = scores[1, :, ~mask[1].bool()]
-        assert padded_scores.max() < scores[1, :, mask[1].bool()].min()
-        assert padded_scores.isfinite().all()

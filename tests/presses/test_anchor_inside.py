@@ -31,8 +31,7 @@ from transformers import (
 import sparsekv_pl.training.eit_module  # noqa: F401  lets YAML name a press by its class
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.eviction.replay import RecordedPrefill
-from sparsekv_pl.eviction.request import Request
-from sparsekv_pl.models.anchors import Anchors, table_for
+from sparsekv_pl.models.anchors import Anchors
 from sparsekv_pl.presses.anchor import AnchorPress
 from sparsekv_pl.presses.nesting import press_name, scorers_in
 from sparsekv_pl.presses.ratio import set_compression_ratio
@@ -40,7 +39,6 @@ from sparsekv_pl.presses.traits import traits_of
 from sparsekv_pl.storage.result_keys import settings_of
 from tests.presses.anchor_cases import (
     CONTEXT,
-    FEW,
     Build,
     anchor,
     check_against_loops,
@@ -48,17 +46,6 @@ from tests.presses.anchor_cases import (
     pressed,
     scores_of,
 )
-
-
-def test_adakv_masks_no_anchor(random_model: Build) -> None:
-    model, press = random_model(), anchor(0.5)
-    anchors = FEW.mask(context(), table_for(press.tokenizer, torch.device("cpu")))
-    pressed(model, AdaKVPress(press))
-    for layer in model.model.layers:
-        rows, heads, places = layer.self_attn.masked_key_indices
-        assert len(rows) == 2 * 2 * CONTEXT // 2
-        assert not anchors[rows, places].any()
-        assert len(set(zip(rows.tolist(), heads.tolist(), places.tolist(), strict=True))) == len(rows)
 
 
 def test_adakv_and_too_many_anchors(random_model: Build) -> None:
@@ -81,19 +68,6 @@ def test_chunk_press_keeps_the_ends_of_every_part(random_model: Build) -> None:
         for part in range(0, CONTEXT, 16):
             ends = {part, part + 1, *range(part + 12, part + 16)}
             assert all(ends <= set(head) for head in found.flatten(0, 1).tolist())
-
-
-def test_key_rotation_leaves_the_same_keys_turned(random_model: Build) -> None:
-    model = random_model()
-    with torch.no_grad():
-        kept = prefill(model, context(), anchor(0.5), request=Request(contexts=True)).positions
-        full = prefill(model, context(), None).cache
-    cache = pressed(model, KeyRerotationPress(anchor(0.5)))
-    for index, layer in enumerate(model.model.layers):
-        whole, ours = full.layers[index], cache.layers[index]
-        turned = KeyRerotationPress.rerotate_keys(layer.self_attn, kept[index], whole.keys)
-        torch.testing.assert_close(ours.keys, turned)
-        torch.testing.assert_close(ours.values, whole.values.gather(2, kept[index][..., None].expand_as(ours.values)))
 
 
 def test_composed_before_another_press(random_model: Build) -> None:
@@ -203,22 +177,6 @@ def test_it_is_one_scorer_and_trains() -> None:
     assert isinstance(press.press, KeyDiffPress)
     assert press.anchors == Anchors(sinks=4, recent=64, special=True, punctuation=True)
     assert AnchorPress().anchors is not press.anchors
-
-
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"compression_ratio": 1.0}, r"AnchorPress\.compression_ratio is 1\.0"),
-        ({"compression_ratio": -0.1}, r"AnchorPress\.compression_ratio is -0\.1"),
-        ({"press": AdaKVPress(KnormPress())}, r"AnchorPress\.press is AdaKVPress\(.*around AnchorPress"),
-        ({"press": None}, r"AnchorPress\.press is None"),
-        ({"press": KnormPress(0.5)}, r"AnchorPress\.press has a compression_ratio of 0\.5.*leave it out"),
-        ({"anchors": {"sinks": 1}}, r"AnchorPress\.anchors is \{'sinks': 1\}"),
-    ],
-)
-def test_bad_settings_are_named(settings: dict[str, Any], named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        AnchorPress(**settings)
 
 
 def parsed(init_args: dict[str, Any]) -> Any:

@@ -82,18 +82,6 @@ def test_presses_are_equally_likely_without_weights() -> None:
     assert all(count / 3000 == pytest.approx(1 / 3, abs=0.035) for count in counts)
 
 
-def test_no_presses_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"presses is \[\]"):
-        EvictionAugPress([])
-
-
-@pytest.mark.parametrize("weights", [[1, 1], [1, 1, 1, 1], [1, -1, 1], [0, 0, 0], []])
-def test_bad_weights_are_named(weights: list[float]) -> None:
-    with pytest.raises(ValueError, match="one non-negative weight") as error:
-        EvictionAugPress(presses(), weights=weights)
-    assert str(weights) in str(error.value)
-
-
 def test_setting_the_ratio_sets_it_for_all_and_reading_it_reads_the_drawn_one() -> None:
     press = EvictionAugPress([KnormPress(0.1), AdaKVPress(SnapKVPress(0.2))])
     press.drawn = 1

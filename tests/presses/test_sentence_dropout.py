@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from kvpress import AdaKVPress, ChunkPress, ComposedPress, KeyRerotationPress, KnormPress, PerLayerCompressionPress
+from kvpress import ChunkPress, ComposedPress, KnormPress, PerLayerCompressionPress
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
@@ -154,20 +154,6 @@ def test_padding_goes_first_and_changes_nothing_else(model: PreTrainedModel, tok
     assert torch.equal(padded[..., pads:], alone + (pads if side == "left" else 0))
 
 
-def test_wrappers_that_show_the_whole_context_take_it(model: PreTrainedModel, tokenizer: Any) -> None:
-    ids = ids_of(tokenizer, "".join(TEXT))
-    with torch.no_grad():
-        for press in (KeyRerotationPress(press_with(tokenizer)), ComposedPress([press_with(tokenizer), KnormPress()])):
-            cache = DynamicCache()
-            with press(model):
-                model.model(input_ids=ids, past_key_values=cache)
-            assert [layer.keys.shape[2] for layer in cache.layers] == [ids.shape[1] // 2] * 2
-        with AdaKVPress(press_with(tokenizer))(model):
-            model.model(input_ids=ids, past_key_values=DynamicCache())
-    masked = len(model.model.layers[0].self_attn.masked_key_indices[0])
-    assert masked == 2 * (ids.shape[1] - ids.shape[1] // 2)
-
-
 def test_parts_of_a_context_are_refused(model: PreTrainedModel, tokenizer: Any) -> None:
     ids = ids_of(tokenizer, "".join(TEXT))
     unfit = [ChunkPress(press_with(tokenizer), 20), ComposedPress([KnormPress(0.5), press_with(tokenizer)])]
@@ -213,11 +199,6 @@ def test_a_model_without_a_tokenizer_says_what_to_do(model: PreTrainedModel, tmp
     alone = AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"{tmp_path.name}.*press\.tokenizer = "), SentenceDropoutPress(0.5)(alone):
         pass
-
-
-def test_bad_settings_are_named() -> None:
-    with pytest.raises(ValueError, match=r"SentenceDropoutPress\.max_tokens is 0: "):
-        SentenceDropoutPress(0.5, max_tokens=0)
 
 
 def test_a_piece_that_begins_a_word_begins_a_sentence() -> None:

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from kvpress import AdaKVPress, ChunkPress, ComposedPress, DecodingPress, KeyRerotationPress, KnormPress
+from kvpress import ComposedPress, KnormPress
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from sparsekv_pl.eviction.prefill import continue_from, prefill
+from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.eviction.real import RealEviction, continued
 from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.objectives import EIT
@@ -150,27 +150,6 @@ def test_a_padded_row_keeps_what_it_would_keep_alone(random_model: Build, side: 
         assert mask[1][kept].all()
         kept = together[1].topk(18).indices  # more than the row has: all that is real, then padding
         assert (mask[1][kept].sum(-1) == short).all()
-
-
-@torch.no_grad()
-def test_wrappers_take_its_scores(random_model: Build) -> None:
-    model = random_model()
-    for wrapper in (KeyRerotationPress(press_with(0.5)), ChunkPress(press_with(0.5), chunk_length=12)):
-        cache = DynamicCache()
-        with wrapper(model):
-            model.model(ids(), past_key_values=cache)
-        assert [cache.get_seq_length(layer) for layer in range(2)] == [12, 12]
-    with AdaKVPress(press_with(0.5))(model):
-        model.model(ids(), past_key_values=DynamicCache())
-        masked = model.model.layers[0].self_attn.masked_key_indices
-    assert len(masked[0]) == 2 * 2 * 12
-    assert not protected()[masked[2]].any()
-    cache = DynamicCache()
-    with DecodingPress(press_with(), compression_interval=6, target_size=10)(model):
-        continue_from(model, ids()[:, :12], cache, 0)
-        for position in range(12, 18):
-            continue_from(model, ids()[:, position : position + 1], cache, position, decoding=True)
-    assert [cache.get_seq_length(layer) for layer in range(2)] == [10, 10]
 
 
 # --- training ---

@@ -5,13 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from kvpress import AdaKVPress, KeyRerotationPress
-from torch import Tensor
 
-from sparsekv_pl.eviction.prefill import prefill
-from sparsekv_pl.presses.step_draws import draw
-from sparsekv_pl.presses.traits import traits_of
-from tests.presses.span_cases import CONTEXT, Build, blocks, both, context, evicted, kept, spans_in, variable
+from tests.presses.span_cases import CONTEXT, Build, blocks, both, context, kept, spans_in, variable
 
 
 @both
@@ -59,28 +54,6 @@ def test_one_length_makes_fixed_blocks(random_model: Build) -> None:
 
 
 @both
-def test_the_draw_depends_on_seed_and_step_alone(random_model: Build, build: Callable[..., Any]) -> None:
-    model = random_model()
-
-    def at(step: int, **settings: Any) -> Tensor:
-        press = build(**settings)
-        draw(KeyRerotationPress(press), step)  # reaches it in a wrapper
-        return kept(model, press, context())
-
-    torch.manual_seed(1)
-    before = torch.random.get_rng_state()
-    first = at(3)
-    assert torch.equal(torch.random.get_rng_state(), before)
-    torch.manual_seed(2)
-    press = build()
-    for step in (7, 3):
-        press.draw(step)
-        again = kept(model, press, context())
-    assert torch.equal(again, first)
-    assert not torch.equal(at(4), first) and not torch.equal(at(3, seed=1), first)
-
-
-@both
 def test_layers_heads_and_rows_have_their_own_draws_unless_shared(
     random_model: Build, build: Callable[..., Any]
 ) -> None:
@@ -89,34 +62,3 @@ def test_layers_heads_and_rows_have_their_own_draws_unless_shared(
     assert len({tuple(mask.tolist()) for mask in own.view(-1, CONTEXT)}) == 8
     assert (shared == shared[:1, :, :1]).all()
     assert not torch.equal(shared[0, 0, 0], shared[0, 1, 0])
-
-
-@both
-def test_a_row_sees_no_other_row(random_model: Build, build: Callable[..., Any]) -> None:
-    model, others = random_model(), context(1, rows=3)
-    others[1] = context()[1]
-    assert torch.equal(kept(model, build(), others)[:, 1], kept(model, build(), context())[:, 1])
-
-
-@both
-@pytest.mark.parametrize("budget", [1, 2, 5, 9])
-def test_where_the_protected_do_not_fit_the_start_wins_then_the_newest(
-    random_model: Build, build: Callable[..., Any], budget: int
-) -> None:
-    keeping = kept(random_model(), build(1 - (budget + 0.5) / CONTEXT), context())
-    expected = torch.zeros(CONTEXT, dtype=torch.bool)
-    expected[: min(budget, 3)] = True
-    if budget > 3:
-        expected[3 - budget :] = True
-    assert (keeping == expected).all()
-
-
-@both
-def test_nothing_goes_in_evaluation_and_at_ratio_0(random_model: Build, build: Callable[..., Any]) -> None:
-    model, press = random_model(), build()
-    assert traits_of(press).only_trains and traits_of(AdaKVPress(press)).only_trains
-    assert [layer.keys.shape[2] for layer in evicted(model, build(0.0), context()).layers] == [CONTEXT] * 2
-    model.eval()
-    full = prefill(model, context(), None).cache
-    for left, whole in zip(prefill(model, context(), press).cache.layers, full.layers, strict=True):
-        assert torch.equal(left.keys, whole.keys) and torch.equal(left.values, whole.values)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from kvpress import AdaKVPress, BasePress, ChunkPress, ComposedPress, DecodingPress, KeyRerotationPress, KnormPress
+from kvpress import BasePress, DecodingPress, KeyRerotationPress
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -15,7 +15,7 @@ from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.presses.block_dropout import BlockDropoutPress
 from sparsekv_pl.presses.caught_scores import catch_scores
 from sparsekv_pl.presses.span_dropout import Shown, SpanDropoutPress
-from tests.presses.span_cases import CONTEXT, RATIO, Build, blocks, both, context, evicted, variable
+from tests.presses.span_cases import CONTEXT, RATIO, Build, blocks, both, context, evicted
 
 
 def order_of_keys(model: PreTrainedModel, press: BasePress, ids: Tensor, **stock: Any) -> Tensor:
@@ -44,23 +44,6 @@ def test_padding_goes_first_and_changes_nothing_else(
     padded = order_of_keys(model, press, ids, attention_mask=mask, **stock)[:, 1]
     assert torch.equal(padded[..., pads:], alone + (pads if side == "left" else 0))
     assert torch.equal(padded[..., :pads].sort(-1).values[0, 0], (mask[1] == 0).nonzero().squeeze(1))
-
-
-@both
-def test_kvpress_s_wrappers_take_it(random_model: Build, build: Callable[..., Any]) -> None:
-    model, budget = random_model(), CONTEXT // 2
-
-    def lengths(press: BasePress) -> list[int]:
-        return [layer.keys.shape[2] for layer in evicted(model, press, context()).layers]
-
-    assert lengths(KeyRerotationPress(build())) == [budget] * 2
-    assert lengths(ChunkPress(build(), chunk_length=20)) == [budget] * 2
-    assert lengths(ComposedPress([build(), KnormPress(0.5)])) == [budget // 2] * 2
-    evicted(model, AdaKVPress(build()), context())
-    for layer in model.model.layers:
-        rows, _, places = layer.self_attn.masked_key_indices
-        assert rows.bincount().tolist() == [2 * budget] * 2  # of both heads together
-        assert places.min() >= 3 and places.max() < CONTEXT - 6
 
 
 @torch.no_grad()
@@ -127,36 +110,6 @@ def test_every_chunk_of_a_prefill_draws_anew(
     assert set(firsts) == expected
     result.hidden.sum().backward()
     assert all(p.grad.isfinite().all() for p in model.model.parameters() if p.grad is not None)
-
-
-def test_chunks_protect_the_context_s_ends(random_model: Build) -> None:
-    press = blocks()
-    with torch.no_grad():
-        done = prefill(random_model().train(), context(tokens=120), press, 20, budget=30)
-    for positions in done.positions.values():
-        assert (positions[..., :3] == torch.arange(3)).all()
-        assert (positions[..., -6:] == torch.arange(114, 120)).all()
-
-
-@pytest.mark.parametrize(
-    ("build", "setting"),
-    [
-        (blocks, {"ratio": 1.0}),
-        (blocks, {"ratio": -0.1}),
-        (blocks, {"protect_start": -1}),
-        (blocks, {"protect_recent": -1}),
-        (blocks, {"seed": -1}),
-        (blocks, {"block_size": 0}),
-        (variable, {"shortest": 0}),
-        (variable, {"shortest": 8, "longest": 7}),
-    ],
-)
-def test_bad_settings_are_named(build: Callable[..., Any], setting: dict[str, Any]) -> None:
-    name, value = list(setting.items())[-1]
-    field = {"ratio": "compression_ratio"}.get(name, name)
-    kind = "BlockDropoutPress" if build is blocks else "VariableBlockPress"
-    with pytest.raises(ValueError, match=rf"{kind}\.{field} is {value}: "):
-        build(**setting)
 
 
 def test_defaults_are_those_of_the_seed() -> None:

@@ -13,7 +13,6 @@ from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.presses.nesting import press_name, presses_in, scorers_in
 from sparsekv_pl.presses.ratio import set_compression_ratio
-from sparsekv_pl.presses.sparse_reg import SparseRegPress
 from sparsekv_pl.presses.traits import traits_of
 from tests.presses.sparse_reg_cases import KINDS, LENGTH, SINKS, WINDOW, Build, attentions_of, ids, losses, press_with
 
@@ -31,23 +30,6 @@ def reference(attention: Tensor, kind: str, rows: range) -> Tensor:
 
 
 # --- settings ---
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"kind": "l2"}, "kind='l2'"),
-        ({"weight": -1.0}, "weight=-1.0"),
-        ({"weight": float("nan")}, "weight=nan"),
-        ({"window_size": 0}, "window_size=0"),
-        ({"sinks": -1}, "sinks=-1"),
-        ({"layers": []}, r"layers=\[\]"),
-        ({"layers": [0, -1]}, r"layers=\[0, -1\]"),
-    ],
-)
-def test_bad_settings_are_named(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=f"SparseRegPress.{said}"):
-        SparseRegPress(**settings)
 
 
 def test_a_layer_that_the_model_lacks_is_named(random_model: Build) -> None:
