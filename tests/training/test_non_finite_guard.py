@@ -175,7 +175,8 @@ class SpoilsOneRank(pl.Callback):
 def test_all_ranks_skip_together(tiny_trainer: MakeTrainer, tmp_path: Path) -> None:
     """The bad batch is the second of two accumulated ones, so the other rank would wait for its gradients."""
     alone, _ = fit(tiny_trainer, [1.0, 1.0], accumulate_grad_batches=2)
-    strategy = DDPStrategy(process_group_backend="gloo", start_method="forkserver", timeout=timedelta(minutes=2))
+    # Spawned: ranks that a forkserver starts would share the weights, which Lightning undoes for spawned ones alone.
+    strategy = DDPStrategy(process_group_backend="gloo", start_method="spawn", timeout=timedelta(minutes=2))
     callbacks = NonFinite(skip=1), SpoilsOneRank(tmp_path)
     trainer = tiny_trainer(*callbacks, max_steps=2, strategy=strategy, devices=2, accumulate_grad_batches=2)
     trainer.fit(Line(), batches([1.0] * 8))
