@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from sparsekv_pl.eviction.real import RealEviction
+from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.presses.nesting import press_name
 
 Build = Callable[..., PreTrainedModel]
@@ -61,10 +62,11 @@ def step_bytes(model: PreTrainedModel, chunks: int, checkpoint: bool, press: Bas
         return tensor
 
     context = torch.randint(0, 64, (2, chunk * chunks), generator=torch.Generator().manual_seed(0))
-    eviction = RealEviction(press, chunk, budget, True, checkpoint=checkpoint)
+    eviction = RealEviction(press, chunk, budget, checkpoint)
     with LiveBytes() as counted:
         with saved_tensors_hooks(note, lambda tensor: tensor):
-            evicted = eviction(model, context, context[:, :8], compression_ratio=0.0, step=0)
+            asked = Request(scores=True)
+            evicted = eviction(model, context, context[:, :8], compression_ratio=0.0, step=0, request=asked)
         loss = evicted.hidden.square().sum() + sum(s.scores.square().sum() for s in evicted.selections)
         held = {tensor.untyped_storage()._cdata for tensor in model.parameters()}
         loss.backward()
