@@ -1,5 +1,6 @@
 """Which folders a run writes into: each belongs to one live run."""
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,12 +21,12 @@ class RunFolders(ExitStack):
     def __init__(self) -> None:
         super().__init__()
         self.writes = getattr(rank_zero_only, "rank", 0) == 0
-        self._claimed: set[tuple[Path, str]] = set()
+        self._claimed: set[tuple[str, str]] = set()
 
     def claim(self, key: str, folder: str | Path, use: str) -> None:
         """Raise ``ValueError`` where another process has ``folder``, which ``key`` gives, or nothing can be written."""
         path = Path(folder).expanduser()
-        known = (path.absolute(), use)
+        known = (os.path.realpath(path), use)  # two of its names may be given for one folder
         if self.writes and known not in self._claimed:
             self.enter_context(claimed(path, key, use))
             self._claimed.add(known)

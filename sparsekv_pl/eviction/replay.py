@@ -94,7 +94,7 @@ class RecordedPrefill:
             yield
         finally:
             for scorer in scorers:
-                vars(scorer).pop("score")
+                vars(scorer).pop("score", None)  # one object may be in a press twice
 
     def _score(
         self, scorer: ScorerPress, module: nn.Module, hidden_states: Tensor, keys: Tensor, *args: Any, **kwargs: Any

@@ -114,6 +114,7 @@ def test_a_replay_equals_a_prefill_under_the_press(random_model: Build, press: B
         PerLayerCompressionPress(KnormPress(), [0.2, 0.7]),
         ThinKPress(key_channel_compression_ratio=0.5, window_size=4),
         ComposedPress([KnormPress(0.3), ThinKPress(key_channel_compression_ratio=0.5, window_size=4)]),
+        ComposedPress([KnormPress(0.3)] * 2),
     ],
     ids=press_name,
 )

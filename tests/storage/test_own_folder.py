@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from evaluate import EvaluateCommandLine
 from sparsekv_pl.cli.command_line import CommandLine, run
+from sparsekv_pl.cli.run_folders import TRAINING, RunFolders
 from sparsekv_pl.storage.own_folder import claimed, locked
 from sparsekv_pl.storage.records import Results
 from tests.processes import FORKSERVER
@@ -56,6 +57,14 @@ def test_a_folder_is_one_live_process_s(holder: BaseProcess, tmp_path: Path) -> 
     for _ in range(2):
         with claimed(folder, "key", "training"):
             pass
+
+
+def test_a_folder_under_two_names_is_not_refused_to_the_run_that_has_it(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to("disk")
+    with RunFolders() as folders:
+        for name in ("run", "disk"):
+            folders.claim("key", tmp_path / name, TRAINING)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
