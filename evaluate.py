@@ -1,4 +1,4 @@
-"""Evaluate: python evaluate.py test --config configs/evaluate/quickstart.yaml; run again, it goes on where it was."""
+"""Evaluate: python evaluate.py test --config configs/evaluate/quickstart.yaml. A second run continues the first."""
 
 from callbacks.progress_lines import progress
 from callbacks.stopping import Stopping
@@ -7,7 +7,7 @@ from sparsekv_pl.cli.saved_config import SaveEvaluationConfig
 
 
 class EvaluateCommandLine(CommandLine):
-    """test (measures) and predict (analyses)."""
+    """The commands test (measurements) and predict (analyses)."""
 
     commands = ("test", "predict")
     reports = True
@@ -15,10 +15,10 @@ class EvaluateCommandLine(CommandLine):
     always = (Stopping,)
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a checkpoint: nothing that evaluate.py makes can be read from one."""
+        """Refuse --ckpt_path: evaluate.py loads exported adapters, not checkpoints."""
         super().before_instantiate_classes()
         if (path := self._get(self.config, "ckpt_path")) is not None:
-            raise ValueError(f"ckpt_path is {path}: give model.backbone.adapter what the training exported instead")
+            raise ValueError(f"ckpt_path is {path}: set model.backbone.adapter to the training's export instead")
 
 
 if __name__ == "__main__":

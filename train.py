@@ -15,20 +15,20 @@ from sparsekv_pl.cli.saved_config import SaveRunConfig
 
 
 class TrainCommandLine(CommandLine):
-    """fit and validate, with the export of what was trained."""
+    """The commands fit and validate, with the export of the trained adapter."""
 
     commands = ("fit", "validate")
     progress = staticmethod(progress)
     always = (Stopping,)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Every run exports; --merge also writes a plain Hugging Face model."""
+        """Add the export of every run; --merge also writes a plain Hugging Face model."""
         parser.add_lightning_class_args(AdapterExport, "export")
         parser.add_argument("--merge", action="store_true", help="at the end, fold the adapter into the base: merged/")
         parser.link_arguments("merge", "export.merge")
 
     def before_instantiate_classes(self) -> None:
-        """Look at the file or folder of --ckpt_path before a model is loaded."""
+        """Check the file or folder of --ckpt_path before a model is loaded, and set aside an earlier run's files."""
         super().before_instantiate_classes()
         settings = self.config.get(self.config.get("subcommand") or "", self.config)
         if settings.get("ckpt_path") not in (None, "last", "best", "hpc"):

@@ -1,7 +1,7 @@
 """sparsekv_pl: train causal language models to survive the eviction of their KV cache.
 
-What a script needs is importable from here: ``from sparsekv_pl import EITModule, RealEviction``. Names are loaded at
-their first use, because kvpress and transformers take seconds.
+Import the public classes from here: ``from sparsekv_pl import EITModule, RealEviction``. Each is loaded at its first
+use, because importing kvpress and transformers takes seconds.
 """
 
 from importlib import import_module
@@ -77,7 +77,7 @@ _SOURCES = {
         ["EIT", "LM", "Layerwise", "Mixed", "Reconstruction", "SelectionObjective", "SparseLM"], "objectives"
     ),
 }
-"""The module of each exported name; presses, by their suffix, are in ``presses``."""
+"""The module of each exported name; names that are not listed are in ``presses``."""
 
 if not TYPE_CHECKING:  # a type checker that saw it would accept every name
 

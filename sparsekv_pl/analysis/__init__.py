@@ -1,1 +1,1 @@
-"""Looking at attention: statistics, anchors and oracle blocks, each with its report."""
+"""Analyses of attention: statistics, anchors and oracle blocks, each with its report."""

@@ -1,4 +1,4 @@
-"""Which tokens attention rests on, by type, position, distance and head, and the anchors that follow."""
+"""Attention by token type, position, distance and head, and the anchors recommended from it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,23 +23,28 @@ from sparsekv_pl.storage.records import Record
 
 
 class AnchorAnalysis(Analysis):
-    """Attention by token type, by position and by head over the contexts of a datamodule, and a recommended rule.
+    """Measures attention by token type, position and head over a datamodule's contexts, and recommends anchors.
 
-    Continuations are not read. Beside the report it writes ``anchors.yaml``, the recommended anchors of the model that
-    is used (trained, where there is an adapter).
+    Continuations are not read. Besides the report it writes ``anchors.yaml`` with the recommended anchors (of the
+    trained model, if there is an adapter).
 
     Parameters
     ----------
     backbone, output
         As in ``Analysis``.
     sinks
-        So many tokens at the start of a text are told apart as sinks, up to 16.
+        Number of tokens at the start of a text that are listed as sinks, at most 16.
     carrying
-        Of each head: the share of tokens that carry this share of the attention.
+        For each head, the share of tokens that carry this share of the attention is measured.
     threshold
-        A position or type is recommended as an anchor if it gets so many times the attention that chance gives.
+        A position or type is recommended as an anchor if its attention is at least this multiple of chance.
     recent_mass
-        So many recent tokens are recommended as hold this share of the attention that is not on sinks.
+        The recommended number of recent tokens holds this share of the attention that is not on sinks.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range.
     """
 
     def __init__(
@@ -53,7 +58,7 @@ class AnchorAnalysis(Analysis):
     ) -> None:
         if not 0 <= sinks <= LEADING:
             raise ValueError(
-                f"sinks is {sinks}: only the first {LEADING} positions are told apart, give 0 to {LEADING}"
+                f"sinks is {sinks}: only the first {LEADING} positions are measured one by one, give 0 to {LEADING}"
             )
         for name, value in {"carrying": carrying, "recent_mass": recent_mass}.items():
             if not 0 < value <= 1:
@@ -64,18 +69,18 @@ class AnchorAnalysis(Analysis):
         self.sinks, self.carrying, self.threshold, self.recent_mass = sinks, carrying, threshold, recent_mass
 
     def described(self) -> dict[str, Any]:
-        """Sinks, threshold and recent_mass decide what is written, not what is measured."""
+        """The settings that decide what is measured; sinks, threshold and recent_mass only decide the report."""
         return {"carrying": self.carrying}
 
     def measure(self, batch: CaseBatch) -> Sequence[Record]:
-        """A record for each context."""
+        """Measure a batch; return a record per context."""
         ids = batch["context_ids"]
         types = types_for(self.tokenizer).of(ids)
         records = profile_records(observed(self.causal_lm, ids, types), types, self.carrying)
         return [{"id": case.id, **record} for case, record in zip(batch["cases"], records, strict=True)]
 
     def write(self, records: list[Record], environment: dict[str, object]) -> list[Path]:
-        """Report, pictures and anchors.yaml."""
+        """Write report, pictures and anchors.yaml; print the main figures; return the paths."""
         own = {variant: [r for r in records if r["variant"] == variant] for variant in VARIANTS}
         summaries = {
             variant: anchor_summary(AnchorProfile.of(found), self.sinks, self.threshold, self.recent_mass)
@@ -83,7 +88,7 @@ class AnchorAnalysis(Analysis):
             if found
         }
         snippet = anchor_yaml(list(summaries.values())[-1]["rule"]["anchors"])
-        self._say(summaries, snippet)
+        self._print(summaries, snippet)
         pictures = anchor_figures(summaries, self.carrying)
         lengths = sorted({record["length"] for record in records})
         content = {"sinks": self.sinks, "carrying": self.carrying, "lengths": lengths, "variants": summaries}
@@ -97,7 +102,7 @@ class AnchorAnalysis(Analysis):
             {"anchors.yaml": f"{snippet}\n".encode()},
         )
 
-    def _say(self, summaries: dict[str, Any], snippet: str) -> None:
+    def _print(self, summaries: dict[str, Any], snippet: str) -> None:
         for variant, summary in summaries.items():
             shown = [row for row in summary["types"] if row["times_chance"] is not None]
             times = ", ".join(f"{row['type']} {row['times_chance']:.2f}" for row in shown)
@@ -111,7 +116,10 @@ class AnchorAnalysis(Analysis):
 
 
 def observed(model: PreTrainedModel, ids: Tensor, types: Tensor) -> ReceivedAttention:
-    """What each layer's keys receive in one pass over ``ids`` (B, S), unpadded, whose types (B, S) are known."""
+    """Observe the attention that each layer's keys receive in one pass over unpadded ``ids`` (B, S).
+
+    ``types`` (B, S) are the tokens' types, as ``TokenTypes.of`` gives them.
+    """
     observer = ReceivedAttention(groups_of(types), GROUPS)
     continue_from(model, ids, DynamicCache(), 0, observer=observer)
     return observer

@@ -17,7 +17,7 @@ Summary = Mapping[str, Any]
 
 
 def types_figure(summaries: Mapping[str, Summary]) -> "Figure":
-    """Bars by type: attention per token, share of attention beside that of tokens, and times chance."""
+    """Draw bars by type: attention per token, share of attention beside share of tokens, and multiple of chance."""
     from matplotlib.figure import Figure
 
     names = [row["type"] for row in next(iter(summaries.values()))["types"]]
@@ -38,7 +38,7 @@ def types_figure(summaries: Mapping[str, Summary]) -> "Figure":
 
 
 def layers_figure(layers: Mapping[str, Summary]) -> "Figure":
-    """Heat maps of layer x type for each variant's ``layer_table``: share of attention, and times chance."""
+    """Draw heat maps of layer x type for each variant's ``layer_table``: share of attention, and multiple of chance."""
     from matplotlib.figure import Figure
 
     depth = len(next(iter(layers.values()))["attention"])
@@ -57,7 +57,7 @@ def layers_figure(layers: Mapping[str, Summary]) -> "Figure":
 
 
 def distances_figure(summaries: Mapping[str, Summary]) -> "Figure":
-    """Attention per token over the distance from the query, and how much of it the nearest tokens hold."""
+    """Draw attention per token over the distance from the query, and the share of it that the nearest tokens hold."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.8), dpi=130, layout="constrained")
@@ -84,7 +84,7 @@ def distances_figure(summaries: Mapping[str, Summary]) -> "Figure":
 
 
 def positions_figure(summaries: Mapping[str, Summary]) -> "Figure":
-    """Times chance over the position in the text."""
+    """Draw the multiple of chance over the position in the text."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 3.8), dpi=130, layout="constrained")
@@ -102,7 +102,7 @@ def positions_figure(summaries: Mapping[str, Summary]) -> "Figure":
 
 
 def heads_figure(summaries: Mapping[str, Summary], carrying: float) -> "Figure":
-    """Heat maps of layer x head: the share of tokens that carry ``carrying`` of the attention."""
+    """Draw heat maps of layer x head: the share of tokens that carry the share ``carrying`` of the attention."""
     return sparsity_figure(
         {
             f"{variant}: share of tokens that carry {carrying:.0%}": summary["heads"]["carrying"]
@@ -112,7 +112,7 @@ def heads_figure(summaries: Mapping[str, Summary], carrying: float) -> "Figure":
 
 
 def anchor_figures(summaries: Mapping[str, Summary], carrying: float) -> "dict[str, Figure]":
-    """All pictures by the names of ``reporting.anchors.PICTURES``."""
+    """All pictures by the names of ``anchor_report.PICTURES``."""
     return {
         "types": types_figure(summaries),
         "layers": layers_figure({variant: summary["layers"] for variant, summary in summaries.items()}),
@@ -153,10 +153,10 @@ def _plain_axes(axes: "Axes") -> None:
 
 
 def _column(rows: Sequence[Summary], name: str) -> NDArray[np.float64]:
-    """One number of each row, NaN where it has none."""
+    """The numbers ``name`` of all rows; NaN for None."""
     return _array([row[name] for row in rows])
 
 
 def _array(values: Any) -> NDArray[np.float64]:
-    """None becomes NaN."""
+    """``values`` as an array; None becomes NaN."""
     return np.asarray(values, dtype=np.float64)

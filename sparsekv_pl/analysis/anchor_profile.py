@@ -1,8 +1,7 @@
-"""Where a model's attention rests, by token type, position, distance and head; and the anchors that follow from it.
+"""A model's attention by token type, position, distance and head, and the anchors recommended from it.
 
-Two things make early tokens look important that are not: more queries see them, and those queries have few keys to
-spread over. So everything stands beside what attention spread evenly over all that a query sees would bring ("chance"):
-1 times chance is what any token gets.
+Early tokens look important for two reasons that say nothing about them: more queries see them, and those queries have
+fewer keys. Everything is therefore compared with attention spread evenly over the keys that a query sees ("chance").
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,42 +25,44 @@ from sparsekv_pl.models.anchors import Anchors
 from sparsekv_pl.models.devices import stacked
 
 LEADING = 16
-"""So many positions at the start of the text are told apart: as many sinks can be recommended."""
+"""Number of positions at the start of the text that are measured one by one: the most sinks that can be recommended."""
 GROUPS = LEADING + len(TYPES)
 
 Floats = NDArray[np.float64]
 Cells = NDArray[np.bool_]
-"""(LEADING + 1, types, bins of distance), or what broadcasts to it: which of a profile's cells are meant."""
+"""A selection of a profile's cells: (LEADING + 1, types, bins of distance), or a shape that broadcasts to it."""
 
 
 @dataclass(frozen=True)
 class Portion:
-    """What a set of tokens gets, averaged over queries, heads, layers and windows."""
+    """The attention on a set of tokens, averaged over queries, heads, layers and windows."""
 
     attention: float
     """Share of all attention."""
     tokens: float
-    """Share of the tokens that a query sees: the attention that they would get by chance."""
+    """Share of the tokens that a query sees, which is the set's attention by chance."""
     per_token: float | None
-    """What such a token gets of the attention of a query that sees it; None where there are none."""
+    """Share of a query's attention on one such token that the query sees; None if there is no such token."""
     times_chance: float | None
-    """``attention`` over ``tokens``, both as shares of what the set was taken from."""
+    """Multiple of chance: ``attention`` / ``tokens``, both as shares of the cells that the set was chosen from."""
 
 
 @dataclass(frozen=True)
 class AnchorProfile:
-    """Attention of W windows of text, a cell being (place, type, distance): one of the ``LEADING`` first positions or,
-    last, any other; a type of ``TYPES``; and a bin of ``edges``. Sums over a window's queries, float64.
+    """Attention of W windows of text by cells of (place, type, distance).
+
+    A place is one of the ``LEADING`` first positions or, as the last index, any other position; a type is one of
+    ``TYPES``; a distance is a bin of ``edges`` in tokens. All arrays are float64 sums over a window's queries.
     """
 
     edges: list[int]
     mass: Floats
     """(W, layers, LEADING + 1, types, bins), averaged over heads."""
     chance: Floats
-    """(W, LEADING + 1, types, bins), as are the next two."""
+    """(W, LEADING + 1, types, bins), like the next two."""
     pairs: Floats
     last: Floats
-    """Tokens as a window's last query sees them."""
+    """Number of tokens that a window's last query sees."""
     positions: list[int]
     """Edges of the bins of positions: 0, 1, ..., LEADING, 2 * LEADING, 4 * LEADING, ..."""
     position_mass: Floats
@@ -75,7 +76,7 @@ class AnchorProfile:
 
     @classmethod
     def of(cls, records: Sequence[Mapping[str, Any]]) -> "AnchorProfile":
-        """Pool what ``profile_records`` made, of windows of any lengths."""
+        """Combine the records of ``profile_records``, whose windows may differ in length."""
         longest = max(record["length"] for record in records)
         edges, positions = distance_edges(longest), position_edges(longest)
         cells = {
@@ -96,34 +97,34 @@ class AnchorProfile:
         return np.ones(self.chance.shape[1:], bool)
 
     def sinks(self, count: int) -> Cells:
-        """The first ``count`` tokens of a text."""
+        """The first ``count`` tokens of a text. Raises ``ValueError`` for more than ``LEADING``."""
         if count > LEADING:
-            raise ValueError(f"{count} sinks: only the first {LEADING} positions are told apart, ask for fewer")
+            raise ValueError(f"{count} sinks: only the first {LEADING} positions are measured one by one, give fewer")
         return self.everything & (np.arange(LEADING + 1) < count)[:, None, None]
 
     def recent(self, count: int) -> Cells:
-        """The last ``count`` tokens that a query sees, its own among them."""
+        """The last ``count`` tokens that a query sees, its own included. Raises ``ValueError`` for a missing edge."""
         if count not in self.edges and count < self.edges[-1]:
-            raise ValueError(f"recent={count} is no edge of the bins of distance: choose one of {self.edges}")
+            raise ValueError(f"recent={count} is not an edge of the bins of distance: choose one of {self.edges}")
         return self.everything & (np.array(self.edges[1:]) <= count)
 
     def types(self, *names: str) -> Cells:
-        """Tokens of these types, wherever they are."""
+        """Tokens of these types at any place."""
         return self.everything & np.isin(TYPES, names)[:, None]
 
     def kept(self, anchors: Anchors) -> Cells:
-        """What ``anchors`` keep for a query, if the tokens before it are evicted right then."""
+        """Tokens that ``anchors`` keep for a query, if all other tokens before it are evicted."""
         kinds = [name for name in ("special", "punctuation") if getattr(anchors, name)]
         return self.sinks(anchors.sinks) | self.recent(anchors.recent) | self.types(*kinds)
 
     def sums(self, chosen: Cells, among: Cells) -> Floats:
-        """(W, 5): mass, chance and pairs of the chosen cells, mass and chance of those they are taken from."""
+        """(W, 5) sums: mass, chance and pairs of the cells ``chosen``, mass and chance of the cells ``among``."""
         mass = self.mass.mean(1)
         parts = [(mass, chosen), (self.chance, chosen), (self.pairs, chosen), (mass, among), (self.chance, among)]
         return np.stack([(array * cells).sum((1, 2, 3)) for array, cells in parts], axis=1)
 
     def portion(self, chosen: Cells, among: Cells | None = None) -> Portion:
-        """What the chosen cells get; ``times_chance`` compares them with the cells ``among`` which they are."""
+        """The attention on the cells ``chosen``; ``times_chance`` compares them with ``among`` (None: all cells)."""
         mass, chance, pairs, mass_among, chance_among = self.sums(
             chosen, self.everything if among is None else among
         ).sum(0)
@@ -140,36 +141,36 @@ class AnchorProfile:
         return (self.mass * chosen).sum((0, 2, 3, 4)) / self.chance.sum()
 
     def held(self, cells: Cells) -> list[tuple[int, float]]:
-        """(edge, share of the cells' attention that is nearer to the query than it) of every bin of distance."""
+        """(edge, share of the cells' attention below that distance) for every bin of distance."""
         mass = (self.mass * cells).sum((0, 1, 2, 3))
         return list(zip(self.edges[1:], (mass.cumsum() / mass.sum()).tolist(), strict=True))
 
     def tokens_kept(self, anchors: Anchors) -> float:
-        """How many tokens ``anchors`` keep of a window, averaged over windows, evicted after its last token."""
+        """Number of tokens that ``anchors`` keep after a window's last token, averaged over windows."""
         return float((self.last * self.kept(anchors)).sum() / len(self.last))
 
 
 @dataclass(frozen=True)
 class AnchorRule:
-    """Anchors that follow from a profile, and the figures that they follow from."""
+    """Anchors recommended from a profile, with the reasons."""
 
     anchors: Anchors
     reasons: Mapping[str, str]
-    """One for each parameter of ``Anchors``."""
+    """Parameter of ``Anchors`` -> reason for its value."""
 
 
 def recommended(profile: AnchorProfile, threshold: float = 2.0, recent_mass: float = 0.5) -> AnchorRule:
-    """The anchors that a profile speaks for.
+    """Recommend anchors from a profile.
 
     sinks
-        The run of positions from the first on that receive at least ``threshold`` times chance. Early queries, which
-        see little else, pull this towards 1: give windows of several hundred tokens.
+        The unbroken run of positions from the first that receive at least ``threshold`` times chance. Early queries,
+        which see few other tokens, pull this towards 1: use windows of several hundred tokens.
     recent
-        The smallest power of two such that the tokens so near to a query, sinks aside, hold at least the share
+        The smallest power of two such that this many nearest tokens, without sinks, hold at least the share
         ``recent_mass`` of the attention that is not on sinks.
     special, punctuation
-        Whether the tokens of this type that are neither sinks nor recent receive at least ``threshold`` times what
-        chance gives among all that are neither. A type that does not occur there keeps the default of ``Anchors``.
+        Whether the tokens of this type, without sinks and recent tokens, receive at least ``threshold`` times chance
+        among all tokens that are neither. A type that does not occur there keeps the default of ``Anchors``.
 
     Raises
     ------
@@ -199,13 +200,13 @@ def recommended(profile: AnchorProfile, threshold: float = 2.0, recent_mass: flo
 
 
 def groups_of(types: Tensor) -> Tensor:
-    """(B, S) groups below ``GROUPS`` of keys whose types (B, S) are known: a leading position's own, or the type's."""
+    """(B, S) group of each key, below ``GROUPS``: its position if below ``LEADING``, otherwise one per type."""
     positions = torch.arange(types.shape[1], device=types.device)
     return torch.where(positions < LEADING, positions, LEADING + types)
 
 
 def position_edges(length: int) -> list[int]:
-    """Edges of the bins of positions: single up to ``LEADING``, then doubling, the last at ``length`` or above."""
+    """Edges of the bins of positions: 0 to ``LEADING`` singly, then doubling until ``length`` is reached."""
     edges = list(range(min(LEADING, length) + 1))
     while edges[-1] < length:
         edges.append(2 * edges[-1])
@@ -213,7 +214,7 @@ def position_edges(length: int) -> list[int]:
 
 
 def profile_records(observer: ReceivedAttention, types: Tensor, carrying: float) -> list[dict[str, Any]]:
-    """What was observed, a record for each row of ``types`` (B, S), JSON-able: numbers with six digits."""
+    """Convert observations to a JSON-able record per row of ``types`` (B, S), numbers with six digits."""
     seen = exposure(observer.groups, observer.count)
     layers = [observer.layers[layer] for layer in sorted(observer.layers)]
     mass = stacked([layer.by_group.mean(1) for layer in layers], 1).cpu()
@@ -244,7 +245,7 @@ def _exposed(seen: Exposure, row: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def _by_cell(record: Mapping[str, Any], name: str, bins: int) -> Floats:
-    """A record's (..., groups, bins) as cells (..., LEADING + 1, types, bins)."""
+    """Convert a record's (..., groups, bins) to cells (..., LEADING + 1, types, bins)."""
     groups = _wide(record[name], bins)
     cells = np.zeros((*groups.shape[:-2], LEADING + 1, len(TYPES), bins))
     for place, kind in enumerate(record["leading_types"]):
@@ -254,7 +255,7 @@ def _by_cell(record: Mapping[str, Any], name: str, bins: int) -> Floats:
 
 
 def _wide(values: Any, bins: int) -> Floats:
-    """An array whose last axis has ``bins`` elements, 0 where ``values`` has none."""
+    """``values`` as an array with its last axis padded with 0 to ``bins``."""
     array = np.asarray(values, np.float64)
     return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, bins - array.shape[-1])])
 
@@ -266,7 +267,7 @@ def _reason(times: float | None, threshold: float) -> str:
 
 
 def _binned(values: Tensor, starts: list[int]) -> Any:
-    """(..., S) summed over bins of positions that begin at ``starts``."""
+    """``values`` (..., S) summed over bins of positions that begin at ``starts``."""
     return _plain(torch.from_numpy(np.add.reduceat(values.cpu().double().numpy(), starts, axis=-1)))
 
 

@@ -1,4 +1,4 @@
-"""What an anchor profile says: as numbers for JSON, and as the sections of a report."""
+"""Report of an anchor profile: numbers for JSON, and the sections of a page."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -18,20 +18,19 @@ Summary = dict[str, Any]
 
 HOW_TO_READ = (
     "Attention is the share of all attention, averaged over queries, heads, layers and windows. Tokens is the share of "
-    "the tokens that a query sees, averaged over queries: what attention spread evenly would bring. Times chance is "
-    "the first over the second; it is 1 for attention spread evenly, although more queries see an early token, and "
-    "those have few tokens to choose from. Per token is what one such token gets of the attention of a query that "
-    "sees it.",
-    "Sinks are told apart by position alone, and every other line leaves them out: one sink holds so much that "
-    "whichever type it happens to have would look important. Times chance then compares a type with all tokens that "
-    "are no sinks. The columns 'with sinks' count them in. In brackets: 95 % intervals, windows drawn with "
-    "replacement.",
+    "the tokens that a query sees, averaged over queries: the share that evenly spread attention would give. Times "
+    "chance is the first divided by the second; it is 1 for evenly spread attention, although early tokens are seen by "
+    "more queries, and by queries with fewer keys. Per token is the share of a query's attention on one such token "
+    "that it sees.",
+    "Sinks are defined by position only, and all other lines leave them out: a single sink holds so much attention "
+    "that its type would look important. Times chance then compares a type with all tokens that are not sinks. The "
+    "columns 'with sinks' include them. Brackets hold 95 % intervals, with windows drawn with replacement.",
     "Stop words are English; symbols such as + and $ are content.",
 )
 
 
 def type_rows(profile: AnchorProfile, sinks: int) -> list[Summary]:
-    """The first ``sinks`` positions, then each type without them (and, under "with_sinks", with them)."""
+    """Rows for the first ``sinks`` positions, then for each type without them ("with_sinks": with them)."""
     first = profile.sinks(sinks)
     rows: list[Summary] = [{"type": "sinks", **asdict(profile.portion(first)), "interval": None, "with_sinks": None}]
     for name in TYPES:
@@ -48,7 +47,7 @@ def type_rows(profile: AnchorProfile, sinks: int) -> list[Summary]:
 
 
 def layer_table(profile: AnchorProfile, sinks: int) -> Summary:
-    """Layer x (sinks, types without them): shares of a layer's attention, and times chance (None: no such token)."""
+    """Layer x (sinks, types without sinks): share of a layer's attention, and times chance (None: no such token)."""
     first = profile.sinks(sinks)
     columns = [first, *(profile.types(name) & ~first for name in TYPES)]
     attention = np.stack([profile.by_layer(cells) for cells in columns], axis=1)
@@ -63,7 +62,7 @@ def layer_table(profile: AnchorProfile, sinks: int) -> Summary:
 
 
 def anchor_summary(profile: AnchorProfile, sinks: int, threshold: float, recent_mass: float) -> Summary:
-    """All of a profile that the report tells, JSON-able."""
+    """The figures of a profile for the report, JSON-able."""
     return {
         "windows": len(profile.mass),
         "types": type_rows(profile, sinks),
@@ -80,7 +79,7 @@ def anchor_summary(profile: AnchorProfile, sinks: int, threshold: float, recent_
 
 
 def anchor_yaml(anchors: Mapping[str, Any]) -> str:
-    """One line of YAML for whatever takes ``sparsekv_pl.models.anchors.Anchors``, such as KVDropout.
+    """One line of YAML for settings of type ``sparsekv_pl.models.anchors.Anchors``, such as KVDropout's.
 
     >>> anchor_yaml({"sinks": 4, "recent": 64, "special": True, "punctuation": False})
     'anchors: {sinks: 4, recent: 64, special: true, punctuation: false}'
@@ -89,7 +88,7 @@ def anchor_yaml(anchors: Mapping[str, Any]) -> str:
 
 
 def anchor_sections(summaries: Mapping[str, Summary], sinks: int, carrying: float) -> list[Section]:
-    """The report of each variant's summary, base and trained side by side."""
+    """Sections of the report, base and trained side by side."""
     picture = {name: Picture(f"{name}.png", alt) for name, alt in PICTURES.items()}
     return [
         Section("Recommended anchors", paragraphs=_rule_words(summaries), tables=[_rule_table(summaries)]),
@@ -103,7 +102,7 @@ def anchor_sections(summaries: Mapping[str, Summary], sinks: int, carrying: floa
         Section(
             "By position in the text",
             [picture["positions"]],
-            ["Late positions are seen by near queries alone: that they rise at the end is recency, not position."],
+            ["Late positions are only seen by near queries: their rise at the end is an effect of recency."],
         ),
         Section("By head", [picture["heads"]], [_head_words(summaries, carrying)]),
     ]
@@ -116,11 +115,11 @@ PICTURES = {
     "positions": "Attention by absolute position, in multiples of chance",
     "heads": "Share of tokens that carry most of the attention, layer by head",
 }
-"""Name of each picture, without .png -> what it shows."""
+"""Name of each picture, without .png -> caption."""
 
 
 def _times_chance(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of ``AnchorProfile.sums``."""
+    """Times chance (..., 1) from ``AnchorProfile.sums`` (..., 5)."""
     mass, chance, _, mass_among, chance_among = np.moveaxis(sums, -1, 0)
     return (mass / mass_among / (chance / chance_among))[..., None]
 
@@ -155,10 +154,9 @@ def _positions(profile: AnchorProfile) -> list[Summary]:
 
 
 def _rule(profile: AnchorProfile, threshold: float, recent_mass: float) -> Summary:
-    """The recommended anchors beside the default, and beside recent tokens alone that are no more than the default's.
+    """Compare the recommended anchors with the default, and with sinks and recent tokens at the default's cost.
 
-    What is kept grows with the query's position in different ways: compared is the average over queries, for attention
-    and tokens alike.
+    The number of kept tokens grows differently with the query's position, so averages over queries are compared.
     """
     rule, default = recommended(profile, threshold, recent_mass), Anchors()
     cost = profile.portion(profile.kept(default)).tokens
@@ -194,10 +192,10 @@ def _rule_words(summaries: Mapping[str, Summary]) -> list[str]:
     rule = next(iter(summaries.values()))["rule"]
     words.append(
         f"The rule: sinks are the run of positions from the first on with at least {rule['threshold']:g} times chance; "
-        "recent is the smallest power of two of nearest tokens, sinks aside, that hold "
+        "recent is the smallest power of two of nearest tokens, without sinks, that hold "
         f"{rule['recent_mass']:.0%} of the attention that is not on sinks; a type is an anchor if its tokens that are "
-        f"neither get at least {rule['threshold']:g} times chance among all that are neither. It looks at where "
-        "attention rests, not at what a model's answers lose: what a score like perplexity says stands above it."
+        f"neither get at least {rule['threshold']:g} times chance among all that are neither. The rule is based on "
+        "attention only; scores such as perplexity, which measure what answers lose, are better evidence."
     )
     return words
 

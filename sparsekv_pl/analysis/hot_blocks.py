@@ -1,4 +1,4 @@
-"""The blocks of a context that one token attends to, by layer and head: a row of attention, never a matrix."""
+"""A token's attention to blocks of the context, by layer and head, from one row of the attention matrix."""
 
 import torch
 from torch import Tensor
@@ -9,17 +9,17 @@ from sparsekv_pl.models.devices import stacked
 
 
 class HotBlocks:
-    """An ``Observer`` (evicted_attention.py) that adds up the last token's attention over blocks of the context.
+    """An ``Observer`` (evicted_attention.py) that sums the last token's attention over blocks of the context.
 
-    Give it as ``observer=`` to a forward that runs with our attention, for instance
-    ``continue_from(model, ids, DynamicCache(), 0, observer=hot)``; then ``hot.mass`` holds all layers. In a prefill of
-    many chunks observe the last one alone. A second pass needs a second observer.
+    Pass it as ``observer=`` to a forward that runs with our attention, for instance
+    ``continue_from(model, ids, DynamicCache(), 0, observer=hot)``; ``hot.mass`` then holds all layers. In a prefill of
+    several chunks, observe only the last one. Each pass needs a new observer.
 
     Parameters
     ----------
     context_tokens
-        The first so many keys are the context. What the token attends to after them (the question, itself) is in no
-        block; its share is ``hot.beyond``.
+        Length of the context, the first keys. Keys after it (the question, the token itself) are in no block; their
+        share is ``hot.beyond``.
     block_size
         Keys per block, in tokens; blocks start at key 0 and the last one may be shorter.
     """
@@ -32,7 +32,7 @@ class HotBlocks:
         self.layers: dict[int, Tensor] = {}
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG002
-        """Measure one layer: the last of the queries (B, H, T, D) over the keys (B, K, S, D).
+        """Measure one layer: the last query of (B, H, T, D) over the keys (B, K, S, D).
 
         Raises
         ------
@@ -40,17 +40,17 @@ class HotBlocks:
             If this layer was measured before, or there are fewer keys than the context has tokens.
         """
         if layer in self.layers:
-            raise ValueError(f"layer {layer} was measured already: take a new HotBlocks for every pass")
+            raise ValueError(f"layer {layer} was measured already: use a new HotBlocks for every pass")
         self.layers[layer] = block_mass(query[:, :, -1], key, self.context_tokens, self.block_size)
 
     @property
     def mass(self) -> Tensor:
-        """(B, layers, H, N) float32 on the CPU: the share of a head's attention that each of N blocks receives."""
+        """(B, layers, H, N) float32 on the CPU: the share of a head's attention on each of N blocks."""
         return stacked([self.layers[layer] for layer in sorted(self.layers)], dim=1).cpu()
 
     @property
     def beyond(self) -> Tensor:
-        """(B, layers, H) float32: the share of a head's attention that goes to what follows the context."""
+        """(B, layers, H) float32: the share of a head's attention on keys after the context."""
         return (1 - self.mass.sum(-1)).clamp(min=0)
 
 
@@ -58,10 +58,22 @@ class HotBlocks:
 def block_mass(
     query: Tensor, key: Tensor, context_tokens: int, block_size: int, scaling: float | None = None
 ) -> Tensor:
-    """(B, H, N) float32: softmax(query key^T * scaling) over all S keys, summed over blocks of the context.
+    """Compute softmax(query key^T * scaling) over all S keys, summed over blocks of the context.
 
-    ``query`` (B, H, D) is the newest token's; ``key`` (B, K, S, D), any dtype, H a multiple of K; the query heads of a
-    group are neighbours. N blocks of ``block_size`` keys cover the first ``context_tokens`` keys.
+    Parameters
+    ----------
+    query
+        (B, H, D) of the newest token, any dtype.
+    key
+        (B, K, S, D), any dtype; H is a multiple of K, and the query heads of a group are neighbours.
+    context_tokens, block_size
+        N blocks of ``block_size`` keys cover the first ``context_tokens`` keys.
+    scaling
+        Factor of the scores; None: D ** -0.5.
+
+    Returns
+    -------
+    (B, H, N) float32.
 
     Raises
     ------
@@ -71,7 +83,7 @@ def block_mass(
     (batch, heads, dim), (kv_heads, keys) = query.shape, key.shape[1:3]
     if keys < context_tokens:
         raise ValueError(f"there are {keys} keys but the context has {context_tokens} tokens: nothing may be evicted")
-    with torch.autocast(query.device.type, enabled=False):  # it would round the products to 16 bits
+    with torch.autocast(query.device.type, enabled=False):  # autocast would round the products to 16 bits
         grouped = query.float().view(batch, kv_heads, -1, dim) * (dim**-0.5 if scaling is None else scaling)
         attention = (grouped @ key.float().transpose(2, 3)).softmax(-1).view(batch, heads, keys)
     blocks = block_count(context_tokens, block_size)

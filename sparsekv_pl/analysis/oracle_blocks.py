@@ -1,4 +1,4 @@
-"""Oracle hot blocks: where the token before the answer looks in its document (after Scout-KV's first phase)."""
+"""Oracle hot blocks: the document's blocks that the token before the answer attends to (Scout-KV's first phase)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,32 +19,37 @@ from sparsekv_pl.reporting.console import show
 from sparsekv_pl.storage.records import Record
 
 DIGITS = 5
-"""Significant digits of a stored share: enough for every figure, and a tenth of the space of a float in full."""
+"""Significant digits of a stored share."""
 
 
 class OracleBlocks(Analysis):
-    """Tests the sparsity hypothesis: for one question a model looks at a few blocks of a long document.
+    """Tests the sparsity hypothesis: for a question, a model attends to a few blocks of a long document.
 
-    One forward pass over document, question and the answer's beginning; in every layer the last token's attention is
-    added up over blocks of the document, which begins with the chat template's opening. Writes ``oracle_data.json`` in
-    the layout of Scout-KV's ``generate_oracle_data.py`` (for a trained adapter ``oracle_data_trained.json`` too), and a
-    report. The model's own attention implementation does not matter. ``layers``, ``heads`` and ``top_k`` decide nothing
-    that is measured: with others only the report is made anew.
+    One forward pass reads document, question and the answer's beginning. In every layer the last token's attention is
+    summed over blocks of the document, which begins with the chat template's opening. Writes ``oracle_data.json`` in
+    the layout of Scout-KV's ``generate_oracle_data.py`` (with an adapter also ``oracle_data_trained.json``), and a
+    report. Any attention implementation of the model works. ``layers``, ``heads`` and ``top_k`` do not affect what is
+    measured: after changing them, a run only rewrites the report.
 
     Parameters
     ----------
     backbone
         The model; ``load_in_4bit`` for NF4.
     output
-        Folder for everything that is written.
+        Folder for all output.
     block_size
         Tokens per block.
     top_k
-        So many blocks are hot.
+        Number of hot blocks.
     layers
-        Layers that are averaged over; null for all.
+        Layers to average over; null: all.
     heads
-        Query heads that are averaged over in each of them; null for all.
+        Query heads of each layer to average over; null: all.
+
+    Raises
+    ------
+    ValueError
+        For a number below 1, and for layers or heads that the model does not have.
     """
 
     def __init__(
@@ -72,7 +77,7 @@ class OracleBlocks(Analysis):
         return {"block_size": self.block_size}
 
     def measure(self, batch: CaseBatch) -> list[Record]:
-        """A record per row: every head's share of attention on every block, and what BM25 thinks of them."""
+        """Measure a batch; return a record per row with each head's share of attention per block, and BM25 scores."""
         rows = zip(
             batch["context_ids"], batch["continuation_ids"], batch["continuation_lengths"], batch["cases"], strict=True
         )
@@ -80,10 +85,10 @@ class OracleBlocks(Analysis):
 
     def write(self, records: list[Record], environment: dict[str, object]) -> list[Path]:
         """See ``Analysis.write``."""
-        said, paths = write_oracle(
+        lines, paths = write_oracle(
             self.output, records, self.choice, self.block_size, self.named, self.quantisation, environment
         )
-        show(said)
+        show(lines)
         return paths
 
     def _record(self, context: Tensor, asked: Tensor, case: CaseInfo) -> Record:
@@ -107,14 +112,14 @@ class OracleBlocks(Analysis):
         }
 
     def _blocks_of(self, span: tuple[int, int] | None) -> list[int] | None:
-        """The blocks that tokens [start, end) touch."""
+        """The blocks that contain any of the tokens [start, end)."""
         return None if span is None else list(range(span[0] // self.block_size, (span[1] - 1) // self.block_size + 1))
 
 
 def bm25_scores(question: str, texts: Sequence[str]) -> list[float]:
-    """BM25 of each text for the question (Lucene's variant, k1 1.5, b 0.75, English stop words, no stemmer).
+    """BM25 score of each text for the question (Lucene's variant, k1 1.5, b 0.75, English stop words, no stemmer).
 
-    0 for all where no word of the question stands in any of them. X. H. Lu, "BM25S: orders of magnitude faster lexical
+    All scores are 0 if no text contains a word of the question. X. H. Lu, "BM25S: orders of magnitude faster lexical
     search via eager sparse scoring", arXiv 2407.03618.
     """
     import bm25s

@@ -1,4 +1,4 @@
-"""Pictures of oracle hot blocks: how the attention on a document adds up, and where the answer's block stands in it."""
+"""Pictures of oracle hot blocks: the attention on a document's blocks, and the rank of the answer's block."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_ROWS = 60
-"""Questions in one picture; of more the first ones are drawn."""
+"""Most questions in one picture; only the first ones are drawn."""
 LOOKS = {ATTENTION: "o", BM25: "s", PLACE: "^"}
 OTHERS = {BM25: "tab:orange", PLACE: "tab:green"}
 
 
 def mass_figure(concentrations: Mapping[str, Mapping[str, Any]]) -> "Figure":
-    """Share of the mass in the k hottest blocks, with and without the sink block; blocks that hold 80, 90 and 95 %."""
+    """Draw the mass in the k hottest blocks, and the blocks that hold 80 to 95 % of it, with and without the sink."""
     from matplotlib.figure import Figure
 
     names = [name for name in SINKS if any(name in part for part in concentrations.values())]
@@ -69,7 +69,7 @@ def _draw_carrying(axes: "Axes", concentrations: Mapping[str, Mapping[str, Any]]
 
 
 def recall_figure(recalls: Mapping[str, Mapping[str, Any]]) -> "Figure":
-    """How often the answer is among the k first blocks: attention, BM25, place alone, chance; with and without sink."""
+    """Draw how often the answer is among the k first blocks, by ranker, with and without the sink block."""
     from matplotlib.figure import Figure
 
     names = [name for name in SINKS if any(name in part for part in recalls.values())]
@@ -94,7 +94,7 @@ def recall_figure(recalls: Mapping[str, Mapping[str, Any]]) -> "Figure":
 
 
 def layers_figure(layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
-    """By layer: what the hottest blocks and the sink hold, and how often the answer's block is among the hottest."""
+    """Draw, by layer, the share of the hottest blocks and of the sink, and the recall of the answer's block."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.3), dpi=130, layout="constrained")
@@ -125,9 +125,9 @@ def layers_figure(layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure"
 
 
 def samples_figure(samples: Sequence[Sample]) -> "Figure":
-    """Attention of every question over its blocks without the sink, of its hottest; the answer's blocks are framed.
+    """Draw each question's attention over its blocks without the sink, relative to its hottest block.
 
-    Questions whose answer's place is known come first, in its order.
+    The answer's blocks are framed. Questions with a known answer block come first, ordered by it.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle

@@ -1,4 +1,4 @@
-"""What the attention of many questions over blocks says: how concentrated it is, and whether it finds the answer."""
+"""Figures from the attention of many questions over blocks: its concentration, and whether it finds the answer."""
 
 import math
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ from sparsekv_pl.storage.records import Record
 
 Floats = NDArray[np.float64]
 SINKS = {"with sink": 0, "without sink": 1}
-"""Whether block 0, which holds the attention sink, takes part -> the first block that does."""
+"""With or without block 0, which holds the attention sink -> the first block included."""
 TARGETS = (0.8, 0.9, 0.95)
 ATTENTION, BM25, PLACE = "attention", "BM25", "place alone"
-"""Who ranks the blocks. Place alone: the mean scores of all other questions with as many blocks, blind to this one."""
+"""Rankers of the blocks. "place alone": the mean scores of all other questions with as many blocks."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the report looks at."""
+    """The report's settings: the number of hot blocks, and the layers and heads to average over (None: all)."""
 
     top_k: int = 5
     layers: list[int] | None = None
@@ -31,25 +31,25 @@ class Choice:
 
 @dataclass(frozen=True)
 class Sample:
-    """One question's record, and the attention that is looked at."""
+    """One question's record, and its attention over the chosen layers and heads."""
 
     record: Record
     choice: Choice = field(default_factory=Choice)
 
     @cached_property
     def mass(self) -> Floats:
-        """(layers, heads, N), all of them."""
+        """(layers, H, N) attention of all layers and heads on N blocks."""
         return np.asarray(self.record["mass"], np.float64)
 
     @cached_property
     def by_layer(self) -> Floats:
-        """(layers, N), all layers, averaged over the chosen heads."""
+        """(layers, N) attention of all layers, averaged over the chosen heads."""
         heads = self.choice.heads
         return (self.mass if heads is None else self.mass[:, heads]).mean(1)
 
     @cached_property
     def scores(self) -> Floats:
-        """(N,), averaged over the chosen heads and layers."""
+        """(N,) attention averaged over the chosen heads and layers."""
         layers = self.choice.layers
         return (self.by_layer if layers is None else self.by_layer[layers]).mean(0)
 
@@ -60,29 +60,29 @@ class Sample:
 
     @property
     def answer(self) -> list[int] | None:
-        """The blocks that hold the answer."""
+        """The blocks that hold the answer; None if unknown."""
         return self.record["answer_blocks"]
 
 
 def ranking(scores: ArrayLike) -> NDArray[np.int64]:
-    """Blocks of scores (..., N) from the highest to the lowest; of equals the earlier one first."""
+    """Block indices sorted by ``scores`` (..., N), highest first; equal scores in order of the blocks."""
     return np.argsort(-np.asarray(scores, np.float64), axis=-1, kind="stable")
 
 
 def shares(scores: ArrayLike, first: int = 0) -> Floats:
-    """(..., N - first): what part of the blocks' mass, from block ``first`` on, the k hottest of them hold."""
+    """(..., N - first): the share that the k hottest blocks hold of the mass from block ``first`` on, k = 1, 2, ..."""
     ordered = -np.sort(-np.asarray(scores, np.float64)[..., first:], axis=-1)
     total = ordered.sum(-1, keepdims=True)
     return np.divide(ordered, total, out=np.zeros_like(ordered), where=total > 0).cumsum(-1)
 
 
 def blocks_carrying(share: float, scores: ArrayLike, first: int = 0) -> int:
-    """The fewest blocks that hold this share of the mass from block ``first`` on."""
+    """The smallest number of blocks that hold this share of the mass from block ``first`` on."""
     return int((shares(scores, first) < share - 1e-9).sum()) + 1
 
 
 def answer_rank(scores: ArrayLike, answer: Sequence[int], first: int = 0) -> NDArray[np.int64]:
-    """(...): the best rank, from 1, of a block of the answer among the blocks of scores (..., N) from ``first`` on."""
+    """(...): the best rank, from 1, of an answer block among the blocks from ``first`` on, by ``scores`` (..., N)."""
     wanted = [block - first for block in answer if block >= first]
     order = ranking(np.asarray(scores, np.float64)[..., first:])
     return np.isin(order, wanted).argmax(-1) + 1
@@ -94,7 +94,7 @@ def chance(blocks: int, answer: int, top_k: int) -> float:
 
 
 def at_least(hits: int, chances: Sequence[float]) -> float:
-    """The probability of so many hits or more where each case hits with its own chance (Poisson binomial, exact)."""
+    """The exact probability of at least ``hits`` hits if each case has its own chance (Poisson binomial)."""
     distribution = np.ones(1)
     for p in chances:
         distribution = np.convolve(distribution, [1 - p, p])
@@ -116,7 +116,7 @@ def mean(values: ArrayLike) -> dict[str, Any]:
 
 
 def concentration(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Of the mass on the context: what the hottest blocks hold, and how many blocks hold most of it."""
+    """Share of the context's mass on the hottest blocks, and the number of blocks that hold most of it."""
     found: dict[str, Any] = {}
     most = max(len(sample.scores) for sample in samples)
     top_k = samples[0].choice.top_k
@@ -145,7 +145,7 @@ def concentration(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def rankers(samples: Sequence[Sample]) -> dict[str, list[Floats | None]]:
-    """Scores of each sample's blocks by who gives them; None where they cannot be given."""
+    """Ranker -> scores of each sample's blocks; None if the ranker has none."""
     return {
         ATTENTION: [sample.scores for sample in samples],
         BM25: [np.asarray(sample.record["bm25"], np.float64) for sample in samples],
@@ -163,9 +163,9 @@ def _elsewhere(samples: Sequence[Sample], number: int) -> Floats | None:
 
 
 def recall(samples: Sequence[Sample]) -> dict[str, Any]:
-    """How often a block of the answer is among the hottest, by who ranks the blocks, with and without the sink block.
+    """How often an answer block is among the hottest, by ranker, with and without the sink block.
 
-    Without it, questions whose answer lies in block 0 alone are left out.
+    Without the sink block, questions whose answer lies only in block 0 are left out.
     """
     top_k, given = samples[0].choice.top_k, rankers(samples)
     found: dict[str, Any] = {}
@@ -187,24 +187,24 @@ def recall(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def known_places(samples: Sequence[Sample], first: int) -> list[int]:
-    """Numbers of the samples whose answer is known to lie, also, in block ``first`` or later."""
+    """Indices of the samples with a known answer block that is ``first`` or later."""
     return [i for i, sample in enumerate(samples) if sample.answer and max(sample.answer) >= first]
 
 
 def rank_in(sample: Sample, scores: Floats, first: int) -> int:
-    """The rank, from 1, that ``scores`` give the answer of a sample whose answer lies in ``first`` or later."""
+    """The rank, from 1, of a sample's best answer block from ``first`` on by ``scores``; the block must exist."""
     assert sample.answer is not None
     return int(answer_rank(scores, sample.answer, first))
 
 
 def answer_share(sample: Sample, scores: Floats, first: int) -> float:
-    """What part of the mass from block ``first`` on lies on blocks of the answer."""
+    """The share of the mass from block ``first`` on that lies on answer blocks."""
     total = scores[first:].sum()
     return float(scores[[block for block in sample.answer or [] if block >= first]].sum() / total) if total > 0 else 0.0
 
 
 def _chances(sample: Sample, first: int) -> list[float]:
-    """At 1, 2, ... blocks."""
+    """``chance`` for 1, 2, ... drawn blocks."""
     assert sample.answer is not None
     blocks, answer = len(sample.scores) - first, sum(block >= first for block in sample.answer)
     return [chance(blocks, answer, k) for k in range(1, blocks + 1)]
@@ -237,7 +237,7 @@ def _difference(some: Sequence[int | None], others: Sequence[int | None], top_k:
 
 
 def differences(base: Sequence[Sample], trained: Sequence[Sample]) -> dict[str, dict[str, Any]]:
-    """Trained minus base, question by question: name -> its mean."""
+    """Name of a figure -> mean of the paired differences, trained minus base."""
     other = {sample.record["id"]: sample for sample in trained}
     pairs = [(sample, other[sample.record["id"]]) for sample in base if sample.record["id"] in other]
     found = {}

@@ -1,4 +1,4 @@
-"""Hot blocks layer by layer and head by head, and the best of them, which is chosen after the fact."""
+"""Hot blocks by layer and by head, and the best head, chosen after the measurement."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +21,7 @@ from sparsekv_pl.reporting.intervals import wilson_interval
 
 
 def by_layer(samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """The same by layer, over the chosen heads."""
+    """Figures of hot blocks for each layer, averaged over the chosen heads."""
     return [
         _layer(samples, [sample.by_layer[layer] for sample in samples]) for layer in range(len(samples[0].by_layer))
     ]
@@ -46,16 +46,16 @@ def _layer(samples: Sequence[Sample], scores: Sequence[Floats]) -> dict[str, Any
 
 
 def head_recall(samples: Sequence[Sample]) -> Floats | None:
-    """(layers, heads): recall of the answer's block without the sink block; None where no place is known."""
+    """(layers, H): recall of the answer's block without the sink block; None if no answer's block is known."""
     ranks = _head_ranks(samples)
     return None if ranks is None else (ranks <= samples[0].choice.top_k).mean(0)
 
 
 def best_head(samples: Sequence[Sample]) -> dict[str, Any] | None:
-    """The head that finds the answer most often without the sink block: chosen after the fact, so two figures.
+    """The head that finds the answer most often without the sink block, with two figures.
 
-    "all" is chosen and tested on the same questions and flatters. "other_half" is chosen on every second question and
-    tested on those between. None with fewer than four questions whose answer's place is known.
+    "all" is chosen and tested on the same questions, so it is too optimistic. "other_half" is chosen on every second
+    question and tested on the others. None with fewer than four questions with a known answer block.
     """
     ranks, top_k = _head_ranks(samples), samples[0].choice.top_k
     if ranks is None or len(ranks) < 4:
@@ -64,7 +64,7 @@ def best_head(samples: Sequence[Sample]) -> dict[str, Any] | None:
 
 
 def _tested(chosen_on: NDArray[np.int64], tested_on: NDArray[np.int64], top_k: int) -> dict[str, Any]:
-    merit = (chosen_on <= top_k).mean(0) + 1e-3 * (1 / chosen_on).mean(0)  # equals are told apart by their ranks
+    merit = (chosen_on <= top_k).mean(0) + 1e-3 * (1 / chosen_on).mean(0)  # ranks break ties
     layer, head = (int(i) for i in np.unravel_index(merit.argmax(), merit.shape))
     hits, cases = int((tested_on[:, layer, head] <= top_k).sum()), len(tested_on)
     interval = wilson_interval(hits, cases)
@@ -72,6 +72,6 @@ def _tested(chosen_on: NDArray[np.int64], tested_on: NDArray[np.int64], top_k: i
 
 
 def _head_ranks(samples: Sequence[Sample]) -> NDArray[np.int64] | None:
-    """(questions, layers, heads)."""
+    """(questions, layers, H): ranks of the answer's block; None if no answer's block is known."""
     known = [samples[i] for i in known_places(samples, 1)]
     return np.stack([answer_rank(sample.mass, sample.answer or [], 1) for sample in known]) if known else None

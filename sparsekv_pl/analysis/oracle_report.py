@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 TITLE = "Oracle hot blocks"
 HYPOTHESIS = (
     "The sparsity hypothesis (Scout-KV): for a question about a long document, the model mostly attends to a few "
-    "blocks of text, not to all of it. Measured here is what the {top_k} hottest blocks hold of the attention on the "
-    "document, with and without block 0, which holds the attention sink: what tokens attend to there has little to do "
-    "with what it says (G. Xiao et al., arXiv 2309.17453)."
+    "blocks of text, not to all of it. This report measures the {top_k} hottest blocks' share of the attention on the "
+    "document, with and without block 0. That block holds the attention sink, which receives attention independently "
+    "of its content (G. Xiao et al., arXiv 2309.17453)."
 )
 HOW_TO_READ = (
-    "Looked at is one token, the one before the answer begins, and its attention, averaged over {heads} of {layers}. "
+    "The figures are the attention of one token, the last before the answer, averaged over {heads} of {layers}. "
     "Blocks of {block_size} tokens are counted from the first token that the model reads, the chat template's opening; "
-    "the last one may be shorter. Attention to what follows the document (the question, the token itself) is in no "
-    "block: shares are of what lies on the document.",
-    "Recall is how often a block that holds the answer is among the {top_k} hottest. Chance is exact: so many of each "
-    "question's blocks, drawn at random. p is the exact probability of as many hits by chance. BM25 ranks the same "
-    "blocks by the words of the question. Place alone ranks them by the mean attention of all other questions with as "
-    "many blocks: it knows where attention usually goes and nothing of this question. Without the sink, block 0 is "
-    "left out of the ranking, and so are questions whose answer it holds.",
-    "In brackets are 95 % intervals: Wilson's for shares of questions, otherwise a percentile bootstrap that draws "
-    "questions with replacement. Questions whose answer's place is not known count in shares of attention and not in "
+    "the last one may be shorter. Attention to tokens after the document (the question, the token itself) is in no "
+    "block: shares are of the attention on the document.",
+    "Recall is how often a block that holds the answer is among the {top_k} hottest. Chance is the exact probability "
+    "of this for {top_k} blocks drawn at random. p is the exact probability of as many hits by chance. BM25 ranks the "
+    "same blocks by the words of the question. Place alone ranks them by the mean attention of all other questions "
+    "with as many blocks, which does not depend on this question. Without the sink, block 0 is left out of the "
+    "ranking, and so are questions whose answer it holds.",
+    "Brackets hold 95 % intervals: Wilson's for shares of questions, otherwise a percentile bootstrap that draws "
+    "questions with replacement. Questions without a known answer block count in shares of attention and not in "
     "recall.",
 )
 
@@ -50,24 +50,24 @@ def write_oracle(
     quantisation: str,
     environment: Mapping[str, object],
 ) -> tuple[str, list[Path]]:
-    """Write everything that the records say; return the main figures in a line per variant, and the paths.
+    """Write all results of the records; return the main figures in a line per variant, and the paths.
 
     Parameters
     ----------
     output
         Folder.
     records
-        Of ``OracleBlocks.measure``, each with its ``variant``.
+        Records of ``OracleBlocks.measure``, each with its ``variant``.
     choice
-        What is averaged, and how many blocks are hot.
+        Number of hot blocks, and layers and heads to average over.
     block_size
         Tokens per block.
     named
-        variant -> the model's name in ``oracle_data.json``.
+        Variant -> the model's name in ``oracle_data.json``.
     quantisation
-        Of the model, in words.
+        The model's quantisation, in words.
     environment
-        What it was measured with.
+        Hardware, versions and settings of the run.
     """
     samples = {v: [Sample(r, choice) for r in records if r["variant"] == v] for v in VARIANTS}
     samples = {variant: some for variant, some in samples.items() if some}
@@ -93,7 +93,7 @@ def write_oracle(
 
 
 def oracle_data(samples: Sequence[Sample], model: str, quantisation: str, block_size: int) -> dict[str, Any]:
-    """What Scout-KV's ``generate_oracle_data.py`` writes: the same keys, in the same order, and nothing more."""
+    """The content of Scout-KV's ``generate_oracle_data.py``, with the same keys in the same order."""
     return {
         "metadata": {
             "model": model,
@@ -150,8 +150,8 @@ def _sections(
         return [Picture(file, ALTS[name]) for file in pictures if file.startswith(name)]
 
     few = [
-        f"The {len(some)} questions come from {findings[v]['documents']} documents; the intervals take them for "
-        "independent and may be too narrow."
+        f"The {len(some)} questions come from {findings[v]['documents']} documents; the intervals assume independent "
+        "questions and may be too narrow."
         for v, some in list(samples.items())[:1]
         if findings[v]["documents"] < len(some)
     ]
@@ -176,7 +176,7 @@ def _sections(
 
 ALTS = {
     "mass": "share of the attention in the hottest blocks, and how many blocks hold most of it",
-    "recall": "how often the answer's block is among the hottest, by who ranks them",
+    "recall": "how often the answer's block is among the hottest, by ranker",
     "samples": "attention of every question over the blocks of its document; the answer's blocks are framed",
     "layers": "the same by layer",
     "heads": "how often each head's hottest blocks hold the answer",
@@ -184,7 +184,7 @@ ALTS = {
 
 
 def _described(sample: Sample) -> dict[str, Any]:
-    """A question's line in report.json."""
+    """A question's entry in report.json."""
     names = (
         "variant",
         "id",
@@ -207,7 +207,7 @@ def _described(sample: Sample) -> dict[str, Any]:
 
 
 def _figures(samples: Mapping[str, Sequence[Sample]], findings: Mapping[str, Any]) -> "dict[str, tuple[str, Figure]]":
-    """File name -> what it shows, and the picture; none of what was not measured."""
+    """File name -> (caption, picture), for everything that was measured."""
     own = {variant: findings[variant] for variant in samples}
     figures = {"mass.png": mass_figure({v: found["concentration"] for v, found in own.items()})}
     recalls = {variant: found["recall"] for variant, found in own.items() if found["recall"]}

@@ -1,4 +1,4 @@
-"""The tables of oracle hot blocks."""
+"""Tables and sentences of the oracle hot blocks' report."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -45,7 +45,7 @@ def _blocks(estimate: Mapping[str, Any]) -> str:
 
 
 def recall_tables(findings: Mapping[str, Any], variants: Sequence[str]) -> list[Table]:
-    """Who finds the answers; nothing where no answer's place is known."""
+    """Tables of recall by ranker; empty if no answer's block is known."""
     lines, gaps = [], []
     for variant in variants:
         for name, part in findings[variant]["recall"].items():
@@ -71,15 +71,15 @@ def recall_tables(findings: Mapping[str, Any], variants: Sequence[str]) -> list[
 
 
 def best_lines(findings: Mapping[str, Any], variants: Sequence[str]) -> Iterator[str]:
-    """A sentence on each variant's best head."""
+    """Yield a sentence about each variant's best head."""
     for variant in variants:
         best = findings[variant]["best_head"]
         if best is not None:
             same, other = best["all"], best["other_half"]
             yield (
-                f"{variant}: the best single head without the sink block, chosen after the fact, is {_head(same)} with "
-                f"{counted(same)}: the best of many, which flatters. Chosen on every second question ({_head(other)}) "
-                f"and tested on the others it finds {counted(other)}."
+                f"{variant}: the best single head without the sink block, chosen on the same questions, is "
+                f"{_head(same)} with {counted(same)}, which is too optimistic. Chosen on every second question "
+                f"({_head(other)}) and tested on the others it finds {counted(other)}."
             )
 
 
@@ -88,7 +88,7 @@ def _head(best: Mapping[str, Any]) -> str:
 
 
 def layer_table(rows: Sequence[Mapping[str, Any]], variant: str, top_k: int) -> Table:
-    """A line per layer."""
+    """A table with a line per layer."""
     heads = ["layer", "block 0", "after the document"]
     for name in SINKS:
         heads += [f"{top_k} hottest, {name}", f"recall, {name}"]
@@ -102,25 +102,25 @@ def layer_table(rows: Sequence[Mapping[str, Any]], variant: str, top_k: int) -> 
 
 
 def figures_line(findings: Mapping[str, Any], top_k: int) -> str:
-    """One variant's main figures: what the hottest blocks hold, and how often they hold the answer."""
+    """One line with a variant's main figures: the hottest blocks' share of the attention, and their recall."""
     parts = findings["concentration"].items()
     held = [
         f"{percent(part['top_share'])} {name} (evenly spread: {whole_percent(part['top_share_if_even'])})"
         for name, part in parts
     ]
-    said = f"the {top_k} hottest blocks hold of the attention on the document {', '.join(held)}"
+    shares = f"share of the attention on the document in the {top_k} hottest blocks: {', '.join(held)}"
     rest = findings["recall"].get("without sink")
     if rest is None:
-        return f"{said}; the answer's place is not known, or is block 0"
+        return f"{shares}; the answer's block is unknown, or block 0"
     found = [f"{counted(rest[ranker])} by {ranker}" for ranker in (ATTENTION, BM25, PLACE) if ranker in rest]
     ours = rest[ATTENTION]
     chances = f"chance {whole_percent(ours['chance'])}, p = {ours['p_by_chance']:.2g}"
     gap = percent(rest["attention minus BM25"], sign=True)
-    return f"{said}; without the sink block the answer is among them {', '.join(found)} ({chances}; minus BM25 {gap})"
+    return f"{shares}; without the sink block the answer is among them {', '.join(found)} ({chances}; minus BM25 {gap})"
 
 
 def percent(estimate: Mapping[str, Any] | None, sign: bool = False) -> str:
-    """As in "81.2 % [75.0, 86.1]"."""
+    """Format a mean share and its interval: "81.2 % [75.0, 86.1]"."""
     if estimate is None:
         return "-"
     form = "{:+.1f}" if sign else "{:.1f}"
@@ -130,11 +130,11 @@ def percent(estimate: Mapping[str, Any] | None, sign: bool = False) -> str:
 
 
 def whole_percent(share: float) -> str:
-    """As in "81 %"."""
+    """Format a share: "81 %"."""
     return f"{100 * share:.0f} %"
 
 
 def counted(hits: Mapping[str, Any]) -> str:
-    """As in "13 of 16 (81 % [57, 93])"."""
+    """Format a count with its share and interval: "13 of 16 (81 % [57, 93])"."""
     low, high = hits["interval"]
     return f"{hits['hits']} of {hits['cases']} ({whole_percent(hits['recall'])} [{100 * low:.0f}, {100 * high:.0f}])"

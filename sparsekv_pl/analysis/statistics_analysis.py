@@ -1,4 +1,4 @@
-"""How attention is spread, layer by layer and head by head, and where in the context its mass lies."""
+"""Attention statistics by layer and head, and the distribution of attention over the context."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
@@ -25,21 +25,26 @@ from sparsekv_pl.storage.records import Record
 
 
 class AttentionStatisticsAnalysis(Analysis):
-    """Entropy, effective support, top-k coverage, block sparsity, anchor share, and the mass that each block receives.
+    """Measures entropy, effective support, top-k coverage, block sparsity, anchor share, and each block's mass.
 
-    One full-cache pass over each context; continuations are not read.
+    One pass with the full cache over each context; continuations are not read.
 
     Parameters
     ----------
     backbone, output
         As in ``Analysis``.
     statistics
-        What to measure; ``{window: 1}`` looks at the last query alone, which costs no more than the pass itself.
+        Settings of the statistics; ``{window: 1}`` only measures the last query, at almost no cost beyond the pass.
     anchors
-        Tokens whose share of the attention is measured; null for sinks, special tokens and punctuation. Recent tokens
+        Tokens whose share of the attention is measured; null: sinks, special tokens and punctuation. Recent tokens
         would be those before the context's end, not before each query.
     chunk_tokens
-        So many tokens of a context run through the model at once, which bounds the memory; null for all.
+        Tokens of a context that run through the model at once, which limits the memory; null: all.
+
+    Raises
+    ------
+    ValueError
+        If ``chunk_tokens`` is not a positive multiple of the statistics' ``query_block``.
     """
 
     def __init__(
@@ -58,7 +63,7 @@ class AttentionStatisticsAnalysis(Analysis):
         self.anchors, self.chunk_tokens = anchors or Anchors(recent=0), chunk_tokens
 
     def described(self) -> dict[str, Any]:
-        """Tiles change no result."""
+        """The settings that decide the results; tile sizes do not."""
         settings = asdict(self.statistics)
         return {
             "statistics": {name: value for name, value in settings.items() if not name.endswith("_tile")},
@@ -67,7 +72,7 @@ class AttentionStatisticsAnalysis(Analysis):
         }
 
     def measure(self, batch: CaseBatch) -> Sequence[Record]:
-        """A record for each context."""
+        """Measure a batch; return a record per context."""
         ids = batch["context_ids"]
         observer = AttentionStatistics(self.statistics, self.anchors.mask(ids, self.tokenizer))
         run_observed(self.causal_lm, ids, observer, self.chunk_tokens)
@@ -78,9 +83,9 @@ class AttentionStatisticsAnalysis(Analysis):
         ]
 
     def write(self, records: list[Record], environment: dict[str, object]) -> list[Path]:
-        """Report, pictures, and every layer's and head's figures as CSV."""
+        """Write report, pictures, and the figures of all layers and heads as CSV; return the paths."""
         summaries = summaries_of(records, self.statistics)
-        self._say(summaries)
+        self._print(summaries)
         figures = statistics_figures(summaries, self.statistics)
         return write_analysis(
             self.output,
@@ -92,20 +97,20 @@ class AttentionStatisticsAnalysis(Analysis):
             statistics_files(summaries),
         )
 
-    def _say(self, summaries: list[dict[str, Any]]) -> None:
+    def _print(self, summaries: list[dict[str, Any]]) -> None:
         for summary in summaries:
-            told = [
+            figures = [
                 f"{row['label']} {' -> '.join(f'{value:.3g}' for value in row['means'].values())}"
                 for row in summary["overall"]
             ]
             head = f"{summary['task']}, {summary['length']} tokens, {' -> '.join(summary['variants'])}"
-            show(f"{head}: {'; '.join(told)}")
+            show(f"{head}: {'; '.join(figures)}")
 
 
 def run_observed(
     model: PreTrainedModel, ids: Tensor, observer: AttentionStatistics, chunk_tokens: int | None = None
 ) -> None:
-    """Run ``ids`` (B, L) through ``model`` in chunks, the last of which is longer where a window asks for it."""
+    """Run ``ids`` (B, L) through ``model`` in chunks; the last one is longer if the statistics' window needs it."""
     length, window, cache = ids.shape[1], observer.settings.window or 1, DynamicCache()
     starts = [start for start in range(0, length, chunk_tokens or length) if not start or length - start >= window]
     for start, stop in pairwise([*starts, length]):
@@ -113,7 +118,7 @@ def run_observed(
 
 
 def _row_record(layers: Sequence[LayerStatistics], row: int, settings: StatisticsSettings) -> Record:
-    """One row's measure -> (layers, heads), and (layers, blocks), the share of the mass in each block."""
+    """One row's measures, (layers, H) each, and (layers, blocks), the share of the mass in each block."""
     own = [_row(measured, row) for measured in layers]
     metric = AttentionSparsity(len(own), own[0].entropy.shape[1]).to(own[0].entropy.device)
     for layer, measured in enumerate(own):

@@ -1,4 +1,4 @@
-"""Pictures of attention statistics: by layer and head, trained less base, and where in the context the mass lies."""
+"""Pictures of attention statistics: by layer and head, trained minus base, and the mass by block of the context."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FAINTEST = 1e-4
-"""Smaller shares of the attention are drawn as this one: the scale is logarithmic."""
+"""Smallest share of attention on the logarithmic scale; smaller ones are drawn like it."""
 
 
 def statistics_figures(summaries: Sequence[Summary], settings: StatisticsSettings) -> dict[str, tuple[str, "Figure"]]:
-    """The pictures that ``picture_names`` names: file name -> what it shows, and the picture."""
+    """File name -> (caption, picture), with the names of ``picture_names``."""
     figures: dict[str, tuple[str, Figure]] = {}
     for summary in summaries:
         measures = [_named(means["measures"], settings) for means in summary["variants"].values()]
@@ -34,7 +34,7 @@ def statistics_figures(summaries: Sequence[Summary], settings: StatisticsSetting
 
 
 def difference_figure(differences: Mapping[str, NDArray[np.float64]]) -> "Figure":
-    """``sparsity_figure`` of differences (layers, heads): white is none, blue less, red more."""
+    """``sparsity_figure`` of differences (layers, H): white is none, blue less, red more."""
     figure = sparsity_figure(differences)
     for image in (image for axes in figure.axes for image in axes.images):
         values = np.asarray(image.get_array())
@@ -44,7 +44,7 @@ def difference_figure(differences: Mapping[str, NDArray[np.float64]]) -> "Figure
 
 
 def received_figure(summary: Summary, block_size: int) -> "Figure":
-    """Layer down, block to the right, a line of plots for each variant: share of the mass, and times even attention."""
+    """Draw each variant's mass by layer and block: its share, and its multiple of evenly spread attention."""
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
@@ -64,7 +64,7 @@ def received_figure(summary: Summary, block_size: int) -> "Figure":
 
 
 def _heads_figure(measures: Mapping[str, NDArray[np.float64]], logarithmic: str) -> "Figure":
-    """``sparsity_figure``, one measure of which spans magnitudes: a few heads would leave all others one colour."""
+    """``sparsity_figure`` with a logarithmic scale for one measure, whose values differ by orders of magnitude."""
     figure = sparsity_figure(measures)
     for axes in figure.axes:
         if axes.get_title() == logarithmic:

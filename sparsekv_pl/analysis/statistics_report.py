@@ -1,4 +1,4 @@
-"""What attention statistics of many windows say: as numbers for JSON and CSV, and as the sections of a report."""
+"""Report of attention statistics: numbers for JSON and CSV, and the sections of a page."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ Summary = dict[str, Any]
 
 
 def labels(settings: StatisticsSettings) -> dict[str, str]:
-    """What the measures are called, with their units."""
+    """Measure -> its name in reports, with the unit."""
     return {
         "entropy": "entropy (nats)",
         "effective_support": "effective support exp(entropy) (tokens)",
@@ -29,7 +29,7 @@ def labels(settings: StatisticsSettings) -> dict[str, str]:
 
 
 def summaries_of(records: Sequence[Record], settings: StatisticsSettings) -> list[Summary]:
-    """Of each task and length: means over its windows, of which base and trained must have the same."""
+    """Means over windows for each task and length; base and trained must have the same windows."""
     summaries = []
     for task, length in sorted({(record["task"], record["length"]) for record in records}):
         own = {
@@ -54,7 +54,7 @@ def summaries_of(records: Sequence[Record], settings: StatisticsSettings) -> lis
 
 
 def even_attention(length: int, settings: StatisticsSettings) -> NDArray[np.float64]:
-    """(blocks,), the mass that each block receives of queries that spread theirs evenly over what they see."""
+    """(blocks,): the mass on each block if queries spread their attention evenly over the keys they see."""
     first = length - min(length, settings.window or length)
     per_query = np.where(np.arange(length) >= first, 1 / np.arange(1, length + 1), 0) / (length - first)
     per_key = per_query[::-1].cumsum()[::-1]
@@ -62,17 +62,17 @@ def even_attention(length: int, settings: StatisticsSettings) -> NDArray[np.floa
 
 
 def statistics_sections(summaries: Sequence[Summary], settings: StatisticsSettings) -> list[Section]:
-    """A section for each task and length."""
+    """A report section for each task and length."""
     seen = "all queries" if settings.window is None else f"the last {settings.window} queries"
     reading = [
-        f"Means over {seen} of every window; in brackets 95 % intervals of the mean over layers and heads, windows "
-        "drawn with replacement. The difference is paired: both sides are drawn with the same windows.",
-        "Effective support is the number of tokens that attention spread evenly would have to rest on to be as "
-        "uncertain; it is averaged over queries, so it is not the exponential of the mean entropy. Anchors are sinks, "
-        "special tokens and punctuation, if nothing else was chosen.",
-        "Where the mass lies: every query sees the first block and only the last ones see the last, so the right-hand "
-        "picture divides by what queries would give that spread their attention evenly over all that they see. It "
-        "rises to the right because near tokens get more than far ones.",
+        f"Means over {seen} of every window. Brackets hold 95 % intervals of the mean over layers and heads, with "
+        "windows drawn with replacement. The difference is paired: both sides are drawn with the same windows.",
+        "Effective support is the number of tokens over which evenly spread attention has the same entropy. It is "
+        "averaged over queries, so it is not the exponential of the mean entropy. Anchors are sinks, special tokens "
+        "and punctuation, unless others were chosen.",
+        "Distribution over the context: every query sees the first block and only the last ones see the last, so the "
+        "right-hand picture divides by the mass from queries that spread their attention evenly over all keys they "
+        "see. It rises to the right because near tokens get more attention than far ones.",
     ]
     sections = []
     for summary in summaries:
@@ -84,18 +84,18 @@ def statistics_sections(summaries: Sequence[Summary], settings: StatisticsSettin
 
 
 def picture_names(summaries: Sequence[Summary], summary: Summary) -> dict[str, str]:
-    """File name -> what it shows: each variant's heads, their difference, and where the mass lies."""
+    """File name -> caption: each variant's heads, their difference, and the mass by block."""
     prefix = f"{summary['task']}-{summary['length']}-" if len(summaries) > 1 else ""
     names = {
         f"{prefix}heads-{variant}.png": f"Statistics by layer and head, {variant}" for variant in summary["variants"]
     }
     if len(summary["variants"]) > 1:
-        names[f"{prefix}heads-difference.png"] = "Statistics by layer and head, trained less base"
+        names[f"{prefix}heads-difference.png"] = "Statistics by layer and head, trained minus base"
     return names | {f"{prefix}received.png": "Where in the context attention lies, by layer"}
 
 
 def statistics_files(summaries: Sequence[Summary]) -> dict[str, bytes]:
-    """heads.csv, a line for each head, and received.csv, a line for each layer's block."""
+    """The content of heads.csv (a line per head) and received.csv (a line per layer and block)."""
     heads, blocks = [], []
     for summary in summaries:
         for variant, means in summary["variants"].items():
@@ -120,7 +120,7 @@ def _means(records: Sequence[Record]) -> Summary:
 
 
 def _overall(name: str, label: str, own: dict[str, list[Record]]) -> Summary:
-    """Means over layers, heads and windows, base and trained, and how far they differ, with intervals."""
+    """Means over layers, heads and windows of base and trained, and their difference, with intervals."""
     by_window = {variant: [np.mean(r["measures"][name]) for r in found] for variant, found in own.items()}
     columns = np.stack([*by_window.values(), np.ones(len(next(iter(by_window.values()))))], axis=1)
     intervals = paired_bootstrap(columns, lambda sums: sums[..., :-1] / sums[..., -1:])

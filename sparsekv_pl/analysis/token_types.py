@@ -1,4 +1,4 @@
-"""What kind of token an id is: special, punctuation, stop word, content, number or white space."""
+"""Types of tokens: special, punctuation, stop word, content, number or white space."""
 
 import unicodedata
 from collections.abc import Set as AbstractSet
@@ -15,7 +15,7 @@ TYPES = ("special", "punctuation", "stop word", "content", "number", "whitespace
 CONTENT = "content"
 
 WORD_MARKS = "Ġ▁"
-"""How byte-level BPE and SentencePiece write the space before a word."""
+"""Characters for the space before a word in byte-level BPE and SentencePiece."""
 APOSTROPHES = "'\N{RIGHT SINGLE QUOTATION MARK}"
 
 
@@ -23,35 +23,35 @@ APOSTROPHES = "'\N{RIGHT SINGLE QUOTATION MARK}"
 class TokenTypes:
     """The type of every id of one vocabulary: ``type_V`` int64 (V,), V = the largest id + 1, an index into ``TYPES``.
 
-    Each id has exactly one type: the first of these that fits. Special and punctuation are those of
-    ``anchors.AnchorTable``, so that what is found of a type holds for the anchors of that kind.
+    Each id has one type, the first of these that fits. Special and punctuation are defined as in
+    ``anchors.AnchorTable``, so results for a type hold for the anchors of that kind.
 
     special
         The tokenizer's special tokens.
     whitespace
-        Nothing visible.
+        No visible character.
     punctuation
-        Unicode's P categories alone.
+        Only characters of Unicode's P categories.
     number
-        Numerals, with punctuation and symbols beside them at will, and no letter ("7", "10%", "3.14", "½").
+        Numerals with optional punctuation and symbols, and no letter ("7", "10%", "3.14", "½").
     stop word
         A token that begins a word and is one of bm25s's 179 English function words, in any case ("the",
         "Of", "'s").
     content
-        Everything else: words, pieces of words, symbols (``+``, ``$``: they carry meaning in code and are no
-        ``AnchorTable`` punctuation either), and parts of a character's bytes.
+        Everything else: words, parts of words, symbols (``+`` and ``$`` carry meaning in code, and are not punctuation
+        in ``AnchorTable`` either), and parts of a character's bytes.
 
-    Limits: stop words are English, in a text of another language none is found. A table knows no context: a token
-    begins a word if the tokenizer's space or an apostrophe stands in front ("'s", "'ll"), or if it is written like
-    "The". So "the" at the very start of a line is content, and so is a stop word that is split into pieces, while a
-    variable named ``t`` after a space counts as the stop word it looks like.
+    Limits: stop words are English, so none is found in other languages. The table ignores context: a token begins a
+    word if it has the tokenizer's space or an apostrophe in front ("'s", "'ll"), or is capitalised ("The"). Therefore
+    "the" at the start of a line and a stop word split into pieces are content, and a variable named ``t`` after a space
+    is a stop word.
     """
 
     type_V: Tensor
 
     @classmethod
     def build(cls, tokenizer: PreTrainedTokenizerBase) -> "TokenTypes":
-        """Decode the whole vocabulary once."""
+        """Decode the whole vocabulary and classify it."""
         special, words = special_ids(tokenizer), stop_words()
         vocabulary = tokenizer.get_vocab()
         types = [TYPES.index(CONTENT)] * (max(vocabulary.values()) + 1)
@@ -67,7 +67,7 @@ class TokenTypes:
 
 
 def type_of(text: str, marked: bool, words: AbstractSet[str]) -> str:
-    """The type of a token that is not special: ``text`` is what it decodes to, ``marked`` that a space is before it.
+    """The type of a token that is not special: ``text`` is the decoded token; ``marked``: it begins with a space.
 
     >>> [type_of(text, False, {"the"}) for text in (" the", "the", "The", ").", "1,5", "+", "\\n")]
     ['stop word', 'content', 'stop word', 'punctuation', 'number', 'content', 'whitespace']
@@ -85,14 +85,14 @@ def type_of(text: str, marked: bool, words: AbstractSet[str]) -> str:
 
 
 def stop_words() -> frozenset[str]:
-    """English function words, as bm25s keeps them (NLTK's list), in lower case."""
+    """English function words in lower case, from bm25s (NLTK's list)."""
     from bm25s.stopwords import STOPWORDS_EN_PLUS
 
     return frozenset(STOPWORDS_EN_PLUS)
 
 
 def types_for(tokenizer: PreTrainedTokenizerBase) -> TokenTypes:
-    """The tokenizer's table: built once, and again if the tokenizer is given tokens."""
+    """The tokenizer's table, cached until the tokenizer's vocabulary changes."""
     return _types(tokenizer, len(tokenizer), special_ids(tokenizer))
 
 

@@ -1,4 +1,4 @@
-"""How well ways to choose key blocks agree with the attention of one dense pass, and with one another."""
+"""Agreement of block methods with the attention of one dense pass, and with one another."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,21 +25,21 @@ from sparsekv_pl.storage.records import Record
 
 @dataclass(frozen=True)
 class AgreementSettings:
-    """What to measure.
+    """Settings of ``BlockAgreement``.
 
     Parameters
     ----------
     block_size
-        Tokens of a block.
+        Tokens per block.
     top_k
-        Blocks per query block that a method selects. Only query blocks that see more than these are counted: the others
-        select everything.
+        Blocks per query block that a method selects. Query blocks that see no more than these are not counted, because
+        they select everything.
     budgets
-        Other numbers of blocks at which the mass kept and the recall are told.
+        Further numbers of blocks for which mass kept and recall are reported.
     shares
-        Shares of the attention mass whose price in blocks is told.
+        Shares of the attention mass for which the needed number of blocks is reported.
     pictured
-        Layers whose choices are kept for a picture.
+        Layers whose selections are stored for a picture.
     """
 
     block_size: int = 64
@@ -51,7 +51,7 @@ class AgreementSettings:
 
 @dataclass
 class _Known:
-    """A scorer that was asked already."""
+    """A scorer that returns scores computed before."""
 
     scores: Tensor
     block_size: int
@@ -63,14 +63,14 @@ class _Known:
 class BlockAgreement:
     """An ``Observer`` (evicted_attention.py) of one dense pass over a context of one row.
 
-    Every method's scorer sees each layer's queries and keys and chooses blocks; nothing that it chooses changes the
-    pass. The oracles are added: their scores are the truth. Where a scorer leaves a layer dense, there is no record.
+    Every method's scorer sees each layer's queries and keys and selects blocks, which does not change the pass. The
+    oracles, whose scores are the true attention, are added. A layer that a scorer leaves dense has no record.
 
-    ``agreement`` has a record per layer and method, ``pairs`` one per layer and two methods, ``pictures`` one per
-    pictured layer. What is meant by each number says ``blocksparse/agreement_scores.py``; the reference of overlap,
-    Jaccard and recall is the oracle's choice of each head. All are means over the counted query blocks and the heads.
-    Names that end in ``_free`` leave the first block and a query's own out, which every method selects. Mass, recall
-    and sparsity at budgets and for shares are of methods without a threshold.
+    ``agreement`` has a record per layer and method, ``pairs`` one per layer and pair of methods, ``pictures`` one per
+    pictured layer. ``blocksparse/agreement_scores.py`` defines the measures; the reference of overlap, Jaccard and
+    recall is the oracle's selection per head. All are means over the counted query blocks and the heads. Measures that
+    end in ``_free`` leave out the first block and a query's own. Mass, recall and sparsity at budgets and for shares
+    are measured for methods without a threshold.
     """
 
     def __init__(self, methods: Sequence[BlockMethod], settings: AgreementSettings) -> None:
@@ -141,7 +141,7 @@ class BlockAgreement:
         return record
 
     def _best(self, scores: Tensor, budget: int) -> Tensor:
-        """(B, G, rows, N) bool, of the last rows."""
+        """(B, G, rows, N) bool: the best ``budget`` blocks of the last rows; G is H or 1."""
         size = self.settings.block_size
         return top_blocks(scores, budget, size, scores.shape[-1] * size).mask()
 
@@ -162,7 +162,7 @@ def _of_two(one: Tensor, other: Tensor, visible: Tensor) -> Record:
 
 
 def _mean(values: Tensor) -> float | None:
-    """Over rows and heads for which it is defined; None where there is none."""
+    """Mean over rows and heads where the measure is defined; None if it is defined nowhere."""
     mean = float(values.double().nanmean())
     return None if mean != mean else mean
 
@@ -172,5 +172,5 @@ def _pictures(masks: dict[str, Tensor]) -> dict[str, list[list[float]]]:
 
 
 def _picture(values: Tensor) -> list[list[float]]:
-    """(Nq, Nk), mean over heads."""
+    """``values`` (1, G, Nq, Nk) as (Nq, Nk) lists, averaged over heads."""
     return [[float(f"{cell:.3g}") for cell in row] for row in values[0].mean(0).tolist()]

@@ -1,4 +1,4 @@
-"""The ways to choose key blocks that are compared: a learned gate, Sketch&Walk, and controls below and above them."""
+"""The compared block methods: a learned gate, Sketch&Walk, and lower and upper controls."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,22 +26,22 @@ def thresholded(threshold: float) -> str:
 
 @dataclass(frozen=True)
 class BlockMethod:
-    """A way to choose key blocks, under the name that a report gives it."""
+    """A method that selects key blocks, with its name in reports."""
 
     name: str
     make: Callable[[], BlockScorer]
-    """A fresh scorer, without state: take one for every context."""
+    """Makes a scorer without state, for one context."""
     threshold: float | None = None
-    """Selects the blocks that score at least this; None: the best, as many as the budget."""
+    """Least score of a selected block; None: the best blocks within the budget are selected."""
 
     def selector(self, scorer: BlockScorer, budget: int) -> Selector:
-        """Chooses by the scores of ``scorer``; ``budget`` blocks, where there is no threshold."""
+        """A selector by the scores of ``scorer``, of ``budget`` blocks if there is no threshold."""
         return TopBlocks(scorer, budget) if self.threshold is None else ThresholdBlocks(scorer, self.threshold)
 
 
 @dataclass
 class FirstDense:
-    """A scorer whose first ``layers`` layers are dense, as Sketch&Walk's are: equal terms for every method."""
+    """A scorer that leaves the first ``layers`` layers dense, as Sketch&Walk does, for a fair comparison."""
 
     scorer: BlockScorer
     layers: int
@@ -51,13 +51,13 @@ class FirstDense:
         self.block_size = self.scorer.block_size
 
     def __call__(self, layer: int, query: Tensor, key: Tensor) -> Tensor | None:
-        """See ``BlockScorer``. The scorer is asked in every layer: it may remember what it saw."""
+        """See ``BlockScorer``. The inner scorer is called in every layer, because it may have state."""
         scores = self.scorer(layer, query, key)
         return None if layer < self.layers else scores
 
 
 class Watched:
-    """A selector that notes how sparse the attention of a context was, dense layers included as 0."""
+    """A selector that also records the sparsity of a context's attention; dense layers count as 0."""
 
     def __init__(self, selector: Selector) -> None:
         self.selector = selector
@@ -72,7 +72,7 @@ class Watched:
         return blocks
 
     def sparsity(self) -> float:
-        """Of the key blocks that a context's queries could see, the share left out; mean over layers and heads."""
+        """The share of visible key blocks that was not selected, mean over layers and heads."""
         return float(stacked(self._layers).mean())
 
 
@@ -86,7 +86,7 @@ def block_methods(
     threshold: float,
     seed: int,
 ) -> list[BlockMethod]:
-    """All methods but the oracles, gate first; without ``gates`` the gate is not among them."""
+    """All methods except the oracles, the gate first; without ``gates`` there is no gate."""
     methods = []
     if gates is not None:
         methods += [
@@ -108,5 +108,5 @@ def block_methods(
 
 
 def oracle(block_size: int) -> BlockMethod:
-    """The blocks that really receive the most attention, for each head its own."""
+    """The method that selects, per head, the blocks with the most true attention."""
     return BlockMethod(ORACLE, lambda: TrueBlocks(block_size))

@@ -1,4 +1,4 @@
-"""What a model says and reads when its attention is confined to chosen key blocks, context and continuation alike."""
+"""Perplexity, KL and answers of a model with block-sparse attention in context and continuation."""
 
 import time
 from collections.abc import Sequence
@@ -22,16 +22,16 @@ from sparsekv_pl.storage.records import Record
 
 @dataclass
 class BlockPasses:
-    """One case under dense attention and under block-sparse attention, without an eviction.
+    """Measures one case with dense and with block-sparse attention, without eviction.
 
     Parameters
     ----------
     model, tokenizer
-        What reads and answers.
+        The model and its tokenizer.
     batch
-        One case: block-sparse attention takes no padding.
+        One case, because block-sparse attention does not support padding.
     dense_layers
-        Layers at the start that every method leaves dense.
+        Number of first layers that stay dense for every method.
     """
 
     model: PreTrainedModel
@@ -40,12 +40,11 @@ class BlockPasses:
     dense_layers: int = 0
 
     def records(self, methods: Sequence[BlockMethod], budgets: Sequence[int]) -> list[Record]:
-        """Dense first, then every method at every budget; a method with a threshold once. A record each.
+        """Measure dense attention, then every method at every budget (a method with a threshold only once).
 
-        A record has ``method``, ``budget`` (blocks per query
-        block, None where nothing limits them), ``sparsity`` (of the context's pass, dense layers counted as 0),
-        ``seconds`` of everything, and either ``nll`` and ``kl`` to dense (nats, summed) with ``tokens``, or the scores
-        of ``metrics/retrieval.py`` with the ``answer``.
+        A record has ``method``, ``budget`` (blocks per query block, None if unlimited), ``sparsity`` (of the context's
+        pass, with dense layers as 0), ``seconds`` in total, and either ``nll`` and ``kl`` to dense (nats, summed) with
+        ``tokens``, or the scores of ``metrics/retrieval.py`` with the ``answer``.
         """
         start = time.perf_counter()
         prefilled = self._prefilled()
@@ -58,9 +57,9 @@ class BlockPasses:
                 start = time.perf_counter()
                 watched = Watched(method.selector(FirstDense(method.make(), self.dense_layers), budget))
                 found = self._under(watched, teacher)
-                said = {"method": method.name, "budget": None if method.threshold is not None else budget}
+                named = {"method": method.name, "budget": None if method.threshold is not None else budget}
                 records.append(
-                    {**said, "sparsity": watched.sparsity(), "seconds": time.perf_counter() - start, **found}
+                    {**named, "sparsity": watched.sparsity(), "seconds": time.perf_counter() - start, **found}
                 )
         return records
 
@@ -81,7 +80,7 @@ class BlockPasses:
         return Prefilled(cache, self.batch["context_ids"].shape[1], [])
 
     def _read(self, prefilled: Prefilled) -> Tensor:
-        """(T, E): what the model makes of the continuation."""
+        """(T, E): hidden states of the continuation."""
         ids = self.batch["continuation_ids"]
         return continue_from(self.model, ids, prefilled.cache, prefilled.next_position)[0]
 

@@ -1,4 +1,4 @@
-"""Queries, keys and values of whole contexts, written to disk as the model computes them."""
+"""Collecting queries, keys and values of whole contexts on disk while the model computes them."""
 
 import time
 from collections import Counter, defaultdict
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 
 class TensorCollection(Analysis):
-    """Writes Q, K, V of every layer of every context to ``output``, and a summary of each length.
+    """Writes Q, K, V of every layer of every context to ``output``, and a summary per length.
 
-    Contexts and samples are the data's: ``data.lengths`` and ``data.windows`` text windows of each (or retrieval
-    cases); the nth case of a length is sample n. With ``backbone.adapter`` the trained model alone is collected from:
-    a file's name has no room for two. Give the base model a run and an output of its own.
+    The data decides contexts and samples: ``data.lengths``, and ``data.windows`` text windows of each (or retrieval
+    cases); the nth case of a length is sample n. With ``backbone.adapter`` only the trained model's tensors are
+    collected, because file names do not include the model. Use a second run with another output for the base model.
 
-    A run that was killed collects what is missing; so does one whose files were taken away.
+    A run that was killed, or whose files were removed, collects only what is missing.
 
     Parameters
     ----------
@@ -43,9 +43,14 @@ class TensorCollection(Analysis):
     output
         Folder for the tensor files, summaries and the report; null: where the run's name says, else output/collect.
     layers
-        Layers to write; null for all. Sketch&Walk goes from layer to layer and is tested best on all.
+        Layers to write; null: all. Sketch&Walk uses all previous layers and is best tested on all of them.
     statistics
-        What the summaries say of attention; null for the last 256 queries.
+        Settings of the attention statistics in the summaries; null: the last 256 queries.
+
+    Raises
+    ------
+    ValueError
+        For layers that the model does not have, and for attention that Q, K and V alone do not determine.
     """
 
     def __init__(
@@ -72,7 +77,7 @@ class TensorCollection(Analysis):
         self.capture.folder, self.capture.rank = self.output, self.global_rank
 
     def on_predict_start(self) -> None:
-        """Number the samples, and say what they take of the disk. Raises ValueError if that is more than is free."""
+        """Number the samples, and print the disk space that they need. Raises ValueError if it is not free."""
         cases = self.trainer.predict_dataloaders.dataset  # type: ignore[union-attr]
         variant = next(iter(self.variants))
         seen, missing = Counter[int](), Counter[int]()
@@ -85,12 +90,12 @@ class TensorCollection(Analysis):
             if any(self.results.get(piece.key) is None for piece in self.pieces(batch, variant)):
                 missing[length] += len(batch["cases"])
         dtype = attention_dtype(self.causal_lm, str(self.trainer.precision))
-        told = disk_need(self.output, self.causal_lm, missing, self.capture.layers, dtype)
+        need = disk_need(self.output, self.causal_lm, missing, self.capture.layers, dtype)
         if self.trainer.is_global_zero:
-            show("to collect: " + told)
+            show("to collect: " + need)
 
     def measure(self, batch: CaseBatch) -> list[Record]:
-        """Collect every row of the batch; a record per layer and sample."""
+        """Collect every row of the batch; return a record per layer and sample."""
         context = batch["context_ids"]
         rows = {row: self.samples[case.id] for row, case in enumerate(batch["cases"])}
         self.capture.begin(rows, self.timestamps.of(context.shape[1]))
@@ -112,7 +117,7 @@ class TensorCollection(Analysis):
 
 
 class CollectedResults(Results):
-    """Finished collections, of which those count whose files are all still there."""
+    """Finished collections; one with missing files counts as not finished."""
 
     def __init__(self, output: Path, rank: int) -> None:
         super().__init__(output / "results", rank)
@@ -126,33 +131,33 @@ class CollectedResults(Results):
 
 
 class Timestamps:
-    """When the collection of each length began, YYYYMMDD_HHMMSS: its files share it."""
+    """Start time of each length's collection, YYYYMMDD_HHMMSS, shared by its files."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self.clock = clock
         self._known: dict[int, str] = {}
 
     def of(self, length: int) -> str:
-        """Now, when it is asked for the first time."""
+        """The length's start time: the time of the first call."""
         if length not in self._known:
             self._known[length] = time.strftime("%Y%m%d_%H%M%S", time.localtime(self.clock()))
         return self._known[length]
 
 
 def model_path(pretrained: str, adapter: str | None) -> str:
-    """What the metadata call a model."""
+    """A model's name in the metadata."""
     return pretrained if adapter is None else f"{pretrained} + {adapter}"
 
 
 def attention_dtype(model: torch.nn.Module, precision: str) -> torch.dtype:
-    """What attention computes in: under autocast what it casts to, else what the weights are stored in."""
+    """The dtype in which attention is computed: autocast's, or without it the weights'."""
     return getattr(torch, dtype_of(precision)) if precision.endswith("mixed") else model.dtype  # type: ignore[return-value]
 
 
 def summaries_of(records: Sequence[Record], statistics: StatisticsSettings) -> dict[str, dict[str, Any]]:
-    """summary_seq{length}_{timestamp}.json -> its content, for each length; the timestamp is that of its last sample.
+    """summary_seq{length}_{timestamp}.json -> its content, for each length.
 
-    Measures by layer are means over samples and query heads.
+    The timestamp is the last sample's. Measures by layer are means over samples and query heads.
     """
     summaries = {}
     for length, own in sorted(_by(records, "seq_len").items()):
@@ -180,7 +185,7 @@ def summaries_of(records: Sequence[Record], statistics: StatisticsSettings) -> d
 
 
 def _figures(records: Sequence[Record]) -> dict[int, "Figure"]:
-    """Length -> heat maps of layer x head, means over samples."""
+    """Length -> heat maps of layer x head, averaged over samples."""
     figures = {}
     for length, own in sorted(_by(records, "seq_len").items()):
         layers = [some for _, some in sorted(_by(own, "layer").items())]
@@ -200,7 +205,7 @@ def _table(records: Sequence[Record]) -> Table:
 
 
 def _samples(records: Sequence[Record]) -> int:
-    """Other data may number its samples anew: those of an earlier run have another timestamp."""
+    """Number of samples. Runs on other data reuse sample numbers, but have another timestamp."""
     return len({(record["sample"], record["timestamp"]) for record in records})
 
 
@@ -209,9 +214,9 @@ def _explained(settings: StatisticsSettings) -> str:
     return (
         f"Means over {queries}, all heads, layers and samples. Block sparsity: share of the visible blocks of "
         f"{settings.block_size} keys that get less than {settings.block_threshold:.0%} of a query's attention. "
-        "Effective support: exp(entropy), the number of keys that equal attention would be spread over. Top-k "
-        f"coverage: share of attention on the {settings.top_k} heaviest keys. In the pictures layer 0 is the first "
-        "that was collected."
+        "Effective support: exp(entropy), the number of keys over which equal attention has the same entropy. Top-k "
+        f"coverage: share of attention on the {settings.top_k} heaviest keys. In the pictures, layer 0 is the first "
+        "collected layer."
     )
 
 

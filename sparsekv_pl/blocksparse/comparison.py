@@ -1,7 +1,7 @@
-"""A learned gate against Sketch&Walk, with random blocks below and the oracle above them.
+"""Comparing a learned gate with Sketch&Walk, with random blocks and the oracle as controls.
 
-Whether they choose the same key blocks and those that really receive the attention is measured on dense passes, so that
-all see the same states. What a model makes of attention that is confined to these blocks is measured by running it so.
+Agreement between the methods and with the true attention is measured on dense passes, so that all methods see the same
+states. Perplexity and answers are measured in passes with block-sparse attention.
 """
 
 import time
@@ -28,37 +28,41 @@ from sparsekv_pl.storage.records import Record
 
 
 class BlockComparison(Analysis):
-    """Agreement, mass kept, perplexity and needles of a gate, Sketch&Walk, random and nearest blocks, and the oracle.
+    """Compares a gate, Sketch&Walk, random and nearest blocks, and the oracle: agreement, mass, perplexity, needles.
 
-    Text windows show agreement and perplexity, all other cases are answered. Cases come one by one (batch_size 1).
+    Agreement and perplexity are measured on text windows; all other cases are answered. batch_size must be 1.
 
     Parameters
     ----------
     backbone
         The model.
     output
-        Folder for the report (null: where the run's name says, else output/compare); besides,
-        comparison_results_{timestamp}.json with every measured number and
-        comparison_summary_{timestamp}.json with their means.
+        Folder for the report (null: where the run's name says, else output/compare), with
+        comparison_results_{timestamp}.json (all measurements) and comparison_summary_{timestamp}.json (their means).
     gates
-        Folder with trained gates (configs/train/gate.yaml makes one); null compares without a gate.
+        Folder with trained gates (configs/train/gate.yaml trains them); null compares without a gate.
     block_size
-        Tokens of a block; the gates' own.
+        Tokens per block; must equal the gates'.
     sketch_dim, exponent, dense_layers, dampings
         Sketch&Walk's settings, see blocksparse/sketchwalk.py; each damping is a method. In forward passes the first
         ``dense_layers`` layers are dense for every method.
     top_k_blocks
-        Key blocks per query block where agreement is measured.
+        Key blocks per query block when agreement is measured.
     threshold
-        The gate also selects by this share of its softmax.
+        The gate is also measured selecting blocks with at least this share of its softmax.
     budgets
-        Key blocks per query block at which the mass kept is told.
+        Numbers of key blocks per query block for which the mass kept is reported.
     pass_budgets
-        Key blocks per query block of the forward passes.
+        Numbers of key blocks per query block in the forward passes.
     picture_layers
-        Layers whose choices are drawn; null draws the first that is not dense, the middle and the last one.
+        Layers whose selections are drawn; null: the first that is not dense, the middle one and the last.
     seed
-        Of random blocks and of Sketch&Walk's transform.
+        Seed of random blocks and of Sketch&Walk's transform.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range, or gates that do not fit the model.
     """
 
     def __init__(
@@ -79,7 +83,7 @@ class BlockComparison(Analysis):
         seed: int = 0,
     ) -> None:
         _check({"top_k_blocks": [top_k_blocks], "budgets": budgets, "pass_budgets": pass_budgets}, threshold, dampings)
-        for damping in dampings:  # raises for settings that cannot be, before the model is loaded
+        for damping in dampings:  # raises for invalid settings before the model is loaded
             SketchWalk(block_size, sketch_dim, exponent, dense_layers, damping, seed)
         super().__init__(backbone, output or "output/compare")
         if gates is not None:
@@ -101,7 +105,13 @@ class BlockComparison(Analysis):
         self.threshold, self.pass_budgets, self.dense_layers = threshold, list(pass_budgets), dense_layers
 
     def setup(self, stage: str) -> None:
-        """Check that there are gates and a choice to make, and load the gates."""
+        """Check batch size and context lengths, and load the gates.
+
+        Raises
+        ------
+        ValueError
+            For a batch size other than 1, contexts with no more than ``top_k_blocks`` blocks, or unusable gates.
+        """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if getattr(data, "batch_size", 1) != 1:
             raise ValueError(f"data.batch_size={data.batch_size}: block-sparse attention takes one case, give 1")
@@ -112,16 +122,16 @@ class BlockComparison(Analysis):
                     f"a context of {length} tokens has no more than top_k_blocks={self.settings.top_k} blocks of "
                     f"{self.settings.block_size}: there is nothing to choose. Use longer contexts or fewer blocks"
                 )
-        self.gates = self._gates()  # a module of this one: it moves to the device with the model
+        self.gates = self._gates()  # a submodule: it moves to the device with this module
         self.methods = block_methods(
             self.gates, block_size=self.settings.block_size, threshold=self.threshold, **self.sketch
         )
         for method in self.methods:
-            method.make()  # raises here for settings that do not fit
+            method.make()  # raises for settings that do not fit
         super().setup(stage)
 
     def described(self) -> dict[str, Any]:
-        """See ``Analysis``; the gates by their content."""
+        """See ``Analysis``; the gates are identified by a digest."""
         settings = self.settings
         return {
             "block_size": settings.block_size,
@@ -136,7 +146,10 @@ class BlockComparison(Analysis):
         }
 
     def measure(self, batch: CaseBatch) -> Sequence[Record]:
-        """Agreement of a text window's dense pass, and the case under every method; ``kind`` tells records apart."""
+        """Measure a text window's agreement on a dense pass, and any case under every method.
+
+        ``kind`` of a record is "agreement", "pair", "picture" or "pass".
+        """
         (case,) = batch["cases"]
         common = {"case": case.id, "task": case.task, "length": batch["context_ids"].shape[1], "depth": case.depth}
         records: list[Record] = []
@@ -153,8 +166,8 @@ class BlockComparison(Analysis):
         """See ``Analysis.write``."""
         settings = {**self.described(), "gates": self.gates_folder}
         timestamp = time.strftime("%Y%m%d_%H%M%S")
-        said, paths = comparison_report(self.output, records, settings, environment, timestamp)
-        show(*said)
+        lines, paths = comparison_report(self.output, records, settings, environment, timestamp)
+        show(*lines)
         return paths
 
     def _gates(self) -> AttentionGates | None:
@@ -183,7 +196,7 @@ def _check(blocks: dict[str, Sequence[int]], threshold: float, dampings: Sequenc
         if not counts or min(counts) < 2 or len(set(counts)) < len(counts):
             raise ValueError(
                 f"{name}={list(counts)} must be different numbers of blocks, each at least 2: the first block and the "
-                "query's own stay always"
+                "query's own are always selected"
             )
     if not 0 < threshold < 1:
         raise ValueError(f"threshold={threshold} must be between 0 and 1: a share of a softmax over blocks")

@@ -1,4 +1,4 @@
-"""Pictures of a comparison of block methods: what is chosen beside the truth, and what comes of it."""
+"""Pictures of a comparison of block methods: selected blocks beside true attention, agreement, and scores."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FAINTEST = 1e-4
-"""Shares of attention below this are drawn as this: the colours are logarithmic."""
+"""Smallest share of attention on the logarithmic scale; smaller ones are drawn like it."""
 LAYER_PANELS = {
     "recall_free": "true top blocks found,\nwithout first and own block",
     "spearman_free": "rank correlation with true attention,\nwithout first and own block",
@@ -27,7 +27,7 @@ TABLES = ("agreement", "agreement_by_layer", "text", "needles")
 def comparison_figures(
     records: Sequence[Record], summary: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> "dict[str, tuple[str, Figure]]":
-    """File name -> what it shows, and the picture: four for each variant of the model."""
+    """File name -> (caption, picture), up to four for each variant of the model."""
     variants = list(dict.fromkeys(record["variant"] for record in records))
     figures: dict[str, tuple[str, Figure]] = {}
     for variant in variants:
@@ -57,10 +57,10 @@ def _passes(text: Sequence[Line], needles: Sequence[Line]) -> "Figure":
     panels, names = {}, list(dict.fromkeys(pass_name(row) for row in [*text, *needles]))
     lengths = dict.fromkeys(row["length"] for row in [*text, *needles])
     for length in [ALL_LENGTHS] if ALL_LENGTHS in lengths else lengths:
-        told = "all lengths" if length == ALL_LENGTHS else f"{length:,} tokens"
+        named = "all lengths" if length == ALL_LENGTHS else f"{length:,} tokens"
         for title, rows, value in (
-            (f"perplexity over dense\n{told}", text, "ratio"),
-            (f"needle accuracy\n{told}", needles, "accuracy"),
+            (f"perplexity over dense\n{named}", text, "ratio"),
+            (f"needle accuracy\n{named}", needles, "accuracy"),
         ):
             found = [row for row in rows if row["length"] == length]
             dense = next((row[value] for row in found if row["method"] == DENSE), None)
@@ -73,12 +73,12 @@ def _passes(text: Sequence[Line], needles: Sequence[Line]) -> "Figure":
 
 
 def pass_name(row: Line) -> str:
-    """The method, and its budget where it has one."""
+    """The method's name, with its budget if it has one."""
     return row["method"] if row["budget"] is None else f"{row['method']}, {row['budget']} blocks"
 
 
 def blocks_figure(pictures: Sequence[Record], methods: Sequence[str]) -> "Figure":
-    """A line per layer: true attention between blocks, then what each method chooses, both means over heads."""
+    """Draw, per layer, the true attention between blocks and each method's selection, averaged over heads."""
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
@@ -109,13 +109,13 @@ def blocks_figure(pictures: Sequence[Record], methods: Sequence[str]) -> "Figure
 
 
 def _lower(values: Sequence[Sequence[float]]) -> Any:
-    """What a causal query block can see; the rest is masked."""
+    """``values`` (N, N) with blocks after the query block masked."""
     grid = np.asarray(values, np.float64)
     return np.ma.masked_array(grid, np.triu(np.ones_like(grid, dtype=bool), 1))
 
 
 def budget_figure(rows: Sequence[Line], methods: Sequence[str], budgets: Sequence[int]) -> "Figure":
-    """Attention mass kept over blocks per query block: a plot per context length, a line per method."""
+    """Draw the attention mass kept over blocks per query block: a plot per context length, a line per method."""
     from matplotlib.figure import Figure
 
     lengths = sorted({row["length"] for row in rows})
@@ -139,7 +139,7 @@ def budget_figure(rows: Sequence[Line], methods: Sequence[str], budgets: Sequenc
 
 
 def layers_figure(rows: Sequence[Line], methods: Sequence[str]) -> "Figure":
-    """Agreement with the true attention by layer: a plot per measure, a line per method; gaps where it is dense."""
+    """Draw the agreement with true attention by layer: a plot per measure, a line per method, gaps at dense layers."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -160,9 +160,9 @@ def layers_figure(rows: Sequence[Line], methods: Sequence[str]) -> "Figure":
 
 
 def passes_figure(panels: Mapping[str, Sequence[Line]], names: Sequence[str]) -> "Figure":
-    """Dots with bars of 95 %: a plot per panel, a line per method in the order of ``names``.
+    """Draw scores as dots with 95 % bars: a plot per panel, a line per method in the order of ``names``.
 
-    ``panels``: title -> rows with ``name``, ``value``, ``interval`` and ``dense``, the value to compare with.
+    ``panels``: title -> rows with ``name``, ``value``, ``interval`` and ``dense``, dense attention's value.
     """
     from matplotlib.figure import Figure
 
@@ -184,7 +184,7 @@ def passes_figure(panels: Mapping[str, Sequence[Line]], names: Sequence[str]) ->
 
 
 def _look(methods: Sequence[str], method: str) -> dict[str, Any]:
-    """Oracles dashed, so that lines that lie on them show."""
+    """Colour, marker and line style of a method; oracles are dashed, so that they do not hide other lines."""
     from matplotlib import colormaps
 
     place = methods.index(method)

@@ -40,33 +40,33 @@ PAIRS = {
 }
 EXPECTED_NOTE = (
     "The expected figures are those of the SketchWalk document, for Llama-3.1-8B-Instruct at 4,096 to 16,384 tokens "
-    "and a gate that selects by threshold; ours are of the model and the lengths below. Overlap is the share of the "
+    "and a gate that selects by threshold; ours are for the model and the lengths below. Overlap is the share of the "
     "gate's blocks that Sketch&Walk selects too. Every method selects the first block and a query block's own, which "
-    "both figures profit from: without these two stands beside them. Random blocks, further down, show what chance "
-    "reaches."
+    "raises both figures; the next column leaves these two out. Random blocks, further down, show the level of "
+    "chance."
 )
 NO_GATE = "There is no gate in this run (gates: null): train one with configs/train/gate.yaml."
 AGREEMENT_NOTE = (
     "Measured on dense passes, so that all methods see the same states; means over heads, windows, layers {layers} "
     "and the query blocks that see more than {top_k} blocks (the others select all they see). Sparsity counts all "
-    "query blocks. The reference is the oracle's choice for each head: the {top_k} blocks that receive the most "
-    "attention. Overlap: the share of a method's blocks that are the oracle's; recall: the share of the oracle's that"
-    ' it found; correlation: of its scores with true attention, by row over the blocks that it sees. "Free" leaves '
-    "out the first block and a query's own, which all select. Sketch&Walk and the nearest blocks choose once for all "
-    "heads: the most that such a choice can reach is the oracle with one choice for all heads."
+    "query blocks. The reference is the oracle's selection for each head: the {top_k} blocks with the most "
+    "attention. Overlap is the share of a method's blocks that are the oracle's; recall is the share of the oracle's "
+    "that it found; correlations are between its scores and true attention, by row over the visible blocks. "
+    '"Free" leaves out the first block and a query\'s own, which all select. Sketch&Walk and the nearest blocks make '
+    "one selection for all heads; its upper bound is the oracle with one choice for all heads."
 )
 BUDGETS_NOTE = (
-    "Same layers and query blocks. Left, the share of attention mass kept, and in brackets the share of the truly "
-    "heaviest free blocks found, at a number of blocks per query block; in the header, the sparsity of these query "
-    "blocks. Right, the sparsity at which a method still keeps that share of the mass, if each query block of each "
-    "head took as few of its blocks, best first, as that needs."
+    "Same layers and query blocks. The left columns have the share of attention mass kept for a number of blocks per "
+    "query block, in brackets the share of the heaviest free blocks found, and in the header the sparsity of these "
+    "query blocks. The right columns have the sparsity at which a method keeps that share of the mass, if each query "
+    "block of each head takes only as many blocks, best first, as needed."
 )
 PASSES_NOTE = (
-    "Context and continuation both run with the chosen blocks, each case with a scorer of its own; the first {dense} "
+    "Context and continuation both run with the selected blocks, with a new scorer for each case; the first {dense} "
     "layers are dense for every method, and sparsity (of the context's pass) counts them as 0. KL is to dense "
-    "attention, in nats per token. The same cases throughout. In brackets are 95 % intervals: Wilson's for accuracy, "
-    "otherwise a percentile bootstrap over cases, paired with dense attention. An interval without width says that no"
-    " case differed, not that there is no doubt."
+    "attention, in nats per token. All methods have the same cases. Brackets hold 95 % intervals: Wilson's for "
+    "accuracy, otherwise a percentile bootstrap over cases, paired with dense attention. An interval without width "
+    "says only that no case differed."
 )
 
 
@@ -79,7 +79,7 @@ def comparison_report(
 ) -> tuple[list[str], list[Path]]:
     """Write the page, the pictures and comparison_{results,summary}_{timestamp}.json.
 
-    Returns what matters in a few lines, and the paths.
+    Returns the main results in a few lines, and the paths.
     """
     summary = comparison_summary(records, settings)
     figures = comparison_figures(records, summary, settings)
@@ -102,8 +102,8 @@ def comparison_report(
 
 
 def at_a_glance(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """A sentence per length and table, best first."""
-    told = []
+    """A sentence per length and table, with the best method first."""
+    sentences = []
     for rows, measure, form, what in (
         (summary["agreement"], "mass_kept", ".3f", f"attention mass kept by {settings['top_k_blocks']} blocks"),
         (summary["text"], "ratio", ".3f", "perplexity over dense"),
@@ -113,8 +113,8 @@ def at_a_glance(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> list
             ranked = sorted(found, key=lambda row: row[measure], reverse=measure != "ratio")
             names = [f"{row['variant']} " * several + _named(row) for row in ranked]
             scores = "; ".join(f"{name} {row[measure]:{form}}" for name, row in zip(names, ranked, strict=True))
-            told.append(f"{caption}, {what}: {scores}.")
-    return told
+            sentences.append(f"{caption}, {what}: {scores}.")
+    return sentences
 
 
 def _named(row: Line) -> str:
@@ -124,7 +124,7 @@ def _named(row: Line) -> str:
 def comparison_sections(
     summary: Mapping[str, Any], settings: Mapping[str, Any], figures: "Mapping[str, tuple[str, Figure]]"
 ) -> list[Section]:
-    """The page. A section without content is left out."""
+    """Sections of the page that have content."""
 
     def pictures(start: str) -> list[Picture]:
         return [Picture(name, shown) for name, (shown, _) in figures.items() if name.startswith(start)]
@@ -170,8 +170,8 @@ def _by_length(rows: Sequence[Line]) -> Iterator[tuple[str, list[Line], bool]]:
     for length in dict.fromkeys(row["length"] for row in rows):
         found = [row for row in rows if row["length"] == length]
         windows = ", ".join(dict.fromkeys(f"{row['cases']} cases" for row in found if "cases" in row))
-        told = f"{length:,} tokens" if isinstance(length, int) else f"{length} lengths"
-        yield told + f", {windows}" * bool(windows), found, several
+        caption = f"{length:,} tokens" if isinstance(length, int) else f"{length} lengths"
+        yield caption + f", {windows}" * bool(windows), found, several
 
 
 def _tables(rows: Sequence[Line], columns: Mapping[str, str], names: Sequence[str]) -> list[Table]:
@@ -180,7 +180,7 @@ def _tables(rows: Sequence[Line], columns: Mapping[str, str], names: Sequence[st
         Table(
             [*["model"] * several, *names, *columns.values()],
             [
-                [*[row["variant"]] * several, *(row[name] for name in names), *(_told(row[c]) for c in columns)]
+                [*[row["variant"]] * several, *(row[name] for name in names), *(_three_digits(row[c]) for c in columns)]
                 for row in found
             ],
             caption,
@@ -199,8 +199,8 @@ def _expected_tables(rows: Sequence[Line]) -> list[Table]:
                     *[row["variant"]] * several,
                     row["quantity"],
                     row["expected"],
-                    _told(row["ours"]),
-                    _told(row["ours_without_first_and_own"]),
+                    _three_digits(row["ours"]),
+                    _three_digits(row["ours_without_first_and_own"]),
                     {True: "yes", False: "no", None: "-"}[row["met"]],
                 ]
                 for row in found
@@ -214,13 +214,13 @@ def _expected_tables(rows: Sequence[Line]) -> list[Table]:
 def _budget_tables(rows: Sequence[Line], settings: Mapping[str, Any]) -> Iterator[Table]:
     budgets, shares = settings["budgets"], settings["shares"]
     for caption, found, several in _by_length([row for row in rows if f"mass_at_{budgets[0]}" in row]):
-        header = [f"{b} blocks ({_told(found[0][f'sparsity_at_{b}'])})" for b in budgets]
+        header = [f"{b} blocks ({_three_digits(found[0][f'sparsity_at_{b}'])})" for b in budgets]
         lines = [
             [
                 *[row["variant"]] * several,
                 row["method"],
-                *(f"{_told(row[f'mass_at_{b}'])} ({_told(row[f'recall_at_{b}'])})" for b in budgets),
-                *(_told(row[f"sparsity_for_{share:g}"]) for share in shares),
+                *(f"{_three_digits(row[f'mass_at_{b}'])} ({_three_digits(row[f'recall_at_{b}'])})" for b in budgets),
+                *(_three_digits(row[f"sparsity_for_{share:g}"]) for share in shares),
             ]
             for row in found
         ]
@@ -235,7 +235,7 @@ def _text_tables(rows: Sequence[Line]) -> Iterator[Table]:
             [
                 *[row["variant"]] * several,
                 pass_name(row),
-                _told(row["sparsity"]),
+                _three_digits(row["sparsity"]),
                 score(row["perplexity"], row["perplexity_interval"]),
                 _interval(row["ratio"], row["ratio_interval"]),
                 _interval(row["kl"], row["kl_interval"]),
@@ -252,7 +252,7 @@ def _needle_tables(rows: Sequence[Line]) -> Iterator[Table]:
             [
                 *[row["variant"]] * several,
                 pass_name(row),
-                _told(row["sparsity"]),
+                _three_digits(row["sparsity"]),
                 f"{row['right']} of {row['cases']}",
                 score(row["accuracy"], row["accuracy_interval"]),
                 score(row["difference"], row["difference_interval"], sign=True),
@@ -263,16 +263,16 @@ def _needle_tables(rows: Sequence[Line]) -> Iterator[Table]:
 
 
 def _interval(value: float, span: tuple[float, float] | None) -> str:
-    """As ``score``, with a third digit: ratios near 1."""
+    """Like ``score``, with a third digit for ratios near 1."""
     return f"{value:.3f}" + ("" if span is None else f" [{span[0]:.3f}, {span[1]:.3f}]")
 
 
-def _told(value: float | None) -> str:
+def _three_digits(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
 def _span(layers: Sequence[int]) -> str:
-    """ "2 to 29"; all of them where there are gaps."""
+    """ "2 to 29", or a list if there are gaps."""
     if layers and list(layers) == list(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]} to {layers[-1]}"
     return ", ".join(map(str, layers))

@@ -1,4 +1,4 @@
-"""The records of a comparison of block methods become rows: means of agreement, scores of passes with intervals."""
+"""Summarising the records of a comparison of block methods: means of agreement, scores of passes with intervals."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from sparsekv_pl.storage.records import Record
 
 Line = dict[str, Any]
 KEYS = ("kind", "variant", "case", "task", "length", "depth", "layer", "method", "other", "budget")
-"""Columns of a record that are no measures."""
+"""Columns of a record that are not measures."""
 ALL_LENGTHS = "all"
 EXPECTED = {
     "overlap": ("block overlap of gate and Sketch&Walk", 0.3, 0.5, "0.3-0.5"),
@@ -19,11 +19,12 @@ EXPECTED = {
     GATE: ("sparsity of the gate", 0.7, 0.9, "0.7-0.9"),
     SKETCH_WALK: ("sparsity of Sketch&Walk", 0.75, 0.85, "about 0.8"),
 }
-"""Measure or method -> what the SketchWalk document expects for Llama-3.1-8B-Instruct at 4,096 to 16,384 tokens."""
+"""Measure or method -> (name, low, high, text) that the SketchWalk document expects for Llama-3.1-8B-Instruct at 4,096
+to 16,384 tokens."""
 
 
 def comparison_summary(records: Sequence[Record], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Means by length over the layers in which all methods choose, means by layer, and the scores of the passes."""
+    """Means by length over the layers that are sparse in all methods, means by layer, and the scores of the passes."""
     kinds = {kind: [record for record in records if record["kind"] == kind] for kind in ("agreement", "pair", "pass")}
     layers = sparse_layers(kinds["agreement"])
     agreement = means(in_layers(kinds["agreement"], layers), ["variant", "length", "method"])
@@ -43,7 +44,7 @@ def comparison_summary(records: Sequence[Record], settings: Mapping[str, Any]) -
 def expected_rows(
     agreement: Sequence[Line], pairs: Sequence[Line], settings: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """The document's figures beside ours, with the gate by threshold (as there) and by top-k."""
+    """The document's figures beside ours, for the gate by threshold (as in the document) and by top-k."""
     rows = []
     gates = {thresholded(settings["threshold"]): "by threshold", GATE: f"top {settings['top_k_blocks']}"}
     for line in agreement:
@@ -60,12 +61,12 @@ def expected_rows(
 
 
 def _expected(line: Line, key: str, how: str, ours: float | None, free: float | None) -> dict[str, Any]:
-    quantity, low, high, told = EXPECTED[key]
+    quantity, low, high, expected = EXPECTED[key]
     return {
         "variant": line["variant"],
         "length": line["length"],
         "quantity": f"{quantity} ({how})",
-        "expected": told,
+        "expected": expected,
         "ours": ours,
         "ours_without_first_and_own": free,
         "met": None if ours is None else low <= ours <= high,
@@ -73,7 +74,7 @@ def _expected(line: Line, key: str, how: str, ours: float | None, free: float | 
 
 
 def means(records: Iterable[Record], by: Sequence[str]) -> list[Line]:
-    """A row per combination of ``by``: every measure's mean over the records in which it is defined, and ``cases``."""
+    """A row per combination of ``by``: the number of ``cases``, and each measure's mean over records that have it."""
     rows = []
     for key, found in _grouped(records, by).items():
         names = dict.fromkeys(name for record in found for name in record if name not in KEYS)
@@ -85,7 +86,7 @@ def means(records: Iterable[Record], by: Sequence[str]) -> list[Line]:
 
 
 def sparse_layers(records: Iterable[Record]) -> list[int]:
-    """The layers in which every method of these agreement records chooses: only there are they compared."""
+    """The layers for which every method has an agreement record; only these are compared."""
     records = list(records)
     methods = _grouped(records, ["method"]).values()
     common = set.intersection(*({record["layer"] for record in found} for found in methods)) if records else set()
@@ -144,7 +145,7 @@ def _ratio_and_kl(sums: Any) -> Any:
 
 
 def _pass_rows(passes: list[Record], row: Callable[[list[Record], list[Record]], Line]) -> list[Line]:
-    """By length, and over all lengths where there are several."""
+    """Rows by length, and over all lengths if there are several."""
     by = ("variant", "length", "method", "budget")
     several = len({record["length"] for record in passes}) > 1
     pooled = [{**record, "length": ALL_LENGTHS} for record in passes] if several else []

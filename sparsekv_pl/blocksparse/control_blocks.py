@@ -1,4 +1,4 @@
-"""Controls for methods that choose key blocks: blocks drawn by chance, and the nearest ones. Neither looks at keys."""
+"""Controls for block methods that do not use the keys: random blocks, and the nearest ones."""
 
 from dataclasses import dataclass
 
@@ -11,17 +11,17 @@ from sparsekv_pl.models.seeding import generator_for
 
 @dataclass
 class RandomBlocks:
-    """Scores drawn by chance, for every head by itself: the floor that a method must clear.
+    """Random scores, drawn for each head: the lower control of a method.
 
-    A query block's scores depend on the seed, the layer and its place alone. They are the same however its tokens
-    arrive, at once or one by one, and a run can be repeated.
+    A query block's scores depend only on the seed, the layer and the block's index, so they do not depend on whether
+    its tokens arrive together or one by one.
 
     Parameters
     ----------
     block_size
-        Tokens of a block.
+        Tokens per block.
     seed
-        Of the draws.
+        Seed of the draws, at least 0.
     """
 
     block_size: int = 64
@@ -45,14 +45,14 @@ class RandomBlocks:
 
 @dataclass
 class LocalBlocks:
-    """The nearer, the better: with ``TopBlocks`` the first block and the most recent ones, as in StreamingLLM.
+    """Scores that rise with nearness: ``TopBlocks`` selects the first block and the most recent ones, as StreamingLLM.
 
     Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv 2309.17453; here in whole blocks.
 
     Parameters
     ----------
     block_size
-        Tokens of a block.
+        Tokens per block.
     """
 
     block_size: int = 64
@@ -61,7 +61,7 @@ class LocalBlocks:
         _check_block_size(self.block_size)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG002
-        """(B, 1, Nq, Nk), a key block's index. See ``BlockScorer``."""
+        """(B, 1, Nq, Nk): each key block's index. See ``BlockScorer``."""
         first = first_block(query.shape[2], key.shape[2], self.block_size)
         count = block_count(key.shape[2], self.block_size)
         columns = torch.arange(count, dtype=torch.float32, device=query.device)

@@ -1,12 +1,12 @@
-"""A learned gate: small projections of pooled queries and keys that say which key blocks a query block will attend to.
+"""A learned gate: small projections of pooled queries and keys that predict which key blocks a query block attends to.
 
 SeerAttention (https://arxiv.org/abs/2410.13276), with its default pools: the average for queries; maximum, minimum and
-average for keys. What differs from the paper:
+average for keys. Deviations from the paper:
 
-- Queries and keys arrive after RoPE, as attention sees them; the gate turns them back before it pools.
-- ``gate_dim`` may differ from the head's dimension; the frequencies at block positions are then picked evenly from the
-  model's.
-- Projections start as the identity on the averages, so that an untrained gate compares block means.
+- Queries and keys arrive after RoPE, as in attention; the gate undoes the rotation before pooling.
+- ``gate_dim`` may differ from the head's dimension; the frequencies at block positions are then an even selection of
+  the model's.
+- Projections start as the identity on the averages: an untrained gate compares block means.
 """
 
 import sys
@@ -25,7 +25,7 @@ from sparsekv_pl.models.cache_shape import cache_shape
 from sparsekv_pl.models.decoder import decoder_of
 
 STRIP = 16
-"""Blocks turned back at once, in float32: bounds the memory and stays in a CPU's cache."""
+"""Blocks whose rotation is undone at once, in float32; limits the memory and fits a CPU's cache."""
 
 Pool = Callable[[Tensor], Tensor]
 QUERY_POOLS: tuple[Pool, ...] = (lambda blocks: blocks.mean(3),)
@@ -33,12 +33,12 @@ KEY_POOLS: tuple[Pool, ...] = (lambda blocks: blocks.amax(3), lambda blocks: blo
 
 
 class Rope(NamedTuple):
-    """How a layer turns queries and keys: pairs of numbers, half of the turned ones apart, by position * inv_freq."""
+    """A layer's RoPE: coordinates i and i + rotary_dim / 2 are rotated by position * inv_freq[i]."""
 
     inv_freq: Tensor
-    """(rotary_dim / 2,) radians per position; zeros where a layer does not turn them at all."""
+    """(rotary_dim / 2,) radians per position; zeros for a layer without RoPE."""
     scaling: float
-    """What turned numbers are multiplied with besides."""
+    """Factor of the rotated coordinates."""
 
 
 def ropes_of(model: PreTrainedModel) -> list[Rope]:
@@ -47,8 +47,8 @@ def ropes_of(model: PreTrainedModel) -> list[Rope]:
     Raises
     ------
     ValueError
-        Where it could not be undone from a position alone: frequencies that change with the context's length or the
-        layer's kind, or pairs that are made otherwise (tried on the model's own function).
+        If it cannot be undone from a position alone: frequencies that depend on the context's length or the layer's
+        kind, or other pairs of coordinates (tested on the model's own function).
     """
     decoder = decoder_of(model)
     rotary: Any = getattr(decoder, "rotary_emb", None)
@@ -56,13 +56,13 @@ def ropes_of(model: PreTrainedModel) -> list[Rope]:
     if inv_freq is None or "dynamic" in kind or kind == "longrope":
         raise ValueError(
             f"{type(model).__name__} has no RoPE of fixed frequencies (rope_type {kind!r}), which a gate must undo: "
-            "choose another model, or a selector that does not look before RoPE (SketchWalk)"
+            "choose another model, or a selector that works after RoPE (SketchWalk)"
         )
     rope = Rope(inv_freq, float(rotary.attention_scaling))
     if not _turns_like(decoder.layers[0].self_attn, rotary, rope):
         raise ValueError(
-            f"{type(model).__name__} pairs the numbers that RoPE turns otherwise than Llama does, which a gate cannot "
-            "undo: choose another model, or a selector that does not look before RoPE (SketchWalk)"
+            f"{type(model).__name__} rotates other pairs of coordinates in RoPE than Llama, which a gate cannot undo: "
+            "choose another model, or a selector that works after RoPE (SketchWalk)"
         )
     still = Rope(torch.zeros_like(inv_freq), 1.0)
     return [rope if getattr(layer.self_attn, "use_rope", True) else still for layer in decoder.layers]
@@ -71,7 +71,7 @@ def ropes_of(model: PreTrainedModel) -> list[Rope]:
 class AttentionGate(nn.Module):
     """One layer's gate, computed in float32.
 
-    ``query_weight`` (H, gate_dim, D) and ``key_weight`` (K, gate_dim, 3 D) are what trains.
+    Trainable parameters are ``query_weight`` (H, gate_dim, D) and ``key_weight`` (K, gate_dim, 3 D).
     """
 
     inv_freq: Tensor
@@ -91,32 +91,35 @@ class AttentionGate(nn.Module):
             self.key_weight[:, rows, columns - shape.head_dim] = 1  # the average is the last of the pools
 
     def forward(self, query: Tensor, key: Tensor) -> Tensor:
-        """(B, H, N, N) float32: softmax over the visible key blocks of a whole context. See ``log_scores``."""
+        """Scores (B, H, N, N) float32, a softmax over the visible key blocks of a whole context. See ``log_scores``."""
         return self.log_scores(query, key).exp()
 
     def log_scores(self, query: Tensor, key: Tensor) -> Tensor:
-        """Logarithm of the scores, -inf at later blocks; ``query`` (B, H, S, D), ``key`` (B, K, S, D), from 0 on."""
+        """Logarithms of the scores (B, H, N, N), -inf at later blocks.
+
+        ``query`` (B, H, S, D) and ``key`` (B, K, S, D) are a whole context, from position 0.
+        """
         assert query.shape[2] == key.shape[2]
         with torch.autocast(query.device.type, enabled=False):
             return self.compare(self.gate_queries(query, 0), self.gate_keys(key, 0))
 
     def gate_queries(self, query: Tensor, first: int) -> Tensor:
-        """(B, H, N, gate_dim) of queries (B, H, T, D) after RoPE, which begin where block ``first`` does."""
+        """Gate queries (B, H, N, gate_dim) from queries (B, H, T, D) after RoPE, starting with block ``first``."""
         return self._projected(self.pooled(query, first, QUERY_POOLS), self.query_weight, first)
 
     def gate_keys(self, key: Tensor, first: int) -> Tensor:
-        """(B, K, N, gate_dim) of keys (B, K, T, D) after RoPE, which begin where block ``first`` does."""
+        """Gate keys (B, K, N, gate_dim) from keys (B, K, T, D) after RoPE, starting with block ``first``."""
         return self._projected(self.pooled(key, first, KEY_POOLS), self.key_weight, first)
 
     def compare(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """(B, H, Nq, Nk): logarithm of the scores of gate queries, the last of the blocks, against gate keys."""
+        """Logarithms of the scores (B, H, Nq, Nk) of gate queries of the last Nq blocks against gate keys."""
         (batch, heads, rows, dim), count = queries.shape, keys.shape[2]
         logits = queries.reshape(batch, keys.shape[1], -1, dim) @ keys.transpose(2, 3) * dim**-0.5
         later = ~visible_blocks(rows, count, 1, queries.device)
         return logits.view(batch, heads, rows, count).masked_fill(later, -torch.inf).log_softmax(-1)
 
     def pooled(self, states: Tensor, first: int, pools: tuple[Pool, ...]) -> Tensor:
-        """(B, heads, N, pools * D): the states (B, heads, T, D) from block ``first`` on, turned back and pooled."""
+        """Undo RoPE and pool: states (B, heads, T, D) from block ``first`` on to (B, heads, N, pools * D)."""
         size, tokens = self.shape.block_size, states.shape[2]
         whole = tokens // size * size
         runs = [run for run in (*states[:, :, :whole].split(STRIP * size, 2), states[:, :, whole:]) if run.shape[2]]
@@ -128,24 +131,24 @@ class AttentionGate(nn.Module):
         return torch.cat(parts, 2)
 
     def unrotated(self, states: Tensor, position: int) -> Tensor:
-        """(B, heads, T, D) float32: the states as they were before RoPE, the first at ``position``."""
+        """Undo RoPE: states (B, heads, T, D) as before it, float32; the first is at ``position``."""
         positions = torch.arange(position, position + states.shape[2], device=states.device)
         return turned(states.float(), -positions, self.inv_freq, 1 / self.attention_scaling)
 
     def _projected(self, pooled: Tensor, weight: Tensor, first: int) -> Tensor:
-        """Projected and turned to the positions of the blocks' first tokens."""
+        """Project, and rotate to the positions of the blocks' first tokens."""
         positions = (first + torch.arange(pooled.shape[2], device=pooled.device)) * self.shape.block_size
         projected = torch.einsum("bhnd,hgd->bhng", pooled, weight)
         return turned(projected, positions, self.inv_freq[self._picked()], self.attention_scaling)
 
     def _picked(self) -> Tensor:
-        """(gate_dim / 2,): the frequencies that the gate uses; all in order where it is as wide as what RoPE turns."""
+        """(gate_dim / 2,): indices of the frequencies that the gate uses; all of them if gate_dim is rotary_dim."""
         last = self.shape.rotary_dim // 2 - 1
         return torch.linspace(0, last, self.shape.gate_dim // 2, device=self.inv_freq.device).round().long()
 
 
 class AttentionGates(nn.Module):
-    """A gate for every layer of a model. They hold all they need: no model is needed to load or use them."""
+    """A gate for every layer of a model. Loading and using gates does not need the model."""
 
     def __init__(self, shape: GateShape, ropes: list[Rope]) -> None:
         super().__init__()
@@ -155,14 +158,14 @@ class AttentionGates(nn.Module):
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, block_size: int = 64, gate_dim: int = 64) -> "AttentionGates":
-        """Untrained gates for ``model``; ValueError for attention that they cannot follow."""
+        """Make untrained gates for ``model``. Raises ``ValueError`` for a RoPE that gates do not support."""
         return cls(_shape_of(model, block_size, gate_dim), ropes_of(model))
 
     @classmethod
     def load(cls, folder: str | Path) -> "AttentionGates":
-        """Gates that ``save`` wrote; ValueError for a folder that holds none."""
+        """Load gates that ``save`` wrote. Raises ``ValueError`` for a folder without valid gates."""
         shape, tensors = read_gates(folder)
-        unknown = Rope(torch.zeros(shape.rotary_dim // 2), 1.0)  # the file says
+        unknown = Rope(torch.zeros(shape.rotary_dim // 2), 1.0)  # replaced by the file's
         gates = cls(shape, [unknown] * shape.layers)
         try:
             gates.load_state_dict(tensors)
@@ -182,7 +185,7 @@ class AttentionGates(nn.Module):
         return gate
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise ``ValueError`` with the name of the first field in which the gates and ``model`` differ."""
+        """Raise ``ValueError`` with the first field in which the gates and ``model`` differ."""
         wanted = _shape_of(model, self.shape.block_size, self.shape.gate_dim)
         for name, value in asdict(wanted).items():
             _check_field(name, getattr(self.shape, name), value)
@@ -195,11 +198,11 @@ class AttentionGates(nn.Module):
 
 @dataclass
 class GateScorer:
-    """A ``BlockScorer`` (see attention/blocks.py) that asks trained gates. Rows of scores sum to 1.
+    """A ``BlockScorer`` (see attention/blocks.py) with trained gates. Rows of scores sum to 1.
 
-    It remembers gate keys of full blocks, and the queries of the one that is not full: one context at a time, every
-    forward of it through the same object; a copy of a cache needs a ``copy.deepcopy`` of it. Decoding gives what one
-    prefill of everything would give in its last rows. There is no gradient. Gates go to where a layer computes.
+    It stores gate keys of full blocks, and the queries of the block that is not full. Use one object for all forwards
+    of one context, and a ``copy.deepcopy`` of it for a copy of the cache. Decoding gives the last rows of a prefill of
+    all tokens. There is no gradient. Gates are moved to each layer's device.
     """
 
     gates: AttentionGates
@@ -216,7 +219,7 @@ class GateScorer:
         Raises
         ------
         ValueError
-            For shapes that are not the gates', and where the S - T older keys are not the tokens scored before.
+            For shapes that differ from the gates', and if the S - T older keys are not the tokens scored before.
         """
         self._check_shape(layer, query, key)
         gate, size = self.gates.gate(layer).to(query.device), self.block_size
@@ -241,7 +244,7 @@ class GateScorer:
         _check_field("head_dim", shape.head_dim, key.shape[3])
 
     def _older(self, layer: int, query: Tensor, older: int) -> "_Seen":
-        """What is remembered of the tokens before ``query``; ValueError where that is not ``older`` tokens."""
+        """The state after the tokens before ``query``. Raises ``ValueError`` if those are not ``older`` tokens."""
         rows, shape = len(query), self.gates.shape
         if older == 0:
             blocks = query.new_zeros(rows, shape.kv_heads, 0, shape.gate_dim, dtype=torch.float32)
@@ -258,11 +261,11 @@ class GateScorer:
 
 
 class _Seen(NamedTuple):
-    """What a layer's scorer keeps of the tokens before."""
+    """A layer's state after the tokens scored so far."""
 
     tokens: int
     query: Tensor
-    """(B, H, r, D), the queries of the block that is not full, as they came."""
+    """(B, H, r, D), the queries of the block that is not full, after RoPE."""
     blocks: Tensor
     """(B, K, n, gate_dim), the gate keys of full blocks."""
 
@@ -273,7 +276,7 @@ def _check_field(name: str, gates: object, model: object) -> None:
 
 
 def turned(states: Tensor, positions: Tensor, inv_freq: Tensor, scaling: Tensor | float) -> Tensor:
-    """(..., T, D): the leading numbers of the states turned to ``positions`` (T,), as RoPE does."""
+    """Rotate the leading coordinates of states (..., T, D) to ``positions`` (T,), like RoPE."""
     angles = positions[:, None].float() * inv_freq
     cos, sin = angles.cos() * scaling, angles.sin() * scaling
     half = len(inv_freq)
@@ -282,7 +285,7 @@ def turned(states: Tensor, positions: Tensor, inv_freq: Tensor, scaling: Tensor 
 
 
 def _turns_like(attention: nn.Module, rotary: nn.Module, rope: Rope) -> bool:
-    """Whether the function that the model's own code turns queries with does what ``turned`` does."""
+    """Whether the model's own RoPE function equals ``turned``."""
     rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if rotate is None:
         return False

@@ -1,4 +1,4 @@
-"""The LightningModule that teaches a gate where attention goes, by the attention of the model itself."""
+"""The LightningModule that trains attention gates on the attention of the model itself."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from sparsekv_pl.training.optimizers import configured
 from sparsekv_pl.training.resumption import check_resumable
 
 TOP, SHARE = 16, 4
-"""Validation compares the best 16 blocks of a row, or the best quarter of those visible where that is fewer."""
+"""Validation compares the best 16 blocks of a row, or the best quarter of the visible blocks if that is fewer."""
 
 
 class GateDistillation(LightningModule):
@@ -34,16 +34,17 @@ class GateDistillation(LightningModule):
         loss = mean over layers, rows, heads and query blocks i of sum_j T[i, j] (log T[i, j] - log G[i, j]),
         T[i, j] = P[i, j] / sum_j P[i, j],
 
-    in nats. Query block 0 sees itself alone and adds 0. Context and continuation are one text here. All layers learn in
-    one pass, and of a layer only its pooled blocks are kept for the gradient.
+    in nats. Query block 0 only sees itself and adds 0. Context and continuation form one text. All layers are trained
+    in one pass, which stores only the pooled blocks of a layer for the gradient.
 
-    Validation logs loss, ``recall`` (share of the truly best blocks among the gate's best, by P; see ``TOP``), ``mass``
-    (attention on the gate's best blocks) and ``mass_best`` (on the best there are), all three without query block 0.
+    Validation logs loss, ``recall`` (share of the best blocks by P that are among the gate's best; see ``TOP``),
+    ``mass`` (attention on the gate's best blocks) and ``mass_best`` (on the best blocks), the last three without query
+    block 0.
 
     Parameters
     ----------
     backbone
-        Whose attention is learnt. ``lora`` is ignored; an ``adapter`` is not.
+        The frozen model whose attention is the target. ``lora`` is ignored; ``adapter`` is not.
     block_size
         Tokens per block.
     gate_dim
@@ -52,6 +53,11 @@ class GateDistillation(LightningModule):
         Called with the gates' parameters.
     lr_scheduler
         Called with the optimizer; steps once per optimizer step. None keeps the learning rate.
+
+    Raises
+    ------
+    ValueError
+        For a model whose RoPE gates do not support, and for sizes out of range.
     """
 
     def __init__(
@@ -71,28 +77,28 @@ class GateDistillation(LightningModule):
         self.gates = AttentionGates.for_model(causal_lm(self.model), block_size, gate_dim)
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
-        """Check, before anything expensive, that the data's contexts are long enough and not too long."""
+        """Raise ``ValueError`` if the data's contexts are shorter than two blocks, or too long for the model."""
         data, size = self.trainer.datamodule, self.gates.shape.block_size  # type: ignore[attr-defined]
         context_tokens = getattr(data, "context_tokens", None)
         if context_tokens is None:
             return
         if context_tokens < 2 * size:
             raise ValueError(
-                f"context_tokens={context_tokens} are fewer than two blocks of {size}, between which there is nothing "
-                "to choose: use longer contexts or a smaller block_size"
+                f"context_tokens={context_tokens} are fewer than two blocks of {size}, so there is nothing to select: "
+                "use longer contexts or a smaller block_size"
             )
         tokens = context_tokens + getattr(data, "continuation_tokens", 0)
         check_positions(causal_lm(self.model), tokens, tokens, rotates=False)
 
     def training_step(self, batch: Batch) -> Tensor:
-        """One step of all gates."""
+        """Return the loss of all gates on one batch, and log it."""
         loss = self.loss(batch)
         watch(self, {"loss": loss}, batch)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["context_ids"]))
         return loss
 
     def loss(self, batch: Batch) -> Tensor:
-        """The mean over layers on one batch, with a gradient in the gates."""
+        """The loss on one batch, averaged over layers, with a gradient in the gates."""
         losses: list[Tensor] = []
 
         def learn(layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG001
@@ -104,7 +110,7 @@ class GateDistillation(LightningModule):
         return stacked(losses).mean()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
-        """Loss by layer and in the mean; recall and mass in the mean."""
+        """Log the loss by layer and its mean, and the means of recall and mass."""
         measured: dict[str, list[Tensor]] = {}
 
         def measure(layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG001
@@ -120,7 +126,7 @@ class GateDistillation(LightningModule):
         self.log_dict(logs, on_epoch=True, batch_size=len(batch["context_ids"]), sync_dist=True)
 
     def configure_callbacks(self) -> list[Callback]:
-        """What stands between a loss that is not finite and the optimizer."""
+        """The callbacks that keep a loss that is not finite from the optimizer."""
         return guards(self.trainer)
 
     def configure_optimizers(self) -> Any:
@@ -128,20 +134,20 @@ class GateDistillation(LightningModule):
         return configured(self, self.gates.parameters())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse what cannot go on."""
+        """Raise ``ValueError`` for a checkpoint that this run cannot resume."""
         check_resumable(self, checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the gates alone."""
+        """Keep only the gates in the checkpoint."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[name] for name in state if name.startswith("gates.")}
 
     def save_trained(self, folder: Path) -> None:
-        """Write what trains, the gates, for ``AttentionGates.load``: the export takes this in place of the model."""
+        """Write the gates for ``AttentionGates.load``; the export calls this instead of saving a model."""
         self.gates.save(folder)
 
     def describe_training(self) -> dict[str, Any]:
-        """What exported gates say of how they were trained, JSON-able."""
+        """The training's settings for the export's training.json, JSON-able."""
         shape = self.gates.shape
         return {
             "base": self.backbone.pretrained,
@@ -155,13 +161,13 @@ class GateDistillation(LightningModule):
 
     @torch.no_grad()
     def _observe(self, batch: Batch, observer: Observer) -> None:
-        """One pass of the frozen model, of which nothing but what ``observer`` takes is kept."""
+        """Run the frozen model once for ``observer``, without storing anything else."""
         model = causal_lm(self.model)
         with attention_implementation(model, CACHED):
             decoder_of(model)(input_ids=self._text(batch), use_cache=False, observer=observer)
 
     def _text(self, batch: Batch) -> Tensor:
-        """(B, S): contexts and continuations, cut to the shortest: padding is no text."""
+        """(B, S): contexts with continuations, cut to the shortest continuation so that there is no padding."""
         continuation = batch["continuation_ids"]
         to_come = (continuation != self.tokenizer.pad_token_id).flip(1).cumsum(1)
         shortest = int((to_come > 0).sum(1).min())
@@ -169,9 +175,14 @@ class GateDistillation(LightningModule):
 
 
 def gate_loss(peak: Tensor, log_scores: Tensor) -> Tensor:
-    """KL(target || gate) in nats, averaged over rows, heads and query blocks; both (B, H, N, N).
+    """KL(target || gate) in nats, averaged over rows, heads and query blocks.
 
-    ``peak`` is normalised per query block; ``log_scores`` may be -inf where it is 0.
+    Parameters
+    ----------
+    peak
+        (B, H, N, N) largest attention between blocks; the target is its normalisation per query block.
+    log_scores
+        (B, H, N, N) the gate's log-scores; may be -inf where ``peak`` is 0.
     """
     target = peak / peak.sum(-1, keepdim=True)
     learnt = torch.where(target > 0, log_scores, 0)
@@ -181,7 +192,7 @@ def gate_loss(peak: Tensor, log_scores: Tensor) -> Tensor:
 def best_blocks(truth: BlockAttention, scores: Tensor) -> dict[str, Tensor]:
     """Recall and mass of the best blocks by ``scores`` (B, H, N, N), averaged over rows, heads and query blocks > 0.
 
-    Each of them takes as many blocks as ``TOP`` says.
+    ``TOP`` and ``SHARE`` set the number of best blocks.
     """
     visible = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
     count = (-(-visible // SHARE)).clamp(max=TOP)[1:, None]

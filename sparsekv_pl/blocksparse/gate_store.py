@@ -1,4 +1,4 @@
-"""A folder of attention gates: ``gates.json`` says their shape, ``gates.safetensors`` holds them. No model is in it."""
+"""A folder of attention gates without a model: ``gates.json`` (the shape) and ``gates.safetensors`` (the weights)."""
 
 import json
 from collections.abc import Mapping
@@ -16,14 +16,14 @@ SHAPE, TENSORS = "gates.json", "gates.safetensors"
 
 @dataclass(frozen=True)
 class GateShape:
-    """What gates and a model must agree on, and how large the gates are."""
+    """The model's attention shape that gates need, and the gates' own size."""
 
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
     rotary_dim: int
-    """Leading numbers of a head that RoPE turns."""
+    """Number of leading coordinates of a head that RoPE rotates."""
     block_size: int = 64
     gate_dim: int = 64
 
@@ -32,11 +32,11 @@ class GateShape:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number from 1 on")
         if self.gate_dim % 2:
-            raise ValueError(f"gate_dim={self.gate_dim} must be even: RoPE turns pairs of numbers")
+            raise ValueError(f"gate_dim={self.gate_dim} must be even: RoPE rotates pairs of coordinates")
 
 
 def write_gates(folder: str | Path, shape: GateShape, tensors: Mapping[str, Tensor]) -> None:
-    """Write gates to ``folder``, which is made."""
+    """Write gates to ``folder``; it is made if missing."""
     folder = Path(folder)
     with written_whole(folder / TENSORS) as partial:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
@@ -44,12 +44,12 @@ def write_gates(folder: str | Path, shape: GateShape, tensors: Mapping[str, Tens
 
 
 def read_gates(folder: str | Path) -> tuple[GateShape, dict[str, Tensor]]:
-    """What ``write_gates`` wrote.
+    """Read the shape and the tensors that ``write_gates`` wrote.
 
     Raises
     ------
     ValueError
-        For a folder without gates, a shape that is none, and a file of tensors that is damaged.
+        For a folder without gates, an invalid shape, or a damaged file of tensors.
     """
     folder = Path(folder).expanduser()
     missing = [name for name in (SHAPE, TENSORS) if not (folder / name).is_file()]

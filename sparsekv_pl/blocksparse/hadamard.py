@@ -2,7 +2,7 @@
 
 Ailon and Chazelle 2009 (https://doi.org/10.1137/060673096) and Tropp 2011 (https://arxiv.org/abs/1011.1595), with
 coordinates drawn without replacement. Random signs and the transform spread every vector evenly over all coordinates,
-so that a few of them stand for the rest.
+so that a few coordinates represent it.
 """
 
 import torch
@@ -13,11 +13,11 @@ from sparsekv_pl.models.seeding import generator_for
 
 
 class SubsampledHadamard(nn.Module):
-    """Maps (..., dim) to (..., sketch_dim), linearly; what is mapped by one object may be compared.
+    """Maps (..., dim) to (..., sketch_dim) linearly. Only results of the same object are comparable.
 
-    x is filled up with zeros to n, the next power of two, multiplied by random signs, transformed, and ``sketch_dim``
-    coordinates stay, scaled by sqrt(n / sketch_dim). Over seeds the inner products of the results are on average those
-    of the inputs; with ``sketch_dim`` = n they are equal for every seed.
+    The input is padded with zeros to n, the next power of two, multiplied by random signs and transformed;
+    ``sketch_dim`` coordinates are kept and scaled by sqrt(n / sketch_dim). The expectation over seeds of the results'
+    inner products is that of the inputs; with ``sketch_dim`` = n they are equal for every seed.
 
     Parameters
     ----------
@@ -26,7 +26,7 @@ class SubsampledHadamard(nn.Module):
     sketch_dim
         Coordinates of the results, at most n.
     seed
-        Decides signs and coordinates, on every device alike.
+        Seed of signs and coordinates, which are the same on every device.
 
     Raises
     ------
@@ -54,7 +54,7 @@ class SubsampledHadamard(nn.Module):
         self.register_buffer("coordinates", coordinates, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., sketch_dim) of x (..., dim), in x's dtype and on this module's device."""
+        """Map x (..., dim) to (..., sketch_dim), in x's dtype and on this module's device."""
         signed = pad(x * self.signs.to(x.dtype), (0, self.size - x.shape[-1]))
         scale = (self.size / len(self.coordinates)) ** 0.5
         return scale * walsh_hadamard(signed)[..., self.coordinates]

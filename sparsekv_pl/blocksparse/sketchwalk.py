@@ -1,22 +1,22 @@
-"""Sketch&Walk: key blocks chosen without training, from sketches of block means and a walk across the layers.
+"""Sketch&Walk: training-free selection of key blocks from sketches of block means and a walk across the layers.
 
-"Scout Before You Attend" (https://arxiv.org/abs/2602.07397). In every layer queries are averaged over heads and within
-blocks, keys likewise; sketches of both give one score per pair of blocks, sharpened into a transition matrix W_l. The
-walk multiplies them from the first layer on: a block matters to a query block also through the blocks in between.
+"Scout Before You Attend" (https://arxiv.org/abs/2602.07397). In every layer, queries and keys are averaged over heads
+and within blocks; their sketches give one score per pair of blocks, sharpened to a transition matrix W_l. The walk
+multiplies these matrices from the first layer on: a query block can also reach a block through blocks in between.
 
-What differs from the paper:
+Deviations from the paper:
 
-- W_l is normalised by row. softmax(a)^s is softmax(s a) up to a factor per row, so this changes no ranking within a row
-  of W_l, and the product of 30 layers does not underflow. It does change the product: the factor is largest where a row
-  sees few blocks, and without it all walks would end in the first blocks.
-- Scores are divided by sqrt(D) of the head, as in the attention that they stand for, because our sketch preserves inner
-  products whatever ``sketch_dim`` is. The paper's text and the authors' code divide by sqrt(sketch_dim).
-- ``damping``: 1 is the paper's product, 0.25 what the authors' code uses (Escanord/SketchWalk, ``walk_damping``) and
-  the default here. A product of many layers drifts to the first block, which leads nowhere but to itself.
-- The query of a block that is not full is the mean of its queries so far, in prefill and decoding alike.
+- W_l is normalised by row. softmax(a)^s is softmax(s a) up to a factor per row, so rankings within a row of W_l do not
+  change, and the product of 30 layers does not underflow. The product does change: the factor is largest for rows with
+  few visible blocks, and without it all walks would end in the first blocks.
+- Scores are divided by sqrt(D) of the head, as in attention, because our sketch preserves inner products for every
+  ``sketch_dim``. The paper's text and the authors' code divide by sqrt(sketch_dim).
+- ``damping``: 1 is the paper's product; 0.25 is used by the authors' code (Escanord/SketchWalk, ``walk_damping``) and
+  is the default here. A product of many layers drifts to the first block, from which it cannot leave.
+- The query of a block that is not full is the mean of its queries so far, in prefill and in decoding.
 
-The authors' code also differs from the paper, and from this: it adds up softmaxes of all heads, sharpens nothing, takes
-three damped steps of the walk in every layer (a "degree" of 3), and keeps fractions of the context as sink and window.
+The authors' code also differs from the paper and from this module: it sums softmaxes of all heads, does not sharpen,
+takes three damped steps of the walk per layer (a "degree" of 3), and keeps fractions of the context as sink and window.
 Here all heads share one selection, and ``TopBlocks`` keeps the first and the own block.
 """
 
@@ -33,30 +33,35 @@ from sparsekv_pl.blocksparse.hadamard import SubsampledHadamard
 
 @dataclass
 class SketchWalk:
-    """A ``BlockScorer`` (see attention/blocks.py). Scores are rows of the walk: not negative, 1 in sum.
+    """A ``BlockScorer`` (see attention/blocks.py). Scores are rows of the walk, non-negative with sum 1.
 
     With W_l = softmax(exponent * q k^T / sqrt(D)) over the visible blocks, q and k sketched block means of layer l:
     R_0 = W_0 and R_l = (1 - damping) W_l + damping R_(l-1) W_l. Scores of layer l are the rows of R_l.
 
-    It remembers what earlier tokens left: every forward of a context goes through the same object, in order, and a copy
-    of a cache needs a ``copy.deepcopy`` of it. A forward of T tokens scores T tokens, not the whole context, and gives
-    what one prefill of everything would give in its last rows. Per layer it keeps (B, N, sketch_dim) sums of keys and
-    (B, N, N) transitions, N blocks, in float32. There is no gradient.
+    It has state: use one object for all forwards of one context, in order, and a ``copy.deepcopy`` of it for a copy of
+    the cache. A forward of T tokens only scores these T tokens, and gives the last rows of a prefill of all tokens. The
+    state per layer is (B, N, sketch_dim) sums of keys and (B, N, N) transitions, N blocks, in float32. There is no
+    gradient.
 
     Parameters
     ----------
     block_size
         Tokens per block.
     sketch_dim
-        Coordinates that block means are compared in, at most the head dimension's next power of two.
+        Coordinates of the sketches, at most the next power of two from the head dimension.
     exponent
-        How much the block scores are sharpened, above 0.
+        Sharpening of the block scores, above 0.
     dense_layers
-        Layers with a smaller index are dense; their transitions count in the walk.
+        Layers with a smaller index are dense; their transitions are part of the walk.
     damping
         Weight of the walk against the layer alone, from 0 (each layer by itself) to 1 (the paper's product).
     seed
-        Of the sketch, the same for all layers.
+        Seed of the sketch, which is the same for all layers.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range.
     """
 
     block_size: int = 64
@@ -81,26 +86,26 @@ class SketchWalk:
             raise ValueError(f"damping={self.damping} must be in [0, 1]: it is the weight of the walk")
 
     def reset(self) -> None:
-        """Forget the context, for another model or a walk over other layers."""
+        """Reset the state, before another model or a walk over other layers."""
         self._layers, self._pass = {}, None
 
     @torch.no_grad()
     def __call__(self, layer: int, query: Tensor, key: Tensor) -> Tensor | None:
         """(B, 1, Nq, Nk) float32, or None for the first layers. See ``BlockScorer``.
 
-        Layers may be missing but must ascend: the walk is over those that the context's first forward gives, and later
-        forwards give the same.
+        Layers must ascend, and may be a subset of the model's: the context's first forward sets the layers of the walk,
+        and later forwards must have the same.
 
         Raises
         ------
         ValueError
-            For layers out of order, and where the S - T older keys are not the tokens that were scored before.
+            For layers out of order, and if the S - T older keys are not the tokens scored before.
         """
         tokens = query.shape[0], query.shape[2], key.shape[2]
         walk = self._enter(layer, tokens)
         state = self._layers.get(layer) or _Layer.empty(query, self.sketch_dim)
         _check_seen(layer, state, tokens)
-        with torch.autocast(query.device.type, enabled=False):  # it would round sums and walk to 16 bits
+        with torch.autocast(query.device.type, enabled=False):  # autocast would round sums and walk to 16 bits
             state, rows = self._advance(state, query, key)
             if walk is not None:
                 rows = torch.lerp(rows, walk.to(rows.device) @ state.transitions, self.damping)
@@ -109,7 +114,7 @@ class SketchWalk:
         return None if layer < self.dense_layers else rows[:, None]
 
     def _enter(self, layer: int, tokens: tuple[int, int, int]) -> Tensor | None:
-        """The walk (B, Nq, Nk) before ``layer``, None for the first; ValueError if it is not this layer's turn."""
+        """The walk (B, Nq, Nk) before ``layer``, None for the first. Raises ``ValueError`` for layers out of order."""
         order, new_context = list(self._layers), tokens[1] == tokens[2]
         if not order or layer == order[0] or (new_context and layer < order[0]):
             if new_context:
@@ -127,7 +132,7 @@ class SketchWalk:
         return begun.walk
 
     def _advance(self, state: "_Layer", query: Tensor, key: Tensor) -> "tuple[_Layer, Tensor]":
-        """The layer's state after the new tokens, and their rows (B, Nq, Nk) of its transitions."""
+        """Add the new tokens to the layer's state; return the state and the tokens' rows (B, Nq, Nk) of W_l."""
         queries, keys, dim = query.shape[2], key.shape[2], query.shape[3]
         first, count = first_block(queries, keys, self.block_size), block_count(keys, self.block_size)
         query_sums = self._sketched(block_sums(query, state.seen, self.block_size))
@@ -152,10 +157,10 @@ class SketchWalk:
 
 
 class _Layer(NamedTuple):
-    """What a layer keeps of the tokens it has seen, as sums, so that a block that is not full can grow."""
+    """A layer's state, as sums, so that a block that is not full can grow."""
 
     seen: int
-    """Tokens."""
+    """Number of tokens seen."""
     keys: Tensor
     """(B, N, sketch_dim), sketched sums of every block's keys."""
     query: Tensor
@@ -170,7 +175,7 @@ class _Layer(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """Where the forward that is under way has come to."""
+    """State of the running forward after a layer."""
 
     layer: int
     tokens: tuple[int, int, int]
@@ -180,7 +185,7 @@ class _Pass(NamedTuple):
 
 
 def block_sums(states: Tensor, start: int, block_size: int) -> Tensor:
-    """(B, n, D) float32 sums over the tokens of each block of the mean over heads of (B, heads, T, D).
+    """Average states (B, heads, T, D) over heads and sum them over the tokens of each block: (B, n, D) float32.
 
     The first token is at position ``start``; the first and the last block may be partial.
     """
@@ -188,7 +193,7 @@ def block_sums(states: Tensor, start: int, block_size: int) -> Tensor:
     before = min(-start % block_size, tokens)
     whole = before + (tokens - before) // block_size * block_size
     parts = []
-    # On a CPU a sum of 16-bit numbers in float32 copies what it sums: strips keep the copy in the CPU's own cache.
+    # On a CPU, summing 16-bit numbers in float32 copies them: strips keep the copy in the CPU's cache.
     step = tokens if states.is_cuda else 4 * block_size
     for strip in states[:, :, before:whole].split(step, 2) if whole > before else ():
         parts.append(strip.unflatten(2, (-1, block_size)).sum(3, dtype=torch.float32).sum(1))

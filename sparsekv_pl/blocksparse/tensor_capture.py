@@ -1,4 +1,4 @@
-"""Writes the queries, keys and values of a forward to disk, layer by layer while it runs; nothing of it is kept."""
+"""Writing the queries, keys and values of a forward to disk layer by layer, without keeping them in memory."""
 
 import shutil
 from collections import Counter
@@ -16,30 +16,30 @@ from sparsekv_pl.models.cache_shape import cache_shape
 from sparsekv_pl.models.decoder import decoder_of
 
 MEASURES = ("block_sparsity", "effective_support", "top_k_coverage")
-"""What is measured of each layer on the way; see ``LayerStatistics``."""
+"""Measures recorded for each layer; see ``LayerStatistics``."""
 DEFAULT_STATISTICS = StatisticsSettings(window=256)
-"""Of the last 256 queries: all of them would take longer than the forward."""
+"""Statistics over the last 256 queries; over all queries they would take longer than the forward."""
 
 
 class TensorCapture:
     """An ``Observer`` (evicted_attention.py) of dense forwards over whole contexts, one forward at a time.
 
-    ``begin``, the forward with ``observer=capture``, ``finish``. A sample's files come to stand in ``folder`` together,
-    when all of its layers are written: a forward that fails leaves none. Set ``rank`` where several processes write
-    into one folder.
+    Call ``begin``, run the forward with ``observer=capture``, then call ``finish``. A sample's files appear in
+    ``folder`` together, after all of its layers are written; a forward that fails leaves none. Set ``rank`` if several
+    processes write to one folder.
 
     Parameters
     ----------
     folder
-        Made if it is not there.
+        Output folder; made if missing.
     model
-        Whose forwards they are.
+        The model that runs the forwards.
     model_path
-        What the metadata call it.
+        The model's name in the metadata.
     layers
-        Which to write; null for all.
+        Layers to write; null: all.
     statistics
-        What to measure of each layer; null for ``DEFAULT_STATISTICS``.
+        Settings of each layer's statistics; null: ``DEFAULT_STATISTICS``.
 
     Raises
     ------
@@ -69,7 +69,7 @@ class TensorCapture:
         return self.folder / f".unfinished.{self.rank}"
 
     def begin(self, rows: Mapping[int, int], timestamp: str) -> None:
-        """A forward is about to run, whose row r is sample ``rows[r]``; other rows are not written."""
+        """Prepare for a forward whose row r is sample ``rows[r]``; other rows are not written."""
         self.discard()
         self._unfinished.mkdir(parents=True)
         self._rows, self._timestamp, self._records = dict(rows), timestamp, []
@@ -81,15 +81,18 @@ class TensorCapture:
             return
         if query.shape[2] != key.shape[2]:
             raise ValueError(
-                f"{query.shape[2]} queries over {key.shape[2]} keys are no dense forward over a whole context: collect "
-                "without chunks and before anything is evicted"
+                f"{query.shape[2]} queries over {key.shape[2]} keys are not a dense forward over a whole context: "
+                "collect without chunks and before anything is evicted"
             )
         for row, sample in self._rows.items():
             own = [tensor[row : row + 1] for tensor in (query, key, value)]
             self._write(layer, sample, *own)
 
     def finish(self) -> list[dict[str, Any]]:
-        """Let the files stand, and tell of each what is in it; measures are by head, (H,), means over queries."""
+        """Move the files to ``folder``; return a record per file, with measures by head (H,), averaged over queries.
+
+        Raises ``ValueError`` if the forward did not reach all layers.
+        """
         seen = Counter(record["sample"] for record in self._records)
         if any(seen[sample] != len(self.layers) for sample in self._rows.values()):
             raise ValueError(
@@ -103,7 +106,7 @@ class TensorCapture:
         return records
 
     def discard(self) -> None:
-        """Take away what a forward left that did not end."""
+        """Delete the files of a forward that did not finish."""
         shutil.rmtree(self._unfinished, ignore_errors=True)
         self._rows, self._records = {}, []
 
@@ -137,7 +140,7 @@ class TensorCapture:
 
 
 def chosen_layers(model: PreTrainedModel, layers: Sequence[int] | None) -> list[int]:
-    """The layers to write, ascending.
+    """Check and sort the layers to write.
 
     Raises
     ------
@@ -158,13 +161,13 @@ def chosen_layers(model: PreTrainedModel, layers: Sequence[int] | None) -> list[
         if scaling is not None and abs(scaling - usual) > 1e-6 * usual:
             raise ValueError(
                 f"layer {layer} scales its dot products by {scaling:.6g} and not by 1/sqrt(head_dim) = {usual:.6g}, "
-                "which a tensor file cannot say: collect from another model"
+                "which a tensor file cannot record: collect from another model"
             )
     return chosen
 
 
 def sample_bytes(model: PreTrainedModel, length: int, layers: int, dtype: torch.dtype) -> int:
-    """Bytes of the Q, K and V of ``layers`` layers of one sample of ``length`` tokens, without files' small heads."""
+    """Bytes of Q, K and V of ``layers`` layers for one sample of ``length`` tokens, without the files' headers."""
     config = model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads * cache_shape(config).head_dim
     return layers * length * (heads + cache_shape(config).pair_bytes) * dtype.itemsize
@@ -173,29 +176,29 @@ def sample_bytes(model: PreTrainedModel, length: int, layers: int, dtype: torch.
 def disk_need(
     folder: Path, model: PreTrainedModel, samples: Mapping[int, int], layers: Sequence[int], dtype: torch.dtype
 ) -> str:
-    """What collecting ``samples`` (length -> how many) takes of the disk that ``folder`` is on, in one line.
+    """One line about the disk space that ``samples`` (length -> number) need in ``folder``.
 
     Raises
     ------
     ValueError
-        If it is more than is free.
+        If that much is not free.
     """
     sizes = {length: count * sample_bytes(model, length, len(layers), dtype) for length, count in samples.items()}
     there = next((path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()), Path("/"))
     free, need = shutil.disk_usage(there).free, sum(sizes.values())
     parts = [f"{samples[n]} x {n} tokens {_readable(size)}" for n, size in sorted(sizes.items())]
     name = str(dtype).removeprefix("torch.")
-    told = (
+    line = (
         f"Q, K, V of {len(layers)} layers in {name}, {', '.join(parts) or 'nothing'}: "
         f"{_readable(need)} in all; {_readable(free)} are free on the disk of {folder}"
     )
     if need > free:
-        raise ValueError(f"{told}: choose fewer layers, samples or shorter lengths, or another output folder")
-    return told
+        raise ValueError(f"{line}: choose fewer layers, samples or shorter lengths, or another output folder")
+    return line
 
 
 def _readable(size: int) -> str:
-    """1536 -> "1.5 KiB"."""
+    """Format bytes: 1536 -> "1.5 KiB"."""
     value = float(size)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024:

@@ -1,7 +1,7 @@
-"""One layer's queries, keys and values of one sample in a file that ``torch.load(weights_only=True)`` reads.
+"""File format for one layer's queries, keys and values of one sample, read by ``torch.load(weights_only=True)``.
 
-A file is {"Q": (B, H, L, D), "K": (B, K, L, D), "V": (B, K, L, D), "metadata": ``Metadata``}, after RoPE, in the dtype
-that the model computed in. Its name says what is in it: tensors_seq4096_layer8_sample1_20240219_120000.pt.
+A file is {"Q": (B, H, L, D), "K": (B, K, L, D), "V": (B, K, L, D), "metadata": ``Metadata``}, after RoPE, in the
+model's compute dtype. Names are like tensors_seq4096_layer8_sample1_20240219_120000.pt.
 """
 
 import pickle
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from sparsekv_pl.storage.whole_files import written_whole
 
-FIX = "collect it again (evaluate.py predict --config configs/analyze/collect.yaml), or take the file away"
+FIX = "collect it again (evaluate.py predict --config configs/analyze/collect.yaml), or remove the file"
 KEYS = {"Q", "K", "V", "metadata"}
 
 
 class Metadata(TypedDict):
-    """What a file says about its tensors; no more and no less."""
+    """A file's metadata, with exactly these keys."""
 
     layer_idx: int
     seq_len: int
@@ -28,15 +28,15 @@ class Metadata(TypedDict):
     num_kv_heads: int
     head_dim: int
     hidden_size: int
-    """Of the model's residual stream: not always num_heads * head_dim."""
+    """Size of the residual stream, which may differ from num_heads * head_dim."""
     batch_size: int
     timestamp: str
-    """When the collection began: YYYYMMDD_HHMMSS. Files of one collection and length share it."""
+    """Start of the collection, YYYYMMDD_HHMMSS; shared by its files of one length."""
     model_path: str
 
 
 class TensorFileError(ValueError):
-    """A file that is not used: the message says which, what is wrong with it and what to do."""
+    """An unusable file; the message has its name, the fault and the fix."""
 
     def __init__(self, path: Path, wrong: str, fix: str = FIX) -> None:
         self.path, self.wrong = path, wrong
@@ -57,13 +57,13 @@ class LayerTensors:
 
 
 def file_name(metadata: Metadata, sample: int) -> str:
-    """As in tensors_seq4096_layer8_sample1_20240219_120000.pt."""
+    """The name of a sample's file, as in tensors_seq4096_layer8_sample1_20240219_120000.pt."""
     place = f"seq{metadata['seq_len']}_layer{metadata['layer_idx']}_sample{sample}"
     return f"tensors_{place}_{metadata['timestamp']}.pt"
 
 
 def write(folder: Path, sample: int, tensors: LayerTensors) -> Path:
-    """Write one file, whole or not at all. ``folder`` must be there. What tensors are views into is not written."""
+    """Write one file in one step; return its path. ``folder`` must exist. Only the tensors' own elements are saved."""
     path = folder / file_name(tensors.metadata, sample)
     content = {
         "Q": _alone(tensors.query),
@@ -71,19 +71,19 @@ def write(folder: Path, sample: int, tensors: LayerTensors) -> Path:
         "V": _alone(tensors.value),
         "metadata": dict(tensors.metadata),
     }
-    with written_whole(path) as partial, partial.open("wb") as file:  # by name torch hides what the disk refuses
+    with written_whole(path) as partial, partial.open("wb") as file:  # given a path, torch hides the disk's error
         torch.save(content, file)
     return path
 
 
 def read(path: Path) -> LayerTensors:
-    """One file, checked. The tensors are mapped: what is not looked at is not read.
+    """Read and check one file. The tensors are memory-mapped.
 
     Raises
     ------
     TensorFileError
-        For a file that is truncated, is no tensor file, or holds pickled code (which is not run); whose keys, shapes,
-        dtypes and metadata do not fit one another or its name; or whose numbers are not all finite.
+        For a file that is truncated, is not a tensor file, or holds pickled code (which is not run); for keys, shapes,
+        dtypes and metadata that contradict each other or the name; and for numbers that are not finite.
     """
     content = _loaded(path)
     wrong = _wrong_content(content) or _wrong_metadata(content["metadata"]) or _wrong_tensors(content)
@@ -97,20 +97,20 @@ def _loaded(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError as error:
-        raise TensorFileError(path, "is not there") from error
+        raise TensorFileError(path, "does not exist") from error
     except pickle.UnpicklingError as error:
         raise TensorFileError(
             path,
-            "holds pickled objects that are neither tensors nor plain values, and loading them would run their code; "
-            "nothing of it was loaded",
-            "do not trust where it came from, and " + FIX,
+            "holds pickled objects other than tensors and plain values, and loading them would run their code; "
+            "nothing was loaded",
+            "do not trust its source, and " + FIX,
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:  # as many ways as bytes can be missing
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:  # damaged files raise any of these
         raise TensorFileError(path, "is truncated, damaged, or not in torch.save's zip format") from error
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """On the CPU, in memory of its own: torch.save writes all that a view looks into."""
+    """A copy on the CPU, because torch.save writes the whole storage of a view."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
@@ -131,7 +131,7 @@ def _wrong_metadata(metadata: Any) -> str | None:
         found = sorted(map(str, metadata)) if isinstance(metadata, dict) else type(metadata).__name__
         return f"has the metadata {found} instead of {sorted(fields)}"
     for name, kind in fields.items():
-        if type(metadata[name]) is not kind:  # True is an int, but no number of heads
+        if type(metadata[name]) is not kind:  # True is an int, but not a number of heads
             return f"has the metadata {name}={metadata[name]!r}, which should be of type {kind.__name__}"
     return None
 
@@ -158,7 +158,7 @@ def _wrong_tensors(content: dict[str, Any]) -> str | None:
 
 
 def _wrong_name(name: str, metadata: Metadata) -> str | None:
-    """The sample's number is known to the name alone."""
+    """A fault of the name, or None. Only the name holds the sample's number."""
     sample = re.search(r"_sample(\d+)_", name)
     stated = file_name(metadata, int(sample[1]) if sample else 0)
-    return None if sample and name == stated else f"has another name than its metadata says ({stated})"
+    return None if sample and name == stated else f"has a name that contradicts its metadata ({stated})"

@@ -1,4 +1,4 @@
-"""The true attention, pooled to blocks: what a block scorer tries to predict, and the best that it could do."""
+"""True attention pooled to blocks: the target of block scorers, and their upper bound."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,10 +15,10 @@ class BlockAttention:
     """One layer's attention between blocks of queries and blocks of keys; (B, H, Nq, Nk) float32, 0 at later blocks."""
 
     mass: Tensor
-    """Mean over a block's queries of the attention that they pay to all keys of a block. Rows sum to 1."""
+    """Attention to all keys of a key block, averaged over the queries of a query block. Rows sum to 1."""
     peak: Tensor
-    """The largest attention of any query of a block to any key of a block: 2-D max pooling, which SeerAttention takes
-    for the truth (https://arxiv.org/abs/2410.13276)."""
+    """Largest attention of any query of a block to any key of a block (2-D max pooling), SeerAttention's target
+    (https://arxiv.org/abs/2410.13276)."""
 
 
 @torch.no_grad()
@@ -27,15 +27,24 @@ def block_attention(
 ) -> BlockAttention:
     """Pool softmax(query key^T * scaling), causal from the lower right and computed in float32, to blocks.
 
-    ``query`` (B, H, T, D) are the last T of the S positions of ``key`` (B, K, S, D), any dtype, H a multiple of K.
-    Where the first query stands inside a block, that block's row pools the queries that there are. ``scaling`` defaults
-    to 1 / sqrt(D). ``query_tile`` queries are taken at once, which changes no result: it bounds the memory, to two
-    times B * H * query_tile * S floats.
+    Parameters
+    ----------
+    query
+        (B, H, T, D), any dtype: the last T of the S positions. If the first query is inside a block, that block's row
+        pools only the given queries.
+    key
+        (B, K, S, D), any dtype; H is a multiple of K.
+    block_size
+        Tokens per block.
+    scaling
+        Factor of the scores; None: 1 / sqrt(D).
+    query_tile
+        Queries computed at once. It limits the memory to twice B * H * query_tile * S floats, and changes no result.
 
     Raises
     ------
     ValueError
-        For shapes that do not fit one another, and for a block or tile of less than one token.
+        For shapes that do not match, and for a block or tile of less than one token.
     """
     _check(query, key, block_size, query_tile)
     (batch, heads, queries, dim), keys = query.shape, key.shape[2]
@@ -44,8 +53,8 @@ def block_attention(
     peak = torch.zeros_like(mass)
     rows = torch.arange(keys - queries, keys, device=query.device) // block_size - first
     scaled = dim**-0.5 if scaling is None else scaling
-    with torch.autocast(query.device.type, enabled=False):  # it would round the products to 16 bits
-        whole = pad(key.float(), (0, 0, 0, count * block_size - keys))  # what is added lies after every query
+    with torch.autocast(query.device.type, enabled=False):  # autocast would round the products to 16 bits
+        whole = pad(key.float(), (0, 0, 0, count * block_size - keys))  # the padding is after every query
         for start in range(0, queries, query_tile):
             tile = query[:, :, start : start + query_tile].float() * scaled
             stop = start + tile.shape[2]
@@ -59,9 +68,9 @@ def block_attention(
 
 @dataclass
 class TrueBlocks:
-    """A block scorer (see attention/blocks.py) that knows the true attention: the control that no other can beat.
+    """A block scorer (see attention/blocks.py) with the true attention as scores: the upper control.
 
-    It computes all of the attention first and therefore saves nothing.
+    It first computes the whole attention, so it saves nothing.
 
     Parameters
     ----------
@@ -70,7 +79,12 @@ class TrueBlocks:
     pool
         "mass" or "peak", see ``BlockAttention``.
     average_heads
-        One choice for all heads, from the mean of their scores.
+        Make one selection for all heads, from the mean of their scores.
+
+    Raises
+    ------
+    ValueError
+        For a block of less than one token, or another ``pool``.
     """
 
     block_size: int = 64
@@ -84,14 +98,14 @@ class TrueBlocks:
             raise ValueError(f"pool={self.pool!r} must be 'mass' or 'peak'")
 
     def __call__(self, layer: int, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG002
-        """(B, H, Nq, Nk), or (B, 1, Nq, Nk) averaged. See ``BlockScorer``."""
+        """(B, H, Nq, Nk), or (B, 1, Nq, Nk) if heads are averaged. See ``BlockScorer``."""
         attention = block_attention(query, key, self.block_size)
         scores = attention.mass if self.pool == "mass" else attention.peak
         return scores.mean(1, keepdim=True) if self.average_heads else scores
 
 
 def _pooled(query: Tensor, key: Tensor, position: int, block_size: int) -> tuple[Tensor, Tensor]:
-    """Sum and maximum over each key block, (B, H, Q, blocks), of the attention of scaled queries from ``position``."""
+    """Sum and maximum over each key block, (B, H, T, N), of the attention of scaled queries from ``position`` on."""
     batch, heads, queries, dim = query.shape
     logits = query.reshape(batch, key.shape[1], -1, dim) @ key.transpose(2, 3)
     logits = logits.view(batch, heads, queries, key.shape[2])

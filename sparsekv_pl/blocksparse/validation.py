@@ -1,4 +1,4 @@
-"""Sketch&Walk against dense attention, on files of queries, keys and values: how far off it is, and how much faster."""
+"""Validating Sketch&Walk against dense attention on files of queries, keys and values: error, sparsity and speed."""
 
 import copy
 import time
@@ -32,22 +32,27 @@ if TYPE_CHECKING:
 
 
 class SketchWalkValidation(MeasuringModule):
-    """Runs Sketch&Walk over every sample's layers in order, beside dense attention; there is no model.
+    """Runs Sketch&Walk and dense attention over the layers of every sample in order, without a model.
 
-    Writes validation_results_{timestamp}.json (a record per file, see ``validated``), a summary of them as
-    validation_summary_{timestamp}.json, and a report. A file that is not sound is refused by name, and the walk goes on
-    without it. Samples that are finished are not run again, unless their files or a setting changed.
+    Writes validation_results_{timestamp}.json (a record per file, see ``validated``), their summary as
+    validation_summary_{timestamp}.json, and a report. An invalid file is refused by name, and the walk continues
+    without it. Finished samples are not run again, unless their files or a setting changed.
 
     Parameters
     ----------
     output
-        Folder for all of that; null: where the run's name says, else output/sketchwalk.
+        Folder for all output; null: where the run's name says, else output/sketchwalk.
     block_size, sketch_dim, exponent, dense_layers, damping, seed
         See ``SketchWalk``.
     top_k_blocks
-        Key blocks that a query block attends to, the first and its own among them.
+        Number of key blocks that a query block attends to, including the first and its own.
     repeats
-        How often dense and sparse attention are timed, in turn; their medians are told.
+        Number of timings of dense and sparse attention, in turn; medians are reported.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range.
     """
 
     def __init__(
@@ -74,14 +79,14 @@ class SketchWalkValidation(MeasuringModule):
             "damping": damping,
             "seed": seed,
         }
-        self.selector()  # raises for settings that cannot be
+        self.selector()  # raises for invalid settings
 
     def selector(self) -> Selector:
-        """Chooses the blocks of one sample's layers, in order."""
+        """Make a selector for one sample's layers, which it must see in order."""
         return TopBlocks(SketchWalk(**self.settings), self.top_k_blocks)  # type: ignore[arg-type]
 
     def pieces(self, batch: list[str], variant: str) -> Iterator[Piece]:
-        """One sample's files, layers ascending."""
+        """One piece: a sample's files in ascending order of layers."""
         paths = [Path(path) for path in batch]
         key = self.key(
             variant,
@@ -95,20 +100,20 @@ class SketchWalkValidation(MeasuringModule):
     def write(self, records: list[Record], environment: dict[str, Any]) -> list[Path]:
         """Write the results, the summary and the report."""
         stamp = time.strftime("%Y%m%d_%H%M%S", time.localtime(self.started))
-        told = summary(records, self.settings | {"top_k_blocks": self.top_k_blocks, "repeats": self.repeats})
+        summed_up = summary(records, self.settings | {"top_k_blocks": self.top_k_blocks, "repeats": self.repeats})
         results = [{name: record[name] for name in MEASUREMENT} for record in records if "refused" not in record]
         names = [f"validation_{kind}_{stamp}.json" for kind in ("results", "summary")]
         paths = write_analysis(
             self.output,
             "Sketch&Walk against dense attention",
-            sections(told),
-            told | {"files": names},
+            sections(summed_up),
+            summed_up | {"files": names},
             environment,
             {"validation.png": ("Cosine similarity and speed-up by layer", validation_figure(records))},
-            dict(zip(names, map(json_bytes, (results, told)), strict=True)),
+            dict(zip(names, map(json_bytes, (results, summed_up)), strict=True)),
         )
-        show(_for_terminal(expected_table(told)))
-        show(f"validated {told['files']} files, refused {len(told['refused'])}")
+        show(_for_terminal(expected_table(summed_up)))
+        show(f"validated {summed_up['files']} files, refused {len(summed_up['refused'])}")
         return paths
 
     def _sample(self, paths: Sequence[Path]) -> list[Record]:
@@ -133,33 +138,33 @@ def validated(
     repeats: int = 3,
     device: torch.device | str = "cpu",
 ) -> Record:
-    """One layer's record: everything of ``MEASUREMENT`` but the sample_id, and ``kept_dense``.
+    """Compare sparse with dense attention on one layer; return the fields of ``MEASUREMENT`` except sample_id.
 
-    Dense is scaled_dot_product_attention(is_causal=True), sparse is selection and block-sparse attention together; both
-    in the dtype of the file.
+    Dense is scaled_dot_product_attention(is_causal=True); sparse is selection and block-sparse attention together. Both
+    run in the dtype of the file. Further fields and details:
 
     layer_idx, seq_len, num_heads
-        As in the file; query heads.
+        Values of the file's metadata; num_heads counts query heads.
     actual_sparsity
-        Of the query-key pairs that causal attention has, the share that was not computed. Mean over heads.
+        Share of the causal query-key pairs that was not computed, mean over heads.
     target_sparsity
-        The same, if every query block chose ``top_k`` blocks, or all that it sees where they are fewer.
+        The same, if every query block selected ``top_k`` blocks, or all visible ones if they are fewer.
     block_sparsity
-        Of the pairs of a query block and a key block at or before it, the share that was not selected.
+        Share of the pairs of a query block and a visible key block that was not selected.
     cosine_similarity
-        Of the dense and the sparse output (D,) of a query and head; mean over queries and heads.
+        Cosine of the dense and the sparse output (D,) of a query and head, mean over queries and heads.
     mse, max_error
-        Mean squared and largest absolute difference of a number of the output.
+        Mean squared and largest absolute difference of the outputs' elements.
     num_blocks_selected, total_blocks, block_selection_ratio
-        Key blocks of the query block that has most of them, key blocks of the sequence, and their ratio.
+        Largest number of key blocks of a query block, key blocks of the sequence, and their ratio.
     dense_time_ms, sparse_time_ms, speedup
-        Medians of ``repeats`` turns, after a first that is not counted; dense over sparse.
+        Medians of ``repeats`` turns after a first, uncounted one; dense divided by sparse.
     kept_dense
-        The selector selected nothing for this layer: sparsity 0, all blocks, and sparse is dense.
+        Whether the selector left this layer dense: sparsity 0, all blocks, and sparse equals dense.
     """
     layer, length = tensors.metadata["layer_idx"], tensors.metadata["seq_len"]
     query, key, value = (t.to(device, copy=True) for t in (tensors.query, tensors.key, tensors.value))
-    turns = [copy.deepcopy(selector) for _ in range(repeats)]  # selecting changes a walk
+    turns = [copy.deepcopy(selector) for _ in range(repeats)]  # selecting changes the walk's state
     dense = _dense(query, key, value)
     blocks = selector(layer, query, key)
     sparse = dense if blocks is None else block_sparse_attention(query, key, value, blocks)
@@ -188,12 +193,12 @@ def validated(
 
 
 def pair_sparsity(blocks: Blocks) -> float:
-    """Of the query-key pairs of a whole causal context, the share outside ``blocks``; mean over rows and heads."""
+    """The share of a whole context's causal query-key pairs that is outside ``blocks``, mean over rows and heads."""
     mask, size = blocks.mask(), blocks.block_size
     rows, columns = mask.shape[-2:]
-    assert rows == columns, "the blocks are of a whole context"
+    assert rows == columns, "the blocks must be those of a whole context"
     tokens = (blocks.keys - torch.arange(rows, device=mask.device) * size).clamp(max=size).double()
-    pairs = tokens[:, None] * tokens  # of a query block and a whole key block before it
+    pairs = tokens[:, None] * tokens  # query-key pairs of a query block and an earlier key block
     pairs = torch.where(torch.eye(rows, device=mask.device, dtype=torch.bool), tokens * (tokens + 1) / 2, pairs)
     computed = (mask * pairs).sum((-2, -1)).mean()
     return float(1 - computed / (blocks.keys * (blocks.keys + 1) / 2))
@@ -203,7 +208,7 @@ def target_sparsity(length: int, block_size: int, top_k: int) -> float:
     """``pair_sparsity`` of a context of ``length`` tokens in which every query block attends to ``top_k`` blocks."""
     count = block_count(length, block_size)
     rows, columns = torch.arange(count)[:, None], torch.arange(count)
-    nearest = (columns <= rows) & (columns > rows - top_k)  # which they are does not matter: all but the own are full
+    nearest = (columns <= rows) & (columns > rows - top_k)  # any choice gives the same: all blocks but the own are full
     indices = torch.where(nearest, columns, count).sort(-1).values
     return pair_sparsity(Blocks(indices.where(indices < count, NOTHING)[None, None], block_size, length))
 
@@ -218,7 +223,7 @@ def _sparse(selector: Selector, layer: int, query: Tensor, key: Tensor, value: T
 
 
 def _milliseconds(turns: Sequence[Selector], layer: int, *states: Tensor) -> tuple[float, float]:
-    """Dense and sparse attention, one after the other for each of ``turns``: medians."""
+    """Median milliseconds of dense and of sparse attention, timed alternately for each of ``turns``."""
     times = [(timed(partial(_dense, *states))[1], timed(partial(_sparse, turn, layer, *states))[1]) for turn in turns]
     dense, sparse = zip(*times, strict=True)
     return 1000 * median(dense), 1000 * median(sparse)

@@ -1,4 +1,4 @@
-"""The picture of a validation: how near sparse attention comes to dense, and how much faster it is, by layer."""
+"""The picture of a validation: similarity of sparse to dense attention, and speed-up, by layer."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ PANELS = {"cosine_similarity": "cosine similarity to dense attention", "speedup"
 
 
 def validation_figure(records: Sequence[Record]) -> "Figure":
-    """A plot per measure, a line per length over layers, means over samples; layers that are kept dense are hollow.
+    """Draw a plot per measure with a line per length over layers, averaged over samples; dense layers are hollow.
 
-    Dashed: what was expected at least, in a length's colour where it was of that length alone.
+    Dashed lines are the least expected values, in the colour of their length if they have one.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure

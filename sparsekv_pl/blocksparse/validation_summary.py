@@ -1,4 +1,4 @@
-"""Sparse against dense attention, file by file, summed up by length and layer beside the figures that were expected."""
+"""Summary of a validation by length and by layer, with the expected figures."""
 
 import math
 from collections import defaultdict
@@ -43,16 +43,16 @@ SUMMED_UP = (
 
 @dataclass(frozen=True)
 class Expected:
-    """A figure that was expected, of the mean (or the largest value) over the files that are not kept dense."""
+    """An expected figure for the mean (or the largest value) over the files of layers that are not kept dense."""
 
     name: str
-    told: str
+    text: str
     field: str
     low: float = -math.inf
     high: float = math.inf
     of: Literal["mean", "max"] = "mean"
     length: int | None = None
-    """Expected at this length alone."""
+    """The only length in tokens for which it is expected; None: all."""
 
 
 EXPECTED = (
@@ -63,12 +63,13 @@ EXPECTED = (
     Expected("speed-up", "1.5 to 3", "speedup", low=1.5, length=8192),
     Expected("speed-up", "2 to 5", "speedup", low=2, length=16384),
 )
-"""For Llama-3.1-8B-Instruct at 4,096 to 16,384 tokens with the default settings. A higher speed-up meets it too."""
+"""Expected figures for Llama-3.1-8B-Instruct at 4,096 to 16,384 tokens with default settings. Higher speed-ups meet
+them too."""
 
 EXPLAINED = (
-    "Expected figures are for Llama-3.1-8B-Instruct at 4,096 to 16,384 tokens. Ours are means over the files whose "
-    "layer is not kept dense (the largest error is the largest of all); about 0.8 is met from 0.75 to 0.85.",
-    "Cosine similarity is that of a query's dense and sparse output in one head, averaged over queries and heads. "
+    "Expected figures are for Llama-3.1-8B-Instruct at 4,096 to 16,384 tokens. Ours are means over the files of layers "
+    "that are not kept dense (for the largest error, the maximum); 0.75 to 0.85 meets about 0.8.",
+    "Cosine similarity is between a query's dense and sparse output in one head, averaged over queries and heads. "
     "Sparsity is the share of the causal query-key pairs that was not computed. Times are medians of several turns; "
     "sparse time includes the selection.",
 )
@@ -77,7 +78,7 @@ EXPLAINED = (
 def summary(records: Sequence[Record], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Content of validation_summary_{timestamp}.json.
 
-    ``records`` are ``validation.validated``'s with a sample_id, or {"file", "refused"}.
+    ``records`` are those of ``validation.validated`` with a sample_id, or {"file", "refused"}.
     """
     refused = [record for record in records if "refused" in record]
     measured = [record for record in records if "refused" not in record]
@@ -98,23 +99,23 @@ def summary(records: Sequence[Record], settings: Mapping[str, Any]) -> dict[str,
     }
 
 
-def sections(told: Mapping[str, Any]) -> list[Section]:
-    """The report's page about a ``summary``."""
+def sections(content: Mapping[str, Any]) -> list[Section]:
+    """Sections of the report on a ``summary``'s content."""
     page = [
-        Section("Expected and measured", paragraphs=EXPLAINED, tables=[expected_table(told)]),
-        Section("By length", tables=[_length_table(told)], paragraphs=["Without the layers that are kept dense."]),
-        Section("By layer", tables=[_layer_table(told)]),
+        Section("Expected and measured", paragraphs=EXPLAINED, tables=[expected_table(content)]),
+        Section("By length", tables=[_length_table(content)], paragraphs=["Without the layers that are kept dense."]),
+        Section("By layer", tables=[_layer_table(content)]),
     ]
-    refused = [[entry["file"], entry["reason"]] for entry in told["refused"]]
+    refused = [[entry["file"], entry["reason"]] for entry in content["refused"]]
     return [*page, Section("Refused files", tables=[Table(["file", "reason"], refused)])] if refused else page
 
 
-def expected_table(told: Mapping[str, Any]) -> Table:
-    """A line per figure and length."""
+def expected_table(content: Mapping[str, Any]) -> Table:
+    """A table of expected and measured figures from a ``summary``'s content, with a line per figure and length."""
     verdicts = {True: "yes", False: "no", None: "not measured"}
     lines = [
         [entry["name"], entry["expected"], str(entry["seq_len"] or "-"), _short(entry["here"]), verdicts[entry["met"]]]
-        for entry in told["expected"]
+        for entry in content["expected"]
     ]
     return Table(["", "expected", "tokens", "here", "met"], lines)
 
@@ -128,17 +129,17 @@ def _expectations(measured: Sequence[Record]) -> Iterable[dict[str, Any]]:
             here = None if not own else (max if expected.of == "max" else mean)(own)
             yield {
                 "name": expected.name,
-                "expected": expected.told,
+                "expected": expected.text,
                 "seq_len": length,
                 "here": here,
                 "met": None if here is None else expected.low <= here <= expected.high,
             }
 
 
-def _length_table(told: Mapping[str, Any]) -> Table:
+def _length_table(content: Mapping[str, Any]) -> Table:
     header = ["tokens", "files", "sparsity", "cosine: mean", "lowest", "MSE", "largest error", "dense ms", "sparse ms"]
     lines = []
-    for length, own in told["by_length"].items():
+    for length, own in content["by_length"].items():
         sums = own.get("sparse_layers")
         if sums is None:
             lines.append([length, "0", *"-" * 10])
@@ -151,9 +152,9 @@ def _length_table(told: Mapping[str, Any]) -> Table:
     return Table([*header, "speed-up: mean", "lowest", "highest"], lines)
 
 
-def _layer_table(told: Mapping[str, Any]) -> Table:
+def _layer_table(content: Mapping[str, Any]) -> Table:
     lines = []
-    for length, layers in told["by_length_and_layer"].items():
+    for length, layers in content["by_length_and_layer"].items():
         for layer, sums in layers.items():
             names = ("actual_sparsity", "cosine_similarity", "mse", "speedup")
             numbers = [sums[name]["mean"] for name in names]
@@ -168,8 +169,8 @@ def _layer_table(told: Mapping[str, Any]) -> Table:
 
 def _summed_up(records: Sequence[Record]) -> dict[str, Any]:
     columns = {name: [record[name] for record in records] for name in SUMMED_UP}
-    told = {name: {"mean": mean(values), "min": min(values), "max": max(values)} for name, values in columns.items()}
-    return {"count": len(records), "kept_dense": sum(record["kept_dense"] for record in records), **told}
+    sums = {name: {"mean": mean(values), "min": min(values), "max": max(values)} for name, values in columns.items()}
+    return {"count": len(records), "kept_dense": sum(record["kept_dense"] for record in records), **sums}
 
 
 def _by(records: Iterable[Record], name: str) -> dict[int, list[Record]]:

@@ -1,4 +1,4 @@
-"""What train.py and evaluate.py share: LightningCLI with fewer commands and one-line errors."""
+"""The command line of train.py and evaluate.py: LightningCLI with fewer commands and one-line errors."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ from sparsekv_pl.cli.yaml_keys import check_unique_keys
 from sparsekv_pl.evaluation.pace import without_bars
 from sparsekv_pl.evaluation.second_signal import second_stops_at_once
 from sparsekv_pl.reporting.redaction import redact_output, redacted
-from sparsekv_pl.storage.user_errors import told
+from sparsekv_pl.storage.user_errors import user_message
 from sparsekv_pl.training.precision import decide_settings
 
 NOISE = re.compile(
@@ -39,12 +39,12 @@ NOISE = re.compile(
     r"Given value type: |Given value: .*(Namespace\(|NestedArg\(| object at )|Given value: .{80}|"
     r"Expected a path but .* not accessible or invalid"
 )
-"""Lines of jsonargparse's errors about how it tried, not about what is wrong."""
+"""Lines of jsonargparse's errors about its attempts, not about the mistake."""
 
 IN_LINE_NOISE = re.compile(
     r"Type .{1,300}? expects a function or a callable class: |[.:]? Got value: (Namespace\(.*|.{160,})"
 )
-"""The same inside lines; a value that long is a whole section, not what is wrong in it."""
+"""The same inside lines; such a long value is a whole section, not the mistake in it."""
 
 CHATTER = (
     ".*'set_vital' is deprecated",  # torchdata
@@ -55,13 +55,13 @@ CHATTER = (
     ".*module\\(s\\) in eval mode at the start of training",  # a frozen backbone
     ".*does not have many workers",  # batches are made while the model computes; the default needs no workers
 )
-"""Warnings about libraries' own affairs."""
+"""Warnings about internals of libraries."""
 
 _load_yaml = get_loader("yaml")
 
 
 def _load_yaml_and_none(text: str) -> Any:
-    """jsonargparse hands ``--model.backbone.adapter null`` on to the inner option as the text None."""
+    """Load YAML and check it. jsonargparse passes ``--model.backbone.adapter null`` on as the text "None"."""
     check_depth(text)
     value = _load_yaml(text)
     check_extent(value)
@@ -75,19 +75,19 @@ set_loader("yaml", _load_yaml_and_none, exceptions=(yaml.YAMLError,))
 
 
 class Parser(LightningArgumentParser):
-    """Says what is wrong with an argument in one line."""
+    """A parser with one-line errors."""
 
     _reading = "the value"
-    """The file that is being read."""
+    """The file that is being read, for errors."""
 
     def add_lightning_class_args(self, *args: Any, **settings: Any) -> list[str]:
-        """Add a class's options; what may be a count or a share stays the one that was given."""
+        """Add a class's options; an option that takes a count or a share keeps the type given."""
         added = super().add_lightning_class_args(*args, **settings)
         counts_before_shares(self._actions)
         return added
 
     def parse_path(self, path: str | os.PathLike[str], *args: Any, **settings: Any) -> Namespace:
-        """A file's settings; what is wrong with the file itself is said with its name."""
+        """A file's settings. Raises ``ValueError`` with the file's name if it cannot be read."""
         before, self._reading = self._reading, str(path)
         try:
             return super().parse_path(path, *args, **settings)
@@ -99,7 +99,7 @@ class Parser(LightningArgumentParser):
             self._reading = before
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit with code 2."""
+        """Print the message in one line and exit with code 2."""
         message = message.replace('"<unicode string>"', self._reading).replace(
             "Unexpected config: ", f"{self._reading} holds no settings: "
         )
@@ -108,9 +108,9 @@ class Parser(LightningArgumentParser):
         super().error(message, ex)
 
     def instantiate(self, namespace: Namespace, *args: Any, **settings: Any) -> Namespace:
-        """Objects of ``namespace``, with what follows from the run's name and length filled in for them alone.
+        """Make the objects of ``namespace``, after filling in what follows from the run's name and length.
 
-        The configuration that is saved says each once, so that another ``--name`` over it names the run as wholly.
+        The saved configuration stays without these values, so that a later ``--name`` changes all of them.
         """
         if "trainer" in namespace:
             namespace = namespace.clone()
@@ -120,28 +120,28 @@ class Parser(LightningArgumentParser):
 
 
 class CommandLine(LightningCLI):
-    """LightningCLI limited to ``commands``. Model and data are chosen by class_path, so that --help imports neither."""
+    """LightningCLI limited to ``commands``. class_path chooses model and data, so --help imports neither."""
 
     commands: Sequence[str] = ()
     reports: bool = False
-    """Whether it measures, so that there is a report to name."""
+    """Whether the script measures and writes reports, which ``--report`` can name."""
     progress: Callable[[], ProgressBar] | None = None
-    """What shows how far a run is."""
+    """Makes the progress bar."""
     always: Sequence[type[Callback]] = ()
     """Callbacks of every run."""
 
     def __init__(self, **settings: Any) -> None:
-        # The model has its optimizer; a second one beside it would silently win.
+        # The model makes its own optimizer, which Lightning's would silently replace.
         with RunFolders() as self.folders:
             super().__init__(parser_class=Parser, auto_configure_optimizers=False, **settings)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Lightning's, and the run's name."""
+        """Add Lightning's arguments and the run's name."""
         super().add_core_arguments_to_parser(parser)
         add_name(parser, self.reports)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, then check what types cannot say."""
+        """Parse, then check what types cannot express. Raises ``ValueError`` for a value that cannot work."""
         super().parse_arguments(parser, args)
         command = self.config.get(self.config.get("subcommand") or "", self.config)
         settings = command.as_dict()
@@ -155,26 +155,23 @@ class CommandLine(LightningCLI):
         check_values({**settings, "trainer": trainer}, "")
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: Lightning's takes settings out of the checkpoint, classes to make and code to trust among them."""
+        """Do nothing. Lightning's method takes settings from the checkpoint, including classes to instantiate."""
 
     def before_instantiate_classes(self) -> None:
-        """Decide what the run computes in, where that was left out: the saved configuration says it.
-
-        The folders that it writes into are its own from here on.
-        """
+        """Choose the precision if it was left out, for the saved configuration, and claim the output folders."""
         command, trains = self.config.get("subcommand") or "", not self.reports
         decide_settings(self.config.get(command, self.config), trains)
         if self.subcommand is not None:
             self.folders.claim_all(self.named(), trains)
 
     def named(self) -> Namespace:
-        """The command's settings, with what follows from the run's name."""
+        """The command's settings, with the folders that follow from the run's name."""
         settings = self.config.get(self.config.get("subcommand") or "", self.config).clone()
         fill_name(settings)
         return settings
 
     def instantiate_classes(self) -> None:
-        """All objects; an error says which one another package refused to make."""
+        """Make all objects. An error names the class that another package refused to make."""
         self.parser.add_instantiator(explained, object)
         with self._memory_explained():
             super().instantiate_classes()
@@ -184,17 +181,17 @@ class CommandLine(LightningCLI):
                 self.folders.claim("model.output", output, REPORT)
 
     def instantiate_trainer(self, **settings: Any) -> Trainer:
-        """The trainer; what Lightning refuses becomes a ``ValueError`` with the settings that it speaks of."""
+        """Make the trainer. Lightning's refusal becomes a ``ValueError`` with the settings that it mentions."""
         try:
             return super().instantiate_trainer(callbacks=self._callbacks(), **settings)
         except (MisconfigurationException, RuntimeError, ValueError, TypeError, ImportError) as error:
             given = self._get(self.config, "trainer")
             named = {name: value for name, value in given.items() if re.search(rf"\b{name}\b", str(error))}
-            told = "".join(f"; trainer.{name} is {_brief(value)}" for name, value in named.items())
-            raise ValueError(f"trainer: {str(error).rstrip('.')}{told}") from error
+            values = "".join(f"; trainer.{name} is {_brief(value)}" for name, value in named.items())
+            raise ValueError(f"trainer: {str(error).rstrip('.')}{values}") from error
 
     def _callbacks(self) -> list[Callback]:
-        """The configuration's, ``always``, and ``progress`` unless the run shows its own or none."""
+        """The configuration's callbacks, ``always``, and ``progress`` unless the run has its own or disables it."""
         given = self._get(self.config_init, "trainer")
         callbacks = given.callbacks or []
         callbacks = [*(callbacks if isinstance(callbacks, list) else [callbacks]), *(made() for made in self.always)]
@@ -213,12 +210,12 @@ class CommandLine(LightningCLI):
 
     @classmethod
     def subcommands(cls) -> dict[str, set[str]]:
-        """Those of LightningCLI that this script offers."""
+        """The subcommands of LightningCLI that this script offers."""
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name in cls.commands}
 
 
 def run(command_line: Callable[[], Any]) -> None:
-    """Run, and show an error that a user can mend as one line. JSONARGPARSE_DEBUG=true shows where it came from."""
+    """Run, and print an error that a user can fix as one line. JSONARGPARSE_DEBUG=true prints its traceback."""
     quieten()
     redact_output()
     try:
@@ -227,7 +224,7 @@ def run(command_line: Callable[[], Any]) -> None:
     except SIGTERMException as stopped:
         sys.exit(stopped.code or 128 + signal.SIGTERM)
     except Exception as error:
-        line = told(error)
+        line = user_message(error)
         if os.environ.get("JSONARGPARSE_DEBUG") or line is None:
             raise
         sys.exit(f"error: {plain(line)}")
@@ -238,9 +235,9 @@ def run(command_line: Callable[[], Any]) -> None:
 
 
 def quieten() -> None:
-    """Silence what libraries say of themselves and no user can act on."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # misses an optional kernel, also where nothing is 4-bit
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # says the address of every request, and a path may hold a key
+    """Silence libraries' messages about themselves that no user can act on."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # misses an optional kernel, even if nothing is 4-bit
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # logs the address of each request, which may hold a key
     advertised = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     advertised.addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
     for message in CHATTER:
@@ -248,28 +245,28 @@ def quieten() -> None:
 
 
 def plain(message: str) -> str:
-    """One line, ``key: what is wrong``, of what jsonargparse says in many.
+    """Shorten jsonargparse's many lines to one: ``key: error``.
 
     >>> plain('Parser key "model":\\n  Parser key "r":\\n    Errors:\\n      - Expected a <class \\'int\\'>')
     "model.r: Expected a <class 'int'>"
     """
     lines = [IN_LINE_NOISE.sub("", line.strip().removeprefix("- ")) for line in message.splitlines()]
-    keys, said = [], []
+    keys, errors = [], []
     for text in lines:
         while key := re.match(r'Parser key "(.+?)":\s*', text):
             keys.append(key[1])
             text = text[key.end() :]
         if text and not NOISE.match(text):
-            said.append(text)
-    classes = [text for text in said if text.startswith("Problem with given class_path")]
-    if said == classes:  # nothing else is left: a value where a class belongs
-        said += [text for text in lines if text.startswith("Not a valid subclass of ")][:1]
-    said = [text for text in dict.fromkeys(said) if text not in classes[:-1]]
-    return redacted(": ".join(filter(None, [".".join(dict.fromkeys(keys)), " ".join(said or lines)])))
+            errors.append(text)
+    classes = [text for text in errors if text.startswith("Problem with given class_path")]
+    if errors == classes:  # nothing else is left: a value where a class belongs
+        errors += [text for text in lines if text.startswith("Not a valid subclass of ")][:1]
+    errors = [text for text in dict.fromkeys(errors) if text not in classes[:-1]]
+    return redacted(": ".join(filter(None, [".".join(dict.fromkeys(keys)), " ".join(errors or lines)])))
 
 
 def _brief(value: Any) -> str:
-    """A setting's value, of objects their classes alone."""
+    """A setting's value for messages; objects are shown as their class names."""
     if isinstance(value, list):
         return f"[{', '.join(map(_brief, value))}]"
     path = value.get("class_path") if isinstance(value, Namespace) else None

@@ -1,6 +1,6 @@
-"""How deep and how large a configuration may be: with YAML's anchors one may hold itself, or grow out of a line.
+"""Limits on the depth and size of a configuration: with YAML's anchors it may contain itself, or grow from one line.
 
-A loader written in C ends the process where a text is nested too deep, and a Python one raises RecursionError.
+Deeply nested text crashes the process in a loader written in C, and raises RecursionError in a Python one.
 """
 
 from typing import Any
@@ -8,11 +8,11 @@ from typing import Any
 import yaml
 
 DEEPEST, MOST = 50, 100_000
-"""Levels and values."""
+"""Most levels and most values."""
 
 
 def check_depth(text: str) -> None:
-    """Raise ``ValueError`` for YAML that is nested too deep to be loaded, and ``yaml.YAMLError`` for what is none."""
+    """Raise ``ValueError`` for YAML that is nested too deep to load, and ``yaml.YAMLError`` for invalid YAML."""
     depth = 0
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -22,7 +22,7 @@ def check_depth(text: str) -> None:
 
 
 def check_extent(node: Any) -> None:
-    """Raise ``ValueError`` for what holds itself, or so much that anchors must have multiplied it."""
+    """Raise ``ValueError`` for a value that contains itself, or that anchors have made too large."""
     waiting, seen = [(node, "it", 0)], 0
     while waiting:
         item, top, depth = waiting.pop()

@@ -1,4 +1,4 @@
-"""What a configuration must be besides well typed: its shape, no nulls for numbers, numbers that can be."""
+"""Checks of a configuration beyond its types: its shape, nulls in place of numbers, and numbers out of range."""
 
 import dataclasses
 import importlib
@@ -13,7 +13,7 @@ from sparsekv_pl.reporting.redaction import check_no_secret
 
 CLASS_KEYS = {"class_path", "init_args", "dict_kwargs"}
 LARGEST = 2**63 - 1
-"""Of torch's integers: beyond it everything fails somewhere deep."""
+"""Largest integer of torch; larger values fail deep inside libraries."""
 
 LEAST: dict[str, dict[str, float]] = {
     "lightning": {
@@ -29,13 +29,13 @@ LEAST: dict[str, dict[str, float]] = {
         **dict.fromkeys(("sink_size_end", "epsilon", "tau", "n_last", "n_recent", "n_initial"), 0),
     },
 }
-"""The least values of settings that libraries take unchecked, and then fail on or compute nonsense with."""
+"""Package -> setting -> least value, for settings that the package does not check itself."""
 
 
 def check_shape(node: Any, key: str = "") -> None:
-    """Raise ``ValueError`` where a loaded file cannot be a configuration, before jsonargparse makes guesses at it.
+    """Raise ``ValueError`` for a loaded file that cannot be a configuration, before jsonargparse interprets it.
 
-    ``node`` is what YAML made of a file or of an argument, and ``key`` the dotted path that leads there.
+    ``node`` is the loaded YAML of a file or an argument, and ``key`` its dotted path.
     """
     if isinstance(node, list):
         for index, item in enumerate(node):
@@ -61,9 +61,9 @@ def check_shape(node: Any, key: str = "") -> None:
 
 
 def check_values(value: Any, key: str, hint: Any = Any) -> None:
-    """Raise ``ValueError`` for what no setting ``key`` could work with, naming the dotted path and the value.
+    """Raise ``ValueError`` for a value that cannot work, with its dotted path.
 
-    jsonargparse takes null for every setting of a nested class, and any number for a number. ``value`` is resolved:
+    jsonargparse accepts null for every setting of a nested class, and any number for a number. ``value`` is resolved:
     numbers, texts, lists, mappings with class_path and init_args, mappings of a dataclass's settings (``hint``).
     """
     if isinstance(value, float) and not math.isfinite(value):
@@ -91,7 +91,7 @@ def check_values(value: Any, key: str, hint: Any = Any) -> None:
 
 
 def _check_settings(made: type, settings: Mapping[str, Any], key: str) -> None:
-    """The same for ``made(**settings)``."""
+    """``check_values`` for the settings of ``made(**settings)``."""
     parameters, hints = inspect.signature(made).parameters, _hints(made)
     least = LEAST.get(made.__module__.partition(".")[0], {})
     for name, value in settings.items():
@@ -109,9 +109,9 @@ def _check_settings(made: type, settings: Mapping[str, Any], key: str) -> None:
 
 
 def explained(made: type, *args: Any, **settings: Any) -> Any:
-    """``made(*args, **settings)``; what another package's constructor refuses becomes a ``ValueError`` with its name.
+    """Return ``made(*args, **settings)``; a refusal by another package's class becomes a ``ValueError`` with its name.
 
-    This package's own classes name the field themselves, and a mistake in them must keep its traceback.
+    This project's own classes name the setting themselves, and a bug in them must keep its traceback.
     """
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -122,12 +122,12 @@ def explained(made: type, *args: Any, **settings: Any) -> Any:
         return made(*args, **settings)
     except refusals as error:
         given = ", ".join(f"{name}={_shown(value)}" for name, value in settings.items())
-        reason = str(error) or _unsaid(made)
+        reason = str(error) or _assertion_meaning(made)
         raise ValueError(f"{made.__name__}({given}) is refused: {reason}") from error
 
 
-def _unsaid(made: type) -> str:
-    """What an assertion without words means."""
+def _assertion_meaning(made: type) -> str:
+    """The meaning of an assertion without a message."""
     if made.__module__.startswith("kvpress"):
         return "it takes a press that scores (kvpress.ScorerPress) and no other"
     return "an assertion failed"
@@ -141,7 +141,7 @@ def _imported(path: str) -> Any:
 def _hints(made: type) -> dict[str, Any]:
     try:
         return typing.get_type_hints(made.__init__)  # type: ignore[misc]
-    except (NameError, TypeError):  # names that a library imports for type checkers alone
+    except (NameError, TypeError):  # names that a library imports only for type checkers
         return {}
 
 
@@ -161,7 +161,7 @@ def _takes_null(hint: Any) -> bool:
 
 
 def _joined(key: str, name: str) -> str:
-    """The path as it is written on a command line: without init_args."""
+    """The dotted path as on a command line: without init_args."""
     return key if name == "init_args" and key else f"{key}.{name}" if key else name
 
 

@@ -1,4 +1,4 @@
-"""Class paths of version 0.1.0 that are written in users' YAML: each is refused with the new one. Goes with 0.3.0."""
+"""Class paths of version 0.1.0 in users' YAML: each is refused with its new path. To be removed in 0.3.0."""
 
 import re
 
@@ -36,7 +36,7 @@ OLD_PATH = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, MOVED))})(?!\w)")
 
 
 def moved(line: str) -> str:
-    """``line``, an error of the command line; where it names an old class path, the key and the new path instead.
+    """Replace an error line that names an old class path by the key and the new path; return others unchanged.
 
     >>> moved("model: Problem with given class_path 'sparsekv_pl.lora.Lora': No module named 'sparsekv_pl.lora'")
     'model: sparsekv_pl.lora.Lora moved in version 0.2.0: write sparsekv_pl.models.lora.Lora'

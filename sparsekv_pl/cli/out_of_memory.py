@@ -1,4 +1,4 @@
-"""Out of memory: which of a run's settings need less, and what they are now."""
+"""Explaining out-of-memory errors: the run's settings that can reduce memory, with their values."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 CPU_ALLOCATORS = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""In a plain RuntimeError, where torch has no class for it: Linux, Windows, and a GPU's matrix products."""
+"""Messages of plain RuntimeErrors that mean out of memory: on Linux, on Windows, and in a GPU's matrix products."""
 
 
 class OutOfMemoryError(RuntimeError):
@@ -16,12 +16,12 @@ class OutOfMemoryError(RuntimeError):
 
 
 class Remedy(NamedTuple):
-    """What to do with a setting, and the values at which there is nothing left to do."""
+    """How to change a setting, and the values at which nothing more can be saved."""
 
     what: str
     spent: tuple[Any, ...] = ()
     training: bool = False
-    """Only training has a use for it."""
+    """Whether it applies only to training."""
 
 
 REMEDIES = {
@@ -43,17 +43,17 @@ REMEDIES = {
     "placement": Remedy("{} spreads the weights over GPUs, CPU and disk", spent=("given",)),
     "sharded": Remedy("--config configs/train/fsdp.yaml shares the model out over GPUs", spent=(True,), training=True),
 }
-"""By the setting's name, wherever in the configuration it is."""
+"""Setting's name, anywhere in the configuration -> its remedy."""
 
 
 @contextmanager
 def out_of_memory_explained(settings: Mapping[str, Any], training: bool) -> Iterator[None]:
-    """Turn the many errors that mean "out of memory" into one that names the ``settings`` which need less of it.
+    """Replace any out-of-memory error in the block by one that names the ``settings`` to change.
 
     Raises
     ------
     OutOfMemoryError
-        Instead of torch's and Python's.
+        In place of torch's and Python's errors.
     """
     try:
         yield
@@ -66,7 +66,7 @@ def out_of_memory_explained(settings: Mapping[str, Any], training: bool) -> Iter
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """``error`` and what it came from: jsonargparse makes a ValueError of all that fails in a constructor."""
+    """``error`` and its causes: jsonargparse turns any error in a constructor into a ValueError."""
     while error is not None:
         yield error
         error = error.__cause__
@@ -77,17 +77,17 @@ def _is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == ENOMEM
-    return isinstance(error, RuntimeError) and any(said in str(error) for said in CPU_ALLOCATORS)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in CPU_ALLOCATORS)
 
 
 def _first_line(error: BaseException) -> str:
-    """Without what torch adds of its environment variables and C++ frames."""
-    said = str(error) or type(error).__name__
-    return said.splitlines()[0].partition(" If reserved but unallocated")[0].rstrip(".")
+    """The error's first line, without torch's advice on environment variables and its C++ frames."""
+    message = str(error) or type(error).__name__
+    return message.splitlines()[0].partition(" If reserved but unallocated")[0].rstrip(".")
 
 
 def _remedies(settings: Mapping[str, Any], training: bool, path: str = "") -> Iterator[str]:
-    """``key=value (what to do)`` of every setting that can still do something, keys as the command line takes them."""
+    """Yield ``key=value (what to do)`` for every setting that can reduce memory, with keys as on the command line."""
     for name, value in settings.items():
         key = path if name == "init_args" else f"{path}.{name}".removeprefix(".")
         remedy = REMEDIES.get(name)

@@ -1,16 +1,16 @@
-"""Where an evaluation may not write: refused before anything is loaded, not after all the work."""
+"""Folders that an evaluation may not write to, refused before anything is loaded."""
 
 from pathlib import Path
 
 EXPORTED = ("adapter_config.json", "training.json", "model.safetensors", "model.safetensors.index.json")
 RUN = ("checkpoints", "config.yaml")
-"""One of these lies beside what a training exports."""
+"""At least one of these lies beside a training's exports."""
 
 
 def check_output(key: str, output: str | Path) -> None:
-    """Raise ``ValueError`` where a training run puts what it exports.
+    """Raise ``ValueError`` if ``output`` is a folder of a training's exports.
 
-    A run that goes on replaces such a folder whole, and what else lies in it is gone.
+    A training that continues replaces such a folder as a whole; a report in it would be lost.
     """
     folder = Path(output).expanduser()
     place = folder.name in ("final", "merged") or folder.name.startswith("checkpoint-")
@@ -19,7 +19,7 @@ def check_output(key: str, output: str | Path) -> None:
 
 
 def _there(path: Path) -> bool:
-    """Whether it exists; what has too long a name does not."""
+    """Whether ``path`` exists; a name that is too long does not."""
     try:
         return path.exists()
     except OSError:

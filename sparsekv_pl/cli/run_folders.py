@@ -1,4 +1,4 @@
-"""Which folders a run writes into: each belongs to one live run."""
+"""The folders that a run writes to, each claimed by one running process."""
 
 import os
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from sparsekv_pl.storage.own_folder import claimed
 
 TRAINING, REPORT = "training", "report"
-"""Beside each other in one folder: an export of a live training can be measured."""
+"""Uses of a folder. One process each may hold it at a time: an export can be measured while the training runs."""
 
 
 class RunFolders(ExitStack):
-    """The folders that this process has for itself until the end of the block; the first of several ranks has them."""
+    """The folders that this process holds until the end of the block. Only the first of several ranks holds them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,7 +24,13 @@ class RunFolders(ExitStack):
         self._claimed: set[tuple[str, str]] = set()
 
     def claim(self, key: str, folder: str | Path, use: str) -> None:
-        """Raise ``ValueError`` where another process has ``folder``, which ``key`` gives, or nothing can be written."""
+        """Hold ``folder``, which ``key`` sets, for ``use``.
+
+        Raises
+        ------
+        ValueError
+            If another process holds it, or it cannot be written.
+        """
         path = Path(folder).expanduser()
         known = (os.path.realpath(path), use)  # two of its names may be given for one folder
         if self.writes and known not in self._claimed:
@@ -32,7 +38,7 @@ class RunFolders(ExitStack):
             self._claimed.add(known)
 
     def claim_all(self, settings: Namespace, trains: bool) -> None:
-        """Those that ``settings`` of one command say, whose names are filled in; none where the code is only tried."""
+        """Hold all output folders of a command's complete ``settings``; none with ``trainer.fast_dev_run``."""
         if settings.get("trainer.fast_dev_run"):
             return
         for key, folder in trained_into(settings) if trains else ():
@@ -45,7 +51,7 @@ class RunFolders(ExitStack):
 
 
 def trained_into(settings: Namespace) -> Iterator[tuple[str, Path]]:
-    """Key and folder of what a training of these ``settings`` writes, the run's own first."""
+    """Yield key and path of the folders that a training with these ``settings`` writes to, the run's own first."""
     root = settings.get("trainer.default_root_dir")
     yield "trainer.default_root_dir", Path(root or ".").expanduser()
     if (exports := settings.get("export.directory")) is not None:

@@ -1,15 +1,15 @@
-"""The length of a learning-rate schedule, which follows trainer.max_steps."""
+"""The length of a learning-rate schedule, which follows from trainer.max_steps."""
 
 from jsonargparse import Namespace
 
 
 def fill_length(settings: Namespace) -> None:
-    """Give a learning-rate schedule of ``settings``, those of one command, the run's length as its ``total_steps``.
+    """Set ``total_steps`` of the learning-rate schedule in a command's ``settings`` to the run's length.
 
     Raises
     ------
     ValueError
-        Where it ends before the run does, which would stop training there, or where nothing says its length.
+        If the schedule ends before the run, which would stop training there, or if neither has a length.
     """
     key, max_steps = "model.init_args.lr_scheduler.init_args", settings.get("trainer.max_steps")
     schedule = settings.get(key)

@@ -1,4 +1,4 @@
-"""A run is named once: all it writes lies in output/NAME, and evaluations look there for what it trained."""
+"""The run's name: a run writes to output/NAME, and evaluations find its adapter there."""
 
 import re
 from pathlib import Path
@@ -10,31 +10,31 @@ from sparsekv_pl.cli.output_folder import check_output
 
 OUTPUT = Path("output")
 UNNAMED = str(OUTPUT / "NAME")
-"""Where a logger writes whose folder nobody gave: it stands for the run's own."""
+"""Default folder of the logger, replaced by the run's own."""
 
 EXPORT = re.compile(r"final|checkpoint-\d+")
-"""What callbacks.adapter_export calls the folders of a run's adapters."""
+"""Names of the folders of a run's adapters, as callbacks.adapter_export makes them."""
 
 
 def add_name(parser: LightningArgumentParser, reports: bool) -> None:
-    """Add ``--name``, where there are ``reports`` ``--report``, and a logger that follows them."""
-    where = "; a whole path is taken as it is"
-    parser.add_argument("--name", type=str | None, default=None, help=f"of the run, which lies in output/NAME{where}")
+    """Add ``--name``, with ``reports`` also ``--report``, and a logger that follows them."""
+    name_help = "name of the run, which writes to output/NAME; a whole path is used as it is"
+    parser.add_argument("--name", type=str | None, default=None, help=name_help)
     if reports:
-        said = "of what is measured; its report lies in output/NAME/REPORT, without it in output/NAME"
-        parser.add_argument("--report", type=str | None, default=None, help=said)
+        report_help = "name of the report, which is written to output/NAME/REPORT; without it, to output/NAME"
+        parser.add_argument("--report", type=str | None, default=None, help=report_help)
     settings = {"save_dir": UNNAMED, "name": "", "version": ""}
     logger = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": settings}
     parser.set_defaults({"trainer.logger": logger})
 
 
 def fill_name(settings: Namespace) -> None:
-    """Fill in every folder that ``settings``, those of one command, leave to the run's name; given ones stay.
+    """Fill in the folders that a command's ``settings`` leave to the run's name; given ones stay.
 
     Raises
     ------
     ValueError
-        For an empty name, and for an adapter of a run (``final``, ``checkpoint-46``) without a run's name.
+        For an empty name, and for an adapter of a run (``final``, ``checkpoint-46``) without the run's name.
     """
     for key in ("name", "report"):
         if settings.get(key) == "":
@@ -50,13 +50,13 @@ def fill_name(settings: Namespace) -> None:
         settings["trainer.default_root_dir"] = str(writes)
     if settings.get("trainer.logger.init_args.save_dir") == UNNAMED:
         if writes is None:
-            settings["trainer.logger"] = True  # Lightning's own, beside the checkout
+            settings["trainer.logger"] = True  # Lightning's default, in the working directory
         else:
             settings["trainer.logger.init_args.save_dir"] = str(writes)
 
 
 def _run_folder(settings: Namespace) -> Path | None:
-    """What training writes to."""
+    """The folder that training writes to."""
     name, given = settings.get("name"), settings.get("trainer.default_root_dir")
     if given is not None and "report" not in settings:
         return Path(given)
@@ -64,10 +64,10 @@ def _run_folder(settings: Namespace) -> Path | None:
 
 
 def _report_folder(settings: Namespace, run: Path | None) -> Path | None:
-    """What an evaluation's logger and trainer write to; its report's folder is filled in.
+    """The folder for an evaluation's logger and trainer; also fills in the report's folder.
 
-    A report in the run's own folder has ``evaluation`` below it for them: training's events lie there, and the
-    checkpoints of a requeued job, which Lightning would load.
+    For a report in the run's own folder it is the subfolder ``evaluation``: the run's folder has training's events, and
+    the checkpoints of a requeued job, which Lightning would load.
     """
     report, output = settings.get("report"), settings.get("model.init_args.output")
     if output is None and (run is not None or report is not None):

@@ -1,4 +1,4 @@
-"""Saves a run's resolved configuration beside what it writes, and gives it to the loggers."""
+"""Saving a run's resolved configuration beside its output, and logging it."""
 
 from pathlib import Path
 from typing import Any
@@ -12,25 +12,25 @@ from sparsekv_pl.reporting.public_addresses import public_addresses
 from sparsekv_pl.storage.whole_files import written_whole
 
 HEADER = b"# lightning.pytorch=="
-"""Of a configuration that was saved, or printed with --print_config."""
+"""First bytes of a configuration that was saved, or printed with --print_config."""
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Saves the resolved configuration where the logger writes, and gives it to all loggers as hyper-parameters.
+    """Saves the resolved configuration in the logger's folder, and logs it as hyper-parameters to all loggers.
 
-    Paths of web addresses are left out, for they may hold keys.
+    Paths of web addresses are hidden, because they may hold keys.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **settings: Any) -> None:
         super().__init__(parser, public_addresses(config), **settings)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """On all ranks, which agree on the folder. Lightning's own way would leave half a file after a kill.
+        """Save on all ranks to one folder. Lightning's own method could leave half a file after a kill.
 
         Raises
         ------
         ValueError
-            Where a file of the user's has the name.
+            If the file to write is the user's own.
         """
         self.save_to_log_dir = False
         path = self._path = self.path(trainer, pl_module)
@@ -42,11 +42,11 @@ class SaveRunConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
     def path(self, trainer: Trainer, pl_module: LightningModule) -> Path:  # noqa: ARG002
-        """In the logger's folder, or the trainer's where the logger has none. All ranks ask together."""
+        """The file in the logger's folder, or in the trainer's if the logger has none. All ranks must call it."""
         return Path(trainer.log_dir or trainer.default_root_dir) / "config.yaml"
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """For the loggers, and as a file."""
+        """Send the configuration to the loggers, and write it to the file."""
         from sparsekv_pl.reporting.loggers import log_settings
 
         log_settings(trainer.loggers, yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
@@ -55,10 +55,10 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class SaveEvaluationConfig(SaveRunConfig):
-    """Saves the resolved configuration beside what the run writes, as evaluation.yaml."""
+    """Saves the resolved configuration beside the report, as evaluation.yaml."""
 
     def path(self, trainer: Trainer, pl_module: LightningModule) -> Path:  # noqa: ARG002
-        """In the module's ``output`` folder."""
+        """The file in the module's ``output`` folder."""
         return Path(str(pl_module.output)) / "evaluation.yaml"
 
 

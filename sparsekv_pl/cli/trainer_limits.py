@@ -1,4 +1,4 @@
-"""Limits of a run that contradict each other, or leave nothing to do: Lightning takes them without a word."""
+"""Limits of a run that contradict each other or leave nothing to do, which Lightning accepts silently."""
 
 from argparse import Action
 from collections.abc import Iterable, Mapping
@@ -6,10 +6,10 @@ from typing import Any, Union, get_args
 
 
 def counts_before_shares(actions: Iterable[Action]) -> None:
-    """Have 1 read as one batch and 1.0 as all, wherever an option of ``actions`` takes an int or a float.
+    """Make every option of ``actions`` that takes an int or a float read 1 as one batch and 1.0 as all batches.
 
-    Python takes ``Optional[Union[int, float]]`` and ``Optional[Union[float, int]]`` for one type, whichever was written
-    first in the process; where that is float, jsonargparse makes 1.0 of 1: every batch, and no word said.
+    Python caches ``Optional[Union[int, float]]`` and ``Optional[Union[float, int]]`` as one type, with the order that
+    came first in the process. If float came first, jsonargparse silently reads 1 as 1.0: every batch.
     """
     for action in actions:
         kinds = get_args(getattr(action, "_typehint", None))

@@ -1,4 +1,4 @@
-"""Keys that a YAML file gives twice: the last one would win in silence."""
+"""Keys given twice in a YAML file, of which the last would silently win."""
 
 import yaml
 
@@ -9,7 +9,7 @@ def check_unique_keys(text: str) -> None:
     waiting = [yaml.compose(text, Loader=yaml.SafeLoader)]
     while waiting:
         node = waiting.pop()
-        if node is None or any(node is other for other in seen):  # an alias leads to a node again
+        if node is None or any(node is other for other in seen):  # an alias repeats a node
             continue
         seen.append(node)
         if isinstance(node, yaml.SequenceNode):

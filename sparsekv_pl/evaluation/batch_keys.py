@@ -1,4 +1,4 @@
-"""What of a batch decides its records: the part of a key of finished work that is the data's."""
+"""The data's part of a key of finished work: tokens and cases of a batch."""
 
 import hashlib
 from typing import Any
@@ -8,15 +8,21 @@ from torch import Tensor
 from sparsekv_pl.models.batch import CaseBatch
 
 ASKED = ("task", "answers", "question", "answer_prefix", "max_new_tokens")
-"""What decides how a case is measured and scored, and stands in its record."""
+"""Fields of a case that decide how it is measured and scored; its record holds them."""
 NAMED = (*ASKED, "id", "depth", "seed", "document_ids", "answer_span")
-"""Everything that is known of a case; its context is its tokens."""
+"""All fields of a case but its context, which is keyed by its tokens."""
 
 
 def batch_of(batch: CaseBatch, named: bool) -> dict[str, Any]:
-    """What decides a batch's records: tokens, and what is known of its cases.
+    """The parts of a batch that decide its records, JSON-able: digests of its tokens, and fields of its cases.
 
-    ``named`` for records in which a case's name and place stand too; without, what is asked and how it is scored.
+    Parameters
+    ----------
+    batch
+        Contexts (B, L) and continuations (B, T) with their cases.
+    named
+        Include each case's name and place (``NAMED``), for records that hold them; otherwise only the question and how
+        its answer is scored (``ASKED``).
     """
     ids = (batch["context_ids"], batch["continuation_ids"], batch["continuation_lengths"])
     cases = [[getattr(case, name) for name in (NAMED if named else ASKED)] for case in batch["cases"]]

@@ -1,4 +1,4 @@
-"""How sparse a model's attention over a batch of contexts is, layer by layer and head by head."""
+"""Sparsity of a model's attention over a batch of contexts, by layer and head."""
 
 import torch
 from torch import Tensor
@@ -15,17 +15,28 @@ LABELS = {
     "block_sparsity": "share of 64-token blocks under 1 % of a query's mass",
     "anchor_share": "mass on anchors",
 }
-"""What reports call the measures of ``AttentionSparsity``, with their units."""
+"""Measure of ``AttentionSparsity`` -> its name in reports, with the unit."""
 
 
 @torch.no_grad()
 def attention_sparsity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context_ids: Tensor
 ) -> dict[str, list[list[float]]]:
-    """Measure -> (layers, query heads), means over all queries of contexts (B, L), in one full-cache pass.
+    """Measure attention sparsity in one pass with the full cache.
 
-    Anchors are those that no eviction takes: sinks, special tokens, punctuation. Recent tokens are left out, as every
-    query has its own.
+    Anchors are sinks, special tokens and punctuation. Recent tokens are not counted as anchors, because each query has
+    its own.
+
+    Parameters
+    ----------
+    model, tokenizer
+        The model, and the tokenizer that finds the anchors.
+    context_ids
+        (B, L) token ids.
+
+    Returns
+    -------
+    Measure -> (layers, H): means over all queries.
     """
     anchors = Anchors(recent=0).mask(context_ids, tokenizer)
     statistics = AttentionStatistics(tokens=anchors)

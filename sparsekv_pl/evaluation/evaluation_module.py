@@ -1,4 +1,4 @@
-"""The LightningModule that measures what a model keeps under eviction, base and trained, on the same cases."""
+"""The LightningModule that measures a model under eviction, base and trained, on the same cases."""
 
 import logging
 from collections.abc import Iterator
@@ -30,10 +30,10 @@ log = logging.getLogger(__name__)
 
 
 class EvaluationModule(MeasuringModule):
-    """Retrieval, perplexity and KL with the full cache and under each press and ratio, with what each costs.
+    """Measures retrieval, perplexity, KL and cost with the full cache and under each press and ratio.
 
-    Finished work is kept in ``output/results`` and not done again: a run that was killed, or that is given one press
-    more, measures what is missing.
+    Finished work is stored in ``output/results``: a run that was killed, or that gets one more press, measures only
+    what is missing.
 
     Parameters
     ----------
@@ -45,11 +45,16 @@ class EvaluationModule(MeasuringModule):
         Folder for the report, its pictures and tables, and the finished work.
         Null: where the run's name says, else output/evaluation.
     title
-        Of the report.
+        Title of the report.
     stability
-        Also measure, on text, whether what a press keeps stays important (metrics/eviction_stability.py).
+        Also measure, on text, whether the kept pairs stay important (metrics/eviction_stability.py).
     sparsity
-        Also measure, on text, how sparse attention is, by layer and head (metrics/attention_sparsity.py).
+        Also measure, on text, the sparsity of attention by layer and head (metrics/attention_sparsity.py).
+
+    Raises
+    ------
+    ValueError
+        For two settings with equal names in a report, and for a press that does not fit the model.
     """
 
     def __init__(
@@ -69,7 +74,13 @@ class EvaluationModule(MeasuringModule):
             check_press(self.causal_lm, setting.press)
 
     def setup(self, stage: str) -> None:
-        """Check that model and presses can take contexts of these lengths, and read what is finished already."""
+        """Check that model and presses support the data's context lengths, and read the finished work.
+
+        Raises
+        ------
+        ValueError
+            For a context that is too long for the model or does not fit a press.
+        """
         for length in getattr(self.trainer.datamodule, "lengths", []):  # type: ignore[attr-defined]
             check_positions(self.causal_lm, length, length, rotates=False)
             for setting in self.settings:
@@ -95,15 +106,15 @@ class EvaluationModule(MeasuringModule):
         own, trained = asdict(splits), self.training_summary.get("splits")
         if own != trained:
             log.warning(
-                "the data is divided by %s, and %s was trained on a division by %s: of the same text it may have seen "
-                "what is held out here; give the splits that it was trained with",
+                "the data is split by %s, but %s was trained on data split by %s: training may have seen text that is "
+                "held out here; set data.splits to those of the training",
                 own,
                 self.backbone.adapter,
-                trained or "document names, as before splits followed from the text",
+                trained or "document names (the rule of older versions)",
             )
 
     def pieces(self, batch: CaseBatch, variant: str) -> Iterator[Piece]:
-        """One for every point, which share one prefill of the batch, and one for the sparsity of attention."""
+        """One piece per point, sharing one prefill of the batch, and one for the sparsity of attention."""
         measurement = Measurement(self.causal_lm, self.tokenizer, batch, self.stability)
         if self.sparsity and measurement.is_text:
             yield self._sparsity_of(batch, variant)
@@ -113,7 +124,7 @@ class EvaluationModule(MeasuringModule):
         yield from pieces
 
     def write(self, records: list[Record], environment: dict[str, Any]) -> list[Path]:
-        """Write the report, kvpress's layout and the sparsity of attention, and print the table."""
+        """Write the report, kvpress's layout and the sparsity of attention; print the table; return the paths."""
         cases = [record for record in records if "case" in record]
         sparsity = self._sparsity([record for record in records if "case" not in record])
         figures = {f"Attention sparsity, {variant}": sparsity_figure(means) for variant, means in sparsity.items()}
@@ -137,7 +148,7 @@ class EvaluationModule(MeasuringModule):
         )
 
     def _key(self, measurement: Measurement, variant: str, point: Point) -> str:
-        measured = point.described() | {"stability": measurement.tells_stability(point)}
+        measured = point.described() | {"stability": measurement.measures_stability(point)}
         return self.key(variant, measured=measured, batch=batch_of(measurement.batch, named=False))
 
     def _sparsity_of(self, batch: CaseBatch, variant: str) -> Piece:
@@ -149,7 +160,7 @@ class EvaluationModule(MeasuringModule):
         )
 
     def _sparsity(self, parts: list[Record]) -> dict[str, dict[str, Any]]:
-        """Variant -> measure -> (layers, heads), means over all batches."""
+        """Variant -> measure -> (layers, H), means over all batches."""
         means = {}
         for variant in self.variants:
             own = [part for part in parts if part["variant"] == variant]

@@ -1,4 +1,4 @@
-"""Where a hosted model is: addresses that can be asked, and what of them may be shown."""
+"""Addresses of hosted models: their check, and the part that may be shown."""
 
 import ipaddress
 import re
@@ -9,7 +9,7 @@ from sparsekv_pl.reporting.redaction import check_no_secret
 
 
 def is_loopback(base_url: str) -> bool:
-    """Whether requests to it stay on this machine."""
+    """Whether requests to ``base_url`` stay on this machine."""
     host = httpx.URL(base_url).host
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -18,13 +18,13 @@ def is_loopback(base_url: str) -> bool:
 
 
 def host_of(base_url: str) -> str:
-    """scheme://host:port: a gateway's path may hold a key of any shape."""
+    """``scheme://host:port`` without the path, which may hold a key of any shape."""
     address = httpx.URL(base_url)
     return f"{address.scheme}://{address.netloc.decode()}"
 
 
 def check_address(base_url: str) -> None:
-    """Raise ``ValueError`` for what is no plain web address; it is not shown, for it may hold a key."""
+    """Raise ``ValueError`` unless ``base_url`` is a plain web address. The message hides it: it may hold a key."""
     try:
         address = httpx.URL(base_url)
         plain = re.fullmatch(r"https?://[^\s/@?#]+(/[^\s?#]*)?", base_url) and 0 < (address.port or 80) < 2**16

@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible endpoint: what asking it takes, and may take."""
+"""A model behind an OpenAI-compatible endpoint: how it is asked, its prices and its limits."""
 
 import os
 import re
@@ -10,12 +10,12 @@ from sparsekv_pl.evaluation.hosted_address import check_address, host_of
 from sparsekv_pl.evaluation.hosted_reply import Usage
 
 LONGEST_WAIT = 86_400
-"""Seconds: a day; a clock fails beyond some number of them."""
+"""Seconds in a day; the event loop's clock overflows at much longer waits."""
 
 
 @dataclass(frozen=True)
 class HostedRequest:
-    """One user message. ``prompt_tokens`` is counted by a local tokenizer, so an estimate of what is billed."""
+    """One user message. ``prompt_tokens`` is a local tokenizer's count: an estimate of what is billed."""
 
     prompt: str
     prompt_tokens: int
@@ -24,41 +24,40 @@ class HostedRequest:
 
 @dataclass
 class HostedModel:
-    """A model behind ``base_url``, and what asking it may cost.
+    """A model behind ``base_url``, with prices and limits.
 
-    The key is read from the environment when the first request is made. It is not part of this object, and it is
-    blotted out of every answer and error message.
+    The key is read from the environment before the first request. It is not part of this object, and it is removed
+    from every answer and error message.
 
     Parameters
     ----------
     model
-        The endpoint's name for it.
+        The model's name at the endpoint.
     base_url
         http://localhost:8000/v1 (``vllm serve``, ``transformers serve``), https://api.openai.com/v1,
         https://generativelanguage.googleapis.com/v1beta/openai/, ... A loopback address is reached without the
         proxies of the environment.
     key_variable
-        NAME of the environment variable that holds the key, in capitals; null where the endpoint needs none.
+        Name, in capitals, of the environment variable that holds the key; null if the endpoint needs none.
     timeout
         Seconds from sending a request to the last byte of its reply, however it arrives.
     retries
-        After a timeout, a lost connection, a 408, 409, 429 or 5xx; the wait before is 0.5 s, 1 s, 2 s, ... 8 s, or the
-        server's Retry-After where that is at most a minute.
+        Further attempts after a timeout, a lost connection, or status 408, 409, 429 or 5xx. Waits are 0.5 s, 1 s, 2 s,
+        ... 8 s, or the server's Retry-After if that is at most a minute.
     concurrency
         Requests under way at a time.
     dollars_per_million_input, dollars_per_million_output
         Prices of a million tokens read and written; null where unknown or free.
     max_dollars, max_tokens_total
-        What one run may take: checked before the first request against the most that all could take, and before every
-        attempt against what was really used, where a timeout or a lost connection counts as the most that it could use.
-        null means no limit.
+        Limits of one run. The most that all requests can use is checked before the first is sent; actual use is checked
+        before every attempt. A timeout or a lost connection counts as the most that it could use. null means no limit.
     length_parameter
-        OpenAI's newer models want max_completion_tokens.
+        Name of the field that limits an answer; OpenAI's newer models need max_completion_tokens.
     thinking_tokens
         Tokens that a model may think before its answer, added to the tokens of the answer.
     options
-        Sent with every request, for example {reasoning_effort: none}; null removes a field, so {temperature: null} is
-        for models that refuse temperature 0.
+        Fields sent with every request, for example {reasoning_effort: none}; null removes a field: {temperature: null}
+        is for models that refuse temperature 0.
 
     Raises
     ------
@@ -110,7 +109,7 @@ class HostedModel:
         Raises
         ------
         ValueError
-            When it is not set, or holds what no HTTP header can carry; the value is not shown.
+            If the variable is not set or holds characters that no HTTP header can carry; the value is not shown.
         """
         if self.key_variable is None:
             return None
@@ -123,7 +122,7 @@ class HostedModel:
         return key
 
     def dollars(self, usage: Usage) -> float | None:
-        """What ``usage`` costs; None without prices."""
+        """Price of ``usage`` in dollars; None without prices."""
         if self.dollars_per_million_input is None or self.dollars_per_million_output is None:
             return None
         return (
@@ -132,15 +131,15 @@ class HostedModel:
         ) / 1e6
 
     def most(self, request: HostedRequest) -> Usage:
-        """The most that one request can use."""
+        """The most tokens that one request can use."""
         return Usage(request.prompt_tokens, request.max_new_tokens + self.thinking_tokens)
 
     def estimate(self, requests: Sequence[HostedRequest]) -> Usage:
-        """The most that ``requests`` can use together."""
+        """The most tokens that ``requests`` can use together."""
         return sum((self.most(request) for request in requests), Usage())
 
     def passed(self, usage: Usage) -> str | None:
-        """Which limit ``usage`` is over, in words; None within the limits."""
+        """The limit that ``usage`` exceeds, as a message; None within the limits."""
         dollars = self.dollars(usage)
         if self.max_tokens_total is not None and usage.total > self.max_tokens_total:
             return f"{usage.total:,} tokens are over max_tokens_total={self.max_tokens_total:,}"
@@ -149,7 +148,7 @@ class HostedModel:
         return None
 
     def check(self, requests: Sequence[HostedRequest]) -> None:
-        """Raise ``ValueError`` if ``requests`` together could pass a limit."""
+        """Raise ``ValueError`` if ``requests`` together could exceed a limit."""
         if reason := self.passed(self.estimate(requests)):
             raise ValueError(
                 f"{len(requests)} requests to {self.model} may take too much: {reason}. "

@@ -1,4 +1,4 @@
-"""The LightningModule that asks a hosted model the same questions, as a line to compare evicted caches with."""
+"""The LightningModule that asks a hosted model the same questions, for comparison with evicted caches."""
 
 import logging
 import re
@@ -30,44 +30,44 @@ ANSWERED = "answered"
 
 
 class HostedQuestion(NamedTuple):
-    """A case, how it is asked, and what identifies the outcome."""
+    """A case, its request, and the key of its finished answer."""
 
     key: str
     described: Record
-    """The columns of its record that do not depend on the answer."""
+    """Columns of the record that do not depend on the answer."""
     info: CaseInfo
     request: HostedRequest
 
 
 class HostedModule(MeasuringModule):
-    """Retrieval cases answered by a model behind an OpenAI-compatible endpoint.
+    """Asks a model behind an OpenAI-compatible endpoint the retrieval cases.
 
-    The user's message is the context, the question and the beginning of the answer, one after the other, as RULER asks
-    API models: a begun assistant message would be more like a local run, but OpenAI's and transformers' endpoints do
-    not continue one. An answer that repeats its beginning is scored without it; one that says it in other words still
-    has the value in it, so compare ``substring``, not ``exact``, with local models. Text windows are skipped, because
-    no such endpoint gives the likelihood of a text.
+    One user message holds the context, the question and the beginning of the answer, as RULER asks API models. A local
+    run continues a begun answer instead; OpenAI's and transformers' endpoints do not continue an assistant message. If
+    an answer repeats its beginning, it is scored without it. If it rewords the beginning, it still contains the value:
+    compare ``substring``, not ``exact``, with local models. Text windows are skipped, because these endpoints return no
+    likelihood of a text.
 
-    Cases are collected first, so that the limits are checked against all of them before anything is sent. An answer is
-    kept in ``output/results`` as soon as it arrives and never paid for twice; so is the fact that a context was too
-    long. What failed for another reason is asked again by the next run.
+    All cases are collected before anything is sent, so that the limits are checked against their sum. Each answer, and
+    each refusal of a context that is too long, is stored in ``output/results`` when it arrives and never paid for
+    twice. Requests that failed for another reason are sent again by the next run.
 
     Parameters
     ----------
     hosted
         The model, its endpoint, prices and limits.
     tokenizer
-        ``pretrained`` of a Backbone, of which only the tokenizer is loaded. It cuts contexts to their lengths and
-        estimates what a request takes; the endpoint counts with its own.
+        ``pretrained`` of a Backbone; only its tokenizer is loaded. It cuts contexts to their lengths and estimates the
+        tokens of a request; the endpoint counts with its own tokenizer.
     output
         Folder for the report and the finished work; null: where the run's name says, else output/hosted.
     title
-        Of the report.
+        Title of the report.
     extra_tokens
-        Tokens an answer may have beyond those of the local model, which is given its beginning: other tokenizers cut a
-        value into more, and chat models say a few words first.
+        Tokens added to a case's ``max_new_tokens``: other tokenizers split a value into more tokens, and chat models
+        write a few words before it.
     dry
-        Say what all would take, and send nothing.
+        Print the plan and its cost, and send nothing.
     """
 
     one_process = (
@@ -92,33 +92,33 @@ class HostedModule(MeasuringModule):
         self.tokenizer = Backbone(pretrained=tokenizer).load_tokenizer()
 
     def setup(self, stage: str) -> None:
-        """Read what is finished already."""
+        """Read the finished work."""
         super().setup(stage)
         self.questions: list[HostedQuestion] = []
         self.skipped = 0
 
     def pieces(self, batch: CaseBatch, variant: str) -> Sequence[Piece]:  # noqa: ARG002
-        """Collect the questions of a batch, which are sent when all are known: nothing is measured yet."""
+        """Collect the questions of a batch; ``on_test_end`` sends them all. Nothing is measured yet."""
         for info in batch["cases"]:
             if info.task == TEXT:
                 self.skipped += 1
                 continue
             question = self._question(info, batch["context_ids"].shape[1])
             if not self.dry and not self._finished(question.key):
-                self.hosted.key()  # a missing key is better known now than after all cases were made
+                self.hosted.key()  # fail on a missing key now, not after all cases are made
             self.questions.append(question)
         return ()
 
     def on_test_end(self) -> None:
-        """Ask what is not finished, write the report and print the table.
+        """Send the questions that are not finished, write the report and print the table.
 
         Raises
         ------
         ValueError
-            After the report: the endpoint refused what every further request would ask too.
+            After the report is written, if the endpoint refused in a way that every further request would meet.
         """
         if self.skipped:
-            log.warning("%d text windows skipped: hosted models answer questions alone", self.skipped)
+            log.warning("%d text windows skipped: hosted models only answer questions", self.skipped)
         missing = [question for question in self.questions if not self._finished(question.key)]
         print(self._plan(missing))
         if self.dry or not self.questions:
@@ -132,8 +132,8 @@ class HostedModule(MeasuringModule):
         for answer in answers:
             if answer.stops:
                 raise ValueError(
-                    f"{self.hosted.model} was asked no further: {answer.message}. Answers are kept in {self.output}: "
-                    "mend that and run again, which asks the rest"
+                    f"{self.hosted.model}: no further requests are sent: {answer.message}. Answers are kept in "
+                    f"{self.output}: fix this and run again to send the rest"
                 )
 
     def write(self, records: list[Record], environment: dict[str, Any]) -> list[Path]:
@@ -173,7 +173,7 @@ class HostedModule(MeasuringModule):
         return len(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def _plan(self, missing: Sequence[HostedQuestion]) -> str:
-        """What is about to be sent, in one line."""
+        """One line about the requests that will be sent."""
         most = self.hosted.estimate([question.request for question in missing])
         limit = self.hosted.passed(most)
         return (
@@ -184,7 +184,7 @@ class HostedModule(MeasuringModule):
         )
 
     def _ask(self, questions: Sequence[HostedQuestion]) -> tuple[list[Answer], dict[str, list[Record]]]:
-        """Keep what is final or was paid for in ``results``; return the answers, and other records by their keys."""
+        """Store final and billed answers in ``results``; return all answers, and the other records by key."""
         name = "hosted_" + re.sub(r"[^\w.-]+", "_", self.hosted.model)
         unfinished: dict[str, list[Record]] = {}
         silent = self.trainer.progress_bar_callback is None
@@ -207,7 +207,7 @@ class HostedModule(MeasuringModule):
         return (ask(self.hosted, requests, self._count, arrived) if questions else []), unfinished
 
     def _summary(self, records: Sequence[Record]) -> str:
-        """How many answers and errors, what they took, and who counted."""
+        """One line: numbers of answers and errors, their tokens and price, and who counted."""
         kinds = Counter(_kind(record) for record in records)
         used = Usage(*(sum(record.get(column, 0) for record in records) for column in TOKENS))
         counters = sorted({record["counted_by"] for record in records if "counted_by" in record})
@@ -215,12 +215,12 @@ class HostedModule(MeasuringModule):
         empty = [record for record in records if "answer" in record and not record["answer"].strip()]
         cut = sum(record["finish_reason"] == "length" for record in empty)
         hint = f"; {cut} empty answers were cut off: a thinking model needs hosted.thinking_tokens" if cut else ""
-        said = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-        return f"{self.hosted.model}: {said}; {_cost(self.hosted, used)}{counted}{hint}"
+        outcomes = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        return f"{self.hosted.model}: {outcomes}; {_cost(self.hosted, used)}{counted}{hint}"
 
 
 def prompt_of(info: CaseInfo) -> str:
-    """Context, question (unless the context ends with it) and the beginning of the answer as one message."""
+    """Join context, question (unless the context ends with it) and the beginning of the answer to one message."""
     asked = info.context
     if not asked.rstrip().endswith(info.question.strip()):
         asked += info.question
@@ -228,12 +228,12 @@ def prompt_of(info: CaseInfo) -> str:
 
 
 def _kind(record: Record) -> str:
-    """Of error, or ``ANSWERED``."""
+    """The kind of a record's error, or ``ANSWERED``."""
     return str(record["error"]).partition(":")[0] if "error" in record else ANSWERED
 
 
 def _record(info: CaseInfo, answer: Answer, hosted: HostedModel) -> Record:
-    """The columns that depend on the answer."""
+    """Columns that depend on the answer."""
     record: dict[str, Any] = {
         "prompt_tokens": answer.usage.prompt_tokens,
         "completion_tokens": answer.usage.completion_tokens,

@@ -1,4 +1,4 @@
-"""What an OpenAI-compatible endpoint replies: an answer with its usage, or one of a few kinds of error."""
+"""Reading the reply of an OpenAI-compatible endpoint: an answer with its usage, or one of a few kinds of error."""
 
 import json
 import re
@@ -12,7 +12,7 @@ Final = Literal["context_length", "filtered", "declined", "unreadable"]
 Passing = Literal["rate_limit", "timeout", "connection", "server"]
 ErrorKind = Final | Passing | Literal["refused", "quota", "malformed", "not_sent"]
 FINAL: tuple[str, ...] = get_args(Final)
-"""Errors that the same request would meet again, most of them paid for; the others may pass."""
+"""Errors that repeating the request would meet again, most of them billed; the others may be temporary."""
 PASSING: tuple[str, ...] = get_args(Passing)
 """Errors after which another attempt is made."""
 
@@ -21,29 +21,29 @@ TOO_LONG = re.compile(
     r"exceeds the maximum number of tokens|prompt is too long|`inputs` tokens \+",
     re.IGNORECASE,
 )
-"""How OpenAI, llama.cpp, vLLM, SGLang, Gemini, Anthropic and TGI say that a prompt does not fit."""
+"""Messages of OpenAI, llama.cpp, vLLM, SGLang, Gemini, Anthropic and TGI about a prompt that does not fit."""
 NO_CREDIT = re.compile(
     r"insufficient[ _](quota|balance|credit|fund)|quota_exceeded|billing_(hard_limit_reached|not_active)|"
     r"credit balance is too low|(out of|used all available) credits|per_?day\b|per day\b|PerDay",
     re.IGNORECASE,
 )
-"""How OpenAI, Anthropic, DeepSeek, xAI, Gemini and Groq say that waiting a minute does not help. Gemini says "exceeded
-your current quota" of a minute's limit too."""
+"""Messages of OpenAI, Anthropic, DeepSeek, xAI, Gemini and Groq about an exhausted account or daily limit. Gemini's
+"exceeded your current quota" is not among them: it is also sent for a limit per minute."""
 BLOCKED = re.compile(r"content_filter|moderation|flagged", re.IGNORECASE)
 WITHHELD = {"content_filter", "refusal", "safety", "recitation", "prohibited_content", "blocklist", "spii"}
-"""Reasons to finish of OpenAI, Anthropic and Gemini that leave no answer."""
+"""Finish reasons of OpenAI, Anthropic and Gemini that come without an answer."""
 Counter = Literal["provider", "tokenizer", "estimate"]
 REFUSED_FOR_ALL = {401, 403, 404}
 GATEWAY_TIMEOUTS = {504, 524}
-"""The model behind may have answered, and been paid."""
+"""Status codes after which the model behind the gateway may have answered and billed."""
 MOST_TOKENS = 10**9
-"""A reported number beyond it is no count."""
+"""Larger reported numbers are not taken for token counts."""
 MESSAGE_CHARACTERS = 300
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens read and tokens written, those of a model's thinking included."""
+    """Tokens read and tokens written, thinking included."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -62,31 +62,38 @@ class Usage:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back: a text without the model's thoughts, or an ``error`` with its ``message``."""
+    """The outcome of a request: a text without the model's thoughts, or an ``error`` with its ``message``."""
 
     text: str = ""
     usage: Usage = Usage()
-    """Of all attempts: what the provider billed, or may have billed."""
+    """Tokens of all attempts that the provider billed or may have billed."""
     counted_by: Counter = "provider"
-    """The local tokenizer, where a provider reports no usage; an estimate, the most it can use, of an unread reply."""
+    """"tokenizer" (the local one) if the provider reports no usage; "estimate" (an upper bound) for an unread reply."""
     seconds: float = 0.0
-    """Of the request with all its attempts and the waits between them."""
+    """Duration of the request, all attempts and waits included."""
     finish_reason: str | None = None
     error: ErrorKind | None = None
     message: str = ""
     stops: bool = False
-    """Every further request would fail alike: wrong key, no right, no credit, no such model or address."""
+    """Whether every further request would fail alike: wrong key, no permission or credit, unknown model or address."""
 
 
 def lost(error: ErrorKind, message: str, most: Usage) -> Answer:
-    """An attempt of which no one knows whether it is billed: counted as the most it can use."""
+    """An attempt that may have been billed, counted as the most it can use."""
     return Answer(error=error, message=message, usage=most, counted_by="estimate")
 
 
 def read_reply(status: int, content: bytes, most: Usage, count_tokens: Callable[[str], int]) -> Answer:
-    """The answer or the error in a reply, whatever stands in it.
+    """Read the answer or the error in a reply with any content.
 
-    ``most`` (the request's tokens, and the most of an answer) and ``count_tokens`` stand in for a missing usage.
+    Parameters
+    ----------
+    status, content
+        HTTP status and body.
+    most
+        The most that the request can use; replaces a missing usage, together with ``count_tokens``.
+    count_tokens
+        Counts the tokens of a text.
 
     Raises
     ------
@@ -124,13 +131,13 @@ def _read_completion(completion: Any, most: Usage, count_tokens: Callable[[str],
     answer = Answer(without_thoughts(text), usage, counted_by, finish_reason=reason)
     if reason and reason.lower() in WITHHELD:
         return replace(answer, error="filtered", message=f"the provider withheld the answer ({reason})")
-    if said := declined or message.get("refusal"):
-        return replace(answer, error="declined", message=_clean(str(said)))
+    if refusal := declined or message.get("refusal"):
+        return replace(answer, error="declined", message=_clean(str(refusal)))
     return answer
 
 
 def _content(content: Any) -> tuple[str, str]:
-    """(what was answered, why an answer was declined) in a message's content: null, a text, or a list of parts."""
+    """(answer, refusal) in a message's content, which is null, a text, or a list of parts."""
     parts = [] if content is None else content if isinstance(content, list) else [content]
     texts, declined = [], []
     for part in parts:
@@ -143,9 +150,9 @@ def _content(content: Any) -> tuple[str, str]:
 
 
 def _usage(reported: Any, estimate: Usage) -> tuple[Usage, Counter]:
-    """The usage that a provider reports, completed from its total or from ``estimate`` where it says less or nonsense.
+    """The reported usage; missing or invalid numbers are taken from its total or from ``estimate``.
 
-    Gemini counts what was thought in the total alone.
+    Gemini counts thinking only in the total.
     """
     names = ("prompt_tokens", "completion_tokens", "total_tokens")
     read, written, total = (_tokens(reported.get(name)) if isinstance(reported, dict) else 0 for name in names)
@@ -156,7 +163,7 @@ def _usage(reported: Any, estimate: Usage) -> tuple[Usage, Counter]:
 
 
 def _tokens(reported: Any) -> int:
-    """A count of tokens; 0 for what is none."""
+    """``reported`` as a count of tokens; 0 if it is not one."""
     number = isinstance(reported, int | float) and not isinstance(reported, bool)
     return int(reported) if number and 0 < reported <= MOST_TOKENS else 0
 
@@ -166,23 +173,23 @@ def _read_error(status: int, fault: Any, excerpt: str, most: Usage) -> Answer:
     code = details.get("code")
     status = code if status < 300 and isinstance(code, int) and 400 <= code < 600 else status
     message = details.get("message")
-    told = f"HTTP {status}: {_clean(message) if message and isinstance(message, str) else excerpt}"
-    said = " ".join([told, *(str(details.get(name)) for name in ("code", "type", "status", "details"))])
+    shown = f"HTTP {status}: {_clean(message) if message and isinstance(message, str) else excerpt}"
+    whole = " ".join([shown, *(str(details.get(name)) for name in ("code", "type", "status", "details"))])
     if status in GATEWAY_TIMEOUTS:
-        return lost("timeout", told, most)
+        return lost("timeout", shown, most)
     if status in (408, 409) or status >= 500:
-        return Answer(error="server", message=told)
-    if status == 402 or NO_CREDIT.search(said):
-        return Answer(error="quota", message=told, stops=True)
+        return Answer(error="server", message=shown)
+    if status == 402 or NO_CREDIT.search(whole):
+        return Answer(error="quota", message=shown, stops=True)
     if status == 429:
-        return Answer(error="rate_limit", message=told)
-    if TOO_LONG.search(said):
-        return Answer(error="context_length", message=told)
-    if BLOCKED.search(said):
-        return Answer(error="filtered", message=told)
-    return Answer(error="refused", message=told, stops=status in REFUSED_FOR_ALL)
+        return Answer(error="rate_limit", message=shown)
+    if TOO_LONG.search(whole):
+        return Answer(error="context_length", message=shown)
+    if BLOCKED.search(whole):
+        return Answer(error="filtered", message=shown)
+    return Answer(error="refused", message=shown, stops=status in REFUSED_FOR_ALL)
 
 
 def _clean(text: str) -> str:
-    """``text`` as UTF-8 can hold it: half of a character's two UTF-16 units, as JSON may hold, becomes U+FFFD."""
+    """``text`` without lone UTF-16 surrogates, which JSON may hold and UTF-8 cannot: each becomes U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,4 +1,4 @@
-"""The requests of one run to a hosted model: sent side by side, within limits of time, size, tokens and money."""
+"""The requests of one run to a hosted model, sent concurrently within limits of time, size, tokens and money."""
 
 import asyncio
 import json
@@ -18,15 +18,15 @@ from sparsekv_pl.reporting.public_addresses import without_private_parts
 from sparsekv_pl.reporting.redaction import redacted
 
 MOST_BYTES = 4 * 2**20
-"""Of a reply: some thirty times the longest answer that anyone asks for."""
+"""Largest accepted reply in bytes: about thirty times the longest answer."""
 OnAnswer = Callable[[int, Answer], None]
 """Called with a request's index and its answer."""
 FIRST_PAUSE, LAST_PAUSE = 0.5, 8.0
-"""Seconds before a second attempt, doubled before each further one, and the most of it."""
+"""Seconds before the second attempt, doubled before each further one, and their maximum."""
 LONGEST_PAUSE = 60.0
-"""Seconds of a server's Retry-After that are waited."""
+"""Longest accepted Retry-After of a server, in seconds."""
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError)
-"""Connections that were never there, so that nothing can be billed."""
+"""Errors before a connection exists: nothing can have been billed."""
 
 
 def ask(
@@ -35,15 +35,21 @@ def ask(
     count_tokens: Callable[[str], int],
     on_answer: OnAnswer | None = None,
 ) -> list[Answer]:
-    """The answers in the order of ``requests``; a request that fails has an answer with an error.
+    """Send all requests and return the answers in their order; a failed request has an answer with an error.
 
-    ``count_tokens`` counts an answer's tokens where the endpoint reports no usage. ``on_answer(index, answer)`` is
-    called as each arrives, one at a time, so that nothing paid for is lost when the run is stopped.
+    Parameters
+    ----------
+    hosted, requests
+        The model, and what to send to it.
+    count_tokens
+        Counts the tokens of an answer if the endpoint reports no usage.
+    on_answer
+        Called with each answer as it arrives, one at a time: a stopped run loses no paid answer.
 
     Raises
     ------
     ValueError
-        Before anything is sent: limits could be passed, or there is no key.
+        Before anything is sent, if the requests could exceed a limit or there is no key.
     """
     hosted.check(requests)
     asking = _Asking(hosted, hosted.key(), count_tokens, on_answer)
@@ -51,23 +57,23 @@ def ask(
     with ThreadPoolExecutor(1, thread_name_prefix="hosted") as pool:
         try:
             return pool.submit(asyncio.run, asking.all(requests)).result()
-        finally:  # after Ctrl-C: wait for what is under way and paid for, send nothing more
+        finally:  # after Ctrl-C: wait for requests already sent and paid for, send no more
             asking.ended = True
 
 
 class _Asking:
-    """The state that requests share which were asked together."""
+    """The state shared by the requests of one ``ask``."""
 
     def __init__(
         self, hosted: HostedModel, key: str | None, count_tokens: Callable[[str], int], on_answer: OnAnswer | None
     ) -> None:
         self.hosted, self.key, self.count_tokens, self.on_answer = hosted, key, count_tokens, on_answer
         self.used = Usage()
-        """What finished attempts used, and the most that those under way can use."""
+        """Tokens of finished attempts, and the most that running ones can use."""
         self.halted: str | None = None
-        """Why nothing more is sent; the requests that are left are answered with it."""
+        """Why no more requests are sent; the answer of every remaining request."""
         self.ended = False
-        """Nothing more is sent or answered."""
+        """Whether to send and answer nothing more."""
 
     async def all(self, requests: Sequence[HostedRequest]) -> list[Answer]:
         """The answers in the order of ``requests``."""
@@ -119,7 +125,7 @@ class _Asking:
                 break
             doubled = min(FIRST_PAUSE * 2**attempt, LAST_PAUSE) * SystemRandom().uniform(0.75, 1)
             await self.pause(_seconds_asked(headers, doubled))
-        text, message = self.blot(answer.text), redacted(self.blot(answer.message))[:MESSAGE_CHARACTERS]
+        text, message = self.hidden(answer.text), redacted(self.hidden(answer.message))[:MESSAGE_CHARACTERS]
         counted_by = answer.counted_by if spent == answer.usage else "estimate"
         seconds = time.perf_counter() - start
         return replace(answer, text=text, message=message, usage=spent, counted_by=counted_by, seconds=seconds)
@@ -127,7 +133,7 @@ class _Asking:
     async def attempt(
         self, client: httpx.AsyncClient, request: HostedRequest, most: Usage
     ) -> tuple[Answer, httpx.Headers]:
-        """One request sent once, and the headers of the reply."""
+        """Send a request once; return the answer and the reply's headers."""
         hosted, headers = self.hosted, httpx.Headers()
         settings = {"temperature": 0, hosted.length_parameter: request.max_new_tokens + hosted.thinking_tokens}
         sent = {name: value for name, value in (settings | hosted.options).items() if value is not None}
@@ -165,17 +171,17 @@ class _Asking:
         while (left := until - time.monotonic()) > 0 and not (self.halted or self.ended):
             await asyncio.sleep(min(left, 0.05))
 
-    def blot(self, text: str) -> str:
-        """``text`` without the key and the private parts of the address, which some servers repeat in what they say."""
+    def hidden(self, text: str) -> str:
+        """``text`` without the key and the private parts of the address, which some servers repeat in their replies."""
         text = text.replace(self.key, "[key]") if self.key else text
         return without_private_parts(text, self.hosted.base_url)
 
 
 async def _content(response: httpx.Response) -> tuple[bytes, str]:
-    """A reply's bytes, and what is wrong with them."""
+    """A reply's bytes, and a message about what is wrong with them ("" if nothing)."""
     coding = response.headers.get("content-encoding", "identity")
     if coding != "identity":
-        return b"", f"a reply compressed as {coding!r}, which was not asked for, is not unpacked"
+        return b"", f"the reply is compressed as {coding!r}, although no compression was requested"
     content = bytearray()
     async for part in response.aiter_raw():
         content += part
@@ -185,11 +191,11 @@ async def _content(response: httpx.Response) -> tuple[bytes, str]:
 
 
 def _redirection(response: httpx.Response) -> str:
-    """What to do about a redirection, without its path."""
+    """A message about a redirection and its fix, without the target's path."""
     target = "another address"
     with suppress(httpx.InvalidURL, ValueError):
         target = host_of(str(response.url.join(response.headers["location"])))
-    return f"HTTP {response.status_code} sends on to {target}, and prompts do not follow: give that hosted.base_url"
+    return f"HTTP {response.status_code} redirects to {target}, which is not followed: set hosted.base_url to it"
 
 
 def _seconds_asked(headers: httpx.Headers, otherwise: float) -> float:

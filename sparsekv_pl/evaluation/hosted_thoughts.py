@@ -1,4 +1,4 @@
-"""What a model thought before its answer, where an endpoint leaves it in the answer."""
+"""Removing a model's thoughts from its answer, where an endpoint leaves them in."""
 
 import re
 
@@ -11,7 +11,7 @@ TAG = re.compile(
 
 
 def without_thoughts(text: str) -> str:
-    """``text`` without thoughts, also one that began in the prompt and one that was cut off.
+    """``text`` without thoughts, including one that began in the prompt and one that was cut off.
 
     >>> [without_thoughts(text) for text in ("<think>7?</think>It is 5.", "7?</think>It is 5.", "5<think>or 7")]
     ['It is 5.', 'It is 5.', '5']

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's model interface over a cache that a press has really evicted from.
+"""lm-evaluation-harness's model interface on a cache from which a press has evicted.
 
 https://github.com/EleutherAI/lm-evaluation-harness. Importing this module imports lm_eval, which takes seconds.
 """
@@ -36,47 +36,49 @@ from sparsekv_pl.presses.traits import traits_of
 log = logging.getLogger(__name__)
 
 BLOCK = 16
-"""Tokens generated between two looks for a stop string."""
+"""Tokens generated between two checks for a stop string."""
 
 GREEDY = {"do_sample": (False,), "temperature": (0.0,), "num_beams": (1,), "top_p": None, "top_k": None}
-"""Generation settings that greedy decoding honours, at these values; None: at any, as only sampling looks at them."""
+"""Generation setting -> its values that greedy decoding honours; None: any, because only sampling uses it."""
 
 Scored = tuple[float, bool]
-"""Log-likelihood of a continuation in nats, and whether greedy decoding would say it."""
+"""Log-likelihood of a continuation in nats, and whether greedy decoding would produce it."""
 
 
 @dataclass(frozen=True)
 class ContextEviction:
-    """What became of one context."""
+    """The outcome of evicting from one context."""
 
     tokens: int
-    """Of the context, those held back included."""
+    """Tokens of the context, those held back included."""
     evicted: bool
-    """False without a press, and where the context is too short for it."""
+    """False without a press, and if the context is too short for it."""
     kept_pairs: float
-    """KV pairs left of what the press was given, mean over layers and KV heads."""
+    """KV pairs left of those the press saw, mean over layers and KV heads."""
     kv_bytes: int
+    """Bytes of the keys and values left."""
     freed: bool
-    """False where a head-wise press hides pairs that stay in memory."""
+    """False if a head-wise press masks pairs that stay in memory."""
 
 
 class PressedLM(HFLM):
     """A causal LM for ``lm_eval.simple_evaluate(model=...)`` that answers from an evicted cache.
 
-    The context is prefilled, ``press`` evicts, and the continuation is scored or generated from what is left. Tokens,
-    truncation from the left, chat templates and windows are those of lm_eval's HFLM; without a press so are the
-    results, except that logits are computed in float32 and greedy decoding is the only one.
+    The context is prefilled, ``press`` evicts, and the continuation is scored or generated from the remaining cache.
+    Tokens, truncation from the left, chat templates and windows are those of lm_eval's HFLM. Without a press the
+    results are HFLM's too, except that logits are computed in float32 and only greedy decoding is supported.
 
-    What to know of the eviction:
+    Eviction:
 
-    - lm_eval's context ends with the question, so the press may look at it (query-aware). ``held_back`` tokens at the
-      end of a context are run after the eviction and are never evicted. At least one is: the last context token
-      predicts the first token that is scored, and must do so from the evicted cache. kvpress's own pipeline and
-      EvaluationModule evict from the whole context, because a question follows it.
-    - A context too short for the press's observation window is not evicted. ``evictions`` tells which.
-    - ``loglikelihood_rolling`` reads each of HFLM's windows in pieces of ``rolling_tokens``; a piece is scored from the
-      evicted cache of the window before it, the first one from a single token. Without a press the sum is HFLM's.
-    - Everything runs at batch size 1: equal contexts (the options of a multiple choice) share one prefill.
+    - lm_eval's context ends with the question, so the press may use it (query-aware). The last ``held_back`` tokens of
+      a context run after the eviction and are never evicted. At least one is held back: the last context token predicts
+      the first scored token, and must do so from the evicted cache. kvpress's own pipeline and EvaluationModule evict
+      from the whole context, because a question follows it.
+    - A context shorter than the press's observation window is not evicted; see ``evictions``.
+    - ``loglikelihood_rolling`` reads each of HFLM's windows in pieces of ``rolling_tokens``. A piece is scored from the
+      evicted cache of the window's tokens before it, the first one from a single token. Without a press the sum is
+      HFLM's.
+    - The batch size is 1. Equal contexts (the options of a multiple choice) share one prefill.
 
     Parameters
     ----------
@@ -85,7 +87,7 @@ class PressedLM(HFLM):
     tokenizer
         Its tokenizer.
     press
-        With its compression_ratio set; None keeps everything.
+        A press with its compression_ratio set; None keeps everything.
     chunk_tokens
         Prefill in true chunks of at most this many tokens, evicting after each; None evicts once.
     held_back
@@ -98,7 +100,12 @@ class PressedLM(HFLM):
     Attributes
     ----------
     evictions
-        First argument of a request (the context or document as text) -> what became of it.
+        First argument of a request (the context or document as text) -> the outcomes of its evictions.
+
+    Raises
+    ------
+    ValueError
+        If ``held_back`` or ``rolling_tokens`` is below 1, or the press does not fit the model.
     """
 
     def __init__(
@@ -179,25 +186,25 @@ class PressedLM(HFLM):
         contexts = [self.tok_encode(request.args[0]) for request in requests]
         cut = [self._fitting(ids, tokens) for ids, (_, tokens) in zip(contexts, settings, strict=True)]
         _report_cut(sum(len(short) != len(ids) for short, ids in zip(cut, contexts, strict=True)))
-        said = []
+        answers = []
         done = ticking("Running generate_until requests", "requests", len(requests), disable_tqdm)
         for request, context, (until, tokens) in zip(requests, cut, settings, strict=True):
-            said.append(self._generate(request.args[0], context, until, tokens))
-            self.cache_hook.add_partial("generate_until", request.args, said[-1])
+            answers.append(self._generate(request.args[0], context, until, tokens))
+            self.cache_hook.add_partial("generate_until", request.args, answers[-1])
             done()
-        return said
+        return answers
 
     def _fitting(self, context: list[int], following: int) -> list[int]:
-        """The end of ``context`` after which the model can still read that many tokens."""
+        """The end of ``context`` that leaves room for ``following`` more tokens."""
         if following >= self.max_length:
             raise ValueError(
                 f"{following} tokens after the context leave no room for it: the model reads {self.max_length} "
-                "(max_length); take a model that reads more, or a task with shorter answers"
+                "(max_length); use a model with a longer context, or a task with shorter answers"
             )
         return context[following - self.max_length :]
 
     def _pieces(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
-        """HFLM's windows of a document, each cut into (what the window holds before it, piece)."""
+        """HFLM's windows of a document, cut into pairs (tokens of the window before a piece, piece)."""
         windows = get_rolling_token_windows(
             token_list=self.tok_encode(text),
             prefix_token=self.prefix_token_id,
@@ -209,7 +216,7 @@ class PressedLM(HFLM):
                 yield context + tokens[:start], tokens[start : start + self.rolling_tokens]
 
     def _prefilled(self, context: Sequence[int]) -> tuple[Prefilled, list[int], ContextEviction]:
-        """The evicted cache of a context without its held-back tokens, those tokens, and what became of it."""
+        """Prefill and evict a context; return the cache, the held-back tokens (not in it) and the outcome."""
         split = max(0, len(context) - self.held_back)
         seen, held = self._batch(context[:split]), list(context[split:])
         if not split:
@@ -231,8 +238,8 @@ class PressedLM(HFLM):
         labels = self._batch(continuation)[0]
         with torch.autocast(hidden.device.type, enabled=False):
             log_probs = (hidden.float() @ self._head_VE.T).log_softmax(-1)
-        said = log_probs.gather(1, labels[:, None]).sum()
-        return float(said), bool((log_probs.argmax(-1) == labels).all())
+        log_likelihood = log_probs.gather(1, labels[:, None]).sum()
+        return float(log_likelihood), bool((log_probs.argmax(-1) == labels).all())
 
     def _generate(self, text: str, context: list[int], until: list[str], max_tokens: int) -> str:
         prefilled, newest, eviction = self._prefilled(context)
@@ -247,7 +254,7 @@ class PressedLM(HFLM):
 
     @cached_property
     def _head_VE(self) -> Tensor:
-        """In float32: options whose bfloat16 logits tie could not be told apart."""
+        """The LM head's weight (V, E) in float32: in bfloat16, logits of different options may be equal."""
         return self.model.get_output_embeddings().weight.float()
 
     @property
@@ -269,7 +276,7 @@ def _greedy_settings(asked: Mapping[str, Any], default_tokens: int, max_length: 
         if agreed is not None and value not in agreed:
             raise ValueError(
                 f"generation_kwargs {name}={value!r}: answers from an evicted cache are decoded greedily; "
-                "take a task that does, or override its generation_kwargs"
+                "use a task with greedy decoding, or override its generation_kwargs"
             )
     if not 0 < tokens < max_length:
         raise ValueError(f"max_gen_toks={tokens} must be at least 1 and below the model's {max_length} tokens")
@@ -283,7 +290,7 @@ def _report_cut(contexts: int) -> None:
 
 @contextmanager
 def _without_advice() -> Iterator[None]:
-    """HFLM warns that settings for loading a model are ignored where it is given one."""
+    """Silence HFLM's warning that settings for loading a model are ignored when a model is passed."""
     logger = logging.getLogger("lm_eval.models.huggingface")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -29,15 +29,15 @@ set_parsing_settings(subclasses_enabled=[BasePress])
 
 
 class LMEvalModule(MeasuringModule):
-    """Scores of lm-evaluation-harness's tasks after an eviction (https://github.com/EleutherAI/lm-evaluation-harness).
+    """Runs tasks of lm-evaluation-harness under eviction (https://github.com/EleutherAI/lm-evaluation-harness).
 
-    Every task is run by ``lm_eval.simple_evaluate`` on ``sparsekv_pl.evaluation.lm_eval_model.PressedLM``, which says
-    how contexts are evicted. A finished piece of work (variant x press x ratio x task) is not done again by the next
-    run; one that fails is named in the report, and tried again by the next run.
+    ``lm_eval.simple_evaluate`` runs every task on ``sparsekv_pl.evaluation.lm_eval_model.PressedLM``, whose docstring
+    describes the eviction. The next run skips finished pieces of work (variant x press x ratio x task). A piece that
+    fails is named in the report and tried again by the next run.
 
-    A task is code: a YAML file may name Python functions that lm_eval imports and runs (``!function``,
-    ``custom_dataset``), and its templates may call Python too. Give ``include_path`` only folders that you have read.
-    Tasks that run what the model wrote (humaneval, mbpp) are refused. Data of hub tasks is downloaded.
+    A task is code: its YAML file may name Python functions that lm_eval imports and runs (``!function``,
+    ``custom_dataset``), and its templates may call Python. Set ``include_path`` only to folders that you have read.
+    Tasks that run code written by the model (humaneval, mbpp) are refused. Data of hub tasks is downloaded.
 
     Parameters
     ----------
@@ -46,15 +46,15 @@ class LMEvalModule(MeasuringModule):
     settings
         Presses and ratios. The full cache is always measured.
     tasks
-        Names of tasks or groups of lm_eval's, or of the YAML files in ``include_path``.
+        Names of lm_eval's tasks or groups, or of tasks in ``include_path``.
     include_path
-        Folder with task files of your own. Paths in them are relative to where the run is started.
+        Folder with your own task files. Paths in them are relative to the working directory.
     limit
-        Documents per task, the first ones; null takes all.
+        Number of documents per task, from the first; null: all.
     num_fewshot
-        Solved examples in front of each question; null leaves it to the task.
+        Solved examples before each question; null: the task's own number.
     apply_chat_template
-        Frame questions as the tokenizer's chat template says.
+        Format questions with the tokenizer's chat template.
     held_back
         Tokens at the end of a context that presses neither see nor evict. lm_eval's contexts end with the question:
         with 1 presses see it (query-aware), with the question's length they do not.
@@ -62,10 +62,15 @@ class LMEvalModule(MeasuringModule):
         Folder for the report, lm_eval's own results (``lm_eval/``), and the finished work (``results/``).
         Null: where the run's name says, else output/lm_eval.
     title
-        Of the report.
+        Title of the report.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range, a missing folder or chat template, or a press that does not fit the model.
     """
 
-    one_process = "lm_eval tasks run on one device, not on {}: set trainer.devices to 1; run other tasks in a run apart"
+    one_process = "lm_eval tasks run on one device, not on {}: set trainer.devices to 1; use another run for the rest"
 
     def __init__(
         self,
@@ -94,21 +99,21 @@ class LMEvalModule(MeasuringModule):
                 f"the tokenizer of {backbone.pretrained} has no chat template: set apply_chat_template to false"
             )
         self.named: dict[str, list[str]] = {}
-        """By task: digests of the local files that it names as its data."""
+        """Task -> digests of the local files that its settings name."""
         self.work = list(product(self.points, tasks))
 
     def setup(self, stage: str) -> None:
-        """Find the tasks, and read what is finished already."""
+        """Find the tasks, and read the finished work. Raises ``ValueError`` for an unknown task."""
         super().setup(stage)
         self.manager = task_manager(self.tasks, self.include_path)
         self.named = {task: named_files(self.manager, task) for task in self.tasks}
 
     def test_dataloader(self) -> DataLoader[int]:
-        """One item per point and task: its place in ``work``."""
+        """One item per point and task: its index in ``work``."""
         return DataLoader(range(len(self.work)), batch_size=None)  # type: ignore[arg-type]
 
     def pieces(self, batch: int, variant: str) -> Iterator[Piece]:
-        """A task under one press at one ratio."""
+        """One piece: a task under one press at one ratio."""
         point, task = self.work[batch]
         unfit = point.unfit()
         yield Piece(
@@ -125,7 +130,7 @@ class LMEvalModule(MeasuringModule):
         scores = [record for record in records if "metric" in record]
         log_scores(self.loggers, {_name(score): score["value"] for score in scores if score["value"] is not None})
         show(table(records))
-        # Reports pair cases that are right or wrong; a task without such (perplexity, F1) stands in the table alone.
+        # Reports pair cases that are right or wrong; tasks with other metrics (perplexity, F1) are only in the table.
         paired = [record for record in records if "exact" in record or "error" in record]
         if not paired:
             return []
@@ -156,7 +161,7 @@ class LMEvalModule(MeasuringModule):
                 apply_chat_template=self.apply_chat_template,
                 evaluation_tracker=tracker,
             )
-        assert results is not None, "lm_eval gives its results to the first process, and there is one"
+        assert results is not None, "lm_eval returns results in the first process, and there is only one"
         samples = results.pop("samples")
         records = [*score_records(results, lm.evictions), *case_records(samples, lm.evictions)]
         tracker.save_results_aggregated(results, samples)
@@ -170,7 +175,7 @@ class LMEvalModule(MeasuringModule):
             point=point.described(),
             held_back=self.held_back,
             task=task,
-            # A task's data may lie beside it: whatever changes there, the work is done again.
+            # A task's data may lie beside it: any change there means measuring again.
             files=None if self.include_path is None else folder_digest(self.include_path),
             named_files=self.named.get(task),
             limit=self.limit,
@@ -195,13 +200,13 @@ class LMEvalModule(MeasuringModule):
         for point in self.points:
             if point.decoding_interval is not None:
                 raise ValueError(
-                    f"{point.condition.press} has decoding_interval={point.decoding_interval}, but lm_eval tasks are "
-                    "evicted from before the answer: leave it out"
+                    f"{point.condition.press} has decoding_interval={point.decoding_interval}, but lm_eval tasks "
+                    "evict before the answer: leave it out"
                 )
 
 
 def _name(record: Record) -> str:
-    """Of a score in TensorBoard."""
+    """A score's name in TensorBoard."""
     condition = Condition.of(record)
     where = (condition.press, f"{condition.compression_ratio:g}", condition.prefill)
     return "/".join(map(str, (record["variant"], record["task"], record["metric"], *where))).replace(" ", "_")

@@ -1,4 +1,4 @@
-"""lm_eval's results as records, and as the table that a terminal shows."""
+"""lm_eval's results as records and as the terminal's table."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from sparsekv_pl.evaluation.lm_eval_model import ContextEviction
 
 EXACT = ("exact_match", "acc")
-"""lm_eval's metrics that are 0 or 1 for a document, the first that a task has: what a paired comparison needs."""
+"""lm_eval's metrics that are 0 or 1 per document. The paired comparison uses the first that a task has."""
 
 Evictions = Mapping[str, Sequence["ContextEviction"]]
-"""``PressedLM.evictions``: the first argument of a request -> what became of it."""
+"""``PressedLM.evictions``: the first argument of a request -> the outcomes of its evictions."""
 
 
 def score_records(results: Mapping[str, Any], evictions: Evictions) -> Iterator[Record]:
-    """A record per task, filter and metric of ``simple_evaluate``'s results, groups included.
+    """Yield a record per task, filter and metric of ``simple_evaluate``'s results, groups included.
 
-    ``value`` and ``stderr`` (None where lm_eval gives none), ``n`` documents, ``contexts`` and how many of them were
-    ``evicted``, ``context_tokens`` and ``kept_pairs`` (means over contexts; pairs left of what the press was given),
-    ``freed``.
+    Its columns: ``value`` and ``stderr`` (None if lm_eval gives none), ``n`` (documents), ``contexts`` and how many of
+    them were ``evicted``, ``context_tokens`` and ``kept_pairs`` (means over contexts; pairs left of those the press
+    saw), ``freed``.
     """
     met = [eviction for found in evictions.values() for eviction in found]
     left = {
@@ -49,7 +49,7 @@ def score_records(results: Mapping[str, Any], evictions: Evictions) -> Iterator[
 
 
 def case_records(samples: Mapping[str, Sequence[Mapping[str, Any]]], evictions: Evictions) -> Iterator[Record]:
-    """A record per task, filter and document, with ``exact`` where the task has a metric of ``EXACT``."""
+    """Yield a record per task, filter and document, with ``exact`` if the task has a metric of ``EXACT``."""
     for task, documents in samples.items():
         for sample in documents:
             texts = {arguments[0] for arguments in sample["arguments"]}
@@ -69,7 +69,10 @@ def case_records(samples: Mapping[str, Sequence[Mapping[str, Any]]], evictions: 
 
 
 def table(records: Sequence[Record]) -> "Table":
-    """Base beside trained with lm_eval's standard errors, a row per task, metric, press and ratio; then what failed."""
+    """Make a table of base and trained with lm_eval's standard errors: a row per task, metric, press and ratio.
+
+    Failures follow at the end.
+    """
     from rich.table import Column, Table
 
     variants = [name for name in ("base", "trained") if any(record["variant"] == name for record in records)]
@@ -98,10 +101,10 @@ def _cell(record: Record | None) -> str:
 
 
 def _task(task: str, filtered: str) -> str:
-    """A task whose answers are read in several ways (filters) is several to a report."""
+    """A task's name in reports: each of its filters counts as a task."""
     return task if filtered == "none" else f"{task}, {filtered}"
 
 
 def _finite(value: Any) -> float | None:
-    """lm_eval writes "N/A" where it has no number, and a perplexity may overflow."""
+    """``value`` as a float; None for lm_eval's "N/A" and for a perplexity that overflowed."""
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None

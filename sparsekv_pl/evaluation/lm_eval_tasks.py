@@ -1,4 +1,4 @@
-"""lm_eval's tasks by name: where they are found, and the local files that they name."""
+"""Finding lm_eval's tasks by name, and the local files that they use."""
 
 import difflib
 from pathlib import Path
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def task_manager(tasks: list[str], include_path: Path | None) -> "TaskManager":
-    """lm_eval's index of tasks: of ``include_path``, and of lm_eval's own (10 s) only where ``tasks`` needs them.
+    """Index the tasks in ``include_path``, and lm_eval's own (10 s) only if ``tasks`` needs them.
 
     Raises
     ------
@@ -35,7 +35,7 @@ def task_manager(tasks: list[str], include_path: Path | None) -> "TaskManager":
 
 
 def named_files(manager: "TaskManager", task: str) -> list[str]:
-    """Digests of the files and folders that the settings of a task, or of a group's tasks, name, wherever they lie."""
+    """Digests of all files and folders named in the settings of a task, or of a group's tasks."""
     entry = manager.task_index.get(task)
     left: list[Any] = [entry.cfg if entry is not None else None]
     found = []

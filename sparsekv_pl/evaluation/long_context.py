@@ -1,4 +1,4 @@
-"""The LightningModule that reads a context of any length in flat memory, and asks for what is hidden in it."""
+"""The LightningModule that reads a context of any length in constant memory, and asks for the needles in it."""
 
 import time
 from collections.abc import Iterator
@@ -46,31 +46,36 @@ TITLE = "Needles in a long context"
 class LongContextModule(MeasuringModule):
     """Prefills haystacks in chunks under an eviction budget, then answers every question from a copy of the cache.
 
-    Can be stopped (Ctrl-C ends after the running chunk) or killed: a rerun goes on from ``output/state.safetensors``,
-    and a finished haystack is not run again.
+    A run may be stopped (Ctrl-C ends it after the running chunk) or killed. The next run continues from
+    ``output/state.safetensors`` and skips finished haystacks.
 
     Parameters
     ----------
     backbone
         The model; with ``backbone.adapter`` it is measured with the adapter on ("trained").
     press
-        Selects what stays after every chunk. Beyond the model's trained positions it has to be
-        kvpress.KeyRerotationPress around another; null keeps everything.
+        Selects the KV pairs to keep after every chunk; null keeps everything. For contexts beyond the model's trained
+        positions it must be a kvpress.KeyRerotationPress around another press.
     budget
-        KV pairs per head that stay, in tokens; null leaves it to the press's compression_ratio.
+        KV pairs kept per KV head, in tokens; null: the press's compression_ratio decides.
     chunk_tokens
-        Most tokens of a chunk. Memory is that of budget + chunk_tokens.
+        Most tokens of a chunk. The cache holds at most budget + chunk_tokens.
     output
         Folder for the report, the finished work and the state of an unfinished one.
         Null: where the run's name says, else output/long_context.
     title
-        Of the report.
+        Title of the report.
     save_every
         Chunks between two saved states.
     dry
         Build and tokenise everything, print the plan and stop before inference.
     tokens_per_second
-        Prefill speed that the plan counts on; null leaves the time open.
+        Prefill speed assumed by the plan; null: the plan states no time.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of range, or a press that does not fit the model.
     """
 
     one_process = (
@@ -94,12 +99,12 @@ class LongContextModule(MeasuringModule):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         if press is None and budget is not None:
-            raise ValueError(f"budget={budget} needs a press that selects what stays: name one, or set budget to null")
+            raise ValueError(f"budget={budget} needs a press: name one, or set budget to null")
         if press is not None:
             check_compression_ratio("press.compression_ratio", compression_ratio_of(press))
             check_evicts(press)
         self.press, self.budget, self.chunk_tokens = press, budget, chunk_tokens
-        self.press_settings = settings_of(press)  # a prefill sets the ratio anew for each chunk
+        self.press_settings = settings_of(press)  # before a prefill: it sets the ratio of each chunk
         self.phases, self.between = Phases(), ExitStack()
         with self.phases("load"):
             super().__init__(output or "output/long_context", backbone, trained_alone=True)
@@ -109,27 +114,27 @@ class LongContextModule(MeasuringModule):
         check_press(self.causal_lm, press)
 
     def setup(self, stage: str) -> None:
-        """Check, before any text is read, that contexts of these lengths can be run; read what is finished already."""
+        """Check that the data's context lengths can be run, and read the finished work."""
         super().setup(stage)
         for length in getattr(self.trainer.datamodule, "lengths", []):  # type: ignore[attr-defined]
             self._filling(length)
         self.saved = SavedState(self.output / STATE)
 
     def on_test_epoch_start(self) -> None:
-        """The first haystack is made before the first step."""
+        """Start the phase in which the first haystack is made."""
         self.between.enter_context(self.phases("tokenise"))
 
     def on_test_batch_start(self, batch: CaseBatch, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
-        """It is made."""
+        """End the phase in which the haystack was made."""
         self.between.close()
 
     def on_test_batch_end(self, outputs: Any, batch: CaseBatch, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
-        """The next one is made before the next step."""
+        """Start the phase in which the next haystack is made."""
         if batch_idx + 1 < int(self.trainer.num_test_batches[0]):
             self.on_test_epoch_start()
 
     def pieces(self, batch: CaseBatch, variant: str) -> Iterator[Piece]:
-        """One haystack with its questions; none where it is only planned (``dry``)."""
+        """One haystack with its questions; none in a ``dry`` run, which prints the plan."""
         if self.dry:
             self._show_plan(batch)
             return
@@ -137,7 +142,7 @@ class LongContextModule(MeasuringModule):
         yield Piece(key, "haystacks", lambda: self._read(batch, variant, key), kept=lambda: self.saved.discard())
 
     def on_test_end(self) -> None:
-        """Write what the phases cost, and the report where something was measured."""
+        """Write time and memory of the phases, and the report if anything was measured."""
         replace(self.output / PHASES, json_bytes(self.phases.records()))
         log_scores(self.loggers, self.phases.scalars(), 0)
         super().on_test_end()
@@ -154,7 +159,7 @@ class LongContextModule(MeasuringModule):
         return ChunkedPrefill(self.causal_lm, self.press, tokens, self.chunk_tokens, self.budget)
 
     def _filling_for(self, batch: CaseBatch) -> ChunkedPrefill:
-        """A prefill of the batch's context. Raises ``ValueError`` where the model has no positions for its answers."""
+        """A prefill of the batch's context. Raises ``ValueError`` if the model has no positions for its answers."""
         tokens = batch["context_ids"].shape[1]
         filling = self._filling(tokens)
         asked = int(batch["continuation_lengths"].max()) + max(case.max_new_tokens for case in batch["cases"])
@@ -170,7 +175,7 @@ class LongContextModule(MeasuringModule):
             return self._answers(filling, batch, variant, costs)
 
     def _fill(self, filling: ChunkedPrefill, batch: CaseBatch, key: str) -> Record:
-        """Run all chunks that are left. What it cost: the seconds of all chunks, also those of runs before this one."""
+        """Run the remaining chunks; return the cost, which includes the seconds of earlier runs."""
         context, seconds = batch["context_ids"], 0.0
         state = self.saved.load(key)
         if state is not None:
@@ -192,7 +197,7 @@ class LongContextModule(MeasuringModule):
                     log_scores(self.loggers, {f"prefill/{name}": value for name, value in costs.items()}, end)
                 if stop.is_set():
                     stop.stop()
-        # The seconds are whole for every question: each rests on all of the prefill. The eviction is a part of it.
+        # Each question has the seconds of the whole prefill, which include the eviction.
         return {"prefill_seconds": seconds, "eviction_seconds": 0.0, "peak_bytes": self.phases.peak_bytes()}
 
     def _draws(self, batch: CaseBatch, start: int) -> AbstractContextManager[None]:

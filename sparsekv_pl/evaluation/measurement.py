@@ -1,4 +1,4 @@
-"""What one batch of cases shows under one way to evict: answers, perplexity and KL, and what they cost."""
+"""Measuring one batch of cases at one point of the matrix: answers, perplexity, KL and cost."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ from sparsekv_pl.storage.records import Record
 log = logging.getLogger(__name__)
 
 HELD_BYTES = 2**31
-"""Of keys and values that wait to be answered from, at most: with so many no point more is decoded beside them."""
+"""Bytes of waiting keys and values above which no further point joins a decoding."""
 
 
 @dataclass
@@ -41,31 +41,31 @@ class _Asked:
 
     rows: Answering
     costs: Record
-    """Of a case."""
+    """Cost per case."""
     seconds: float
-    """For the questions."""
+    """Time of reading the questions."""
     peak_bytes: int
 
     @property
     def nbytes(self) -> int:
-        """Of its keys and values."""
+        """Bytes of its keys and values."""
         return self.rows.nbytes
 
     @property
     def tokens(self) -> int:
-        """That its rows have said or stopped at."""
+        """Tokens that its rows generated, stop tokens included."""
         return sum(len(answer) + 1 for answer in self.rows.answers)
 
 
 class Measurement:
-    """One batch under one model. The context is prefilled once, for all points that evict after a dense prefill.
+    """Measures one batch with one model. Points that evict after a dense prefill share one prefill of the context.
 
     Parameters
     ----------
     model, tokenizer, batch
-        What is measured, on which cases.
+        The model, its tokenizer, and the cases: contexts (B, L) and continuations (B, T).
     with_stability
-        Also of text, how stable a press's choice is.
+        On text, also measure how stable a press's choice is.
     """
 
     def __init__(
@@ -78,12 +78,12 @@ class Measurement:
         self.model, self.tokenizer, self.batch = model, tokenizer, batch
         self.with_stability = with_stability
         self.ahead: Sequence[Point] = ()
-        """Points that will be asked for in this order: their answers are decoded together."""
+        """Points that will be measured next, in this order: their answers are decoded together."""
         self._answered: dict[str, list[Record]] = {}
 
     @torch.no_grad()
     def at(self, point: Point) -> list[Record]:
-        """The batch's records, one per case."""
+        """Measure at ``point``; return a record per case."""
         if self._by_row(point):
             return [record for row in range(len(self.batch["cases"])) for record in self._row(row).at(point)]
         if not self.is_text:
@@ -97,14 +97,14 @@ class Measurement:
             prefilled, costs = self._prefilled(point)
             left = self._left(prefilled)
             rows = self._read(point, prefilled)
-            if point.decoding_interval is not None:  # it evicted while it read
+            if point.decoding_interval is not None:  # it evicted while reading
                 left = self._left(prefilled)
-        if self.tells_stability(point):
+        if self.measures_stability(point):
             rows = [row | stable for row, stable in zip(rows, self._stable(point), strict=True)]
         return [costs | left | {"peak_bytes": phases.peak_bytes()} | row for row in rows]
 
-    def tells_stability(self, point: Point) -> bool:
-        """Whether the records of ``point`` say how stable its press's choice is."""
+    def measures_stability(self, point: Point) -> bool:
+        """Whether the records of ``point`` include the stability of its press's choice."""
         return self.with_stability and self.is_text and point.press is not None and point.prefill == "dense"
 
     def _stable(self, point: Point) -> list[Record]:
@@ -118,50 +118,50 @@ class Measurement:
 
     @property
     def is_text(self) -> bool:
-        """Whether the continuations are read, not answered."""
+        """Whether the continuations are text to read, not questions to answer."""
         return self.batch["cases"][0].task == TEXT
 
     def _by_row(self, point: Point) -> bool:
-        """Whether the point's press runs the model itself, which a batch of several rows does not go through."""
+        """Whether rows are measured one by one: the press runs the model itself, which needs a batch of one row."""
         return point.press is not None and not traits_of(point.press).replayable and len(self.batch["cases"]) > 1
 
     def _draws(self, point: Point) -> AbstractContextManager[None]:
-        """What a press without a seed of its own draws inside: the same in every run, for base and trained."""
+        """Seed a press that has no seed of its own: its draws are equal in every run, for base and trained."""
         cases = (case.id for case in self.batch["cases"])
         return globally_seeded("measured press", *cases, press_name(point.press), str(float(point.compression_ratio)))
 
     def _left(self, prefilled: Prefilled) -> Record:
-        """What an eviction left, shared out evenly."""
+        """The KV pairs and bytes left by an eviction, per case."""
         found = kept_memory(self.model, prefilled.cache)
         kv_bytes = found.kv_bytes // len(self.batch["cases"])
         return {"kept_pairs": found.kept_pairs, "kv_bytes": kv_bytes, "freed": found.freed}
 
     def _answers_from(self, point: Point) -> dict[str, list[Record]]:
-        """The records of ``point`` and of those whose answers were decoded with its own, by name."""
+        """Name -> records, of ``point`` and of the points whose answers were decoded with it."""
         asked = {point.name: self._asked(point)}
         for other in self._beside(point):
             if sum(one.nbytes for one in asked.values()) > self._may_wait():
                 break
-            with suppress(Exception):  # it is asked for by itself later, and fails there
+            with suppress(Exception):  # it is measured by itself later, and fails there
                 asked[other.name] = self._asked(other, held=sum(one.nbytes for one in asked.values()))
         if len(asked) == 1:
             return self._decoded(asked)
         try:
             return self._decoded(asked)
         except Exception as error:
-            names, why = ", ".join(asked), str(error)  # the error itself holds the caches, and a log may hold it
-            log.warning("answers of %s cannot be decoded together, so one after the other: %s", names, why)
+            names, why = ", ".join(asked), str(error)  # a log may keep the error, which holds the caches
+            log.warning("answers of %s are decoded one point at a time, because: %s", names, why)
             self.ahead = []
-            asked.clear()  # what did not fit beside them would not fit now
+            asked.clear()  # free the caches for the point's own
         return self._decoded({point.name: self._asked(point)})
 
     def _may_wait(self) -> int:
-        """Bytes of caches. A full GPU says so, and they are decoded one after the other; a CPU's process ends."""
+        """Most bytes of waiting caches. A full GPU raises an error, which is handled; on a CPU the process is killed."""
         free = psutil.virtual_memory().available if self.model.device.type == "cpu" else 4 * HELD_BYTES
         return min(HELD_BYTES, free // 4)
 
     def _beside(self, point: Point) -> list[Point]:
-        """The points behind ``point`` that can be decoded with it."""
+        """The points after ``point`` that can be decoded with it."""
         names = [other.name for other in self.ahead]
         if point.name not in names or rope_changes(self.model):
             return []
@@ -169,7 +169,7 @@ class Measurement:
         return [other for other in behind if other.decoding_interval is None and not self._by_row(other)]
 
     def _asked(self, point: Point, held: int = 0) -> _Asked:
-        """The point's rows when they have read their questions, while ``held`` bytes wait to be answered from."""
+        """Evict at ``point`` and read the questions, while ``held`` bytes of other points wait in memory."""
         if point.press is not None:
             set_compression_ratio(point.press, point.compression_ratio)
         phases = Phases()
@@ -180,7 +180,7 @@ class Measurement:
         return _Asked(answering, costs | left, seconds, phases.peak_bytes() - held)
 
     def _decoded(self, asked: Mapping[str, _Asked]) -> dict[str, list[Record]]:
-        """Their records, when all have answered."""
+        """Decode the answers of all ``asked`` points together; return their records by name."""
         phases, held = Phases(), sum(one.nbytes for one in asked.values())
         with phases("answers"):
             _, seconds = timed(
@@ -206,7 +206,7 @@ class Measurement:
 
     @cached_property
     def _full(self) -> FullCacheReading:
-        """What the model makes of the continuation with its full cache."""
+        """The model's outputs for the continuation with the full cache."""
         full, ids = self._recorded[0].evicted(None), self.batch["continuation_ids"]
         hidden = continue_from(self.model, ids, full.cache, full.next_position)
         head, lengths = self.model.get_output_embeddings().weight, self.batch["continuation_lengths"].tolist()
@@ -227,7 +227,7 @@ class Measurement:
         )
 
     def _prefilled(self, point: Point) -> tuple[Prefilled, dict[str, float]]:
-        """The context's cache as the point leaves it, and the seconds it took."""
+        """The context's cache after the point's eviction, and the seconds of prefill and eviction."""
         if point.chunk_tokens is not None:
             context = self.batch["context_ids"]
             with self._draws(point):
@@ -240,7 +240,7 @@ class Measurement:
         return prefilled, {"prefill_seconds": seconds, "eviction_seconds": evicting}
 
     def answers(self, prefilled: Prefilled) -> list[Record]:
-        """What the model says after a cache that was prefilled here or elsewhere, scored; the cache is used up."""
+        """Answer the questions from a prefilled cache, which is used up; return the scored records."""
         rows, reading = timed(lambda: self._answering(prefilled))
         _, seconds = timed(lambda: greedy_together(self.model, [rows], self._stop_ids))
         return self._scored(rows.answers, reading + seconds)
@@ -254,8 +254,8 @@ class Measurement:
         """Records of the cases' answers, which took ``seconds`` together."""
         return [
             {
-                **retrieval_scores(said, case.answers),
-                "answer": said,
+                **retrieval_scores(text, case.answers),
+                "answer": text,
                 "answers": list(case.answers),
                 "question": case.question,
                 "answer_prefix": case.answer_prefix,
@@ -264,11 +264,11 @@ class Measurement:
                 "decode_tokens": len(answer),
             }
             for case, answer in zip(self.batch["cases"], answers, strict=True)
-            for said in [str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()]
+            for text in [str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()]
         ]
 
     def _read(self, point: Point, prefilled: Prefilled) -> list[Record]:
-        """Perplexity and KL of the continuation. Its first token is left out: the context's last predicts it, uncut."""
+        """Perplexity and KL of the continuation without its first token, predicted by the full cache."""
         ids = self.batch["continuation_ids"]
         if point.press is None:
             hidden = self._full.hidden

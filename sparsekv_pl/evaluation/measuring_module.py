@@ -1,4 +1,4 @@
-"""What every measuring module shares: finished work, keys, base and trained, failures, ranks, progress, the report."""
+"""Base class of all measuring modules: finished work, keys, base and trained, failures, ranks, progress, report."""
 
 import logging
 import time
@@ -36,25 +36,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of work, measured with the adapter on or off as its variant needs.
+    """A piece of work, measured with the adapter on or off according to its variant.
 
     Parameters
     ----------
     key
-        Equal exactly where everything that decides the records is equal.
+        Equal if and only if everything that decides the records is equal.
     file
-        Of ``output/results`` in which they are kept, without rank and ending.
+        File in ``output/results`` that stores the records, without rank and ending.
     measure
         Returns the records; JSON-able and finite.
     columns
-        What each record gets beside what was measured; not part of what is kept.
+        Columns added to each record; they are not stored.
     label
-        Names the piece where it fails: the failure is then logged and stands in a record ("error"), the other pieces go
-        on, and no other piece of this label is tried in this run. None: a failure ends the run.
+        The piece's name if it fails: the failure is logged and recorded ("error"), the other pieces continue, and no
+        other piece with this label is tried in this run. None: a failure ends the run.
     unfit
-        Why it cannot be measured at all: recorded like a failure, and ``key`` and ``measure`` are not looked at.
+        Why the piece cannot be measured; recorded like a failure, and ``key`` and ``measure`` are not used.
     kept
-        Called when the records are on disk.
+        Called after the records are on disk.
     """
 
     key: str
@@ -67,26 +67,26 @@ class Piece:
 
 
 class MeasuringModule(LightningModule, ABC):
-    """Measures every batch piece by piece, keeps what is finished in ``output/results``, and ends in a report.
+    """Measures every batch piece by piece, stores finished work in ``output/results``, and writes a report at the end.
 
-    A run that was killed, or that is given more to measure, measures what is missing. It runs as ``test`` or
-    ``predict``; subclasses say what the pieces are and how the records are reported.
+    A run that was killed, or that gets more to measure, measures only what is missing. It runs as ``test`` or
+    ``predict``; subclasses define the pieces and the report.
 
     Parameters
     ----------
     output
-        Folder for the report and the finished work; ``trainer.fast_dev_run`` leaves nothing there.
+        Folder for the report and the finished work; nothing is written there with ``trainer.fast_dev_run``.
     backbone
         The model; with ``backbone.adapter`` everything is measured twice, with the adapter off (base) and on (trained).
-        None where none is loaded.
+        None if the module loads no model.
     trained_alone
-        With an adapter, measure with it on and not with it off.
+        With an adapter, measure only with it on.
     """
 
     one_process: ClassVar[str | None] = None
-    """Raised as a ``ValueError`` where there are several ranks; {} is their number."""
+    """Message of the ``ValueError`` raised with several ranks; {} is their number. None: ranks are supported."""
     title = ""
-    """Of the report."""
+    """Title of the report."""
 
     def __init__(self, output: str | Path, backbone: Backbone | None = None, trained_alone: bool = False) -> None:
         super().__init__()
@@ -104,11 +104,11 @@ class MeasuringModule(LightningModule, ABC):
 
     @abstractmethod
     def pieces(self, batch: Any, variant: str) -> Iterable[Piece]:
-        """What there is to measure of a batch; nothing runs before a piece's ``measure`` is called."""
+        """The pieces of work of a batch. Nothing runs before a piece's ``measure`` is called."""
 
     @abstractmethod
     def write(self, records: list[Record], environment: dict[str, Any]) -> list[Path]:
-        """Write the report of all ranks' records, show on the console what matters, and return the paths."""
+        """Write the report of all ranks' records, print its main table, and return the paths."""
 
     @property
     def output(self) -> Path:
@@ -117,16 +117,16 @@ class MeasuringModule(LightningModule, ABC):
 
     @property
     def causal_lm(self) -> PreTrainedModel:
-        """The transformers model, an adapter active in it or not."""
+        """The transformers model inside ``model``, whether or not an adapter is active."""
         return causal_lm(self.model)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Refuse the trainer's callbacks that cannot work in an evaluation."""
+        """Add no callback. Raises ``ValueError`` for one of the trainer's that cannot work in an evaluation."""
         refuse_callbacks(self.trainer)
         return []
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
-        """Read what is finished already."""
+        """Read the finished work. Raises ``ValueError`` for several ranks where only one is supported."""
         if self.one_process is not None and self.trainer.world_size > 1:
             raise ValueError(self.one_process.format(self.trainer.world_size))
         if self.backbone is not None:
@@ -145,7 +145,7 @@ class MeasuringModule(LightningModule, ABC):
 
     @torch.no_grad()
     def predict_step(self, batch: Any, batch_idx: int) -> list[Record]:  # noqa: ARG002
-        """Measure one batch, base and trained; of several ranks, each is given batches of its own."""
+        """Measure one batch, base and trained. Each rank has its own batches."""
         return self._measure(batch)
 
     def on_test_end(self) -> None:
@@ -166,12 +166,12 @@ class MeasuringModule(LightningModule, ABC):
         self.on_test_end()
 
     def key(self, variant: str, **decides: Any) -> str:
-        """The key of a piece that ``decides`` determines, together with the model, its adapter and what computes."""
+        """The key of a piece: a digest of ``decides``, the model, its adapter, and what computes."""
         model = {} if self.backbone is None else {"model": self.identity, "adapter": self.variants[variant]}
         return key_of(computed_by=computed_by(self), **model, **decides)
 
     def is_left(self, piece: Piece) -> bool:
-        """Whether ``piece`` is still to be measured: it fits, has not failed before, and is not on disk."""
+        """Whether ``piece`` still has to be measured: it is not unfit, has not failed, and is not on disk."""
         return not piece.unfit and piece.label not in self.failed and self.results.get(piece.key) is None
 
     def columns(self, variant: str, condition: Condition, press: BasePress | None = None) -> Record:
@@ -182,7 +182,7 @@ class MeasuringModule(LightningModule, ABC):
     def report_cases(
         self, records: Sequence[Record], environment: Mapping[str, Any], figures: "Mapping[str, Figure] | None" = None
     ) -> list[Path]:
-        """Write a report of base against trained, case by case; log its scores and print its table."""
+        """Write a report of base against trained from records of cases; log its scores and print its table."""
         summary = summarised(records)
         log_scores(self.loggers, summary.scores())
         paths = write_run(self.output, summary, self.training_summary, environment, self.title, figures)

@@ -1,4 +1,4 @@
-"""What every analysis of a model shares: one piece of work per batch, base and trained."""
+"""Base class of all analyses of a model: one piece of work per batch, base and trained."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -21,9 +21,9 @@ class Analysis(MeasuringModule):
     backbone
         The model; with ``backbone.adapter`` everything is measured twice, with the adapter off (base) and on (trained).
     output
-        Folder for the report, its pictures and the finished work; subclasses have a default for null.
+        Folder for the report, its pictures and the finished work; subclasses replace null by a default.
     trained_alone
-        With an adapter, measure with it on and not with it off.
+        With an adapter, measure only with it on.
     """
 
     def __init__(self, backbone: Backbone, output: str, trained_alone: bool = False) -> None:
@@ -31,14 +31,20 @@ class Analysis(MeasuringModule):
 
     @abstractmethod
     def described(self) -> dict[str, Any]:
-        """All settings that decide what ``measure`` returns, JSON-able: part of a finished measurement's key."""
+        """All settings that decide the result of ``measure``, JSON-able: part of the key of finished work."""
 
     @abstractmethod
     def measure(self, batch: CaseBatch) -> Sequence[Record]:
-        """What one batch shows with the model as it is; JSON-able and finite."""
+        """Measure one batch with the model in its present state; return JSON-able, finite records."""
 
     def setup(self, stage: str) -> None:
-        """Check that the model can take contexts of these lengths, and read what is finished already."""
+        """Check the data's context lengths and read the finished work.
+
+        Raises
+        ------
+        ValueError
+            For a context longer than the model's trained positions.
+        """
         longest = max(getattr(self.trainer.datamodule, "lengths", []), default=0)  # type: ignore[attr-defined]
         limit = position_limit(self.causal_lm)
         if limit is not None and longest > limit:
@@ -49,7 +55,7 @@ class Analysis(MeasuringModule):
         super().setup(stage)
 
     def pieces(self, batch: CaseBatch, variant: str) -> Iterator[Piece]:
-        """The whole batch."""
+        """One piece: the whole batch."""
         yield Piece(
             key=self.key(
                 variant, analysis=type(self).__name__, settings=self.described(), batch=batch_of(batch, named=True)

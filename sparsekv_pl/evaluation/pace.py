@@ -1,4 +1,4 @@
-"""How far work is and how long the rest takes, in lines of a log."""
+"""Progress and remaining time of work, as lines of a log."""
 
 import sys
 import time
@@ -9,27 +9,27 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 LINE_SECONDS = 30.0
-"""Between two lines about one piece of work; the first and the last are always said."""
+"""Seconds between two lines about one piece of work; the first and the last are always printed."""
 
 
 def duration(seconds: float) -> str:
-    """In the unit that a reader would choose: 50 s, 12 min, 3.4 h."""
+    """A duration in a readable unit: 50 s, 12 min, 3.4 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
 class Pace:
-    """Says how far work of ``total`` units is and how long the rest takes, in a line every ``LINE_SECONDS``.
+    """Prints progress and remaining time of work of ``total`` units, in a line every ``LINE_SECONDS``.
 
     Parameters
     ----------
     what
-        The line begins with it.
+        Beginning of the line.
     units
-        What is counted, in the plural.
+        Name of the units, in the plural.
     total
-        Of the whole work; infinite where that is not known.
+        Units of the whole work; infinity if unknown.
     """
 
     clock: Callable[[], float] = staticmethod(time.monotonic)
@@ -37,14 +37,14 @@ class Pace:
     def __init__(self, what: str, units: str, total: float) -> None:
         self.what, self.units, self.total = what, units, total
         self.started = self.clock()
-        self.said: float | None = None
+        self.printed: float | None = None
 
     def reached(self, done: float, *more: str) -> None:
-        """``done`` units are done, the last perhaps in part; ``more`` stands in the line too."""
+        """Report that ``done`` units are done (may be fractional); ``more`` is added to the line."""
         now = self.clock()
-        if self.said is not None and now - self.said < LINE_SECONDS and done < self.total:
+        if self.printed is not None and now - self.printed < LINE_SECONDS and done < self.total:
             return
-        self.said = now
+        self.printed = now
         known = done > 0 and self.total < float("inf")
         of = f" of {self.total:g}" if known else ""
         left = [f"{duration((now - self.started) / done * (self.total - done))} left"] if known else []
@@ -52,7 +52,7 @@ class Pace:
 
 
 def ticking(what: str, units: str, total: int, silent: bool = False) -> Callable[[], None]:
-    """To be called as each of ``total`` units is done: moves a bar in a terminal, says lines elsewhere."""
+    """A function to call after each of ``total`` units: it moves a bar in a terminal and prints lines elsewhere."""
     bar = tqdm(total=total, desc=what, disable=True if silent else None)  # None: where there is no terminal
     pace, done = Pace(what, units, total), 0
 
@@ -69,14 +69,14 @@ def ticking(what: str, units: str, total: int, silent: bool = False) -> Callable
 
 
 class WithoutBars:
-    """A text stream without libraries' progress bars, which rewrite one line: in a file each state would be kept."""
+    """A text stream that drops libraries' progress bars: in a file, each state of a bar would be a line."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._dropped = False
 
     def write(self, text: str) -> int:
-        """Drop what begins by going back to the start of a line, and the line's end after it."""
+        """Write ``text`` unless it begins with a carriage return, or is the line end after such a text."""
         bar = text.startswith("\r") or (self._dropped and text == "\n")
         self._dropped = text.startswith("\r")
         return len(text) if bar else self._stream.write(text)
@@ -87,6 +87,6 @@ class WithoutBars:
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """In the block, where standard error is no terminal."""
+    """Drop progress bars in the block if standard error is not a terminal."""
     with nullcontext() if sys.stderr.isatty() else redirect_stderr(WithoutBars(sys.stderr)):
         yield

@@ -1,4 +1,4 @@
-"""What a continuation that was read shows: perplexity, and KL from what the full cache makes of it."""
+"""Perplexity of a continuation, and forward KL from the full cache's predictions to those after eviction."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,20 +9,20 @@ from sparsekv_pl.objectives.losses import CHUNK_TOKENS, distillation_loss, log_p
 from sparsekv_pl.storage.records import Record
 
 KEPT_FLOATS = 2**27
-"""Of log-probabilities, half a gigabyte; where a batch has more of them they are computed for each reading."""
+"""Most log-probabilities that are stored (half a gigabyte); with more, they are recomputed for each reading."""
 
 
 class FullCacheReading:
-    """A batch's continuations as read with the full cache; other readings are compared with it.
+    """A batch's continuations read with the full cache: the reference for readings after eviction.
 
     Parameters
     ----------
     hidden
-        (B, T, E), with the full cache.
+        (B, T, E) hidden states with the full cache.
     head
-        (V, E), the LM head's weight.
+        (V, E) weight of the LM head.
     ids, lengths
-        (B, T) the continuations, and how many tokens of each row count.
+        (B, T) token ids of the continuations, and the number of valid tokens per row.
     """
 
     def __init__(self, hidden: Tensor, head: Tensor, ids: Tensor, lengths: Sequence[int]) -> None:
@@ -36,7 +36,7 @@ class FullCacheReading:
         return [self._row(row, hidden[row]) for row in range(len(self.lengths))]
 
     def _row(self, row: int, hidden: Tensor) -> Record:
-        sums = self.hidden.new_zeros(2, dtype=torch.float64)  # read once: each look at a number waits for a GPU
+        sums = self.hidden.new_zeros(2, dtype=torch.float64)  # read once, because each read waits for the GPU
         for start, stop in _chunks(self.lengths[row] - 1):
             log_q = log_probabilities(hidden[start:stop], self.head)
             labels = self.ids[row, start + 1 : stop + 1, None]
@@ -56,9 +56,20 @@ class FullCacheReading:
 
 
 def reading_scores(hidden: Tensor, teacher: Tensor, head: Tensor, ids: Tensor) -> Record:
-    """Sums over the tokens ``ids`` (T,) of a continuation but the first, in nats, and how many they are.
+    """Sum negative log-likelihood and forward KL (nats) over a continuation without its first token.
 
-    ``hidden`` and ``teacher`` (T, E) are what was made of them, here and with the full cache; ``head`` (V, E).
+    Parameters
+    ----------
+    hidden, teacher
+        (T, E) hidden states after eviction and with the full cache.
+    head
+        (V, E) weight of the LM head.
+    ids
+        (T,) token ids.
+
+    Returns
+    -------
+    ``nll``, ``kl`` and the number of ``tokens``.
     """
     losses = distillation_loss(hidden[:-1], teacher[:-1], head, ids[1:], kl_weight=1.0)
     nll, kl, tokens = torch.stack([losses.cross_entropy, losses.kl, losses.tokens.to(losses.kl)]).tolist()

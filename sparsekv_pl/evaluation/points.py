@@ -1,4 +1,4 @@
-"""What is measured: a press at a compression ratio, and when it evicts."""
+"""Points of the evaluation matrix: a press, a compression ratio, and when the press evicts."""
 
 import logging
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Point:
-    """One column of a matrix: a press (None: the full cache) at one ratio."""
+    """One point of the matrix: a press (None: the full cache) at one compression ratio."""
 
     press: BasePress | None = None
     compression_ratio: float = 0.0
@@ -31,7 +31,7 @@ class Point:
 
     @property
     def condition(self) -> Condition:
-        """As records and reports call it."""
+        """The point's condition in records and reports."""
         return Condition(press_name(self.press), self.compression_ratio, self.prefill)
 
     @property
@@ -43,11 +43,11 @@ class Point:
 
     @property
     def name(self) -> str:
-        """Fit for a file's name and for TensorBoard."""
+        """A name that is valid in file names and in TensorBoard."""
         return self.condition.name
 
     def unfit(self) -> str | None:
-        """Why the press cannot be measured at this ratio; None where it can."""
+        """Why the press cannot be measured at this ratio; None if it can."""
         try:
             if self.press is not None:
                 set_compression_ratio(self.press, self.compression_ratio)
@@ -56,7 +56,7 @@ class Point:
         return None
 
     def described(self) -> dict[str, Any]:
-        """All that decides what this point does, as JSON can hold it."""
+        """All settings that decide what this point measures, JSON-able."""
         return {
             "press": self._press_settings(),
             "chunk_tokens": self.chunk_tokens,
@@ -84,8 +84,13 @@ class Setting:
         Prefill in true chunks of at most this many tokens, evicting after each; null evicts once, after a dense
         prefill.
     decoding_interval
-        Evict while text is read token by token, every so many tokens, instead of before it. Answers to questions are
-        not measured so: they are over before it evicts.
+        Read text token by token and evict every so many tokens, instead of once before it. Questions are not measured
+        in this way: answers end before the first eviction.
+
+    Raises
+    ------
+    ValueError
+        For a ratio or number out of range, both intervals at once, or a press that evicts only in training.
     """
 
     press: BasePress
@@ -107,12 +112,12 @@ class Setting:
             raise ValueError("a setting evicts in chunks or during decoding: set chunk_tokens or decoding_interval")
 
     def points(self) -> Iterator[Point]:
-        """One for every ratio."""
+        """One point per ratio."""
         for ratio in self.compression_ratios:
             yield Point(self.press, ratio, self.chunk_tokens, self.decoding_interval)
 
     def check(self, context_tokens: int) -> None:
-        """Raise ``ValueError`` where contexts of this length cannot be evicted from in this way."""
+        """Raise ``ValueError`` if the press cannot evict from contexts of this length (tokens) in this way."""
         traits = traits_of(self.press)
         if self.decoding_interval is None:
             check_chunks(traits, chunk_bounds(context_tokens, self.chunk_tokens), NOTHING)
@@ -124,22 +129,22 @@ class Setting:
 
 
 def check_evicts(press: BasePress) -> None:
-    """Raise ``ValueError`` for a press with which an evaluation would be one of the full cache under its name."""
+    """Raise ``ValueError`` for a press that evicts only in training: an evaluation would measure the full cache."""
     if traits_of(press).deciding.only_trains:
         raise ValueError(
-            f"{press_name(press)} evicts in training alone, so the full cache would be measured under its name: "
-            "evaluate with a press that evicts then too (SnapKVPress, KeyDiffPress)"
+            f"{press_name(press)} evicts only in training, so the full cache would be measured under its name: "
+            "evaluate with a press that evicts in evaluation too (SnapKVPress, KeyDiffPress)"
         )
 
 
 def points_of(settings: list[Setting]) -> list[Point]:
-    """The full cache, then every setting's points. ``ValueError`` where two could not be told apart in a report."""
+    """The full cache, then every setting's points. Raises ``ValueError`` for two points with the same name."""
     points = [Point(), *(point for setting in settings for point in setting.points())]
     names = [point.name for point in points]
     for point in points:
         if names.count(point.name) > 1:
             raise ValueError(
-                f"settings has {point.condition}, more than once: its rows could not be told apart; remove one, or "
-                "measure it in a run of its own"
+                f"settings has {point.condition}, more than once: its rows would be indistinguishable; remove one, or "
+                "measure it in a separate run"
             )
     return points

@@ -1,4 +1,4 @@
-"""A bar that says how much of a context is read, how fast, and how long the rest takes."""
+"""Progress of a long prefill: tokens read, speed and remaining time."""
 
 import time
 from typing import Self
@@ -15,12 +15,12 @@ class PrefillProgress:
     Parameters
     ----------
     tokens, done
-        Of the whole context, and of what was read before.
+        Tokens of the whole context, and those already read.
     """
 
     def __init__(self, tokens: int, done: int) -> None:
         self.tokens, self.first = tokens, done
-        self.started = self.said = time.monotonic()
+        self.started = self.printed = time.monotonic()
         self.console = console()
         self.bar = Progress(
             TextColumn("reading"),
@@ -38,18 +38,18 @@ class PrefillProgress:
     def __enter__(self) -> Self:
         self.bar.start()
         if self.first:
-            self.console.print(f"going on after {self.first:,} of {self.tokens:,} tokens")
+            self.console.print(f"continuing after {self.first:,} of {self.tokens:,} tokens")
         return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
     def reached(self, done: int) -> None:
-        """``done`` tokens of the context are read."""
+        """Show that ``done`` tokens of the context are read."""
         now = time.monotonic()
         rate = (done - self.first) / (now - self.started)
         self.bar.update(self.task, completed=done, rate=rate)
-        if not self.console.is_terminal and (now - self.said > LINE_SECONDS or done == self.tokens):
-            self.said = now
+        if not self.console.is_terminal and (now - self.printed > LINE_SECONDS or done == self.tokens):
+            self.printed = now
             left = (self.tokens - done) / rate / 60
             self.console.print(f"{done:,} of {self.tokens:,} tokens read, {rate:.0f}/s, {left:.1f} minutes left")

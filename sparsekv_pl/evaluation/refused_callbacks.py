@@ -1,4 +1,4 @@
-"""Lightning's callbacks that cannot do here what they are for: refused by name before anything runs."""
+"""Lightning's callbacks that cannot work here, refused by name before anything runs."""
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import (
 )
 
 IN_TRAINING: dict[type[Callback], str] = {
-    BackboneFinetuning: "freezes layers of a module's own; what trains here is model.backbone.lora, or null for all",
+    BackboneFinetuning: "freezes layers by itself; here model.backbone.lora chooses what trains (null: all weights)",
     ModelPruning: "zeroes weights that adapters and exports do not carry",
 }
 IN_EVALUATION: dict[type[Callback], str] = {

@@ -1,4 +1,4 @@
-"""Where a run writes, and the hook that callbacks get between the pieces of one batch."""
+"""The folder that a run writes to, and the hook that callbacks get between the pieces of one batch."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,24 +9,24 @@ from lightning.pytorch.utilities import rank_zero_info
 
 
 class RunOutput:
-    """A folder, or with ``trainer.fast_dev_run`` a temporary one in its place, gone with this object."""
+    """A folder; with ``trainer.fast_dev_run`` a temporary one in its place, deleted with this object."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
         self._scratch: TemporaryDirectory[str] | None = None
 
     def of(self, trainer: Any) -> Path:
-        """Where a run of ``trainer`` (None: not attached yet) writes."""
+        """The folder for a run of ``trainer`` (None: not attached yet)."""
         if trainer is None or not trainer.fast_dev_run:
             return self.folder
         if self._scratch is None:
             self._scratch = TemporaryDirectory(prefix="fast_dev_run-")
-            rank_zero_info(f"fast_dev_run: nothing is written to {self.folder}; a temporary folder takes its place")
+            rank_zero_info(f"fast_dev_run: nothing is written to {self.folder}; a temporary folder is used instead")
         return Path(self._scratch.name)
 
 
 def piece_done(module: LightningModule, done: int, pieces: int) -> None:
-    """Tell callbacks that have ``on_piece_end`` that ``done`` of a batch's ``pieces`` are done and kept."""
+    """Call ``on_piece_end(done, pieces)`` of the callbacks that have it, after a piece's records are on disk."""
     for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
         if hasattr(callback, "on_piece_end"):
             callback.on_piece_end(done, pieces)

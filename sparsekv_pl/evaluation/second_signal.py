@@ -1,7 +1,7 @@
 """The second SIGTERM or Ctrl-C ends the process at once, with every process that it started.
 
-The first one waits for the end of a step (stop_signal.py). Python runs signal handlers between two of its
-instructions, so a thread watches: it is told of a signal also while the main thread computes, or waits for other ranks.
+The first one waits for the end of a step (stop_signal.py). Python runs signal handlers only between two of its own
+instructions; a watching thread also receives signals while the main thread computes or waits for other ranks.
 """
 
 import os
@@ -16,14 +16,14 @@ import psutil
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 SAME_SECONDS = 0.5
-"""A SIGTERM that soon after the first is the same: launchers send it to a process and to the group that it is in."""
+"""A SIGTERM this soon after the first is the same one: launchers signal both a process and its process group."""
 
 _watching = False
 
 
 @contextmanager
 def second_stops_at_once() -> Iterator[None]:
-    """Watch in the block. Ranks that another process started leave it to that process, which ends them."""
+    """Watch for signals in the block, unless another process started this rank: that process then ends it."""
     global _watching
     if threading.current_thread() is not threading.main_thread() or "LOCAL_RANK" in os.environ:
         yield
@@ -60,7 +60,7 @@ def _watch(reader: int) -> None:
 
 
 def end_at_once(number: int) -> NoReturn:
-    """Kill all that this process started, and leave with exit code 128 + ``number``."""
+    """Kill all descendants of this process, and exit with code 128 + ``number``."""
     os.write(2, f"{signal.Signals(number).name}: stopped at once\n".encode())
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
@@ -69,7 +69,7 @@ def end_at_once(number: int) -> NoReturn:
 
 
 def _forget() -> None:
-    """In a forked process: what it is told must not count as told to the one that forked it."""
+    """Stop watching in a forked process: its signals must not reach the parent's pipe."""
     if _watching:
         signal.set_wakeup_fd(-1)
 

@@ -1,4 +1,4 @@
-"""Does what a press keeps stay important while a text goes on, and is it the same for another prompt?"""
+"""Stability of a press's choice: while a text goes on, and between two prompts."""
 
 from functools import cached_property
 
@@ -23,12 +23,16 @@ from sparsekv_pl.storage.records import Record
 
 
 class StabilityProbe:
-    """Stability of evictions from the contexts (B, L) of a recorded prefill, seen by their continuations (B, T).
+    """Stability of evictions from the contexts (B, L) of a recorded prefill, measured on their continuations (B, T).
 
-    Each row gets ``min_retained`` (worst case), ``mean_retained`` and ``retained_variance`` over the continuation's
-    steps, means over layers and KV heads (metrics/eviction_stability.py); ``overlap_prompts``, the Jaccard index of
-    what the press keeps of the context in this prompt and in one that ends with the continuation; and
-    ``overlap_steps``, that of the ideal sets for the continuation's two halves: how much the best choice itself moves.
+    Measures, per row:
+
+    - ``min_retained`` (worst case), ``mean_retained`` and ``retained_variance`` over the continuation's steps, means
+      over layers and KV heads (metrics/eviction_stability.py);
+    - ``overlap_prompts``: the Jaccard index between the context pairs kept in this prompt and those kept in a prompt
+      that also holds the continuation;
+    - ``overlap_steps``: the Jaccard index between the ideal sets for the continuation's two halves, which says how much
+      the best choice itself changes.
     """
 
     def __init__(self, recorded: RecordedPrefill, continuation_ids: Tensor, lengths: Tensor) -> None:
@@ -37,7 +41,7 @@ class StabilityProbe:
 
     @torch.no_grad()
     def of(self, press: BasePress) -> list[Record]:
-        """One record per row. ``ValueError`` for a press that changes pairs, so that none can be told to be kept."""
+        """One record per row. Raises ``ValueError`` for a press that changes pairs: kept ones cannot be identified."""
         kept, longer = self._kept(self.recorded, press), self._kept(self._longer, press)
         retained = retained_by_layer(self._importance, kept)
         steps = torch.arange(retained.shape[-1], device=retained.device)

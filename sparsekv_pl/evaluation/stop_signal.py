@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM that wait for the end of what is running, and the exit codes that follow."""
+"""Delaying Ctrl-C and SIGTERM until the running step ends, and the exit codes that follow."""
 
 import os
 import signal
@@ -15,14 +15,14 @@ from sparsekv_pl.evaluation.second_signal import STOPS
 
 
 class Stopped(SystemExit):
-    """A signal ended the run between two steps, with all that was done saved. The exit code is 128 + its number."""
+    """A signal ended the run between two steps, after saving. The exit code is 128 + its number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
 
 
 class HeldSignals:
-    """Signals that are noted, not obeyed, until their holder comes to a good moment.
+    """Records signals instead of obeying them, until the holder of this object can stop.
 
     A second Ctrl-C raises KeyboardInterrupt at once; on the command line a second of either ends the process
     (second_signal.py).
@@ -30,47 +30,54 @@ class HeldSignals:
 
     def __init__(self) -> None:
         self.asked = 0
-        """The highest number of a signal that came; 0 for none. SIGTERM is above Ctrl-C and SIGUSR1."""
+        """The highest number of a received signal; 0 for none. SIGTERM is above Ctrl-C and SIGUSR1."""
         self.before: dict[int, Any] = {}
-        """Held signal -> its handler before."""
+        """Held signal -> its previous handler."""
 
     def hold(self, *numbers: int, doing: str = "", also: Callable[[int, FrameType | None], Any] | None = None) -> None:
-        """From now on only note ``numbers``, and call ``also`` at once. Does nothing outside the main thread.
+        """From now on only record the signals ``numbers``. Does nothing outside the main thread.
 
-        The first of ``STOPS`` says what is being done until it is obeyed.
+        Parameters
+        ----------
+        numbers
+            Signals to hold.
+        doing
+            What the run does before it stops; printed at the first of ``STOPS``.
+        also
+            A handler that is called at once as well.
         """
 
-        def note(number: int, frame: FrameType | None) -> None:
+        def record(number: int, frame: FrameType | None) -> None:
             if number == signal.SIGINT and self.asked:
                 raise KeyboardInterrupt
             if number in STOPS and self.asked not in STOPS and doing and not getattr(rank_zero_only, "rank", 0):
                 line = f"{signal.Signals(number).name}: {doing}; a second one stops at once\n"
-                os.write(2, line.encode())  # whatever is half printed is not entered again
+                os.write(2, line.encode())  # not print: the signal may have interrupted one
             self.asked = max(self.asked, number)
             if also is not None:
                 also(number, frame)
 
         if threading.current_thread() is threading.main_thread():
             for number in numbers:
-                self.before[number] = signal.signal(number, note)
+                self.before[number] = signal.signal(number, record)
 
     def release(self) -> None:
-        """Give the signals back to the handlers they had."""
+        """Restore the previous handlers."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def is_set(self) -> bool:
-        """Whether any signal came."""
+        """Whether any signal was received."""
         return self.asked > 0
 
     def stop(self) -> NoReturn:
-        """End the run in Lightning's way for the signal that came."""
+        """End the run as Lightning does for the received signal."""
         raise SIGTERMException(128 + self.asked) if self.asked == signal.SIGTERM else KeyboardInterrupt
 
 
 @contextmanager
 def stop_signal() -> Iterator[HeldSignals]:
-    """Set by the first Ctrl-C or SIGTERM, so that a chunk is never left half run."""
+    """Hold Ctrl-C and SIGTERM in the block, so that a chunk always runs to its end; yield the held signals."""
     held = HeldSignals()
     held.hold(*STOPS, doing="finishing the chunk and saving")
     try:

@@ -1,4 +1,4 @@
-"""Time and memory by phase of a run: loading, tokenising, prefill, answering."""
+"""Time and memory of a run by phase: loading, tokenising, prefill, answering."""
 
 import threading
 import time
@@ -11,16 +11,16 @@ import psutil
 import torch
 
 SAMPLE_SECONDS = 0.05
-"""Between two looks at the process's memory, where the kernel's own peak cannot be reset."""
+"""Seconds between two samples of the process's memory, where the kernel's own peak cannot be reset."""
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 RESET_PEAK = "5"
-"""What Linux takes for "forget the highest resident size" (proc(5), /proc/pid/clear_refs, Linux 4.0)."""
+"""Written to /proc/pid/clear_refs to reset the highest resident size (proc(5), Linux 4.0)."""
 
 T = TypeVar("T")
 
 
 def timed(work: Callable[[], T]) -> tuple[T, float]:
-    """The outcome and the seconds it took, with a GPU's queue emptied first and last."""
+    """Run ``work``; return its outcome and the seconds it took. A GPU's queue is emptied before and after."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -31,7 +31,7 @@ def timed(work: Callable[[], T]) -> tuple[T, float]:
 
 
 class _Peak(Protocol):
-    """Follows the highest resident memory of this process from its making on."""
+    """The highest resident memory of this process since the object was made."""
 
     source: str
 
@@ -40,7 +40,7 @@ class _Peak(Protocol):
 
 
 class _KernelPeak:
-    """Linux keeps it: VmHWM, reset when the phase starts. Exact, and costs nothing."""
+    """The peak recorded by Linux (VmHWM), reset when the phase starts. Exact and free."""
 
     source = "kernel"
 
@@ -59,7 +59,7 @@ class _KernelPeak:
 
 
 class _SampledPeak:
-    """A thread looks every ``SAMPLE_SECONDS``: shorter peaks are missed."""
+    """The peak sampled by a thread every ``SAMPLE_SECONDS``; shorter peaks are missed."""
 
     source = "sampled"
 
@@ -105,12 +105,12 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Measure the block as one more phase ``name``; one that fails is measured too.
+        """Measure the block as a phase ``name``, also if it fails.
 
         Raises
         ------
         RuntimeError
-            Inside another phase: a process has one peak to reset.
+            Inside another phase: a process has only one peak to reset.
         """
         if self._current is not None:
             raise RuntimeError(f"phase {name!r} was started inside another: phases follow each other")
@@ -138,7 +138,7 @@ class Phases:
         return [dict(record) for record in self._records]
 
     def scalars(self) -> dict[str, float]:
-        """``phase/measure`` -> number, for any logger; of a phase run twice: the times added, the highest peak."""
+        """``phase/measure`` -> number, for loggers. For a phase that ran twice: summed times and the highest peak."""
         totals: dict[str, float] = {}
         for record in self._records:
             for measure, value in record.items():
@@ -152,8 +152,9 @@ class Phases:
         return totals
 
     def peak_bytes(self) -> int:
-        """The current phase's highest memory so far, or the last one's: of the GPUs together where there are any,
-        else resident memory of the process.
+        """The peak memory in bytes of the current phase so far, else of the last one.
+
+        The sum over GPUs if there are any, otherwise resident memory of the process.
 
         Raises
         ------

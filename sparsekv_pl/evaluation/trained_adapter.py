@@ -1,4 +1,4 @@
-"""What is known of a trained adapter's folder."""
+"""Reading a trained adapter's folder: fingerprint, variants, and the summary of its training."""
 
 from pathlib import Path
 from typing import Any
@@ -12,25 +12,25 @@ from sparsekv_pl.storage.json_file import read_mapping
 
 
 def fingerprint(adapter: str | None) -> str | None:
-    """Of an adapter's weights and settings: the folder may be trained anew under the same name."""
+    """Digest of an adapter's weights and settings; it changes if the folder is trained again under the same name."""
     return None if adapter is None else folder_digest(Path(adapter).expanduser(), ["adapter_*"])
 
 
 def variants_of(adapter: str | None) -> dict[str, str | None]:
-    """Base, and trained where there is an adapter -> the fingerprint of the adapter that is on in it."""
+    """Variant ("base", and "trained" with an adapter) -> fingerprint of its active adapter, None for base."""
     return {"base": None} if adapter is None else {"base": None, "trained": fingerprint(adapter)}
 
 
 def training_summary(adapter: str | None) -> dict[str, Any]:
-    """What the adapter's training run wrote about itself; empty where it wrote nothing.
+    """The adapter's training.json; empty if there is none.
 
-    Raises ``ValueError`` for a file that is damaged.
+    Raises ``ValueError`` for a damaged file.
     """
     path = None if adapter is None else Path(adapter).expanduser() / TRAINING_SUMMARY
     return read_mapping(path) if path is not None and path.exists() else {}
 
 
 def seen_in_training(press: BasePress | None, summary: dict[str, Any]) -> bool:
-    """Whether training evicted with ``press`` or with one inside it: CriticalKV(SnapKV) is not unseen after SnapKV."""
+    """Whether training evicted with ``press`` or with a press inside it: CriticalKV(SnapKV) is seen after SnapKV."""
     trained = summary.get("presses", [])
     return press is not None and any(press_name(inner) in trained for inner in presses_in(press))

@@ -1,4 +1,4 @@
-"""Reports of a run's records: tables with intervals, pictures, one page, and kvpress's own layout."""
+"""Reports of a run's records: tables with intervals, pictures, one page, and kvpress's layout."""
 
 from sparsekv_pl.reporting.analysis_page import write_analysis
 from sparsekv_pl.reporting.environment import REPORTED_PACKAGES, environment, run_environment

@@ -1,4 +1,4 @@
-"""An analysis becomes its report: one page in Markdown and HTML, pictures, JSON and CSV."""
+"""Writing the report of an analysis: one page in Markdown and HTML, pictures, JSON and CSV."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,24 +22,24 @@ def write_analysis(
     figures: "Mapping[str, tuple[str, Figure]] | None" = None,
     files: Mapping[str, bytes] | None = None,
 ) -> list[Path]:
-    """Write report.md, report.html (which holds its pictures), report.json and what else is given; return the paths.
+    """Write report.md, report.html (which embeds its pictures), report.json and further files; return the paths.
 
-    Everything is rendered before anything is written, and each file replaces its predecessor in one step.
+    Everything is rendered before anything is written, and each file is replaced in one step.
 
     Parameters
     ----------
     output
-        Folder, made if it is not there.
+        Folder; made if missing.
     title
         Heading of the page.
     sections
-        The page. Pictures that no section names stand in the first one.
+        Sections of the page. Pictures that no section names go to the first one.
     content
-        report.json, beside "title" and "environment"; JSON-able and finite.
+        Content of report.json, added to "title" and "environment"; JSON-able and finite.
     environment
-        What it was measured with; also the page's last section.
+        Hardware, versions and settings of the run; also the page's last section.
     figures
-        File name ending in .png -> what it shows, and the picture.
+        File name ending in .png -> (caption, picture).
     files
         Further files: name -> content.
     """

@@ -1,4 +1,4 @@
-"""What a run says on the terminal: text as it is, for a path, name or error in brackets is no markup of rich's."""
+"""Printing to the terminal with rich, without markup: brackets in paths, names and errors are plain text."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 WIDEST = 10_000
-"""Columns of a file: nothing is folded or cut."""
+"""Width in columns when output goes to a file: nothing is folded or cut."""
 
 
 def console() -> "Console":
-    """Takes nothing in a text for a style, a link or an emoji; in a file lines are as long as they are."""
+    """Make a console without markup and emoji; in a file, lines are not wrapped."""
     from rich.console import Console
 
     made = Console(markup=False, emoji=False)
@@ -21,13 +21,13 @@ def console() -> "Console":
 
 
 def show(*shown: "str | Table") -> None:
-    """Print tables, and texts of which a narrow terminal breaks no line."""
+    """Print tables and texts; texts are not wrapped in a narrow terminal."""
     for one in shown:
         console().print(one, soft_wrap=isinstance(one, str))
 
 
 def show_report(paths: Sequence[Path], loggers: Iterable[Any] = ()) -> None:
-    """Print where the files of a report are, and give its pictures to the run's loggers."""
+    """Print the paths of a report's files, and send its pictures to the run's loggers."""
     from sparsekv_pl.reporting.loggers import log_pictures
 
     log_pictures(loggers, paths)

@@ -1,4 +1,4 @@
-"""What every condition cost and kept, and how stable the kept importance was: tables over the records."""
+"""Tables over the records: cost and kept pairs of every condition, and the stability of retained importance."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,9 @@ Line = dict[str, Any]
 def ledger_rows(measured: Measured) -> list[Line]:
     """A line per press, ratio, prefill and context length, base and trained together.
 
-    kept_pairs: mean KV pairs kept per layer and KV head; kept_share: of the context's tokens; kv_bytes: bytes of KV
-    allocated per case, mean; peak_bytes: the most memory held; tokens per second over all cases; memory: "freed",
-    "only masked", "freed or masked" where cases differ, None where nothing was evicted.
+    Its columns: ``kept_pairs`` (mean KV pairs kept per layer and KV head), ``kept_share`` (of the context's tokens),
+    ``kv_bytes`` (mean bytes of KV allocated per case), ``peak_bytes`` (peak memory), tokens per second over all cases,
+    and ``memory``: "freed", "only masked", "freed or masked" if cases differ, None if nothing was evicted.
     """
 
     def line(condition: Condition, found: "pd.DataFrame") -> Line:
@@ -43,7 +43,7 @@ def ledger_rows(measured: Measured) -> list[Line]:
 def stability_rows(measured: Measured) -> list[Line]:
     """A line per press, ratio, prefill and variant: the mean over cases, and the worst case.
 
-    DefensiveKV (https://arxiv.org/abs/2510.13334): a method that is good on average fails where its worst case does.
+    DefensiveKV (https://arxiv.org/abs/2510.13334) argues for the worst case: a good mean does not prevent failures.
     """
 
     def line(condition: Condition, found: "pd.DataFrame") -> Line:  # noqa: ARG001
@@ -68,9 +68,9 @@ def stability_rows(measured: Measured) -> list[Line]:
 def _lines(
     measured: Measured, by: list[str], line: Callable[[Condition, "pd.DataFrame"], Line], needs: str
 ) -> list[Line]:
-    """A line per condition and group of its records that have the measure `needs`, and one for every failure.
+    """A line per condition and group of its records that have the measure `needs`, and one per failure.
 
-    None at all if no record has it.
+    Empty if no record has the measure.
     """
     import pandas as pd
 
@@ -108,7 +108,7 @@ def _mean(found: "pd.DataFrame", name: str) -> float | None:
 
 
 def _rate(found: "pd.DataFrame", tokens: str, seconds: str) -> float | None:
-    """Tokens over seconds, of the records that have both."""
+    """Tokens per second over the records that have both."""
     if tokens not in found or seconds not in found:
         return None
     known = found[[tokens, seconds]].dropna().astype(float).sum()

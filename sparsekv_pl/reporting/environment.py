@@ -1,4 +1,4 @@
-"""What the numbers were measured with."""
+"""The environment of a run: hardware, versions, seed, device and precision."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ REPORTED_PACKAGES = ("torch", "lightning", "transformers", "peft", "kvpress", "t
 
 
 def environment() -> dict[str, object]:
-    """Python, processors, devices, versions; nothing personal."""
+    """Python, processors, devices and package versions; no personal data."""
     import torch
 
     return {
@@ -28,9 +28,16 @@ def environment() -> dict[str, object]:
 
 
 def run_environment(module: "LightningModule", started: float, **more: object) -> dict[str, object]:
-    """``environment`` and how this run measured: seed, device, precision and the seconds since ``started`` (epoch).
+    """``environment`` with this run's seed, device, precision and duration.
 
-    ``more`` says the base weights' dtype, where there are any.
+    Parameters
+    ----------
+    module
+        The attached LightningModule.
+    started
+        Start of the run, seconds since the epoch.
+    more
+        Further entries, such as the base weights' dtype.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Pictures of a report's rows: base against trained, condition by condition, and as curves over compression."""
+"""Pictures of a report's rows: base against trained by condition, and curves over the compression ratio."""
 
 import io
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ STYLES: dict[str, Any] = {"base": "--", "trained": "-"}
 
 
 class Panel(NamedTuple):
-    """One plot of a picture: which rows of which metric, and which of their fields ("" for the score itself)."""
+    """One plot of a picture: its metric, and the prefix of the rows' fields ("" for the score itself)."""
 
     title: str
     metric: str
@@ -38,14 +38,17 @@ RETENTION = (
 
 
 def png(figure: "Figure") -> bytes:
-    """The picture as a file's content."""
+    """The picture as the content of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
 def dots_figure(rows: Sequence[Row], panels: Sequence[Panel] = SCORES) -> "Figure":
-    """A line per condition, a plot per panel, dots with bars of 95 %; * marks a press never seen in training."""
+    """Draw scores as dots with 95 % bars: a line per condition, a plot per panel.
+
+    * marks a press never seen in training.
+    """
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     rows = headline(rows)
@@ -85,7 +88,7 @@ def _draw_dots(axes: "Axes", rows: Sequence[tuple[int, Row]], panel: Panel) -> N
         if not points:
             continue
         y, x, low, high = np.array(points, dtype=float).T
-        # A percentile interval may miss its own point by a hair, and matplotlib refuses a negative bar.
+        # A percentile interval may miss its own point slightly, and matplotlib refuses a negative bar.
         bars = [np.maximum(x - low, 0), np.maximum(high - x, 0)]
         axes.errorbar(x, y, xerr=bars, fmt="o", color=COLOURS[variant], capsize=3, label=variant)
     if panel.field:
@@ -98,9 +101,9 @@ def _draw_dots(axes: "Axes", rows: Sequence[tuple[int, Row]], panel: Panel) -> N
 
 
 def curves_figure(rows: Sequence[Row]) -> "Figure | None":
-    """Score over compression, a plot per task and prefill, a colour per press, base dashed, bands of 95 %.
+    """Draw scores over the compression ratio: a plot per task and prefill, a colour per press, 95 % bands.
 
-    None where no press was measured at a compression above 0. A curve begins at the full cache.
+    Base is dashed, and a curve begins at the full cache. None if no press was measured at a ratio above 0.
     """
     from matplotlib.figure import Figure
 
@@ -142,7 +145,7 @@ def _draw_curves(axes: "Axes", rows: Sequence[Row], prefill: str, presses: list[
                 x, y, low, high = np.array(sorted(points), dtype=float).T
                 look = _look(presses, press)
                 axes.plot(x, y, STYLES[variant], **look, markersize=3.5, linewidth=1.4)
-                # Bands of many curves would bury the curves.
+                # Fainter bands with more curves, so that the curves stay visible.
                 axes.fill_between(
                     x, low, high, color=look["color"], alpha=min(0.12, 0.5 / len(presses) / 2), linewidth=0
                 )
@@ -164,7 +167,7 @@ def _legend(presses: list[str], variants: list[str]) -> list[Any]:
 
 
 def _look(presses: list[str], press: str) -> dict[str, Any]:
-    """Ten colours, and another marker for every ten presses."""
+    """Colour and marker of a press: ten colours, then the next marker."""
     from matplotlib import colormaps
 
     turn, place = divmod(presses.index(press), 10)

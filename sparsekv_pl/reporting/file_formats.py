@@ -1,4 +1,4 @@
-"""Files that are either the old ones or the new ones, never half of each."""
+"""JSON and CSV content of a report, and writing its files."""
 
 import csv
 import json
@@ -10,11 +10,14 @@ from typing import Any
 from sparsekv_pl.storage.whole_files import replace
 
 FORMULA = re.compile(r"[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
-"""How a cell begins that is a formula or, after a line's end, may be one; so do the full-width signs."""
+"""Beginning of a cell that a spreadsheet may execute as a formula, full-width signs and line ends included."""
 
 
 def replace_all(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
-    """Write rendered files (name -> content) into `folder`, which is made, and return their paths."""
+    """Write rendered files (name -> content) into `folder`, each in one step, and return their paths.
+
+    The folder is made if missing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         replace(folder / name, data)
@@ -22,14 +25,14 @@ def replace_all(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
 
 
 def json_bytes(content: Any) -> bytes:
-    """Indented JSON. Raises ValueError for NaN and infinities, which JSON does not know."""
+    """Indented JSON. Raises ValueError for NaN and infinities, which JSON does not have."""
     return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
 def csv_bytes(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """A line per row and a column per key, in the order they first appear; None is empty, a list is JSON.
+    """CSV with a line per row and a column per key, in order of first appearance; None is empty, a list is JSON.
 
-    A text that a spreadsheet would execute gets an apostrophe before it, as OWASP advises:
+    Text that a spreadsheet would execute is prefixed with an apostrophe, as OWASP advises:
     https://owasp.org/www-community/attacks/CSV_Injection
     """
     import pandas as pd

@@ -1,4 +1,4 @@
-"""Pictures that are grids: needles found by depth and length, and sparsity by layer and head."""
+"""Heat maps: needles found by depth and length, and sparsity by layer and head."""
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 MOST_DEPTHS = 12
-"""More depths than this are drawn in tenths of the haystack."""
+"""With more depths than this, they are grouped in tenths of the haystack."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The cells that a record can be in."""
+    """The cells of a heat map: context lengths in tokens, and depths."""
 
     lengths: list[int]
     depths: list[float]
-    """Fractions of the haystack; where `tenths`, the beginnings of tenths."""
+    """Fractions of the haystack; if `tenths`, the beginnings of tenths."""
     tenths: bool
 
     @classmethod
     def of(cls, records: Sequence[Record]) -> "Grid":
-        """The cells that these records need."""
+        """The grid for these records."""
         tenths = len({_rounded(record["depth"], False) for record in records}) > MOST_DEPTHS
         depths = sorted({_rounded(record["depth"], tenths) for record in records})
         return cls(sorted({record["length"] for record in records}), depths, tenths)
 
     def counts(self, records: Sequence[Record]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(depths, lengths) each: needles found, and needles asked for."""
+        """Numbers of needles found and of needles asked for, (depths, lengths) each."""
         found, asked = np.zeros((2, len(self.depths), len(self.lengths)))
         for record in records:
             cell = self.depths.index(_rounded(record["depth"], self.tenths)), self.lengths.index(record["length"])
@@ -48,7 +48,7 @@ class Grid:
         return found, asked
 
     def depth_labels(self) -> list[str]:
-        """In percent."""
+        """Labels of the depths in percent."""
         return [f"{100 * depth:g}" + (f"-{100 * depth + 10:g}" if self.tenths else "") for depth in self.depths]
 
 
@@ -57,9 +57,9 @@ def _rounded(depth: float, tenths: bool) -> float:
 
 
 def needle_figures(measured: Measured) -> Iterator[tuple[str, "Figure"]]:
-    """(press, picture) for each press: base and trained below each other, a column per ratio, full cache first.
+    """Yield (press, picture) for each press: base above trained, a column per ratio, full cache first.
 
-    None where there is only one depth and one length: then the accuracy says it all.
+    Yields nothing for a single depth and length, where the accuracy suffices.
     """
     needles = {condition: dict(_needles(measured, condition)) for condition in measured.conditions}
     grid = Grid.of([record for sides in needles.values() for side in sides.values() for record in side])
@@ -116,7 +116,7 @@ def _panels(
 
 
 def _column_title(condition: Condition, letters: int) -> str:
-    """The press is the picture's title: here stands what tells its columns apart."""
+    """A column's title: ratio and prefill. The press is the picture's title."""
     name = f"ratio {condition.compression_ratio:.2f}" if condition.evicts else condition.press
     return "\n".join(textwrap.fill(part, letters) for part in (name, condition.when) if part)
 
@@ -129,21 +129,26 @@ def _draw(axes: "Axes", found: NDArray[np.float64], asked: NDArray[np.float64]) 
     for (row, column), count in np.ndenumerate(asked):
         if count:
             hits = float(found[row, column])
-            told = f"{hits:g}/{count:g}" if hits.is_integer() else f"{share[row, column]:.2f}"
+            label = f"{hits:g}/{count:g}" if hits.is_integer() else f"{share[row, column]:.2f}"
             colour = "black" if share[row, column] > 0.6 else "white"
-            axes.text(column, row, told, ha="center", va="center", color=colour, fontsize=6.5)
+            axes.text(column, row, label, ha="center", va="center", color=colour, fontsize=6.5)
     axes.tick_params(labelsize=7)
     axes.tick_params(axis="x", labelrotation=45)
     return image
 
 
 def sparsity_figure(measures: Mapping[str, ArrayLike]) -> "Figure":
-    """Heat maps of layer x head, one per measure, each with a scale of its own.
+    """Draw heat maps of layer x head, one per measure, each with its own scale.
 
     Parameters
     ----------
     measures
-        name with its unit ("effective support (tokens)") -> (layers, heads).
+        Name with its unit ("effective support (tokens)") -> (layers, H).
+
+    Raises
+    ------
+    ValueError
+        Without measures, or for an array that is empty or not 2-D.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -173,7 +178,7 @@ def sparsity_figure(measures: Mapping[str, ArrayLike]) -> "Figure":
 
 
 def short_number(number: int) -> str:
-    """384 -> "384", 50000 -> "50k", 1000000 -> "1M"."""
+    """Abbreviate a number: 384 -> "384", 50000 -> "50k", 1000000 -> "1M"."""
     for unit, letter in ((1_000_000, "M"), (10_000, "k")):
         if number >= unit:
             return f"{number / (1000 if letter == 'k' else unit):.3g}{letter}"

@@ -1,4 +1,4 @@
-"""How sure a score is: Wilson's interval of a proportion, and the paired bootstrap of what follows from sums."""
+"""Confidence intervals of scores: Wilson's for a proportion, and the paired bootstrap for statistics of sums."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,16 +12,21 @@ from sparsekv_pl.models.seeding import seed_for
 
 Interval = tuple[float, float]
 Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
-"""Sums over cases, (..., C), to statistics of them, (..., S); NaN where one is undefined."""
+"""Maps sums over cases, (..., C), to statistics, (..., S); NaN where undefined."""
 
 BOOTSTRAP_RESAMPLES = 2_000
 
 
 def wilson_interval(successes: int, cases: int, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval of a proportion: honest at 0 and 1, and with few cases.
+    """Wilson's score interval of a proportion, valid at 0 and 1 and with few cases.
 
     E. B. Wilson, "Probable inference, the law of succession, and statistical inference",
     Journal of the American Statistical Association 22 (1927), 209-212.
+
+    Raises
+    ------
+    ValueError
+        Unless 0 <= ``successes`` <= ``cases``, ``cases`` >= 1 and 0 < ``confidence`` < 1.
     """
     if cases < 1 or not 0 <= successes <= cases:
         raise ValueError(f"{successes} successes in {cases} cases: need 0 <= successes <= cases, cases >= 1")
@@ -29,7 +34,7 @@ def wilson_interval(successes: int, cases: int, confidence: float = 0.95) -> Int
     share = successes / cases
     centre = (share + z2 / (2 * cases)) / (1 + z2 / cases)
     half = math.sqrt(z2 * (share * (1 - share) / cases + z2 / (4 * cases**2))) / (1 + z2 / cases)
-    # The interval touches 0 and 1 exactly there; rounding would leave 1e-17.
+    # At 0 and 1 the bound is exact; rounding would leave 1e-17.
     return (0.0 if successes == 0 else centre - half, 1.0 if successes == cases else centre + half)
 
 
@@ -38,10 +43,23 @@ def perplexity_interval(
 ) -> Interval:
     """Bootstrap interval of exp(sum of nll / sum of tokens), windows drawn with replacement.
 
-    Windows are drawn, not tokens: the tokens of one text depend on each other.
+    Windows are drawn, not tokens, because the tokens of one text depend on each other.
 
-    `nll_sums` holds each window's negative log-likelihood in nats, summed over its supervised tokens, and
-    `token_counts` their number; `seed` decides the draws.
+    Parameters
+    ----------
+    nll_sums
+        Negative log-likelihood of each window, in nats, summed over its supervised tokens.
+    token_counts
+        Number of each window's supervised tokens.
+    seed
+        Seed of the draws.
+    confidence
+        Between 0 and 1.
+
+    Raises
+    ------
+    ValueError
+        If the sequences differ in length or are empty, or a window has no supervised token.
     """
     nll, tokens = np.asarray(nll_sums, np.float64), np.asarray(token_counts, np.float64)
     if nll.ndim != 1 or nll.shape != tokens.shape or nll.size == 0:
@@ -59,27 +77,32 @@ def paired_bootstrap(
 ) -> list[Interval | None]:
     """Percentile bootstrap intervals of ``statistic(columns.sum(0))``, cases drawn with replacement.
 
-    A draw takes whole cases: whatever stands in the columns (numerator and denominator, base and trained) is drawn
-    together, which is what makes the comparison paired. The same seed and number of cases draw the same cases. With one
-    case, or cases that are all alike, an interval has no width, which says that no case differed and nothing more.
+    A draw takes whole cases: all columns (numerator and denominator, base and trained) are drawn together, which makes
+    the comparison paired. The same seed and number of cases draw the same cases. With one case, or with equal cases, an
+    interval has no width, which only says that no case differed.
 
     B. Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7 (1979), 1-26.
 
     Parameters
     ----------
     columns
-        (N, C), what each case adds to each of C sums.
+        (cases, C) contributions of each case to each of C sums.
     statistic
-        (..., C) sums -> (..., S).
+        (..., C) sums -> (..., S) statistics.
     seed
-        Of the draws.
+        Seed of the draws.
     confidence
         Between 0 and 1.
 
     Returns
     -------
-    One interval per statistic. Draws in which it is not finite (a retention whose full cache scored nothing) are left
-    out; None where no draw is left.
+    One interval per statistic. Draws in which it is not finite (a retention whose full cache scored 0) are left out;
+    None if no draw is left.
+
+    Raises
+    ------
+    ValueError
+        If ``columns`` is not 2-D or has no case, or ``confidence`` is not between 0 and 1.
     """
     values = np.asarray(columns, np.float64)
     if values.ndim != 2 or len(values) == 0:

@@ -16,7 +16,7 @@ from sparsekv_pl.reporting.file_formats import csv_bytes, json_bytes, replace_al
 from sparsekv_pl.storage.records import Record
 
 RULER = ("niah", "vt", "cwe", "fwe", "qa")
-"""What RULER's task names begin with; other tasks are a dataset of their own."""
+"""Beginnings of RULER's task names; other tasks belong to the dataset "sparsekv_pl"."""
 
 REGISTERED = {
     FULL_CACHE: "no_press",
@@ -25,13 +25,13 @@ REGISTERED = {
     "ChunkKV(SnapKV)": "chunkkv",
     "CriticalKV(ExpectedAttention)": "critical_expected_attention",
     "CriticalKV(SnapKV)": "critical_snapkv",
-    # There, expected_attention is AdaKV around it: without AdaKV it must not pass for that.
+    # kvpress's expected_attention is AdaKV around it, so without AdaKV it needs another name.
     "ExpectedAttention": "expected_attention_alone",
     "KeyDiff": "keydiff",
     "LUKV(ExpectedAttention)": "lukv",
     "ThinK": "think",
 }
-"""Our names of presses -> kvpress's (evaluate_registry.py), where those are not the same words in snake case."""
+"""Our names of presses -> kvpress's (evaluate_registry.py), if those are not our names in snake case."""
 
 
 def write_kvpress_layout(
@@ -41,18 +41,20 @@ def write_kvpress_layout(
     trained_name: str | None = None,
     query_aware: bool = False,
 ) -> list[Path]:
-    """Write the folders below `folder` and return their paths; text is left out, and so is what failed.
+    """Write a folder per press, ratio, variant and length below `folder`, and return their paths.
+
+    Text and failed records are left out.
 
     Parameters
     ----------
     folder
-        What the leaderboard calls its results directory.
+        The leaderboard's results directory.
     records
-        A run's records; "answer_prefix" and "max_new_tokens" are used where a record has them.
+        A run's records; "answer_prefix" and "max_new_tokens" are used if a record has them.
     model_name
-        Of the base, such as "HuggingFaceTB/SmolLM2-135M-Instruct".
+        Name of the base, such as "HuggingFaceTB/SmolLM2-135M-Instruct".
     trained_name
-        Of the base with the adapter; `model_name` with "+trained" if not given.
+        Name of the base with the adapter; default: `model_name` with "+trained".
     query_aware
         Whether the press saw the question.
     """
@@ -66,27 +68,27 @@ def write_kvpress_layout(
         config = dict(items)
         path = folder / _folder_name(config)
         folders[path] = folders.get(path, 0) + 1
-        if folders[path] > 1:  # ratios that are equal when rounded: numbered below, as there
+        if folders[path] > 1:  # ratios that are equal when rounded: numbered subfolders, as in kvpress
             path /= str(folders[path] - 1)
         _write(path, config, some)
     return list(folders)
 
 
 def string_match(predictions: Sequence[str], answers: Sequence[Sequence[str]], task: str) -> float:
-    """RULER's score in percent: the share of the answers that the text holds; for qa, whether it holds any.
+    """RULER's score in percent: the share of the answers found in the text; for qa, whether any is found.
 
-    C.-P. Hsieh et al., RULER, https://arxiv.org/abs/2404.06654; case does not count.
+    Upper and lower case are equal. C.-P. Hsieh et al., RULER, https://arxiv.org/abs/2404.06654.
     """
     join = max if task.split("_")[0] == "qa" else lambda hits: sum(hits) / len(hits)
     scores = [
-        join([float(answer.lower() in said.lower()) for answer in expected])
-        for said, expected in zip(predictions, answers, strict=True)
+        join([float(answer.lower() in prediction.lower()) for answer in expected])
+        for prediction, expected in zip(predictions, answers, strict=True)
     ]
     return round(100 * sum(scores) / len(scores), 2)
 
 
 def _config(record: Record, names: dict[str, str], query_aware: bool) -> dict[str, Any]:
-    """The keys of kvpress's config.yaml that decide where a record belongs."""
+    """The keys of kvpress's config.yaml that decide a record's folder."""
     condition, model = Condition.of(record), names[record["variant"]]
     press = condition.press
     if press.startswith(HOSTED):
@@ -116,7 +118,7 @@ def _folder_name(config: dict[str, Any]) -> str:
 
 
 def _cleaned(answer: str) -> str:
-    """Without control characters, as RULER scores it; a CSV file could not hold all of them either."""
+    """``answer`` without control characters, as RULER scores it; a CSV file cannot hold all of them."""
     return re.sub(r"[\x00-\x1f]", "", answer.strip()).strip()
 
 
@@ -138,8 +140,8 @@ def _write(folder: Path, config: dict[str, Any], records: Sequence[Record]) -> N
     metrics = {}
     for task in sorted({record["task"] for record in records}):
         some = [record for record in records if record["task"] == task]
-        said = [_cleaned(record["answer"]) for record in some]
-        metrics[task] = {"string_match": string_match(said, [record["answers"] for record in some], task)}
+        answers = [_cleaned(record["answer"]) for record in some]
+        metrics[task] = {"string_match": string_match(answers, [record["answers"] for record in some], task)}
     seeds = {record.get("seed") for record in records}
     whole = {
         **{key: config[key] for key in ("dataset", "data_dir", "model")},

@@ -1,4 +1,4 @@
-"""Pictures and settings for whatever loggers a run has; what one of them does not take is left out with a line."""
+"""Sending scores, pictures and settings to a run's loggers; a warning names what a logger does not support."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,13 +11,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 
 def log_scores(loggers: Iterable[Any], scores: Mapping[str, float], step: int | None = None) -> None:
-    """Numbers by name, to every logger."""
+    """Log numbers by name to every logger."""
     for logger in loggers:
         logger.log_metrics(dict(scores), step)
 
 
 def log_picture(loggers: Iterable[Any], name: str, pixels: np.ndarray, step: int = 0) -> None:
-    """``pixels`` (height, width, 3) uint8, to every logger that takes pictures (TensorBoard, W&B, MLflow)."""
+    """Log ``pixels`` (height, width, 3) uint8 to every logger that supports pictures (TensorBoard, W&B, MLflow)."""
     for logger in loggers:
         if isinstance(logger, DummyLogger):  # fast_dev_run's
             continue
@@ -32,7 +32,7 @@ def log_picture(loggers: Iterable[Any], name: str, pixels: np.ndarray, step: int
 
 
 def log_pictures(loggers: Iterable[Any], paths: Iterable[Path]) -> None:
-    """The PNG files among ``paths``, named after themselves."""
+    """Log the PNG files among ``paths`` under their names."""
     from matplotlib.image import imread
 
     found = list(loggers)
@@ -42,11 +42,11 @@ def log_pictures(loggers: Iterable[Any], paths: Iterable[Path]) -> None:
 
 
 def log_settings(loggers: Iterable[Any], settings: dict[str, Any]) -> None:
-    """Hyper-parameters, to every logger; ``settings`` hold no secret, which the command line has checked."""
+    """Log ``settings`` as hyper-parameters to every logger. The command line has checked that they hold no secret."""
     for logger in loggers:
         logger.log_hyperparams(settings)
 
 
 def left_out(logger: Logger, what: str) -> None:
-    """Say, once, what a logger does not take."""
+    """Warn once that a logger does not support ``what``."""
     rank_zero_warn(f"{type(logger).__name__} does not take the {what}: it is left out there")

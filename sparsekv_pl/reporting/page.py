@@ -1,4 +1,4 @@
-"""One page in two languages: sections of text, tables and pictures, as Markdown and as self-contained HTML."""
+"""A page of sections with text, tables and pictures, as Markdown and as self-contained HTML."""
 
 import base64
 import re
@@ -77,16 +77,16 @@ MARKUP = re.compile(
     r"[\\`*|~$@]|\](?=[(\[:])|&(?=#?\w+;)|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<=[A-Za-z]):(?=//)|(?<=www)\.",
     re.IGNORECASE,
 )
-"""Characters that mean something in GitHub's Markdown, those of addresses that it links by itself among them."""
+"""Characters with a meaning in GitHub's Markdown, including those of addresses that it links automatically."""
 IN_BRACKETS = re.compile(rf"{MARKUP.pattern}|[\[\]]", re.IGNORECASE)
-"""The same in a picture's text, whose brackets are the page's own."""
+"""The same in a picture's alternative text, which is written in brackets."""
 BEGINNING = re.compile(r"^(\d{0,9})([#>=+.)-])")
-"""Of a line that would be a heading, a quotation or a list."""
+"""Beginning of a line that Markdown would read as a heading, a quotation or a list."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Plain text in cells, as many in every line as in the header."""
+    """A table of plain text; every line has as many cells as the header."""
 
     header: Sequence[str]
     lines: Sequence[Sequence[str]]
@@ -103,7 +103,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it: pictures, paragraphs of plain text, tables."""
+    """A heading with pictures, paragraphs of plain text, and tables below it."""
 
     title: str
     pictures: Sequence[Picture] = ()
@@ -112,7 +112,7 @@ class Section:
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:
-    """The page in Markdown; pictures are linked."""
+    """Render the page as Markdown; pictures are linked."""
     from jinja2 import Environment
 
     environment = Environment(trim_blocks=True, keep_trailing_newline=True)
@@ -121,7 +121,7 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
 
 
 def html(title: str, sections: Sequence[Section], pictures: Mapping[str, bytes]) -> str:
-    """The page in HTML; pictures (name -> PNG) are in it, and it loads nothing."""
+    """Render the page as HTML that embeds the pictures (name -> PNG) and loads nothing."""
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=True)
@@ -130,7 +130,7 @@ def html(title: str, sections: Sequence[Section], pictures: Mapping[str, bytes])
 
 
 def _cell(text: str, marks: re.Pattern[str] = MARKUP) -> str:
-    """Text on one line, in which Markdown sees no markup, link, formula, tag, or end of a cell."""
+    """Escape text for one line of Markdown: no markup, link, formula, tag, or end of a cell."""
     return marks.sub(r"\\\g<0>", " ".join(text.split())).replace("<", "&lt;")
 
 

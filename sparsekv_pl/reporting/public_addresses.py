@@ -1,4 +1,4 @@
-"""What of a web address is written down: its host, and of its path, which may hold a key of any shape, known words."""
+"""Web addresses without private parts: the host and known words of the path stay, as the rest may hold a key."""
 
 import re
 from typing import Any
@@ -13,11 +13,11 @@ WORD = re.compile(
     r"|v\d{1,2}|v\d(?:alpha|beta)\d?|api|chat|compat|compatible-mode|completions|inference|llm|ml|models|openai|openapi"
     r"|paas|serverless|serving-endpoints"
 )
-"""Parts of providers' paths that are no one's own."""
+"""Parts of providers' paths that are the same for every user."""
 
 
 def public_address(address: str) -> str:
-    """``address`` with whatever is not a known word of its path hidden; another text as it is.
+    """Hide everything in ``address`` but its host and known words of its path; other text is unchanged.
 
     >>> public_address("https://host:8000/4711/openai/v1"), public_address("a path/of.mine")
     ('https://host:8000/[hidden]/openai/v1', 'a path/of.mine')
@@ -30,7 +30,7 @@ def public_address(address: str) -> str:
 
 
 def public_addresses(config: Any) -> Any:
-    """``config`` (settings, lists, mappings) with every address in it as ``public_address`` shows it."""
+    """Apply ``public_address`` to every text in ``config`` (settings, lists, mappings)."""
     if isinstance(config, str):
         return public_address(config)
     if isinstance(config, Namespace):
@@ -41,7 +41,7 @@ def public_addresses(config: Any) -> Any:
 
 
 def without_private_parts(text: str, address: str) -> str:
-    """``text`` without the parts of ``address`` that ``public_address`` hides."""
+    """Hide in ``text`` the parts of ``address`` that ``public_address`` hides."""
     parts = ADDRESS.fullmatch(address)
     for part in sorted(parts["path"].split("/") if parts else (), key=len, reverse=True):
         if not WORD.fullmatch(part):

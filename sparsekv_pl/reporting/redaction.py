@@ -1,4 +1,4 @@
-"""Keys, tokens and passwords: found in settings, so that none is saved, and blotted out of messages."""
+"""Keeping keys, tokens and passwords out of saved settings and out of messages."""
 
 import logging
 import os
@@ -13,11 +13,11 @@ from typing import Any
 from sparsekv_pl.reporting.secret_shapes import HIDDEN, is_secret_name, without_secrets
 
 SHORTEST = 8
-"""A variable's value with fewer characters is no key, and may be part of any word."""
+"""Shorter values of environment variables are not treated as keys: they may be part of any word."""
 
 
 def redacted(text: str) -> str:
-    """``text`` without what looks like a credential, and without the secrets that this process's environment holds.
+    """Hide in ``text`` what looks like a credential, and the secrets in this process's environment.
 
     >>> redacted("no answer from https://me:pa55word@host/v1?token=abc")
     'no answer from https://[hidden]@host/v1?token=[hidden]'
@@ -30,13 +30,13 @@ def redacted(text: str) -> str:
 def check_no_secret(key: str, text: str) -> None:
     """Raise ``ValueError`` if the setting ``key`` holds a credential: configurations are saved, also in checkpoints.
 
-    So is an address of which the part was hidden that was no one else's business.
+    An address with a part that was hidden when a configuration was saved is refused too.
     """
     if HIDDEN in text and text.startswith(("http://", "https://")):
         raise ValueError(f"{key}={text}: a part was hidden when this configuration was saved; give the whole address")
     if (text and is_secret_name(key)) or redacted(text) != text:
         raise ValueError(
-            f"{key} holds a key, token or password (not shown), and configurations are saved with what they make: "
+            f"{key} holds a key, token or password (not shown), and configurations are saved beside their results: "
             "put it in the environment, where its library looks for it (HF_TOKEN, WANDB_API_KEY, ...)"
         )
 
@@ -45,12 +45,12 @@ class RedactedRecord(logging.LogRecord):
     """A log record whose message shows no credential."""
 
     def getMessage(self) -> str:
-        """The message, blotted."""
+        """The message, redacted."""
         return redacted(super().getMessage())
 
 
 def redact_output() -> None:
-    """Blot credentials out of whatever this process logs from now on, warns of, or ends with."""
+    """From now on, hide credentials in this process's log records, warnings and final traceback."""
     form = unwrap(warnings.formatwarning)
 
     @wraps(form)
@@ -67,13 +67,13 @@ def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackT
 
 
 def _environment_secrets() -> list[str]:
-    """Longest first, so that no part of one is left over by another."""
+    """Secrets of the environment, longest first: a shorter one may be part of a longer one."""
     found = {value.strip() for name, value in os.environ.items() if _holds_secret(name)}
     return sorted((value for value in found if len(value) >= SHORTEST), key=len, reverse=True)
 
 
 def _holds_secret(variable: str) -> bool:
-    if variable in ("PWD", "OLDPWD"):  # where the shell is
+    if variable in ("PWD", "OLDPWD"):  # the shell's working directory
         return False
     return is_secret_name(variable.lower()) or variable.upper().endswith(("KEY", "TOKEN", "SECRET"))
 

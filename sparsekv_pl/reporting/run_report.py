@@ -1,4 +1,4 @@
-"""A run's records become its report: JSON, CSV, one page in Markdown and HTML, and pictures."""
+"""Writing the report of a run: JSON, CSV, one page in Markdown and HTML, and pictures."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Drawn = dict[str, tuple[str, "Figure"]]
-"""A picture's file name -> what it shows, and the picture."""
+"""File name -> (caption, picture)."""
 
 
 def write_run(
@@ -28,26 +28,26 @@ def write_run(
 ) -> list[Path]:
     """Write a run's report into `output` and return the paths.
 
-    report.json ({"rows", "training", "environment", "title", "ledger", "stability"}), report.csv (the rows), cases.csv
-    (every record, answers included), ledger.csv and stability.csv where measured, report.md, report.html (which holds
-    its pictures), report.png and further pictures. Everything is rendered before anything is written, and each file
-    replaces its predecessor in one step: a report that fails leaves an earlier one whole.
+    Files: report.json ({"rows", "training", "environment", "title", "ledger", "stability"}), report.csv (the rows),
+    cases.csv (every record, answers included), ledger.csv and stability.csv if measured, report.md, report.html (which
+    embeds its pictures), report.png and further pictures. Everything is rendered before anything is written, and each
+    file is replaced in one step: a report that fails leaves the earlier one intact.
 
     Parameters
     ----------
     output
-        Folder, made if it is not there.
+        Folder; made if missing.
     summary
-        Of the records: one dict per case, variant, press and ratio; one with "error" instead of measures becomes a line
-        of its own.
+        Summary of the records: one dict per case, variant, press and ratio. A record with "error" instead of measures
+        becomes a separate line.
     training
-        What training was and cost (training.json); empty where nothing was trained.
+        The training's settings and cost (training.json); empty if nothing was trained.
     environment
-        What it was measured with.
+        Hardware, versions and settings of the run.
     title
         Heading of the page.
     figures
-        Further pictures for the page: what it shows -> picture, such as sparsity_figure's.
+        Further pictures for the page: caption -> picture, such as sparsity_figure's.
     """
     drawn = _figures(summary) | {f"{_slug(alt)}.png": (alt, figure) for alt, figure in (figures or {}).items()}
     images = {name: png(figure) for name, (_, figure) in drawn.items()}
@@ -82,12 +82,12 @@ def _figures(summary: Summary) -> Drawn:
 
 
 def _slug(name: str) -> str:
-    """CriticalKV(SnapKV) -> criticalkv-snapkv."""
+    """A name as part of a file name: CriticalKV(SnapKV) -> criticalkv-snapkv."""
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
 def _spread(row: Mapping[str, object]) -> dict[str, object]:
-    """An interval as two columns."""
+    """``row`` with each interval as two columns."""
     spread: dict[str, object] = {}
     for name, value in row.items():
         if name.endswith("_interval"):

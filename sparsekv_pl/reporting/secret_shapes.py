@@ -1,4 +1,4 @@
-"""How keys, tokens and passwords look, and what they are called: detect-secrets' patterns, and what it lacks."""
+"""Patterns and names of keys, tokens and passwords: those of detect-secrets, and further ones."""
 
 import importlib
 import logging
@@ -13,7 +13,7 @@ PLUGINS = (
     *("aws", "azure_storage_key", "discord", "github_token", "gitlab_token", "mailchimp", "npm", "openai"),
     *("pypi_token", "sendgrid", "slack", "square_oauth", "stripe", "telegram_token", "twilio"),
 )
-"""Of detect-secrets, those that know a key by its beginning and length alone."""
+"""Plugins of detect-secrets that recognise a key by its prefix and length."""
 
 SHAPES = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.*?)(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
@@ -24,25 +24,26 @@ SHAPES = re.compile(
     r"|\b(?:sk-|nvapi-|glpat-|xapp-|xox[a-z]-|lsv2_[a-z]{2}_|tgp_v1_|ya29\.)[\w-]{16,}"
     r"|\b(?:github_pat_|gh[pousr]_)\w{16,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}|\bAIza[\w-]{30,}"
 )
-"""Addresses, PEM blocks, headers, and the keys of Hugging Face, Groq, xAI, Perplexity, Replicate, Fireworks, Cerebras,
-ElevenLabs, Databricks, OpenAI, Anthropic, NVIDIA, GitLab, Slack, LangSmith, Together, GitHub, AWS and Google."""
+"""Credentials in addresses, PEM blocks and headers, and keys of Hugging Face, Groq, xAI, Perplexity, Replicate,
+Fireworks, Cerebras, ElevenLabs, Databricks, OpenAI, Anthropic, NVIDIA, GitLab, Slack, LangSmith, Together, GitHub, AWS
+and Google."""
 
 COOKIES = re.compile(
     r"""(?P<name>cookie2?(?:\\?["']?\s{0,3}(?:=>|[:=])\s{0,3}b?)|--[\w.-]*cookie2? +)"""
     r"""(?:(?P<quote>["'])(?:\\.|(?!(?P=quote))[^\\\n])*|[^\n]+)""",
     re.IGNORECASE,
 )
-"""A header of several pairs: to its closing quote, or to the line's end."""
+"""A cookie header, up to its closing quote or the end of the line."""
 
 BASIC = re.compile(r"(?<=\bbasic )[A-Za-z0-9+/_-]{6,}={0,2}", re.IGNORECASE)
-"""As in an Authorization header: base64 of name:password."""
+"""Basic authorization: base64 of name:password."""
 
 NAME = re.compile(
     r"(?:^|_)(?:(?:api|access|secret|private|account|subscription|auth|encryption|signing|master|session|shared|ssh)_?key"
     r"|auth|authorization|bearer|credentials?|cookie|passphrase|passwd|password|pwd|secret|token)$"
 )
 ORDINARY = re.compile(r"(?:bos|eos|pad|unk|sep|cls|mask|image|special|start|end|stop|next|first|last|new)_token$")
-"""Names of the vocabulary's tokens."""
+"""Names of the vocabulary's special tokens, which are no secrets."""
 IN_ADDRESSES = {"key", "sig", "signature", "code"}
 
 NAMED = re.compile(
@@ -54,7 +55,7 @@ NAMED = re.compile(
     r"""|(?P<space> +)(?P<given>[^\s-]\S{0,2000}))""",
     re.IGNORECASE,
 )
-"""``name: value``, ``name=value``, ``'name': 'value'`` and, of an option, ``--name value``."""
+"""``name: value``, ``name=value``, ``'name': 'value'``, and the option ``--name value``."""
 NO_VALUE = {"", "true", "false", "none", "null", "..."}
 
 
@@ -70,7 +71,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def without_secrets(text: str) -> str:
-    """``text`` with what looks like a credential, or is called one, replaced."""
+    """Hide in ``text`` what looks like a credential or has the name of one."""
     text = COOKIES.sub(rf"\g<name>\g<quote>{HIDDEN}", text)
     text = BASIC.sub(_basic, SHAPES.sub(HIDDEN, text))
     for pattern in _library_patterns():
@@ -84,7 +85,7 @@ def _library_patterns() -> list[re.Pattern[str]]:
     from detect_secrets.plugins.base import RegexBasedDetector
 
     if warnings.showwarning is not shown:
-        logging.captureWarnings(False)  # its log module has them captured, and then no one sees a warning any more
+        logging.captureWarnings(False)  # its log module captures warnings, which would then not be shown
     modules = [importlib.import_module(f"detect_secrets.plugins.{name}") for name in PLUGINS]
     detectors = {kind.__module__: kind for kind in RegexBasedDetector.__subclasses__()}
     return [pattern for module in modules for pattern in detectors[module.__name__]().denylist]

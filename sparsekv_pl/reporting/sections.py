@@ -1,4 +1,4 @@
-"""What a report says, in order: its sections as plain text, tables and the names of its pictures."""
+"""Sections of a report in order: plain text, tables, and the names of pictures."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,12 +22,11 @@ METRIC_NAMES = {
 }
 HOW_TO_READ = (
     "The compression ratio is the fraction of the KV cache removed. Base and trained share their cases; a case that "
-    "only one of them has is dropped. In brackets are 95 % intervals: Wilson's for a share of right answers, otherwise "
+    "only one of them has is dropped. Brackets hold 95 % intervals: Wilson's for a share of right answers, otherwise "
     "a percentile bootstrap that draws cases with replacement, the same draw for base, trained and both full caches "
-    "(B. Efron, Annals of Statistics 7 (1979), 1-26). An interval without width says that no case differed, not that "
-    "there is no doubt.",
-    "Retention is the score over that of the same model's full cache on the same cases: 1 is nothing lost; for "
-    "perplexity, above 1 is worse. A press is unseen where training never evicted with it.",
+    "(B. Efron, Annals of Statistics 7 (1979), 1-26). An interval without width says only that no case differed.",
+    "Retention is the score divided by that of the same model's full cache on the same cases: 1 means nothing is lost; "
+    "for perplexity, above 1 is worse. A press is unseen if training never evicted with it.",
 )
 COSTS = ("steps", "seconds", "tokens", "trainable_parameters")
 
@@ -38,7 +37,7 @@ def report_sections(
     training: Mapping[str, object],
     environment: Mapping[str, object],
 ) -> list[Section]:
-    """All sections; one without content is left out."""
+    """All sections of a report that have content."""
     measured, rows, ledger, stability = summary.measured, summary.rows, summary.ledger, summary.stability
     retrieval = [row for row in rows if row.metric == "needle_accuracy"]
     text = [row for row in rows if row.metric == "perplexity"]
@@ -57,7 +56,7 @@ def report_sections(
 
 
 def full_cache_lines(rows: Sequence[Row]) -> Iterator[str]:
-    """What training cost where nothing is evicted, a sentence per task; without training, the score alone."""
+    """Yield a sentence per task with the full cache's scores: what training costs if nothing is evicted."""
     for row in rows:
         if row.condition.press != FULL_CACHE or not row.cases:
             continue
@@ -73,7 +72,7 @@ def full_cache_lines(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def score(value: float | None, span: Interval | None = None, sign: bool = False) -> str:
-    """0.95 and (0.9, 1.0) -> "0.95 [0.90, 1.00]"; "-" for None."""
+    """Format a score and its interval: 0.95 and (0.9, 1.0) -> "0.95 [0.90, 1.00]"; "-" for None."""
     if value is None:
         return "-"
     form = "{:+.2f}" if sign else "{:.2f}"
@@ -154,7 +153,7 @@ def _besides(measured: Measured, rows: Sequence[Row]) -> list[Table]:
 def _table(
     measured: Measured, caption: str, rows: Sequence[Row], heads: list[str], cells: Sequence[Sequence[str]]
 ) -> Table:
-    """Press, ratio, prefill where it differs, whether trained with, then `cells`, then errors if there are any."""
+    """A table with press, ratio, prefill if it differs, "seen" or "unseen" if trained, `cells`, and errors if any."""
     prefills = len({condition.prefill for condition in measured.conditions}) > 1
     trained = "trained" in measured.variants
     failed = any(row.error for row in rows)
@@ -174,22 +173,22 @@ def _table(
 
 
 def shorten(error: str | None) -> str:
-    """An error that fits a cell; cases.csv has all of it."""
+    """An error shortened for a cell; cases.csv has the whole text."""
     return (error or "")[:ERROR_LETTERS] + " ..." * (len(error or "") > ERROR_LETTERS)
 
 
 LEDGER_NOTE = (
-    "Base and trained together, per case. Where contexts of several lengths were measured, the longest stand here; "
-    "ledger.csv has all. Peak memory is the most that was held up to then. A dense prefill is shared by all presses, "
-    "and scores that do not depend on the ratio are computed at a press's first."
+    "Base and trained together, per case. If contexts of several lengths were measured, only the longest are listed; "
+    "ledger.csv has all. Peak memory is the highest up to that measurement. A dense prefill is shared by all presses, "
+    "and scores that do not depend on the ratio are computed once, at a press's first ratio."
 )
 STABILITY_NOTE = (
-    "Retained importance: of the attention that a token after the eviction pays to the context under the full "
-    "cache, the share on pairs that were kept; over the tokens of a continuation its least, mean and variance, "
-    "means over layers and KV heads, then the mean over cases and the worst case (DefensiveKV, "
-    "https://arxiv.org/abs/2510.13334, asks for the worst). Overlaps are Jaccard indices: of what is kept of a "
-    "context in this prompt and in one that goes on with the continuation; and of the heaviest pairs for the "
-    "continuation's first and second half, how much the best choice itself moves."
+    "Retained importance is the share of a later token's attention to the context, under the full cache, that falls on "
+    "kept pairs. Minimum, mean and variance are over the tokens of a continuation, averaged over layers and KV heads; "
+    "the table has their mean over cases and the worst case (see DefensiveKV, https://arxiv.org/abs/2510.13334). "
+    "Overlaps are Jaccard indices: between the pairs kept in this prompt and in one that also holds the continuation; "
+    "and between the heaviest pairs for the continuation's first and second half, which shows how much the best choice "
+    "itself changes."
 )
 _MIB = 2**20
 
@@ -219,7 +218,7 @@ def _ledger(lines: Sequence[Line]) -> list[Table]:
         for line in lines
         if "error" in line or line["length"] == longest[line["press"], line["compression_ratio"], line["prefill"]]
     ]
-    return _told(columns, shown)
+    return _without_empty_columns(columns, shown)
 
 
 def _stability(lines: Sequence[Line]) -> list[Table]:
@@ -239,14 +238,14 @@ def _stability(lines: Sequence[Line]) -> list[Table]:
         "overlap of the ideal sets of both halves, mean / worst": both("overlap_steps"),
         "error": lambda line: shorten(line.get("error")),
     }
-    return _told(columns, lines)
+    return _without_empty_columns(columns, lines)
 
 
-def _told(columns: Mapping[str, Callable[[Line], str]], lines: Sequence[Line]) -> list[Table]:
-    """One table, without the columns that say nothing in any line."""
+def _without_empty_columns(columns: Mapping[str, Callable[[Line], str]], lines: Sequence[Line]) -> list[Table]:
+    """One table of the columns that have a value in any line."""
     if not lines:
         return []
-    cells = {name: [tell(line) for line in lines] for name, tell in columns.items()}
+    cells = {name: [cell(line) for line in lines] for name, cell in columns.items()}
     kept = [name for name, column in cells.items() if set(column) - {"", "-", "- / -"}]
     return [Table(kept, list(zip(*(cells[name] for name in kept), strict=True)))]
 
@@ -256,7 +255,7 @@ def _number(value: float | None, form: str, unit: float = 1) -> str:
 
 
 def _facts(facts: Mapping[str, object], first: Sequence[str] = ()) -> list[Table]:
-    """What and value, the named ones first; what is nested is told by "outer: inner"."""
+    """A table of names and values, those in `first` on top; nested names are joined as "outer: inner"."""
     flat: dict[str, object] = {}
     for name in [*(name for name in first if name in facts), *(name for name in facts if name not in first)]:
         value = facts[name]

@@ -1,4 +1,4 @@
-"""Records sorted by what was measured under which condition, and in which order a report shows them."""
+"""Sorting a run's records by condition, task, variant and case, in a report's order."""
 
 import math
 from collections import Counter
@@ -10,7 +10,7 @@ from sparsekv_pl.reporting.condition import FULL_CACHE, Condition
 from sparsekv_pl.storage.records import Record
 
 ALL_RETRIEVAL = "all retrieval"
-"""All retrieval tasks of a run together, where there are several."""
+"""Name of all retrieval tasks of a run together, if there are several."""
 VARIANTS = ("base", "trained")
 
 Sides = dict[str, dict[str, Record]]
@@ -22,36 +22,36 @@ class Measured:
     """Every record of a run, by condition, task, variant and case."""
 
     conditions: list[Condition] = field(default_factory=list)
-    """Full cache first, then press by press in the order met, ratios rising."""
+    """Full cache first, then presses in order of first appearance, with rising ratios."""
     tasks: list[str] = field(default_factory=list)
-    """Retrieval tasks in the order met, all of them together first where there are several, then text."""
+    """All retrieval tasks together if there are several, then each in order of first appearance, then text."""
     sides: dict[tuple[Condition, str], Sides] = field(default_factory=dict)
     seen: set[Condition] = field(default_factory=set)
-    """Conditions whose press was trained with."""
+    """Conditions whose press was used in training."""
     errors: dict[Condition, str] = field(default_factory=dict)
-    """What failed under a condition, and how often."""
+    """Condition -> its errors, and how often each occurred."""
 
     @property
     def variants(self) -> list[str]:
-        """Those that have a record, base first."""
+        """The variants that have a record, base first."""
         found = {variant for sides in self.sides.values() for variant in sides}
         return [variant for variant in VARIANTS if variant in found]
 
     def full(self, condition: Condition, task: str) -> Sides:
-        """The full cache's records to hold this condition against: of the same prefill, else of a dense one."""
+        """The full cache's records to compare this condition with: of the same prefill, else of a dense one."""
         full = [other for other in self.conditions if other.press == FULL_CACHE and (other, task) in self.sides]
         full.sort(key=lambda other: (other.prefill != condition.prefill, other.prefill != "dense"))
         return self.sides[full[0], task] if full else {}
 
     def training_word(self, condition: Condition) -> str:
-        """ "seen" or "unseen" in training, "-" where nothing is evicted."""
+        """ "seen" or "unseen" in training, "-" if nothing is evicted."""
         return "-" if not condition.evicts else "seen" if condition in self.seen else "unseen"
 
 
 def sorted_records(records: Sequence[Record]) -> Measured:
-    """Sort records; one that is there twice (a case repeated to even out ranks) counts once.
+    """Sort records; duplicates (cases repeated to even out ranks) count once.
 
-    Raises ValueError where there is no record, for an unknown variant, and for a measure that is not finite.
+    Raises ValueError without records, for an unknown variant, and for a measure that is not finite.
     """
     if not records:
         raise ValueError("no rows to report: evaluate at least one case")

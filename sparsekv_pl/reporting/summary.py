@@ -1,4 +1,4 @@
-"""Records to the rows of a report: base against trained on the same cases, with intervals, and what eviction left."""
+"""Summarising records to the rows of a report: base against trained on the same cases, with intervals."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,14 +15,14 @@ from sparsekv_pl.reporting.sorted_records import ALL_RETRIEVAL, VARIANTS, Measur
 from sparsekv_pl.storage.records import Record
 
 ALIASES = {"base": "before", "trained": "after"}
-"""What report.json calls the variants too: its first readers know no other names."""
+"""Additional names of the variants in report.json, for readers of its first version."""
 LOGGED = {"needle_accuracy": "exact"}
-"""What loggers call a metric, where that is another name."""
+"""Metric -> its name in loggers, if different."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A score that follows from two sums over cases: of a record's `value`, and of its `weight` (1 where None)."""
+    """A score computed from two sums over cases: of a record's `value`, and of its `weight` (None: 1)."""
 
     name: str
     value: str
@@ -30,11 +30,11 @@ class Measure:
     of_mean: Callable[[NDArray[np.float64]], NDArray[np.float64]] = np.asarray
 
     def columns(self, records: Sequence[Record]) -> NDArray[np.float64]:
-        """(N, 2): what each case adds to the two sums."""
+        """(cases, 2) contributions of each case to the two sums."""
         return np.array([(r[self.value], r[self.weight] if self.weight else 1.0) for r in records], np.float64)
 
     def scores(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(..., 2 S) sums -> (..., S) scores."""
+        """Scores (..., S) from sums (..., 2 S)."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return self.of_mean(sums[..., 0::2] / sums[..., 1::2])
 
@@ -45,7 +45,7 @@ BESIDES = {
     "needle_accuracy": [Measure(name, name) for name in ("substring", "f1", "rouge_l")],
     "perplexity": [Measure("kl", "kl", "tokens")],
 }
-"""Scores told beside the main one. KL is forward, in nats per token."""
+"""Main metric -> further scores of the same cases. KL is forward, in nats per token."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Row:
     """One metric of one task under one condition, base and trained on the same cases.
 
     Scores are fractions (needle_accuracy) or exp(nats per token) (perplexity); intervals are 95 %. `trained` is None
-    where nothing was trained, `base` where the base was not measured, both where everything failed (`error`).
-    `difference` is trained - base. Retention is a score over that of the full cache, on the cases that both have: for
-    perplexity 1 is best and more is worse. `cases` counts needles or text windows.
+    if nothing was trained, `base` if the base was not measured, both if everything failed (`error`). `difference` is
+    trained - base. Retention is a score divided by the full cache's, on the cases that both have: for perplexity 1 is
+    best and more is worse. `cases` counts needles or text windows.
     """
 
     condition: Condition
@@ -68,7 +68,7 @@ class Row:
     cases: int = 0
     task: str = TEXT
     dropped: int = 0
-    """Cases that only one side has: they are no pairs and do not count."""
+    """Number of cases that only one variant has; they are not counted in `cases`."""
     difference: float | None = None
     difference_interval: Interval | None = None
     retention_base: float | None = None
@@ -80,16 +80,16 @@ class Row:
     retention_cases: int = 0
     error: str | None = None
     besides: dict[str, Any] = field(default_factory=dict)
-    """"kl_base", "kl_base_interval", "kl_trained", ...: the other scores of the same cases."""
+    """Further scores of the same cases: "kl_base", "kl_base_interval", "kl_trained", ..."""
 
     def flat(self) -> dict[str, Any]:
-        """One column per value, as report.csv has it."""
+        """One column per value, as in report.csv."""
         fields = asdict(self)
         condition, besides = fields.pop("condition"), fields.pop("besides")
         return condition | fields | besides
 
     def aliased(self) -> dict[str, Any]:
-        """As report.json has it: ``flat``, and whatever is base's or trained's under before and after too."""
+        """``flat`` with base and trained also under the names before and after, as in report.json."""
         flat = self.flat()
         spelled = {"_".join(ALIASES.get(word, word) for word in name.split("_")): name for name in flat}
         return flat | {alias: flat[name] for alias, name in spelled.items()}
@@ -97,7 +97,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """A run's records summed up, computed once for page, pictures, terminal, CSV, JSON and loggers."""
+    """Summary of a run's records, computed once for page, pictures, terminal, CSV, JSON and loggers."""
 
     records: Sequence[Record]
     measured: Measured
@@ -106,7 +106,7 @@ class Summary:
     stability: Sequence[Line]
 
     def scores(self) -> dict[str, float]:
-        """ "base_SnapKV_0-5_dense/exact" and the like -> score: of text, and of all retrieval tasks together."""
+        """Scores for loggers ("base_SnapKV_0-5_dense/exact"): of text, and of all retrieval tasks together."""
         found: dict[str, float | None] = {}
         for row in headline(self.rows):
             names = {LOGGED.get(row.metric, row.metric): "", **{m.name: f"{m.name}_" for m in BESIDES[row.metric]}}
@@ -118,16 +118,16 @@ class Summary:
 
 
 def summarised(records: Sequence[Record]) -> Summary:
-    """Sort, sum up and bootstrap a run's records.
+    """Sort, summarise and bootstrap a run's records.
 
-    Raises ValueError where there is no record, for an unknown variant, and for a measure that is not finite.
+    Raises ValueError without records, for an unknown variant, and for a measure that is not finite.
     """
     measured = sorted_records(records)
     return Summary(records, measured, summary_rows(measured), ledger_rows(measured), stability_rows(measured))
 
 
 def summary_rows(measured: Measured) -> list[Row]:
-    """A row per condition and task, full cache first; where something failed, also for a task without any score."""
+    """A row per condition and task, full cache first. A condition with errors has rows for tasks without scores too."""
     return [
         _row(measured, condition, task)
         for condition in measured.conditions
@@ -137,7 +137,7 @@ def summary_rows(measured: Measured) -> list[Row]:
 
 
 def headline(rows: Sequence[Row]) -> list[Row]:
-    """The rows that stand for a run: text, and one retrieval task or all of them together."""
+    """The main rows of a run: text, and the only retrieval task or all of them together."""
     pooled = any(row.task == ALL_RETRIEVAL for row in rows)
     return [row for row in rows if row.metric == "perplexity" or not pooled or row.task == ALL_RETRIEVAL]
 
@@ -173,26 +173,26 @@ def _row(measured: Measured, condition: Condition, task: str) -> Row:
 
 
 def _pairs(sides: Sides) -> list[str]:
-    """The cases that every variant has, in the order met."""
+    """The cases that every variant has, in order of first appearance."""
     first, *others = sides.values() or [{}]
     return [case for case in first if all(case in other for other in others)]
 
 
 def _scores(measure: Measure, sides: Sides, cases: list[str]) -> dict[str, Any]:
-    """Each variant's score and interval, and the paired difference where there are two."""
+    """Each variant's score and interval, and the paired difference if there are two."""
     records = {variant: [sides[variant][case] for case in cases] for variant in VARIANTS if variant in sides}
     columns = np.hstack([measure.columns(some) for some in records.values()])
     found = _with_difference(columns, measure.scores, "", list(records))
     for variant, some in records.items():
         values = {record[measure.value] for record in some}
-        if measure.weight is None and values <= {0, 1}:  # a proportion has an interval of its own
+        if measure.weight is None and values <= {0, 1}:  # a proportion gets Wilson's interval
             right = sum(int(record[measure.value]) for record in some)
             found[f"{variant}_interval"] = wilson_interval(right, len(some))
     return found
 
 
 def _retention(measure: Measure, sides: Sides, full: Sides, cases: list[str]) -> dict[str, Any]:
-    """Each variant's score over its own full cache's, the same cases drawn for all four."""
+    """Each variant's score divided by its own full cache's; each draw takes the same cases of all four."""
     variants = [variant for variant in VARIANTS if variant in sides]
     quartet = [side[variant] for side in (sides, full) for variant in variants]
     columns = np.hstack([measure.columns([side[case] for case in cases]) for side in quartet])
@@ -210,7 +210,7 @@ def _with_difference(
     prefix: str,
     variants: list[str],
 ) -> dict[str, Any]:
-    """`{prefix}base`, `{prefix}trained`, `{prefix}difference` and their intervals, of the variants there are."""
+    """`{prefix}base`, `{prefix}trained`, `{prefix}difference` and their intervals, for the given variants."""
 
     def with_difference(sums: NDArray[np.float64]) -> NDArray[np.float64]:
         scores = statistic(sums)

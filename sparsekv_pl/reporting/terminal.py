@@ -1,4 +1,4 @@
-"""The short table that a run prints when it ends."""
+"""The short table that a run prints at its end."""
 
 from typing import TYPE_CHECKING
 
@@ -13,9 +13,9 @@ METRICS = {"needle_accuracy": "needle accuracy", "perplexity": "perplexity"}
 
 
 def terminal_table(summary: Summary) -> "Table":
-    """Return a table for rich's console, full cache first: base -> trained over counts and 95 % intervals.
+    """Make a table for rich's console, full cache first: base -> trained above counts and 95 % intervals.
 
-    All retrieval tasks are told together; report.md tells them apart.
+    All retrieval tasks are shown together; report.md lists each.
     """
     from rich import box
     from rich.table import Table
@@ -44,7 +44,7 @@ def terminal_table(summary: Summary) -> "Table":
 
 
 def _lines(row: Row) -> list[str]:
-    """ "0.05 -> 0.95", "3/64 -> 61/64" (accuracy only), "0.02-0.13 -> 0.87-0.98"."""
+    """Lines of a cell: "0.05 -> 0.95", "3/64 -> 61/64" (accuracy only), "0.02-0.13 -> 0.87-0.98"."""
     sides = [(getattr(row, variant), getattr(row, f"{variant}_interval")) for variant in VARIANTS]
     known = [(value, span) for value, span in sides if value is not None and span is not None]
     if not known:

@@ -1,1 +1,1 @@
-"""What lies on disk: whole files, locked folders, digests, finished work and its keys, and errors of files."""
+"""Files on disk: atomic writes, locked folders, digests, finished work and its keys, and file errors."""

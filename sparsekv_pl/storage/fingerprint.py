@@ -1,4 +1,4 @@
-"""Digests of what lies under a path: the same under every spelling of it, another once the content changes."""
+"""Digests of files and folders: they depend on the content, not on the spelling of the path."""
 
 import hashlib
 import re
@@ -23,11 +23,11 @@ READ_BY_LOADING = (
     "additional_chat_templates/*",
     "*.py",
 )
-"""Files of a model's folder that decide what the loaded model and its tokenizer do."""
+"""Files of a model's folder that loading reads: weights, settings, tokenizer, code."""
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, read once as long as its size and time stay the same."""
+    """SHA-256 of a file's bytes, cached while its size and modification time stay the same."""
     real = path.resolve()
     if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name):
         return real.name  # Hugging Face's cache names large files after their SHA-256
@@ -36,30 +36,30 @@ def digest_of(path: Path) -> str:
 
 
 def folder_digest(folder: Path, patterns: Iterable[str] = ("**/*",)) -> str:
-    """Of the names inside ``folder`` and the contents of its files that match ``patterns``, compiled Python aside."""
+    """Digest of the names and contents of files in ``folder`` that match ``patterns``, without compiled Python."""
     paths = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
     return _together([(path.relative_to(folder).as_posix(), path) for path in paths if "__pycache__" not in path.parts])
 
 
 def path_digest(path: Path) -> str:
-    """Of a file's bytes, or of a folder with all that is in it."""
+    """Digest of a file's bytes, or of a folder with its content."""
     return folder_digest(path) if path.is_dir() else digest_of(path)
 
 
 def weights_digest(source: Path) -> str:
-    """Of a model's weights alone: a GGUF file's, or those of a Hugging Face folder, under whatever names."""
+    """Digest of a model's weights only: a GGUF file, or the weights in a Hugging Face folder under any file names."""
     if source.is_file():
         return digest_of(source)
     return _together([("", path) for path in sorted(source.glob("*.safetensors")) if path.stem != "adapter_model"])
 
 
 def model_digest(source: Path) -> str:
-    """Of all that loading a GGUF file or a Hugging Face folder reads: weights, settings, tokenizer, code."""
+    """Digest of all that loading a GGUF file or a Hugging Face folder reads: weights, settings, tokenizer, code."""
     return digest_of(source) if source.is_file() else folder_digest(source, READ_BY_LOADING)
 
 
 def _together(named: list[tuple[str, Path]]) -> str:
-    with ThreadPoolExecutor(4) as pool:  # hashing leaves the interpreter's lock to others
+    with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter's lock
         digests = list(pool.map(digest_of, (path for _, path in named)))
     lines = sorted(f"{name} {digest}" for (name, _), digest in zip(named, digests, strict=True))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

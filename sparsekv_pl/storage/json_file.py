@@ -1,4 +1,4 @@
-"""JSON files that may be damaged."""
+"""Reading JSON files that may be damaged."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file. Raises ``ValueError`` that names a file which is damaged or holds something else."""
+    """Read the mapping in a JSON file. Raises ``ValueError`` with the path if it is damaged or holds no mapping."""
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -1,6 +1,6 @@
-"""A folder that one process at a time writes into. The kernel holds the locks: they end with a process, killed or not.
+"""A folder that one process at a time writes to. Locks are the kernel's (flock) and end with the process, even killed.
 
-Locks are files (flock) that stay when they are free: to delete one would let two processes lock two files of one name.
+Lock files stay after use: deleting one would let two processes lock two files of the same name.
 """
 
 import errno
@@ -15,29 +15,29 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from sparsekv_pl.storage.user_errors import told
+from sparsekv_pl.storage.user_errors import user_message
 
 log = logging.getLogger(__name__)
 
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""What disks without locks answer: Lustre mounted without flock, NFS without lockd."""
+"""Errors of disks without locks: Lustre mounted without flock, NFS without lockd."""
 DEEPEST = 300
-"""Characters of the longest path below a run's folder."""
+"""Length in characters of the longest path below a run's folder."""
 
 
 @contextmanager
 def claimed(folder: Path, key: str, use: str) -> Iterator[None]:
-    """Hold ``folder``, which is made, for this process's ``use`` (a training, a report) inside the block.
+    """Hold ``folder`` for this process's ``use`` ("training", "report") in the block; make it if missing.
 
     Raises
     ------
     ValueError
-        With ``key``, the folder and the fix: where another process has it for the same use, says which; and where the
+        With ``key``, the folder and the fix: if another process, which is named, holds it for the same use, or if the
         folder cannot be made or written.
     """
     try:
         _check_length(key, folder)
-        for above in (*reversed(folder.absolute().parents), folder):  # pathlib's own way recurses
+        for above in (*reversed(folder.absolute().parents), folder):  # pathlib's own parents=True recurses
             above.mkdir(exist_ok=True)
         path = folder / f".{use}.lock"
         lock = _lock(path)
@@ -47,7 +47,7 @@ def claimed(folder: Path, key: str, use: str) -> Iterator[None]:
             f"{key}={folder}: {_holder(path)} writes its {use} there: wait for it, or give another --name or folder"
         ) from None
     except OSError as error:
-        raise ValueError(f"{key}={folder}: {told(error)}") from error
+        raise ValueError(f"{key}={folder}: {user_message(error)}") from error
     try:
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         yield
@@ -57,7 +57,7 @@ def claimed(folder: Path, key: str, use: str) -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file ``path`` inside the block; wait for whoever has it, and say so after a second."""
+    """Hold the lock file ``path`` in the block; wait for another holder, with a warning after a second."""
     lock = _lock(path)
     try:
         _acquire(lock, 1)
@@ -96,7 +96,7 @@ def _check_length(key: str, folder: Path) -> None:
 
 
 def _holder(path: Path) -> str:
-    """As it wrote itself down; it may be about to."""
+    """The holder's description of itself, which it may not have written yet."""
     try:
         return path.read_text() or "another process"
     except OSError:

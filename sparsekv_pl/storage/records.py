@@ -1,8 +1,8 @@
-"""Finished measurements on disk, so that a run that was killed goes on with what is missing.
+"""Finished measurements on disk: a run that was killed continues with what is missing.
 
 A folder holds one JSON-lines file per setting and rank; a line is one finished piece of work with its key, its records
-and a checksum. Lines are only ever added, so whatever was finished before a kill is there after it. Who adds a line and
-who takes damaged ones away hold the folder's lock.
+and a checksum. Lines are only appended, so a kill loses no finished work. Appending a line and removing damaged ones
+need the folder's lock.
 """
 
 import hashlib
@@ -27,8 +27,8 @@ Record = dict[str, Any]
 class Results:
     """The finished pieces of work in ``folder``.
 
-    What several ranks wrote is read together; each rank adds to files of its own. A line that is torn or was changed is
-    reported, dropped, and so done again.
+    Files of all ranks are read; each rank appends to its own. A damaged line is reported and dropped: its work is done
+    again.
     """
 
     def __init__(self, folder: Path, rank: int = 0) -> None:
@@ -47,7 +47,7 @@ class Results:
         return self._pieces.get(key)
 
     def put(self, key: str, records: Sequence[Record], name: str) -> None:
-        """Add a finished piece of work to the file ``name``, and see that it reaches the disk."""
+        """Append a finished piece of work to the file ``name``, and sync it to the disk."""
         self.folder.mkdir(parents=True, exist_ok=True)
         body: dict[str, Any] = {"key": key, "records": list(records)}
         line = json.dumps({"checksum": _checksum(body), **body}, allow_nan=False) + "\n"
@@ -66,7 +66,7 @@ class Results:
 
 
 def gathered(records: Sequence[Record]) -> list[Record]:
-    """The records of all ranks, in rank order, on every rank. A collective call where there are ranks."""
+    """The records of all ranks, in rank order, on every rank. A collective call if there are several ranks."""
     import torch
 
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -77,7 +77,7 @@ def gathered(records: Sequence[Record]) -> list[Record]:
 
 
 def _read(path: Path) -> dict[str, list[Record]]:
-    """The sound lines of a file; where others stand between them, the file is written again without those."""
+    """Read the intact lines of a file; if it has damaged ones, rewrite it without them."""
     pieces: dict[str, list[Record]] = {}
     sound = []
     lines = path.read_bytes().splitlines(keepends=True)
@@ -97,7 +97,7 @@ def _read(path: Path) -> dict[str, list[Record]]:
 
 
 def _line_end(file: BinaryIO) -> bytes:
-    """What a process that was killed in a line of ``file`` left out of it: the next line would be lost with it."""
+    """The line end missing after a line that a killed process left unfinished in ``file``; else nothing."""
     size = file.seek(0, os.SEEK_END)
     if not size:
         return b""

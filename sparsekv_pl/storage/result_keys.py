@@ -1,4 +1,4 @@
-"""Keys of finished work: equal exactly when everything that decides its outcome is equal."""
+"""Keys of finished work: equal if and only if everything that decides its outcome is equal."""
 
 import hashlib
 import inspect
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 LIBRARIES = ("kvpress", "torch", "transformers")
-"""What presses, kernels and models come from: another version may compute something else."""
+"""Packages of presses, kernels and models: another version may give other results."""
 PACKED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def key_of(**described: Any) -> str:
-    """A key for a piece of work.
+    """A key for the piece of work with these JSON-able settings.
 
     >>> key_of(press="SnapKV", ratio=0.5) == key_of(ratio=0.5, press="SnapKV")
     True
@@ -30,20 +30,20 @@ def key_of(**described: Any) -> str:
 
 
 def canonical(value: Any) -> str:
-    """JSON that is the same for equal values."""
+    """JSON that is equal for equal values."""
     return json.dumps(value, sort_keys=True, allow_nan=False)
 
 
 def settings_of(value: Any) -> Any:
-    """``value`` as JSON can hold it, with all that its constructor takes, to any depth, and nothing else.
+    """Convert ``value`` to JSON-able settings, recursively.
 
-    Of an object those are the attributes with the names of the constructor's public arguments: what a run leaves on it
-    beside them is not among them. A file or folder that is named stands for its content, however the path is spelled.
+    An object becomes its class and the attributes named like its constructor's public arguments; other attributes,
+    which a run may have changed, are left out. The path of an existing file or folder becomes a digest of its content.
 
     Raises
     ------
     TypeError
-        For what cannot be told from others of its kind. A setting that is passed over would be a wrong number.
+        For an object without such attributes: leaving a setting out would reuse wrong results.
     """
     if isinstance(value, str):
         path = Path(value).expanduser()
@@ -63,13 +63,13 @@ def settings_of(value: Any) -> Any:
         settings = {name: settings_of(getattr(value, name)) for name in names}
     except (ValueError, AttributeError) as error:
         raise TypeError(
-            f"{kind.__qualname__} does not show what it was built with ({error}): it fits no key"
+            f"{kind.__qualname__} does not store its constructor's arguments ({error}): no key can be made"
         ) from error
     return {"class": f"{kind.__module__}.{kind.__qualname__}", **settings}
 
 
 def computed_by(module: "LightningModule") -> dict[str, str]:
-    """What computes: a device's kind decides roundings and times, its number does not; a library's version may."""
+    """What may affect rounding and times: precision, the device's type (not its number) and package versions."""
     return {
         "precision": str(module.trainer.precision),
         "device": module.device.type,

@@ -1,4 +1,4 @@
-"""Which errors a user can mend, and the line that says how."""
+"""One-line messages for errors that a user can fix."""
 
 import errno
 import logging
@@ -22,9 +22,9 @@ REMEDIES = {
 OURS = ("sparsekv_pl", "callbacks", "data")
 
 
-def told(error: BaseException) -> str | None:
-    """What to say of ``error``; None for a mistake in the program, of which the traceback says more."""
-    # Late: with it come pandas and matplotlib, which writing a file does not need.
+def user_message(error: BaseException) -> str | None:
+    """The message of an error that a user can fix; None for a bug, which needs its traceback."""
+    # Imported late: it brings pandas and matplotlib, which writing a file does not need.
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     if isinstance(error, OSError):
@@ -36,13 +36,13 @@ def told(error: BaseException) -> str | None:
 
 
 def log_failure(log: logging.Logger, what: str, error: Exception) -> None:
-    """Log that ``what`` failed: in a line where that is enough, else with the traceback."""
-    line = told(error)
+    """Log that ``what`` failed: in one line for an error that a user can fix, otherwise with the traceback."""
+    line = user_message(error)
     log.error("%s failed, the others go on: %s", what, line or "a mistake in the program", exc_info=line is None)
 
 
 def _of_system(error: OSError) -> str:
-    """File, what is wrong with it, and the fix; an OSError of a hub or a connection says it itself."""
+    """File, error and fix; the own message of an OSError of a hub or a connection."""
     if error.errno is None:
         return str(error) or type(error).__name__
     files = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
@@ -51,4 +51,4 @@ def _of_system(error: OSError) -> str:
     )
 
 
-__all__ = ["log_failure", "told"]
+__all__ = ["log_failure", "user_message"]

@@ -1,4 +1,4 @@
-"""Files and folders that stand under their name whole or not at all, whatever stops the writer."""
+"""Atomic writes of files and folders: a path holds the whole content or the earlier one, even after a kill."""
 
 import errno
 import os
@@ -14,15 +14,15 @@ BEFORE = f".before{PARTIAL}"
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yield a hidden name beside ``path``, for a file or folder; it becomes ``path`` when all of it is on disk.
+    """Yield a hidden path beside ``path`` for a file or folder; it becomes ``path`` after all of it is on disk.
 
-    The folder above is made. Whoever writes owns ``path``: two writers at once need a lock (own_folder.py).
+    The parent folder is made if missing. Two concurrent writers need a lock (own_folder.py).
 
     Raises
     ------
     OSError
-        Where the disk refuses, with ``path`` in it, also where torch or safetensors hide it under errors of their own.
-        What was written is deleted then, as at any error, and what ``path`` was stays.
+        With ``path``, if the disk refuses, even where torch or safetensors wrap the error. As with any error, the
+        partial content is deleted and the earlier ``path`` stays.
     """
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
@@ -40,14 +40,14 @@ def written_whole(path: Path) -> Iterator[Path]:
             raise
         about = str(refused.filename or partial)
         if not about.startswith(str(partial)):
-            raise  # of another file, which is named
+            raise  # an error about another file, which it names
         raise OSError(refused.errno, refused.strerror or str(refused), str(path)) from error
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` in one step; a failure leaves the earlier file whole and nothing beside it.
+    """Write ``data`` to ``path`` in one step; a failure leaves the earlier file intact and nothing beside it.
 
-    A folder is never replaced by a file: ``IsADirectoryError``.
+    Raises ``IsADirectoryError`` if ``path`` is a folder, which a file never replaces.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -56,7 +56,10 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def mend(folder: Path) -> None:
-    """Put in order what a killed process left in ``folder``, which the caller owns: half-written and half-replaced."""
+    """Repair ``folder`` after a kill: restore half-replaced paths and delete half-written ones.
+
+    The caller must hold the folder.
+    """
     for before in folder.glob(f".*{BEFORE}"):
         _go_back(before.with_name(before.name.removeprefix(".").removesuffix(BEFORE)))
     for partial in folder.glob(f".*{PARTIAL}"):
@@ -64,7 +67,7 @@ def mend(folder: Path) -> None:
 
 
 def delete(path: Path) -> None:
-    """A file, a folder with all in it, or nothing."""
+    """Delete a file or a folder with its content; nothing if missing."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -72,7 +75,7 @@ def delete(path: Path) -> None:
 
 
 def disk_error(error: BaseException | None) -> OSError | None:
-    """The operating system's refusal behind ``error``: torch and safetensors hide it under errors of their own."""
+    """The OSError behind ``error``, which torch and safetensors wrap in errors of their own; None if there is none."""
     if error is None or isinstance(error, OSError):
         return error
     if number := re.search(r"\(os error (\d+)\)", str(error)):
@@ -88,13 +91,16 @@ def disk_error(error: BaseException | None) -> OSError | None:
 
 
 def free_bytes(path: Path) -> int:
-    """On the disk that ``path`` is on, or will be."""
+    """Free bytes on the disk of ``path``, which need not exist."""
     there = next((folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists()), Path("/"))
     return shutil.disk_usage(there).free
 
 
 def check_room(path: Path, needed: int, what: str) -> None:
-    """Raise ``ValueError`` where the disk of ``path`` has less than ``needed`` bytes, what ``what`` takes at least."""
+    """Raise ``ValueError`` if the disk of ``path`` has fewer than ``needed`` free bytes.
+
+    ``what`` begins the message, for example "the checkpoint takes".
+    """
     free = free_bytes(path)
     if free < needed:
         raise ValueError(
@@ -103,7 +109,7 @@ def check_room(path: Path, needed: int, what: str) -> None:
 
 
 def _put(partial: Path, path: Path) -> None:
-    """Under its name, in place of what had it: a folder cannot be replaced in one go."""
+    """Move ``partial`` to ``path``. An existing folder is first moved aside, as it cannot be replaced in one step."""
     before = _before(path)
     if path.is_dir() or (path.is_symlink() and partial.is_dir()):  # a folder cannot replace a link
         path.rename(before)
@@ -113,7 +119,7 @@ def _put(partial: Path, path: Path) -> None:
 
 
 def _go_back(path: Path) -> None:
-    """Take back what ``path`` was, where its replacement was stopped half-way."""
+    """Restore the earlier ``path`` if its replacement was interrupted."""
     before = _before(path)
     if os.path.lexists(before) and not os.path.lexists(path):
         before.rename(path)
@@ -136,7 +142,7 @@ def _sync(path: Path) -> None:
 
 
 def _undo(partial: Path, path: Path) -> None:
-    """Delete ``partial`` and take back ``path``. Ignores refusals: the error that stopped the writer is raised."""
+    """Delete ``partial`` and restore ``path``, ignoring errors: the writer's own error is the one to report."""
     try:
         delete(partial)
         _go_back(path)

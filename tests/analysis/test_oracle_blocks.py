@@ -125,8 +125,8 @@ def test_the_report_and_its_pictures(run: Run, tmp_path: Path, capsys: pytest.Ca
     for name in ("mass", "recall", "layers", "samples", "heads"):
         assert f"({name}.png)" in text
         assert (tmp_path / f"{name}.png").stat().st_size > 0
-    assert "hottest blocks hold of the attention" in text
-    assert "hottest blocks hold of the attention" in capsys.readouterr().out
+    assert "share of the attention on the document in the" in text
+    assert "share of the attention on the document in the" in capsys.readouterr().out
 
 
 def test_a_trained_adapter_stands_beside_its_base(run: Run, tiny_backbone: MakeBackbone, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_the_main_figures_in_a_line() -> None:
     assert "22 of 22 (100 % [85, 100]) by attention" in line
     assert "; minus BM25 " in line
     unknown = figures_line(found([Sample(record(i, even(0), None)) for i in range(6)]), 5)
-    assert unknown.endswith("the answer's place is not known, or is block 0")
+    assert unknown.endswith("the answer's block is unknown, or block 0")
 
 
 def written(folder: Path, records: Sequence[Record], **choice: Any) -> dict[str, Any]:

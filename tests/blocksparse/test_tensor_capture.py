@@ -119,7 +119,7 @@ def test_a_forward_that_shows_too_little_is_an_error(random_model: Build, tmp_pa
     capture.begin({0: 0}, STAMP)
     cache = DynamicCache()
     continue_from(model, ids(tokens=8), cache, 0)
-    with pytest.raises(ValueError, match="40 queries over 48 keys are no dense forward"):
+    with pytest.raises(ValueError, match="40 queries over 48 keys are not a dense forward"):
         continue_from(model, ids(), cache, 8, observer=capture)
 
 

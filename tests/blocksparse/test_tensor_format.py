@@ -102,7 +102,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, kept: float) -> None:
 
 
 def test_a_file_that_is_not_there_or_no_tensor_file_is_refused(tmp_path: Path) -> None:
-    refused(tmp_path / NAME, "is not there")
+    refused(tmp_path / NAME, "does not exist")
     (tmp_path / NAME).write_text("not tensors at all")
     refused(tmp_path / NAME, "not in torch.save's zip format")
 
@@ -167,8 +167,8 @@ def nan(tensor: Tensor) -> Tensor:
         ),
         (lambda: content() | {"V": content()["V"].half()}, "of different types"),
         (lambda: content() | {"K": nan(content()["K"])}, "infinite or NaN"),
-        (lambda: with_metadata(layer_idx=9), "another name than its metadata says (tensors_seq24_layer9_sample1_"),
-        (lambda: with_metadata(timestamp="20240219_120001"), "another name than its metadata says"),
+        (lambda: with_metadata(layer_idx=9), "a name that contradicts its metadata (tensors_seq24_layer9_sample1_"),
+        (lambda: with_metadata(timestamp="20240219_120001"), "a name that contradicts its metadata"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path: Path, change: Callable[[], Any], wrong: str) -> None:

@@ -44,7 +44,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "it.ckpt"
 
 
-def told(command_line: Any, *arguments: str) -> str:
+def refusal(command_line: Any, *arguments: str) -> str:
     with pytest.raises(SystemExit) as end:
         run(lambda: command_line(args=list(arguments), save_config_callback=None))
     assert "\n" not in str(end.value.code)
@@ -67,8 +67,10 @@ def test_a_file_that_is_none_is_refused_before_anything_is_made(
 ) -> None:
     path = tmp_path / "it.ckpt"
     path.write_bytes(content)
-    assert told(TrainCommandLine, "fit", MODEL, f"--ckpt_path={path}").startswith(f"error: --ckpt_path {path}: it is ")
-    assert "give a local file" in told(TrainCommandLine, "fit", MODEL, "--ckpt_path=https://host/it.ckpt")
+    assert refusal(TrainCommandLine, "fit", MODEL, f"--ckpt_path={path}").startswith(
+        f"error: --ckpt_path {path}: it is "
+    )
+    assert "give a local file" in refusal(TrainCommandLine, "fit", MODEL, "--ckpt_path=https://host/it.ckpt")
     assert fitted == []
 
 
@@ -77,13 +79,13 @@ def test_a_file_that_is_none_is_refused_before_anything_is_made(
     [(TrainCommandLine, "fit"), (TrainCommandLine, "validate"), (EvaluateCommandLine, "test")],
 )
 def test_code_in_checkpoints_cannot_be_allowed(command_line: Any, command: str, fitted: list[Any]) -> None:
-    assert "error: weights_only is false: " in told(command_line, command, MODEL, "--weights_only=false")
+    assert "error: weights_only is false: " in refusal(command_line, command, MODEL, "--weights_only=false")
     assert fitted == []
 
 
 def test_an_evaluation_reads_no_checkpoint(checkpoint: Path) -> None:
-    said = told(EvaluateCommandLine, "test", MODEL, f"--ckpt_path={checkpoint}")
-    assert said == f"error: ckpt_path is {checkpoint}: give model.backbone.adapter what the training exported instead"
+    line = refusal(EvaluateCommandLine, "test", MODEL, f"--ckpt_path={checkpoint}")
+    assert line == f"error: ckpt_path is {checkpoint}: set model.backbone.adapter to the training's export instead"
 
 
 def test_a_run_that_is_refused_leaves_an_earlier_one_where_it_is(fitted: list[Any], tmp_path: Path) -> None:
@@ -92,7 +94,7 @@ def test_a_run_that_is_refused_leaves_an_earlier_one_where_it_is(fitted: list[An
     final.mkdir(parents=True)
     arguments = ["fit", MODEL, f"--trainer.default_root_dir={tmp_path}/run"]
     bad = ["--trainer.callbacks=callbacks.checkpoint.SafeCheckpoint", "--trainer.callbacks.every_n_train_steps=0"]
-    assert "every_n_train_steps=0" in told(TrainCommandLine, *arguments, *bad)
+    assert "every_n_train_steps=0" in refusal(TrainCommandLine, *arguments, *bad)
     assert final.exists() and not fitted
     run(lambda: TrainCommandLine(args=arguments, save_config_callback=None))
     assert not final.exists() and fitted

@@ -52,10 +52,10 @@ def test_reading_while_evicting_needs_text(
     ids=press_name,
 )
 def test_what_evicts_in_training_alone_is_not_evaluated(press: BasePress, tiny_backbone: MakeBackbone) -> None:
-    said = rf"{re.escape(press_name(press))} evicts in training alone"
-    with pytest.raises(ValueError, match=said):
+    message = rf"{re.escape(press_name(press))} evicts only in training"
+    with pytest.raises(ValueError, match=message):
         Setting(press, [0.5])
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         LongContextModule(tiny_backbone(), press)
 
 
@@ -114,7 +114,7 @@ def test_contexts_shorter_than_a_window_stop_before_measuring(
 
 
 @pytest.mark.parametrize(
-    ("trained", "said"),
+    ("trained", "message"),
     [
         (asdict(Splits()), ""),
         (asdict(Splits(0.5, 0.2, 0.3)), "trained on a division by {'train': 0.5"),
@@ -122,7 +122,7 @@ def test_contexts_shorter_than_a_window_stop_before_measuring(
     ],
 )
 def test_splits_that_training_did_not_have_are_named(
-    trained: Any, said: str, tiny_backbone: MakeBackbone, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    trained: Any, message: str, tiny_backbone: MakeBackbone, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from data.evaluation import EvaluationData
 
@@ -130,4 +130,4 @@ def test_splits_that_training_did_not_have_are_named(
     module.training_summary = {"steps": 3, "splits": trained}
     module._trainer = SimpleNamespace(datamodule=EvaluationData())  # type: ignore[assignment]
     module._compare_splits()
-    assert (said in caplog.text) if said else not caplog.text
+    assert (message in caplog.text) if message else not caplog.text

@@ -91,7 +91,7 @@ def test_wrong_keys_and_spent_quotas_end_the_run_after_the_report(
     refusal: Reply, make: MakeHosted, tiny_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     with serving(said("x"), refusal, said("y")) as (server, url):
-        with pytest.raises(ValueError, match=r"m was asked no further: HTTP 4.*run again, which asks the rest"):
+        with pytest.raises(ValueError, match=r"m: no further requests are sent: HTTP 4.*run again to send the rest"):
             tiny_trainer().test(make(url, concurrency=1), cases(), verbose=False)
         assert len(server.bodies) == 2
         assert [record["answer"] for record in kept(tmp_path)] == ["x"]

@@ -220,7 +220,7 @@ def test_a_prompt_is_not_sent_to_another_host() -> None:
     ) as (server, url):  # fmt: skip
         answers = ask(hosted(url, concurrency=1), requests(3), words)
     assert [answer.error for answer in answers] == ["refused"] * 3
-    assert all(f"sends on to {elsewhere.removesuffix('/v1')}, " in answer.message for answer in answers)
+    assert all(f"redirects to {elsewhere.removesuffix('/v1')}, " in answer.message for answer in answers)
     assert (len(server.bodies), other.bodies) == (3, [])
 
 

@@ -15,7 +15,7 @@ from callbacks.checkpoint_files import CheckpointError
 from evaluate import EvaluateCommandLine
 from sparsekv_pl.cli.command_line import run
 from sparsekv_pl.cli.output_folder import check_output
-from sparsekv_pl.storage.user_errors import log_failure, told
+from sparsekv_pl.storage.user_errors import log_failure, user_message
 from train import TrainCommandLine
 
 MODEL = "--model=lightning.pytorch.demos.boring_classes.BoringModel"
@@ -61,7 +61,7 @@ def test_an_error_of_the_system_names_the_file_and_a_fix(number: int, fix: str) 
     ids=lambda error: type(error).__name__,
 )
 def test_other_errors_for_users_are_a_line(error: Exception) -> None:
-    assert told(error)
+    assert user_message(error)
 
 
 @pytest.mark.parametrize(

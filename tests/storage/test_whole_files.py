@@ -16,7 +16,7 @@ from sparsekv_pl.blocksparse.tensor_format import LayerTensors, Metadata, write
 from sparsekv_pl.eviction.interrupted_prefill import SavedState
 from sparsekv_pl.reporting.file_formats import replace_all
 from sparsekv_pl.storage.records import Results
-from sparsekv_pl.storage.user_errors import told
+from sparsekv_pl.storage.user_errors import user_message
 from sparsekv_pl.storage.whole_files import mend, replace, written_whole
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +79,7 @@ def test_a_disk_that_fills_is_a_line_with_the_path_and_leaves_nothing(
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left") as refused:
         patch.setattr(os, "fsync", full)
         WRITERS[kind](tmp_path)
-    line = told(refused.value)
+    line = user_message(refused.value)
     assert line is not None and "make room" in line and str(tmp_path) in line and "\n" not in line
     if kind != "results":  # a line that is added, and read again
         assert list(tmp_path.iterdir()) == []
