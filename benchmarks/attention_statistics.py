@@ -3,10 +3,10 @@
 Run from the checkout: ``python benchmarks/attention_statistics.py``. Takes ten minutes or more, and 9 GiB.
 
 Ours computes every figure: attention received, entropy, top-k coverage, block sparsity and the share of a token set.
-Eager only has to return its matrices; what would be computed from them is not in its time and memory. Models have
-SmolLM2-135M's shape and random weights, in float32. Both sides run all of their layers: ours in chunks, and so with few
-activations beside the cache; eager in one piece, as one call returns the matrices. The whole model is compared where
-these fit. At 8,192 tokens they do not: there ours stands beside their size, which is arithmetic and no measurement.
+Eager only returns its matrices; computing figures from them is not in its time and memory. Models have SmolLM2-135M's
+shape and random weights, in float32. Both run all of their layers: ours in chunks, with few activations beside the
+cache; eager in one pass, because one call returns the matrices. The whole model is compared if the matrices fit. At
+8,192 tokens they do not: ours is then compared with their computed size.
 """
 
 import time
@@ -27,7 +27,7 @@ GOALS = {"memory": 1 / 20, "time": 1.0, "last_query": 1 / 50}
 
 
 def config(layers: int) -> LlamaConfig:
-    """The vocabulary is small, as no logits are computed."""
+    """A random model; its vocabulary is small, because no logits are computed."""
     return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=HEADS * HEAD_DIM,
@@ -40,7 +40,7 @@ def config(layers: int) -> LlamaConfig:
 
 
 def build_pass(method: str, layers: int, tokens: int) -> Callable[[], object]:
-    """A full-cache pass whose attention is looked at ("statistics") or returned ("eager")."""
+    """A full-cache pass whose attention is observed ("statistics") or returned ("eager")."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(config(layers)).eval().requires_grad_(False)
     ids = torch.randint(VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(0))
@@ -57,7 +57,7 @@ def build_pass(method: str, layers: int, tokens: int) -> Callable[[], object]:
 
 
 def build_attention(method: str, tokens: int) -> Callable[[], object]:
-    """Queries and keys alone; "eager" makes their matrix and attends with it, as a layer does."""
+    """Attention of random queries and keys; "eager" computes the matrix and attends with it, as a layer does."""
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(1, heads, tokens, HEAD_DIM, generator=generator) for heads in (HEADS, KV_HEADS))
     layer = LlamaAttention(config(1), 0).eval()
@@ -74,14 +74,14 @@ def build_attention(method: str, tokens: int) -> Callable[[], object]:
 
 
 def matrices(layers: int, tokens: int) -> int:
-    """Bytes of the attention of all heads of so many layers in float32."""
+    """Bytes of the attention matrices of all heads of ``layers`` layers in float32."""
     return layers * HEADS * tokens**2 * 4
 
 
 def compare(
     name: str, build: Callable[..., Callable[[], object]], *shape: int, method: str = "statistics", rounds: int = 3
 ) -> tuple[dict[str, object], dict[str, float]]:
-    """A row of the table, and time and peak memory over eager's."""
+    """A row of the table, and time and peak memory as ratios to eager's."""
     took = paired_times(build(method, *shape), build("eager", *shape), rounds)
     ours, eager = (peak_memory(__file__, build.__name__, kind, *shape) for kind in (method, "eager"))
     row = {
@@ -96,7 +96,7 @@ def compare(
 
 
 def alone(layers: int, tokens: int) -> dict[str, object]:
-    """Ours where eager cannot run."""
+    """A row for sizes at which eager cannot run."""
     started = time.perf_counter()
     ours = peak_memory(__file__, build_pass.__name__, "statistics", layers, tokens)
     bound = matrices(layers, tokens)

@@ -1,9 +1,8 @@
 """Matrix products of SmolLM2's shapes in bfloat16 over float32, forwards and backwards, on one thread.
 
-Run from the checkout: ``python benchmarks/bfloat16.py``. Takes a minute, or ten where the CPU emulates bfloat16; then
-these are the factors of the warning in sparsekv_pl/models/native_precision.py. On a CPU that does not, one without is
-had with ``ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 python
-benchmarks/bfloat16.py``.
+Run from the checkout: ``python benchmarks/bfloat16.py``. Takes a minute, or ten if the CPU emulates bfloat16; in that
+case the ratios are the factors of the warning in sparsekv_pl/models/native_precision.py. To emulate bfloat16 on any
+CPU: ``ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 python benchmarks/bfloat16.py``.
 """
 
 from collections.abc import Callable
@@ -16,12 +15,12 @@ from sparsekv_pl.models.native_precision import decide
 
 TOKENS = 1_024
 SHAPES = {"query": (576, 576), "key": (576, 192), "up": (576, 1_536), "down": (1_536, 576), "head": (576, 49_152)}
-"""Widths of input and output. The head's product is over ``HEAD_TOKENS``."""
+"""Input and output widths. The LM head's product has ``HEAD_TOKENS`` rows."""
 HEAD_TOKENS = 256
 
 
 def product(shape: str, dtype: torch.dtype, backwards: bool) -> Callable[[], object]:
-    """One product, or the gradients of its input and its weight."""
+    """A step that computes one product, or the gradients of its input and its weight."""
     width, out = SHAPES[shape]
     tokens = HEAD_TOKENS if shape == "head" else TOKENS
     inputs = torch.randn(tokens, width).to(dtype).requires_grad_(backwards)

@@ -1,8 +1,8 @@
 """Block-sparse attention, Sketch&Walk's selection included, against PyTorch's dense causal attention on a CPU.
 
-16 blocks of 64 tokens per query block, at 4,096, 8,192 and 16,384 tokens, forward alone. The dense attention takes
-whichever route is fastest at 2,048 tokens: KV heads shared or repeated, and 16-bit inputs as they are or in float32.
-Random inputs: which blocks are selected does not change the work.
+16 blocks of 64 tokens per query block, at 4,096, 8,192 and 16,384 tokens, forward only. Dense attention uses the
+variant that is fastest at 2,048 tokens: KV heads shared or repeated, and 16-bit inputs as they are or in float32.
+Inputs are random, because the selection does not change the amount of work.
 
 Run from the checkout: ``python benchmarks/block_sparse.py``. Takes about ten minutes on two cores, and 4 GiB.
 """
@@ -49,7 +49,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, repeat: bool, upcast: bool)
 
 
 def fastest_route(shape: str, dtype: str) -> tuple[bool, bool]:
-    """``repeat`` and ``upcast`` of ``dense``."""
+    """The fastest ``repeat`` and ``upcast`` of ``dense``."""
     states = inputs(shape, dtype, 2_048)
     seconds: dict[tuple[bool, bool], float] = {}
     for route in product((False, True), (False,) if dtype == "float32" else (False, True)):
@@ -65,7 +65,7 @@ def fastest_route(shape: str, dtype: str) -> tuple[bool, bool]:
 def build(
     method: str, shape: str, dtype: str, tokens: int, repeat: bool = False, upcast: bool = False
 ) -> Callable[[], object]:
-    """One layer's attention; "sparse" is a layer in the midst of the walk."""
+    """A step of one layer's attention; "sparse" is a layer in the middle of the walk."""
     torch.set_grad_enabled(False)
     query, key, value = inputs(shape, dtype, tokens)
     if method == "dense":
@@ -82,7 +82,7 @@ def build(
 
 
 def measure(case: Case, route: tuple[bool, bool]) -> tuple[dict[str, object], dict[str, float]]:
-    """A row to print and its ratios by name."""
+    """A row to print, and its ratios by name."""
     shape, dtype, tokens = case
     rounds = 3 if tokens < 16_384 else 2
     cost = paired_times(build("sparse", *case), build("dense", *case, *route), rounds)

@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def dense_loss(student: Tensor, teacher: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-    """All logits at once, in float32 as transformers has them for its own loss."""
+    """The loss from all logits at once, in float32 as in transformers' own loss."""
     student_logits = F.linear(student, head).float()
     with torch.no_grad():
         teacher_probabilities = F.linear(teacher, head).float().softmax(-1)
@@ -32,7 +32,7 @@ def chunked_loss(student: Tensor, teacher: Tensor, head: Tensor, labels: Tensor)
 
 
 def build_step(loss_name: str, dtype_name: str) -> Callable[[], None]:
-    """Inputs in memory; the returned step runs one forward and backward. The head is frozen, as with LoRA."""
+    """Make inputs and return a step of one forward and backward. The head is frozen, as with LoRA."""
     loss = {"dense": dense_loss, "chunked": chunked_loss}[loss_name]
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(TOKENS, HIDDEN, generator=generator)

@@ -1,4 +1,4 @@
-"""How long ``python train.py --help`` takes, over importing Lightning's own command line, which it cannot do without.
+"""Time of ``python train.py --help`` over importing Lightning's own command line, its lower bound.
 
 Run from the checkout: ``python benchmarks/cli_help.py``.
 """
@@ -10,7 +10,7 @@ import time
 from measure import report
 
 SECONDS = 8.0
-"""The limit for the whole command."""
+"""Limit for the whole command, in seconds."""
 
 
 def _seconds(*arguments: str) -> float:
@@ -20,7 +20,7 @@ def _seconds(*arguments: str) -> float:
 
 
 def main() -> None:
-    """Time both in turn, after a warm-up."""
+    """Time both in turn, after a warm-up, and print the ratio."""
     commands = {"help": ("train.py", "--help"), "import": ("-c", "import lightning.pytorch.cli")}
     times: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(4):

@@ -1,10 +1,10 @@
-"""What torch.compile does to the parts of an EIT step, against the same part uncompiled.
+"""Time of the parts of an EIT step with torch.compile over the same part without.
 
 Run from the checkout: ``python benchmarks/compile.py``. Takes about ten minutes on two cores, most of it compiling.
 
-A ratio below 1 is a gain. Compiling itself is not in the ratios but in a column of its own: the seconds of the first
-call. A whole decoder layer is traced through the press's hook and the growing cache: ``graphs`` counts what was
-compiled, also anew because a length had changed, and ``breaks`` where the compiler gave up and Python went on.
+A ratio below 1 is a gain. Compilation is not in the ratios; another column has the seconds of the first call. A whole
+decoder layer is traced through the press's hook and the growing cache: ``graphs`` counts compilations, including
+recompilations for a new length, and ``breaks`` counts graph breaks, where Python continues.
 """
 
 import time
@@ -30,7 +30,7 @@ from sparsekv_pl.training.eit_module import EITModule
 NATIVE = decide(accelerator="cpu")
 Step = Callable[[], object]
 CONTEXTS = (256, 240, 248, 232)
-"""Lengths come in turn: a compiler that needs one graph per length shows it."""
+"""Context lengths in turn, which shows whether the compiler needs a graph per length."""
 CONTINUATION = 64
 PIECES = {"norms": ("input_layernorm", "post_attention_layernorm"), "mlp": ("mlp",)}
 
@@ -69,7 +69,7 @@ def selection_loss(compiled: bool) -> Step:
 
 
 def training_step(part: str, compiled: bool) -> Step:
-    """A whole EIT step without the optimizer's; of every layer, ``part`` is compiled."""
+    """A whole EIT step without the optimizer's, with ``part`` of every layer compiled."""
     objective = Mixed([EIT(), SelectionObjective()])
     module = EITModule(Backbone(dtype=NATIVE.dtype), RealEviction(SnapKVPress()), objective)
     module.train()
@@ -108,7 +108,7 @@ PARTS: dict[str, Callable[[bool], Step]] = {
 
 
 def main() -> None:
-    """Each part compiled over uncompiled, in turn."""
+    """Time each part, compiled over uncompiled, in turn."""
     print(NATIVE)
     rows, ratios = [], {}
     for name, build in PARTS.items():

@@ -1,8 +1,8 @@
-"""A thousand configurations with one value made wrong: refused in a line that names it, or kept as it was given.
+"""A thousand configurations with one wrong value each: refused in a line that names it, or used as given.
 
-``python benchmarks/config_fuzz.py [--configs 1000] [--first-seed 1]`` runs tests/test_config_fuzz.py once for every
-seed, each of which draws another wrong value for every key of every config, and prints how many were refused and
-accepted, how many ended in a traceback, and how many were accepted though they cannot be or became something else.
+``python benchmarks/config_fuzz.py [--configs 1000] [--first-seed 1]`` runs tests/test_config_fuzz.py once per seed;
+each seed draws other wrong values for every key of every config. Prints how many were refused or accepted, how many
+ended in a traceback, and how many were accepted although invalid or changed to another value.
 """
 
 import argparse
@@ -17,7 +17,7 @@ CASE = "test_a_wrong_value_is_named_in_one_line"
 
 
 class Draws:
-    """A pytest plugin: draws with a seed, and counts what came of it."""
+    """A pytest plugin that draws cases with a seed and counts their outcomes."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -36,17 +36,17 @@ class Draws:
         if report.passed:
             self.outcomes[str(dict(report.user_properties)["outcome"])] += 1
             return
-        said = report.longrepr.reprcrash.message.splitlines()[0]  # type: ignore[union-attr]
-        silent = " is accepted" in said or " became " in said
-        fault = "silent" if silent else "unclear" if said.startswith(("AssertionError", "assert")) else "traceback"
+        message = report.longrepr.reprcrash.message.splitlines()[0]  # type: ignore[union-attr]
+        silent = " is accepted" in message or " became " in message
+        fault = "silent" if silent else "unclear" if message.startswith(("AssertionError", "assert")) else "traceback"
         self.outcomes[fault] += 1
-        self.faults.append(f"seed {self.seed}, {fault}: {report.nodeid.partition('[')[2]} {said}"[:400])
+        self.faults.append(f"seed {self.seed}, {fault}: {report.nodeid.partition('[')[2]} {message}"[:400])
 
 
 def main() -> None:
-    """Draw until there are enough."""
+    """Run seeds until there are enough configurations, and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--configs", type=int, default=1000, help="at least so many")
+    parser.add_argument("--configs", type=int, default=1000, help="least number of configurations")
     parser.add_argument("--first-seed", type=int, default=1, help="0 is the test suite's own")
     options = parser.parse_args()
     outcomes: Counter[str] = Counter()

@@ -1,7 +1,7 @@
-"""Follows the Dockerfile without a container engine: its COPY and pip steps in an empty folder, then a training step.
+"""Run the Dockerfile's COPY and pip steps in an empty folder without a container engine, then a training step.
 
 Run from the checkout: ``python benchmarks/container_steps.py``. It downloads what the image would and takes minutes.
-What needs root (the compiler, the user) is not run. Prints PASS or FAIL.
+Steps that need root (the compiler, the user) are skipped. Prints PASS or FAIL.
 """
 
 import os
@@ -16,11 +16,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECK = ".venv/bin/python train.py fit --config configs/quickstart.yaml --trainer.fast_dev_run=true"
-"""One step and one validation batch of the embedded model, with nothing but what was copied and installed."""
+"""One step and one validation batch of the embedded model, with only the copied and installed files."""
 
 
 def instructions(dockerfile: str) -> list[tuple[str, str]]:
-    """(instruction, rest) in order; comments dropped, continued lines joined, RUN's own options removed."""
+    """(instruction, rest) in order, without comments and RUN's own options, with continued lines joined."""
     lines = [line for line in dockerfile.splitlines() if not line.startswith("#")]
     joined = re.sub(r"\s*\\\n\s*", " ", "\n".join(lines))
     pairs = [line.partition(" ")[::2] for line in joined.splitlines() if line]
@@ -28,13 +28,13 @@ def instructions(dockerfile: str) -> list[tuple[str, str]]:
 
 
 def copied(sources: Sequence[str]) -> list[str]:
-    """The files and folders that a COPY takes; "." is all that .dockerignore, a list of exceptions, lets through."""
+    """The files and folders of a COPY; "." means all that .dockerignore, a list of exceptions, lets through."""
     allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     return [path for source in sources for path in (allowed if source == "." else [source])]
 
 
 def copy(rest: str, folder: Path) -> None:
-    """What ``COPY rest`` does, into ``folder``."""
+    """Copy the files of ``COPY rest`` into ``folder``."""
     *sources, target = rest.split()
     for path in copied(sources):
         to = folder / target if (ROOT / path).is_dir() else folder / target / Path(path).name
@@ -46,7 +46,7 @@ def copy(rest: str, folder: Path) -> None:
 
 
 def timed(command: str, folder: Path, environment: dict[str, str]) -> bool:
-    """Whether the shell command succeeded; its time is printed, and its end if it failed."""
+    """Run a shell command and print its time, and the end of its output if it failed; return whether it succeeded."""
     start = time.perf_counter()
     done = subprocess.run(["sh", "-euc", command], cwd=folder, env=environment, capture_output=True, text=True)
     print(f"{time.perf_counter() - start:6.1f} s  {'ok' if done.returncode == 0 else 'FAILED'}  {command}", flush=True)
@@ -56,8 +56,8 @@ def timed(command: str, folder: Path, environment: dict[str, str]) -> bool:
 
 
 def follow(folder: Path) -> bool:
-    """Whether every step that runs here did, up to the first that does not."""
-    own = Path(sys.base_prefix) / "bin"  # not the virtual environment that this runs in
+    """Run the steps up to the first failure; return whether all succeeded."""
+    own = Path(sys.base_prefix) / "bin"  # without the virtual environment that runs this script
     environment = os.environ | {"PATH": f"{own}{os.pathsep}{os.environ['PATH']}", "HOME": str(folder)}
     for name, rest in instructions((ROOT / "Dockerfile").read_text()):
         if name == "ARG":
@@ -72,7 +72,7 @@ def follow(folder: Path) -> bool:
 
 
 def main() -> None:
-    """Follow the steps in a folder that is deleted afterwards."""
+    """Run the steps in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         passed = follow(Path(folder))
     print("PASS" if passed else "FAIL")

@@ -2,7 +2,7 @@
 
 Run from the checkout: ``python benchmarks/eit_step.py``. Takes about ten minutes on two cores.
 
-The plain step is what a fine-tuning script does: one forward over all tokens, cross-entropy on all of them from dense
+The plain step is that of a fine-tuning script: one forward over all tokens, cross-entropy on all of them from dense
 logits, backward. The EIT step runs the teacher, evicts half of the context with ExpectedAttention, and supervises the
 continuation.
 """
@@ -29,14 +29,14 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "eit+selection": lambda: Mixed([EIT(), SelectionObjective()]),
 }
 GOALS = {"eit": (1.6, 1.15), "eit+selection": (1.7, 1.15)}
-"""Most time and memory over the plain step."""
+"""Upper limits of time and memory over the plain step."""
 FLOOR = 1.5
-"""In time, for a step that supervises as many tokens: the teacher adds a forward to a forward and a backward.
-Supervising the continuation alone saves the LM head on the context and can go below."""
+"""Lower bound in time for a step that supervises as many tokens: the teacher adds a forward to forward and backward.
+Supervising only the continuation saves the LM head on the context and may be faster."""
 
 
 def build_step(method: str, tokens: int) -> Callable[[], None]:
-    """A whole step without the optimizer's; ``method`` is "plain" or an objective's name."""
+    """A whole step without the optimizer's; ``method`` is "plain" or the name of an objective."""
     torch.manual_seed(0)
     ids = torch.randint(5, 40_000, (1, tokens))
     if method == "plain":
@@ -68,7 +68,7 @@ def _eit(module: EITModule, context: torch.Tensor, continuation: torch.Tensor, l
 
 
 def main() -> None:
-    """Measure every objective at every length."""
+    """Measure every objective at every length and print the ratios."""
     print(NATIVE)
     rows, ratios, goals = [], {}, {}
     for tokens in LENGTHS:

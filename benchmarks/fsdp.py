@@ -1,9 +1,8 @@
-"""Does training sharded over ranks (FSDP2) train as one process does, and what does it cost against DDP?
+"""Check that sharded training (FSDP2) equals training in one process, and compare its cost with DDP's.
 
-Run from the checkout on a machine with two GPUs or more: ``python benchmarks/fsdp.py``. It prints PASS or FAIL for each
-check (benchmarks/fsdp_checks.py) and, of training LoRA on ``--pretrained``, time and peak memory of FSDP2 over DDP.
-``--gloo`` runs the checks alone, on two processes of the CPU. Exits with 0 where all pass, 1 where one fails, and 2
-where there is nothing to run on.
+Run from the checkout on a machine with two or more GPUs: ``python benchmarks/fsdp.py``. It prints PASS or FAIL for each
+check (benchmarks/fsdp_checks.py), and time and peak memory of FSDP2 over DDP for training LoRA on ``--pretrained``.
+``--gloo`` runs only the checks, on two CPU processes. Exit codes: 0 if all pass, 1 if one fails, 2 without the GPUs.
 """
 
 import argparse
@@ -51,7 +50,7 @@ class Meter(Callback):
 
 
 def train(rank: int, run: Run, port: int, tokens: int) -> None:
-    """One rank of a measured run, a row per rank; its figures go to figures.RANK.json."""
+    """Run one rank of a measured run with one row; write its figures to figures.RANK.json."""
     become(rank, port)
     native = decide(sharded=True)  # for DDP too: one precision for both
     backbone = Backbone(run.models["tied"], native.dtype, sharded=run.sharded)
@@ -79,7 +78,7 @@ def figures(run: Run, tokens: int) -> None:
 
 
 def tiny_models(folder: Path) -> dict[str, str]:
-    """Random models of three layers beside SmolLM2's tokenizer, with tied embeddings and without."""
+    """Save random models of three layers with SmolLM2's tokenizer, with tied embeddings and without."""
     tokenizer = Backbone(EMBEDDED).load_tokenizer()
     for name in ("tied", "untied"):
         config = LlamaConfig(
@@ -99,7 +98,7 @@ def tiny_models(folder: Path) -> dict[str, str]:
 
 
 def save_adapter(folder: Path, pretrained: str) -> None:
-    """An adapter whose both factors are random: a fresh one starts at zero, and half its gradients with it."""
+    """Save an adapter with two random factors: in a fresh one, one factor and half of the gradients are zero."""
     torch.manual_seed(1)
     model = Backbone(pretrained, dtype="float32", lora=Lora(r=4)).load()[0]
     for name, parameter in model.named_parameters():
@@ -109,12 +108,12 @@ def save_adapter(folder: Path, pretrained: str) -> None:
 
 
 def main() -> int:
-    """0 where every check passes."""
+    """Run checks and measurement; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gloo", action="store_true", help="the checks alone, on two processes of the CPU")
+    parser.add_argument("--gloo", action="store_true", help="run only the checks, on two CPU processes")
     parser.add_argument("--models", nargs=2, metavar=("TIED", "UNTIED"), help="folders of tiny models to check with")
-    parser.add_argument("--pretrained", default=EMBEDDED, help="what throughput and memory are measured of")
-    parser.add_argument("--tokens", type=int, default=2_048, help="of a row, in the measurement")
+    parser.add_argument("--pretrained", default=EMBEDDED, help="the model for throughput and memory")
+    parser.add_argument("--tokens", type=int, default=2_048, help="tokens of a row in the measurement")
     arguments = parser.parse_args()
     gpus = torch.cuda.device_count()
     if not arguments.gloo and gpus < 2:

@@ -1,6 +1,6 @@
-"""What benchmarks/fsdp.py checks: training runs on ranks that share a model out, against the same runs in one process.
+"""Checks of benchmarks/fsdp.py: training runs with a sharded model against the same runs in one process.
 
-Every run takes the same global batches from the same weights; ranks take a part of the rows each.
+Every run starts from the same weights and reads the same global batches; each rank takes a part of the rows.
 """
 
 import json
@@ -28,7 +28,7 @@ from sparsekv_pl.objectives import EIT, Mixed, Objective, SelectionObjective
 
 
 class NeverWhole(Callback):
-    """Fails where a rank holds more than its part, or another than rank 0 reads the weights."""
+    """Raises if a rank holds more than its part, or a rank other than 0 reads the weights."""
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:  # noqa: ARG002
         self.parameters = parameter_count(pl_module)
@@ -42,7 +42,7 @@ class NeverWhole(Callback):
 
 
 def _refuse(*_: Any) -> None:
-    raise AssertionError("a rank that is not the first reads the weights")
+    raise AssertionError("a rank other than the first reads the weights")
 
 
 def _mixed() -> Objective:
@@ -62,24 +62,24 @@ CASES = {
     "lora_bf16_true": Case(KVDropout, optimizer=SLOW, trainer={"precision": "bf16-true"}),
 }
 ADAMW = Case(KVDropout, optimizer=partial(torch.optim.AdamW, lr=1e-2), trainer={"gradient_clip_val": 1.0})
-"""What is saved and resumed."""
+"""The run that is saved and resumed."""
 CHECKS = (*CASES, "resume_sharded", "resume_consolidated", "consolidated_in_one_process", "export", "never_whole")
 
 
 def saver(folder: Path) -> ModelCheckpoint:
-    """A checkpoint half-way."""
+    """A callback that saves a checkpoint half-way."""
     return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=STEPS // 2, save_top_k=-1)
 
 
 def saved_and_resumed(run: Run, name: str) -> str:
-    """What differs between an uninterrupted run and one that was stopped half-way; empty if nothing does."""
+    """The first difference between an uninterrupted run and one that was stopped half-way; "" if there is none."""
     whole = run.fit(ADAMW, saver(run.folder / name), enable_checkpointing=True)
     resumed = run.fit(ADAMW, resume=run.folder / name / f"step={STEPS // 2}.ckpt")
     return difference({**whole, "losses": whole["losses"][STEPS // 2 :]}, resumed, 0.0)
 
 
 def exports(run: Run, rank: int) -> None:
-    """Leaves the exported adapter in final/, the merged model in merged/, and in a file what they must hold."""
+    """Exports the adapter to final/ and the merged model to merged/, and saves their expected content."""
     torch.save(run.fit(ADAMW, AdapterExport(str(run.folder), merge=True)), run.folder / f"export.{rank}.pt")
 
 
@@ -91,7 +91,7 @@ def never_whole(run: Run) -> None:
 
 
 def difference(expected: dict[str, Any], found: dict[str, Any], tolerance: float) -> str:
-    """The first thing that differs by more than ``tolerance``; empty if nothing does."""
+    """The first difference of more than ``tolerance``; "" if there is none."""
     pairs = {"losses": (torch.tensor(expected["losses"]), torch.tensor(found["losses"]))}
     if expected["weights"].keys() != found["weights"].keys():
         return f"other weights: {sorted(expected['weights'].keys() ^ found['weights'].keys())[:4]}"
@@ -106,7 +106,7 @@ def difference(expected: dict[str, Any], found: dict[str, Any], tolerance: float
 
 
 def work(rank: int, run: Run, port: int) -> None:
-    """One rank: every run; what rank 0 found is in found.json."""
+    """Run all cases on one rank; rank 0 writes its findings to found.json."""
     become(rank, port)
     found: dict[str, str] = {}
     for name, case in CASES.items():
@@ -121,7 +121,7 @@ def work(rank: int, run: Run, port: int) -> None:
 
 
 def check(run: Run) -> dict[str, str]:
-    """What is wrong with each of CHECKS; empty where nothing is."""
+    """Check -> its fault; "" if it passes."""
     context = start_processes(work, (run, free_port()), nprocs=run.ranks, join=False, start_method="spawn")
     alone = replace(run, ranks=1)
     for name, case in {**CASES, "adamw": ADAMW}.items():
@@ -148,14 +148,14 @@ def _compared(folder: Path, name: str, case: Case) -> str:
 
 
 def _resumed_alone(alone: Run) -> str:
-    """A single process goes on from the ranks' file and ends where a single process ends."""
+    """One process resumes from the ranks' checkpoint and ends like an uninterrupted process."""
     found = alone.fit(ADAMW, resume=alone.folder / "consolidated" / f"step={STEPS // 2}.ckpt")
     expected = torch.load(alone.folder / "adamw.alone.pt", weights_only=True)
     return difference({**expected, "losses": expected["losses"][STEPS // 2 :]}, found, 1e-3)
 
 
 def _exported(run: Run) -> str:
-    """The adapter's folder holds the trained weights; merged/ computes what base and adapter compute."""
+    """The adapter's folder holds the trained weights; the model in merged/ equals base with adapter."""
     backbone = Backbone(run.models["tied"], dtype="float32")
     adapted = replace(backbone, lora=None, adapter=str(run.folder / "final")).load()[0]
     weights = {name: p.detach() for name, p in adapted.named_parameters() if p.requires_grad}

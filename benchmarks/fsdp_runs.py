@@ -1,4 +1,4 @@
-"""Training runs that take the same global batches from the same weights, on ranks or in one process."""
+"""Training runs with equal weights and global batches, on several ranks or in one process."""
 
 import logging
 import os
@@ -29,13 +29,13 @@ from sparsekv_pl.training.eit_module import EITModule
 from sparsekv_pl.training.sharding import gathered
 
 ROWS, STEPS, CONTEXT, CONTINUATION = 4, 4, 96, 16
-"""Of a global batch; batches; tokens."""
+"""Rows of a global batch; number of batches; tokens of a row."""
 TOLERANCE = {"32-true": 1e-4, "bf16-mixed": 2e-2, "bf16-true": 5e-2}
 TIMEOUT = timedelta(minutes=2)
 
 
 class Rows(LightningDataModule):
-    """The same global batches of random tokens in every run; each rank takes its part of the rows."""
+    """Random global batches that are the same in every run; each rank takes its part of the rows."""
 
     def __init__(self, rows: int, context: int, continuation: int, batches: int, vocabulary: int = 1_000) -> None:
         super().__init__()
@@ -44,18 +44,18 @@ class Rows(LightningDataModule):
         self.context = context
 
     def train_dataloader(self) -> Any:
-        """A batch per step."""
+        """One batch per step."""
         assert self.trainer is not None
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
         return _loader([ids.chunk(ranks)[rank] for ids in self.ids], self.context)
 
     def val_dataloader(self) -> Any:
-        """Two of the batches, in turn over the ranks."""
+        """Two of the batches, distributed over the ranks."""
         return _loader(list(self.ids[:2]), self.context)
 
 
 def _loader(batches: Sequence[Tensor], context: int) -> Any:
-    """Stateful: a plain one would begin anew on resume."""
+    """A stateful loader: a plain one would start from the first batch on resume."""
     return StatefulDataLoader([_batch(ids, context) for ids in batches], batch_size=None)  # type: ignore[arg-type]
 
 
@@ -73,7 +73,7 @@ def _batch(ids: Tensor, context: int) -> Batch:
 
 
 class Losses(Callback):
-    """Every batch's loss, a mean over ranks."""
+    """Records every batch's loss, averaged over ranks."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -83,13 +83,13 @@ class Losses(Callback):
 
 
 SGD = partial(torch.optim.SGD, lr=0.3, momentum=0.9)
-"""Unlike Adam's, its steps show the size of the gradients."""
+"""Plain SGD: unlike Adam's, its steps depend on the size of the gradients."""
 SLOW = partial(torch.optim.SGD, lr=0.1)
 
 
 @dataclass
 class Case:
-    """One training run, on many ranks and in one process: the losses and the weights must agree."""
+    """A training run whose losses and weights must be equal on several ranks and in one process."""
 
     eviction: Callable[[], Eviction] = lambda: RealEviction(SnapKVPress(window_size=8))
     objective: Callable[[], Objective] = EIT
@@ -101,7 +101,7 @@ class Case:
 
 @dataclass
 class Run:
-    """Where a run finds its models, and on how many ranks of what it trains."""
+    """A run's folder, models, number of ranks and device."""
 
     folder: Path
     models: dict[str, str]
@@ -111,7 +111,7 @@ class Run:
     sharded: bool = True
 
     def strategy(self) -> Any:
-        """FSDP2 over all ranks, or DDP; one process for one."""
+        """The strategy: FSDP2 or DDP over all ranks, or a single process."""
         if self.ranks == 1:
             return "auto"
         backend = "gloo" if self.accelerator == "cpu" else None
@@ -123,7 +123,7 @@ class Run:
         )
 
     def module(self, case: Case, **backbone: Any) -> EITModule:
-        """What ``case`` trains, the same at the start of every run."""
+        """The module that ``case`` trains, with the same initial weights in every run."""
         torch.manual_seed(0)
         start = {"adapter": str(self.folder / "adapter"), "lora": None} if case.adapter else {"lora": None}
         settings = {"dtype": "float32", "sharded": self.ranks > 1, **start, **backbone}
@@ -134,11 +134,11 @@ class Run:
         return module
 
     def trainer(self, case: Case, *callbacks: Callback, **settings: Any) -> Trainer:
-        """Of ``case``, with ``settings`` on top."""
+        """A trainer for ``case``; ``settings`` override its own."""
         return Trainer(callbacks=list(callbacks), **self.settings() | {"max_steps": STEPS} | case.trainer | settings)
 
     def settings(self) -> dict[str, Any]:
-        """A trainer on these ranks that is silent and saves nothing by itself."""
+        """Trainer settings for these ranks: silent, without automatic checkpoints."""
         quiet = ("enable_progress_bar", "enable_model_summary", "logger", "enable_checkpointing")
         return dict.fromkeys(quiet, False) | {
             "accelerator": self.accelerator,
@@ -152,7 +152,7 @@ class Run:
         }
 
     def fit(self, case: Case, *callbacks: Callback, resume: Path | None = None, **settings: Any) -> dict[str, Any]:
-        """Train; {"losses": of every batch, "weights": all that trained, whole, on rank 0}. Collective."""
+        """Train; return {"losses": one per batch, "weights": the gathered trainable weights, on rank 0}. Collective."""
         module, losses = self.module(case), Losses()
         rows = Rows(ROWS, CONTEXT, CONTINUATION, 2 * STEPS)
         self.trainer(case, losses, *callbacks, **settings).fit(module, rows, ckpt_path=resume)
@@ -169,13 +169,13 @@ def free_port() -> int:
 
 
 def become(rank: int, port: int) -> None:
-    """Make this process a rank, as Lightning finds it."""
+    """Set the environment variables by which Lightning recognises this process as a rank."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
     quiet()
 
 
 def quiet() -> None:
-    """Progress bars and what every trainer says of itself."""
+    """Silence progress bars and the trainer's messages about itself."""
     disable_progress_bar()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")

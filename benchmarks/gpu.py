@@ -1,9 +1,9 @@
-"""Everything that only a GPU can show, in at most eight minutes on one: the tests marked cuda, and what steps cost.
+"""All checks and measurements that need a GPU, in at most eight minutes on one: tests marked cuda, and costs of steps.
 
-Run from the checkout: ``python benchmarks/gpu.py``. It needs nothing from the network. Each part (gpu_parts.py) runs
-in a process of its own under its own time limit and leaves a file in ``--output``; run again, finished parts are taken
-from there and the rest is done. ``--only PART ...`` picks some. At the end come one JSON file, gpu.json, and one table:
-both go to docs/log/speed.md as they are. ``--tiny`` runs every part on the CPU with tiny models, in this process.
+Run from the checkout: ``python benchmarks/gpu.py``, without network. Each part (gpu_parts.py) runs in its own process
+with a time limit and writes a file to ``--output``; a second run reuses finished parts and runs the others.
+``--only PART ...`` selects parts. At the end one JSON file, gpu.json, and one table are written, to be copied to
+docs/log/speed.md. ``--tiny`` runs every part on the CPU with tiny models, in this process.
 """
 
 import argparse
@@ -28,18 +28,18 @@ LIMITS = {
     "blocks": 35,
     "evaluation": 45,
 }
-"""Part -> seconds; 480 in all."""
+"""Part -> time limit in seconds; 480 in total."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is missing, print the table; 0 where every part is done."""
+    """Run the missing parts and print the table; return 0 if every part is done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("output/gpu"))
     parser.add_argument("--only", nargs="+", choices=LIMITS, default=list(LIMITS), metavar="PART")
     parser.add_argument("--tiny", action="store_true", help="on the CPU, with tiny models")
     given = parser.parse_args(arguments)
     if not given.tiny and not _has_gpu():
-        print("no GPU is seen by PyTorch: --tiny runs every part on the CPU", file=sys.stderr)
+        print("PyTorch finds no GPU: --tiny runs every part on the CPU", file=sys.stderr)
         return 2
     given.output.mkdir(parents=True, exist_ok=True)
     results = {part: finished_or_run(part, given.output, given.tiny) for part in given.only}
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def finished_or_run(part: str, output: Path, tiny: bool) -> Result:
-    """A part's result: of an earlier run that finished it the same way, or of one now."""
+    """A part's result, from an earlier run with the same settings or from a new one."""
     path = output / f"{part}.json"
     if path.exists():
         kept: Result = json.loads(path.read_text())
@@ -66,28 +66,28 @@ def finished_or_run(part: str, output: Path, tiny: bool) -> Result:
 
 
 def here(part: str) -> Result:
-    """The part on the CPU, tiny."""
+    """Run a part on the CPU with a tiny model."""
     from gpu_parts import PARTS
 
     return {"figures": PARTS[part]("cpu", True)}
 
 
 def in_a_process(part: str, log: Path, limit: float) -> Result:
-    """The part on the GPU, stopped after ``limit`` seconds; what it said is in ``log``."""
+    """Run a part on the GPU, stopped after ``limit`` seconds; its output goes to ``log``."""
     command = [sys.executable, str(Path(__file__).parent / "gpu_parts.py"), part]
-    with log.open("w") as said:
+    with log.open("w") as output:
         try:
-            code = subprocess.run(command, stdout=said, stderr=subprocess.STDOUT, timeout=limit).returncode
+            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, timeout=limit).returncode
         except subprocess.TimeoutExpired:
             return {"error": f"stopped after {limit:g} s, see {log}"}
     lines = log.read_text().splitlines()
     if code != 0 or not lines:
-        return {"error": f"exit code {code}, see {log}: {lines[-1][:200] if lines else 'it said nothing'}"}
+        return {"error": f"exit code {code}, see {log}: {lines[-1][:200] if lines else 'no output'}"}
     return {"figures": json.loads(lines[-1])}
 
 
 def table(results: dict[str, Result]) -> str:
-    """Markdown, a row for each figure."""
+    """A Markdown table with a row per figure."""
     lines = ["| part | figure | value |", "|---|---|---|"]
     for part, result in results.items():
         figures = result.get("figures") or {"not done": result.get("error", "")}

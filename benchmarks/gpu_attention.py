@@ -1,4 +1,4 @@
-"""Attention against its references, and FSDP2 with one rank against one process, for gpu_parts.py."""
+"""Attention compared with its references, and FSDP2 on one rank with a plain process, for gpu_parts.py."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,7 +30,7 @@ def states(device: str, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
 def dropout_against_reference(device: str, tokens: int, cost: Cost) -> dict[str, Any]:
     """Largest differences of outputs and gradients in float32, and time in 16 bits on a GPU.
 
-    A quarter of the keys is kept, and the newest 128. FlexAttention has no backward on a CPU.
+    A quarter of the keys and the newest 128 are kept. FlexAttention has no backward on a CPU.
     """
     order = torch.rand(1, KV_HEADS, tokens, generator=torch.Generator().manual_seed(1)).argsort(-1)
     kept = order[..., : tokens // 4].sort(-1).values
@@ -88,7 +88,7 @@ def _both_ways(way: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
 
 @torch.no_grad()
 def sketch_walk_against_dense(device: str, lengths: tuple[int, ...], cost: Cost) -> dict[str, Any]:
-    """Seconds of a layer's attention over 16 blocks of 64, the selection included, and of the dense causal one."""
+    """Seconds of a layer's attention over 16 blocks of 64 with the selection, and of dense causal attention."""
     figures: dict[str, Any] = {}
     for tokens in lengths:
         query, key, value = states(device, tokens, torch.bfloat16 if device == "cuda" else torch.float32)
@@ -102,14 +102,14 @@ def sketch_walk_against_dense(device: str, lengths: tuple[int, ...], cost: Cost)
 
 
 def _sparse(select: TopBlocks, layers: Iterator[int], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """A layer in the midst of the walk."""
+    """A layer in the middle of the walk."""
     chosen = select(next(layers), query, key)
     assert chosen is not None
     return block_sparse_attention(query, key, value, chosen)
 
 
 def losses_of_three_steps(model: str, adapter: str, device: str, sharded: bool) -> list[float]:
-    """What three EIT steps under SnapKV lose, from the same adapter, in this process or under FSDP2 with one rank."""
+    """Losses of three EIT steps under SnapKV from the same adapter, in this process or under FSDP2 with one rank."""
     from fsdp_runs import Losses, Rows
     from kvpress import SnapKVPress
     from lightning.pytorch import Trainer
@@ -128,7 +128,7 @@ def losses_of_three_steps(model: str, adapter: str, device: str, sharded: bool) 
         strategy=strategy if sharded else "auto",
         precision="bf16-true" if device == "cuda" else "32-true",
         max_steps=3,
-        use_distributed_sampler=False,  # it would shuffle
+        use_distributed_sampler=False,  # the default would shuffle
         callbacks=[losses],
         limit_val_batches=0,
         logger=False,

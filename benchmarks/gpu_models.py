@@ -1,4 +1,4 @@
-"""Random Llamas, a batch and students for gpu_parts.py: nothing is downloaded."""
+"""Random Llama models, batches and students for gpu_parts.py, without downloads."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ BILLION: Shape = {
     "max_position_embeddings": 131_072,
     "tie_word_embeddings": True,
 }
-"""Llama 3.2 1B's."""
+"""Sizes of Llama 3.2 1B."""
 TINY: Shape = {
     "vocab_size": 1_024,
     "hidden_size": 64,
@@ -43,7 +43,7 @@ TINY: Shape = {
 
 
 def random_model(shape: Shape, device: str, lora: bool = True) -> Any:
-    """Random weights, in bfloat16 on a GPU, with a fresh adapter that trains unless ``lora`` is false."""
+    """A model with random weights, in bfloat16 on a GPU, and a trainable new adapter unless ``lora`` is false."""
     torch.manual_seed(0)
     with torch.device(device):
         model = LlamaForCausalLM(LlamaConfig(**shape)).to(torch.bfloat16 if device == "cuda" else torch.float32)
@@ -51,7 +51,7 @@ def random_model(shape: Shape, device: str, lora: bool = True) -> Any:
 
 
 def saved(folder: Path, shape: Shape) -> str:
-    """``folder``, with a random model and a byte-level tokenizer in it."""
+    """Save a random model and a byte-level tokenizer to ``folder``, and return it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -68,7 +68,7 @@ def saved(folder: Path, shape: Shape) -> str:
 
 
 def batch_of(tokens: int, context: int, device: str) -> Batch:
-    """One row of random ids; all of the continuation is supervised but its first token."""
+    """One row of random ids; the continuation is supervised except for its first token."""
     ids = torch.randint(2, 1_000, (1, tokens), generator=torch.Generator().manual_seed(0))
     labels = ids[:, context:].clone()
     labels[:, 0] = IGNORE
@@ -84,7 +84,7 @@ def batch_of(tokens: int, context: int, device: str) -> Batch:
 
 
 def student_of(model: Any, kind: str) -> Student:
-    """``selection``: ExpectedAttention and both losses; ``kv_dropout``, ``blocks``, ``nothing``: EIT alone."""
+    """A student: ``selection`` has ExpectedAttention and both losses; the other kinds name an eviction and have EIT."""
     objective: Objective = Mixed([EIT(), SelectionObjective()]) if kind == "selection" else EIT()
     evictions: dict[str, Eviction] = {
         "selection": RealEviction(ExpectedAttentionPress()),

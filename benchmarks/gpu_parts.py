@@ -1,6 +1,6 @@
-"""The parts of gpu.py: ``python benchmarks/gpu_parts.py PART`` runs one on the GPU, its figures are the last line.
+"""The parts of gpu.py: ``python benchmarks/gpu_parts.py PART`` runs one on the GPU and prints its figures at the end.
 
-Each takes a device and whether to be tiny, and returns figures by name: seconds, GiB, ratios, tokens per second.
+Each takes a device and whether to use tiny models, and returns name -> figure: seconds, GiB, ratios, tokens per second.
 """
 
 import json
@@ -26,7 +26,7 @@ Figures = dict[str, Any]
 
 
 def tests(device: str, tiny: bool) -> Figures:  # noqa: ARG001
-    """The tests marked cuda; tiny, they only say why they are skipped."""
+    """Run the tests marked cuda; on a CPU they are skipped with a reason."""
     command = [sys.executable, *"-m pytest -n 0 -m cuda -p no:cacheprovider tests/test_cuda.py".split()]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if finished.returncode not in (0, 5):
@@ -35,7 +35,7 @@ def tests(device: str, tiny: bool) -> Figures:  # noqa: ARG001
 
 
 def quickstart(device: str, tiny: bool) -> Figures:  # noqa: ARG001
-    """``make quickstart``'s two commands in a folder of their own; tiny, two steps of a tiny model."""
+    """Run ``make quickstart``'s two commands in a temporary folder; with ``tiny``, two steps of a tiny model."""
     with tempfile.TemporaryDirectory() as folder:
         train = ["train.py", "fit", "--config", str(ROOT / "configs/quickstart.yaml")]
         test = ["evaluate.py", "test", "--config", str(ROOT / "configs/evaluate/quickstart.yaml")]
@@ -48,8 +48,8 @@ def quickstart(device: str, tiny: bool) -> Figures:  # noqa: ARG001
         seconds = [_ran(folder, *train), _ran(folder, *test)]
         rows = json.loads((Path(folder) / "output/quickstart/report.json").read_text())["rows"]
     found = {f"{row['metric']}, {row['press']} {row['compression_ratio']:g}": row for row in rows}
-    said = {name: f"{row['base']:.4g} -> {row['trained']:.4g}" for name, row in found.items() if row["error"] is None}
-    return {"train, s": seconds[0], "evaluate, s": seconds[1], **said}
+    scores = {name: f"{row['base']:.4g} -> {row['trained']:.4g}" for name, row in found.items() if row["error"] is None}
+    return {"train, s": seconds[0], "evaluate, s": seconds[1], **scores}
 
 
 def _ran(folder: str, script: str, *arguments: str) -> float:
@@ -62,7 +62,7 @@ def _ran(folder: str, script: str, *arguments: str) -> float:
 
 
 def step(device: str, tiny: bool) -> Figures:
-    """An EIT step with selection loss, and one of KV dropout, against a plain LoRA step on the same tokens."""
+    """Compare an EIT step with selection loss, and one with KV dropout, with a plain LoRA step on the same tokens."""
     figures: Figures = {}
     for tokens in (64,) if tiny else (2_048, 8_192):
         model = random_model(TINY if tiny else BILLION, device)
@@ -94,7 +94,7 @@ def _learn(student: Any, batch: Any) -> None:
 
 
 def _cost(run: Callable[[], object], device: str, rounds: int = 3) -> tuple[float, float]:
-    """Seconds, the least of some rounds after a warm-up, and the peak of GPU memory in GiB."""
+    """Seconds (the minimum of several rounds after a warm-up) and the peak of GPU memory in GiB."""
     run()
     cuda = device == "cuda"
     rounds = rounds if cuda else 1
@@ -115,14 +115,14 @@ def _now(cuda: bool) -> float:
 
 
 def kv_dropout(device: str, tiny: bool) -> Figures:
-    """KV dropout's attention, and FlexAttention under the same rule, against the dense reference."""
+    """Compare KV dropout's attention, and FlexAttention with the same mask, with the dense reference."""
     from gpu_attention import dropout_against_reference
 
     return dropout_against_reference(device, 64 if tiny else 2_048, _cost)
 
 
 def blocks(device: str, tiny: bool) -> Figures:
-    """Sketch&Walk's attention against PyTorch's causal one, and a block dropout step against one without eviction."""
+    """Compare Sketch&Walk with PyTorch's causal attention, and a block dropout step with one without eviction."""
     from gpu_attention import sketch_walk_against_dense
 
     figures = sketch_walk_against_dense(device, (256,) if tiny else (8_192, 32_768), _cost)
@@ -133,7 +133,7 @@ def blocks(device: str, tiny: bool) -> Figures:
 
 
 def four_bit(device: str, tiny: bool) -> Figures:
-    """A step on 4-bit weights, whose teacher is the same network with its adapter off."""
+    """Run a step on 4-bit weights; the teacher is the same network with its adapter off."""
     from sparsekv_pl.models.backbone import Backbone
 
     with tempfile.TemporaryDirectory() as folder:
@@ -154,7 +154,7 @@ def four_bit(device: str, tiny: bool) -> Figures:
 
 
 def sharded(device: str, tiny: bool) -> Figures:
-    """Three steps under FSDP2 with one rank, against the same steps of one process."""
+    """Compare three steps under FSDP2 with one rank with the same steps in a plain process."""
     from gpu_attention import losses_of_three_steps
 
     from sparsekv_pl.models.backbone import Backbone
@@ -167,7 +167,7 @@ def sharded(device: str, tiny: bool) -> Figures:
 
 
 def evaluation(device: str, tiny: bool) -> Figures:
-    """Tokens per second of a prefill, of an eviction's continuation and of decoding."""
+    """Tokens per second of prefill and decoding, with the full and with an evicted cache."""
     from sparsekv_pl.eviction.decoding import greedy
     from sparsekv_pl.eviction.prefill import prefill
 
@@ -182,9 +182,9 @@ def evaluation(device: str, tiny: bool) -> Figures:
         with torch.no_grad(), torch.autocast(device, torch.bfloat16):
             filled = _cost(partial(prefill, model, context, press), device)[0]
             prefilled = prefill(model, context, press)
-            said = _cost(lambda made=prefilled: greedy(model, made.copy(), question, lengths, [new]), device, 1)[0]
+            decoding = _cost(lambda made=prefilled: greedy(model, made.copy(), question, lengths, [new]), device, 1)[0]
         figures[f"{name}, prefill of {tokens}, tokens/s"] = context.numel() / filled
-        figures[f"{name}, decoding, tokens/s"] = new / said
+        figures[f"{name}, decoding, tokens/s"] = new / decoding
     return figures
 
 

@@ -1,5 +1,6 @@
-"""KV dropout against no dropout: forward + backward of a model in SmolLM2-135M's shape at 2,048 tokens, and of its
-attention alone (9 query heads, 3 KV heads), which is compared with PyTorch's causal and masked attention.
+"""Cost of KV dropout: forward and backward of a model of SmolLM2-135M's shape at 2,048 tokens over no dropout.
+
+Also its attention alone (9 query heads, 3 KV heads) over PyTorch's causal and masked attention.
 
 Run from the checkout: ``python benchmarks/kv_dropout.py``. Takes some minutes and 6 GiB.
 """
@@ -22,7 +23,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def build_model(dtype_name: str) -> LlamaForCausalLM:
-    """Random weights; as with LoRA, only the attention's projections get gradients."""
+    """A model with random weights; only the attention's projections get gradients, as with LoRA."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=HEADS * HEAD_DIM,
@@ -41,7 +42,7 @@ def build_model(dtype_name: str) -> LlamaForCausalLM:
 
 
 def build_step(method: str, dtype_name: str) -> Callable[[], None]:
-    """One forward and backward through the decoder; the loss is on the continuation's hidden states."""
+    """A step of one forward and backward through the decoder, with a loss on the continuation's hidden states."""
     model = build_model(dtype_name)
     ids = torch.randint(VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     context, continuation = ids[:, :-CONTINUATION], ids[:, -CONTINUATION:]
@@ -61,7 +62,7 @@ def build_step(method: str, dtype_name: str) -> Callable[[], None]:
 
 
 def build_attention(method: str, dtype_name: str) -> Callable[[], None]:
-    """The attention alone, forward and backward: a quarter of the keys kept and a window of 128 tokens."""
+    """A step of one layer's attention, forward and backward, with a quarter of the keys kept and a window of 128."""
     generator = torch.Generator().manual_seed(0)
     query, key, value, direction = (
         torch.randn(1, heads, TOKENS, HEAD_DIM, generator=generator).to(DTYPES[dtype_name]).requires_grad_()
@@ -88,7 +89,7 @@ def build_attention(method: str, dtype_name: str) -> Callable[[], None]:
 def compare(
     build: Callable[[str, str], Callable[[], None]], reference: str, dtype: str, rounds: int
 ) -> tuple[Ratio, float]:
-    """Time and peak memory of dropout over ``reference``."""
+    """Time and peak memory of dropout as ratios to ``reference``."""
     time = paired_times(build("dropout", dtype), build(reference, dtype), rounds)
     peaks = [peak_memory(__file__, build.__name__, method, dtype) for method in ("dropout", reference)]
     return time, peaks[0] / peaks[1]

@@ -1,11 +1,10 @@
-"""One training step on long contexts with a fixed budget, chunk by chunk with activation checkpointing: what it costs.
+"""Cost of a training step on long contexts with a fixed budget, in chunks with activation checkpointing.
 
 Run from the checkout: ``python benchmarks/long_context_step.py``. Takes about half an hour on one core.
 
-SmolLM2-135M-Instruct, LoRA r 16, the LM objective under ExpectedAttention, in what the CPU computes in natively. Every
-length is read in chunks and continued in the same way, so a longer context differs in its number of chunks alone, and
-ideally costs neither more memory nor more time per token. What has to grow is the state kept between chunks, which is
-printed.
+SmolLM2-135M-Instruct, LoRA r 16, the LM objective under ExpectedAttention, in the CPU's native precision. Longer
+contexts only have more chunks, and ideally need neither more memory nor more time per token. Only the state stored
+between chunks has to grow; its size is printed.
 """
 
 from collections.abc import Callable
@@ -26,13 +25,13 @@ NATIVE = decide(accelerator="cpu")
 SHORT, LONG = 2_048, 8_192
 CHUNK = BUDGET = CONTINUATION = 512
 WITHOUT = (2_048, 4_096)
-"""Lengths that are also measured without checkpointing."""
+"""Lengths in tokens that are also measured without checkpointing."""
 MEMORY_GOAL, TIME_GOAL = 1.3, 1.25
-"""Most at the long context over the short one; time per token."""
+"""Upper limits of the long context over the short one, in memory and in time per token."""
 
 
 def build_step(tokens: int, checkpoint: bool) -> Callable[[], None]:
-    """A whole step on ``tokens`` tokens, context and continuation together, without the optimizer's."""
+    """A whole step without the optimizer's on ``tokens`` tokens of context and continuation together."""
     module, batch = _module(checkpoint), _batch(tokens)
 
     def step() -> None:
@@ -61,7 +60,7 @@ def _batch(tokens: int) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def state_bytes() -> int:
-    """Bytes that a checkpointed step keeps for each chunk once the budget is full."""
+    """Bytes that a checkpointed step stores per chunk after the budget is full."""
     filling = ChunkedPrefill(causal_lm(_module(True).model), ExpectedAttentionPress(), 2 * CHUNK, CHUNK, BUDGET)
     with NATIVE.autocast():
         for ids in _batch(2 * CHUNK + CONTINUATION)["context_ids"].split(CHUNK, dim=1):
@@ -70,7 +69,7 @@ def state_bytes() -> int:
 
 
 def main() -> None:
-    """Measure memory at every length, and time at the two that are compared."""
+    """Measure memory at every length, and time at the two lengths that are compared."""
     print(NATIVE)
     lengths = [(SHORT, True), (LONG, True), *((tokens, False) for tokens in WITHOUT)]
     memory = {key: peak_memory(__file__, "build_step", *key) for key in lengths}

@@ -1,6 +1,6 @@
-"""What every benchmark shares: peak memory in a fresh process, times taken in turn, one way to print both.
+"""Functions for all benchmarks: peak memory in a fresh process, times taken in turn, and printing both.
 
-Linux only: the peak is the kernel's own (``VmHWM``), which sees all that a sampling thread would miss.
+Linux only: the peak is the kernel's (``VmHWM``), which misses nothing, unlike a sampling thread.
 """
 
 import gc
@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # data is a package of the chec
 
 
 class Ratio(NamedTuple):
-    """Cost of one function over another's, by round."""
+    """Ratios of one function's cost to another's, by round."""
 
     median: float
     low: float
@@ -26,21 +26,20 @@ class Ratio(NamedTuple):
 
 
 def peak_memory(script: str | Path, function: str, *args: object) -> int:
-    """Bytes by which a step's peak resident memory exceeds what was resident before it, in a fresh process.
+    """Bytes by which a step's peak resident memory exceeds the memory before it, in a fresh process.
 
-    ``function``, defined at the top of the Python file ``script`` (usually the benchmark's own ``__file__``),
-    is called with ``args`` (what JSON can carry), builds the inputs and returns the step, a callable without
-    arguments.
+    ``function``, a top-level function of the Python file ``script`` (usually the benchmark's own ``__file__``), is
+    called with JSON-able ``args``, builds the inputs and returns the step, a callable without arguments.
     """
     command = [sys.executable, __file__, str(script), function, json.dumps(args)]
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode != 0:
-        raise RuntimeError(f"{function}{args} failed in its own process:\n{finished.stderr}")
+        raise RuntimeError(f"{function}{args} failed in its process:\n{finished.stderr}")
     return int(finished.stdout.splitlines()[-1])
 
 
 def paired_times(step: Callable[[], object], reference: Callable[[], object], rounds: int = 3) -> Ratio:
-    """Time of ``step`` over that of ``reference``, in turn, as a busy machine slows both; after a warm-up."""
+    """Time of ``step`` over that of ``reference``, after a warm-up and in turn, so that other load slows both."""
     seconds(step), seconds(reference)
     ratios = [seconds(step) / seconds(reference) for _ in range(rounds)]
     return Ratio(statistics.median(ratios), min(ratios), max(ratios))
@@ -53,10 +52,10 @@ def report(
     floors: Mapping[str, float],
     goals: Mapping[str, float],
 ) -> None:
-    """Print ``rows`` as a table, headed by the first row's keys, and, as the last line, one JSON object.
+    """Print ``rows`` as a table with the first row's keys as header, and one JSON object as the last line.
 
-    Every ratio is a cost over its reference: smaller is better, a goal is an upper limit and a floor what no
-    implementation can beat.
+    Every ratio is a cost over its reference, so smaller is better. A goal is an upper limit; a floor is a lower bound
+    for any implementation.
     """
     header = list(rows[0])
     table = [header, *([str(row[column]) for column in header] for row in rows)]
@@ -69,14 +68,14 @@ def report(
 
 
 def seconds(step: Callable[[], object]) -> float:
-    """How long ``step`` takes."""
+    """Duration of ``step`` in seconds."""
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
 
 
 def _memory_status(field: str) -> int:
-    """Bytes that Linux states for this process; field is VmRSS (now) or VmHWM (the peak)."""
+    """Bytes of this process's memory according to Linux; ``field`` is VmRSS (current) or VmHWM (peak)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
@@ -90,7 +89,7 @@ def _measure_here(script: str, function: str, args: Sequence[object]) -> int:
     spec.loader.exec_module(module)
     step = getattr(module, function)(*args)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak that building the inputs reached
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak, which includes building the inputs
     before = _memory_status("VmRSS")
     step()
     return _memory_status("VmHWM") - before

@@ -1,11 +1,11 @@
-"""What every press costs, against kvpress's SnapKV and against the prefill that it follows.
+"""Cost of every press over kvpress's SnapKV, and over the prefill before it.
 
 Run from the checkout: ``python benchmarks/press_cost.py``. Takes about five minutes on one idle thread.
 
-SmolLM2-135M-Instruct prefills the Python documentation once, in float32, and what each layer's hook is given is
-recorded. A press's time is that of its hooks over all 30 layers: to score, to choose and to copy what stays. One row,
-three quarters evicted, presses as they come; those that drop in training alone, as in training. The scorers inside
-AnchorPress alone show what the anchors add to them.
+SmolLM2-135M-Instruct prefills the Python documentation once, in float32, and the inputs of each layer's hook are
+recorded. A press's time is that of its hooks over all 30 layers: scoring, selecting and copying. One row, three
+quarters evicted, default settings; presses that only drop in training run in training mode. The scorers inside
+AnchorPress are also measured alone, to show the cost of the anchors.
 """
 
 import statistics
@@ -36,7 +36,7 @@ GOALS = {"over SnapKV": 0.5, "of the prefill": 0.01}
 
 
 def presses() -> list[kvpress.BasePress]:
-    """SnapKV, the reference, first."""
+    """Measured presses, SnapKV (the reference) first."""
     return [
         kvpress.SnapKVPress(RATIO),
         kvpress.ExpectedAttentionPress(RATIO),
@@ -57,7 +57,7 @@ def presses() -> list[kvpress.BasePress]:
 
 
 def evicting(recorded: RecordedPrefill, press: kvpress.BasePress) -> Callable[[], None]:
-    """Every layer's hook once. Not ``recorded.evicted``, which copies the cache first and keeps scores."""
+    """A step that runs every layer's hook once. ``recorded.evicted`` would also copy the cache and store scores."""
     with press(recorded.model):
         pass  # to prepare it
     layers, trains = recorded.cache.layers, traits_of(press).only_trains
@@ -75,7 +75,7 @@ def evicting(recorded: RecordedPrefill, press: kvpress.BasePress) -> Callable[[]
 
 
 def compare(model: PreTrainedModel, ids: torch.Tensor) -> tuple[list[dict[str, object]], dict[str, float]]:
-    """Rows of the table for one context (1, L), and the ratios of AnchorPress as it comes."""
+    """Rows of the table for one context (1, L), and the ratios of AnchorPress with default settings."""
     start = time.perf_counter()
     recorded = RecordedPrefill(model, ids)
     prefill = time.perf_counter() - start

@@ -1,10 +1,10 @@
-"""Four presses at three ratios on the same needles, against kvpress's own pipeline run setting by setting.
+"""Four presses at three ratios on the same needles, compared with kvpress's pipeline run setting by setting.
 
 Run from the checkout: ``python benchmarks/press_matrix.py``. Takes about six minutes on two cores.
 
-Both answer the same questions from the same evicted caches, in float32, and must say the same. Ours prefills a context
-once for all settings and answers a batch of questions at a time; the pipeline takes one context, one press and one
-question, as its evaluation does.
+Both answer the same questions from the same evicted caches in float32, and must give the same answers. Ours prefills a
+context once for all settings and answers a batch of questions at a time; the pipeline takes one context, one press and
+one question, as in its own evaluation.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ GOAL = 1 / 3
 
 
 def same_in_text(tokenizer: PreTrainedTokenizerBase, data: EvaluationData) -> Iterator[int]:
-    """Rows whose context, given to the pipeline as text, has the same tokens again (a needle may join its text)."""
+    """Rows whose context has the same tokens after decoding and encoding; a needle may merge with the text."""
     for number, batch in enumerate(data.test_dataloader()):
         (case,) = batch["cases"]
         text = tokenizer.apply_chat_template(
@@ -39,7 +39,7 @@ def same_in_text(tokenizer: PreTrainedTokenizerBase, data: EvaluationData) -> It
 
 
 def needles(tokenizer: PreTrainedTokenizerBase) -> CaseBatch:
-    """CASES needles in one batch."""
+    """A batch of CASES needles."""
 
     def data(batch_size: int, cases: int) -> EvaluationData:
         made = EvaluationData(
@@ -62,19 +62,19 @@ def needles(tokenizer: PreTrainedTokenizerBase) -> CaseBatch:
 
 
 def main() -> None:
-    """Print both times and whether the answers agree."""
+    """Print the ratio of times, and how many answers agree."""
     model, tokenizer = Backbone(dtype="float32", lora=None).load(trainable=False)
     batch = needles(tokenizer)
     points = [point for press in PRESSES for point in Setting(press(), RATIOS).points()]
     asking = pipeline("kv-press-text-generation", model=model, tokenizer=tokenizer)
-    said: dict[str, list[str]] = {}
+    answers: dict[str, list[str]] = {}
 
     def ours() -> None:
         measurement = Measurement(model, tokenizer, batch)
-        said["ours"] = [str(record["answer"]) for point in points for record in measurement.at(point)]
+        answers["ours"] = [str(record["answer"]) for point in points for record in measurement.at(point)]
 
     def theirs() -> None:
-        said["theirs"] = [
+        answers["theirs"] = [
             asking(
                 case.context,
                 question=case.question,
@@ -87,16 +87,20 @@ def main() -> None:
         ]
 
     time = paired_times(ours, theirs, rounds=2)
-    agree = sum(a == b for a, b in zip(said["ours"], said["theirs"], strict=True))
+    agree = sum(a == b for a, b in zip(answers["ours"], answers["theirs"], strict=True))
     row = {
         "settings": len(points),
         "cases": CASES,
         "context tokens": CONTEXT_TOKENS,
         "time over kvpress": f"{time.median:.3f} ({time.low:.3f}-{time.high:.3f})",
-        "same answers": f"{agree} of {len(said['ours'])}",
+        "same answers": f"{agree} of {len(answers['ours'])}",
     }
     report(
-        "press_matrix", [row], {"time": time.median, "different answers": len(said["ours"]) - agree}, {}, {"time": GOAL}
+        "press_matrix",
+        [row],
+        {"time": time.median, "different answers": len(answers["ours"]) - agree},
+        {},
+        {"time": GOAL},
     )
 
 

@@ -1,10 +1,10 @@
-"""Where a training step of the quickstart spends its time, against the products that it cannot do without.
+"""Time of a quickstart training step by part, over the time of its matrix products.
 
 Run from the checkout: ``OMP_NUM_THREADS=1 python benchmarks/quickstart_profile.py``; a minute or two on one free core.
-``--dtype bfloat16`` where the CPU computes it natively; ``--layers 6`` for a part of the model on a busy machine.
+``--dtype bfloat16`` if the CPU computes it natively; ``--layers 6`` for a part of the model on a busy machine.
 
-Time is the process's CPU time. A part's floor is its products' arithmetic at the rate that one product of the model's
-own shapes reaches here. Attention, presses, norms, rotations, SwiGLU, allocation and Python are beside it.
+Time is the process's CPU time. A part's floor is the operations of its matrix products at the rate that one product of
+the model's shapes reaches here. It excludes attention, presses, norms, rotations, SwiGLU, allocation and Python.
 """
 
 import argparse
@@ -34,7 +34,7 @@ STEPS = 3
 
 
 def build(dtype: str, layers: int | None) -> tuple[EITModule, Iterator[Batch]]:
-    """The quickstart's module and training batches; ``layers`` cuts the model."""
+    """The quickstart's module and training batches; ``layers`` limits the model's depth."""
     torch.manual_seed(0)
     press = EvictionAugPress([ExpectedAttentionPress(), SnapKVPress()], score_all=True)
     objective = Mixed([EIT(), SelectionObjective()], [1.0, 3.0])
@@ -50,7 +50,7 @@ def build(dtype: str, layers: int | None) -> tuple[EITModule, Iterator[Batch]]:
 
 
 class Clock:
-    """CPU seconds by part."""
+    """Measures CPU seconds by part."""
 
     def __init__(self) -> None:
         self.spent: dict[str, list[float]] = {}
@@ -62,7 +62,7 @@ class Clock:
         self.spent.setdefault(part, []).append(time.process_time() - start)
 
     def timed(self, part: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        """``work``, clocked as ``part``."""
+        """Run ``work`` and add its time to ``part``."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with self(part):
@@ -72,7 +72,7 @@ class Clock:
 
 
 def step(module: EITModule, batch: Batch, clock: Clock, dtype: str) -> None:
-    """Forward and backward of one step, part by part."""
+    """Run forward and backward of one step, and time each part."""
     module.zero_grad()
     student, objective = module.student, module.objective
     with (
@@ -88,7 +88,7 @@ def step(module: EITModule, batch: Batch, clock: Clock, dtype: str) -> None:
 
 
 class _Timed:
-    """The teacher, clocked when it is called."""
+    """The teacher, timed when it is called."""
 
     def __init__(self, clock: Clock, teacher: Any) -> None:
         self._clock, self._teacher = clock, teacher
@@ -102,14 +102,14 @@ class _Timed:
 
 
 def rate(dtype: str) -> float:
-    """Operations a second of the MLP's product on 1,024 rows, the best of ten."""
+    """Operations per second of the MLP's product on 1,024 rows, the best of ten."""
     rows, weight = (torch.randn(size, 576).to(getattr(torch, dtype)) for size in (1_024, 1_536))
     best = min(_seconds(lambda: rows @ weight.T) for _ in range(10))
     return 2 * rows.numel() * len(weight) / best
 
 
 def floors(module: EITModule, batch: Batch) -> dict[str, float]:
-    """Operations of each part's products. Frozen weights have no gradient: a backward costs what its forward does."""
+    """Operations of each part's products. Frozen weights have no gradient, so a backward costs as much as a forward."""
     model = causal_lm(module.model)
     weights = {name: p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "layers" in name}
     tokens = 2.0 * (batch["context_ids"].numel() + batch["continuation_ids"].numel())
@@ -125,7 +125,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Parts of a step over the whole, and over their products."""
+    """Print the parts of a step as ratios to the whole and to their products."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--layers", type=int)

@@ -1,15 +1,15 @@
-"""What a press can keep at all, what its scores can say, and which selection loss moves it. On SmolLM2-135M-Instruct.
+"""Limits of what a press can keep and its scores can express, and the effect of selection losses (SmolLM2-135M).
 
 Run from the checkout: ``python benchmarks/selection_limits.py`` for the limits (a minute or two on one core), and
 ``python benchmarks/selection_limits.py train`` for the training (about 45 s a row).
 
-Limits are of the untouched model on needles, for every press and context length. Keys that a press keeps by rule fill
-part of its budget; "best" is what the rest of the budget could hold if the teacher's own attention chose it,
-"oracle" what the whole budget could hold without the rule. Attention is the teacher's while it answers, beyond the
-first 4 tokens. The ratios on the last line are the attention lost over the least that the press's rule allows.
+Limits are measured on the untrained model with needles, for every press and context length. Keys that a press keeps by
+rule fill part of its budget; "best" is the attention that the rest of the budget could hold if the teacher's attention
+selected it, "oracle" that of the whole budget without the rule. Attention is the teacher's while it answers, without
+the first 4 tokens. The ratios on the last line are the attention lost over the least that the press's rule allows.
 
-Training takes a few steps of the selection loss alone on 4 contexts and looks at the same 4: it shows what can be
-moved, nothing general.
+Training takes a few steps of only the selection loss on 4 contexts and measures the same 4: it shows what can change,
+not what generalises.
 """
 
 import sys
@@ -68,24 +68,24 @@ PRESSES: dict[str, ScorerPress] = {
 
 @dataclass
 class Needles:
-    """Contexts with one needle each, and where their teacher looks while it answers."""
+    """Contexts with one needle each, and the teacher's attention to them while it answers."""
 
     batch: Any
     needle: Tensor
-    """(B, L) bool, the tokens of the fact that is asked for."""
+    """(B, L) bool: the tokens of the needle."""
     mass: list[Tensor]
-    """Per layer (B, K, L)."""
+    """The teacher's attention, (B, K, L) per layer."""
 
     @property
     def beyond(self) -> Tensor:
-        """(N, B, K, L) for N layers: the mass, 0 at the sinks."""
+        """(layers, B, K, L): the mass, 0 at the sinks."""
         mass = torch.stack(self.mass)
         mass[..., :SINKS] = 0
         return mass
 
 
 def needles(model: Any, tokenizer: Any, tokens: int, count: int, split: Split) -> Needles:
-    """``count`` contexts of ``tokens`` tokens, the needles spread over all depths."""
+    """Make ``count`` contexts of ``tokens`` tokens with needles spread over all depths."""
     text = split_tokens(EmbeddedText(), Splits(), split, tokenizer, tokens)
     task = NeedleTask(tokenizer, tokens, split=split, supervise="value_and_stop")
     cases = [task.case(i, text, depth=(i + 0.5) / count) for i in range(count)]
@@ -103,7 +103,7 @@ def _span(task: NeedleTask, case: NeedleCase) -> Tensor:
 
 
 def scores_of(model: Any, context_ids: Tensor) -> dict[str, list[Tensor]]:
-    """What every press says of the same keys: per layer (B, K, L). An eviction after each layer changes none of it."""
+    """A press's scores of the same keys, (B, K, L) per layer. Evicting after each layer does not change them."""
     press = EvictionAugPress(list(PRESSES.values()), score_all=True)
     press.compression_ratio = 0.5  # kvpress scores nothing at 0
     names = {id(scorer): name for name, scorer in PRESSES.items()}
@@ -116,13 +116,13 @@ def scores_of(model: Any, context_ids: Tensor) -> dict[str, list[Tensor]]:
 
 
 def highest(values: Tensor, count: int) -> Tensor:
-    """Bool, True at the ``count`` highest of the last axis."""
+    """Bool mask of the ``count`` highest values of the last axis."""
     chosen = torch.zeros_like(values, dtype=torch.bool)
     return chosen.scatter(-1, values.topk(count, dim=-1).indices, True)
 
 
 def kept_rows(name: str, scores: Tensor, case: Needles) -> Iterator[tuple[dict[str, object], float]]:
-    """What a press keeps at each ratio, and the attention it loses over the least that its rule allows."""
+    """What a press keeps at each ratio, and its lost attention over the least that its rule allows."""
     tokens, beyond = scores.shape[-1], case.beyond
     by_rule = torch.stack([~evictable_keys(layer, 0) for layer in scores])
     for ratio in RATIOS:
@@ -143,19 +143,19 @@ def kept_rows(name: str, scores: Tensor, case: Needles) -> Iterator[tuple[dict[s
 
 
 def score_row(name: str, scores: list[Tensor], case: Needles, with_gradient: float) -> dict[str, object]:
-    """What a press's scores can say: means over heads, each counted by the attention it pays to what may be evicted."""
+    """Figures of a press's scores, averaged over heads weighted by their attention to evictable keys."""
     found: dict[str, list[Tensor]] = {}
     for layer, mass in zip(scores, case.mass, strict=True):
         keys = evictable_keys(layer, SINKS)
         kept = torch.where(keys, mass, 0)
         target = (kept / kept.sum(-1, keepdim=True)).clamp(min=1e-9).log()
-        said = torch.where(keys, key_logits(layer.float(), keys).log_softmax(-1), 0)
+        log_shares = torch.where(keys, key_logits(layer.float(), keys).log_softmax(-1), 0)
         distinct = torch.tensor([[len(head.unique()) for head in row] for row in layer]) / layer.shape[-1]
         values = {
-            "entropy": _entropy(said, keys),
+            "entropy": _entropy(log_shares, keys),
             "teacher": _entropy(target, keys),
-            "cross-entropy": -(target.exp() * said * keys).sum(-1),
-            "deviation": _deviation(said, keys),
+            "cross-entropy": -(target.exp() * log_shares * keys).sum(-1),
+            "deviation": _deviation(log_shares, keys),
             "teacher's": _deviation(target, keys),
             "distinct": distinct,
             "weight": kept.sum(-1),
@@ -173,14 +173,14 @@ def _entropy(logs: Tensor, keys: Tensor) -> Tensor:
 
 
 def _deviation(logs: Tensor, keys: Tensor) -> Tensor:
-    """Of the logs of shares: the temperature that makes a standardised score as peaked is one over it."""
+    """Standard deviation of log-shares; its inverse is the temperature that makes a standardised score as peaked."""
     mean = (logs * keys).sum(-1, keepdim=True) / keys.sum(-1, keepdim=True)
     return ((logs - mean).square() * keys).sum(-1).div(keys.sum(-1)).sqrt()
 
 
 def limits(model: Any, tokenizer: Any) -> None:
-    """Print both tables of the untouched model."""
-    kept, said, ratios = [], [], {}
+    """Print both tables of the untrained model."""
+    kept, scores, ratios = [], [], {}
     for tokens in LENGTHS:
         case = needles(model, tokenizer, tokens, CASES, "validation")
         graph = scores_of(model, case.batch["context_ids"][:1])
@@ -191,8 +191,8 @@ def limits(model: Any, tokenizer: Any) -> None:
                     kept.append(row)
                     ratios[f"{name} {row['ratio']}@{tokens}"] = ratio
                 with_gradient = sum(layer.requires_grad for layer in graph[name]) / len(layers)
-                said.append(score_row(name, layers, case, with_gradient))
-    report("selection_limits: scores", said, {}, {}, {})
+                scores.append(score_row(name, layers, case, with_gradient))
+    report("selection_limits: scores", scores, {}, {}, {})
     report("selection_limits", kept, ratios, dict.fromkeys(ratios, 1.0), {})
 
 
@@ -207,11 +207,11 @@ LOSSES = {
     AS_MASSES: SelectionLoss(),
 }
 NOT_FOR: dict[str, set[str]] = {"SnapKV": {AS_MASSES, "cross-entropy, 0.3"}, "LagKV": set()}
-"""What would be the same as another loss: SnapKV's scores have a scale of their own."""
+"""Pairs that equal another loss, because SnapKV's scores have a natural scale."""
 
 
 def train(model: Any, tokenizer: Any, presses: list[str]) -> None:
-    """Print, press by press and loss by loss, the attention and needles kept before and after a few steps."""
+    """Print, for each press and loss, the attention and needles kept before and after a few steps."""
     decoder_of(causal_lm(model)).layers = decoder_of(causal_lm(model)).layers[:LAYERS]
     case = needles(model, tokenizer, TOKENS, ROWS, "train")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -236,9 +236,9 @@ def train(model: Any, tokenizer: Any, presses: list[str]) -> None:
 def _steps(
     model: Any, trained: list[Tensor], press: ScorerPress, as_masses: bool, loss: SelectionLoss, case: Needles
 ) -> float:
-    """Train on half of the contexts at each step, in turn; the norm of the first step's gradient.
+    """Train on alternating halves of the contexts; return the norm of the first step's gradient.
 
-    ``as_masses`` takes for masses what is none (LagKV's scores).
+    ``as_masses`` treats scores as masses although they are not (LagKV's).
     """
     norms = []
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
@@ -259,7 +259,7 @@ def _steps(
 
 @torch.no_grad()
 def kept_now(model: Any, name: str, case: Needles) -> dict[str, str]:
-    """The attention that the untouched model pays to what the press now keeps, and the needle's keys kept."""
+    """The untrained model's attention to the keys that the press now keeps, and the share of the needle's keys kept."""
     press = PRESSES[name]
     press.compression_ratio = 0.5  # kvpress scores nothing at 0
     with NATIVE.autocast():
@@ -271,7 +271,7 @@ def kept_now(model: Any, name: str, case: Needles) -> dict[str, str]:
 
 
 def main() -> None:
-    """Print the limits, or with ``train`` and any names of presses the training."""
+    """Print the limits, or with ``train`` and optional names of presses the training."""
     torch.manual_seed(0)
     print(NATIVE)
     model, tokenizer = Backbone(dtype=NATIVE.dtype, lora=Lora(r=16)).load()

@@ -1,9 +1,9 @@
-"""A long run under every fault that a run can survive, against the same run left alone.
+"""A long run with every survivable fault, compared with the same run without faults.
 
-Run from the checkout, on Linux: ``python benchmarks/soak.py``. Twice train.py trains the smallest random model on text
-streamed over HTTP. The second run is killed four times, loses its source, gets garbage, finds a shard corrupt, its disk
-full and its newest checkpoint truncated, and is told to stop; each time it goes on by itself or with --ckpt_path last.
-Prints PASS or FAIL for each fault and for what must be the same in the end; exits with 1 where one fails.
+Run from the checkout, on Linux: ``python benchmarks/soak.py``. train.py trains the smallest random model twice on text
+streamed over HTTP. The second run is killed four times, loses its source, gets garbage, a corrupt shard, a full disk, a
+truncated newest checkpoint and SIGTERM; each time it continues by itself or with --ckpt_path last. Prints PASS or FAIL
+for each fault and for each final comparison; exits with 1 if one fails.
 """
 
 import argparse
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from benchmarks.soak_source import Run
 
 GROWTH = 0.02
-"""Of memory, after the first tenth of the steps."""
+"""Largest relative growth of memory after the first tenth of the steps."""
 OPENED_AGAIN = "Opening it again"
 
 Record = dict[str, Any]
@@ -43,18 +43,18 @@ class Check(NamedTuple):
 
 
 Fault = Callable[["Run"], Check]
-"""Does it to a run, and sees the run go on."""
+"""Causes a fault in a run, and checks that the run continues."""
 
 
 def kill(run: "Run") -> Check:
-    """At any moment."""
+    """SIGKILL at any moment."""
     code, newest = run.end(signal.SIGKILL), run.newest()
     run.start()
     return Check(code == -signal.SIGKILL, "SIGKILL", f"after micro-batch {newest}")
 
 
 def kill_between(run: "Run") -> Check:
-    """While a step has gradients of its first micro-batch only."""
+    """SIGKILL while a step has only the gradients of its first micro-batch."""
     while True:
         run.process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, run.process.pid, os.WSTOPPED)
@@ -65,12 +65,12 @@ def kill_between(run: "Run") -> Check:
 
 
 def healing(fault: str) -> Fault:
-    """One reply of the source is spoilt; the process itself goes on."""
+    """Damage one reply of the source; the process itself continues."""
 
     def heal(run: "Run") -> Check:
-        before = run.said().count(OPENED_AGAIN)
+        before = run.log_text().count(OPENED_AGAIN)
         run.server.faults.append(fault)
-        run.wait(lambda: not run.server.faults and run.said().count(OPENED_AGAIN) > before)
+        run.wait(lambda: not run.server.faults and run.log_text().count(OPENED_AGAIN) > before)
         newest = run.newest()
         run.wait(lambda: run.newest() > newest)
         return Check(True, f"{fault} of the source", f"went on after micro-batch {newest}: {run.line(OPENED_AGAIN)}")
@@ -79,47 +79,47 @@ def healing(fault: str) -> Fault:
 
 
 def corrupt_shard(run: "Run") -> Check:
-    """A shard is garbage until it is repaired: the run stops and names it."""
+    """Corrupt a shard until it is repaired: the run stops and names it."""
     run.server.faults.append("corrupt")
-    code, said, url = run.end(), run.line("error: "), run.server.url(run.server.corrupt)
+    code, line, url = run.end(), run.line("error: "), run.server.url(run.server.corrupt)
     run.server.corrupt = None
     run.start()
-    return Check(code == 1 and f"shard {url}:" in said, "corrupt shard", said)
+    return Check(code == 1 and f"shard {url}:" in line, "corrupt shard", line)
 
 
 def full_disk(run: "Run") -> Check:
-    """No file may become as large as a checkpoint: the run stops, nothing of it is left, those before are whole."""
+    """Limit file sizes below a checkpoint's: the run stops, leaves no partial file, and earlier checkpoints stay."""
     limit = run.checkpoints()[0].stat().st_size * 2 // 3
     resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (limit, limit))
-    code, said = run.end(), run.line("error: ")
+    code, line = run.end(), run.line("error: ")
     left = [path.name for path in run.folder.rglob(".*.partial")]
-    named = f"checkpoint {run.folder}/checkpoints/step=" in said and "was not saved" in said
-    gone = all(str(path) not in said.split("was not saved")[0] for path in run.checkpoints())
+    named = f"checkpoint {run.folder}/checkpoints/step=" in line and "was not saved" in line
+    gone = all(str(path) not in line.split("was not saved")[0] for path in run.checkpoints())
     run.start()
-    return Check(code == 1 and named and gone and not left, "full disk", f"{said} Left over: {left or 'nothing'}")
+    return Check(code == 1 and named and gone and not left, "full disk", f"{line} Left over: {left or 'nothing'}")
 
 
 def truncated_checkpoint(run: "Run") -> Check:
-    """The newest ends in the middle after a kill: it is reported, and the one before it is used."""
+    """Truncate the newest checkpoint after a kill: it is reported, and the one before it is used."""
     run.end(signal.SIGKILL)
     newest, before = run.checkpoints()[:2]
     os.truncate(newest, newest.stat().st_size // 2)
     run.start()
     run.wait(lambda: run.newest() >= 0)
     first = json.loads(run.records.read_text().splitlines()[0])["batch"]
-    said = run.line(f"checkpoint not used: {newest}")
-    passed = "truncated" in said and before.stem == f"step={first // 2}"
-    return Check(passed, "SIGKILL and a truncated checkpoint", f"{said}; went on from {before.name}")
+    line = run.line(f"checkpoint not used: {newest}")
+    passed = "truncated" in line and before.stem == f"step={first // 2}"
+    return Check(passed, "SIGKILL and a truncated checkpoint", f"{line}; went on from {before.name}")
 
 
 def terminate(run: "Run") -> Check:
     """SIGTERM saves at the end of the step."""
-    code, said = run.end(signal.SIGTERM), run.line("SIGTERM: ")
+    code, line = run.end(signal.SIGTERM), run.line("SIGTERM: ")
     run.start()
-    return Check(code == 128 + signal.SIGTERM and "stopped after step" in said, "SIGTERM", f"exit code {code}, {said}")
+    return Check(code == 128 + signal.SIGTERM and "stopped after step" in line, "SIGTERM", f"exit code {code}, {line}")
 
 
-# A read that was given up may ask again seconds later, and would take the next fault: a kill follows it.
+# An abandoned read may retry seconds later and would use up the next fault, so a kill follows it.
 FAULTS: dict[float, Fault] = {
     0.11: healing("stall"),
     0.19: kill,
@@ -132,11 +132,11 @@ FAULTS: dict[float, Fault] = {
     0.82: terminate,
     0.92: kill,
 }
-"""By the share of the steps that are done before."""
+"""Share of the steps done -> fault."""
 
 
 def same_steps(alone: Iterable[Record], disturbed: Sequence[Record], count: int) -> Check:
-    """Every micro-batch was made, and whenever one was, it had the loss and the documents of the run left alone."""
+    """Check that every micro-batch was made, always with the loss and the documents of the undisturbed run."""
     expected = {record["batch"]: _told(record) for record in alone}
     made = Counter(record["batch"] for record in disturbed)
     lost = sorted(set(range(count)) - (expected.keys() & made.keys()))
@@ -151,7 +151,7 @@ def _told(record: Record) -> tuple[Any, ...]:
 
 
 def readings(records: Iterable[Record]) -> Counter[str]:
-    """How often each document was read, where the last record of a micro-batch counts; windows may divide one."""
+    """Number of readings of each document, by the last record of each micro-batch; windows may divide a document."""
     last = {record["batch"]: record["documents"][0].split(" + ") for record in records}
     found: Counter[str] = Counter()
     before: list[str] = []
@@ -162,7 +162,7 @@ def readings(records: Iterable[Record]) -> Counter[str]:
 
 
 def same_documents(alone: Iterable[Record], disturbed: Iterable[Record], documents: set[str]) -> Check:
-    """All ``documents`` and no others, as often in both runs, and none more than once more often than another."""
+    """Check that both runs read exactly ``documents``, equally often, with counts that differ by at most one."""
     one, other = readings(alone), readings(disturbed)
     different = sum(one[name] != other[name] for name in one.keys() | other.keys())
     even = max(one.values()) - min(one.values()) <= 1 and one.keys() == documents
@@ -172,7 +172,7 @@ def same_documents(alone: Iterable[Record], disturbed: Iterable[Record], documen
 
 
 def same_parameters(alone: Path, disturbed: Path) -> Check:
-    """Trained weights and the optimizer's state of two checkpoints."""
+    """Compare trained weights and optimizer state of two checkpoints."""
     import torch
     from torch.utils._pytree import tree_flatten
 
@@ -187,7 +187,7 @@ def same_parameters(alone: Path, disturbed: Path) -> Check:
 
 
 def flat_memory(records: Iterable[Record], steps: int) -> Check:
-    """Resident memory at the end over that after a tenth of the steps: medians over a twentieth of them each."""
+    """Compare resident memory at the end with that after a tenth of the steps, as medians over a twentieth of them."""
     resident = {record["step"]: record["resident"] / 2**20 for record in records if "resident" in record}
     first, window = steps // 10, steps // 20
     begin = median(size for step, size in resident.items() if first <= step <= first + window)
@@ -200,7 +200,7 @@ def flat_memory(records: Iterable[Record], steps: int) -> Check:
 
 
 def flat_files(records: Iterable[Record], steps: int) -> Check:
-    """Open files at the end and after a tenth of the steps."""
+    """Compare open files at the end with those after a tenth of the steps."""
     files: Mapping[int, int] = {record["step"]: record["files"] for record in records if "files" in record}
     begin, end = files[steps // 10], files[steps]
     figures = f"{begin} at step {steps // 10}, {end} at step {steps}, {min(files.values())} to {max(files.values())}"
@@ -208,7 +208,7 @@ def flat_files(records: Iterable[Record], steps: int) -> Check:
 
 
 def soak(folder: Path, steps: int) -> Iterator[Check]:
-    """Both runs, what the faults did, and what the two have in common."""
+    """Run both, and return the checks of the faults and of the final comparison."""
     from benchmarks.soak_source import Run, Shards, config, make_model, make_shards
     from data.text import Splits
 
@@ -248,11 +248,11 @@ def soak(folder: Path, steps: int) -> Iterator[Check]:
 
 
 def main() -> int:
-    """0 where every check passes."""
+    """Run and print all checks; return 0 if every check passes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2_000, help="optimizer steps of each run, 200 or more")
     parser.add_argument(
-        "--output", type=Path, default=Path("output/soak"), help="where it works; kept if a check fails"
+        "--output", type=Path, default=Path("output/soak"), help="working folder; kept if a check fails"
     )
     arguments = parser.parse_args()
     if arguments.steps < 200:

@@ -1,11 +1,11 @@
-"""Random SIGKILLs of trainings, evaluations and conversions, with one and with two ranks; every one goes on.
+"""Random SIGKILLs of trainings, evaluations and conversions with one and two ranks, all of which must continue.
 
-Run from the checkout, on Linux: ``python benchmarks/soak_kills.py --kills 100``. Each kind is run once alone, then
-killed at random moments and started again, until it ends; then it starts over in an empty folder. After every kill
-each export, checkpoint and report that has a name is read whole; every micro-batch that is made again, every result
-and every export must equal those of the run alone, bit for bit. Prints a line a kill and, at the end, "kills, lost,
-tracebacks"; exits with 1 unless the last two are 0. Of two ranks the first, the second or both are killed; what one
-says of the other's death is no traceback of ours.
+Run from the checkout, on Linux: ``python benchmarks/soak_kills.py --kills 100``. Each kind runs once undisturbed, then
+is killed at random moments and started again until it ends; then it starts over in an empty folder. After every kill,
+each named export, checkpoint and report is read completely. Repeated micro-batches, results and exports must equal
+those of the undisturbed run bit for bit. Prints a line per kill and, at the end, "kills, lost, tracebacks"; exits with
+1 unless the last two are 0. With two ranks, the first, the second or both are killed; a traceback of one rank about
+the other's death is not counted.
 """
 
 import argparse
@@ -29,25 +29,25 @@ from benchmarks.soak_kills_source import ACCUMULATED, ROOT, STEPS, conversion, e
 
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 PATIENCE = 600
-"""Seconds until a process that does not end counts as lost."""
+"""Seconds after which a process that does not end counts as lost."""
 TIMES = ("seconds", "run", "ledger", "wall", "peak", "prefill", "decode", "tokens_per")
-"""Beginnings of what differs from run to run in a report's rows."""
+"""Prefixes of columns in a report's rows that differ from run to run."""
 
 
 @dataclass
 class Lane:
-    """One kind of run: how it starts, when it has begun to work, and what it leaves."""
+    """A kind of run: its command, its progress and its results."""
 
     name: str
     weight: float
     command: Callable[[Path, bool], list[str]]
-    """Of an output folder, and whether it was started before."""
+    """Command for an output folder, and whether it was started before."""
     working: Callable[[Path], int]
-    """Grows from 0 as soon as there is something to lose."""
+    """Progress: 0 until there is work that a kill could lose."""
     check: Callable[[Path], list[str]]
-    """What is wrong in a folder that was left by a kill."""
+    """Faults in a folder after a kill."""
     outcome: Callable[[Path], Any]
-    """What must be the same in every finished run."""
+    """Results that must be equal in every finished run."""
     ranks: int = 1
     output: Path = Path()
     expected: Any = None
@@ -57,7 +57,7 @@ class Lane:
     tracebacks: int = 0
 
     def start(self) -> subprocess.Popen[bytes]:
-        """A process with its own group, whose log is beside the output."""
+        """A process in its own group, with its log beside the output."""
         command = self.command(self.output, self.starts > 0)
         self.starts += 1
         with self.log.open("ab") as log:
@@ -70,13 +70,13 @@ class Lane:
         return self.output.with_suffix(".log")
 
     def finish(self, process: subprocess.Popen[bytes]) -> None:
-        """Wait for the end of a run that is left alone, and compare what it left."""
+        """Wait for the end of an undisturbed run, and compare its results."""
         try:
             code = process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
-        self.said(killed=False)
+        self.count_tracebacks(killed=False)
         if code:
             self.wrong.append(f"{self.output.name}: exit code {code}")
             return
@@ -86,7 +86,7 @@ class Lane:
         elif found != self.expected:
             self.wrong.append(f"{self.output.name}: ends otherwise than alone")
 
-    def said(self, killed: bool) -> None:
+    def count_tracebacks(self, killed: bool) -> None:
         """Count the tracebacks of this start, but for those about another rank that was killed."""
         text = self.log.read_bytes().decode(errors="replace")
         if not (killed and self.ranks > 1):
@@ -96,7 +96,7 @@ class Lane:
 
 
 def alone(lane: Lane, folder: Path) -> None:
-    """The run that the others are compared with."""
+    """The undisturbed run for comparison."""
     lane.output, began = folder / f"{lane.name} alone", time.monotonic()
     lane.finish(lane.start())
     lane.seconds = time.monotonic() - began
@@ -104,12 +104,12 @@ def alone(lane: Lane, folder: Path) -> None:
 
 
 def fresh(lane: Lane, folder: Path, number: int) -> None:
-    """The next start is a first one."""
+    """Use a new folder for the next start."""
     lane.output, lane.starts = folder / f"{lane.name} {number}", 0
 
 
 def kill(lane: Lane, rng: random.Random) -> str | None:
-    """Start, and SIGKILL at a random moment of its work; None where it ended before."""
+    """Start, and SIGKILL at a random moment of its work; return what was killed, None if the run ended before."""
     process, before = lane.start(), lane.working(lane.output)
     deadline = time.monotonic() + PATIENCE
     while process.poll() is None and lane.working(lane.output) <= before and time.monotonic() < deadline:
@@ -127,7 +127,7 @@ def kill(lane: Lane, rng: random.Random) -> str | None:
     else:
         os.killpg(process.pid, signal.SIGKILL)
     _all_gone(process)
-    lane.said(killed=True)
+    lane.count_tracebacks(killed=True)
     lane.wrong += lane.check(lane.output)
     if lane.working(lane.output) < before:
         lane.wrong.append(f"{lane.output.name}: of {before} finished pieces {lane.working(lane.output)} are left")
@@ -139,7 +139,7 @@ def _children(pid: int) -> list[str]:
 
 
 def _all_gone(process: subprocess.Popen[bytes], seconds: float = 60) -> None:
-    """The ranks that were left end by themselves, or are killed as well after a while."""
+    """Wait for the remaining ranks to end, and kill them after a while."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         process.poll()
@@ -153,11 +153,11 @@ def _all_gone(process: subprocess.Popen[bytes], seconds: float = 60) -> None:
     process.wait()
 
 
-# --- what is read after a kill ---
+# --- reading after a kill ---
 
 
 def torn(folder: Path) -> list[str]:
-    """Files under a name of their own that cannot be read whole."""
+    """Faults of files with a final name that cannot be read completely."""
     from safetensors import safe_open
 
     from callbacks.checkpoint_files import checkpoints_in, fault
@@ -182,12 +182,12 @@ def torn(folder: Path) -> list[str]:
 
 
 def exports(folder: Path) -> list[Path]:
-    """Of a training."""
+    """Folders of a training's exports."""
     return [path for name in ("checkpoint-*", "final", "merged") for path in sorted(folder.glob(name))]
 
 
 def losses(folder: Path) -> dict[tuple[str, int], Any]:
-    """By rank and micro-batch; whichever was made twice must have been the same."""
+    """(rank, micro-batch) -> loss; raises if a repeated micro-batch differs."""
     found: dict[tuple[str, int], Any] = {}
     for path in folder.glob("losses.*.jsonl"):
         for line in path.read_text().split("\n"):
@@ -202,7 +202,7 @@ def losses(folder: Path) -> dict[tuple[str, int], Any]:
 
 
 def trained(folder: Path) -> Any:
-    """Losses, and every file of tensors."""
+    """A training's losses, and the content of its tensor files."""
     tensors = {str(p.relative_to(folder)): p.read_bytes() for at in exports(folder) for p in at.glob("*.safetensors")}
     made = losses(folder)
     assert len({batch for _, batch in made}) == STEPS * ACCUMULATED and len(tensors) == STEPS // 2 + 2
@@ -210,28 +210,28 @@ def trained(folder: Path) -> Any:
 
 
 def measured(folder: Path) -> Any:
-    """The report's rows without times."""
+    """The report's rows without times and memory."""
     rows = json.loads((folder / "report.json").read_text())["rows"]
     return [{name: value for name, value in row.items() if not name.startswith(TIMES)} for row in rows]
 
 
 def lines(folder: Path) -> int:
-    """Finished pieces of an evaluation."""
+    """Number of finished pieces of an evaluation."""
     return sum(path.read_bytes().count(b"\n") for path in (folder / "results").glob("*.jsonl"))
 
 
 def batches(folder: Path) -> int:
-    """Micro-batches that were made, whenever."""
+    """Number of micro-batches made in all starts."""
     return sum(path.read_bytes().count(b"\n") for path in folder.glob("losses.0.jsonl"))
 
 
 def converted(folder: Path) -> Any:
-    """All files, and nothing beside them."""
+    """The content of all files of a conversion."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 def lanes(folder: Path) -> list[Lane]:
-    """What is killed, and how often of each other."""
+    """The kinds of runs, weighted by how often each is killed."""
 
     def train(ranks: int) -> Callable[[Path, bool], list[str]]:
         return lambda output, again: training(folder, output, ranks, again)
@@ -252,7 +252,7 @@ def lanes(folder: Path) -> list[Lane]:
 
 
 def main() -> int:
-    """0 where nothing was lost."""
+    """Run all kills; return 0 if nothing was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)

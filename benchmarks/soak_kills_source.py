@@ -1,4 +1,4 @@
-"""What benchmarks/soak_kills.py kills: a training, an evaluation and a conversion of the smallest random model."""
+"""The runs that benchmarks/soak_kills.py kills: training, evaluation and conversion of the smallest random model."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Losses(Callback):
-    """A line for every micro-batch and rank: ``losses.RANK.jsonl`` in the trainer's folder."""
+    """Writes a line per micro-batch and rank to ``losses.RANK.jsonl`` in the trainer's folder."""
 
     @override
     def on_train_batch_end(
@@ -28,7 +28,7 @@ class Losses(Callback):
 
 
 def prepare(folder: Path) -> None:
-    """Model, GGUF file and configuration."""
+    """Paths of the model, its GGUF file and the configuration."""
     make_model(folder / "model")
     _write_gguf(folder / "model.gguf")
     (folder / "train.yaml").write_text(yaml.safe_dump(_training(str(folder / "model"))))
@@ -96,7 +96,7 @@ def _training(model: str) -> dict[str, Any]:
 
 
 def _write_gguf(path: Path) -> None:
-    """A random Llama of two layers with a vocabulary of bytes, as SmolLM2's file describes itself."""
+    """Write a GGUF file of a random two-layer Llama with a byte vocabulary and the metadata of SmolLM2's file."""
     import numpy as np
     from gguf import GGUFWriter, TokenType
     from tokenizers.pre_tokenizers import ByteLevel

@@ -1,4 +1,4 @@
-"""What benchmarks/soak.py trains: the smallest model, shards over HTTP from a server that fails on demand, a config."""
+"""The training of benchmarks/soak.py: the smallest model, an HTTP server of shards that fails on demand, a config."""
 
 import json
 import os
@@ -22,16 +22,16 @@ CONTEXT, CONTINUATION, ACCUMULATED = 64, 16, 2
 MEASURED_EVERY = 10
 """Optimizer steps from one measurement of memory and open files to the next."""
 PATIENCE = 300
-"""Seconds in which a micro-batch must follow the one before."""
+"""Longest time between two micro-batches, in seconds."""
 SHARDS, EPOCHS, DOCUMENT_WORDS = 10, 5, (12, 60)
-"""A run reads the text about so many times: a shard in every fiftieth of its steps."""
+"""About how many times a run reads the text: one shard per fiftieth of its steps."""
 
 
 class Recorder(Callback):
-    """A line for every micro-batch, whole at once: ``records.N.jsonl`` in the trainer's folder, N counts the starts.
+    """Writes a line per micro-batch, in one write, to ``records.N.jsonl`` in the trainer's folder (N: the start).
 
-    It holds the micro-batch's index, the steps done, the loss as ``float.hex`` and the documents; at every tenth step
-    also the process's resident memory in bytes and the number of its open files.
+    A line has the micro-batch's index, the steps done, the loss as ``float.hex`` and the documents; every tenth step
+    also the process's resident memory in bytes and its number of open files.
     """
 
     @override
@@ -57,7 +57,7 @@ class Recorder(Callback):
 
 
 def make_model(folder: Path) -> None:
-    """A random Llama of two layers and 25 thousand weights with a tokenizer whose tokens are bytes."""
+    """Save a random two-layer Llama with 25 thousand weights and a byte tokenizer."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -85,7 +85,7 @@ def make_model(folder: Path) -> None:
 
 
 def make_shards(steps: int) -> dict[str, list[dict[str, str]]]:
-    """Rows {"id", "text"} of each shard by its name: random words, as many as ``EPOCHS`` times make ``steps``."""
+    """Shard's name -> rows {"id", "text"} of random words, as many as make ``steps`` in ``EPOCHS`` readings."""
     rng = random.Random(0)
     words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 7))) for _ in range(500)]
     size = steps * ACCUMULATED * (CONTEXT + CONTINUATION) // (EPOCHS * SHARDS)
@@ -100,8 +100,10 @@ def make_shards(steps: int) -> dict[str, list[dict[str, str]]]:
 
 
 class Shards(ThreadingHTTPServer):
-    """Serves shards on 127.0.0.1, with ranges. Each of ``faults`` spoils one reply, in order: "stall" and "drop" after
-    half of it, "garbage" all of it, and "corrupt" every reply for that shard until ``corrupt``, its name, is None.
+    """Serves shards on 127.0.0.1, with ranges.
+
+    Each of ``faults`` damages one reply, in order: "stall" and "drop" after half of it, "garbage" all of it, and
+    "corrupt" every reply for one shard until ``corrupt``, its name, is None.
     """
 
     daemon_threads = True
@@ -119,18 +121,18 @@ class Shards(ThreadingHTTPServer):
         Thread(target=self.serve_forever, daemon=True).start()
 
     def url(self, name: str | None) -> str:
-        """Of one shard."""
+        """The address of a shard."""
         return f"http://127.0.0.1:{self.server_port}/{name}"
 
     def close(self) -> None:
-        """Lets go of those that wait."""
+        """Release stalled replies and stop the server."""
         self.ended.set()
         self.shutdown()
         self.server_close()
 
 
 class _Reply(BaseHTTPRequestHandler):
-    """To one request; HTTP/1.0, which closes the connection after it."""
+    """Answer one request in HTTP/1.0, which closes the connection after it."""
 
     server: Shards
 
@@ -139,7 +141,7 @@ class _Reply(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         server, name = self.server, self.path.strip("/")
-        reads = "Range" in self.headers  # fsspec also asks without, and looks at the headers only
+        reads = "Range" in self.headers  # fsspec also requests without a range and only reads the headers
         server.replies += reads
         fault = server.faults.popleft() if reads and server.faults else None
         if fault == "corrupt":
@@ -153,7 +155,7 @@ class _Reply(BaseHTTPRequestHandler):
             server.ended.wait()
 
     def _begin(self, content: bytes) -> bytes:
-        """Write the headers; what of ``content`` is to follow."""
+        """Write the headers; return the part of ``content`` to send."""
         asked = self.headers.get("Range")
         first, last = asked.removeprefix("bytes=").split("-") if asked else ("0", "")
         end = min(int(last or len(content)) + 1, len(content))
@@ -169,12 +171,12 @@ class _Reply(BaseHTTPRequestHandler):
 
 
 def named(class_path: str, **settings: Any) -> dict[str, Any]:
-    """A class as YAML chooses it."""
+    """A class and its arguments as in YAML."""
     return {"class_path": class_path, "init_args": settings}
 
 
 def config(model: str, urls: list[str], steps: int, saved_every: int) -> dict[str, Any]:
-    """Of ``train.py fit``: real eviction with two presses, two objectives, a drawn curriculum, every weight trained."""
+    """A ``train.py fit`` configuration: real eviction, two presses, two objectives, random ratios, all weights."""
     objectives = [named("sparsekv_pl.objectives.EIT"), named("sparsekv_pl.objectives.SelectionObjective")]
     presses = [named("kvpress.ExpectedAttentionPress"), named("kvpress.SnapKVPress", window_size=8)]
     press = named("sparsekv_pl.presses.EvictionAugPress", presses=presses)
@@ -221,14 +223,14 @@ def config(model: str, urls: list[str], steps: int, saved_every: int) -> dict[st
 
 
 class Run:
-    """Starts of train.py in ``folder``, each with its log and its records; those after the first go on."""
+    """Starts train.py in ``folder``, each time with its own log and records; later starts resume the first."""
 
     def __init__(self, folder: Path, config: Path, server: Shards) -> None:
         folder.mkdir()
         self.folder, self.config, self.server, self.starts = folder, config, server, 0
 
     def start(self) -> None:
-        """Also counts it."""
+        """Start train.py, and count the start."""
         arguments = ["fit", "--config", str(self.config), f"--trainer.default_root_dir={self.folder}"]
         arguments += [f"--trainer.logger.save_dir={self.folder}"]
         arguments += ["--ckpt_path=last"] if self.starts else []
@@ -251,51 +253,53 @@ class Run:
         return json.loads(whole[-1])["batch"] if whole else -1
 
     def wait(self, ready: Callable[[], bool]) -> None:
-        """RuntimeError where the process ends, or makes no micro-batch for long, before it is ``ready``."""
+        """Wait until ``ready``. Raises RuntimeError if the process ends, or makes no micro-batch for too long."""
         newest, deadline = -1, time.monotonic() + PATIENCE
         while True:
             ended = self.process.poll() is not None
             if ready():
                 return
             if ended or time.monotonic() > deadline:
-                raise RuntimeError(f"{self.folder.name}: exit code {self.process.returncode}\n{self.said()[-2000:]}")
+                raise RuntimeError(
+                    f"{self.folder.name}: exit code {self.process.returncode}\n{self.log_text()[-2000:]}"
+                )
             if newest != (newest := self.newest()):
                 deadline = time.monotonic() + PATIENCE
             time.sleep(0.02)
 
     def reach(self, batch: int) -> None:
-        """Wait for a micro-batch."""
+        """Wait for the next micro-batch."""
         self.wait(lambda: self.newest() >= batch)
 
     def end(self, number: int | None = None) -> int:
-        """The exit code, after signal ``number`` where one is given."""
+        """Send signal ``number`` if given, wait for the end, and return the exit code."""
         if number is not None:
             self.process.send_signal(number)
         self.wait(lambda: self.process.poll() is not None)
         return self.process.returncode
 
     def stop(self) -> None:
-        """If it still runs."""
+        """Kill the process if it still runs."""
         if self.starts and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
 
-    def said(self) -> str:
-        """By this start so far."""
+    def log_text(self) -> str:
+        """The log of this start so far."""
         return self.log.read_text()
 
     def checkpoints(self) -> list[Path]:
-        """Of the latest step first."""
+        """Checkpoint files, latest step first."""
         from callbacks.checkpoint_files import latest_first
 
         return latest_first(self.folder.glob("checkpoints/*.ckpt"))
 
     def all_records(self) -> list[dict[str, Any]]:
-        """Of every start, in order."""
+        """Records of all starts, in order."""
         files = sorted(self.folder.glob("records.*"))
         return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
     def line(self, part: str) -> str:
-        """The last line of this start's log that holds ``part``."""
-        found = [line for line in self.said().splitlines() if part in line]
+        """The last line of this start's log that contains ``part``."""
+        found = [line for line in self.log_text().splitlines() if part in line]
         return found[-1] if found else f"({part!r} is not in {self.log})"
