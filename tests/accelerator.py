@@ -1,7 +1,7 @@
 """Accelerators that are not there: CPU tensors that say they lie on one, refuse those of another, and count waits.
 
 A real GPU runs behind the program that feeds it until the program asks for a number; each such wait costs the time that
-both could have worked. Here every operator runs on the CPU, and what would wait on a GPU is noted with the place that
+both could have worked. Here every operator runs on the CPU, and each wait of a GPU is recorded with the place that
 asked: numbers read (``item``, ``tolist``, ``bool``), sizes that depend on values (``nonzero``, boolean masks), copies
 between the host and the device. It says nothing of speed, kernels or numerics.
 """

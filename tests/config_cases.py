@@ -1,4 +1,4 @@
-"""The keys of every config, the wrong values that are drawn for them, and what must be said of them or kept."""
+"""The keys of every config, random wrong values for them, and the expected refusals or accepted values."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""The ablations' runner: what it starts, what it takes as done, and the table it makes of finished reports."""
+"""The ablations' runner: its commands, finished work, and the table of finished reports."""
 
 import json
 import sys

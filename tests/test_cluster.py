@@ -1,5 +1,7 @@
-"""The Slurm scripts: what they would run, and how they are submitted. No cluster here:
-sbatch, srun and scontrol are stand-ins on PATH that write down what they were given."""
+"""The Slurm scripts: their commands and their submission.
+
+sbatch, srun and scontrol are stand-ins on PATH that record their arguments.
+"""
 
 import json
 import os
@@ -25,7 +27,7 @@ from train import TrainCommandLine
 
 
 def parsed(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What train.py or evaluate.py itself makes of the command that srun is given; nothing is built or run."""
+    """Parse srun's command with train.py or evaluate.py, without building or running anything."""
     start = command.index(".venv/bin/python")
     line = {"train.py": TrainCommandLine, "evaluate.py": EvaluateCommandLine}[command[start + 1]]
     monkeypatch.setattr(sys, "argv", ["pytest"])
@@ -47,7 +49,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[list[str]]]:
-    """A stand-in that gives the ids 101, 102, ...; what it was called with so far."""
+    """A stand-in that returns the ids 101, 102, ..., and its calls so far."""
     log = tmp_path / "sbatch.log"
     script = f'printf "%q " "$@" >> {log}; echo >> {log}; echo "$((100 + $(wc -l < {log})));cluster"'
     put_on_path(tmp_path / "bin", "sbatch", script, monkeypatch)
@@ -55,7 +57,7 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list
 
 
 def finish(checkout: Path, name: str, training: dict[str, int] | None = None) -> None:
-    """Leave behind what a complete job leaves."""
+    """Write the files of a complete job."""
     result = checkout / "output" / name
     result.parent.mkdir(parents=True, exist_ok=True)
     if result.suffix:

@@ -1,4 +1,4 @@
-"""Every key of every config made wrong in a drawn way: refused in one line that names it, or rightly accepted."""
+"""Every key of every config with a random wrong value: refused in one line that names it, or accepted as valid."""
 
 import copy
 import functools
@@ -86,7 +86,7 @@ def started(config: Path, *files: Path) -> Any:
 
 
 def tried(case: Case, config: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, Any]:
-    """(what the user is told, the settings that are accepted); any other exception is a failure of the test."""
+    """(error line for the user, accepted settings); any other exception is a failure of the test."""
     section = case.path[0]
     files = []
     for number, content in enumerate([*(yaml.safe_load(path.read_text()) for path in case.below), config]):

@@ -16,7 +16,7 @@ from train import TrainCommandLine
 
 ROOT = Path(__file__).parents[1]
 HISTORY = [ROOT / "CHANGELOG.md", ROOT / "docs/log.md", *(ROOT / "docs/log").glob("*.md")]
-"""What stands in these stays as it was on its day: names and commands may be gone."""
+"""Records of past days: their names and commands may no longer exist."""
 PAGES = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")})
 PRESENT = [page for page in PAGES if page not in HISTORY]
 README_LINES = 150

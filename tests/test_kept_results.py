@@ -1,4 +1,4 @@
-"""Every module that keeps results keeps them by all that decides them: by every setting, adapter and token."""
+"""Keys of finished work include everything that decides it: every setting, adapter and token."""
 
 import copy
 import inspect

@@ -1,4 +1,4 @@
-"""What a log does not hold: bars of libraries, a warning at every step; tables are as wide as they need to be."""
+"""A log has no libraries' progress bars and no warning at every step; its tables are as wide as needed."""
 
 import io
 import logging
@@ -36,7 +36,7 @@ def test_bars_leave_nothing_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     assert file.getvalue() == "a warning\n\n"
 
 
-def test_what_a_bar_counts_in_a_terminal_is_told_in_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_printed_in_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     done = ticking("asking", "requests", 2)
     done()
     done()

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LARGEST = 400_000  # bytes
 MACHINE = re.compile(r"/(?:home|root|Users|tmp|work|mnt|opt|usr|private|var)/|[A-Z]:\\\\")
-"""How paths begin that are somebody's own."""
+"""Beginnings of paths on somebody's own machine."""
 
 SMALL = {"CONTEXT_TOKENS": 96, "CONTINUATION_TOKENS": 16, "DEPTHS": [0.0, 1.0]}
 SIZES: dict[str, dict[str, Any]] = {
@@ -94,7 +94,7 @@ def test_runs_from_top_to_bottom(
 
 
 def override(notebook: NotebookNode, settings: dict[str, Any]) -> None:
-    """Set the names of the cell tagged "parameters" anew in a cell after it, as papermill does."""
+    """Override the names of the cell tagged "parameters" in a new cell after it, as papermill does."""
     (place,) = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
     named = set(re.findall(r"^(\w+) =", notebook.cells[place].source, re.MULTILINE))
     assert settings.keys() <= named, f"not set in the first cell: {settings.keys() - named}"

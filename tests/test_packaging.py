@@ -1,4 +1,4 @@
-"""The scaffold: what is declared, what is pinned, and which Python it is checked on."""
+"""Packaging: declared and pinned dependencies, and the supported Python versions."""
 
 import ast
 import fnmatch

@@ -1,4 +1,4 @@
-"""No key, token or password in what a run writes or says."""
+"""No key, token or password in a run's files and output."""
 
 import logging
 import subprocess
@@ -126,9 +126,9 @@ def test_an_option_that_holds_one_is_refused_and_not_shown(
     with pytest.raises(SystemExit) as end:
         run(lambda: TrainCommandLine(args=["fit", "--config", str(CONFIGS / "quickstart.yaml"), REFUSED[option]]))
     printed = capfd.readouterr()
-    told = f"{end.value.code} {printed.out} {printed.err}"
-    assert leaks(tmp_path, told) == []
-    assert "(not shown)" in told or HIDDEN in told or "is not accepted" in told
+    output = f"{end.value.code} {printed.out} {printed.err}"
+    assert leaks(tmp_path, output) == []
+    assert "(not shown)" in output or HIDDEN in output or "is not accepted" in output
 
 
 def test_an_option_of_that_name_is_refused_whatever_it_holds() -> None:
@@ -223,9 +223,9 @@ def test_all_of_a_cookie_is_hidden(form: str) -> None:
     ],
 )
 def test_messages_are_blotted(message: str) -> None:
-    for told in (redacted(message), plain(message)):
-        assert HIDDEN in told
-        assert not any(secret in told for secret in (*SECRETS.values(), PASSWORD))
+    for shown in (redacted(message), plain(message)):
+        assert HIDDEN in shown
+        assert not any(secret in shown for secret in (*SECRETS.values(), PASSWORD))
 
 
 @pytest.mark.parametrize(

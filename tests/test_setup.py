@@ -1,4 +1,4 @@
-"""``make setup`` that was killed is made good by the next one, from the beginning."""
+"""A killed ``make setup`` is repaired by the next one, which starts over."""
 
 import shutil
 import subprocess

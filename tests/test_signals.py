@@ -1,4 +1,4 @@
-"""Real processes of train.py and evaluate.py that are told to stop: what they save, how they exit, how they go on."""
+"""Real processes of train.py and evaluate.py that receive a signal: what they save, exit codes, and resuming."""
 
 import re
 import signal
@@ -82,7 +82,7 @@ def test_training_stopped_by_sigterm_goes_on_exactly(tiny_models: dict[str, str]
 
 @pytest.mark.parametrize("number", [signal.SIGINT])
 def test_two_ranks_stop_together(number: signal.Signals, tiny_models: dict[str, str], tmp_path: Path) -> None:
-    """Only the first is told; the other was started by it."""
+    """Only the first rank receives the signal; it started the other."""
     ranks = ["--trainer.devices=2", "--trainer.strategy=ddp"]
     process = Started(training(tmp_path, tiny_models["llama"], *ranks), tmp_path / "log")
     code = stop(process, number, lambda: saved_one(tmp_path))

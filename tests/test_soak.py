@@ -1,4 +1,4 @@
-"""The soak's parts, without its hours: what it compares, what it serves and what it trains."""
+"""Parts of the soak benchmark: its comparisons, its server and its training."""
 
 import json
 import sys
@@ -131,7 +131,7 @@ def server() -> Iterator[Shards]:
     made.close()
 
 
-def test_the_server_fails_as_often_as_it_is_told(server: Shards) -> None:
+def test_the_server_fails_as_often_as_requested(server: Shards) -> None:
     def read(url: str, first: int = 0, last: int | str = "") -> bytes:
         return urlopen(Request(url, headers={"Range": f"bytes={first}-{last}"})).read()
 

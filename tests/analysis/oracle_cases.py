@@ -1,4 +1,4 @@
-"""What the tests of the oracle's reports share."""
+"""Samples for the tests of the oracle's reports."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ Scores = Callable[[int, int], Sequence[float]]
 
 
 def record(number: int, scores: Sequence[float], answer: int | None, bm25: Sequence[float] | None = None) -> Record:
-    """All heads attend as ``scores`` say; BM25 finds the answer unless it is given."""
+    """A record whose heads all attend as ``scores``; BM25 finds the answer unless ``bm25`` is given."""
     mass = np.broadcast_to(np.asarray(scores), (LAYERS, HEADS, len(scores)))
     hit = [float(block == answer) for block in range(len(scores))]
     return {
@@ -45,7 +45,7 @@ def at(peaks: dict[int, float], rest: float = 0.001) -> list[float]:
 
 
 def hot(answer: int) -> list[float]:
-    """Most on the answer, some on the sink."""
+    """Scores mostly on the answer, some on the sink."""
     return at({0: 0.2, answer: 0.6})
 
 
@@ -58,5 +58,5 @@ def even(_: int) -> list[float]:
 
 
 def by_place(answer: int) -> list[float]:
-    """The last blocks whatever is asked, and never the answer."""
+    """Scores on the last blocks for every question, and never on the answer."""
     return [0.0 if block == answer else 0.01 * block for block in range(BLOCKS)]

@@ -1,4 +1,4 @@
-"""The anchor analysis as a run: on a tiny model, base and trained, resumed, ending in its report."""
+"""A run of the anchor analysis on a tiny model: base and trained, resuming, and the report."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Profiles of planted attention say what was planted, and rules follow from them as documented."""
+"""Profiles of planted attention contain what was planted, and anchor rules follow from them as documented."""
 
 import json
 from collections.abc import Sequence
@@ -192,9 +192,9 @@ def test_edges_of_positions() -> None:
     assert position_edges(100) == [*range(LEADING + 1), 32, 64, 128]
 
 
-def test_what_is_not_told_apart_is_refused() -> None:
+def test_too_many_sinks_and_missing_edges_are_refused() -> None:
     profile = profile_of(kinds(), planted(weights()))
     with pytest.raises(ValueError, match="17 sinks: only the first 16"):
         profile.sinks(17)
-    with pytest.raises(ValueError, match="recent=48 is no edge"):
+    with pytest.raises(ValueError, match="recent=48 is not an edge"):
         profile.recent(48)

@@ -1,4 +1,4 @@
-"""Summaries of planted profiles, and the sections and pictures that tell them."""
+"""Summaries of planted profiles, and the sections and pictures of their report."""
 
 import json
 from typing import Any

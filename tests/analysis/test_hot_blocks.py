@@ -1,4 +1,4 @@
-"""One token's attention over blocks equals the last row of a full matrix; a block that it looks at is found."""
+"""One token's attention over blocks equals the last row of the full matrix; a planted block is found."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Oracle blocks from the first token to the files: the seed's layout, eager attention's numbers, what is resumed."""
+"""A run of the oracle blocks: Scout-KV's layout, agreement with eager attention, and resuming."""
 
 import json
 from collections.abc import Callable

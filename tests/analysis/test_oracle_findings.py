@@ -1,4 +1,4 @@
-"""What is said of made-up attention: exact chances, and shares by hand."""
+"""Figures from made-up attention: exact chances, and shares computed by hand."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What the oracle's pages say: main figures, reports of one and two variants, the seed's layout, pictures."""
+"""The oracle's report: main figures, one and two variants, Scout-KV's layout, pictures."""
 
 import json
 from collections.abc import Sequence

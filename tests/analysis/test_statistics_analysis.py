@@ -1,4 +1,4 @@
-"""The statistics analysis: its figures are those of eager attention, and its report tells base from trained."""
+"""The statistics analysis: its figures equal those of eager attention, and its report compares base and trained."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Every id has exactly one type, and the types agree with what anchors call special and punctuation."""
+"""Every id has exactly one type; special and punctuation are the same as in anchors."""
 
 import pytest
 import torch

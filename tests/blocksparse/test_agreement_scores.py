@@ -1,4 +1,4 @@
-"""Agreement of choices against sets and sorted lists, row by row."""
+"""Agreement measures compared with sets and sorted lists, row by row."""
 
 import math
 

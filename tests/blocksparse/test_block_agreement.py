@@ -1,4 +1,4 @@
-"""The observer of a dense pass: planted attention is found, and what is forced on all is told apart."""
+"""The observer of a dense pass: planted attention is found, and blocks that all methods select are left out."""
 
 from collections.abc import Callable
 

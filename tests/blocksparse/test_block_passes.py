@@ -1,4 +1,4 @@
-"""Block-sparse attention on cases: equal to a dense pass where all blocks are chosen, else to a masked one."""
+"""Block-sparse attention on cases: equal to a dense pass if all blocks are selected, otherwise to a masked one."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Collecting from a tiny model: what lands on disk, what is not collected again, and what is refused beforehand."""
+"""Collecting tensors from a tiny model: files, resuming, and refusals."""
 
 import json
 import shutil
@@ -41,11 +41,11 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Lengths of the contexts that really went through the model."""
     lengths: list[int] = []
 
-    def noted(model: Any, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def recording(model: Any, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         lengths.append(ids.shape[1])
         return continue_from(model, ids, *args, **kwargs)
 
-    monkeypatch.setattr("sparsekv_pl.blocksparse.collection.continue_from", noted)
+    monkeypatch.setattr("sparsekv_pl.blocksparse.collection.continue_from", recording)
     return lengths
 
 
@@ -88,11 +88,11 @@ def test_the_summaries_tell_what_is_there(collect: Callable[..., TensorCollectio
     assert (summary["num_samples"], summary["samples"], summary["layers"]) == (2, [0, 1], [0, 1])
     assert summary["bytes"] == sum(path.stat().st_size for path in own)
     assert summary["dtype"] == ["float32"]
-    for layer, told in summary["by_layer"].items():
+    for layer, measures in summary["by_layer"].items():
         tensors = [read(path) for path in own if f"layer{layer}" in path.name]
         measured = [attention_statistics(found.query, found.key, SETTINGS) for found in tensors]
         for name in ("block_sparsity", "effective_support", "top_k_coverage"):
-            assert told[name] == pytest.approx(
+            assert measures[name] == pytest.approx(
                 float(torch.stack([getattr(m, name) for m in measured]).mean()), rel=1e-4
             )
     assert (module.output / "attention_seq96.png").exists()

@@ -1,4 +1,4 @@
-"""A gate, Sketch&Walk and the controls on a tiny model: from cases to the report, and what is refused before."""
+"""A gate, Sketch&Walk and the controls on a tiny model: from cases to the report, and refusals."""
 
 import json
 from collections.abc import Callable
@@ -84,11 +84,11 @@ def test_finished_cases_are_not_measured_again(
     measured: list[str] = []
     records = BlockPasses.records
 
-    def noted(self: BlockPasses, *arguments: Any) -> Any:
+    def recording(self: BlockPasses, *arguments: Any) -> Any:
         measured.append(self.batch["cases"][0].task)
         return records(self, *arguments)
 
-    monkeypatch.setattr(BlockPasses, "records", noted)
+    monkeypatch.setattr(BlockPasses, "records", recording)
     first = run(gates=gates)
     assert measured == ["text", "facts", "facts"]
     again = run(gates=gates)

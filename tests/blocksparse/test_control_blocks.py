@@ -1,4 +1,4 @@
-"""Controls choose without looking at keys: by chance, repeatably, or by distance."""
+"""Control blocks do not depend on keys: they are random but repeatable, or the nearest."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The gate: what it pools, that it turns RoPE back, that decoding equals prefill."""
+"""The gate: pooling, undoing RoPE, and decoding equal to prefill."""
 
 from collections.abc import Callable
 from typing import Any
@@ -153,7 +153,7 @@ def test_layers_without_rope_are_not_turned() -> None:
 @pytest.mark.parametrize(
     "config, kind, complaint",
     [
-        (lambda: hf.Glm4Config(**SIZES, head_dim=8), hf.Glm4ForCausalLM, "Glm4ForCausalLM pairs"),
+        (lambda: hf.Glm4Config(**SIZES, head_dim=8), hf.Glm4ForCausalLM, "Glm4ForCausalLM rotates other pairs"),
         (
             lambda: hf.Gemma3TextConfig(**SIZES, head_dim=8),
             hf.Gemma3ForCausalLM,

@@ -1,4 +1,4 @@
-"""Gates learn where a model attends, in a real Trainer on tiny models: loss, gradients, validation, resume."""
+"""Training gates with a real Trainer on tiny models: loss, gradients, validation, resuming."""
 
 import math
 from collections.abc import Callable

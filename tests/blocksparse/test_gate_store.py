@@ -1,4 +1,4 @@
-"""Gates are saved and loaded alone, and say by name what does not fit."""
+"""Saving and loading gates without a model, and errors that name the field that does not fit."""
 
 import json
 from collections.abc import Callable

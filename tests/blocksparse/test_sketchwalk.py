@@ -1,4 +1,4 @@
-"""Sketch&Walk equals its matrix definition, written out in float64, however the tokens arrive."""
+"""Sketch&Walk equals its matrix definition in float64, for any partition of the tokens into forwards."""
 
 import copy
 from collections.abc import Callable

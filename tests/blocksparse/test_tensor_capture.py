@@ -1,4 +1,4 @@
-"""What a capture writes is what attention computed with; a forward that fails leaves nothing."""
+"""A capture writes the tensors that attention used; a failed forward leaves nothing."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -151,10 +151,10 @@ def test_attention_with_another_scale_is_refused(random_model: Build) -> None:
 def test_the_disk_need_is_what_the_files_take(random_model: Build, tmp_path: Path) -> None:
     model = random_model(hidden_size=64, head_dim=64)
     collected(model, tmp_path, {0: 0, 1: 1})
-    told = 2 * sample_bytes(model, LENGTH, 2, torch.float32)
+    needed = 2 * sample_bytes(model, LENGTH, 2, torch.float32)
     files = list(tmp_path.glob("*.pt"))
     taken = sum(path.stat().st_size for path in files)
-    assert told <= taken <= told + 4096 * len(files)
+    assert needed <= taken <= needed + 4096 * len(files)
     assert f"2 x {LENGTH} tokens" in disk_need(tmp_path, model, {LENGTH: 2}, [0, 1], torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""A file of Q, K, V: what is read is what was written, and what is not sound is refused by name."""
+"""Tensor files: reading returns what was written, and invalid files are refused by name."""
 
 import os
 import pickle
@@ -180,4 +180,4 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, change: Callable[[], Any],
 @pytest.mark.parametrize("name", ["tensors_seq24_layer8_20240219_120000.pt", "tensors_seq24_layer8_sampleX_2024.pt"])
 def test_a_name_that_says_no_sample_is_refused(tmp_path: Path, name: str) -> None:
     write(tmp_path, 1, tensors()).rename(tmp_path / name)
-    refused(tmp_path / name, "has another name")
+    refused(tmp_path / name, "has a name that contradicts its metadata")

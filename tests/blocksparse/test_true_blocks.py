@@ -1,4 +1,4 @@
-"""Attention pooled to blocks equals the full matrix pooled, in memory that does not hold one."""
+"""Attention pooled to blocks equals the pooled full matrix, with less memory than that matrix."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Sketch&Walk on tensor files: every figure against its definition, and files that are not sound."""
+"""Sketch&Walk on tensor files: every figure equals its definition; invalid files are refused."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def tensors(layer: int = 0, sample: int = 0, length: int = LENGTH) -> LayerTenso
 
 @dataclass
 class Drawn:
-    """Scores by head, drawn anew in every layer, and no scores for ``dense``; ``calls`` is its state."""
+    """Random scores by head, new ones in every layer, and none for ``dense``; ``calls`` is its state."""
 
     block_size: int = BLOCK
     dense: tuple[int, ...] = ()
@@ -194,12 +194,12 @@ def test_the_results_are_those_of_the_walk(validate: Validate) -> None:
             sparse = dense if blocks is None else dense_reference(made.query, made.key, made.value, blocks)
             assert result["mse"] == pytest.approx(float((sparse - dense).pow(2).mean()), rel=1e-3, abs=1e-12)
     summary = latest(module, "summary")
-    told = summary["by_length"][str(LENGTH)]
-    assert (told["count"], told["kept_dense"], told["sparse_layers"]["count"]) == (6, 2, 4)
+    sums = summary["by_length"][str(LENGTH)]
+    assert (sums["count"], sums["kept_dense"], sums["sparse_layers"]["count"]) == (6, 2, 4)
     values = [result["mse"] for result in results]
-    assert told["mse"] == {"mean": pytest.approx(sum(values) / 6), "min": min(values), "max": max(values)}
+    assert sums["mse"] == {"mean": pytest.approx(sum(values) / 6), "min": min(values), "max": max(values)}
     sparse = [result["mse"] for result in results if result["layer_idx"]]
-    assert told["sparse_layers"]["mse"]["mean"] == pytest.approx(sum(sparse) / 4)
+    assert sums["sparse_layers"]["mse"]["mean"] == pytest.approx(sum(sparse) / 4)
     layer = [result["speedup"] for result in results if result["layer_idx"] == 2]
     assert summary["by_layer"]["2"]["speedup"]["mean"] == pytest.approx(sum(layer) / 2)
     assert summary["settings"]["top_k_blocks"] == 4
@@ -233,7 +233,7 @@ def test_files_that_are_not_sound_are_refused_and_the_rest_goes_on(
         "tensors_other.pt",
     ]
     for wrong, (name, reason) in zip(
-        ["truncated", "run their code", "K of shape", "another name"], reasons.items(), strict=True
+        ["truncated", "run their code", "K of shape", "contradicts its metadata"], reasons.items(), strict=True
     ):
         assert wrong in reason
         assert name in reason
@@ -250,11 +250,11 @@ def test_what_is_finished_is_not_validated_again(
 ) -> None:
     layers: list[int] = []
 
-    def noted(made: LayerTensors, *args: Any) -> Record:
+    def recording(made: LayerTensors, *args: Any) -> Record:
         layers.append(made.metadata["layer_idx"])
         return validated(made, *args)
 
-    monkeypatch.setattr("sparsekv_pl.blocksparse.validation.validated", noted)
+    monkeypatch.setattr("sparsekv_pl.blocksparse.validation.validated", recording)
     first = validate().records
     assert layers == [0, 1, 2, 0, 1, 2]
     assert validate().records == first

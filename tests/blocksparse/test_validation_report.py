@@ -1,4 +1,4 @@
-"""Expected figures beside measured ones: what counts, and what is met."""
+"""Expected and measured figures: which files count, and which expectations are met."""
 
 from typing import Any
 
@@ -63,22 +63,22 @@ def test_means_leave_dense_layers_out_and_the_largest_error_is_of_all() -> None:
 
 
 def test_by_length_and_layer() -> None:
-    told = summary([record(4096, 0, kept_dense=True), record(4096, 2), record(8192, 2, speedup=5.0)], {"top_k": 16})
-    assert list(told["by_length"]) == ["4096", "8192"]
-    assert told["by_layer"]["2"]["speedup"] == {"mean": 4.0, "min": 3.0, "max": 5.0}
-    assert told["by_length_and_layer"]["4096"]["0"]["kept_dense"] == 1
-    assert "sparse_layers" in told["by_length"]["4096"]
+    content = summary([record(4096, 0, kept_dense=True), record(4096, 2), record(8192, 2, speedup=5.0)], {"top_k": 16})
+    assert list(content["by_length"]) == ["4096", "8192"]
+    assert content["by_layer"]["2"]["speedup"] == {"mean": 4.0, "min": 3.0, "max": 5.0}
+    assert content["by_length_and_layer"]["4096"]["0"]["kept_dense"] == 1
+    assert "sparse_layers" in content["by_length"]["4096"]
 
 
 def test_the_page_tells_all_of_it() -> None:
     records = [record(512, 0, kept_dense=True), record(4096, 2), {"file": "a.pt", "refused": "a.pt is truncated"}]
-    told = summary(records, {})
-    page = markdown("Report", sections(told))
+    content = summary(records, {})
+    page = markdown("Report", sections(content))
     assert "| cosine similarity | > 0.95 | 4096 | 0.98 | yes |" in page
     assert "| speed-up | 1.5 to 3 | 8192 | - | not measured |" in page
     assert "| 512 | 0 | dense | 1 |" in page
     assert "| a.pt | a.pt is truncated |" in page
-    assert all(len(line) == 5 for line in expected_table(told).lines)
+    assert all(len(line) == 5 for line in expected_table(content).lines)
     assert "Refused" not in markdown("Report", sections(summary(records[:2], {})))
 
 

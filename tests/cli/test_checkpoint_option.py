@@ -1,4 +1,4 @@
-"""--ckpt_path and --weights_only: no setting, class or code comes out of a checkpoint; the rest is one line."""
+"""--ckpt_path and --weights_only: nothing is executed or configured from a checkpoint; errors are one line."""
 
 import functools
 import sys

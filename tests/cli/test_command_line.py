@@ -28,7 +28,7 @@ except SystemExit as end:
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a run would write by mistake lands outside the checkout; pytest's own arguments are not the command's."""
+    """Work outside the checkout, and hide pytest's arguments from the command."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])
 

@@ -1,4 +1,4 @@
-"""A run is named once, and as long as it is said once: what is made of --name, --report and --trainer.max_steps."""
+"""Values that follow from --name, --report and --trainer.max_steps."""
 
 import sys
 from collections.abc import Callable
@@ -21,7 +21,7 @@ ADAPTER, TOTAL = f"{MODEL}backbone.adapter", f"{MODEL}lr_scheduler.init_args.tot
 
 
 class Parsed(Exception):
-    """Carries what objects would be made of."""
+    """Carries the settings of the objects that would be made."""
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def line_of(config: str, *arguments: str) -> Callable[[], CommandLine]:
 
 
 def made_of(config: str, *arguments: str) -> Namespace:
-    """The settings of which ``config``'s objects would be made."""
+    """The settings with which ``config``'s objects would be made."""
     with pytest.raises(Parsed) as end:
         line_of(config, *arguments)()
     return end.value.args[0]

@@ -1,4 +1,4 @@
-"""A number of batches stays a number, and a share a share: Lightning takes 1 for one batch and 1.0 for all of them."""
+"""Numbers of batches and shares keep their types: for Lightning 1 is one batch, and 1.0 is all of them."""
 
 import inspect
 import sys

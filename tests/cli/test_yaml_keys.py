@@ -1,4 +1,4 @@
-"""A key given twice in one mapping of a YAML file is refused, wherever it stands."""
+"""A key given twice in any mapping of a YAML file is refused."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Evaluations of a hosted model, and what they leave in a test's folder."""
+"""Evaluations of a hosted model for tests, and their results."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def cases(windows: int = 0, **settings: Any) -> EvaluationData:
 
 
 def right(body: dict[str, Any]) -> Reply:
-    """A reply that says everything the prompt says, so that every answer is in it."""
+    """A reply that repeats the prompt, so that it contains every answer."""
     return said(body["messages"][0]["content"])
 
 

@@ -1,4 +1,4 @@
-"""A text, and a tiny model that an evicted cache of it is asked of, beside lm_eval's own HFLM."""
+"""A text and a tiny model for tests of lm_eval's model interface, with lm_eval's own HFLM."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ TEXT = (
 
 
 def adapted(backbone: Backbone) -> tuple[Any, Any]:
-    """The model with an adapter that does something, and its tokenizer."""
+    """The model with an adapter that has an effect, and its tokenizer."""
     model, tokenizer = backbone.load()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint on loopback that answers as a test tells it to."""
+"""An OpenAI-compatible endpoint on loopback that answers from a test's script."""
 
 import json
 import threading
@@ -39,7 +39,7 @@ def failed(status: int, message: str = "no", code: str | None = None, **headers:
 
 
 class ScriptedServer:
-    """Gives the replies of its script in turn, the last one for ever, or what a function of the request gives."""
+    """Sends the replies of its script in turn and repeats the last, or calls a function of the request."""
 
     def __init__(self, script: Sequence[Reply] | Callable[[dict[str, Any]], Reply]) -> None:
         self.script = script

@@ -1,4 +1,4 @@
-"""A run of measurements: its report, what is done again and what is not, and what a failure leaves."""
+"""A run of measurements: report, reuse of finished work, and failures."""
 
 import csv
 import json
@@ -55,15 +55,15 @@ def settings() -> list[Setting]:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The points that are really measured, in order; what is read from disk is not among them."""
+    """The points that are really measured, in order, without those read from disk."""
     names: list[str] = []
     at = Measurement.at
 
-    def noted(self: Measurement, point: Any) -> Any:
+    def recording(self: Measurement, point: Any) -> Any:
         names.append(point.name)
         return at(self, point)
 
-    monkeypatch.setattr(Measurement, "at", noted)
+    monkeypatch.setattr(Measurement, "at", recording)
     return names
 
 
@@ -82,7 +82,7 @@ def run(tiny_backbone: MakeBackbone, tiny_trainer: MakeTrainer, tmp_path: Path) 
 
 @pytest.fixture
 def adapter(tiny_backbone: MakeBackbone, tmp_path: Path) -> Callable[..., str]:
-    """A folder with an adapter, untrained unless ``std`` is given, and what its training said of itself."""
+    """A folder with an adapter, untrained unless ``std`` is given, and its training.json."""
 
     def make(std: float = 0.0) -> str:
         model = tiny_backbone().load()[0]
@@ -288,11 +288,11 @@ def test_what_is_left_of_a_batch_is_answered_together(
 ) -> None:
     decode, together = measurement.greedy_together, []
 
-    def noted(model: Any, asked: list[Any], *rest: Any) -> None:
+    def recording(model: Any, asked: list[Any], *rest: Any) -> None:
         together.append(len(asked))
         decode(model, asked, *rest)
 
-    monkeypatch.setattr(measurement, "greedy_together", noted)
+    monkeypatch.setattr(measurement, "greedy_together", recording)
     run(points=settings()[1:])
     assert together == [2], "the full cache and Knorm"
     run()

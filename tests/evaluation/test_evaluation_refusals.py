@@ -1,4 +1,4 @@
-"""What an evaluation refuses, or names, before it measures anything."""
+"""Errors and warnings of an evaluation before it measures anything."""
 
 import re
 from dataclasses import asdict
@@ -117,8 +117,8 @@ def test_contexts_shorter_than_a_window_stop_before_measuring(
     ("trained", "message"),
     [
         (asdict(Splits()), ""),
-        (asdict(Splits(0.5, 0.2, 0.3)), "trained on a division by {'train': 0.5"),
-        (None, "trained on a division by document names"),
+        (asdict(Splits(0.5, 0.2, 0.3)), "trained on data split by {'train': 0.5"),
+        (None, "trained on data split by document names"),
     ],
 )
 def test_splits_that_training_did_not_have_are_named(

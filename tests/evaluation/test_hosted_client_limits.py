@@ -1,4 +1,4 @@
-"""What a hosted model may cost, and a key that shows nowhere."""
+"""Limits on a hosted model's cost, and hiding its key."""
 
 import logging
 import signal

@@ -1,4 +1,4 @@
-"""What becomes of an evaluation when a hosted model's replies are not what they should be."""
+"""Evaluations of a hosted model with faulty replies."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Replies that no endpoint should give: one request fails, within bounds, is counted, and the run goes on."""
+"""Invalid replies: one request fails within limits and is counted, and the run continues."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Whole lm_eval tasks on a pressed model: as HFLM scores them, and what an eviction takes away."""
+"""Whole lm_eval tasks on PressedLM: equal to HFLM without a press, and the effect of an eviction."""
 
 import json
 from pathlib import Path

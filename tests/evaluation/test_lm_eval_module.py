@@ -1,4 +1,4 @@
-"""lm_eval tasks as a Lightning run: what is measured, what is kept, what is done again, and what is refused."""
+"""lm_eval tasks as a Lightning run: measuring, reuse of finished work, and refusals."""
 
 import json
 import logging
@@ -93,11 +93,11 @@ def reported(monkeypatch: pytest.MonkeyPatch) -> list[list[Record]]:
     """The records of every report, which is not written: its pictures take seconds."""
     reports: list[list[Record]] = []
 
-    def noted(_output: Path, summary: Any, *_: Any) -> list[Path]:
+    def recording(_output: Path, summary: Any, *_: Any) -> list[Path]:
         reports.append(summary.records)
         return []
 
-    monkeypatch.setattr("sparsekv_pl.evaluation.lm_eval_module.write_run", noted)
+    monkeypatch.setattr("sparsekv_pl.evaluation.lm_eval_module.write_run", recording)
     return reports
 
 
@@ -177,11 +177,11 @@ def count_work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
     init = PressedLM.__init__
 
-    def noted(self: PressedLM, model: Any, tokenizer: Any, press: BasePress | None = None, **settings: Any) -> None:
+    def recording(self: PressedLM, model: Any, tokenizer: Any, press: BasePress | None = None, **settings: Any) -> None:
         made.append(type(press).__name__)
         init(self, model, tokenizer, press, **settings)
 
-    monkeypatch.setattr(PressedLM, "__init__", noted)
+    monkeypatch.setattr(PressedLM, "__init__", recording)
     return made
 
 

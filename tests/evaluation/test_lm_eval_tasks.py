@@ -1,4 +1,4 @@
-"""The files that a task of lm_eval names."""
+"""Files named in a task of lm_eval."""
 
 from pathlib import Path
 

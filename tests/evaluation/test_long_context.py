@@ -1,4 +1,4 @@
-"""Long contexts end to end: read in chunks, stopped, killed, resumed, planned; every needle asked for."""
+"""Long contexts end to end: reading in chunks, stopping, resuming after a kill, planning, and answers."""
 
 import json
 import logging
@@ -62,13 +62,13 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator["Chunks"]:
     watched = Chunks()
     advance = ChunkedPrefill.advance
 
-    def noted(made: ChunkedPrefill, ids: torch.Tensor) -> None:
+    def recording(made: ChunkedPrefill, ids: torch.Tensor) -> None:
         watched.run += 1
         advance(made, ids)
         if watched.run == watched.at:
             watched.then()
 
-    monkeypatch.setattr(ChunkedPrefill, "advance", noted)
+    monkeypatch.setattr(ChunkedPrefill, "advance", recording)
     yield watched
 
 

@@ -1,4 +1,4 @@
-"""The measurements against a plain reference: a fresh prefill under the press, then one token at a time."""
+"""Measurements equal a plain reference: a new prefill under the press, then one token at a time."""
 
 import math
 
@@ -162,7 +162,7 @@ def test_a_press_that_runs_the_model_itself_gets_one_row_at_a_time(model, tokeni
     assert [record["nll"] for record in alone] == pytest.approx([record["nll"] for record in together], rel=1e-5)
 
 
-def test_stability_is_added_where_it_can_be_told(model, tokenizer) -> None:
+def test_stability_is_added_where_it_can_be_measured(model, tokenizer) -> None:
     stable = {"min_retained", "mean_retained", "retained_variance", "overlap_prompts", "overlap_steps"}
     probe = Measurement(model, tokenizer, batch(TEXT), with_stability=True)
     record = probe.at(Point(KnormPress(), 0.5))[0]

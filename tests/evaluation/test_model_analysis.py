@@ -1,4 +1,4 @@
-"""What every analysis shares: finished work is not done again, base and trained, ranks, checks that come first."""
+"""The base class of analyses: reuse of finished work, base and trained, ranks, and early checks."""
 
 import json
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Continuations are scored against one reading with the full cache: as the losses would, from fewer products."""
+"""Scores of continuations against one reading with the full cache equal the losses', with fewer products."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The probe against eager attention and against the scores that decided."""
+"""The stability probe compared with eager attention and with the press's scores."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Phases: time and memory are a phase's own, by either way of finding the peak, and nothing runs on after it."""
+"""Phases: time and memory belong to one phase with either way of finding the peak, and no thread outlives it."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""Points whose answers are decoded together say what each says alone, and a row costs nothing when it has finished."""
+"""Answers of points decoded together equal those decoded alone, and finished rows cost nothing."""
 
 import weakref
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ def measured(model: Any, tokenizer: Any, ahead: list[Point]) -> dict[str, list[R
 
 
 def said(records: list[Record]) -> list[dict[str, Any]]:
-    """All that does not tell what it cost in time and memory."""
+    """A record without its time and memory."""
     costs = {"prefill_seconds", "eviction_seconds", "decode_seconds", "peak_bytes"}
     return [{name: value for name, value in record.items() if name not in costs} for record in records]
 
@@ -135,4 +135,4 @@ def test_answers_that_do_not_fit_together_are_decoded_one_after_the_other(
     assert {name: said(records) for name, records in together.items()} == {
         name: said(records) for name, records in alone.items()
     }
-    assert caplog.text.count("cannot be decoded together") == 1
+    assert caplog.text.count("are decoded one point at a time") == 1

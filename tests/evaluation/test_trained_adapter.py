@@ -1,4 +1,4 @@
-"""What is known of an adapter's folder."""
+"""Reading an adapter's folder."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Records as measuring writes them, made up: presses that lose needles, and a training that helped."""
+"""Made-up records: presses that lose needles, and a training that helped."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

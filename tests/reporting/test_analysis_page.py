@@ -1,4 +1,4 @@
-"""The report of an analysis: its files, where pictures stand, and that a failed one leaves an earlier one whole."""
+"""The report of an analysis: files, places of pictures, and a failed report leaves the earlier one intact."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What was kept and what it cost; the mean against the worst case."""
+"""Tables of kept pairs, cost and stability."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def test_ledger_counts_pairs_bytes_and_tokens_per_second_by_length(make_records)
     assert len(rest) == 1
 
 
-def test_masked_memory_is_told(make_records):
+def test_masked_memory_is_reported(make_records):
     records = [record | {"freed": False} for record in make_records(ratios=(0.5,))]
     assert ledger_rows(sorted_records(records))[-1]["memory"] == "only masked"
     records[-1]["freed"] = True

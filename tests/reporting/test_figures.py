@@ -1,4 +1,4 @@
-"""Pictures: what is drawn where, and that ugly input is drawn at all."""
+"""Pictures: their content, and unusual input."""
 
 import io
 
@@ -60,7 +60,7 @@ def test_curves_begin_at_the_full_cache_base_dashed_and_trained_solid(make_recor
     assert perplexity.get_ylabel() == "perplexity"
 
 
-def test_many_presses_are_told_apart(make_records):
+def test_many_presses_are_distinguished(make_records):
     presses = [(f"Critical{number}(SnapKV)", False) for number in range(23)]
     figure = curves_figure(rows_of(make_records(presses=presses, ratios=(0.5,), tasks=("vt",), seeds=1)))
     looks = {(line.get_color(), line.get_marker()) for line in figure.axes[0].lines}
@@ -75,12 +75,12 @@ def test_needles_are_counted_by_depth_and_length(make_records):
     assert base_full.get_title() == "full cache"
     assert base_half.get_title() == "ratio 0.50"
     for axes, variant in ((base_half, "base"), (trained_half, "trained")):
-        told = {text.get_position(): text.get_text() for text in axes.texts}
-        for (x, y), text in told.items():
+        labels = {text.get_position(): text.get_text() for text in axes.texts}
+        for (x, y), text in labels.items():
             where = {"length": (512, 1024)[x], "depth": (0.0, 0.5)[y], "variant": variant, "compression_ratio": 0.5}
             found = [r["exact"] for r in records if r["depth"] is not None and where.items() <= r.items()]
             assert text == f"{sum(found):g}/{len(found)}"
-        assert len(told) == 4
+        assert len(labels) == 4
     assert trained_full.images[0].get_clim() == (0, 1)
 
 

@@ -1,4 +1,4 @@
-"""kvpress's layout: read back the way that its scorer and its leaderboard read theirs."""
+"""kvpress's layout, read back as its scorer and its leaderboard do."""
 
 import ast
 import json
@@ -42,7 +42,7 @@ class LeaderboardConfig:
 
 
 def reference_metrics(predictions):
-    """RULER's scores, told plainly: the share of references in the answer, or any of them for qa."""
+    """RULER's scores, written out: the share of references in the answer, or for qa whether any is in it."""
     scores = {}
     for task in sorted(set(predictions["task"])):
         total, rows = 0.0, 0

@@ -1,4 +1,4 @@
-"""The report of a run: its files, its contract, its page."""
+"""The report of a run: its files, their content, and the page."""
 
 import csv
 import io

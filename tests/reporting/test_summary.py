@@ -1,4 +1,4 @@
-"""Base against trained on the same cases, retention over the full cache, and what is not a pair."""
+"""Base against trained on the same cases, retention over the full cache, and unpaired cases."""
 
 import math
 
@@ -85,7 +85,7 @@ def test_a_case_that_is_there_twice_counts_once():
     assert (row.cases, row.base) == (2, 0.5)
 
 
-def test_several_tasks_are_told_together_too_and_share_no_case():
+def test_several_tasks_are_also_pooled_and_share_no_case():
     records = [needle("a", "SnapKV", 1.0, task="vt"), needle("a", "SnapKV", 0.0, task="cwe")]
     rows = rows_of(records)
     assert rows["SnapKV", ALL_RETRIEVAL].base == 0.5

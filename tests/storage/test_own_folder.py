@@ -1,4 +1,4 @@
-"""A folder belongs to one live process, to nobody once that is killed; one that cannot be is refused at the start."""
+"""A folder is held by one running process and free after a kill; an impossible folder is refused at the start."""
 
 import errno
 import os

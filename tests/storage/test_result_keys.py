@@ -28,7 +28,7 @@ NEEDED: dict[str, Any] = {
     "presses": [KnormPress(), SnapKVPress()],
     "compression_ratios": [0.1, 0.2],
 }
-"""What constructors of presses ask for."""
+"""Arguments for the constructors of presses."""
 
 
 def press_classes() -> list[type[BasePress]]:
@@ -106,7 +106,7 @@ def test_every_setting_of_a_press_is_in_its_key_and_nothing_that_a_run_leaves(ki
     assert json.dumps(settings_of(press)) == key
 
 
-def test_what_a_setting_of_a_press_cannot_tell_is_refused() -> None:
+def test_a_setting_that_does_not_store_its_arguments_is_refused() -> None:
     with pytest.raises(TypeError, match=r"does not store its constructor.s arguments"):
         settings_of(lambda: 0.5)
 

@@ -1,4 +1,4 @@
-"""What a user causes is one line with the key or file, the value and the fix; a mistake of ours keeps its traceback."""
+"""Users' errors are one line with the key or file, the value and the fix; bugs keep their traceback."""
 
 import errno
 import logging

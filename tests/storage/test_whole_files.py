@@ -1,4 +1,4 @@
-"""Whatever is exported, reported or kept is written by one function, and is whole or not there."""
+"""All exports, reports and results are written by one function, completely or not at all."""
 
 import errno
 import os
