@@ -156,7 +156,7 @@ class Measurement:
         return self._decoded({point.name: self._asked(point)})
 
     def _may_wait(self) -> int:
-        """Most bytes of waiting caches. A full GPU raises an error, which is handled; on a CPU the process would die."""
+        """Most bytes of waiting caches. A full GPU raises an error, which is handled; a CPU process would be killed."""
         free = psutil.virtual_memory().available if self.model.device.type == "cpu" else 4 * HELD_BYTES
         return min(HELD_BYTES, free // 4)
 
