@@ -100,10 +100,8 @@ def make_shards(steps: int) -> dict[str, list[dict[str, str]]]:
 
 
 class Shards(ThreadingHTTPServer):
-    """Serves shards on 127.0.0.1, with ranges.
-
-    Each of ``faults`` damages one reply, in order: "stall" and "drop" after half of it, "garbage" all of it, and
-    "corrupt" every reply for one shard until ``corrupt``, its name, is None.
+    """Serves shards on 127.0.0.1, with ranges. Each of ``faults`` damages a reply: "stall" and "drop" after half of it,
+    "garbage" all of it, and "corrupt" every reply for one shard until ``corrupt``, its name, is None.
     """
 
     daemon_threads = True

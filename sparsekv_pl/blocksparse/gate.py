@@ -95,10 +95,7 @@ class AttentionGate(nn.Module):
         return self.log_scores(query, key).exp()
 
     def log_scores(self, query: Tensor, key: Tensor) -> Tensor:
-        """Logarithms of the scores (B, H, N, N), -inf at later blocks.
-
-        ``query`` (B, H, S, D) and ``key`` (B, K, S, D) are a whole context, from position 0.
-        """
+        """Log-scores (B, H, N, N) of a whole ``query`` (B, H, S, D) and ``key`` (B, K, S, D), -inf at later blocks."""
         assert query.shape[2] == key.shape[2]
         with torch.autocast(query.device.type, enabled=False):
             return self.compare(self.gate_queries(query, 0), self.gate_keys(key, 0))
