@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the batch scripts beside this one share. They source it from the checkout, with their own arguments.
+# Common part of the batch scripts, which source it from the checkout with their own arguments.
 set -euo pipefail
 
 fail() {
@@ -20,7 +20,7 @@ fi
 # start SCRIPT COMMAND CONFIG [ARGUMENT ...]: one process per task of the job; a dry run prints the command instead.
 start() {
     local command=(
-        # Where one rank fails, the others would wait for it until the time limit.
+        # If one rank fails, the others would wait for it until the time limit.
         srun --kill-on-bad-exit=1 "$python" "$1" "$2" --config "$3"
         --trainer.devices="${SLURM_NTASKS_PER_NODE:-auto}" --trainer.num_nodes="${SLURM_NNODES:-1}" "${@:4}"
     )

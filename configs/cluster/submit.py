@@ -1,4 +1,4 @@
-"""Submits every phase for one or more trainings to Slurm, with dependencies, a few at a time, without what is complete.
+"""Submit the phases of one or more trainings to Slurm with dependencies, a few at a time, without complete ones.
 
 Run from anywhere: ``python configs/cluster/submit.py --partition gpu``; first with ``--dry-run``, which prints the plan
 and needs no cluster. For each training config (default: Qwen3-8B and Llama-3.1-8B) the phases are
@@ -8,8 +8,8 @@ and needs no cluster. For each training config (default: Qwen3-8B and Llama-3.1-
     baseline   the base model under eviction, configs/evaluate/
     trained    base against trained, configs/evaluate/, after the training and the same evaluation's baseline
 
-A job is complete where its report.json, or the training's final/, exists: delete that to have it done again. Run again
-at any time: what failed or is missing is submitted, and no two jobs of one name ever run at once.
+A job is complete if its report.json, or the training's final/, exists: delete that to repeat the job. A second call
+submits failed and missing jobs; two jobs of one name never run at once.
 """
 
 import argparse
@@ -29,7 +29,7 @@ TRAININGS = [Path("configs/train/eit_qwen3_8b.yaml"), Path("configs/train/eit_ll
 PHASES = ("analyse", "train", "baseline", "trained")
 """In the order of submission: what others wait for comes first."""
 
-# What each phase runs, and how much larger than the file's own default, which is minutes on a CPU.
+# Configurations of each phase, with settings larger than the files' defaults, which take minutes on a CPU.
 ANALYSES = {
     "configs/analyze/anchors.yaml": ["--data.windows=90", "--data.cases_per_cell=10"],
     "configs/analyze/statistics.yaml": ["--data.windows=100"],
@@ -135,14 +135,14 @@ def sbatch(job: Job, ids: dict[Job, str], before: str | None, options: Sequence[
     needs = [ids[need] for need in job.needs if need in ids]
     dependency = ["afterok:" + ":".join(needs)] if needs else []
     dependency += [f"afterany:{before}"] if before and before not in needs else []
-    dependency += ["singleton"]  # baseline and trained write to one folder; so does whatever is submitted twice
+    dependency += ["singleton"]  # baseline and trained write to one folder, and so do jobs submitted twice
     return [
         "sbatch",
         "--parsable",
         f"--job-name={job.name}",
         f"--output={LOGS}/%x-%j.log",
         f"--dependency={','.join(dependency)}",
-        "--kill-on-invalid-dep=yes",  # else what needs a failed job waits for ever
+        "--kill-on-invalid-dep=yes",  # otherwise jobs that depend on a failed one wait forever
         *options,
         f"configs/cluster/{job.script}",
         *job.arguments,

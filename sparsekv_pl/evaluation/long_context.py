@@ -201,7 +201,7 @@ class LongContextModule(MeasuringModule):
         return {"prefill_seconds": seconds, "eviction_seconds": 0.0, "peak_bytes": self.phases.peak_bytes()}
 
     def _draws(self, batch: CaseBatch, start: int) -> AbstractContextManager[None]:
-        """As ``Measurement``'s, of one chunk: a rerun may begin with it."""
+        """Seed a press without a seed of its own for one chunk, so that a rerun may begin with it."""
         cases = (case.id for case in batch["cases"])
         return globally_seeded("measured press", *cases, canonical(self.press_settings), str(self.budget), start)
 
