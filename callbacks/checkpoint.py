@@ -159,7 +159,7 @@ class SafeCheckpoint(ModelCheckpoint):
         # Lightning kills this process if another one that it started exits first: forget those processes.
         getattr(trainer.strategy.launcher, "procs", []).clear()
         name = signal.Signals(number).name
-        rank_zero_info(f"{name}: stopped after step {trainer.global_step}; go on with --ckpt_path last")
+        rank_zero_info(f"{name}: stopped after step {trainer.global_step}; resume with --ckpt_path last")
         raise Stopped(number)
 
     def _save_now(self, trainer: Trainer) -> None:

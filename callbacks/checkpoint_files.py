@@ -200,7 +200,7 @@ def not_saved(path: Path, needed: int, error: OSError) -> str:
         f"checkpoint {path} was not saved:{what} {error.strerror or error}. "
         f"{f'Its tensors need {needed:,} bytes; ' if needed else ''}{free_bytes(path):,} bytes are free. "
         f"Last good checkpoint: {next((last for last in saved if not fault(last)), 'none')}. "
-        "Make room and go on with --ckpt_path last."
+        "Make room and resume with --ckpt_path last."
     )
 
 

@@ -83,7 +83,7 @@ class CollectTensors(pl.Callback):
             If the files do not fit on the disk, if the data has none of the lengths, or if the module has no model.
         """
         if not hasattr(pl_module, "model"):
-            raise ValueError(f"CollectTensors needs a model of its own, which {type(pl_module).__name__} has not")
+            raise ValueError(f"CollectTensors needs a module with a model, which {type(pl_module).__name__} has not")
         model = causal_lm(pl_module.model)
         offered = getattr(trainer.datamodule, "lengths", self.lengths)  # type: ignore[attr-defined]
         lengths = [length for length in self.lengths if length in offered]

@@ -81,8 +81,8 @@ def _move(folder: Path, paths: list[Path], step: int) -> None:
         path.rename(target)
     names = [str(path.relative_to(folder)) for path in paths]
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    what = "an earlier run" if step < 0 else f"what follows step {step}, from which this run goes on otherwise"
-    again = f"; --ckpt_path {aside} goes on with it" if checkpoints_in(aside) else ""
+    what = "an earlier run" if step < 0 else f"files after step {step}, at which this run resumes"
+    again = f"; --ckpt_path {aside} resumes it" if checkpoints_in(aside) else ""
     rank_zero_info(f"{folder} holds {what}: {', '.join(names[:LISTED])}{more}: moved to {aside}{again}")
 
 

@@ -50,24 +50,24 @@ class Encoder:
         return found
 
     def with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """``encode``, and the characters [start, end) that each token stands for. Needs a fast tokenizer."""
+        """Encode as ``encode`` does, with each token's characters [start, end). Needs a fast tokenizer."""
         before, skipped = self._before(text)
         encoded = self.tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         offsets = [(max(0, first - len(before)), last - len(before)) for first, last in encoded["offset_mapping"]]
         return list(encoded["input_ids"][skipped:]), offsets[skipped:]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Plain text of token ids, spaces left as they are."""
+        """Decode token ids to plain text without changing spaces."""
         return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """``encode`` of each text, faster than one by one where it can be."""
+        """Encode each text as ``encode`` does, in one call if possible."""
         if not texts or self.has_prefix:
             return [self.encode(text) for text in texts]
         return [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
     def behind_character(self, ids: Sequence[int], place: int) -> int:
-        """``place``, or the next one where a character begins or the text ends."""
+        """Return ``place``, or the nearest place after it where a character begins or the text ends."""
         while place < len(ids) and not self.begins([ids[place]])[0]:
             place += 1
         return place
@@ -110,7 +110,7 @@ class Encoder:
             if self.start(before + whole)[: len(alone)] == alone:
                 return before, len(alone)
         raise ValueError(
-            f"{type(self.tokenizer).__name__} merges {whole[:20]!r} with whatever stands before it, so it cannot be "
+            f"{type(self.tokenizer).__name__} merges {whole[:20]!r} with any text before it, so it cannot be "
             "cut there: use another tokenizer"
         )
 

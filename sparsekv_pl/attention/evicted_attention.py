@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-import kvpress  # noqa: F401  wraps every attention function that is registered when it is imported: ours must come after
+import kvpress  # noqa: F401  wraps all registered attention functions when imported, so ours is registered later
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel

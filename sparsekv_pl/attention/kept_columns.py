@@ -64,7 +64,7 @@ def _spans(kept: Tensor, length: int, recent: int, query_chunk: int) -> list[_Sp
     """Cut ``length`` queries into chunks; ``kept`` (B, K, M) is best on the host, where it was drawn."""
     starts = torch.arange(0, length, query_chunk, device=kept.device)
     firsts = (starts - recent + 1).clamp(min=0)
-    # kept is sorted: what lies before the block is a prefix. The longest over rows and heads serves all.
+    # kept is sorted, so the keys before the block are a prefix; the longest over rows and heads serves all.
     per_head = torch.searchsorted(kept, firsts.expand(*kept.shape[:2], -1).contiguous())
     return [
         _Span(start, min(start + query_chunk, length), first, old)

@@ -207,7 +207,7 @@ def _judge(
     if method is not None and "bits" in str(method).lower():
         planned.notes.append(f"weights as the checkpoint stores them, quantised ({method})")
     elif method is not None:
-        warn(f"the checkpoint is quantised with {method}, which is not counted: its weights take less than said here")
+        warn(f"the checkpoint is quantised with {method}, which is not counted: its weights take less than estimated")
     if planned.weight_bytes > planned.memory_limit:
         warn(
             f"the weights alone ({gib(planned.weight_bytes)}) exceed {gib(planned.memory_limit)} ({planned.memory}): "

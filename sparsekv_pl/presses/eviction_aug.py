@@ -54,7 +54,9 @@ class EvictionAugPress(BasePress, Draws):
             raise ValueError("EvictionAugPress.presses is []: name at least one press")
         for press in self.presses:
             if not isinstance(press, BasePress):
-                raise ValueError(f"EvictionAugPress.presses has {press!r}, which is no press: give kvpress's or ours")
+                raise ValueError(
+                    f"EvictionAugPress.presses has {press!r}, which is no press: give one of kvpress or sparsekv_pl"
+                )
             if any(isinstance(inner, EvictionAugPress) and inner.seed == self.seed for inner in presses_in(press)):
                 raise ValueError(
                     f"EvictionAugPress.seed is {self.seed}, as is that of the EvictionAugPress inside it, so both "

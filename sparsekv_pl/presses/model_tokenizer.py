@@ -24,7 +24,7 @@ def tokenizer_of(model: PreTrainedModel, given: PreTrainedTokenizerBase | None =
 def _loaded(source: str) -> PreTrainedTokenizerBase:
     advice = "set its tokenizer (press.tokenizer = ...) before it is put on the model"
     if not source:
-        raise ValueError(f"this press reads text, but the model does not say where it is from: {advice}")
+        raise ValueError(f"this press reads text, but the model has no name_or_path to load a tokenizer from: {advice}")
     try:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:

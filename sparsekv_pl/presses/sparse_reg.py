@@ -65,7 +65,9 @@ class SparseRegPress(BasePress):
         if not (self.weight >= 0 and isfinite(self.weight)):
             raise ValueError(f"SparseRegPress.weight={self.weight} must be at least 0 and finite")
         if self.press is not None and not isinstance(self.press, BasePress):
-            raise ValueError(f"SparseRegPress.press={self.press!r} is no press: give kvpress's or ours, or null")
+            raise ValueError(
+                f"SparseRegPress.press={self.press!r} is no press: give one of kvpress or sparsekv_pl, or null"
+            )
         for name, least in (("window_size", 1), ("sinks", 0)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"SparseRegPress.{name}={getattr(self, name)} must be at least {least}")

@@ -126,8 +126,8 @@ class EITModule(LightningModule):
         self._check_contexts()
         if stage == "fit" and self.compression_ratio is None:
             raise ValueError(
-                "nothing says how much training evicts: add callbacks.curriculum.Curriculum to trainer.callbacks, with "
-                "a schedule (Fixed, say); the press's own compression_ratio does not count"
+                "nothing sets how much training evicts: add callbacks.curriculum.Curriculum to trainer.callbacks, "
+                "with a schedule (Fixed, say); the press's own compression_ratio is not used"
             )
 
     def _check_contexts(self) -> None:

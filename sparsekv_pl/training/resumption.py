@@ -57,7 +57,7 @@ class Resumption(Callback):
         was, now = checkpoint.get(PRECISION), str(trainer.precision)
         if was not in (None, now):
             log.warning(
-                "the checkpoint was trained in %s, this run goes on in %s: losses differ in their last digits; "
+                "the checkpoint was trained in %s, this run continues in %s: losses differ in their last digits; "
                 "--trainer.precision %s computes as before",
                 *(was, now, was),
             )
@@ -85,8 +85,8 @@ def check_resumable(module: LightningModule, checkpoint: Mapping[str, Any]) -> N
     if different:
         more = f"; {len(different) - SHOWN} more" if len(different) > SHOWN else ""
         raise ValueError(
-            f"the checkpoint's training cannot go on in this run: {'; '.join(different[:SHOWN])}{more}. Go back to the "
-            f"saved settings, {NEW_RUN}"
+            f"the checkpoint's training cannot continue in this run: {'; '.join(different[:SHOWN])}{more}. Go back to "
+            f"the saved settings, {NEW_RUN}"
         )
 
 
@@ -110,7 +110,7 @@ def _parameters(module: LightningModule, saved: Mapping[str, Any] | None) -> lis
     trains = {name: tuple(value.shape) for name, value in module.named_parameters() if value.requires_grad}
     known = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
     new = [f"{name} trains, and the checkpoint has none" for name in trains if name not in saved]
-    gone = [f"{name} is in the checkpoint alone" for name in saved if name not in known]
+    gone = [f"{name} is only in the checkpoint" for name in saved if name not in known]
     shapes = [
         f"{name} was {tuple(saved[name].shape)}, is {shape}"
         for name, shape in trains.items()

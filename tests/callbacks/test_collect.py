@@ -179,5 +179,5 @@ def test_what_cannot_be_collected_is_refused_before_anything_runs(
     with pytest.raises(ValueError, match="0 B are free on the disk"):
         evaluate(callback(tmp_path / "during"))
     assert not (tmp_path / "during").exists()
-    with pytest.raises(ValueError, match="needs a model of its own, which SimpleNamespace has not"):
+    with pytest.raises(ValueError, match="needs a module with a model, which SimpleNamespace has not"):
         callback(tmp_path).on_test_start(tiny_trainer(), SimpleNamespace())  # type: ignore[arg-type]

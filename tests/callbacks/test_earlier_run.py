@@ -56,7 +56,7 @@ def test_a_new_run_finds_an_empty_folder_and_says_where_the_rest_is(
         "events.out.tfevents.1.host",
     }
     assert names(used / "earlier-1" / "checkpoints") == {"step=6.ckpt", "step=9.ckpt"}
-    assert f"moved to {used}/earlier-1; --ckpt_path {used}/earlier-1 goes on with it" in caplog.text
+    assert f"moved to {used}/earlier-1; --ckpt_path {used}/earlier-1 resumes it" in caplog.text
     save(used / "checkpoints" / "step=3.ckpt", 3)
     set_aside([used], str(used / "earlier-1" / "checkpoints" / "step=9.ckpt"))  # which is another run
     assert names(used / "earlier-2" / "checkpoints") == {"step=3.ckpt"}

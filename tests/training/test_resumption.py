@@ -129,7 +129,7 @@ def test_another_precision_than_the_checkpoints_is_named(
     assert fit(DONE + 1, resume=True).global_step == DONE + 1
     assert "was trained in" not in caplog.text
     assert fit(DONE + 2, resume=True, precision="bf16-mixed").global_step == DONE + 2
-    assert "the checkpoint was trained in 32-true, this run goes on in bf16-mixed" in caplog.text
+    assert "the checkpoint was trained in 32-true, this run continues in bf16-mixed" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_another_precision_than_the_checkpoints_is_named(
         ({"optimizer": lambda parameters: SGD(parameters, lr=1e-2)}, "model.optimizer was AdamW, is SGD"),
         ({"lora": Lora(r=4, alpha=64)}, "model.backbone.lora.alpha was 32, is 64"),
         ({"lora": Lora(r=8)}, r"was \(4, 64\), is \(8, 64\)"),
-        ({"lora": Lora(r=4, targets=("q_proj", "v_proj"))}, "is in the checkpoint alone"),
+        ({"lora": Lora(r=4, targets=("q_proj", "v_proj"))}, "is only in the checkpoint"),
         ({"lora": Lora(r=4, targets=("q_proj", "k_proj", "v_proj", "o_proj", "up_proj"))}, "the checkpoint has none"),
         ({"steps": DONE - 1}, "trainer.max_steps is 1, but the checkpoint is of step 2"),
         ({"schedule": one_cycle(1)}, "model.lr_scheduler ends before step 2"),
