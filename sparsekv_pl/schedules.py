@@ -260,7 +260,7 @@ class Adaptive(WarmedUp):
 
 @dataclass(frozen=True)
 class Spread(Schedule):
-    """Draw each step's ratio uniformly from ``low`` (0 <= low < 1) to ``schedule``'s, so that small ratios stay trained.
+    """Draw each step's ratio uniformly from ``low`` (0 <= low < 1) to ``schedule``'s, so that small ones stay trained.
 
     The draw is a function of (``seed``, step): every rank and every resumed run draws the same. If ``schedule``'s ratio
     is at or below ``low``, it is used unchanged.
