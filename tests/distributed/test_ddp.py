@@ -19,7 +19,7 @@ class Ranks:
 
     folder: Path
 
-    def tell(self, name: str) -> list[dict[str, list[Any]]]:
+    def reports(self, name: str) -> list[dict[str, list[Any]]]:
         return [torch.load(self.folder / f"{name} {number}.pt") for number in range(RANKS)]
 
 
@@ -37,15 +37,15 @@ def test_two_ranks_train_as_one_process_with_both_batches(
 ) -> None:
     alone = run(name, tiny_models["llama"], tmp_path)
     assert len(alone["gradients"]) == CASES[name].steps
-    for told in ranks.tell(name):
-        assert told["drawn"] == alone["drawn"]
-        for found, expected in zip(told["gradients"], alone["gradients"], strict=True):
+    for reported in ranks.reports(name):
+        assert reported["drawn"] == alone["drawn"]
+        for found, expected in zip(reported["gradients"], alone["gradients"], strict=True):
             scale = max(float(gradient.abs().max()) for gradient in expected.values())
             assert scale > 1e-4
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * scale)
-        for found, expected in zip(told["logged"], alone["logged"], strict=True):
+        for found, expected in zip(reported["logged"], alone["logged"], strict=True):
             assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
-        assert told["validated"] == [pytest.approx(one, rel=1e-4) for one in alone["validated"]]
+        assert reported["validated"] == [pytest.approx(one, rel=1e-4) for one in alone["validated"]]
     exported = list((ranks.folder / name).iterdir())
     assert [folder.name for folder in exported] == ["final"]
     files = (next((at / name / "final").glob("*.safetensors")) for at in (ranks.folder, tmp_path))
@@ -55,12 +55,12 @@ def test_two_ranks_train_as_one_process_with_both_batches(
 
 def test_the_adaptive_ratio_moved_with_validation(ranks: Ranks) -> None:
     """Of three batches, one rank has two: what it was given again counts once."""
-    told = ranks.tell("adaptive")
-    assert len({ratio for ratio, _ in told[0]["drawn"]}) > 2
-    assert all(len(one["validated"]) == CASES["adaptive"].steps for one in told)
+    reported = ranks.reports("adaptive")
+    assert len({ratio for ratio, _ in reported[0]["drawn"]}) > 2
+    assert all(len(one["validated"]) == CASES["adaptive"].steps for one in reported)
 
 
 def test_draws_and_ratios_differ_from_step_to_step(ranks: Ranks) -> None:
-    ratios, presses = zip(*ranks.tell("spread")[0]["drawn"], strict=True)
+    ratios, presses = zip(*ranks.reports("spread")[0]["drawn"], strict=True)
     assert len(set(ratios)) == len(ratios) == 20
     assert set(presses) == {0, 1}
