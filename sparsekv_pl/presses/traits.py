@@ -105,7 +105,9 @@ class PressTraits:
         if self.decides == "itself" or not self.inside:
             return self
         now: Any = self.press
-        return next(inner for inner in self.inside if inner.press is now.press).deciding
+        chosen = next((inner for inner in self.inside if inner.press is now.press), None)
+        assert chosen is not None
+        return chosen.deciding
 
     @property
     def selecting(self) -> BasePress:
@@ -165,7 +167,7 @@ def _row(press: BasePress, kind: type) -> PressTraits:
             f"{kind.__name__} is a press of kvpress that sparsekv_pl does not know: take another, or add its row to "
             "presses/traits.py"
         )
-    base = next(each for each in kind.__bases__ if issubclass(each, BasePress))
+    base = next((each for each in kind.__bases__ if issubclass(each, BasePress)), BasePress)
     differs: Mapping[str, Any] = {"same_at_every_ratio": False} | vars(kind).get("traits", {})
     return replace(_row(press, base), **differs)
 

@@ -3,6 +3,7 @@
 import logging
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -71,6 +72,15 @@ def test_a_failing_listener_stops_what_was_not_sent() -> None:
         assert len(server.bodies) < 10
 
 
+@pytest.fixture
+def ctrl_c_raises() -> Iterator[None]:
+    """A shell that starts a process in the background, and Lightning after an interrupt, leave SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_raises")
 def test_ctrl_c_sends_nothing_more_and_keeps_what_is_under_way() -> None:
     answered: list[int] = []
 
