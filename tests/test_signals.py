@@ -156,6 +156,7 @@ def test_the_first_says_what_it_waits_for_and_a_second_stops_at_once(
         assert process.wait(10) == 128 + number
     finally:
         process.kill()
+    psutil.wait_procs(children, timeout=10)
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     said = log.read_text()
     assert said.count(f"{number.name}: finishing ") == 1 and f"{number.name}: stopped at once" in said
