@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from data.chat import chat_frame
-from data.encoding import Encoder
 from data.packing import Tokens
 from sparsekv_pl.models.batch import CaseInfo
+from sparsekv_pl.models.chat_frame import chat_frame
+from sparsekv_pl.models.encoding import Encoder
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ import random
 from data.cases import Case, CaseTask, Frame
 from data.facts import draw_facts
 from data.needle_placement import checked_depth, hide, stretch
-from data.needles import QUESTION_OPENING, filler_room, needle_ids
+from data.needles import filler_room, needle_ids
 from data.packing import Tokens
 from sparsekv_pl.models.batch import CaseInfo
+from sparsekv_pl.models.chat_frame import QUESTION_OPENING
 
 ANSWER_SLACK = 4
 """Tokens that an answer may have beyond its value's, for a full stop or another tokenisation of the value."""

@@ -12,12 +12,13 @@ from data.cases import Case, Frame
 from data.collate import case_batch, pad_id
 from data.fact_task import ANSWER_SLACK
 from data.facts import Fact, draw_facts
-from data.needles import QUESTION_OPENING, filler_room, needle_ids
+from data.needles import filler_room, needle_ids
 from data.packing import JOINT, DocumentStream
 from data.python_source import PythonSource
 from data.text import Document, Splits, TextSource
 from data.tokenized import TokenizedData
 from sparsekv_pl.models.batch import CaseBatch, CaseInfo
+from sparsekv_pl.models.chat_frame import QUESTION_OPENING
 from sparsekv_pl.models.seeding import random_for
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.collate import needle_batch, pad_id, text_batch
-from data.encoding import Encoder
 from data.needles import NeedleTask
 from data.packing import (
     DocumentStream,
@@ -22,6 +21,7 @@ from data.text import EmbeddedText, Splits, TextSource
 from data.tokenized import TokenizedData
 from data.without_epochs import batches_to_train, without_epochs
 from sparsekv_pl.models.batch import Batch
+from sparsekv_pl.models.encoding import Encoder
 from sparsekv_pl.models.seeding import random_for
 
 DEPTHS = 10

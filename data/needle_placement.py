@@ -4,8 +4,8 @@ import random
 from collections.abc import Sequence
 
 from data.cases import Frame
-from data.chat import WORD_STARTS
 from data.packing import Tokens
+from sparsekv_pl.models.chat_frame import WORD_STARTS
 
 REACH = 256
 """Number of tokens within which a word start is searched."""

@@ -5,17 +5,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from data.cases import Frame
-from data.chat import next_turn
 from data.facts import Fact, Split, draw_facts
 from data.needle_placement import checked_depth, hide, stretch
 from data.packing import Tokens
 from sparsekv_pl.models.batch import IGNORE
+from sparsekv_pl.models.chat_frame import QUESTION_OPENING, next_turn
 from sparsekv_pl.models.seeding import random_for
 
 QUESTION_FIRST_SHARE = 0.1
 MIN_FILLER_SHARE = 0.5
-QUESTION_OPENING = "\n\n"
-"""Separator between the text and the first question."""
 
 
 @dataclass(frozen=True)

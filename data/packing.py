@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from data.encoding import Encoder
 from data.facts import Split
 from data.text import Document, DocumentBlocks, Splits, TextSource
+from sparsekv_pl.models.encoding import Encoder
 from sparsekv_pl.models.seeding import random_for
 
 JOINT = "\n\n"

@@ -15,10 +15,11 @@ from data.cases import Frame
 from data.documents import BOM
 from data.facts import Fact, draw_facts
 from data.needle_placement import stretch
-from data.needles import QUESTION_OPENING, filler_room, needle_ids
+from data.needles import filler_room, needle_ids
 from data.packing import Tokens, split_tokens
 from data.python_source import PythonSource
 from data.text import Splits, TextSource
+from sparsekv_pl.models.chat_frame import QUESTION_OPENING
 from sparsekv_pl.models.seeding import random_for
 
 GOLDEN = (5**0.5 - 1) / 2

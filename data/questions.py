@@ -7,10 +7,10 @@ from torch.utils.data import DataLoader
 
 from data.cases import Case, Frame
 from data.collate import case_batch, pad_id
-from data.needles import QUESTION_OPENING
 from data.question_sources import PlantedQuestions, Question, QuestionSource, document_room
 from data.tokenized import TokenizedData
 from sparsekv_pl.models.batch import CaseBatch, CaseInfo
+from sparsekv_pl.models.chat_frame import QUESTION_OPENING
 
 log = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from data.cases import Frame
-from data.encoding import Encoder
 from data.needle_placement import checked_depth, hide, stretch, word_starts
 from data.packing import Tokens
 from sparsekv_pl.models.batch import CaseInfo
+from sparsekv_pl.models.encoding import Encoder
 
 INFO = CaseInfo(id="", task="test", answers=("42",))
 

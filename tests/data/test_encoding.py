@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from data.encoding import Encoder
 from data.evaluation import EvaluationData
 from data.fact_task import Facts
 from data.long_haystack import HaystackData
@@ -19,6 +18,7 @@ from data.ruler_needles import Niah
 from data.text import Document, Splits, TextSource
 from sparsekv_pl.evaluation.hosted_module import prompt_of
 from sparsekv_pl.models.batch import IGNORE
+from sparsekv_pl.models.encoding import Encoder
 from tests.data.tiny_tokenizers import CHINESE, ENGLISH, byte_level, sentencepiece
 
 TOKENIZERS = {

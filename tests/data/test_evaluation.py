@@ -11,13 +11,13 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 
 from data.cases import CaseTask, Frame
-from data.encoding import Encoder
 from data.evaluation import EvaluationData
 from data.fact_task import Facts
 from data.mixture import EvictionData
 from data.packing import split_tokens, spread_windows
 from data.text import Splits
 from sparsekv_pl.models.batch import CaseInfo
+from sparsekv_pl.models.encoding import Encoder
 
 SPLITS = Splits(0.6, 0.2, 0.2)
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from data.chat import chat_frame
 from data.needles import NeedleTask
 from data.packing import Tokens
 from sparsekv_pl.models.batch import IGNORE
+from sparsekv_pl.models.chat_frame import chat_frame
 
 
 @pytest.fixture

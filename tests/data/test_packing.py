@@ -5,9 +5,9 @@ from itertools import chain
 
 import pytest
 
-from data.encoding import Encoder
 from data.packing import DocumentStream, Tokens, WindowStream, encode_document, spread_windows, take_tokens
 from data.text import Splits
+from sparsekv_pl.models.encoding import Encoder
 
 ALL = Splits(1, 0, 0)
 

@@ -4,8 +4,22 @@ from types import SimpleNamespace
 
 import pytest
 from kvpress.pipeline import KVPressTextGenerationPipeline
+from transformers import PreTrainedTokenizerFast
 
-from data.chat import chat_frame, next_turn
+from sparsekv_pl.models.chat_frame import chat_frame, next_turn
+from tests.data.conftest import byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """With a chat template."""
+    return byte_tokenizer(chat=True)
+
+
+@pytest.fixture(scope="module")
+def plain_tokenizer() -> PreTrainedTokenizerFast:
+    """Without one."""
+    return byte_tokenizer(chat=False)
 
 
 def test_chat_and_plain_frames(tokenizer, plain_tokenizer):

@@ -4,6 +4,8 @@ from typing import Any
 
 from sparsekv_pl.models.chat_template import render
 
+QUESTION_OPENING = "\n\n"
+"""Separator between the text and the first question."""
 MARK = "<<<the text goes here>>>"
 WORD_STARTS = ("Ġ", "Ċ", "▁", " ", "\n")
 """The first characters of tokens that begin with whitespace, in byte-level, SentencePiece and plain vocabularies."""
