@@ -1,4 +1,4 @@
-"""Log the number of documents that could not be used."""
+"""Log the number of documents that could not be used, and of questions that could not be asked."""
 
 from collections import deque
 from typing import Any
@@ -12,12 +12,13 @@ from sparsekv_pl.models.batch import Batch
 class SkippedDocuments(pl.Callback):
     """Log ``data/skipped_documents``: the documents that the training stream has skipped since the run began.
 
-    It counts all workers, ranks and epochs. The count belongs to the stream and resumes with it; each batch carries its
-    worker's count. The first log waits for a batch of each worker.
+    With ``data.questions`` also ``data/left_out_questions/KIND``: how often a kind of question was drawn for a text
+    that has nothing for it. They count all workers, ranks and epochs. The counts belong to the stream and resume with
+    it; each batch carries its worker's. The first log waits for a batch of each worker.
     """
 
     def __init__(self) -> None:
-        self._counts: deque[int] = deque()
+        self._counts: deque[dict[str, int]] = deque()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -30,10 +31,11 @@ class SkippedDocuments(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Log at the trainer's logging interval."""
-        self._counts.append(batch.get("skipped_documents", 0))
+        left_out = batch.get("left_out_questions", {})
+        counts = {"data/skipped_documents": batch.get("skipped_documents", 0)}
+        self._counts.append(counts | {f"data/left_out_questions/{kind}": count for kind, count in left_out.items()})
         due = trainer.global_step % max(trainer.log_every_n_steps, 1) == 0  # type: ignore[attr-defined]
         if due and len(self._counts) == self._counts.maxlen:
-            total = float(sum(self._counts))
-            pl_module.log(
-                "data/skipped_documents", total, on_step=True, on_epoch=False, sync_dist=True, reduce_fx="sum"
-            )
+            for name in self._counts[-1]:
+                total = float(sum(of_worker[name] for of_worker in self._counts))
+                pl_module.log(name, total, on_step=True, on_epoch=False, sync_dist=True, reduce_fx="sum")

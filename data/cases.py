@@ -25,6 +25,19 @@ class Case:
     info: CaseInfo
 
 
+@dataclass(frozen=True)
+class TrainingCase:
+    """One row of a training batch of questions, before padding."""
+
+    context_ids: list[int]
+    continuation_ids: list[int]
+    labels: list[int]
+    """As ``continuation_ids`` where supervised, else ``IGNORE``."""
+    document_ids: list[str]
+    task: str
+    """The kinds of its questions; "needle" for ``NeedleTask``."""
+
+
 class Frame(Encoder):
     """The chat template, cut as in kvpress's pipeline: prefix | context question | suffix, answer prefix.
 

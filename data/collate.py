@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-from data.cases import Case
-from data.needles import NeedleCase
+from data.cases import Case, TrainingCase
 from data.packing import Tokens
 from sparsekv_pl.models.batch import IGNORE, Batch, CaseBatch, Supervised
 
@@ -26,8 +25,8 @@ def text_batch(windows: Sequence[Tokens], continuation_tokens: int, pad: int) ->
     return _with_lengths(batch, [len(window.ids) - continuation_tokens for window in windows])
 
 
-def needle_batch(cases: Sequence[NeedleCase], pad: int) -> Batch:
-    """Collate needle cases; contexts and continuations are padded on the right to the longest."""
+def needle_batch(cases: Sequence[TrainingCase], pad: int) -> Batch:
+    """Collate cases with questions; contexts and continuations are padded on the right to the longest."""
     batch: Batch = {
         "context_ids": _ids([case.context_ids for case in cases], pad),
         "continuation_ids": _ids([case.continuation_ids for case in cases], pad),

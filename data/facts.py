@@ -25,6 +25,7 @@ from data.names import (
 from data.wordings import GENERIC_QUESTIONS, GENERIC_STATEMENTS, KIND_WORDINGS, Wording
 
 Split = Literal["train", "validation", "held_out"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "held_out")
 T = TypeVar("T")
 
 
@@ -56,7 +57,8 @@ def part(pool: Sequence[T], split: Split) -> list[T]:
     return [item for i, item in enumerate(pool) if owner.get(i % 10, "train") == split]
 
 
-def _name(rng: random.Random, split: Split) -> str:
+def draw_name(rng: random.Random, split: Split) -> str:
+    """Draw a person's name."""
     return f"{rng.choice(part(FIRST_NAMES, split))} {rng.choice(part(LAST_NAMES, split))}"
 
 
@@ -135,7 +137,7 @@ KINDS: tuple[Kind, ...] = (
         "name",
         "owner of, caretaker of, manager of, auditor of, founder of, director of, chief engineer of, "
         "contact person for",
-        _name,
+        draw_name,
     ),
     Kind(
         "date",
@@ -188,14 +190,14 @@ def draw_subject(rng: random.Random, split: Split) -> str:
     if form == 1:
         return f"Project {rng.choice(part(ADJECTIVES, split)).title()} {_word(rng, split).title()}"
     if form == 2:
-        return _name(rng, split)
-    return f"{_name(rng, split)}'s {rng.choice(part(FACILITIES, split))}"
+        return draw_name(rng, split)
+    return f"{draw_name(rng, split)}'s {rng.choice(part(FACILITIES, split))}"
 
 
 def draw_fact(rng: random.Random, split: Split, kind: Kind | None = None) -> Fact:
     """Draw a fact from the split's words; the kind is drawn too unless ``kind`` is given."""
     kind = kind or rng.choice([k for k in KINDS if split == "held_out" or not k.held_out_only])
-    subject, who = draw_subject(rng, split), _name(rng, split)
+    subject, who = draw_subject(rng, split), draw_name(rng, split)
     value = kind.value(rng, split)
     while value.lower() in f"{subject} {who}".lower():
         value = kind.value(rng, split)

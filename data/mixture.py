@@ -7,7 +7,10 @@ from typing import Any, cast
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from data.asked_rows import AskedRows, check_room, validation_questions
+from data.cases import TrainingCase
 from data.collate import needle_batch, pad_id, text_batch
+from data.facts import Split
 from data.needles import NeedleTask
 from data.packing import (
     DocumentStream,
@@ -16,6 +19,8 @@ from data.packing import (
     spread_windows,
     window_at,
 )
+from data.question_cases import QuestionCases
+from data.question_kinds import checked_weights
 from data.resumable import RankStatefulLoader, flat_settings, tokenizer_settings
 from data.text import EmbeddedText, Splits, TextSource
 from data.tokenized import TokenizedData
@@ -24,6 +29,8 @@ from sparsekv_pl.models.batch import Batch
 from sparsekv_pl.models.encoding import Encoder
 from sparsekv_pl.models.seeding import random_for
 
+CONTINUATIONS = 4
+"""All questions of a row together have at most the tokens of so many text continuations, except for the first one."""
 DEPTHS = 10
 """Number of depths, evenly from 0 to 1, over which validation's needles cycle."""
 TRIED_CASES, SPARE = 256, 1.25
@@ -40,6 +47,7 @@ STREAM_SETTINGS = (
     "retrieval_share",
     "needles",
     "shortest_context",
+    "questions",
 )
 """Settings that determine the training stream, besides the tokenizer and the numbers of ranks and workers."""
 
@@ -61,9 +69,10 @@ class EvictionData(TokenizedData):
     batch_size
         Rows per batch and rank.
     retrieval_share
-        Fraction of training batches that ask for hidden facts; the rest is plain text.
+        Fraction of training batches that ask questions; the rest is plain text.
     needles
-        Least and most facts hidden in a training case, and asked for one after the other; validation hides one.
+        Least and most questions of a training case, asked one after the other; validation asks one. With facts alone,
+        this is the number of facts that are hidden.
     num_workers
         Processes that tokenise and pack; 0 does it in the training process.
     seed
@@ -79,6 +88,10 @@ class EvictionData(TokenizedData):
         together, other lengths one after the other, without padding: a batch computes only its own tokens, but in up
         to ``batch_size`` passes of few rows. If few rows have equal lengths, it costs as much as ``batch_size: 1`` with
         ``accumulate_grad_batches``. The text between a shorter row and the end of its window is skipped.
+    questions
+        Weights of the kinds of questions, for example {facts: 3, quotes: 2, cloze: 1}; null asks for facts alone. The
+        kinds are those of data/question_kinds.py. Each question's kind is drawn; one that the text has nothing for is
+        drawn again and counted. Validation asks the kinds in turn.
 
     Raises
     ------
@@ -100,8 +113,10 @@ class EvictionData(TokenizedData):
         validation_needles: int = 16,
         splits: Splits | None = None,
         shortest_context: int | None = None,
+        questions: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
+        self.questions = checked_weights(questions)
         least = {"context_tokens": 1, "continuation_tokens": 2, "batch_size": 1, "num_workers": 0}
         least |= {"validation_windows": 0, "validation_needles": 0}
         given = locals()
@@ -135,7 +150,10 @@ class EvictionData(TokenizedData):
         super().setup(stage)
         if stage == TrainerFn.FITTING and self.trainer is not None:
             without_epochs(self.trainer)
-        if self.shortest_context is None or self.retrieval_share == 0:
+        if self.retrieval_share and self.questions:
+            shortest = "context_tokens" if self.shortest_context is None else "shortest_context"
+            check_room(question_cases(self, "train"), {shortest: self.context_lengths[0]})
+        if self.shortest_context is None or self.retrieval_share == 0 or self.questions:
             return
         task = training_needles(self)
         least = int(task.most_beside_text(TRIED_CASES) * SPARE) + 1
@@ -160,7 +178,7 @@ class EvictionData(TokenizedData):
         return RankStatefulLoader(stream, batches + 1, self.num_workers, trainer)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Return text windows of the validation split, then needle cases in its wordings."""
+        """Return text windows of the validation split, then questions in its wordings."""
         return _in_order(self._validation_batches())
 
     def _validation_batches(self) -> list[Batch]:
@@ -168,8 +186,13 @@ class EvictionData(TokenizedData):
         text = split_tokens(self.text, self.splits, "validation", self.tokenizer, length)
         encoder = Encoder(self.tokenizer)
         windows = spread_windows(text, self.validation_windows, length, self.continuation_tokens, encoder)
-        task = NeedleTask(self.tokenizer, self.context_tokens, self.seed, "validation")
-        cases = [task.case(i, text, depth=i % DEPTHS / (DEPTHS - 1)) for i in range(self.validation_needles)]
+        depths = [i % DEPTHS / (DEPTHS - 1) for i in range(self.validation_needles)]
+        cases: list[TrainingCase]
+        if self.questions:
+            cases = validation_questions(question_cases(self, "validation"), text, depths)
+        else:
+            task = NeedleTask(self.tokenizer, self.context_tokens, self.seed, "validation")
+            cases = [task.case(i, text, depth=depth) for i, depth in enumerate(depths)]
         pad, size = pad_id(self.tokenizer), self.batch_size
         batches = [text_batch(rows, self.continuation_tokens, pad) for rows in _groups(windows, size)]
         return batches + [needle_batch(rows, pad) for rows in _groups(cases, size)]
@@ -202,7 +225,9 @@ class MixtureIterator(Iterator[Batch]):
         self.step = worker
         documents = DocumentStream(data.text, data.splits, "train", data.seed, rank * workers + worker, ranks * workers)
         self.windows = WindowStream(documents, data.tokenizer, data.context_tokens + data.continuation_tokens)
-        self.task, self.pad = training_needles(data), pad_id(data.tokenizer)
+        self.pad = pad_id(data.tokenizer)
+        self.needles = training_needles(data)
+        self.asked = AskedRows(question_cases(data, "train"), self.windows) if data.questions else None
 
     def __next__(self) -> Batch:
         data = self.data
@@ -212,30 +237,56 @@ class MixtureIterator(Iterator[Batch]):
         rows = range(first, first + data.batch_size)
         lengths = [random_for("length", data.seed, row).choice(data.context_lengths) for row in rows]
         self.step += self.workers
-        unusable = Batch(skipped_documents=self.windows.documents.blocks.skipped)  # type: ignore[typeddict-item]
         if retrieval:
             cases = zip(rows, windows, lengths, strict=True)
-            needles = [self.task.case(row, text, context_tokens=length) for row, text, length in cases]
-            return needle_batch(needles, self.pad) | unusable
+            if self.asked is not None:
+                return needle_batch([self.asked.case(*case) for case in cases], self.pad) | self._counted()
+            needles = [self.needles.case(row, text, context_tokens=length) for row, text, length in cases]
+            return needle_batch(needles, self.pad) | self._counted()
         tokens = data.continuation_tokens
         encoder, spans = self.windows.encoder, [length + tokens for length in lengths]
         cut = [window_at(window, 0, span, tokens, encoder) for window, span in zip(windows, spans, strict=True)]
-        return text_batch(cut, tokens, self.pad) | unusable
+        return text_batch(cut, tokens, self.pad) | self._counted()
+
+    def _counted(self) -> Batch:
+        """Return the counts that a batch carries."""
+        counted: dict[str, Any] = {"skipped_documents": self.windows.documents.blocks.skipped}
+        if self.asked is not None:
+            counted["left_out_questions"] = dict(self.asked.left_out)
+        return cast(Batch, counted)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the next step and the text's state; everything else is a function of the step."""
-        return {"step": self.step, "windows": self.windows.state_dict()}
+        """Return the next step, the text's state and the counts; everything else is a function of the step."""
+        state: dict[str, Any] = {"step": self.step, "windows": self.windows.state_dict()}
+        return state if self.asked is None else state | {"left_out": dict(self.asked.left_out)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
         self.step = state["step"]
         self.windows.load_state_dict(state["windows"])
+        if self.asked is not None:
+            self.asked.left_out = dict(state["left_out"])
 
 
 def training_needles(data: EvictionData) -> NeedleTask:
     """Make the task of the training stream's needle cases."""
     return NeedleTask(
         data.tokenizer, data.context_tokens, data.seed, "train", data.needles, "value_and_stop", ask="all"
+    )
+
+
+def question_cases(data: EvictionData, split: Split) -> QuestionCases:
+    """Make the cases of several kinds of questions: training asks several per row, validation one."""
+    train = split == "train"
+    return QuestionCases(
+        data.tokenizer,
+        data.context_tokens,
+        data.questions,
+        data.needles if train else (1, 1),
+        CONTINUATIONS * data.continuation_tokens,
+        data.seed,
+        split,
+        supervise_stop=train,
     )
 
 

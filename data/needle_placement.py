@@ -9,6 +9,7 @@ from sparsekv_pl.models.chat_frame import WORD_STARTS
 
 REACH = 256
 """Number of tokens within which a word start is searched."""
+SENTENCE_ENDS = (".", "!", "?", '."', '!"', '?"', "。", "！", "？")  # noqa: RUF001
 
 
 def checked_depth(depth: float | None, rng: random.Random) -> float:
@@ -54,6 +55,14 @@ def word_starts(frame: Frame, ids: list[int]) -> list[bool]:
     if any(starts):
         return starts
     return [begins and not token.startswith("##") for begins, token in zip(frame.begins(ids), tokens, strict=True)]
+
+
+def sentence_ends(frame: Frame, ids: list[int]) -> list[int]:
+    """Return the places between two sentences; between two words if there are none, else between two characters."""
+    tokens = [token.rstrip("".join(WORD_STARTS)) for token in frame.tokenizer.convert_ids_to_tokens(ids)]
+    starts = word_starts(frame, ids)
+    between = [i for i in range(1, len(ids)) if starts[i]]
+    return [i for i in between if tokens[i - 1].endswith(SENTENCE_ENDS)] or between or [0]
 
 
 def hide(frame: Frame, filler: Sequence[int], needles: Sequence[Sequence[int]], places: Sequence[int]) -> list[int]:

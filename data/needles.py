@@ -4,12 +4,13 @@ import random
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from data.cases import Frame
+from data.cases import Frame, TrainingCase
 from data.facts import Fact, Split, draw_facts
 from data.needle_placement import checked_depth, hide, stretch
 from data.packing import Tokens
-from sparsekv_pl.models.batch import IGNORE
-from sparsekv_pl.models.chat_frame import QUESTION_OPENING, next_turn
+from data.question_kind import Turn
+from data.question_turns import asked_and_answered
+from sparsekv_pl.models.chat_frame import next_turn
 from sparsekv_pl.models.seeding import random_for
 
 QUESTION_FIRST_SHARE = 0.1
@@ -17,20 +18,14 @@ MIN_FILLER_SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class NeedleCase:
-    """One row of a batch, before padding: token ids, labels, and the asked fact with its place."""
+class NeedleCase(TrainingCase):
+    """A training case with the asked fact and its place."""
 
-    context_ids: list[int]
-    continuation_ids: list[int]
-    labels: list[int]
-    """As ``continuation_ids`` where supervised, else ``IGNORE``."""
-    document_ids: list[str]
     fact: Fact
     depth: float
     """Fraction of the filler before the asked needle."""
     position: int
     """Filler tokens before the asked needle."""
-    task: str = "needle"
 
 
 class NeedleTask:
@@ -107,6 +102,7 @@ class NeedleTask:
             continuation,
             labels,
             filler.document_ids,
+            "needle",
             facts[0],
             depth,
             position,
@@ -150,18 +146,8 @@ class NeedleTask:
         return kept
 
     def _continuation(self, facts: list[Fact]) -> tuple[list[int], list[int]]:
-        texts: list[str] = []
-        for number, fact in enumerate(facts):
-            opening = self.next_turn if number else QUESTION_OPENING
-            asked = f"{opening}{fact.question}{self.frame.question_suffix}{fact.answer_prefix}"
-            texts += [asked, f" {fact.value}", "."]
-        supervised = (False, True, self.supervise == "value_and_stop") * len(facts)
-        ids: list[int] = []
-        labels: list[int] = []
-        for part, counts in zip(self.frame.parts(texts), supervised, strict=True):
-            ids += part
-            labels += part if counts else [IGNORE] * len(part)
-        return ids, labels
+        turns = [Turn(fact.question, fact.answer_prefix, (fact.value,)) for fact in facts]
+        return asked_and_answered(self.frame, self.next_turn, turns, self.supervise == "value_and_stop")
 
 
 def needle_ids(frame: Frame, fact: Fact) -> list[int]:

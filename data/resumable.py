@@ -134,6 +134,8 @@ def flat_settings(name: str, value: Any) -> dict[str, Any]:
             if part.init and part.compare:
                 found |= flat_settings(f"{name}.{part.name}", getattr(value, part.name))
         return found
+    if isinstance(value, dict):
+        return {key: part for own, one in value.items() for key, part in flat_settings(f"{name}.{own}", one).items()}
     if isinstance(value, list | tuple):
         return {key: part for i, one in enumerate(value) for key, part in flat_settings(f"{name}[{i}]", one).items()}
     if isinstance(value, str) and Path(value).is_file():

@@ -68,6 +68,8 @@ class Batch(TypedDict):
     """Per row, "text" or the name of the retrieval task that made it."""
     skipped_documents: NotRequired[int]
     """Number of documents that the batch's worker could not use so far."""
+    left_out_questions: NotRequired[dict[str, int]]
+    """Per kind of question, how often the worker drew it so far for a text that has nothing for it."""
 
 
 def rows_of_equal_length(batch: Batch) -> Iterator[Batch]:
