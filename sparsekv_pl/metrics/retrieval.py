@@ -1,12 +1,13 @@
-"""Scores of a model's answer against the expected answers: substring, exact match, token F1 and ROUGE-L."""
+"""Scores of a model's answer against the expected answers: substring, exact match, words, token F1 and ROUGE-L."""
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 from unicodedata import category, normalize
 
 from torchmetrics.functional.text import rouge_score, squad
 
-RETRIEVAL_SCORES = ("substring", "exact", "f1", "rouge_l")
+RETRIEVAL_SCORES = ("substring", "exact", "words", "f1", "rouge_l")
 
 # One to three digits with a full stop or bracket; a value of more digits at a sentence's end is no numbering.
 _NUMBERING = re.compile(r"(?:^|(?<=\s))\(?\d{1,3}[.)]\s+")
@@ -38,6 +39,8 @@ def retrieval_scores(prediction: str, answers: Sequence[str]) -> dict[str, float
       has. For several: the set of listed items (at most one sentence, and no more lines than are needed for as many
       items as answers; split at commas, "and", line breaks and, if no answer has a space, spaces; without numbering).
       Case and outer punctuation are ignored.
+    - words: share of what exact compares that is right. For one answer: of its words, those that the prediction has at
+      the same place. For several: of the answers, those that are listed.
     - f1: SQuAD's token F1 of the whole prediction; several answers are joined.
     - rouge_l: ROUGE-L F-measure of the same texts.
 
@@ -50,7 +53,7 @@ def retrieval_scores(prediction: str, answers: Sequence[str]) -> dict[str, float
         If there is no answer, or an answer without a letter or digit.
 
     >>> retrieval_scores(" 4823915.", ["4823915"])
-    {'substring': 1.0, 'exact': 1.0, 'f1': 1.0, 'rouge_l': 1.0}
+    {'substring': 1.0, 'exact': 1.0, 'words': 1.0, 'f1': 1.0, 'rouge_l': 1.0}
     >>> retrieval_scores("red, and blue. Also", ["blue", "red", "grey"])["exact"]
     0.0
     """
@@ -58,7 +61,7 @@ def retrieval_scores(prediction: str, answers: Sequence[str]) -> dict[str, float
         raise ValueError(f"answers are {list(answers)!r}: give at least one, each with a letter or digit")
     prediction, answers = normalize("NFC", prediction), [normalize("NFC", answer) for answer in answers]
     lowered, joined = prediction.lower(), " ".join(answers)
-    exact = _first_words(prediction, answers[0]) if len(answers) == 1 else _same_items(prediction, answers)
+    right = _right_words(prediction, answers[0]) if len(answers) == 1 else _right_items(prediction, answers)
     f1 = squad(
         {"prediction_text": _spaced(prediction), "id": ""},
         {"answers": {"answer_start": [0], "text": [_spaced(joined)]}, "id": ""},
@@ -66,7 +69,8 @@ def retrieval_scores(prediction: str, answers: Sequence[str]) -> dict[str, float
     rouge = rouge_score(prediction, joined, normalizer=_plain, tokenizer=_units, rouge_keys="rougeL")["rougeL_fmeasure"]
     return {
         "substring": sum(answer.lower() in lowered for answer in answers) / len(answers),
-        "exact": float(exact),
+        "exact": right.exact,
+        "words": right.share,
         "f1": float(f1) / 100,
         "rouge_l": float(rouge),
     }
@@ -116,12 +120,19 @@ def _without_outer_marks(part: str) -> str:
     return part[inside[0] : inside[-1] + 1] if inside else ""
 
 
-def _first_words(prediction: str, answer: str) -> bool:
+class _Right(NamedTuple):
+    exact: float
+    share: float
+
+
+def _right_words(prediction: str, answer: str) -> _Right:
     expected = _words(answer)
-    return _words(prediction)[: len(expected)] == expected
+    said = _words(prediction)[: len(expected)]
+    share = sum(one == other for one, other in zip(said, expected, strict=False)) / len(expected)
+    return _Right(float(said == expected), share)
 
 
-def _same_items(prediction: str, answers: Sequence[str]) -> bool:
+def _right_items(prediction: str, answers: Sequence[str]) -> _Right:
     expected = {" ".join(_words(answer)) for answer in answers}
     single_words = not any(" " in answer.strip() for answer in answers)
     listed = _END.split(_NUMBERING.sub(", ", prediction.strip()), maxsplit=1)[0]
@@ -132,4 +143,4 @@ def _same_items(prediction: str, answers: Sequence[str]) -> bool:
             items |= {" ".join(_words(one)) for one in named} - {""}
         if len(items) >= len(expected):
             break
-    return items == expected
+    return _Right(float(items == expected), len(items & expected) / len(expected))

@@ -16,6 +16,7 @@ METRIC_NAMES = {
     "needle_accuracy": "needle accuracy",
     "perplexity": "continuation perplexity",
     "substring": "substring",
+    "words": "words",
     "f1": "token F1",
     "rouge_l": "ROUGE-L",
     "kl": "KL to the own full cache (nats per token)",
@@ -135,7 +136,7 @@ def _kl_cell(row: Row, name: str) -> str:
 
 
 def _besides(measured: Measured, rows: Sequence[Row]) -> list[Table]:
-    """Substring, F1 and ROUGE-L of all tasks, base -> trained."""
+    """Substring, words, F1 and ROUGE-L of all tasks, base -> trained."""
     names = [measure.name for measure in BESIDES["needle_accuracy"]]
     names = [name for name in names if any(f"{name}_{variant}" in row.besides for row in rows for variant in VARIANTS)]
     if not names:

@@ -42,7 +42,7 @@ class Measure:
 NEEDLE_ACCURACY = Measure("needle_accuracy", "exact")
 PERPLEXITY = Measure("perplexity", "nll", "tokens", np.exp)
 BESIDES = {
-    "needle_accuracy": [Measure(name, name) for name in ("substring", "f1", "rouge_l")],
+    "needle_accuracy": [Measure(name, name) for name in ("substring", "words", "f1", "rouge_l")],
     "perplexity": [Measure("kl", "kl", "tokens")],
 }
 """Main metric -> further scores of the same cases. KL is forward, in nats per token."""

@@ -184,6 +184,7 @@ def test_every_record_can_be_written(model, tokenizer) -> None:
             "substring",
             "f1",
             "rouge_l",
+            "words",
             "answer",
             "answers",
             "question",

@@ -99,6 +99,24 @@ def _f1(prediction: str, target: str) -> float:
     return 2 * common / (len(ours) + len(theirs)) if common else 0.0
 
 
+@pytest.mark.parametrize(
+    ("prediction", "answers", "words"),
+    [
+        ("The old mill stands by the river. It", ["the old mill stands by the river it"], 1.0),
+        ("the old house stands by a river", ["the old mill stands by the river it"], 5 / 8),
+        ("old mill stands by the river it", ["the old mill stands by the river it"], 0.0),
+        ("", ["the old mill"], 0.0),
+        ("1. 48213\n2. 99999", ["48213", "48231"], 1 / 2),
+        ("48231, 48213 and 5", ["48213", "48231"], 1.0),
+        ("天気だ", ["天気が"], 2 / 3),
+    ],
+)
+def test_words_are_the_share_that_is_right(prediction, answers, words):
+    scores = retrieval_scores(prediction, answers)
+    assert scores["words"] == pytest.approx(words)
+    assert scores["words"] >= scores["exact"]
+
+
 def _rouge_l(prediction: str, target: str) -> float:
     ours, theirs = (re.findall("[a-z0-9]+", text.lower()) for text in (prediction, target))
 

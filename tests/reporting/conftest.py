@@ -61,6 +61,7 @@ def _needle(luck: float, loss: float) -> Record:
     return {
         "substring": found,
         "exact": found,
+        "words": 0.25 + found * 0.75,
         "f1": 0.5 + found / 2,
         "rouge_l": 0.4 + found * 0.6,
         "answer": said,
