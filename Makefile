@@ -7,7 +7,7 @@ DOCS := .venv/.docs
 BENCHMARKS := $(filter-out benchmarks/measure.py benchmarks/ablations.py benchmarks/container_steps.py $(wildcard benchmarks/fsdp*.py benchmarks/gpu*.py benchmarks/soak*.py),$(sort $(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint types docs benchmark ablations clean
+.PHONY: help setup demo quickstart test lint types docs benchmark ablations clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -26,10 +26,16 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@ && rm $(BEGUN)
 
 # The embedded model needs no hub, and an unreachable hub must not delay anything.
-quickstart test benchmark ablations: export HF_HUB_OFFLINE = 1
+demo quickstart test benchmark ablations: export HF_HUB_OFFLINE = 1
 
 # Waiting threads sleep: on two busy cores, spinning doubles the time.
-quickstart benchmark ablations: export OMP_WAIT_POLICY = PASSIVE
+demo quickstart benchmark ablations: export OMP_WAIT_POLICY = PASSIVE
+
+# Make hands TEXT, QUESTION and ANSWER to the shell in its environment, so that no quote or bracket in them is special.
+demo: $(STAMP) ## see what a cache forgets, base beside trained; TEXT=my.txt QUESTION="Who came?" takes your own
+	@$(PY) evaluate.py predict --config configs/analyze/viewer.yaml $(if $(TEXT)$(QUESTION),--data.max_tokens 8000 --data.max_new_tokens 48 \
+		--data.source data.own_question.OwnQuestion --data.source.path "$$TEXT" \
+		--data.source.question "$$QUESTION" --data.source.answer "$$ANSWER")
 
 quickstart: $(STAMP) ## train the embedded model to survive eviction, and compare base with trained
 	$(PY) train.py fit --config configs/quickstart.yaml

@@ -29,15 +29,23 @@ class QuestionData(TokenizedData):
         Number of questions, at least 1.
     max_tokens
         Most tokens of a prompt: chat frame, document, question and the answer's beginning.
+    max_new_tokens
+        Most tokens of a generated answer.
     """
 
-    def __init__(self, source: QuestionSource | None = None, samples: int = 50, max_tokens: int = 8000) -> None:
+    def __init__(
+        self,
+        source: QuestionSource | None = None,
+        samples: int = 50,
+        max_tokens: int = 8000,
+        max_new_tokens: int = 32,
+    ) -> None:
         super().__init__()
-        for name, value in {"samples": samples, "max_tokens": max_tokens}.items():
+        for name, value in {"samples": samples, "max_tokens": max_tokens, "max_new_tokens": max_new_tokens}.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}: give at least 1")
         self.source = source or PlantedQuestions()
-        self.samples, self.max_tokens = samples, max_tokens
+        self.samples, self.max_tokens, self.max_new_tokens = samples, max_tokens, max_new_tokens
         self.lengths: list[int] = []
 
     def setup(self, stage: str | None = None) -> None:
@@ -79,6 +87,7 @@ class QuestionData(TokenizedData):
             id=question.id,
             task="questions",
             answers=question.answers,
+            max_new_tokens=self.max_new_tokens,
             depth=question.depth,
             document_ids=question.document_ids,
             answer_span=(prefix + answer[0], prefix + answer[1]) if answer and answer[1] <= room else None,

@@ -1,21 +1,23 @@
 """The LightningModule that measures a model under eviction, base and trained, on the same cases."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jsonargparse import set_parsing_settings
 from kvpress import BasePress
 
 from sparsekv_pl.evaluation.batch_keys import batch_of
+from sparsekv_pl.evaluation.case_view import case_views
 from sparsekv_pl.evaluation.context_sparsity import LABELS, attention_sparsity
 from sparsekv_pl.evaluation.measurement import Measurement
 from sparsekv_pl.evaluation.measuring_module import MeasuringModule, Piece
 from sparsekv_pl.evaluation.points import Point, Setting, points_of
+from sparsekv_pl.evaluation.view_pages import ViewedCases, view_pages
 from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.eviction.press_model_check import check_press
 from sparsekv_pl.models.backbone import Backbone
@@ -27,6 +29,9 @@ from sparsekv_pl.storage.records import Record
 set_parsing_settings(subclasses_enabled=[BasePress])
 
 log = logging.getLogger(__name__)
+
+VIEWED_TOKENS = 10_000
+"""Longest context, in tokens, that an evaluation links a viewer of."""
 
 
 class EvaluationModule(MeasuringModule):
@@ -50,12 +55,18 @@ class EvaluationModule(MeasuringModule):
         Also measure, on text, whether the kept pairs stay important (metrics/eviction_stability.py).
     sparsity
         Also measure, on text, the sparsity of attention by layer and head (metrics/attention_sparsity.py).
+    views
+        Number of cases that the report links an eviction viewer of: which tokens each press kept. Cases of plain text
+        are viewed if there are no others, contexts of more than 10,000 tokens never.
 
     Raises
     ------
     ValueError
-        For two settings with equal names in a report, and for a press that does not fit the model.
+        For two settings with equal names in a report, for a press that does not fit the model, and for fewer than 0
+        views.
     """
+
+    viewed_tokens: ClassVar[int | None] = VIEWED_TOKENS
 
     def __init__(
         self,
@@ -65,7 +76,9 @@ class EvaluationModule(MeasuringModule):
         title: str = "Base against trained",
         stability: bool = False,
         sparsity: bool = False,
+        views: int = 2,
     ) -> None:
+        self.viewed = ViewedCases(views, self.viewed_tokens)
         self.settings, self.points = settings, points_of(settings)
         super().__init__(output or "output/evaluation", backbone)
         self.backbone: Backbone = backbone
@@ -122,13 +135,15 @@ class EvaluationModule(MeasuringModule):
         pieces = [self._piece(measurement, variant, point) for point in points]
         measurement.ahead = [point for point, piece in zip(points, pieces, strict=True) if self.is_left(piece)]
         yield from pieces
+        if rows := self._viewed_rows(measurement):
+            yield self._views_of(measurement, variant, rows)
 
     def write(self, records: list[Record], environment: dict[str, Any]) -> list[Path]:
         """Write the report, kvpress's layout and the sparsity of attention; print the table; return the paths."""
         cases = [record for record in records if "case" in record]
-        sparsity = self._sparsity([record for record in records if "case" not in record])
+        sparsity = self._sparsity([record for record in records if LABELS.keys() <= record.keys()])
         figures = {f"Attention sparsity, {variant}": sparsity_figure(means) for variant, means in sparsity.items()}
-        paths = self.report_cases(cases, environment, figures)
+        paths = self.report_cases(cases, environment, figures, self.pages(records))
         query_aware = bool(getattr(self.trainer.datamodule, "query_aware", False))  # type: ignore[attr-defined]
         model, trained = str(self.base["pretrained"]), self.backbone.adapter
         write_kvpress_layout(self.output / "kvpress", cases, model, trained, query_aware)
@@ -150,6 +165,27 @@ class EvaluationModule(MeasuringModule):
     def _key(self, measurement: Measurement, variant: str, point: Point) -> str:
         measured = point.described() | {"stability": measurement.measures_stability(point)}
         return self.key(variant, measured=measured, batch=batch_of(measurement.batch, named=False))
+
+    def _viewed_rows(self, measurement: Measurement) -> list[int]:
+        others = getattr(self.trainer.datamodule, "tasks", [])  # type: ignore[attr-defined]
+        return [] if measurement.is_text and others else self.viewed.rows(measurement.batch)
+
+    def _views_of(self, measurement: Measurement, variant: str, rows: list[int]) -> Piece:
+        points = [point for point in self.points if not point.unfit()]
+        described = [point.described() | {"name": point.name} for point in points]
+        batch = batch_of(measurement.batch, named=True)
+        return Piece(
+            key=self.key(variant, measured="views", rows=rows, points=described, batch=batch),
+            file=f"{variant}_views",
+            measure=lambda: case_views(measurement, points, rows, teacher=variant == "base"),
+            columns=repeat({"variant": variant}),
+            label=f"the viewer's cases, {variant}",
+        )
+
+    def pages(self, records: Sequence[Record]) -> dict[str, tuple[str, bytes]]:
+        """The viewer's pages of a run's records: file name -> (case, page)."""
+        model = {"model": self.base["pretrained"], "adapter": self.backbone.adapter or "none"}
+        return view_pages(records, self.viewed.count, "What the cache kept", model)
 
     def _sparsity_of(self, batch: CaseBatch, variant: str) -> Piece:
         return Piece(

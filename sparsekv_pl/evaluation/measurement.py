@@ -84,8 +84,8 @@ class Measurement:
     @torch.no_grad()
     def at(self, point: Point) -> list[Record]:
         """Measure at ``point``; return a record per case."""
-        if self._by_row(point):
-            return [record for row in range(len(self.batch["cases"])) for record in self._row(row).at(point)]
+        if self.by_row(point):
+            return [record for row in range(len(self.batch["cases"])) for record in self.row(row).at(point)]
         if not self.is_text:
             if point.name not in self._answered:
                 self._answered |= self._answers_from(point)
@@ -94,7 +94,7 @@ class Measurement:
             set_compression_ratio(point.press, point.compression_ratio)
         phases = Phases()
         with phases("point"):
-            prefilled, costs = self._prefilled(point)
+            prefilled, costs = self.prefilled(point)
             left = self._left(prefilled)
             rows = self._read(point, prefilled)
             if point.decoding_interval is not None:  # it evicted while reading
@@ -121,7 +121,7 @@ class Measurement:
         """Whether the continuations are text to read, not questions to answer."""
         return self.batch["cases"][0].task == TEXT
 
-    def _by_row(self, point: Point) -> bool:
+    def by_row(self, point: Point) -> bool:
         """Whether rows are measured one by one: the press runs the model itself, which needs a batch of one row."""
         return point.press is not None and not traits_of(point.press).replayable and len(self.batch["cases"]) > 1
 
@@ -166,7 +166,7 @@ class Measurement:
         if point.name not in names or rope_changes(self.model):
             return []
         behind = self.ahead[names.index(point.name) + 1 :]
-        return [other for other in behind if other.decoding_interval is None and not self._by_row(other)]
+        return [other for other in behind if other.decoding_interval is None and not self.by_row(other)]
 
     def _asked(self, point: Point, held: int = 0) -> _Asked:
         """Evict at ``point`` and read the questions, while ``held`` bytes of other points wait in memory."""
@@ -174,7 +174,7 @@ class Measurement:
             set_compression_ratio(point.press, point.compression_ratio)
         phases = Phases()
         with phases("point"):
-            prefilled, costs = self._prefilled(point)
+            prefilled, costs = self.prefilled(point)
             left = self._left(prefilled)
             answering, seconds = timed(lambda: self._answering(prefilled))
         return _Asked(answering, costs | left, seconds, phases.peak_bytes() - held)
@@ -183,9 +183,7 @@ class Measurement:
         """Decode the answers of all ``asked`` points together; return their records by name."""
         phases, held = Phases(), sum(one.nbytes for one in asked.values())
         with phases("answers"):
-            _, seconds = timed(
-                lambda: greedy_together(self.model, [one.rows for one in asked.values()], self._stop_ids)
-            )
+            _, seconds = timed(lambda: greedy_together(self.model, [one.rows for one in asked.values()], self.stop_ids))
         apart = sum(one.rows.seconds for one in asked.values())
         tokens = sum(one.tokens for one in asked.values())
         records = {}
@@ -198,7 +196,12 @@ class Measurement:
     @cached_property
     def _stability(self) -> StabilityProbe:
         batch = self.batch
-        return StabilityProbe(self._recorded[0], batch["continuation_ids"], batch["continuation_lengths"])
+        return StabilityProbe(self.recorded, batch["continuation_ids"], batch["continuation_lengths"])
+
+    @property
+    def recorded(self) -> RecordedPrefill:
+        """The dense prefill of the batch's contexts, which the points share."""
+        return self._recorded[0]
 
     @cached_property
     def _recorded(self) -> tuple[RecordedPrefill, float]:
@@ -207,12 +210,13 @@ class Measurement:
     @cached_property
     def _full(self) -> FullCacheReading:
         """The model's outputs for the continuation with the full cache."""
-        full, ids = self._recorded[0].evicted(None), self.batch["continuation_ids"]
+        full, ids = self.recorded.evicted(None), self.batch["continuation_ids"]
         hidden = continue_from(self.model, ids, full.cache, full.next_position)
         head, lengths = self.model.get_output_embeddings().weight, self.batch["continuation_lengths"].tolist()
         return FullCacheReading(hidden, head, ids, lengths)
 
-    def _row(self, row: int) -> "Measurement":
+    def row(self, row: int) -> "Measurement":
+        """The measurement of one of the batch's rows alone."""
         batch, rows = self.batch, slice(row, row + 1)
         return Measurement(
             self.model,
@@ -226,7 +230,7 @@ class Measurement:
             with_stability=False,  # it compares replays
         )
 
-    def _prefilled(self, point: Point) -> tuple[Prefilled, dict[str, float]]:
+    def prefilled(self, point: Point) -> tuple[Prefilled, dict[str, float]]:
         """The context's cache after the point's eviction, and the seconds of prefill and eviction."""
         if point.chunk_tokens is not None:
             context = self.batch["context_ids"]
@@ -242,7 +246,7 @@ class Measurement:
     def answers(self, prefilled: Prefilled) -> list[Record]:
         """Answer the questions from a prefilled cache, which is used up; return the scored records."""
         rows, reading = timed(lambda: self._answering(prefilled))
-        _, seconds = timed(lambda: greedy_together(self.model, [rows], self._stop_ids))
+        _, seconds = timed(lambda: greedy_together(self.model, [rows], self.stop_ids))
         return self._scored(rows.answers, reading + seconds)
 
     def _answering(self, prefilled: Prefilled) -> Answering:
@@ -254,7 +258,7 @@ class Measurement:
         """Records of the cases' answers, which took ``seconds`` together."""
         return [
             {
-                **retrieval_scores(text, case.answers),
+                **(retrieval_scores(text, case.answers) if case.answers else {}),
                 "answer": text,
                 "answers": list(case.answers),
                 "question": case.question,
@@ -281,7 +285,8 @@ class Measurement:
         return self._full.scores(hidden)
 
     @cached_property
-    def _stop_ids(self) -> set[int]:
+    def stop_ids(self) -> set[int]:
+        """Tokens that end an answer."""
         config = self.model.generation_config
         known = [config.eos_token_id if config is not None else None, self.tokenizer.eos_token_id]
         return {i for item in known if item is not None for i in (item if isinstance(item, list) else [item])}

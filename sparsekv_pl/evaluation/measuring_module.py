@@ -180,12 +180,19 @@ class MeasuringModule(LightningModule, ABC):
         return {"variant": variant, **condition.columns(), "seen_in_training": seen}
 
     def report_cases(
-        self, records: Sequence[Record], environment: Mapping[str, Any], figures: "Mapping[str, Figure] | None" = None
+        self,
+        records: Sequence[Record],
+        environment: Mapping[str, Any],
+        figures: "Mapping[str, Figure] | None" = None,
+        pages: Mapping[str, tuple[str, bytes]] | None = None,
     ) -> list[Path]:
-        """Write a report of base against trained from records of cases; log its scores and print its table."""
+        """Write a report of base against trained from records of cases; log its scores and print its table.
+
+        ``figures`` and ``pages`` are those of ``write_run``.
+        """
         summary = summarised(records)
         log_scores(self.loggers, summary.scores())
-        paths = write_run(self.output, summary, self.training_summary, environment, self.title, figures)
+        paths = write_run(self.output, summary, self.training_summary, environment, self.title, figures, pages)
         show(terminal_table(summary))
         return paths
 

@@ -18,6 +18,10 @@ MARKDOWN = """\
 
 {{ paragraph | line }}
 {% endfor %}
+{% for link in section.links %}
+
+- [{{ link.label | alt }}]({{ link.name }})
+{% endfor %}
 {% for table in section.tables %}
 {% if table.caption %}
 
@@ -61,6 +65,7 @@ td { overflow-wrap: anywhere; }
 {% for picture in section.pictures %}\
 <figure><img alt="{{ picture.alt }}" src="data:image/png;base64,{{ images[picture.name] }}"></figure>
 {% endfor %}{% for paragraph in section.paragraphs %}<p>{{ paragraph }}</p>
+{% endfor %}{% for link in section.links %}<p><a href="{{ link.name }}">{{ link.label }}</a></p>
 {% endfor %}{% for table in section.tables %}<div class="wide"><table>
 {% if table.caption %}<caption>{{ table.caption }}</caption>
 {% endif %}<thead><tr>{% for cell in table.header %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
@@ -102,13 +107,22 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Link:
+    """A file beside the page, by a name without markup, and the text to click."""
+
+    label: str
+    name: str
+
+
+@dataclass(frozen=True)
 class Section:
-    """A heading with pictures, paragraphs of plain text, and tables below it."""
+    """A heading with pictures, paragraphs of plain text, links and tables below it."""
 
     title: str
     pictures: Sequence[Picture] = ()
     paragraphs: Sequence[str] = ()
     tables: Sequence[Table] = field(default=())
+    links: Sequence[Link] = ()
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:

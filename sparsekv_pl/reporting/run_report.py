@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from sparsekv_pl.reporting.figures import RETENTION, curves_figure, dots_figure, png
 from sparsekv_pl.reporting.file_formats import csv_bytes, json_bytes, replace_all
 from sparsekv_pl.reporting.heatmaps import needle_figures
-from sparsekv_pl.reporting.page import Picture, html, markdown
+from sparsekv_pl.reporting.page import Link, Picture, html, markdown
 from sparsekv_pl.reporting.sections import report_sections
 from sparsekv_pl.reporting.summary import Summary
 
@@ -25,6 +25,7 @@ def write_run(
     environment: Mapping[str, object],
     title: str,
     figures: "Mapping[str, Figure] | None" = None,
+    pages: Mapping[str, tuple[str, bytes]] | None = None,
 ) -> list[Path]:
     """Write a run's report into `output` and return the paths.
 
@@ -48,11 +49,15 @@ def write_run(
         Heading of the page.
     figures
         Further pictures for the page: caption -> picture, such as sparsity_figure's.
+    pages
+        Further pages to link: file name -> (label, content).
     """
+    pages = pages or {}
     drawn = _figures(summary) | {f"{_slug(alt)}.png": (alt, figure) for alt, figure in (figures or {}).items()}
     images = {name: png(figure) for name, (_, figure) in drawn.items()}
+    links = [Link(label, name) for name, (label, _) in pages.items()]
     pictures = [Picture(name, alt) for name, (alt, _) in drawn.items()]
-    sections = report_sections(summary, pictures, training, environment)
+    sections = report_sections(summary, pictures, training, environment, links)
     lines = {"ledger": summary.ledger, "stability": summary.stability}
     rows = [row.aliased() for row in summary.rows]
     content = {"rows": rows, "training": training, "environment": environment, "title": title, **lines}
@@ -62,6 +67,7 @@ def write_run(
         "report.md": markdown(title, sections).encode(),
         "report.html": html(title, sections, images).encode(),
         "cases.csv": csv_bytes(summary.records),
+        **{name: page for name, (_, page) in pages.items()},
         **{f"{name}.csv": csv_bytes(some) for name, some in lines.items() if some},
     }
     return replace_all(output, files | images)

@@ -7,7 +7,7 @@ from typing import Any
 from sparsekv_pl.reporting.condition import FULL_CACHE
 from sparsekv_pl.reporting.costs import Line
 from sparsekv_pl.reporting.intervals import Interval
-from sparsekv_pl.reporting.page import Picture, Section, Table
+from sparsekv_pl.reporting.page import Link, Picture, Section, Table
 from sparsekv_pl.reporting.sorted_records import VARIANTS, Measured
 from sparsekv_pl.reporting.summary import BESIDES, Row, Summary
 
@@ -29,6 +29,10 @@ HOW_TO_READ = (
     "Retention is the score divided by that of the same model's full cache on the same cases: 1 means nothing is lost; "
     "for perplexity, above 1 is worse. A press is unseen if training never evicted with it.",
 )
+VIEWS_NOTE = (
+    "Pages of single cases, which show the share of layers and heads that kept each token, and the answers. A case is "
+    "an example; the tables have the measurement."
+)
 COSTS = ("steps", "seconds", "tokens", "trainable_parameters")
 
 
@@ -37,6 +41,7 @@ def report_sections(
     pictures: Sequence[Picture],
     training: Mapping[str, object],
     environment: Mapping[str, object],
+    views: Sequence[Link] = (),
 ) -> list[Section]:
     """All sections of a report that have content."""
     measured, rows, ledger, stability = summary.measured, summary.rows, summary.ledger, summary.stability
@@ -46,6 +51,7 @@ def report_sections(
         Section("Full cache", paragraphs=list(full_cache_lines(rows))),
         Section("At a glance", pictures),
         Section("Retrieval", tables=[*_by_task(measured, retrieval, _scores), *_besides(measured, retrieval)]),
+        Section("What the cache kept, token by token", paragraphs=[VIEWS_NOTE] if views else [], links=views),
         Section("Text", tables=[*_by_task(measured, text, _scores), *_by_task(measured, text, _kl)]),
         Section("How to read this", paragraphs=HOW_TO_READ),
         Section("Budget ledger", tables=_ledger(ledger), paragraphs=[LEDGER_NOTE] if ledger else []),

@@ -50,7 +50,7 @@ def asked() -> CaseBatch:
 def measured(model: Any, tokenizer: Any, ahead: list[Point]) -> dict[str, list[Record]]:
     found = Measurement(model, tokenizer, asked())
     found.ahead = ahead
-    vars(found)["_stop_ids"] = set()  # a random model stops where rounding, which differs between processors, has it
+    vars(found)["stop_ids"] = set()  # a random model stops where rounding, which differs between processors, has it
     return {point.name: found.at(point) for point in POINTS}
 
 

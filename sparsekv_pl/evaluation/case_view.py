@@ -1,0 +1,128 @@
+"""Measure what the viewer shows of a case: the positions that each press keeps, and the teacher's attention."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from sparsekv_pl.evaluation.measurement import Measurement
+from sparsekv_pl.evaluation.points import Point
+from sparsekv_pl.eviction.decoding import greedy
+from sparsekv_pl.eviction.kept_positions import Masked, kept_positions, masked_keys
+from sparsekv_pl.eviction.prefill import continue_from
+from sparsekv_pl.eviction.prefilled_cache import Prefilled
+from sparsekv_pl.models.batch import IGNORE, Supervised
+from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.objectives.attention_mass import AttentionMass
+from sparsekv_pl.presses.ratio import set_compression_ratio
+from sparsekv_pl.storage.records import Record
+from sparsekv_pl.viewer.compact_arrays import packed_bits, packed_masses
+from sparsekv_pl.viewer.token_texts import spans_of, token_texts
+
+log = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def case_views(measurement: Measurement, points: Sequence[Point], rows: Sequence[int], teacher: bool) -> list[Record]:
+    """Measure some rows of a batch under every point that evicts from their contexts; return a record per row.
+
+    A record has the case's id ("viewed"), its tokens as texts, the tokens of its answer ("marked"), layers and KV
+    heads, by point's name the packed bits of the kept positions ("kept"), by condition why they are unknown
+    ("unknown"), and, if the model is the ``teacher``, its packed attention mass ("mass").
+    """
+    batch = measurement.batch
+    records: list[Record] = []
+    for row in rows:
+        case, texts = batch["cases"][row], token_texts(measurement.tokenizer, batch["context_ids"][row].tolist())
+        marked = spans_of(texts, case.answers) if case.answer_span is None else [case.answer_span]
+        mass = _mass(measurement, row) if teacher else None
+        records.append(
+            {
+                "viewed": case.id,
+                "question": f"{case.question}{case.answer_prefix and ' ... '}{case.answer_prefix}".strip(),
+                "expected": list(case.answers),
+                "tokens": texts,
+                "marked": [list(span) for span in marked],
+                "kept": {},
+                "unknown": {},
+                "mass": None if mass is None else packed_masses(mass.cpu().numpy()),
+            }
+        )
+    for point in points:
+        if point.press is None or point.decoding_interval is not None:
+            continue
+        try:
+            for record, kept in zip(records, _kept(measurement, point, rows), strict=True):
+                record |= {"layers": kept.shape[0], "heads": kept.shape[1]}
+                record["kept"][point.name] = packed_bits(kept.cpu().numpy())
+        except Exception as error:  # a press of any kind may fail; its measurement has a line of its own in the report
+            log.warning("the viewer leaves out %s: %s", point.condition, error)
+            for record in records:
+                record["unknown"][str(point.condition)] = f"{type(error).__name__}: {error}"
+    return records
+
+
+def _kept(measurement: Measurement, point: Point, rows: Sequence[int]) -> list[Tensor]:
+    """Return, for each of ``rows``, (layers, K, L) bool: True where the cache after ``point`` holds the pair."""
+    if measurement.by_row(point):
+        return [_kept(measurement.row(row), point, [0])[0] for row in rows]
+    assert point.press is not None
+    set_compression_ratio(point.press, point.compression_ratio)
+    prefilled, _ = measurement.prefilled(point)
+    if prefilled.positions:
+        context = measurement.batch["context_ids"]
+        return [_held(prefilled.positions, row, context.shape[1]) for row in rows]
+    rotary, masked = decoder_of(measurement.model).rotary_emb, masked_keys(measurement.model)
+    found = []
+    for row in rows:
+        full, left = _row_of(measurement.recorded.cache, row), _row_of(prefilled.cache, row)
+        kept = kept_positions(full, left, [_masked_of(one, row) for one in masked], rotary)
+        found.append(torch.stack([layer[0].cpu() for layer in kept]))
+    return found
+
+
+def _held(positions: dict[int, Tensor], row: int, tokens: int) -> Tensor:
+    """Turn layer -> positions (B, K, S) of a prefill in chunks into (layers, K, L) bool of one row."""
+    kept = [positions[layer][row].cpu() for layer in sorted(positions)]
+    return torch.stack([torch.zeros(len(own), tokens, dtype=torch.bool).scatter(1, own, True) for own in kept])
+
+
+def _mass(measurement: Measurement, row: int) -> Tensor:
+    """Return the attention (layers, K, L) that the answer's predictions pay to the context, with the full cache.
+
+    As in training (objectives/attention_mass.py), but the answer is the model's own; in plain text, the continuation.
+    """
+    model, batch = measurement.model, measurement.batch
+    context, tokens = batch["context_ids"].shape[1], int(batch["continuation_lengths"][row])
+    read = batch["continuation_ids"][row : row + 1, :tokens]
+    full = Prefilled(_row_of(measurement.recorded.evicted(None).cache, row), context, [])
+    labels = read.clone()
+    if not measurement.is_text:
+        most, length = batch["cases"][row].max_new_tokens, torch.tensor([tokens], device=read.device)
+        (answer,) = greedy(model, full.copy(), read, length, [most], measurement.stop_ids)
+        answered = read.new_tensor([answer or [0]])  # an empty answer: what its first token would have seen
+        read = torch.cat([read, answered], dim=1)
+        labels = torch.cat([torch.full_like(labels, IGNORE), answered], dim=1)
+    observer = AttentionMass(Supervised.of(labels), context)
+    continue_from(model, read, full.cache, context, observer=observer)
+    return torch.stack([observer.mass[layer][0].cpu() for layer in sorted(observer.mass)])
+
+
+def _row_of(cache: DynamicCache, row: int) -> DynamicCache:
+    """Copy one row of a cache."""
+    copied = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        assert layer.keys is not None and layer.values is not None
+        copied.update(layer.keys[row : row + 1].clone(), layer.values[row : row + 1].clone(), index)
+    return copied
+
+
+def _masked_of(masked: Masked | None, row: int) -> Masked | None:
+    """The hidden pairs of one row."""
+    if masked is None:
+        return None
+    rows, *where = masked
+    own = rows == row
+    return [rows[own] * 0, *(index[own] for index in where)]
