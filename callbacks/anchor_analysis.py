@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -23,12 +22,9 @@ from sparsekv_pl.models.backbone import causal_lm
 from sparsekv_pl.models.batch import Batch
 from sparsekv_pl.models.devices import stacked
 from sparsekv_pl.reporting.console import show
-from sparsekv_pl.reporting.figures import png
+from sparsekv_pl.reporting.figures import pixels, png
 from sparsekv_pl.reporting.file_formats import json_bytes, replace_all
 from sparsekv_pl.reporting.loggers import left_out, log_picture, log_scores
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 RECENT = 64
 """Number of tokens before a query that count as recent, as in ``Anchors``."""
@@ -219,15 +215,6 @@ def per_token(observer: ReceivedAttention) -> Tensor:
     received = stacked([layer.by_key.mean(1) for layer in observer.layers.values()]).mean(0).cpu()
     queries = torch.arange(received.shape[1], 0, -1)
     return (received / queries).clamp(min=1e-12)
-
-
-def pixels(figure: "Figure") -> np.ndarray:
-    """Render a figure to (height, width, 3) uint8, without pyplot."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.array(canvas.buffer_rgba())[..., :3]
 
 
 def _named(before: dict[str, Any], after: dict[str, Any]) -> tuple[tuple[str, dict[str, Any]], ...]:

@@ -84,7 +84,7 @@ class EvaluationModule(MeasuringModule):
         self.backbone: Backbone = backbone
         self.title, self.stability, self.sparsity = title, stability, sparsity
         for setting in settings:
-            check_press(self.causal_lm, setting.press)
+            check_press(self.causal_lm, setting.press, foresight=True)
 
     def setup(self, stage: str) -> None:
         """Check that model and presses support the data's context lengths, and read the finished work.

@@ -2,14 +2,16 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 
 import psutil
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparsekv_pl.evaluation.continuation_mass import continuation_mass
 from sparsekv_pl.evaluation.perplexity_and_kl import FullCacheReading
 from sparsekv_pl.evaluation.points import Point
 from sparsekv_pl.evaluation.stability_probe import StabilityProbe
@@ -25,6 +27,7 @@ from sparsekv_pl.metrics.retrieval import retrieval_scores
 from sparsekv_pl.models.batch import TEXT, CaseBatch
 from sparsekv_pl.models.seeding import globally_seeded
 from sparsekv_pl.presses.nesting import press_name
+from sparsekv_pl.presses.oracle import foreseen, oracles_in
 from sparsekv_pl.presses.ratio import set_compression_ratio
 from sparsekv_pl.presses.traits import traits_of
 from sparsekv_pl.storage.records import Record
@@ -105,7 +108,8 @@ class Measurement:
 
     def measures_stability(self, point: Point) -> bool:
         """Whether the records of ``point`` include the stability of its press's choice."""
-        return self.with_stability and self.is_text and point.press is not None and point.prefill == "dense"
+        stable = self.with_stability and self.is_text and point.press is not None and point.prefill == "dense"
+        return stable and not oracles_in(point.press)
 
     def _stable(self, point: Point) -> list[Record]:
         assert point.press is not None
@@ -215,6 +219,10 @@ class Measurement:
         head, lengths = self.model.get_output_embeddings().weight, self.batch["continuation_lengths"].tolist()
         return FullCacheReading(hidden, head, ids, lengths)
 
+    @cached_property
+    def _continuation_mass(self) -> dict[int, Tensor]:
+        return continuation_mass(self._recorded[0], self.batch, self.tokenizer)
+
     def row(self, row: int) -> "Measurement":
         """The measurement of one of the batch's rows alone."""
         batch, rows = self.batch, slice(row, row + 1)
@@ -239,7 +247,8 @@ class Measurement:
             return prefilled, {"prefill_seconds": seconds, "eviction_seconds": 0.0}
         recorded, seconds = self._recorded
         press = None if point.decoding_interval is not None else point.press
-        with self._draws(point):
+        oracles = oracles_in(press)
+        with self._draws(point), foreseen(oracles, self._continuation_mass) if oracles else nullcontext():
             prefilled, evicting = timed(lambda: recorded.evicted(press))
         return prefilled, {"prefill_seconds": seconds, "eviction_seconds": evicting}
 

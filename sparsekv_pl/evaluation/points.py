@@ -121,6 +121,11 @@ class Setting:
         traits = traits_of(self.press)
         if self.decoding_interval is None:
             check_chunks(traits, chunk_bounds(context_tokens, self.chunk_tokens), NOTHING)
+        elif traits.foresees:
+            raise ValueError(
+                f"{traits.name} sees the whole continuation, so it cannot evict while that is read: leave "
+                "decoding_interval out"
+            )
         elif self.decoding_interval < traits.window:
             raise ValueError(
                 f"decoding_interval={self.decoding_interval} is shorter than the window of {traits.name}, "

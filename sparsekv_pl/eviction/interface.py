@@ -25,6 +25,8 @@ class Selection:
     order_only: bool = False
     """True if the scores are not negative but only their order has a meaning. LagKV's softmax is over statistics that
     hardly differ, so its shares are nearly equal whatever was trained."""
+    kept: int | None = None
+    """KV pairs per head that the step's compression ratio leaves of these S; None: all."""
 
 
 @dataclass

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from kvpress.utils import compute_n_kept
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -12,6 +13,7 @@ from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.eviction.rotation import Rotation
 from sparsekv_pl.presses.caught_scores import CaughtScores, catch_scores
 from sparsekv_pl.presses.nesting import press_name
+from sparsekv_pl.presses.ratio import compression_ratio_of
 from sparsekv_pl.presses.traits import PressTraits
 
 
@@ -35,7 +37,7 @@ class PositionTracker:
     """
 
     def __init__(self, traits: PressTraits, request: Request, many: bool, inv_freq: Tensor | None) -> None:
-        deciding = traits.deciding
+        deciding = self.deciding = traits.deciding
         self.press = traits.press
         self.selecting = deciding.selecting if deciding.by_scores else None
         self.order_only = {id(part.press) for part in traits.parts if part.order_only}
@@ -84,9 +86,16 @@ class PositionTracker:
                     "take a press that scores it at once, or leave the selection objective out"
                 )
             name, order_only = press_name(scored.scorer), id(scored.scorer) in self.order_only
-            self.selections.append(Selection(scored.layer, name, scored.scores, positions, order_only))
+            kept = self._budget(scored.scores.shape[-1])
+            self.selections.append(Selection(scored.layer, name, scored.scores, positions, order_only, kept))
         if positions is not None and scored.scorer is self.selecting:
             self._restore_order(scored, positions, cache)
+
+    def _budget(self, keys: int) -> int:
+        """Return how many of ``keys`` pairs this chunk's compression ratio leaves; all, for a press without a ratio."""
+        if not self.deciding.takes_a_ratio:
+            return keys
+        return int(compute_n_kept(keys, compression_ratio_of(self.deciding.press)))
 
     def _follow_unscored(self, cache: DynamicCache, seen: int) -> None:
         """Extend the positions by a whole chunk where the press did not score: at a ratio of 0 everything stays."""

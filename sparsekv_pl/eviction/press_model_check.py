@@ -50,14 +50,20 @@ class _SeenTensors:
 
 
 @torch.no_grad()
-def check_press(model: PreTrainedModel, press: BasePress | None) -> None:
+def check_press(model: PreTrainedModel, press: BasePress | None, foresight: bool = False) -> None:
     """Raise ``ValueError`` if ``press``, or a press in it, would not reproduce ``model``'s queries or keys.
 
     Called once the model is loaded. Models with weights on the meta device (sharded ones) are not checked.
+    ``foresight`` is True where the continuation is known before the eviction.
     """
     if press is None:
         return
     traits = traits_of(press)
+    if traits.foresees and not foresight:
+        raise ValueError(
+            f"{traits.name} keeps what the continuation will attend to, which is unknown here: it is a ceiling to "
+            "measure with EvaluationModule (configs/evaluate/retention.yaml). Take another press"
+        )
     layers = list(getattr(decoder_of(model), "layers", [None]))
     without = [number for number, layer in enumerate(layers) if not hasattr(layer, "self_attn")]
     if without:

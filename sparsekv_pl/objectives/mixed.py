@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from sparsekv_pl.objectives.objective import Objective, StudentView
+from sparsekv_pl.objectives.selection_loss import SelectionLoss
 
 
 @dataclass
@@ -47,6 +49,12 @@ class Mixed(Objective):
                 f"{len(self.objectives)} objectives, and at least one above 0"
             )
         self.request = reduce(or_, (objective.request for objective in self.objectives))
+
+    @property
+    @override
+    def selection_loss(self) -> SelectionLoss | None:
+        """The first objective's that has one."""
+        return next(filter(None, (objective.selection_loss for objective in self.objectives)), None)
 
     def prepare(self, tokenizer: Any) -> None:
         """Prepare all objectives with the model's tokenizer."""

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from sparsekv_pl.eviction.interface import EvictedContext, Selection
 from sparsekv_pl.eviction.request import NOTHING, Request
 from sparsekv_pl.models.layer_outputs import LayerOutput
+
+if TYPE_CHECKING:
+    from sparsekv_pl.objectives.selection_loss import SelectionLoss
 
 LayerRows = dict[int, Tensor]
 """layer -> (N, E), the layer's output at supervised tokens."""
@@ -81,6 +84,11 @@ class Objective(ABC):
 
     request: Request = NOTHING
     """The results that its ``StudentView`` must contain."""
+
+    @property
+    def selection_loss(self) -> "SelectionLoss | None":
+        """The selection loss that this objective minimises; None if it has none."""
+        return None
 
     def prepare(self, tokenizer: Any) -> None:  # noqa: B027 - most objectives do not need it
         """Prepare for the model's tokenizer; called once, before training."""

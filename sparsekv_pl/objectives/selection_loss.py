@@ -1,21 +1,25 @@
 """The selection loss: align a press's scores with the teacher's attention to the context."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from sparsekv_pl.eviction.interface import Selection
 from sparsekv_pl.eviction.request import Request
+from sparsekv_pl.objectives.kept_mass import KeptMass, kept_shares
 from sparsekv_pl.objectives.objective import Objective, StudentView
 from sparsekv_pl.objectives.rank_means import rank_share
 from sparsekv_pl.objectives.score_alignment import TINY, cross_entropy, evictable_keys, key_logits, ranking
 
 Form = Literal["cross_entropy", "ranking"]
 Heads = Literal["mass", "equal"]
+KEPT, MOST = "kept_mass", "kept_mass_most"
+"""Beginnings of the names of logged terms; the press follows."""
 
 
 @dataclass
@@ -97,28 +101,43 @@ class SelectionLoss:
                 f"layer_weights has {len(self.layer_weights)} numbers and the model {layers} layers: give one per layer"
             )
 
+    @torch.no_grad()
+    def kept_mass(self, selections: Iterable[tuple[Selection, Tensor]]) -> Iterator[KeptMass]:
+        """Yield the attention that each selection keeps, of the same keys and heads as the loss; gradients or not."""
+        for selection, mass_BKL in selections:
+            target, evictable, weights = self._target(selection, mass_BKL)
+            kept = selection.scores.shape[-1] if selection.kept is None else selection.kept
+            shares = kept_shares(target, selection.scores, evictable, kept)
+            yield KeptMass(selection.layer, selection.press, *shares, weights)
+
     def _heads(self, selection: Selection, mass_BKL: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss and the weight of each head, both (B, K)."""
-        scores, positions = selection.scores.float(), selection.positions
-        evictable = evictable_keys(scores, self.sinks, positions)
-        if positions is not None:
-            mass_BKL = mass_BKL.gather(-1, positions)
-        mass = torch.where(evictable, mass_BKL, 0)
-        total = mass.sum(-1)
-        target = mass / total.unsqueeze(-1).clamp(min=TINY)
+        scores = selection.scores.float()
+        target, evictable, weights = self._target(selection, mass_BKL)
         standardise = self.form == "ranking" or selection.order_only
         logits = key_logits(scores, evictable, self.temperature, standardise)
         if self.form == "ranking":
             losses = ranking(logits, target, evictable, self.top_share)
         else:
             losses = cross_entropy(logits, target, evictable)
+        return losses, weights
+
+    def _target(self, selection: Selection, mass_BKL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the teacher's share of each evictable key, those keys, both (B, K, S), and the heads' weights."""
+        evictable = evictable_keys(selection.scores.float(), self.sinks, selection.positions)
+        if selection.positions is not None:
+            mass_BKL = mass_BKL.gather(-1, selection.positions)
+        mass = torch.where(evictable, mass_BKL, 0)
+        total = mass.sum(-1)
         weights = total if self.heads == "mass" else torch.ones_like(total)
-        return losses, weights * (1.0 if self.layer_weights is None else self.layer_weights[selection.layer])
+        weights = weights * (1.0 if self.layer_weights is None else self.layer_weights[selection.layer])
+        return mass / total.unsqueeze(-1).clamp(min=TINY), evictable, weights
 
 
-def _mean(losses: Tensor, weights: Tensor) -> Tensor:
+def _mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Average the last dimension of ``values``, over the items of all ranks."""
     total = weights.sum()
-    return rank_share(total) * (losses * weights).sum() / total.clamp(min=TINY)
+    return rank_share(total) * (values * weights).sum(-1) / total.clamp(min=TINY)
 
 
 @dataclass
@@ -141,16 +160,30 @@ class SelectionObjective(Objective):
 
     def __post_init__(self) -> None:
         try:
-            self._loss()
+            self.selection_loss  # noqa: B018 - it checks the settings
         except ValueError as error:
             raise ValueError(f"SelectionObjective.{error}") from None
 
     def __call__(self, view: StudentView) -> dict[str, Tensor]:
-        losses = self._loss()(view.selections)
-        if not losses:  # a press without trainable scores was drawn at this step
-            return {"loss": 0 * view.hidden_NE.sum()}  # backward needs a graph
+        losses = self.selection_loss(view.selections)
         logs = {f"selection/{press}": loss.detach() for press, loss in losses.items()}
+        logs |= self._kept_mass(view)
+        if not losses:  # a press without trainable scores was drawn at this step
+            return {"loss": 0 * view.hidden_NE.sum(), **logs}  # backward needs a graph
         return {"loss": torch.stack(list(losses.values())).mean(), **logs}
 
-    def _loss(self) -> SelectionLoss:
+    def _kept_mass(self, view: StudentView) -> dict[str, Tensor]:
+        """Return, by press, the attention that its selection keeps and the most that its budget could keep."""
+        parts: dict[str, list[Tensor]] = {}
+        for one in self.selection_loss.kept_mass(view.selections):
+            parts.setdefault(one.press, []).append(torch.stack([one.kept, one.most, one.weights]).flatten(1))
+        logs = {}
+        for press, found in parts.items():
+            *shares, weights = torch.cat(found, dim=1)
+            logs[f"{KEPT}/{press}"], logs[f"{MOST}/{press}"] = _mean(torch.stack(shares), weights)
+        return logs
+
+    @property
+    @override
+    def selection_loss(self) -> SelectionLoss:
         return SelectionLoss(self.sinks, self.heads, self.form, self.temperature, self.top_share, self.layer_weights)

@@ -5,6 +5,7 @@ from sparsekv_pl.presses.anchor import AnchorPress
 from sparsekv_pl.presses.block_dropout import BlockDropoutPress
 from sparsekv_pl.presses.eviction_aug import EvictionAugPress
 from sparsekv_pl.presses.kvpress_warnings import shorten_warnings
+from sparsekv_pl.presses.oracle import OraclePress
 from sparsekv_pl.presses.sentence_dropout import SentenceDropoutPress
 from sparsekv_pl.presses.soft_threshold import SoftThresholdPress
 from sparsekv_pl.presses.sparse_reg import SparseRegPress
@@ -17,6 +18,7 @@ __all__ = [
     "AnchorPress",
     "BlockDropoutPress",
     "EvictionAugPress",
+    "OraclePress",
     "SentenceDropoutPress",
     "SoftThresholdPress",
     "SparseRegPress",

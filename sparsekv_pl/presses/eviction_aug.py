@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sparsekv_pl.models.seeding import random_for
+from sparsekv_pl.presses.caught_scores import CaughtScores
 from sparsekv_pl.presses.nesting import presses_in, scorers_in
 from sparsekv_pl.presses.ratio import set_compression_ratio
 from sparsekv_pl.presses.step_draws import Draws
@@ -98,7 +99,7 @@ class EvictionAugPress(BasePress, Draws):
         """Evict with the drawn press inside the block."""
         with ExitStack() as stack:
             if others := self._others():
-                stack.enter_context(_Scoring(others)(model))  # first: it must see the keys before they are evicted
+                stack.enter_context(ScoringPress(others)(model))  # first: it must see the keys before they are evicted
             yield stack.enter_context(self.press(model))
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
@@ -113,7 +114,7 @@ class EvictionAugPress(BasePress, Draws):
     def forward_hook(self, module: nn.Module, input: list[Any], kwargs: dict[str, Any], output: Any) -> Any:
         """Evict from one layer with the drawn press; called by ComposedPress and PrefillDecodingPress."""
         if others := self._others():
-            _Scoring(others).forward_hook(module, input, kwargs, output)
+            ScoringPress(others).forward_hook(module, input, kwargs, output)
         return self.press.forward_hook(module, input, kwargs, output)
 
     def _others(self) -> list[ScorerPress]:
@@ -123,10 +124,11 @@ class EvictionAugPress(BasePress, Draws):
 
 
 @dataclass
-class _Scoring(BasePress):
+class ScoringPress(BasePress):
     """Score with several scorers and keep everything."""
 
     scorers: list[ScorerPress]
+    scored: list[CaughtScores] = field(default_factory=list, init=False)
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
         for scorer in self.scorers:
@@ -143,5 +145,6 @@ class _Scoring(BasePress):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         with no_waiting_on(keys.device):
             for scorer in self.scorers:
-                scorer.score(module, hidden_states, keys, values, attentions, kwargs)
+                scores = scorer.score(module, hidden_states, keys, values, attentions, kwargs)
+                self.scored.append(CaughtScores(int(module.layer_idx), scorer, scores))  # type: ignore[arg-type]
         return keys, values

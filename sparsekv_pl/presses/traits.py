@@ -16,10 +16,10 @@ from sparsekv_pl.presses.key_tokens import ReadsTokens
 from sparsekv_pl.presses.nesting import press_name, wrapped
 from sparsekv_pl.presses.position_order import InOrderPress
 
-Need = Literal["queries", "whole queries", "keys", "rotary", "weights", "hidden states", "attention"]
+Need = Literal["queries", "whole queries", "keys", "rotary", "weights", "hidden states", "attention", "continuation"]
 """Inputs of a press besides the cache and positions: queries computed from q_proj and RoPE (``whole``: RoPE must rotate
 all their dimensions), keys computed from k_proj and RoPE, the model's RoPE (rotary_emb) at later positions, the output
-projection, hidden states, attention weights."""
+projection, hidden states, attention weights, the attention that the continuation will pay."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,11 @@ class PressTraits:
     def attention_free(self) -> bool:
         """Whether all select by the cache and positions alone, so that a paged inference engine can run them."""
         return not any(part.needs for part in self.parts)
+
+    @property
+    def foresees(self) -> bool:
+        """Whether any sees the continuation, which is known in an evaluation of cases alone."""
+        return any("continuation" in part.needs for part in self.parts)
 
     @property
     def members(self) -> tuple["PressTraits", ...]:
@@ -248,6 +253,7 @@ def table() -> dict[type, Row]:
         presses.AnchorPress: scorer(trainable=False, in_order=True),  # its scorer trains
         presses.BlockDropoutPress: drops(),
         presses.EvictionAugPress: wrapper(decides="drawn"),
+        presses.OraclePress: whole_context(trainable=False, needs=("continuation",)),
         presses.SentenceDropoutPress: drops(),
         # Later chunks do not weigh the keys of earlier ones.
         presses.SoftThresholdPress: scorer(needs=("queries",), in_order=True, works_in_chunks=False),

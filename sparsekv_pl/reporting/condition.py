@@ -6,6 +6,8 @@ from typing import Any
 
 FULL_CACHE = "full cache"
 """The press of a record without eviction; equals press_name(None)."""
+ORACLE = "Oracle"
+"""The press of a record whose eviction saw the continuation; equals press_name(OraclePress())."""
 HOSTED = "hosted "
 """Beginning of the press of a record that a hosted model answered."""
 
@@ -43,6 +45,11 @@ class Condition:
         return self.press != FULL_CACHE and not self.press.startswith(HOSTED)
 
     @property
+    def may_be_seen(self) -> bool:
+        """Whether training can have evicted under this condition's press: not the full cache, and no ceiling."""
+        return self.evicts and not foresees(self.press)
+
+    @property
     def when(self) -> str:
         """The prefill, if it is not the usual one: "" for a dense prefill and for a hosted model."""
         return "" if self.prefill == "dense" or self.press.startswith(HOSTED) else self.prefill
@@ -50,5 +57,15 @@ class Condition:
     @property
     def label(self) -> str:
         """A short label for pictures: "full cache", "SnapKV 0.50", "SnapKV 0.50, chunks of 128"."""
-        name = f"{self.press} {self.compression_ratio:.2f}" if self.evicts else self.press
+        name = f"{marked(self.press)} {self.compression_ratio:.2f}" if self.evicts else self.press
         return f"{name}, {self.when}" if self.when else name
+
+
+def foresees(press: str) -> bool:
+    """Return whether the press of this name, or one inside it, saw the question and its answer."""
+    return ORACLE in press.rstrip(")").split("(")
+
+
+def marked(press: str) -> str:
+    """Return a press's name for tables and pictures, which says if it is a ceiling and no method."""
+    return f"{press} (ceiling: sees the question)" if foresees(press) else press

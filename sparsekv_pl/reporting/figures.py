@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sparsekv_pl.reporting.condition import FULL_CACHE
+from sparsekv_pl.reporting.condition import FULL_CACHE, marked
 from sparsekv_pl.reporting.sorted_records import VARIANTS
 from sparsekv_pl.reporting.summary import Row, headline
 
@@ -44,6 +44,15 @@ def png(figure: "Figure") -> bytes:
     return buffer.getvalue()
 
 
+def pixels(figure: "Figure") -> np.ndarray:
+    """Render a figure to (height, width, 3) uint8, without pyplot."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]
+
+
 def dots_figure(rows: Sequence[Row], panels: Sequence[Panel] = SCORES) -> "Figure":
     """Draw scores as dots with 95 % bars: a line per condition, a plot per panel.
 
@@ -56,7 +65,7 @@ def dots_figure(rows: Sequence[Row], panels: Sequence[Panel] = SCORES) -> "Figur
     panels = [panel for panel in panels if known[panel]]
     lines = list(dict.fromkeys(row.condition for row in rows))
     trained = any(row.trained is not None for row in rows)
-    unseen = {row.condition for row in rows if trained and row.condition.evicts and not row.seen_in_training}
+    unseen = {row.condition for row in rows if trained and row.condition.may_be_seen and not row.seen_in_training}
     labels = [condition.label + " *" * (condition in unseen) for condition in lines]
     width = 1.5 + 0.075 * max(map(len, labels)) + 4.4 * max(1, len(panels))
     figure = Figure(figsize=(width, 1.8 + 0.42 * len(lines)), dpi=130, layout="constrained")
@@ -163,7 +172,7 @@ def _legend(presses: list[str], variants: list[str]) -> list[Any]:
     from matplotlib.lines import Line2D
 
     shown = [Line2D([], [], color="0.2", linestyle=STYLES[name], label=name) for name in variants]
-    return shown + [Line2D([], [], **_look(presses, press), linewidth=3, label=press) for press in presses]
+    return shown + [Line2D([], [], **_look(presses, press), linewidth=3, label=marked(press)) for press in presses]
 
 
 def _look(presses: list[str], press: str) -> dict[str, Any]:

@@ -137,13 +137,15 @@ def _draw(axes: "Axes", found: NDArray[np.float64], asked: NDArray[np.float64]) 
     return image
 
 
-def sparsity_figure(measures: Mapping[str, ArrayLike]) -> "Figure":
+def sparsity_figure(measures: Mapping[str, ArrayLike], heads_are: str = "head") -> "Figure":
     """Draw heat maps of layer x head, one per measure, each with its own scale.
 
     Parameters
     ----------
     measures
         Name with its unit ("effective support (tokens)") -> (layers, H).
+    heads_are
+        Label of the axis of heads.
 
     Raises
     ------
@@ -166,7 +168,7 @@ def sparsity_figure(measures: Mapping[str, ArrayLike]) -> "Figure":
     for axes, (name, array) in zip(grid, arrays.items(), strict=False):
         image = axes.imshow(array, cmap="viridis", aspect="auto", interpolation="nearest")
         axes.set_title(name, fontsize=9)
-        axes.set_xlabel("head", fontsize=8)
+        axes.set_xlabel(heads_are, fontsize=8)
         axes.set_ylabel("layer", fontsize=8)
         axes.tick_params(labelsize=7)
         for axis in (axes.xaxis, axes.yaxis):

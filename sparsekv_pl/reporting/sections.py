@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from sparsekv_pl.reporting.condition import FULL_CACHE
+from sparsekv_pl.reporting.condition import FULL_CACHE, marked
 from sparsekv_pl.reporting.costs import Line
 from sparsekv_pl.reporting.intervals import Interval
 from sparsekv_pl.reporting.page import Link, Picture, Section, Table
@@ -167,7 +167,7 @@ def _table(
     header = ["press", "ratio", *["prefill"] * prefills, *["in training"] * trained, *heads, *["error"] * failed]
     lines = [
         [
-            row.condition.press,
+            marked(row.condition.press),
             f"{row.condition.compression_ratio:.2f}",
             *[row.condition.prefill] * prefills,
             *[measured.training_word(row.condition)] * trained,
@@ -206,7 +206,7 @@ def _ledger(lines: Sequence[Line]) -> list[Table]:
         key = (line["press"], line["compression_ratio"], line["prefill"])
         longest[key] = max(longest.get(key, 0), line.get("length", 0))
     columns: dict[str, Callable[[Line], str]] = {
-        "press": lambda line: line["press"],
+        "press": lambda line: marked(line["press"]),
         "ratio": lambda line: f"{line['compression_ratio']:.2f}",
         "prefill": lambda line: line["prefill"],
         "context": lambda line: _number(line.get("length"), "{:,}"),
@@ -233,7 +233,7 @@ def _stability(lines: Sequence[Line]) -> list[Table]:
         return lambda line: " / ".join(_number(line.get(key), "{:.4f}") for key in (name, f"{name}_worst"))
 
     columns: dict[str, Callable[[Line], str]] = {
-        "press": lambda line: line["press"],
+        "press": lambda line: marked(line["press"]),
         "ratio": lambda line: f"{line['compression_ratio']:.2f}",
         "prefill": lambda line: line["prefill"],
         "variant": lambda line: line.get("variant", "-"),

@@ -44,8 +44,8 @@ class Measured:
         return self.sides[full[0], task] if full else {}
 
     def training_word(self, condition: Condition) -> str:
-        """ "seen" or "unseen" in training, "-" if nothing is evicted."""
-        return "-" if not condition.evicts else "seen" if condition in self.seen else "unseen"
+        """ "seen" or "unseen" in training, "-" if nothing is evicted or the press is a ceiling."""
+        return "-" if not condition.may_be_seen else "seen" if condition in self.seen else "unseen"
 
 
 def sorted_records(records: Sequence[Record]) -> Measured:

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from sparsekv_pl.reporting.condition import marked
 from sparsekv_pl.reporting.sections import shorten
 from sparsekv_pl.reporting.sorted_records import VARIANTS
 from sparsekv_pl.reporting.summary import Row, Summary, headline
@@ -35,7 +36,7 @@ def terminal_table(summary: Summary) -> "Table":
         found = [rows.get((condition, metric)) for metric in shown]
         lines = [_lines(row) if row else ["-"] for row in found]
         texts = [Text.assemble(first, ("\n" + "\n".join(rest), "dim")) for first, *rest in lines]
-        cell = Text.assemble(condition.press, (f"\n{condition.when}" * bool(condition.when), "dim"))
+        cell = Text.assemble(marked(condition.press), (f"\n{condition.when}" * bool(condition.when), "dim"))
         if condition in measured.errors:
             cell.append(f"\n{shorten(measured.errors[condition])}", "red")
         seen = [measured.training_word(condition)] * trained

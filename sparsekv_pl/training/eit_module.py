@@ -37,6 +37,7 @@ from sparsekv_pl.training.resumption import check_resumable
 from sparsekv_pl.training.sharding import shard
 from sparsekv_pl.training.student import Student
 from sparsekv_pl.training.teacher import Teacher
+from sparsekv_pl.training.validation_mass import ValidationMass
 from sparsekv_pl.training.validation_prefill import full_and_evicted
 
 log = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ class EITModule(LightningModule):
         self.press_parameters = torch.nn.ParameterDict(learnable(self.press) if self.press is not None else {})
         self.val_full = ContinuationPerplexity()
         self.val_evicted = ContinuationPerplexity()
+        self.val_mass = ValidationMass(self.validation_student)
 
     @property
     def press(self) -> BasePress | None:
@@ -184,13 +186,20 @@ class EITModule(LightningModule):
         for part in rows_of_equal_length(batch):
             rows, columns = places = supervised_in(part).places()
             labels = part["labels"][rows, columns + 1]
-            full, evicted = full_and_evicted(self.validation_student, part, self.validation_compression_ratio, place)
-            for metric, hidden in ((self.val_full, full), (self.val_evicted, evicted)):
+            found = full_and_evicted(
+                self.validation_student, part, self.validation_compression_ratio, place, self.val_mass.request
+            )
+            for metric, hidden in ((self.val_full, found.full), (self.val_evicted, found.evicted)):
                 nll = token_nll(hidden[places], self.student.head_weight, labels)
                 metric.update(nll[:0] if again else nll)
+            self.val_mass.add(part, found.selections, again)
         size = len(batch["labels"])
         self.log("val/perplexity_full", self.val_full, on_epoch=True, batch_size=size)
         self.log("val/perplexity_evicted", self.val_evicted, on_epoch=True, prog_bar=True, batch_size=size)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the attention that each press keeps."""
+        self.val_mass.log(self)
 
     def configure_callbacks(self) -> list[Callback]:
         """Add ``Resumption`` and, if the trainer has none, ``NonFinite``."""

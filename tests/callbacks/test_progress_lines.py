@@ -22,6 +22,7 @@ class Measured(Line):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ARG002
         self.log_dict({"train/loss": 2.5, "train/kl": 0.125, "train/loss_layer_01": 1.0, "other": 1.0})
+        self.log_dict({"train/kept_mass/Knorm": 0.5, "train/kept_mass_most/Knorm": 0.75})
         return super().training_step(torch.ones(1, 100), batch_idx)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
@@ -64,7 +65,9 @@ def test_a_training_has_a_line_at_every_logging_interval_and_validation(
     steps = [line.partition(":")[0] for line in said]
     sanity, after = "validation before the first step", "validation after step 4"
     assert steps == [sanity, "step 2 of 5", "step 4 of 5", after, "step 5 of 5"]
-    assert said[1].partition(": ")[2].split(", ")[:2] == ["loss 2.5", "kl 0.125"]
+    assert said[1].partition(": ")[2].split(", ")[:3] == [
+        *("loss 2.5", "kl 0.125", "kept_mass/Knorm 0.5 of 0.75"),
+    ]
     assert said[1].endswith("20 tokens/s, 8 s left")  # 100 tokens in 5 s; 5 s for 2 steps leave 7.5 s for 3
     assert "perplexity 12, took" in said[3]
     assert "layer" not in "".join(said) and "other" not in "".join(said)

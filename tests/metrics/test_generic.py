@@ -15,6 +15,7 @@ from sparsekv_pl.attention.statistics import LayerStatistics
 from sparsekv_pl.metrics import (
     AttentionSparsity,
     ContinuationPerplexity,
+    MassByHead,
 )
 
 Updates = list[tuple[Any, ...]]
@@ -37,6 +38,10 @@ def layer_statistics(seed: int) -> LayerStatistics:
 
 CASES: dict[str, tuple[Callable[..., Metric], Updates]] = {
     "ContinuationPerplexity": (ContinuationPerplexity, [(torch.rand(5),), (torch.rand(3),)]),
+    "MassByHead": (
+        lambda **keywords: MassByHead(2, 3, **keywords),
+        [(0, *torch.rand(3, 4, 3)), (1, *torch.rand(3, 2, 3))],
+    ),
     "AttentionSparsity": (
         lambda **keywords: AttentionSparsity(2, 3, **keywords),
         [(0, layer_statistics(0)), (1, layer_statistics(1))],

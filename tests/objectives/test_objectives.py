@@ -50,17 +50,18 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "layerwise attention": lambda: Layerwise("attention", layer_weights=[1.0, 2.0]),
 }
 RECONSTRUCTION = {"reconstruction", "reconstruction_lost", "reconstruction_accuracy"}
+SELECTION = {"selection/SnapKV", "kept_mass/SnapKV", "kept_mass_most/SnapKV"}
 TERMS = {
     "lm": {"cross_entropy"},
     "sparse_lm": {"cross_entropy", "press/entropy"},
     "reconstruction": RECONSTRUCTION,
     "eit": {"cross_entropy", "kl"},
-    "selection": {"selection/SnapKV"},
+    "selection": SELECTION,
     "layerwise hidden": {"layerwise_hidden"},
     "layerwise attention": {"layerwise_attention"},
     "mixed": {
-        *("cross_entropy", "cross_entropy_2", "cross_entropy_4", "kl", "press/entropy", "selection/SnapKV"),
-        *("layerwise_hidden", "layerwise_attention", *RECONSTRUCTION),
+        *("cross_entropy", "cross_entropy_2", "cross_entropy_4", "kl", "press/entropy"),
+        *("layerwise_hidden", "layerwise_attention", *RECONSTRUCTION, *SELECTION),
     },
 }
 

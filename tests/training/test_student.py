@@ -214,7 +214,8 @@ def test_every_press_that_scores_is_aligned_on_every_row(random_model: MakeModel
     batch = ragged(LENGTHS["two alike"])
     check_weighted_mean(own, batch, [1.0] * 3)
     terms, *_ = terms_and_gradients(own, batch)
-    assert terms.keys() == {"loss", *(f"selection/{name}" for name in ("SnapKV", "ExpectedAttention", "Knorm"))}
+    kinds, presses = ("selection", "kept_mass", "kept_mass_most"), ("SnapKV", "ExpectedAttention", "Knorm")
+    assert terms.keys() == {"loss", *(f"{kind}/{name}" for kind in kinds for name in presses)}
 
 
 # --- what presses add, what they evicted ---

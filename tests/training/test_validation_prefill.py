@@ -58,8 +58,9 @@ def test_both_sides_are_those_of_two_prefills(model: Any, name: str, place: int)
         .layers[0]
         .mlp.register_forward_hook(lambda _m, args, _o: read.append(args[0].shape[1]))
     )
-    full, evicted = full_and_evicted(student, batch, 0.5, place)
+    full, evicted, selections = full_and_evicted(student, batch, 0.5, place)
     hook.remove()
+    assert selections == []
     with torch.no_grad():
         torch.testing.assert_close(full, full_cache(causal_lm(model), ids[:, :32], ids[:, 32:]))
         torch.testing.assert_close(evicted, student.evict(batch, 0.5, place).hidden, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,69 @@
+"""How much of the teacher's attention each press keeps in validation, with pictures by layer and KV head."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from sparsekv_pl.eviction.interface import Selection
+from sparsekv_pl.eviction.request import NOTHING, Request
+from sparsekv_pl.metrics import MassByHead
+from sparsekv_pl.models.backbone import causal_lm
+from sparsekv_pl.models.batch import Batch, supervised_in
+from sparsekv_pl.models.cache_shape import cache_shape
+from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.objectives.attention_mass import AttentionMass, with_mass
+from sparsekv_pl.objectives.selection_loss import KEPT, MOST
+from sparsekv_pl.presses.nesting import press_name, scorers_in
+from sparsekv_pl.reporting import sparsity_figure
+from sparsekv_pl.reporting.figures import pixels
+from sparsekv_pl.reporting.loggers import log_picture
+from sparsekv_pl.training.student import Student
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+
+class ValidationMass(nn.Module):
+    """The kept attention of every press of ``student``; measures nothing if its objective has no selection loss.
+
+    The teacher's attention costs one more pass per batch.
+    """
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.student = student
+        press, self.loss = student.eviction.press, student.objective.selection_loss
+        self.metrics = nn.ModuleDict()
+        if press is not None and self.loss is not None:
+            model = causal_lm(student.model)
+            shape = len(decoder_of(model).layers), cache_shape(model.config).kv_heads
+            self.metrics.update({press_name(scorer): MassByHead(*shape) for scorer in scorers_in(press)})
+
+    @property
+    def request(self) -> Request:
+        """What ``add`` needs of a validation's eviction."""
+        return Request(scores=True) if self.metrics else NOTHING
+
+    def add(self, batch: Batch, selections: Iterable[Selection], again: bool) -> None:
+        """Add a batch of equally long contexts; one that comes ``again`` runs, for sharded models, and is not added."""
+        if self.loss is None or not self.metrics:
+            return
+        mass = AttentionMass(supervised_in(batch), batch["context_ids"].shape[1])
+        self.student.teacher(batch["context_ids"], batch["continuation_ids"], mass)
+        for one in () if again else self.loss.kept_mass(with_mass(selections, mass.mass)):
+            self.metrics[one.press].update(one.layer, one.kept, one.most, one.weights)  # type: ignore[operator]
+
+    def log(self, module: "LightningModule") -> None:
+        """Log each press's means, and a picture of the distance between them, and start again from zero. Collective."""
+        for press, metric in self.metrics.items():
+            found = metric.compute()  # type: ignore[operator]
+            metric.reset()  # type: ignore[operator]
+            if found["kept"].isnan():  # never drawn, or validation's ratio is 0
+                continue
+            logs = {f"val/{KEPT}/{press}": found["kept"], f"val/{MOST}/{press}": found["most"]}
+            module.log_dict(logs, sync_dist=True)
+            if not module.trainer.sanity_checking and module.trainer.is_global_zero and module.loggers:
+                title = f"attention that {press} misses of the most that its budget keeps"
+                figure = sparsity_figure({title: found["distance"].cpu().numpy()}, "KV head")
+                log_picture(module.loggers, f"val/distance/{press}", pixels(figure), module.global_step)
