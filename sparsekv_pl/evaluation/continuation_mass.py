@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.eviction.replay import RecordedPrefill
 from sparsekv_pl.models.batch import CaseBatch, Supervised
+from sparsekv_pl.models.encoding import Encoder
 from sparsekv_pl.objectives.attention_mass import AttentionMass
 
 
@@ -27,10 +28,10 @@ def continuation_mass(
 
 def _whole(batch: CaseBatch, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, list[int]]:
     """Return the continuations (B, T) with the reference answers at their ends, padded on the right; their lengths."""
-    rows = []
+    rows, encoder = [], Encoder(tokenizer)
     for ids, length, case in zip(
         batch["continuation_ids"], batch["continuation_lengths"].tolist(), batch["cases"], strict=True
     ):
-        answer = tokenizer.encode(f" {', '.join(case.answers)}", add_special_tokens=False) if case.answers else []
+        answer = encoder.encode(f" {', '.join(case.answers)}") if case.answers else []
         rows.append(torch.cat([ids[:length], ids.new_tensor(answer)]))
     return pad_sequence(rows, batch_first=True), [len(row) for row in rows]
