@@ -7,6 +7,7 @@ works by layer and drops the cache in training, so nothing would be evicted.
 """
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,7 +34,7 @@ def checkpointed_prefill(filling: ChunkedPrefill, context_ids: Tensor) -> Prefil
     assert filling.traits is not None
 
     def run(layout: Layout | None, chunk_ids: Tensor, *packed: Tensor) -> tuple[Layout, list[Tensor], Results]:
-        chunk = filling.again()
+        chunk = replace(filling)
         if layout is not None:
             chunk.load_state_dict(layout.unpack(packed))
         chunk.advance(chunk_ids)

@@ -4,8 +4,8 @@ One chunk is "prefill, press, continue". With many, chunk n sees the cache that 
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +23,7 @@ from sparsekv_pl.eviction.limits import (
     check_sliding_window,
     check_weights,
 )
+from sparsekv_pl.eviction.local_gradients import detach, layers_apart
 from sparsekv_pl.eviction.position_tracker import PositionTracker
 from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.eviction.request import NOTHING, Request
@@ -48,6 +49,7 @@ def chunk_bounds(tokens: int, chunk_tokens: int | None) -> list[tuple[int, int]]
     return list(pairwise(edges))
 
 
+@dataclass(eq=False)
 class ChunkedPrefill:
     """A prefill of ``tokens`` tokens that is advanced chunk by chunk and can be saved between two chunks.
 
@@ -67,6 +69,8 @@ class ChunkedPrefill:
     request
         ``request.scores`` keeps the press's scores (results, not part of ``state_dict``); ``request.contexts`` tracks
         the kept keys' positions also in a single chunk: see ``Prefilled``.
+    local
+        Whether gradients stay in the layer: see ``LocalGradients``.
 
     Raises
     ------
@@ -74,20 +78,18 @@ class ChunkedPrefill:
         If the press cannot run in these chunks, or the context takes more positions than the model was trained on.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        press: BasePress | None,
-        tokens: int,
-        chunk_tokens: int | None = None,
-        budget: int | None = None,
-        request: Request = NOTHING,
-    ) -> None:
-        self.again = partial(ChunkedPrefill, model, press, tokens, chunk_tokens, budget, request)
-        """Makes a new prefill with the same arguments."""
-        self.model, self.budget = model, budget
-        self.bounds = chunk_bounds(tokens, chunk_tokens)
-        self.traits = None if press is None else traits_of(press)
+    model: PreTrainedModel
+    press: BasePress | None
+    tokens: int
+    chunk_tokens: int | None = None
+    budget: int | None = None
+    request: Request = NOTHING
+    local: bool = False
+
+    def __post_init__(self) -> None:
+        model, tokens, request = self.model, self.tokens, self.request
+        self.bounds = chunk_bounds(tokens, self.chunk_tokens)
+        self.traits = None if self.press is None else traits_of(self.press)
         self.deciding = None if self.traits is None else self.traits.deciding
         self.rotates = self.deciding is not None and self.deciding.re_rotates
         self.ratio: float | None = None
@@ -96,7 +98,7 @@ class ChunkedPrefill:
         if self.traits is not None and self.deciding is not None:
             check_chunks(self.traits, self.bounds, request)
             check_weights(model, self.traits)
-            if len(self.bounds) > 1 or budget is not None:
+            if len(self.bounds) > 1 or self.budget is not None:
                 self.ratio = self.deciding.press.compression_ratio
                 set_compression_ratio(self.deciding.press, self.ratio)  # raises here where there is none to set
             inv_freq = decoder_of(model).rotary_emb.inv_freq if self.rotates else None
@@ -131,7 +133,8 @@ class ChunkedPrefill:
         position = held if self.rotates else start
         keywords = self._keywords(chunk_ids)
         rotated = queries_from(self.model, position if self.traits is not None else 0)
-        with self._evicting(held, start, stop), rotated, last_mlp_for(self.model, 0):
+        apart = layers_apart(self.model) if self.local else nullcontext()
+        with self._evicting(held, start, stop), rotated, last_mlp_for(self.model, 0), apart:
             continue_from(self.model, chunk_ids, self.cache, position, **keywords)
         self.chunks_done += 1
 
@@ -144,6 +147,8 @@ class ChunkedPrefill:
     def result(self) -> Prefilled:
         """Return the cache after the last chunk, with the press's results."""
         assert not self.chunks_left
+        if self.local:
+            detach(self.cache)
         position = self.cache.get_seq_length() if self.rotates else self.seen
         if self.traits is None:
             return Prefilled(self.cache, position, [])

@@ -14,6 +14,7 @@ from sparsekv_pl.eviction.checkpointed_prefill import checkpointed_prefill
 from sparsekv_pl.eviction.interface import Evicted, EvictedContext
 from sparsekv_pl.eviction.kept_memory import kept_memory
 from sparsekv_pl.eviction.limits import check_chunks, check_continuation
+from sparsekv_pl.eviction.local_gradients import LocalGradients
 from sparsekv_pl.eviction.prefill import ChunkedPrefill, chunk_bounds, continue_from
 from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.eviction.request import NOTHING, Request
@@ -39,6 +40,8 @@ class RealEviction:
     checkpoint
         Keep no activations of the context: backward runs each chunk again, so only one chunk's activations exist at a
         time. For long contexts; costs a second forward. See eviction/checkpointed_prefill.py.
+    local_gradients
+        Steps and contexts whose gradients stay in the layer, which saves the context's backward; null for none.
 
     Raises
     ------
@@ -50,6 +53,7 @@ class RealEviction:
     chunk_tokens: int | None = None
     budget: int | None = None
     checkpoint: bool = False
+    local_gradients: LocalGradients | None = None
 
     def __post_init__(self) -> None:
         for name in ("chunk_tokens", "budget"):
@@ -74,14 +78,16 @@ class RealEviction:
         """Run context and continuation with an eviction between the two. See ``Eviction``."""
         draw(self.press, step)
         set_compression_ratio(self.press, compression_ratio)
-        filling = ChunkedPrefill(model, self.press, context_ids.shape[1], self.chunk_tokens, self.budget, request)
+        tokens = context_ids.shape[1]
+        local = self.local_gradients is not None and self.local_gradients.at(step, tokens)
+        filling = ChunkedPrefill(model, self.press, tokens, self.chunk_tokens, self.budget, request, local)
         prefilled = checkpointed_prefill(filling, context_ids) if self.checkpoint else filling.run(context_ids)
         kept = kept_memory(model, prefilled.cache).kept_pairs * prefilled.mean_weight
         context = evicted_context(model, prefilled, context_ids) if request.contexts else None
         hidden = continued(model, prefilled, continuation_ids)
         losses = {} if prefilled.press_context is None else prefilled.press_context.losses
         means = {name: stacked(terms).mean() for name, terms in losses.items()}
-        return Evicted(hidden, kept / context_ids.shape[1], prefilled.selections, means, context)
+        return Evicted(hidden, kept / tokens, prefilled.selections, means, context)
 
 
 def continued(model: PreTrainedModel, prefilled: Prefilled, ids: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 from kvpress import BasePress, ScorerPress
 from torch import Tensor, nn
 
+from sparsekv_pl.models.compression_ratio import check_compression_ratio
 from sparsekv_pl.presses.nesting import presses_in
 
 
@@ -22,7 +23,7 @@ class OraclePress(ScorerPress):
     Parameters
     ----------
     compression_ratio
-        Fraction of KV pairs that is removed.
+        Fraction of KV pairs that is removed; ``ValueError`` if it is not from 0 to below 1.
 
     Attributes
     ----------
@@ -33,6 +34,9 @@ class OraclePress(ScorerPress):
 
     compression_ratio: float = 0.0
     mass: Mapping[int, Tensor] | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_compression_ratio("OraclePress.compression_ratio", self.compression_ratio)
 
     def score(
         self,

@@ -117,6 +117,11 @@ def _check_module(module: Any) -> None:
             f"{type(module.press).__name__} has parameters of its own, which sharding would not keep equal on all "
             "ranks: train it under DDP (trainer.strategy=ddp), with backbone.sharded=false"
         )
+    if getattr(module.eviction, "local_gradients", None) is not None:
+        raise ValueError(
+            "local_gradients leave layers without a gradient of their output, at which sharded weights are gathered "
+            "again for backward: set eviction.local_gradients=null, or train under DDP with backbone.sharded=false"
+        )
     data = getattr(module.trainer, "datamodule", None)
     if len(getattr(data, "context_lengths", [0])) > 1:
         raise ValueError(

@@ -14,6 +14,7 @@ from sparsekv_pl.presses import (
     AnchorPress,
     BlockDropoutPress,
     EvictionAugPress,
+    OraclePress,
     SentenceDropoutPress,
     SoftThresholdPress,
     SparseRegPress,
@@ -21,7 +22,7 @@ from sparsekv_pl.presses import (
 )
 
 SPANS = [BlockDropoutPress, AdaptiveBlockDropoutPress, VariableBlockPress, SentenceDropoutPress]
-RATIOS = [*SPANS, SoftThresholdPress, AnchorPress]
+RATIOS = [*SPANS, SoftThresholdPress, AnchorPress, OraclePress]
 
 CASES: list[tuple[Any, str, Any, dict[str, Any]]] = [
     *((press, "compression_ratio", value, {}) for press in RATIOS for value in (-0.1, 1.0, "0.5")),
