@@ -13,18 +13,22 @@ from transformers import PreTrainedModel
 
 from sparsekv_pl.models.seeding import random_for
 from sparsekv_pl.presses.caught_scores import CaughtScores
-from sparsekv_pl.presses.nesting import presses_in, scorers_in
+from sparsekv_pl.presses.nesting import press_name, presses_in, scorers_in
 from sparsekv_pl.presses.ratio import set_compression_ratio
 from sparsekv_pl.presses.step_draws import Draws
 from sparsekv_pl.presses.sync_free import no_waiting_on
+from sparsekv_pl.presses.traits import traits_of
+
+LEAST = 0.1
+"""Smallest distance in the odds, as a share of the largest."""
 
 
 @dataclass
 class EvictionAugPress(BasePress, Draws):
     """Evict with a press drawn at random at every step: data augmentation by eviction method.
 
-    The draw depends only on ``seed`` and the step, so all layers and ranks use the same press. No gradient flows
-    through the draw; gradients flow through the kept pairs, as in any kvpress press.
+    The draw depends only on ``seed``, the step and the odds, so all layers and ranks use the same press. No gradient
+    flows through the draw; gradients flow through the kept pairs, as in any kvpress press.
 
     Parameters
     ----------
@@ -37,6 +41,15 @@ class EvictionAugPress(BasePress, Draws):
     score_all
         Let the scorers that were not drawn score too, without evicting, so that a selection loss trains all of them at
         every step. Costs their scoring, but no second pass.
+    by_distance
+        Multiply the odds by how far each press still is from its ceiling: the share of the teacher's attention that it
+        misses of the most that its budget could keep. Needs a selection loss, which measures it at every step.
+
+    Attributes
+    ----------
+    distances
+        Name -> distance of each scorer, a running mean that training sets and its checkpoints hold
+        (training/press_distances.py).
 
     Raises
     ------
@@ -48,6 +61,8 @@ class EvictionAugPress(BasePress, Draws):
     weights: list[float] | None = None
     seed: int = 0
     score_all: bool = False
+    by_distance: bool = False
+    distances: dict[str, float] = field(default_factory=dict, init=False)
     drawn: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -91,8 +106,32 @@ class EvictionAugPress(BasePress, Draws):
     def draw(self, step: int) -> BasePress:
         """Choose the press of ``step`` and return it."""
         rng = random_for("press", self.seed, step)
-        self.drawn = rng.choices(range(len(self.presses)), self.weights)[0]
+        self.drawn = rng.choices(range(len(self.presses)), self.odds)[0]
         return self.press
+
+    @property
+    def odds(self) -> list[float]:
+        """Relative odds of the presses at the next draw.
+
+        A press near its ceiling keeps a tenth of the farthest one's distance, so that it is still drawn. A press that
+        was not measured, or whose scores cannot train, counts as the mean of the others.
+        """
+        assert self.weights is not None
+        found = [self._distance(press) for press in self.presses]
+        known = [distance for distance in found if distance is not None]
+        if not self.by_distance or not known or not max(known):
+            return self.weights
+        mean, least = sum(known) / len(known), LEAST * max(known)
+        return [
+            weight * max(mean if distance is None else distance, least)
+            for weight, distance in zip(self.weights, found, strict=True)
+        ]
+
+    def _distance(self, press: BasePress) -> float | None:
+        """Return the mean distance of the scorers in ``press``; None if there is none to train."""
+        known = [self.distances.get(press_name(scorer)) for scorer in scorers_in(press)]
+        measured = [distance for distance in known if distance is not None]
+        return sum(measured) / len(measured) if measured and traits_of(press).trainable else None
 
     @contextmanager
     def __call__(self, model: PreTrainedModel) -> Generator:

@@ -4,6 +4,7 @@ from sparsekv_pl.eviction import Eviction
 from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.objectives import Objective
 from sparsekv_pl.presses.traits import traits_of
+from sparsekv_pl.training.press_distances import PressDistances
 
 
 def fit_together(objective: Objective, eviction: Eviction) -> None:
@@ -22,6 +23,11 @@ def fit_together(objective: Objective, eviction: Eviction) -> None:
     if not isinstance(eviction, RealEviction):
         return
     traits = traits_of(eviction.press)
+    if not request.scores and PressDistances(eviction.press).drawing:
+        raise ValueError(
+            "EvictionAugPress.by_distance follows how much of the teacher's attention each press keeps, which only the "
+            "selection objective measures: add it to the objective, or leave by_distance out"
+        )
     if request.press_losses and not traits.adds_losses:
         raise ValueError(
             f"the sparse_lm objective adds what SparseRegPress measures, and {traits.name} measures "

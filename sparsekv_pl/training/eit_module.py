@@ -11,7 +11,7 @@ from kvpress import BasePress
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from sparsekv_pl.eviction import Eviction
 from sparsekv_pl.eviction.dropout import KVDropout
@@ -33,6 +33,7 @@ from sparsekv_pl.storage.fingerprint import weights_digest
 from sparsekv_pl.training.compatibility import check_evicts_in_evaluation, fit_together
 from sparsekv_pl.training.non_finite_guard import guards, watch
 from sparsekv_pl.training.optimizers import configured
+from sparsekv_pl.training.press_distances import PressDistances
 from sparsekv_pl.training.resumption import check_resumable
 from sparsekv_pl.training.sharding import shard
 from sparsekv_pl.training.student import Student
@@ -114,6 +115,7 @@ class EITModule(LightningModule):
         self.val_full = ContinuationPerplexity()
         self.val_evicted = ContinuationPerplexity()
         self.val_mass = ValidationMass(self.validation_student)
+        self.distances = PressDistances(self.press)
 
     @property
     def press(self) -> BasePress | None:
@@ -156,6 +158,7 @@ class EITModule(LightningModule):
     def on_fit_start(self) -> None:
         """Set training mode: Hugging Face models load in evaluation mode, and Lightning keeps it."""
         self.train()
+        self.distances.start()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
         """Seed torch's generator, from which an adapter's dropout draws, by epoch, batch and rank."""
@@ -169,6 +172,7 @@ class EITModule(LightningModule):
         watch(self, terms, batch, compression_ratio=f"{self.compression_ratio:.3f}")
         means = means_over_ranks({**terms, "kept_share": torch.full((), kept_share, device=self.device)})
         self._log_step(means, batch)
+        self.distances.measure(means)
         return terms["loss"]
 
     def loss_terms(self, batch: Batch, compression_ratio: float, step: int) -> tuple[dict[str, Tensor], float]:
@@ -197,9 +201,14 @@ class EITModule(LightningModule):
         self.log("val/perplexity_full", self.val_full, on_epoch=True, batch_size=size)
         self.log("val/perplexity_evicted", self.val_evicted, on_epoch=True, prog_bar=True, batch_size=size)
 
+    def on_validation_epoch_start(self) -> None:
+        """Draw presses by their weights alone, so that validations are comparable."""
+        self.distances.apply(False)
+
     def on_validation_epoch_end(self) -> None:
         """Log the attention that each press keeps."""
         self.val_mass.log(self)
+        self.distances.apply(True)
 
     def configure_callbacks(self) -> list[Callback]:
         """Add ``Resumption`` and, if the trainer has none, ``NonFinite``."""
@@ -209,12 +218,18 @@ class EITModule(LightningModule):
         """Make the optimizer of the trainable parameters, and the learning-rate schedule if there is one."""
         return configured(self, [p for p in self.parameters() if p.requires_grad])
 
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:  # noqa: ARG002
+        """Let the next steps' presses be drawn by the distances of this one."""
+        self.distances.settle()
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise ``ValueError`` if this run cannot continue the checkpoint's training."""
+        """Restore the presses' distances. Raises ``ValueError`` if this run cannot continue the training."""
         check_resumable(self, checkpoint)
+        self.distances.load_state_dict(checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only trainable parameters: the base weights are on disk already."""
+        """Keep only trainable parameters, as the base weights are on disk already, and add the presses' distances."""
+        checkpoint.update(self.distances.state_dict())
         trains = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trains}
 
