@@ -199,8 +199,7 @@ class Measurement:
 
     @cached_property
     def _stability(self) -> StabilityProbe:
-        batch = self.batch
-        return StabilityProbe(self.recorded, batch["continuation_ids"], batch["continuation_lengths"])
+        return StabilityProbe(self.recorded, self.batch["continuation_ids"], self.batch["continuation_lengths"])
 
     @property
     def recorded(self) -> RecordedPrefill:
@@ -221,7 +220,7 @@ class Measurement:
 
     @cached_property
     def _continuation_mass(self) -> dict[int, Tensor]:
-        return continuation_mass(self._recorded[0], self.batch, self.tokenizer)
+        return continuation_mass(self.recorded, self.batch, self.tokenizer)
 
     def row(self, row: int) -> "Measurement":
         """The measurement of one of the batch's rows alone."""
