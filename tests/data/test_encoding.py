@@ -13,6 +13,7 @@ from data.mixture import EvictionData
 from data.needles import NeedleTask
 from data.packing import take_tokens
 from data.question_sources import PlantedQuestions
+from data.question_task import QuestionTask
 from data.questions import QuestionData
 from data.ruler_needles import Niah
 from data.text import Document, Splits, TextSource
@@ -88,7 +89,10 @@ def test_no_context_or_continuation_splits_a_character(bare: Any) -> None:
 
     training = EvictionData(Mixed(), 350, 40, 3, 0.5, validation_windows=2, validation_needles=2, splits=SPLITS)
     ragged = EvictionData(Mixed(), 300, 40, 3, 0, validation_windows=0, splits=SPLITS, shortest_context=200)
-    for data in (training, ragged):
+    kinds = {"facts": 1, "told": 1, "quotes": 1, "cloze": 1, "neighbours": 1, "order": 1}
+    mixed = EvictionData(Mixed(), 420, 40, 3, 1, (1, 3), splits=SPLITS, validation_needles=6, questions=kinds)
+    mixed.validation_windows = 0
+    for data in (training, ragged, mixed):
         data.tokenizer = bare
         data.setup()
         stream = iter(data.train_dataloader())
@@ -96,7 +100,7 @@ def test_no_context_or_continuation_splits_a_character(bare: Any) -> None:
             lengths = batch.get("context_lengths", [batch["context_ids"].shape[1]] * len(batch["tasks"]))
             for row, length in enumerate(lengths):
                 check(batch["context_ids"][row, :length], batch["continuation_ids"][row])
-    tasks = [Facts(), Niah("niah_single_2")]
+    tasks = [Facts(), Niah("niah_single_2"), QuestionTask("unseen"), QuestionTask("told")]
     evaluation = EvaluationData(
         Mixed(), SPLITS, tasks, [700], [0.0, 0.3, 1.0], cases_per_cell=3, windows=7, continuation_tokens=30
     )
