@@ -48,14 +48,15 @@ class Cloze(QuestionKind):
             for i in sentence[1:]
             if counts[passage.plain[i]] == 1 and _is_rare(passage.words[i])
         }
+        text = " ".join(passage.words).casefold()  # where a word is also inside others: f(word)
         for gap in passage.candidates(list(gaps), rng, depth):
             sentence, place = gaps[gap], gap.start
             shown = range(max(sentence.start, place - AROUND), min(sentence.stop, place + AROUND + 1))
-            if _places(passage, shown, place) != 1:
-                continue
             match = WORD.match(passage.words[place])
             assert match is not None
             before, word, after = match.groups()
+            if _places(passage, shown, place) != 1 or len(re.findall(rf"\b{word.casefold()}\b", text)) != 1:
+                continue
             words = passage.words[shown.start : shown.stop]
             words[place - shown.start] = f"{before}{BLANK}{after}"
             passage.use(sentence)

@@ -54,15 +54,15 @@ class Speakers(QuestionKind):
 
     def ask(self, passage: Passage, rng: random.Random, split: Split, depth: float | None = None) -> Asked | None:
         """See ``QuestionKind.ask``."""
-        lines: dict[range, str] = {}
+        lines: dict[range, tuple[str, str]] = {}
         for who, line in (found for text in passage.quotable for found in spoken(text)):
-            words = line.split()
-            if len(words) >= LINE_WORDS[0] and (span := passage.find(words[: LINE_WORDS[1]])):
-                lines[span] = who
+            words = line.split()[: LINE_WORDS[1]]
+            if len(words) >= LINE_WORDS[0] and (span := passage.find(words)):
+                lines[span] = who, " ".join(words)
         for span in passage.candidates(list(lines), rng, depth):
             passage.use(span)
-            wording = rng.choice(self.wordings[split])
-            return Asked(wording.turn([lines[span]], ".", line=passage.text(span)))
+            who, line = lines[span]
+            return Asked(rng.choice(self.wordings[split]).turn([who], ".", line=line))
         return None
 
 

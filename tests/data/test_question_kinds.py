@@ -64,7 +64,7 @@ def beside(context: str, fields: dict[str, str], answer: str) -> None:
     quote = fields["quote"]
     place = context.index(quote)
     assert context.count(quote) == 1
-    near = f" {quote} {answer}" in context or f"{answer} {quote}" in context
+    near = f"{quote} {answer}" in context or f"{answer} {quote}" in context
     assert near or re.search(rf"[.!?] {re.escape(answer)}[^.!?]*[.!?]+ $", context[:place])
 
 
@@ -242,7 +242,20 @@ def test_a_text_without_dialogue_has_no_speakers(tokenizer: Any) -> None:
     one = QUESTION_KINDS["speakers"].ask(passage, random.Random(0), "train")
     assert one is not None
     assert one.turn.answers == ("Mary Webb",)
+    assert fields_of(QUESTION_KINDS["speakers"], "train", one.turn.question) == {
+        "line": "We must leave before the storm,"
+    }
     assert QUESTION_KINDS["speakers"].ask(Passage([(f"{novel} {novel} ", True)]), random.Random(0), "train") is None
+
+
+def test_a_word_that_is_also_inside_another_is_not_left_out() -> None:
+    text = (
+        " A. The kettle is made of copper. Call f(copper) at last. Nobody ever saw the lighthouse. Some more words. Z "
+    )
+    drawn = [QUESTION_KINDS["cloze"].ask(Passage([(text, True)]), random.Random(i), "train") for i in range(40)]
+    answers = {one.turn.answer for one in drawn if one}
+    assert "lighthouse" in answers
+    assert "copper" not in answers
 
 
 def test_half_a_speaker_at_the_beginning_is_none() -> None:
