@@ -19,8 +19,11 @@ _SPEECH = re.compile(
     r"(?P<line>\S.*?)(?=\n[ \t]*\n)",
     re.DOTALL,
 )
-_HEADINGS = re.compile(r"(?i)(?:notes?|warnings?|examples?|see also|returns?|raises|parameters|args|usage|contents)\b")
-_NAME = r"(?P<who>(?:(?:Mr|Mrs|Miss|Dr|Sir|Lady|Captain)\.? )?[A-Z][a-z]+(?: [A-Z][a-z]+)?)(?=[\s,.;:!?])"
+_HEADINGS = re.compile(
+    r"(?i)(?:notes?|warnings?|important|todo|examples?|see also|returns?|raises|parameters|args|usage|contents"
+    r"|copyright|act|scene|chapter|part|book|enter|exit|exeunt)\b"
+)
+_NAME = r"(?P<who>(?:the )?(?:(?:Mr|Mrs|Miss|Dr|Sir|Lady|Captain)\.? )?[A-Z][a-z]+(?: [A-Z][a-z]+)?)(?=[\s,.;:!?])"
 _VERB = r"(?:said|asked|replied|cried|answered|exclaimed|whispered|shouted|added|returned|observed|remarked|says)"
 _QUOTED = r"[\"\u201c](?P<line>[A-Z][^\"\u201c\u201d]{12,400})[\"\u201d]"
 _DIALOGUE = (
@@ -54,15 +57,17 @@ class Speakers(QuestionKind):
 
     def ask(self, passage: Passage, rng: random.Random, split: Split, depth: float | None = None) -> Asked | None:
         """See ``QuestionKind.ask``."""
-        lines: dict[range, tuple[str, str]] = {}
+        lines: dict[range, str] = {}
+        speakers: dict[range, set[str]] = {}
         for who, line in (found for text in passage.quotable for found in spoken(text)):
             words = line.split()[: LINE_WORDS[1]]
-            if len(words) >= LINE_WORDS[0] and (span := passage.find(words)):
-                lines[span] = who, " ".join(words)
-        for span in passage.candidates(list(lines), rng, depth):
+            span = passage.find(words) if len(words) >= LINE_WORDS[0] else None
+            if span is not None:
+                speakers.setdefault(span, set()).add(who)
+                lines[span] = " ".join(words)
+        for span in passage.candidates([span for span in lines if len(speakers[span]) == 1], rng, depth):
             passage.use(span)
-            who, line = lines[span]
-            return Asked(rng.choice(self.wordings[split]).turn([who], ".", line=line))
+            return Asked(rng.choice(self.wordings[split]).turn(list(speakers[span]), ".", line=lines[span]))
         return None
 
 

@@ -1,4 +1,4 @@
-"""The count of unusable documents: the newest of every worker, added up."""
+"""The counts of unusable documents and left out questions: the newest of every worker, added up."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,27 +13,31 @@ from callbacks.skipped_documents import SkippedDocuments
 
 
 class Counts(IterableDataset[dict[str, Any]]):
-    """Worker w skips 10 ** w documents for each batch."""
+    """Worker w skips 10 ** w documents and leaves out twice as many questions for each batch."""
+
+    def __init__(self, questions: bool) -> None:
+        self.questions = questions
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         worker = 0 if info is None else info.id
         for batch in range(1, 10):
-            yield {"context_ids": torch.zeros(1, 2), "skipped_documents": batch * 10**worker}
+            count = batch * 10**worker
+            left_out = {"left_out_questions": {"speakers": 2 * count}} if self.questions else {}
+            yield {"context_ids": torch.zeros(1, 2), "skipped_documents": count} | left_out
 
 
 class Logs(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.logged: list[tuple[int, float]] = []
+        self.logged: dict[str, list[tuple[int, float]]] = {}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:  # noqa: ARG002
         return self.weight * 1.0
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        assert name == "data/skipped_documents"
-        self.logged.append((self.trainer.global_step, value))
+        self.logged.setdefault(name, []).append((self.trainer.global_step, value))
         super().log(name, value, *args, **kwargs)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -57,6 +61,8 @@ def test_the_newest_count_of_every_worker_is_added_up(tmp_path, workers, every, 
         enable_model_summary=False,
         default_root_dir=tmp_path,
     )
-    trainer.fit(module, DataLoader(Counts(), batch_size=None, num_workers=workers))
-    assert module.logged == expected
+    trainer.fit(module, DataLoader(Counts(questions=every == 1), batch_size=None, num_workers=workers))
+    assert module.logged.pop("data/skipped_documents") == expected
+    twice = [(step, 2 * count) for step, count in expected]
+    assert module.logged == ({"data/left_out_questions/speakers": twice} if every == 1 else {})
     assert trainer.callback_metrics["data/skipped_documents"] == expected[-1][1]

@@ -3,6 +3,7 @@
 import random
 import re
 from collections.abc import Callable
+from functools import cache
 from itertools import combinations
 from typing import Any
 
@@ -26,6 +27,7 @@ from tests.data.dialogue import PLAY
 EVERY_KIND = [*QUESTION_KINDS.values(), UnseenFacts()]
 
 
+@cache
 def haystack(tokenizer: Any) -> Tokens:
     ids = tokenizer.encode(PLAY, add_special_tokens=False)
     return Tokens(ids, [("play", len(ids))])
@@ -95,7 +97,7 @@ def test_the_context_answers_the_question_and_says_it_once(
 ) -> None:
     chosen = tokenizer if chat else plain_tokenizer
     for split in kind.wordings:
-        for seed in range(12):
+        for seed in range(6):
             one = asked(kind, chosen, split, seed)
             [turn] = one.turns
             assert len(one.ids) == 1500
@@ -104,7 +106,7 @@ def test_the_context_answers_the_question_and_says_it_once(
             fields = {} if kind.name == "facts" else fields_of(kind, split, turn.question)
             assert turn.answers and not {"{", "}"} & set(turn.question + turn.answer_prefix)
             assert turn.answer == " ".join(turn.answer.split())
-            assert one == asked(kind, chosen, split, seed), "it is a function of its draw"
+            assert seed or one == asked(kind, chosen, split, seed), "it is a function of its draw"
             if kind.name in CHECKS:
                 CHECKS[kind.name](context, fields, turn.answer)
             else:
@@ -237,6 +239,15 @@ def test_a_text_without_dialogue_has_no_speakers(tokenizer: Any) -> None:
         asked_context(Frame(tokenizer), Tokens(prose, [("a", len(prose))]), 1000, [QUESTION_KINDS["speakers"]],
                       random.Random(0), "train")  # fmt: skip
     assert nothing.value.kind == "speakers"
+    for text, who in {
+        "“I shall be late again today!” said the Rabbit. “Oh dear.” And so it was.": "the Rabbit",
+        'Then Mr. Darcy replied, "You are mistaken about all of it." Elizabeth laughed.': "Mr. Darcy",
+        "At noon.\n\nHOB. Who has taken the lantern?\n\nANN. It was not me, Hob.\n\nHOB. Then go.\n\nEnd": "ANN",
+    }.items():
+        drawn = [
+            QUESTION_KINDS["speakers"].ask(Passage([(f" {text} ", True)]), random.Random(i), "train") for i in range(9)
+        ]
+        assert who in {one.turn.answer for one in drawn if one}
     novel = 'She ran. "We must leave before the storm," said Mary Webb. He nodded, and they left. '
     passage = Passage([(f"Once. {novel} And so on. ", True)])
     one = QUESTION_KINDS["speakers"].ask(passage, random.Random(0), "train")
