@@ -108,7 +108,7 @@ def _chosen(places: Sequence[int], asked: Asked, rng: random.Random, depth: floa
     """Choose ascending places for the sentences, the answer's at the place nearest to ``depth``."""
     if depth is None:
         return sorted(rng.choices(places, k=len(asked.hidden)))
-    own = next(i for i, sentence in enumerate(asked.hidden) if asked.turn.answers[0].lower() in sentence.lower())
+    own, *_ = (i for i, sentence in enumerate(asked.hidden) if asked.turn.answers[0].lower() in sentence.lower())
     place = min(places, key=lambda place: abs(place - depth * body))
     before = rng.choices([other for other in places if other <= place], k=own)
     after = rng.choices([other for other in places if other >= place], k=len(asked.hidden) - own - 1)

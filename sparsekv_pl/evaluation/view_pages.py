@@ -83,7 +83,7 @@ def page_content(
 ) -> dict[str, Any]:
     """What viewer.js reads, of one case: ``view`` has its record by variant, ``answers`` its records by condition."""
     sides = [variant for variant in VARIANTS if variant in view]
-    any_view = next(view[side] for side in sides if view[side]["kept"])
+    any_view, *_ = (view[side] for side in sides if view[side]["kept"])
     parts: list[str] = []
     points, full = [], {side: None for side in sides}
     missing = [
