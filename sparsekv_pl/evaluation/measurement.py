@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsekv_pl.evaluation.continuation_mass import continuation_mass
 from sparsekv_pl.evaluation.perplexity_and_kl import FullCacheReading
 from sparsekv_pl.evaluation.points import Point
+from sparsekv_pl.evaluation.recalled_words import recalled_tokens
 from sparsekv_pl.evaluation.stability_probe import StabilityProbe
 from sparsekv_pl.evaluation.time_and_memory import Phases, timed
 from sparsekv_pl.eviction.answering import Answering
@@ -216,7 +217,8 @@ class Measurement:
         full, ids = self.recorded.evicted(None), self.batch["continuation_ids"]
         hidden = continue_from(self.model, ids, full.cache, full.next_position)
         head, lengths = self.model.get_output_embeddings().weight, self.batch["continuation_lengths"].tolist()
-        return FullCacheReading(hidden, head, ids, lengths)
+        recalled = recalled_tokens(self.tokenizer, self.batch["context_ids"], ids, lengths)
+        return FullCacheReading(hidden, head, ids, lengths, recalled)
 
     @cached_property
     def _continuation_mass(self) -> dict[int, Tensor]:

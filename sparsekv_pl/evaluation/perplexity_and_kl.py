@@ -1,4 +1,4 @@
-"""Perplexity of a continuation, and forward KL from the full cache's predictions to those after eviction."""
+"""Perplexity of a continuation and of its recalled words, and forward KL from the full cache's predictions."""
 
 from collections.abc import Iterator, Sequence
 
@@ -23,28 +23,37 @@ class FullCacheReading:
         (V, E) weight of the LM head.
     ids, lengths
         (B, T) token ids of the continuations, and the number of valid tokens per row.
+    recalled
+        (B, T) bool, the tokens of recalled words (recalled_words.py); None does not score them.
     """
 
-    def __init__(self, hidden: Tensor, head: Tensor, ids: Tensor, lengths: Sequence[int]) -> None:
-        self.hidden, self.head, self.ids, self.lengths = hidden, head, ids, lengths
+    def __init__(
+        self, hidden: Tensor, head: Tensor, ids: Tensor, lengths: Sequence[int], recalled: Tensor | None = None
+    ) -> None:
+        self.hidden, self.head, self.ids, self.lengths, self.recalled = hidden, head, ids, lengths, recalled
         self._keeps = sum(lengths) * len(head) <= KEPT_FLOATS
         self._kept: dict[tuple[int, int], Tensor] = {}
 
     @torch.no_grad()
     def scores(self, hidden: Tensor) -> list[Record]:
-        """``reading_scores`` of each row of ``hidden`` (B, T, E)."""
+        """``reading_scores`` of each row of ``hidden`` (B, T, E), with the ``recalled_nll`` of ``recalled_tokens``."""
         return [self._row(row, hidden[row]) for row in range(len(self.lengths))]
 
     def _row(self, row: int, hidden: Tensor) -> Record:
-        sums = self.hidden.new_zeros(2, dtype=torch.float64)  # read once, because each read waits for the GPU
+        sums = self.hidden.new_zeros(4, dtype=torch.float64)  # read once, because each read waits for the GPU
+        recalled = torch.zeros_like(self.ids[row], dtype=torch.bool) if self.recalled is None else self.recalled[row]
         for start, stop in _chunks(self.lengths[row] - 1):
             log_q = log_probabilities(hidden[start:stop], self.head)
             labels = self.ids[row, start + 1 : stop + 1, None]
-            own = -log_q.gather(-1, labels).sum()
+            own, told = -log_q.gather(-1, labels)[:, 0], recalled[start + 1 : stop + 1]
             log_p = self._log_p(row, start, stop)
-            sums += torch.stack([own, log_q.neg_().add_(log_p).mul_(log_p.exp()).sum()])
-        nll, kl = sums.tolist()
-        return {"nll": nll, "kl": max(0.0, kl), "tokens": max(0, self.lengths[row] - 1)}
+            kl = log_q.neg_().add_(log_p).mul_(log_p.exp()).sum()
+            sums += torch.stack([own.sum(), kl, (own * told).sum(), told.sum().to(own.dtype)])
+        nll, divergence, recalled_nll, recalled_tokens = sums.tolist()
+        scores = {"nll": nll, "kl": max(0.0, divergence), "tokens": max(0, self.lengths[row] - 1)}
+        if self.recalled is None:
+            return scores
+        return scores | {"recalled_nll": recalled_nll, "recalled_tokens": int(recalled_tokens)}
 
     def _log_p(self, row: int, start: int, stop: int) -> Tensor:
         if (row, start) in self._kept:

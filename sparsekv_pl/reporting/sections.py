@@ -20,6 +20,9 @@ METRIC_NAMES = {
     "f1": "token F1",
     "rouge_l": "ROUGE-L",
     "kl": "KL to the own full cache (nats per token)",
+    "recalled_words": "recalled words (nats per token)",
+    "recalled_words_gap": "recalled words, minus the own full cache's (nats per token)",
+    "perplexity_gap": "continuation perplexity, minus the own full cache's",
 }
 HOW_TO_READ = (
     "The compression ratio is the fraction of the KV cache removed. Base and trained share their cases; a case that "
@@ -28,6 +31,8 @@ HOW_TO_READ = (
     "(B. Efron, Annals of Statistics 7 (1979), 1-26). An interval without width says only that no case differed.",
     "Retention is the score divided by that of the same model's full cache on the same cases: 1 means nothing is lost; "
     "for perplexity, above 1 is worse. A press is unseen if training never evicted with it.",
+    "Recalled words are words of at least 4 letters of the text after the eviction that stood in the context, and "
+    "neither in the 64 tokens before them nor earlier in that text: only the context can tell them.",
 )
 VIEWS_NOTE = (
     "Pages of single cases, which show the share of layers and heads that kept each token, and the answers. A case is "
@@ -50,9 +55,9 @@ def report_sections(
     sections = [
         Section("Full cache", paragraphs=list(full_cache_lines(rows))),
         Section("At a glance", pictures),
-        Section("Retrieval", tables=[*_by_task(measured, retrieval, _scores), *_besides(measured, retrieval)]),
+        Section("Retrieval", tables=[*_by_task(measured, retrieval, scores_table), *other_scores(measured, retrieval)]),
         Section("What the cache kept, token by token", paragraphs=[VIEWS_NOTE] if views else [], links=views),
-        Section("Text", tables=[*_by_task(measured, text, _scores), *_by_task(measured, text, _kl)]),
+        Section("Text", tables=_text(measured, text)),
         Section("How to read this", paragraphs=HOW_TO_READ),
         Section("Budget ledger", tables=_ledger(ledger), paragraphs=[LEDGER_NOTE] if ledger else []),
         Section("Stability", tables=_stability(stability), paragraphs=[STABILITY_NOTE] if stability else []),
@@ -101,7 +106,7 @@ def _by_task(
     return [one for one in tables if one is not None]
 
 
-def _scores(measured: Measured, rows: Sequence[Row]) -> Table | None:
+def scores_table(measured: Measured, rows: Sequence[Row]) -> Table | None:
     """The main score of one task: base, trained, difference and retention."""
     if not rows:
         return None
@@ -123,25 +128,43 @@ def _scores(measured: Measured, rows: Sequence[Row]) -> Table | None:
     return _table(measured, caption, rows, [*heads, "cases"], lines)
 
 
-def _kl(measured: Measured, rows: Sequence[Row]) -> Table | None:
-    rows = [row for row in rows if any(f"kl_{variant}" in row.besides for variant in VARIANTS) or row.error]
-    if not any(row.besides for row in rows):
+def _text(measured: Measured, rows: Sequence[Row]) -> list[Table]:
+    """The tables of plain text."""
+    names = ("perplexity_gap", "kl")
+    tables = [_of_text(measured, rows, name) for name in names]
+    return [*_by_task(measured, rows, scores_table), *filter(None, tables), *recalled_tables(measured, rows)]
+
+
+def recalled_tables(measured: Measured, rows: Sequence[Row]) -> list[Table]:
+    """The tables of recalled words: their scores, and the gap to the full cache's."""
+    tables = (_of_text(measured, rows, name) for name in ("recalled_words", "recalled_words_gap"))
+    return [table for table in tables if table is not None]
+
+
+def _of_text(measured: Measured, rows: Sequence[Row], name: str) -> Table | None:
+    """One of the further scores of text: base, trained and difference."""
+    known = [row for row in rows if any(f"{name}_{variant}" in row.besides for variant in VARIANTS)]
+    if not known:
         return None
     both = len(measured.variants) == 2
     heads = [*measured.variants, *["trained - base"] * both]
-    names = [f"kl_{name}" for name in [*measured.variants, *["difference"] * both]]
-    lines = [[_kl_cell(row, name) for name in names] for row in rows]
-    return _table(measured, f"{rows[0].task}: {METRIC_NAMES['kl']}", rows, heads, lines)
+    names = [f"{name}_{variant}" for variant in [*measured.variants, *["difference"] * both]]
+    tokens = name == "recalled_words"
+    shown = [row for row in rows if row in known or row.error]
+    lines = [
+        [*(_fine(row, one) for one in names), *[str(row.besides.get("recalled_tokens", "-"))] * tokens] for row in shown
+    ]
+    return _table(measured, f"{rows[0].task}: {METRIC_NAMES[name]}", shown, [*heads, *["tokens"] * tokens], lines)
 
 
-def _kl_cell(row: Row, name: str) -> str:
+def _fine(row: Row, name: str) -> str:
     value, span = row.besides.get(name), row.besides.get(f"{name}_interval")
     if value is None:
         return "-"
     return f"{value:.3f}" + (f" [{span[0]:.3f}, {span[1]:.3f}]" if span else "")
 
 
-def _besides(measured: Measured, rows: Sequence[Row]) -> list[Table]:
+def other_scores(measured: Measured, rows: Sequence[Row]) -> list[Table]:
     """Substring, words, F1 and ROUGE-L of all tasks, base -> trained."""
     names = [measure.name for measure in BESIDES["needle_accuracy"]]
     names = [name for name in names if any(f"{name}_{variant}" in row.besides for row in rows for variant in VARIANTS)]

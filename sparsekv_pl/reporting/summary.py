@@ -41,11 +41,14 @@ class Measure:
 
 NEEDLE_ACCURACY = Measure("needle_accuracy", "exact")
 PERPLEXITY = Measure("perplexity", "nll", "tokens", np.exp)
+RECALLED_WORDS = Measure("recalled_words", "recalled_nll", "recalled_tokens")
 BESIDES = {
     "needle_accuracy": [Measure(name, name) for name in ("substring", "words", "f1", "rouge_l")],
-    "perplexity": [Measure("kl", "kl", "tokens")],
+    "perplexity": [Measure("kl", "kl", "tokens"), RECALLED_WORDS],
 }
-"""Main metric -> further scores of the same cases. KL is forward, in nats per token."""
+"""Main metric -> further scores of the same cases. KL (forward) and recalled words are in nats per token."""
+GAPS = {"perplexity": [PERPLEXITY, RECALLED_WORDS]}
+"""Main metric -> scores whose difference from the full cache's is given too."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ class Row:
     retention_cases: int = 0
     error: str | None = None
     besides: dict[str, Any] = field(default_factory=dict)
-    """Further scores of the same cases: "kl_base", "kl_base_interval", "kl_trained", ..."""
+    """Further scores of the same cases: "kl_base", "kl_base_interval", "kl_trained", ...; some less the full cache's:
+    "recalled_words_gap_base", ..., "recalled_words_gap_difference" (trained - base), ...; "recalled_tokens"."""
 
     def flat(self) -> dict[str, Any]:
         """One column per value, as in report.csv."""
@@ -154,9 +158,14 @@ def _row(measured: Measured, condition: Condition, task: str) -> Row:
     besides = {
         f"{measure.name}_{name}": value
         for measure in BESIDES[main.name]
-        if cases and all(measure.value in side[case] for side in sides.values() for case in cases)
+        if cases and _all_have(measure, sides, cases)
         for name, value in _scores(measure, sides, cases).items()
     }
+    for measure in GAPS.get(main.name, ()):
+        if pairs and all(_all_have(measure, {v: of[v] for v in sides}, pairs) for of in (sides, retained)):
+            besides |= _against_full(measure, sides, retained, pairs, np.subtract, f"{measure.name}_gap_")
+    if any(name.startswith(RECALLED_WORDS.name) for name in besides):
+        besides["recalled_tokens"] = sum(next(iter(sides.values()))[case]["recalled_tokens"] for case in cases)
     return Row(
         condition=condition,
         seen_in_training=condition in measured.seen,
@@ -168,7 +177,7 @@ def _row(measured: Measured, condition: Condition, task: str) -> Row:
         error=error,
         besides=besides,
         **(_scores(main, sides, cases) if cases else {}),
-        **(_retention(main, sides, retained, pairs) if pairs else {}),
+        **(_against_full(main, sides, retained, pairs, np.divide, "retention_") if pairs else {}),
     )
 
 
@@ -191,17 +200,24 @@ def _scores(measure: Measure, sides: Sides, cases: list[str]) -> dict[str, Any]:
     return found
 
 
-def _retention(measure: Measure, sides: Sides, full: Sides, cases: list[str]) -> dict[str, Any]:
-    """Each variant's score divided by its own full cache's; each draw takes the same cases of all four."""
+def _all_have(measure: Measure, sides: Sides, cases: list[str]) -> bool:
+    return all(measure.value in side[case] for side in sides.values() for case in cases)
+
+
+def _against_full(
+    measure: Measure, sides: Sides, full: Sides, cases: list[str], compare: Callable[..., Any], prefix: str
+) -> dict[str, Any]:
+    """``compare`` of each variant's score and its own full cache's; each draw takes the same cases of all four."""
     variants = [variant for variant in VARIANTS if variant in sides]
     quartet = [side[variant] for side in (sides, full) for variant in variants]
     columns = np.hstack([measure.columns([side[case] for case in cases]) for side in quartet])
 
-    def retention(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    def compared(sums: NDArray[np.float64]) -> NDArray[np.float64]:
         scores = measure.scores(sums)
-        return scores[..., : len(variants)] / scores[..., len(variants) :]
+        found: NDArray[np.float64] = compare(scores[..., : len(variants)], scores[..., len(variants) :])
+        return found
 
-    return _with_difference(columns, retention, "retention_", variants)
+    return _with_difference(columns, compared, prefix, variants)
 
 
 def _with_difference(

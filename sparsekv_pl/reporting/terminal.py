@@ -1,8 +1,10 @@
 """The short table that a run prints at its end."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sparsekv_pl.reporting.condition import marked
+from sparsekv_pl.reporting.intervals import Interval
 from sparsekv_pl.reporting.sections import shorten
 from sparsekv_pl.reporting.sorted_records import VARIANTS
 from sparsekv_pl.reporting.summary import Row, Summary, headline
@@ -30,6 +32,8 @@ def terminal_table(summary: Summary) -> "Table":
     table.caption = "counts, 95 % intervals"
     if trained:
         table.caption = "base -> trained, counts, 95 % intervals; unseen: a press never trained with"
+    if any("recalled_tokens" in row.besides for row in rows.values()):
+        table.caption += "; recalled: nats per token of recalled words"
     for name in ("press", "ratio", *[""] * trained, *shown.values()):
         table.add_column(name)
     for condition in measured.conditions:
@@ -45,13 +49,27 @@ def terminal_table(summary: Summary) -> "Table":
 
 
 def _lines(row: Row) -> list[str]:
-    """Lines of a cell: "0.05 -> 0.95", "3/64 -> 61/64" (accuracy only), "0.02-0.13 -> 0.87-0.98"."""
-    sides = [(getattr(row, variant), getattr(row, f"{variant}_interval")) for variant in VARIANTS]
-    known = [(value, span) for value, span in sides if value is not None and span is not None]
-    if not known:
-        return ["failed" if row.error else "-"]
+    """Lines of a cell: "0.05 -> 0.95", "3/64 -> 61/64" (accuracy only), "0.02-0.13 -> 0.87-0.98"; of text also the
+    recalled words: "recalled 3.91 -> 3.20", "3.61-4.22 -> 2.90-3.51".
+    """
     accuracy = row.metric == "needle_accuracy"
+    sides = [(getattr(row, variant), getattr(row, f"{variant}_interval")) for variant in VARIANTS]
+    scores, *spans = _sides(sides, digits=2 if accuracy else 1)
+    counts = [f"{value * row.cases:.4g}/{row.cases}" for value, span in sides if value is not None and span is not None]
+    if scores == "-" and row.error:
+        return ["failed"]
+    return [scores, *[" -> ".join(counts)] * (accuracy and bool(counts)), *spans, *_recalled(row)]
+
+
+def _recalled(row: Row) -> list[str]:
+    names = [f"recalled_words_{variant}" for variant in VARIANTS]
+    scores, *spans = _sides([(row.besides.get(name), row.besides.get(f"{name}_interval")) for name in names], digits=2)
+    return [f"recalled {scores}", *spans] if spans else []
+
+
+def _sides(sides: Sequence[tuple[float | None, Interval | None]], digits: int) -> list[str]:
+    """The scores of base and trained, and their intervals with so many digits; "-" if there are none."""
+    known = [(value, span) for value, span in sides if value is not None and span is not None]
     scores = [f"{value:.2f}" for value, _ in known]
-    counts = [f"{value * row.cases:.4g}/{row.cases}" for value, _ in known]
-    spans = ["-".join(f"{bound:.{2 if accuracy else 1}f}" for bound in span) for _, span in known]
-    return [" -> ".join(parts) for parts in ((scores, counts, spans) if accuracy else (scores, spans))]
+    spans = ["-".join(f"{bound:.{digits}f}" for bound in span) for _, span in known]
+    return [" -> ".join(scores), " -> ".join(spans)] if known else ["-"]

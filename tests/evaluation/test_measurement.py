@@ -177,7 +177,7 @@ def test_stability_is_added_where_it_can_be_measured(model, tokenizer) -> None:
 def test_every_record_can_be_written(model, tokenizer) -> None:
     costs = {"prefill_seconds", "eviction_seconds", "kept_pairs", "kv_bytes", "freed", "peak_bytes"}
     text, asked = (Measurement(model, tokenizer, batch(task)).at(POINTS[1])[0] for task in (TEXT, "needle"))
-    assert set(text) == costs | {"nll", "kl", "tokens"}
+    assert set(text) == costs | {"nll", "kl", "tokens", "recalled_nll", "recalled_tokens"}
     assert set(asked) == costs | {
         *(
             "exact",

@@ -205,6 +205,15 @@ def test_terminal_table_fits_80_columns_and_starts_with_the_full_cache(make_reco
     assert "RuntimeError" in text
 
 
+def test_terminal_table_has_recalled_words_below_perplexity(make_records):
+    records = [
+        record | ({"recalled_nll": 4.0, "recalled_tokens": 2} if record["task"] == "text" else {})
+        for record in make_records(presses=[("ExpectedAttention", True)], ratios=(0.5,))
+    ]
+    text = rendered(terminal_table(summarised(records)))
+    assert text.count("recalled 2.00 -> 2.00") == 2 and "2.00-2.00 -> 2.00-2.00" in text
+
+
 def test_terminal_table_without_training_has_no_arrow(make_records):
     text = rendered(terminal_table(summarised(make_records(variants=("base",), tasks=("text",)))))
     assert "->" not in text

@@ -58,6 +58,31 @@ def test_perplexity_weighs_tokens_and_brings_kl():
     assert row.trained is row.difference is row.trained_interval is None
 
 
+def test_recalled_words_weigh_their_tokens_and_have_a_gap_to_the_full_cache():
+    def text(case, press, variant, nll, tokens):
+        record = needle(case, press, None, variant, task="text") | {"nll": 10.0, "tokens": 10, "kl": 0.0}
+        return record | {"recalled_nll": nll, "recalled_tokens": tokens}
+
+    full, pressed = {"a": (1.0, 1), "b": (7.0, 3), "c": (0.0, 0)}, {"a": (2.0, 1), "b": (14.0, 3), "c": (0.0, 0)}
+    records = [
+        text(case, press, variant, nll * scale, tokens)
+        for variant, scale in (("base", 1.0), ("trained", 0.5))
+        for press, cases in ((FULL_CACHE, full), ("SnapKV", pressed))
+        for case, (nll, tokens) in cases.items()
+    ]
+    rows = rows_of(records)
+    found = rows["SnapKV", "text"].besides
+    assert found["recalled_tokens"] == 4, "a window without recalled words has no weight"
+    assert (found["recalled_words_base"], found["recalled_words_trained"]) == (4.0, 2.0)
+    gaps = [found[f"recalled_words_gap_{name}"] for name in ("base", "trained", "difference")]
+    assert gaps == [2.0, 1.0, -1.0]
+    low, high = found["recalled_words_gap_difference_interval"]
+    assert -1.2 < low < -1 < high < -0.4, "the same windows are drawn for all four"
+    assert found["perplexity_gap_base"] == found["perplexity_gap_difference"] == 0
+    assert "recalled_words_base" in rows[FULL_CACHE, "text"].besides
+    assert not any("gap" in name for name in rows[FULL_CACHE, "text"].besides)
+
+
 def test_only_cases_of_both_sides_are_pairs_and_the_rest_is_counted():
     records = [needle(case, "SnapKV", 1.0) for case in "abc"] + [
         needle(case, "SnapKV", 0.0, "trained") for case in "bcd"
