@@ -8,6 +8,7 @@ from sparsekv_pl.reporting.figures import RETENTION, curves_figure, dots_figure,
 from sparsekv_pl.reporting.file_formats import csv_bytes, json_bytes, replace_all
 from sparsekv_pl.reporting.heatmaps import needle_figures
 from sparsekv_pl.reporting.page import Link, Picture, html, markdown
+from sparsekv_pl.reporting.retention_curves import retention_figure
 from sparsekv_pl.reporting.sections import report_sections
 from sparsekv_pl.reporting.summary import Summary
 
@@ -79,6 +80,9 @@ def _figures(summary: Summary) -> Drawn:
     if any(row.retention_cases for row in rows):
         kept = [row for row in rows if row.retention_cases]
         drawn["retention.png"] = ("Retention by press and compression ratio", dots_figure(kept, RETENTION))
+    retained = retention_figure(rows)
+    if retained is not None:
+        drawn["retention-curves.png"] = ("Retention over compression, by press", retained)
     curves = curves_figure(rows)
     if curves is not None:
         drawn["curves.png"] = ("Scores over compression", curves)

@@ -5,12 +5,15 @@ import io
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from torch.utils.tensorboard import SummaryWriter
 
 from sparsekv_pl.reporting import sparsity_figure
 from sparsekv_pl.reporting.figures import RETENTION, curves_figure, dots_figure, png
 from sparsekv_pl.reporting.heatmaps import needle_figures, short_number
+from sparsekv_pl.reporting.retention_curves import retention_figure
 from sparsekv_pl.reporting.sorted_records import sorted_records
 from sparsekv_pl.reporting.summary import summary_rows
+from sparsekv_pl.reporting.training_curves import read_curves, training_figure, write_training_curves
 
 
 def rows_of(records):
@@ -28,6 +31,43 @@ def test_dots_draw_each_score_and_interval(make_records):
     (_, segment) = trained[2][0].get_segments()
     assert segment[:, 0] == pytest.approx(needles[1].trained_interval)
     assert "perplexity" in perplexity.get_title()
+
+
+def test_retention_has_a_plot_per_press_and_the_ceiling_dashed(make_records):
+    presses = [("SnapKV", True), ("TOVA", False), ("Oracle", False)]
+    rows = rows_of(make_records(presses=presses, ratios=(0.5, 0.9), seeds=8))
+    figure = retention_figure(rows)
+    assert [axes.get_title() for axes in figure.axes] == ["SnapKV", "TOVA *"], "the ceiling has no plot of its own"
+    needles = [row for row in rows if row.metric == "needle_accuracy"]
+    for axes, press in zip(figure.axes, ("SnapKV", "TOVA"), strict=True):
+        lines = {line.get_label(): line for line in axes.get_lines()}
+        for name, of, style in (("base", press, "-"), ("ceiling, trained", "Oracle", "--")):
+            own = [row for row in needles if row.condition.press == of]
+            assert lines[name].get_linestyle() == style
+            assert lines[name].get_xdata().tolist() == [0, 0.5, 0.9]
+            kept = [getattr(row, f"retention_{name.split()[-1]}") for row in own]
+            assert lines[name].get_ydata() == pytest.approx([1, *kept])
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["0", ".5", ".9"]
+    assert png(figure)
+    assert retention_figure([row for row in rows if row.condition.press in ("Oracle", "full cache")]) is None
+    assert retention_figure(rows_of(make_records(tasks=("text",)))) is None
+
+
+def test_training_curves_are_those_of_the_events(tmp_path):
+    with pytest.raises(ValueError, match="holds no TensorBoard events of a training"):
+        write_training_curves(tmp_path)
+    for start, value in ((0, 9.0), (2, 1.0)):  # the second is a resumed run, which repeats a step
+        with SummaryWriter(str(tmp_path)) as writer:
+            for step in range(start, start + 3):
+                for name in ("train/selection/Knorm", "train/selection/SnapKV", "val/perplexity_full", "hp_metric"):
+                    writer.add_scalar(name, value + step, step)
+    curves = read_curves(tmp_path)
+    steps, values = curves["train/selection/Knorm"]
+    assert (steps.tolist(), values.tolist()) == ([0, 1, 2, 3, 4], [9, 10, 3, 4, 5])
+    selection, perplexity = training_figure(curves).axes
+    assert [line.get_label() for line in selection.lines] == ["Knorm", "SnapKV"]
+    assert perplexity.get_title() == "val/perplexity"
+    assert write_training_curves(tmp_path).read_bytes()[:4] == b"\x89PNG"
 
 
 def test_pictures_are_pngs_that_grow_with_the_conditions(make_records):
