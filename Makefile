@@ -7,7 +7,7 @@ DOCS := .venv/.docs
 BENCHMARKS := $(filter-out benchmarks/measure.py benchmarks/ablations.py benchmarks/container_steps.py $(wildcard benchmarks/fsdp*.py benchmarks/gpu*.py benchmarks/soak*.py),$(sort $(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quickstart test lint types docs benchmark ablations clean
+.PHONY: help setup demo quickstart evaluate test lint types docs benchmark ablations clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -26,10 +26,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@ && rm $(BEGUN)
 
 # The embedded model needs no hub, and an unreachable hub must not delay anything.
-demo quickstart test benchmark ablations: export HF_HUB_OFFLINE = 1
+demo quickstart evaluate test benchmark ablations: export HF_HUB_OFFLINE = 1
 
 # Waiting threads sleep: on two busy cores, spinning doubles the time.
-demo quickstart benchmark ablations: export OMP_WAIT_POLICY = PASSIVE
+demo quickstart evaluate benchmark ablations: export OMP_WAIT_POLICY = PASSIVE
 
 # Make hands TEXT, QUESTION and ANSWER to the shell in its environment, so that no quote or bracket in them is special.
 demo: $(STAMP) ## see what a cache forgets, base beside trained; TEXT=my.txt QUESTION="Who came?" takes your own
@@ -42,6 +42,9 @@ quickstart: $(STAMP) ## train the embedded model to survive eviction, and compar
 	$(PY) evaluate.py test --config configs/evaluate/quickstart.yaml
 	@echo "output/quickstart also holds final/ (the adapter), checkpoint-N/, checkpoints/ and TensorBoard events:"
 	@echo "$(PY) -m tensorboard.main --logdir output"
+
+evaluate: $(STAMP) ## measure the adapter in adapters/ again, without training: the table in its README.md
+	$(PY) evaluate.py test --config configs/evaluate/robust.yaml $(ARGS)
 
 # Tiny models do not profit from a second thread, but the suite does from a second process.
 test: export OMP_NUM_THREADS = 1

@@ -15,9 +15,12 @@ from typing_extensions import override
 
 from callbacks.checkpoint_files import bytes_of, saved_whole
 from callbacks.curriculum import Curriculum
+from callbacks.run_record import run_record
 from sparsekv_pl.models.backbone import causal_lm
+from sparsekv_pl.models.base_model import base_reference
 from sparsekv_pl.models.batch import tokens_given
 from sparsekv_pl.models.weight_match import TRAINING_SUMMARY
+from sparsekv_pl.reporting.model_card import write_card
 from sparsekv_pl.storage.json_file import read_mapping
 from sparsekv_pl.storage.whole_files import check_room
 from sparsekv_pl.training.sharding import exported, gathered
@@ -27,11 +30,12 @@ class AdapterExport(pl.Callback):
     """Export at every checkpoint (``checkpoint-N/``, N the optimizer step) and at the end (``final/``).
 
     A folder holds the adapter (adapter_config.json, adapter_model.safetensors) or, if every weight trained, the model;
-    the tokenizer; ``curriculum.json``, the curriculum's state; ``config.yaml``, the resolved configuration; and
-    ``training.json``, a summary of the training and its cost. ``peft.PeftModel.from_pretrained(base, folder)`` loads
-    it. A module that trains something other than its model has a method ``save_trained(folder)``, which writes that
-    alone, without adapter, tokenizer and curriculum. Folders are written completely or not at all; a resumed run with
-    no steps left writes exports that are missing.
+    the tokenizer; ``curriculum.json``, the curriculum's state; ``config.yaml``, the resolved configuration;
+    ``training.json``, a summary of the training and its cost; and ``README.md``, a model card. An adapter names its
+    base without this machine's folders. ``peft.PeftModel.from_pretrained(base, folder)`` loads it. A module that trains
+    something other than its model has a method ``save_trained(folder)``, which writes that alone, without adapter,
+    tokenizer, curriculum and card. Folders are written completely or not at all; a resumed run with no steps left
+    writes exports that are missing.
 
     Parameters
     ----------
@@ -154,6 +158,8 @@ class AdapterExport(pl.Callback):
             else:
                 _write_model(trainer, pl_module, partial, weights)
             _write_json(partial, TRAINING_SUMMARY, self._summary(trainer, pl_module, tokens))
+            if not _writes_itself(pl_module):
+                write_card(partial)
             if config.exists():
                 shutil.copy(config, partial / "config.yaml")
         return folder
@@ -166,6 +172,7 @@ class AdapterExport(pl.Callback):
             "trainable_parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
             "precision": str(trainer.precision),
             **pl_module.describe_training(),  # type: ignore[operator]
+            **run_record(trainer),
             "last_metrics": self._metrics,
         }
 
@@ -205,6 +212,9 @@ def _write_model(
 ) -> None:
     """Write model, tokenizer and curriculum; ``weights`` are the trained ones, gathered from a sharded model."""
     pl_module.model.save_pretrained(partial, state_dict=weights)  # type: ignore[operator, union-attr]
+    if (config := partial / "adapter_config.json").exists():  # peft writes the folder that the base was loaded from
+        base = base_reference(pl_module.backbone)  # type: ignore[arg-type]
+        _write_json(partial, config.name, read_mapping(config) | {"base_model_name_or_path": base})
     pl_module.tokenizer.save_pretrained(partial)  # type: ignore[operator, union-attr]
     curricula = [callback for callback in trainer.callbacks if isinstance(callback, Curriculum)]  # type: ignore[attr-defined]
     state = curricula[0].export_state(trainer.global_step) if curricula else {}
@@ -225,6 +235,7 @@ def _write_merged(pl_module: pl.LightningModule, final: Path) -> None:
         merged.save_pretrained(partial)  # type: ignore[union-attr]
         pl_module.tokenizer.save_pretrained(partial)  # type: ignore[operator, union-attr]
         shutil.copy(final / TRAINING_SUMMARY, partial)
+        write_card(partial)
     rank_zero_info(f"merged model in {folder}")
 
 

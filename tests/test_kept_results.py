@@ -61,6 +61,7 @@ OTHER: dict[str, Any] = {
     "output": "other",
     "title": "Other",
     "sparsity": True,
+    "card": True,
     "dry": True,
     "save_every": 3,
     "tokens_per_second": 2.0,
@@ -78,7 +79,7 @@ KEPT = [
         keys_of,
         {"settings": SETTINGS},
         {"settings": [Setting(SnapKVPress(kernel_size=3), [0.5])], "stability": True},
-        REPORTS | {"sparsity"},  # it is a piece of work of its own
+        REPORTS | {"card", "sparsity"},  # sparsity is a piece of work of its own
     ),
     Kept(
         LMEvalModule,

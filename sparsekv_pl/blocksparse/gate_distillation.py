@@ -14,10 +14,10 @@ from sparsekv_pl.blocksparse.gate import AttentionGates
 from sparsekv_pl.blocksparse.true_blocks import BlockAttention, block_attention
 from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.models.backbone import Backbone, causal_lm
+from sparsekv_pl.models.base_model import base_record
 from sparsekv_pl.models.batch import Batch
 from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.models.devices import stacked
-from sparsekv_pl.storage.fingerprint import weights_digest
 from sparsekv_pl.training.non_finite_guard import guards, watch
 from sparsekv_pl.training.optimizers import configured
 from sparsekv_pl.training.resumption import check_resumable
@@ -150,9 +150,7 @@ class GateDistillation(LightningModule):
         """The training's settings for the export's training.json, JSON-able."""
         shape = self.gates.shape
         return {
-            "base": self.backbone.pretrained,
-            "dtype": self.backbone.dtype,
-            "base_weights": weights_digest(self.backbone.files()),
+            **base_record(self.backbone),
             "adapter": self.backbone.adapter,
             "objective": type(self).__name__,
             "block_size": shape.block_size,

@@ -17,6 +17,7 @@ from sparsekv_pl.evaluation.context_sparsity import LABELS, attention_sparsity
 from sparsekv_pl.evaluation.measurement import Measurement
 from sparsekv_pl.evaluation.measuring_module import MeasuringModule, Piece
 from sparsekv_pl.evaluation.points import Point, Setting, points_of
+from sparsekv_pl.evaluation.recalled_words import RECENT_TOKENS
 from sparsekv_pl.evaluation.view_pages import ViewedCases, view_pages
 from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.eviction.press_model_check import check_press
@@ -58,6 +59,8 @@ class EvaluationModule(MeasuringModule):
     views
         Number of cases that the report links an eviction viewer of: which tokens each press kept. Cases of plain text
         are viewed if there are no others, contexts of more than 10,000 tokens never.
+    card
+        If there is an adapter, also write the tables into its README.md, in place of those of an earlier evaluation.
 
     Raises
     ------
@@ -77,12 +80,13 @@ class EvaluationModule(MeasuringModule):
         stability: bool = False,
         sparsity: bool = False,
         views: int = 2,
+        card: bool = False,
     ) -> None:
         self.viewed = ViewedCases(views, self.viewed_tokens)
         self.settings, self.points = settings, points_of(settings)
         super().__init__(output or "output/evaluation", backbone)
         self.backbone: Backbone = backbone
-        self.title, self.stability, self.sparsity = title, stability, sparsity
+        self.title, self.stability, self.sparsity, self.card = title, stability, sparsity, card
         for setting in settings:
             check_press(self.causal_lm, setting.press, foresight=True)
 
@@ -143,7 +147,8 @@ class EvaluationModule(MeasuringModule):
         cases = [record for record in records if "case" in record]
         sparsity = self._sparsity([record for record in records if LABELS.keys() <= record.keys()])
         figures = {f"Attention sparsity, {variant}": sparsity_figure(means) for variant, means in sparsity.items()}
-        paths = self.report_cases(cases, environment, figures, self.pages(records))
+        card = self.card and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        paths = self.report_cases(cases, environment, figures, self.pages(records), card)
         query_aware = bool(getattr(self.trainer.datamodule, "query_aware", False))  # type: ignore[attr-defined]
         model, trained = str(self.base["pretrained"]), self.backbone.adapter
         write_kvpress_layout(self.output / "kvpress", cases, model, trained, query_aware)
@@ -164,6 +169,8 @@ class EvaluationModule(MeasuringModule):
 
     def _key(self, measurement: Measurement, variant: str, point: Point) -> str:
         measured = point.described() | {"stability": measurement.measures_stability(point)}
+        if measurement.is_text:
+            measured["recalled_words"] = RECENT_TOKENS
         return self.key(variant, measured=measured, batch=batch_of(measurement.batch, named=False))
 
     def _viewed_rows(self, measurement: Measurement) -> list[int]:

@@ -1,6 +1,7 @@
 """Base class of all measuring modules: finished work, keys, base and trained, failures, ranks, progress, report."""
 
 import logging
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +25,8 @@ from sparsekv_pl.reporting import run_environment, summarised, terminal_table, w
 from sparsekv_pl.reporting.condition import Condition
 from sparsekv_pl.reporting.console import show, show_report
 from sparsekv_pl.reporting.loggers import log_scores
+from sparsekv_pl.reporting.model_card import measured_results, refresh_cards
+from sparsekv_pl.reporting.public_settings import public_command
 from sparsekv_pl.storage.records import Record, Results, gathered
 from sparsekv_pl.storage.result_keys import computed_by, key_of
 from sparsekv_pl.storage.user_errors import log_failure
@@ -185,15 +188,21 @@ class MeasuringModule(LightningModule, ABC):
         environment: Mapping[str, Any],
         figures: "Mapping[str, Figure] | None" = None,
         pages: Mapping[str, tuple[str, bytes]] | None = None,
+        card: bool = False,
     ) -> list[Path]:
         """Write a report of base against trained from records of cases; log its scores and print its table.
 
-        ``figures`` and ``pages`` are those of ``write_run``.
+        ``figures`` and ``pages`` are those of ``write_run``. With ``card``, also write the tables into the adapter's
+        model card.
         """
         summary = summarised(records)
         log_scores(self.loggers, summary.scores())
         paths = write_run(self.output, summary, self.training_summary, environment, self.title, figures, pages)
         show(terminal_table(summary))
+        if card and self.backbone is not None and self.backbone.adapter is not None:
+            seed = os.environ.get("PL_GLOBAL_SEED")  # the argument of seed_everything
+            results = measured_results(summary, public_command("evaluate.py"), None if seed is None else int(seed))
+            refresh_cards(Path(self.backbone.adapter).expanduser(), results)
         return paths
 
     def _measure(self, batch: Any) -> list[Record]:

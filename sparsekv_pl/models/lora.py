@@ -136,11 +136,11 @@ def load_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> PreTr
             f"adapter={adapter!r} is of type {config.peft_type}, which puts tokens before the prompt and changes no "
             "layer: the decoder alone is run here, so it would do nothing. Give a LoRA"
         )
-    trained_on, config.inference_mode = config.base_model_name_or_path, not trainable
+    config.inference_mode = not trainable
+    config.base_model_name_or_path = None  # peft warns of a name that is not this machine's folder
     on_meta = model.device.type == "meta"
     with _damage_named(adapter):
         adapted = get_peft_model(model, config, low_cpu_mem_usage=on_meta)
-        config.base_model_name_or_path = trained_on
         found = None if on_meta else adapted.load_adapter(str(folder), "default", is_trainable=trainable)
     if found is not None:
         check_adapter_keys(adapter, found.missing_keys, found.unexpected_keys)

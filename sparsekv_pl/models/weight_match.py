@@ -1,6 +1,7 @@
 """Check that weights on disk belong to the model that they are loaded into."""
 
 import logging
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ log = logging.getLogger(__name__)
 
 TRAINING_SUMMARY = "training.json"
 """File that callbacks/adapter_export.py writes beside an exported adapter."""
+FINGERPRINT = re.compile(r"@([0-9a-f]{12})$")
+"""In the base's name in an adapter's config: the beginning of the digest of a local folder's weights."""
 SHOWN = 4
 """Number of names that a message lists."""
 
@@ -67,7 +70,8 @@ def check_head(model: PreTrainedModel, what: str) -> None:
 def check_base(adapter: Path, pretrained: str, source: Path, files: Callable[[], Path]) -> None:
     """Raise ``ValueError`` if the adapter in this folder was trained on another base than ``pretrained``.
 
-    Bases are compared by content if the training run recorded its base's weights or the base is a folder, else by name.
+    Bases are compared by content if the training run recorded its base's weights, by their fingerprint in the base's
+    name, or as folders; else by name.
     If one is a folder and the other a hub name, it only warns: a copy of a hub model may have any name. ``files``
     returns the base's files, ``source`` is where they were loaded from (a GGUF file is converted first).
     """
@@ -77,11 +81,13 @@ def check_base(adapter: Path, pretrained: str, source: Path, files: Callable[[],
     summary = adapter / TRAINING_SUMMARY
     known = read_mapping(summary) if summary.exists() else {}
     name, digest = known.get("base", trained_on), known.get("base_weights")
+    if digest is None and (fingerprint := FINGERPRINT.search(trained_on)):
+        digest = fingerprint[1]
     folder = Path(trained_on).expanduser()
     if digest is None and trained_on and (folder / "config.json").exists():
         digest = weights_digest(folder)
     if digest is not None:
-        same = digest in {weights_digest(place) for place in (files(), source) if place.exists()}
+        same = any(weights_digest(place).startswith(digest) for place in {files(), source} if place.exists())
     elif not trained_on or Path(pretrained).expanduser().exists():
         if trained_on and Path(trained_on).name != Path(pretrained).name:
             log.warning("adapter %s was trained on %s: whether that is %s is unknown", adapter, name, pretrained)

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 MARKDOWN = """\
+{% if title %}
 # {{ title | line }}
+{% endif %}
 {% for section in sections %}
 
 ## {{ section.title | line }}
@@ -17,6 +19,10 @@ MARKDOWN = """\
 {% for paragraph in section.paragraphs %}
 
 {{ paragraph | line }}
+{% endfor %}
+{% for code in section.code %}
+
+{{ code | fenced }}
 {% endfor %}
 {% for link in section.links %}
 
@@ -65,6 +71,7 @@ td { overflow-wrap: anywhere; }
 {% for picture in section.pictures %}\
 <figure><img alt="{{ picture.alt }}" src="data:image/png;base64,{{ images[picture.name] }}"></figure>
 {% endfor %}{% for paragraph in section.paragraphs %}<p>{{ paragraph }}</p>
+{% endfor %}{% for code in section.code %}<pre><code>{{ code.text }}</code></pre>
 {% endfor %}{% for link in section.links %}<p><a href="{{ link.name }}">{{ link.label }}</a></p>
 {% endfor %}{% for table in section.tables %}<div class="wide"><table>
 {% if table.caption %}<caption>{{ table.caption }}</caption>
@@ -115,22 +122,31 @@ class Link:
 
 
 @dataclass(frozen=True)
+class Code:
+    """A block of code."""
+
+    language: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Section:
-    """A heading with pictures, paragraphs of plain text, links and tables below it."""
+    """A heading with pictures, paragraphs of plain text, code, links and tables below it."""
 
     title: str
     pictures: Sequence[Picture] = ()
     paragraphs: Sequence[str] = ()
     tables: Sequence[Table] = field(default=())
     links: Sequence[Link] = ()
+    code: Sequence[Code] = ()
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:
-    """Render the page as Markdown; pictures are linked."""
+    """Render the page as Markdown; pictures are linked. Without a title, the sections alone."""
     from jinja2 import Environment
 
     environment = Environment(trim_blocks=True, keep_trailing_newline=True)
-    environment.filters |= {"cell": _cell, "line": _line, "alt": _alt}
+    environment.filters |= {"cell": _cell, "line": _line, "alt": _alt, "fenced": _fenced}
     return environment.from_string(MARKDOWN).render(title=title, sections=sections)
 
 
@@ -154,3 +170,9 @@ def _line(text: str) -> str:
 
 def _alt(text: str) -> str:
     return _cell(text, IN_BRACKETS)
+
+
+def _fenced(code: Code) -> str:
+    """Code between fences that are longer than any row of backticks in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code.text)), default=0))
+    return f"{fence}{code.language}\n{code.text.strip()}\n{fence}"

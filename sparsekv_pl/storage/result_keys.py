@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from math import isfinite
 from pathlib import Path
@@ -34,11 +34,17 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, allow_nan=False)
 
 
-def settings_of(value: Any) -> Any:
+def by_content(text: str) -> Any:
+    """Return the digest of the content of the file or folder whose path ``text`` is; other text as it is."""
+    path = Path(text).expanduser()
+    return {"content": path_digest(path)} if "/" in text and path.exists() else text
+
+
+def settings_of(value: Any, text: Callable[[str], Any] = by_content) -> Any:
     """Convert ``value`` to JSON-able settings, recursively.
 
     An object becomes its class and the attributes named like its constructor's public arguments; other attributes,
-    which a run may have changed, are left out. The path of an existing file or folder becomes a digest of its content.
+    which a run may have changed, are left out. Texts become what ``text`` returns.
 
     Raises
     ------
@@ -46,21 +52,20 @@ def settings_of(value: Any) -> Any:
         For an object without such attributes: leaving a setting out would reuse wrong results.
     """
     if isinstance(value, str):
-        path = Path(value).expanduser()
-        return {"content": path_digest(path)} if "/" in value and path.exists() else value
+        return text(value)
     if isinstance(value, float):
         return str(value) if not isfinite(value) else int(value) if value.is_integer() else value
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, Mapping):
-        return sorted(([settings_of(key), settings_of(item)] for key, item in value.items()), key=canonical)
+        return sorted(([settings_of(key, text), settings_of(item, text)] for key, item in value.items()), key=canonical)
     if isinstance(value, list | tuple):
-        return [settings_of(item) for item in value]
+        return [settings_of(item, text) for item in value]
     kind = type(value)
     try:
         taken = inspect.signature(kind).parameters.values()
         names = [given.name for given in taken if given.kind not in PACKED and given.name[0] != "_"]
-        settings = {name: settings_of(getattr(value, name)) for name in names}
+        settings = {name: settings_of(getattr(value, name), text) for name in names}
     except (ValueError, AttributeError) as error:
         raise TypeError(
             f"{kind.__qualname__} does not store its constructor's arguments ({error}): no key can be made"

@@ -20,16 +20,17 @@ from sparsekv_pl.eviction.press_model_check import check_press
 from sparsekv_pl.eviction.request import NOTHING
 from sparsekv_pl.metrics import ContinuationPerplexity
 from sparsekv_pl.models.backbone import Backbone, causal_lm
+from sparsekv_pl.models.base_model import base_record
 from sparsekv_pl.models.batch import Batch, rows_of_equal_length, supervised_in
 from sparsekv_pl.models.compression_ratio import check_compression_ratio
 from sparsekv_pl.models.seeding import seed_for
 from sparsekv_pl.objectives import EIT, Objective, StudentView
 from sparsekv_pl.objectives.losses import token_nll
 from sparsekv_pl.objectives.rank_means import means_over_ranks
-from sparsekv_pl.presses.nesting import learnable
+from sparsekv_pl.presses.nesting import learnable, press_name, scorers_in
 from sparsekv_pl.presses.ratio import written_ratio
 from sparsekv_pl.presses.traits import traits_of
-from sparsekv_pl.storage.fingerprint import weights_digest
+from sparsekv_pl.reporting.public_settings import public_settings
 from sparsekv_pl.training.compatibility import check_evicts_in_evaluation, fit_together
 from sparsekv_pl.training.non_finite_guard import guards, watch
 from sparsekv_pl.training.optimizers import configured
@@ -238,14 +239,21 @@ class EITModule(LightningModule):
         splits = getattr(getattr(self._trainer, "datamodule", None), "splits", None)
         members = () if self.press is None else traits_of(self.press).members
         return {
-            "base": self.backbone.pretrained,
-            "dtype": self.backbone.dtype,
-            "base_weights": weights_digest(self.backbone.files()),
+            **base_record(self.backbone),
             "splits": None if splits is None else asdict(splits),
             "eviction": type(self.eviction).__name__,
             "presses": [member.name for member in members],
+            "aligned_presses": self._aligned(),
+            "press_settings": public_settings(self.press),
             "objective": type(self.objective).__name__,
+            "objective_settings": public_settings(self.objective),
         }
+
+    def _aligned(self) -> list[str]:
+        """Return the names of the scorers whose selection the objective aligns."""
+        if self.press is None or not self.objective.request.scores:
+            return []
+        return [press_name(scorer) for scorer in scorers_in(self.press) if traits_of(scorer).trainable]
 
     def _nothing(self, view: StudentView) -> Tensor:
         """Return zero, with zero gradients in the model and in the presses' parameters.

@@ -1,6 +1,7 @@
 """What training leaves behind: the folders, and that others load them and compute the same."""
 
 import json
+import re
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+import yaml
 from kvpress import KVPressTextGenerationPipeline, SnapKVPress
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import PeftModel
@@ -31,7 +33,10 @@ from tests.processes import Started
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
-ALWAYS = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "curriculum.json", "training.json"}
+ALWAYS = {
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    *("curriculum.json", "training.json", "README.md"),
+}
 
 RELOAD = """
 import sys, torch
@@ -111,7 +116,8 @@ def test_an_export_says_how_it_was_trained(run: tuple[Path, EITModule], tiny_mod
     assert [state["compression_ratio"] for state in states] == pytest.approx([0.4, 0.6, 0.6])
     training = json.loads((folder / "final" / "training.json").read_text())
     assert training["steps"] == 5
-    assert training["base"] == tiny_models["llama"]
+    assert training["base"] == Path(tiny_models["llama"]).name
+    assert training["data"]["context_tokens"] == 96 and training["schedule"]["init_args"]["end"] == 0.6
     assert (training["eviction"], training["presses"], training["objective"]) == ("RealEviction", ["SnapKV"], "EIT")
     assert training["trainable_parameters"] == sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert training["seconds"] > 0
@@ -136,9 +142,12 @@ def test_a_fresh_process_computes_the_same_logits(
     assert not torch.allclose(reloaded, logits(base), atol=1e-2)
 
 
-def test_kvpresss_pipeline_loads_the_folder_as_it_is(run: tuple[Path, EITModule]) -> None:
+def test_kvpresss_pipeline_takes_what_the_card_loads(
+    run: tuple[Path, EITModule], tiny_backbone: MakeBackbone, recwarn: pytest.WarningsRecorder
+) -> None:
     folder, module = run
-    model = AutoModelForCausalLM.from_pretrained(folder / "final", dtype=torch.float32)
+    model = causal_lm(tiny_backbone(adapter=str(folder / "final")).load(trainable=False)[0])
+    assert not [warned for warned in recwarn if "renamed" in str(warned.message)]
     torch.testing.assert_close(logits(model), logits(module.model))
     pipeline = KVPressTextGenerationPipeline(model=model, tokenizer=AutoTokenizer.from_pretrained(folder / "final"))
     press = SnapKVPress(0.5, window_size=8)
@@ -161,6 +170,8 @@ def test_merge_writes_a_plain_model_with_the_same_logits(
     # In float64: a token whose hidden state is nearly 0 magnifies what float32 rounds, up to 5e-4 of a logit.
     torch.testing.assert_close(logits(merged.double()), logits(unmerged.double()), rtol=1e-4, atol=1e-4)
     assert not names(tmp_path / "merged") & ADAPTER
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "library_name: transformers" in card and 'model="PATH/TO/THIS/FOLDER"' in card and "PeftModel" not in card
     assert not any("lora" in name for name, _ in merged.named_parameters())
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").encode("Hi there") == module.tokenizer.encode("Hi there")
 
@@ -201,6 +212,32 @@ def test_tokens_are_counted_without_padding() -> None:
     export = AdapterExport()
     export.on_train_batch_end(cast(Any, None), cast(Any, None), None, batch, 0)
     assert export.state_dict()["tokens"] == 10
+
+
+def test_no_file_of_an_export_names_a_folder_of_this_machine(run: tuple[Path, EITModule]) -> None:
+    folder, module = run
+    base = json.loads((folder / "final" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert re.fullmatch(rf"{Path(module.backbone.pretrained).name}@[0-9a-f]{{12}}", base)
+    texts = [path for path in (folder / "final").iterdir() if path.suffix != ".safetensors"]
+    assert len(texts) > 5
+    for path in texts:
+        assert not re.search(r"(?<![\w.:/])/(tmp|home|root|work|private)\b", path.read_text()), path.name
+
+
+def test_the_card_says_what_the_adapter_is_and_how_to_load_it(run: tuple[Path, EITModule]) -> None:
+    card = (run[0] / "final" / "README.md").read_text()
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["library_name"] == "peft" and header["license"] == "unknown" and "lora" in header["tags"]
+    assert "base_model" not in header, "a local folder is not on the Hub"
+    for said in (
+        *("| licence | unknown: the base's files name none |", "| LoRA | rank 4, alpha 32, on "),
+        *("| presses that evicted | SnapKV |", "SnapKVPress(window_size=8", "Linear(start=0.2, end=0.6"),
+        *("text=EmbeddedText", "context_tokens=96", "| optimizer steps | 5 |", "kvpress 0."),
+        *("a program of its own started this training", "Not measured yet", "Query-agnostic", "Contexts of 96 tokens"),
+        'Backbone(pretrained="PATH/TO/',
+    ):
+        assert said in card, said
+    assert "More Information Needed" not in card, "peft's template"
 
 
 def test_full_fine_tuning_exports_the_model(

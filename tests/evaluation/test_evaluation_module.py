@@ -28,6 +28,7 @@ from sparsekv_pl.evaluation.measurement import Measurement
 from sparsekv_pl.evaluation.points import Setting
 from sparsekv_pl.models.batch import TEXT, CaseBatch, CaseInfo
 from sparsekv_pl.reporting import summary
+from sparsekv_pl.reporting.model_card import write_card
 from sparsekv_pl.storage.records import Results
 from tests.tiny_training import MakeBackbone, MakeTrainer
 
@@ -71,8 +72,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def run(tiny_backbone: MakeBackbone, tiny_trainer: MakeTrainer, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Measure into the folder of this name and return its report."""
 
-    def run(name: str = "run", points: list[Setting] | None = None, data: Any = None, **backbone: Any) -> Any:
-        module = EvaluationModule(tiny_backbone(**backbone), points or settings(), str(tmp_path / name))
+    def run(
+        name: str = "run", points: list[Setting] | None = None, data: Any = None, card: bool = False, **backbone: Any
+    ) -> Any:
+        module = EvaluationModule(tiny_backbone(**backbone), points or settings(), str(tmp_path / name), card=card)
         loader = DataLoader(batches() if data is None else data, batch_size=None)
         tiny_trainer().test(module, loader, verbose=False)
         return json.loads((tmp_path / name / "report.json").read_text())
@@ -93,6 +96,7 @@ def adapter(tiny_backbone: MakeBackbone, tmp_path: Path) -> Callable[..., str]:
         folder = tmp_path / f"adapter-{std}"
         model.save_pretrained(folder)
         (folder / "training.json").write_text(json.dumps({"presses": ["SnapKV", "LagKV"], "steps": 110}))
+        write_card(folder)
         return str(folder)
 
     return make
@@ -139,12 +143,20 @@ def test_an_untrained_adapter_changes_nothing(run: Callable[..., Any], adapter: 
 
 
 def test_a_trained_one_is_measured_beside_its_base(run: Callable[..., Any], adapter: Callable[..., str]) -> None:
-    base, report = run("base"), run("trained", adapter=adapter(0.3))
+    folder = Path(adapter(0.3))
+    card = (folder / "README.md").read_text()
+    base = run("base", card=True)
+    run("silent", points=[Setting(KnormPress(), [0.5])], adapter=str(folder))
+    assert (folder / "README.md").read_text() == card
+    report = run("trained", adapter=str(folder), card=True)
+    assert "Not measured yet" in card and "Not measured yet" not in (folder / "README.md").read_text()
+    assert "| SnapKV | 0.75 | seen | " in (folder / "README.md").read_text()
     assert scores(report, "base") == scores(base, "base")
     texts = [row for row in report["rows"] if row["metric"] == "perplexity"]
     assert all(row["trained"] != row["base"] for row in texts)
     assert {row["press"] for row in report["rows"] if row["seen_in_training"]} == {"SnapKV"}
     assert report["training"]["steps"] == 110
+    assert all({"recalled_words_base", "recalled_words_trained"} <= set(row) for row in texts)
 
 
 def test_nothing_finished_is_measured_again(

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsekv_pl.models.backbone import Backbone, causal_lm
+from sparsekv_pl.models.base_model import base_reference
 from sparsekv_pl.models.lora import Lora
 from tests.models.backbone_cases import edit_config
 
@@ -128,6 +129,20 @@ def test_an_adapter_of_another_base_is_refused(
     Backbone(pretrained=str(same), dtype="float32", adapter=str(adapter)).load(trainable=False)
     with pytest.raises(ValueError, match="was trained on 'a/name'"):
         Backbone(pretrained=str(other), dtype="float32", adapter=str(adapter)).load(trainable=False)
+
+
+def test_the_fingerprint_in_the_base_s_name_is_enough(
+    export: Callable[..., str], tiny_models: dict[str, str], tmp_path: Path
+) -> None:
+    adapter = Path(export(peft.LoraConfig(**PROJECTIONS)))
+    reference = base_reference(Backbone(pretrained=tiny_models["llama"]))
+    settings = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": reference}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    moved = shutil.copytree(tiny_models["llama"], tmp_path / "moved")
+    Backbone(pretrained=str(moved), dtype="float32", adapter=str(adapter)).load(trainable=False)
+    edit_tensors(moved / "model.safetensors", lambda tensors: {name: value + 1 for name, value in tensors.items()})
+    with pytest.raises(ValueError, match=f"was trained on '{reference}', and pretrained='{moved}' has other weights"):
+        Backbone(pretrained=str(moved), dtype="float32", adapter=str(adapter)).load(trainable=False)
 
 
 def test_an_adapter_of_another_hub_model_is_refused_by_name(tmp_path: Path) -> None:

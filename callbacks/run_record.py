@@ -1,0 +1,28 @@
+"""The record of the run that made an export: data, ratios, command, seed and versions, fit for publication."""
+
+import os
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import lightning.pytorch as pl
+
+from callbacks.curriculum import Curriculum
+from sparsekv_pl.reporting.environment import REPORTED_PACKAGES
+from sparsekv_pl.reporting.public_settings import public_command, public_settings
+
+
+def run_record(trainer: pl.Trainer) -> dict[str, Any]:
+    """Describe the run of ``trainer`` for an export's training.json, without folders and secrets."""
+    curricula = [callback for callback in trainer.callbacks if isinstance(callback, Curriculum)]  # type: ignore[attr-defined]
+    seed = os.environ.get("PL_GLOBAL_SEED")  # set by seed_everything
+    return {
+        "command": public_command("train.py"),
+        "seed": int(seed) if seed is not None else None,
+        "ranks": trainer.world_size,
+        "schedule": curricula[0].schedule.describe() if curricula else None,
+        "data": public_settings(getattr(trainer, "datamodule", None)),
+        "batches_per_step": trainer.accumulate_grad_batches,
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in REPORTED_PACKAGES},
+    }
