@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import psutil
 import torch
@@ -226,18 +227,9 @@ class Measurement:
 
     def row(self, row: int) -> "Measurement":
         """The measurement of one of the batch's rows alone."""
-        batch, rows = self.batch, slice(row, row + 1)
-        return Measurement(
-            self.model,
-            self.tokenizer,
-            CaseBatch(
-                context_ids=batch["context_ids"][rows],
-                continuation_ids=batch["continuation_ids"][rows],
-                continuation_lengths=batch["continuation_lengths"][rows],
-                cases=batch["cases"][rows],
-            ),
-            with_stability=False,  # it compares replays
-        )
+        batch: Any = self.batch
+        alone: Any = {name: values[row : row + 1] for name, values in batch.items()}
+        return Measurement(self.model, self.tokenizer, alone, with_stability=False)  # it compares replays
 
     def prefilled(self, point: Point) -> tuple[Prefilled, dict[str, float]]:
         """The context's cache after the point's eviction, and the seconds of prefill and eviction."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sparsekv_pl.reporting.condition import ORACLE
+from sparsekv_pl.reporting.condition import ORACLE, foresees
 from sparsekv_pl.reporting.figures import COLOURS
 from sparsekv_pl.reporting.sorted_records import VARIANTS
 from sparsekv_pl.reporting.summary import Row, headline
@@ -29,7 +29,8 @@ def retention_figure(rows: Sequence[Row]) -> "Figure | None":
     from matplotlib.figure import Figure
 
     kept = [row for row in headline(rows) if row.metric == "needle_accuracy" and row.retention_cases]
-    plots = list(dict.fromkeys((r.condition.press, r.condition.prefill) for r in kept if r.condition.press != ORACLE))
+    own = [row.condition for row in kept if not foresees(row.condition.press)]
+    plots = list(dict.fromkeys((condition.press, condition.prefill) for condition in own))
     if not plots:
         return None
     columns = min(COLUMNS, len(plots))
@@ -38,9 +39,9 @@ def retention_figure(rows: Sequence[Row]) -> "Figure | None":
     grid = list(figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flat)
     ceiling = [row for row in kept if row.condition.press == ORACLE]
     for axes, (press, prefill) in zip(grid, plots, strict=False):
-        own = [row for row in kept if (row.condition.press, row.condition.prefill) == (press, prefill)]
-        _draw(axes, own, ceiling)
-        unseen = " *" * (not own[0].seen_in_training and any(row.trained is not None for row in own))
+        shown = [row for row in kept if (row.condition.press, row.condition.prefill) == (press, prefill)]
+        _draw(axes, shown, ceiling)
+        unseen = " *" * (not shown[0].seen_in_training and any(row.trained is not None for row in shown))
         axes.set_title(press + (f", {prefill}" if prefill != "dense" else "") + unseen, fontsize=10)
     for axes in grid[len(plots) :]:
         axes.remove()

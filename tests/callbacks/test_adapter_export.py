@@ -205,7 +205,7 @@ def test_a_generation_config_that_cannot_be_saved_stops_before_the_first_step(
 
 
 def test_tokens_are_counted_without_padding() -> None:
-    case = NeedleCase([1, 2, 3], [4, 5], [4, 5], [], fact=cast(Any, None), depth=0.0, position=0)
+    case = NeedleCase([1, 2, 3], [4, 5], [4, 5], [], "needle", fact=cast(Any, None), depth=0.0, position=0)
     batch = needle_batch([case, replace(case, context_ids=[1], continuation_ids=[4, 5, 6, 7])], pad=0)
     assert (batch["context_ids"].shape, batch["continuation_ids"].shape) == ((2, 3), (2, 4))
     assert tokens_given(batch) == 3 + 2 + 1 + 4
@@ -262,9 +262,8 @@ def test_time_and_tokens_go_on_after_a_resume(
     whole = json.loads((run[0] / "final" / "training.json").read_text())
     resumed = json.loads((tmp_path / "final" / "training.json").read_text())
     assert (resumed["steps"], resumed["tokens"]) == (whole["steps"], whole["tokens"])
-    torch.testing.assert_close(
-        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype=torch.float32)), logits(run[1].model)
-    )
+    loaded = tiny_backbone(adapter=str(tmp_path / "final")).load(trainable=False)[0]
+    torch.testing.assert_close(logits(loaded), logits(run[1].model))
 
 
 def test_fast_dev_run_writes_nothing(
