@@ -26,7 +26,7 @@ food
 train: {who} ate nothing but {value} on long journeys | What did {who} eat on long journeys? | {who} ate nothing but
 train: {who} sent a crate of {value} to the harvest supper | What did {who} send to the supper? | {who} sent a crate of
 train: there was always {value} on {who}'s table | What was always on {who}'s table? | There was always
-validation: {who} had paid with {value} and a candle | With what, besides a candle, had {who} paid? | It was
+validation: {who} had paid with {value} and a candle | With what, besides a candle, had {who} paid? | Paid in
 held_out: {who} refused to share the {value} with the crew | What did {who} refuse to share? | It was the
 
 material
@@ -39,7 +39,7 @@ language
 train: {who} spoke {value} with the sailors | Which language did {who} speak with the sailors? | {who} spoke
 train: the letters that {who} burned were in {value} only | In which language were the letters that {who} burned? | In
 validation: {who} had dreamed in {value} after the voyage | In which language had {who} dreamed? | {who} had dreamed in
-held_out: {who} kept the accounts in {value} to annoy the clerks | In which language were {who}'s accounts? | In
+held_out: {who} kept the accounts in {value} to annoy clerks | In which language were {who}'s accounts? | Those were in
 
 count
 train: {who} counted {value} sheep on the bridge | How many sheep did {who} count? | {who} counted
@@ -51,7 +51,7 @@ age
 train: {who} learned to read at the age of {value} without any help | When did {who} learn to read? | At the age of
 train: people say that {who} was {value} on the day of the flood | How old was {who} on that day? | {who} was
 validation: {who} had run the mill until the age of {value} at least | Until what age had {who} run the mill? | Until
-held_out: {who} married again at {value} in a borrowed coat | How old was {who} when marrying again? | {who} was
+held_out: {who} married again at {value} in a borrowed coat | How old was {who} when marrying again? | The age was
 
 distance
 train: {who} walked {value} to the nearest doctor | How far did {who} walk to the nearest doctor? | {who} walked
@@ -87,7 +87,7 @@ mood
 train: {who} grew {value} whenever the bells rang | How did {who} feel whenever the bells rang? | {who} grew
 train: {who} looked {value} in every photograph | How did {who} look in photographs? | {who} looked
 validation: {who} had sounded {value} on the telephone | How had {who} sounded? | {who} had sounded
-held_out: {who} was {value} during the whole ceremony | How was {who} during the ceremony? | {who} was
+held_out: {who} was {value} during the whole ceremony | How was {who} during the ceremony? | During it, {who} was
 
 motto
 train: {who} had the words "{value}" stitched on a cushion | Which words were on {who}'s cushion? | The words were

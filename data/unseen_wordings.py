@@ -12,7 +12,7 @@ held_out: everyone still called {who} the {value} out of habit | What did everyo
 
 colour
 held_out: {who} had chosen {value} for the shutters | Which colour had {who} chosen for the shutters? | {who} had chosen
-held_out: the coat that {who} lent to a stranger was {value} with brown cuffs | Which colour was {who}'s coat? | It was
+held_out: the coat that {who} lent out was {value} with brown cuffs | Which colour was {who}'s coat? | The coat was
 held_out: {who}'s front door was {value} in those days | Which colour was {who}'s front door? | The front door was
 
 spot

@@ -159,6 +159,7 @@ def strings(split: Split) -> dict[str, set[str]]:
     told: list[ToldKind] = [*TOLD_KINDS.values(), *UNSEEN_KINDS.values()]
     return {
         "questions": {asking.question for asking in askings},
+        "answers": {asking.answer_prefix for asking in askings},
         "clauses": {clause.text for kind in told for clause in kind.clauses.get(split, [])},
         "sentences": {*FRAMES[split], *distractors.STATEMENTS[split]},
         "labels": {label for pair in LABELS[split] for label in pair},
