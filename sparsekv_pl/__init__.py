@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     )
     from sparsekv_pl.schedules import Adaptive, Cosine, Fixed, Linear, Spread, Step
     from sparsekv_pl.training.eit_module import EITModule
+    from sparsekv_pl.usage.context_cache import ContextCache
+    from sparsekv_pl.usage.loaded_model import LoadedModel
 
 __version__ = "0.2.0"
 
@@ -40,6 +42,7 @@ __all__ = [
     "Anchors",
     "Backbone",
     "BlockDropoutPress",
+    "ContextCache",
     "Cosine",
     "EITModule",
     "EvaluationModule",
@@ -48,6 +51,7 @@ __all__ = [
     "KVDropout",
     "Layerwise",
     "Linear",
+    "LoadedModel",
     "Lora",
     "Mixed",
     "RealEviction",
@@ -66,9 +70,11 @@ __all__ = [
 _SOURCES = {
     "Anchors": "models.anchors",
     "Backbone": "models.backbone",
+    "ContextCache": "usage.context_cache",
     "EITModule": "training.eit_module",
     "EvaluationModule": "evaluation.evaluation_module",
     "KVDropout": "eviction.dropout",
+    "LoadedModel": "usage.loaded_model",
     "Lora": "models.lora",
     "RealEviction": "eviction.real",
     "Setting": "evaluation.points",

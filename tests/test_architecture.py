@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
 FILES = [path for name in ("sparsekv_pl", "data", "callbacks") for path in (ROOT / name).rglob("*.py")]
-MODULES = [path for path in FILES if path.name != "__init__.py"]
+MODULES = [path for path in FILES if path.name not in ("__init__.py", "__main__.py")]
 
 
 def test_every_file_that_the_page_names_exists() -> None:

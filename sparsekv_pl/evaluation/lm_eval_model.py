@@ -28,6 +28,7 @@ from sparsekv_pl.eviction.press_model_check import check_press
 from sparsekv_pl.models.backbone import causal_lm
 from sparsekv_pl.models.chat_template import DAY
 from sparsekv_pl.models.seeding import globally_seeded
+from sparsekv_pl.models.stop_tokens import stop_ids
 from sparsekv_pl.models.supported_architectures import check_computed
 from sparsekv_pl.presses.nesting import press_name
 from sparsekv_pl.presses.step_draws import row_numbers
@@ -249,19 +250,14 @@ class PressedLM(HFLM):
         def enough(answer: list[int]) -> bool:
             return len(answer) % BLOCK == 0 and any(stop in self.tok_decode(answer) for stop in until)
 
-        answer = greedy(self.model, prefilled, self._batch(newest), lengths, [max_tokens], self._stop_ids, enough)[0]
+        stops = stop_ids(self.model, self.tokenizer)
+        answer = greedy(self.model, prefilled, self._batch(newest), lengths, [max_tokens], stops, enough)[0]
         return postprocess_generated_text(self.tok_decode(answer), until, None)
 
     @cached_property
     def _head_VE(self) -> Tensor:
         """The LM head's weight (V, E) in float32: in bfloat16, logits of different options may be equal."""
         return self.model.get_output_embeddings().weight.float()
-
-    @property
-    def _stop_ids(self) -> set[int]:
-        config = self.model.generation_config
-        ids = config.eos_token_id if config is not None else None
-        return {self.tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
 
     def _batch(self, ids: Sequence[int]) -> Tensor:
         return torch.tensor([list(ids)], dtype=torch.long, device=self.device)

@@ -28,6 +28,7 @@ from sparsekv_pl.eviction.replay import RecordedPrefill
 from sparsekv_pl.metrics.retrieval import retrieval_scores
 from sparsekv_pl.models.batch import TEXT, CaseBatch
 from sparsekv_pl.models.seeding import globally_seeded
+from sparsekv_pl.models.stop_tokens import stop_ids
 from sparsekv_pl.presses.nesting import press_name
 from sparsekv_pl.presses.oracle import foreseen, oracles_in
 from sparsekv_pl.presses.ratio import set_compression_ratio
@@ -289,6 +290,4 @@ class Measurement:
     @cached_property
     def stop_ids(self) -> set[int]:
         """Tokens that end an answer."""
-        config = self.model.generation_config
-        known = [config.eos_token_id if config is not None else None, self.tokenizer.eos_token_id]
-        return {i for item in known if item is not None for i in (item if isinstance(item, list) else [item])}
+        return stop_ids(self.model, self.tokenizer)

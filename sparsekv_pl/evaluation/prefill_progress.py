@@ -3,6 +3,7 @@
 import time
 from typing import Self
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from sparsekv_pl.evaluation.pace import LINE_SECONDS
@@ -16,12 +17,14 @@ class PrefillProgress:
     ----------
     tokens, done
         Tokens of the whole context, and those already read.
+    to
+        The console to print to; None for stdout.
     """
 
-    def __init__(self, tokens: int, done: int) -> None:
+    def __init__(self, tokens: int, done: int, to: Console | None = None) -> None:
         self.tokens, self.first = tokens, done
         self.started = self.printed = time.monotonic()
-        self.console = console()
+        self.console = to or console()
         self.bar = Progress(
             TextColumn("reading"),
             BarColumn(),

@@ -28,7 +28,7 @@ class SavedState:
         """Replace the saved state by ``state``, tensors by name, for the work ``key``."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         with written_whole(self.path) as partial:
-            save_file(tensors, partial, metadata={"key": key, "checksum": _checksum(tensors)})
+            save_file(tensors, partial, metadata={"key": key, "checksum": checksum_of(tensors)})
 
     def load(self, key: str) -> dict[str, Tensor] | None:
         """Return the state saved for ``key``; None, with a logged reason, if it is damaged or of other work."""
@@ -44,7 +44,7 @@ class SavedState:
         if about.get("key") != key:
             log.warning("%s belongs to another model, press, text or setting: the prefill starts over", self.path)
             return None
-        if about.get("checksum") != _checksum(tensors):
+        if about.get("checksum") != checksum_of(tensors):
             log.warning("%s is damaged (its checksum is another): the prefill starts over", self.path)
             return None
         return tensors
@@ -54,7 +54,8 @@ class SavedState:
         self.path.unlink(missing_ok=True)
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
+def checksum_of(tensors: Mapping[str, Tensor]) -> str:
+    """Digest the names, dtypes, shapes and bytes of tensors on the host."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -3,7 +3,7 @@
 One chunk is "prefill, press, continue". With many, chunk n sees the cache that chunks 1..n-1 left, as on a server.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -71,6 +71,9 @@ class ChunkedPrefill:
         the kept keys' positions also in a single chunk: see ``Prefilled``.
     local
         Whether gradients stay in the layer: see ``LocalGradients``.
+    earlier
+        Chunks that an earlier prefill has read, (start, stop) of each; its state must be loaded before the next one.
+        They are the first of ``tokens``, and ``chunk_tokens`` cuts the rest.
 
     Raises
     ------
@@ -85,10 +88,13 @@ class ChunkedPrefill:
     budget: int | None = None
     request: Request = NOTHING
     local: bool = False
+    earlier: Sequence[tuple[int, int]] = ()
 
     def __post_init__(self) -> None:
         model, tokens, request = self.model, self.tokens, self.request
-        self.bounds = chunk_bounds(tokens, self.chunk_tokens)
+        read = self.earlier[-1][1] if self.earlier else 0
+        new = [(read + start, read + stop) for start, stop in chunk_bounds(tokens - read, self.chunk_tokens)]
+        self.bounds = [*self.earlier, *new]
         self.traits = None if self.press is None else traits_of(self.press)
         self.deciding = None if self.traits is None else self.traits.deciding
         self.rotates = self.deciding is not None and self.deciding.re_rotates
@@ -179,10 +185,10 @@ class ChunkedPrefill:
         self.cache = DynamicCache()
         for index, layer in enumerate(decoder.layers):
             if f"keys.{index}" in state:
-                keys, values = (state[f"{name}.{index}"].to(_device(layer)) for name in ("keys", "values"))
+                keys, values = (state[f"{name}.{index}"].to(layer_device(layer)) for name in ("keys", "values"))
                 self.cache.update(keys, values, index)
         if self.traits is not None:
-            self.tracker.load_state_dict(state, [_device(layer) for layer in decoder.layers])
+            self.tracker.load_state_dict(state, [layer_device(layer) for layer in decoder.layers])
         if self.press_context is not None:
             self.press_context.token_ids = state.get("token_ids")
         self.chunks_done = int(state["chunks_done"])
@@ -271,7 +277,7 @@ def continue_from(
     return output.last_hidden_state
 
 
-def _device(layer: nn.Module) -> torch.device:
+def layer_device(layer: nn.Module) -> torch.device:
     """Return the device where a layer computes: accelerate's hook has it if the weights are elsewhere (offload)."""
     hook = getattr(layer, "_hf_hook", None)
     return torch.device(getattr(hook, "execution_device", None) or next(layer.parameters()).device)

@@ -84,13 +84,19 @@ def check_press(model: PreTrainedModel, press: BasePress | None, foresight: bool
         for needed, wrong in _checks(part):
             if not seen:
                 seen += [_forward(model, 0), _forward(model, SHIFT)]
-            layers_wrong = [layer for layer in sorted(seen[0].query) if _fails(wrong, model, layer, seen)]
+            layers_wrong = _wrong_in(wrong, model, seen)
             if layers_wrong:
                 raise ValueError(
                     f"{part.name} does not fit {type(model).__name__}: it {needed}, which this model does not "
-                    f"do as Llama does, in layers {_few(layers_wrong)}. Take a press that does not (KeyDiffPress, "
+                    f"do as Llama does, in layers {layers_wrong}. Take a press that does not (KeyDiffPress, "
                     "KnormPress), or another model"
                 )
+
+
+@torch.no_grad()
+def layers_not_turned(model: PreTrainedModel) -> str:
+    """Name the layers whose keys ``rotation.turned`` does not move as the model would; empty if there are none."""
+    return _wrong_in(_turn_error, model, [_forward(model, 0), _forward(model, SHIFT)])
 
 
 Check = Callable[[PreTrainedModel, int, list[_SeenTensors]], float]
@@ -101,6 +107,10 @@ def _checks(traits: PressTraits) -> Iterator[tuple[str, Check]]:
     yield from (check for need, check in CHECKS.items() if need in traits.needs)
     if traits.re_rotates:
         yield "turns keys to other positions by the model's RoPE (rotary_emb)", _turn_error
+
+
+def _wrong_in(check: Check, model: PreTrainedModel, seen: list[_SeenTensors]) -> str:
+    return _few([layer for layer in sorted(seen[0].query) if _fails(check, model, layer, seen)])
 
 
 def _fails(check: Check, model: PreTrainedModel, layer: int, seen: list[_SeenTensors]) -> bool:

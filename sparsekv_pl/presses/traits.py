@@ -63,6 +63,10 @@ class PressTraits:
     """The part of its work that presses/shared_work.py replaces."""
     reads_tokens: bool = False
     """Any reads token ids."""
+    needs_question: bool = False
+    """Any selects by the question, which must stand at the end of the context."""
+    while_generating: bool = False
+    """Any evicts while tokens are generated, by settings of its own (kvpress's DecodingPress and its kin)."""
     replayable: bool = False
     """All only read layers that have run; none runs the model itself (KVzipPress)."""
     window: int = 0
@@ -130,7 +134,8 @@ def traits_of(press: BasePress) -> PressTraits:
     """
     own, inside = _own(press), tuple(traits_of(inner) for inner in wrapped(press))
     together = (own, *inside)
-    marks = ("trainable", "head_wise", "first_row_decides", "re_rotates", "adds_losses", "reads_tokens")
+    marks = ["trainable", "head_wise", "first_row_decides", "re_rotates", "adds_losses", "reads_tokens"]
+    marks += ["needs_question", "while_generating"]
     abilities = ("works_in_chunks", "evicts_while_decoding", "replayable")
     joined: dict[str, Any] = {name: any(getattr(one, name) for one in together) for name in marks}
     joined |= {name: all(getattr(one, name) for one in together) for name in abilities}
@@ -195,6 +200,7 @@ def table() -> dict[type, Row]:
     queries: tuple[Need, ...] = ("whole queries",)
     chunk_kv = wrapper(first_row_decides=True)
     no_ratio = wrapper(takes_a_ratio=False)
+    generating = partial(wrapper, takes_a_ratio=False, while_generating=True)
     expected = partial(scorer, needs=("rotary", *queries), shared_work="mean rotation")
     kvzip = masking(needs=(*queries, "weights"))
     return {
@@ -202,24 +208,26 @@ def table() -> dict[type, Row]:
         ScorerPress: scorer(needs=("hidden states",)),
         kvpress.AdaKVPress: masking(),
         kvpress.BlockPress: PressTraits(),
-        kvpress.CAMPress: wrapper(takes_a_ratio=False, needs=queries),
+        kvpress.CAMPress: generating(needs=queries),
         kvpress.CapPress: scorer(needs=("rotary", *queries)),
         kvpress.ChunkKVPress: chunk_kv,
         kvpress.ChunkPress: PressTraits(),
         kvpress.CompactorPress: whole_context(needs=(*queries, "keys")),
         kvpress.ComposedPress: no_ratio,
-        kvpress.CompressionRatioDecodingPress: no_ratio,
+        kvpress.CompressionRatioDecodingPress: generating(),
         kvpress.CriticalAdaKVPress: masking(needs=("weights",)),
         kvpress.CriticalKVPress: scorer(needs=("weights",)),
         kvpress.CURPress: scorer(),
-        kvpress.DecodingPress: no_ratio,
+        kvpress.DecodingPress: generating(),
         kvpress.DMSPress: masking(takes_a_ratio=False),
         kvpress.DuoAttentionPress: masking(takes_a_ratio=False),
         kvpress.EntropyGatedChunkKVPress: chunk_kv,
         kvpress.ExpectedAttentionPress: expected(same_at_every_ratio=True),
         kvpress.ExpectedAttentionStatsPress: expected(),
         kvpress.FastKVzipPress: masking(needs=("hidden states",)),
-        kvpress.FinchPress: lambda press: PressTraits(needs=queries, re_rotates=press.rerotate_keys),
+        kvpress.FinchPress: lambda press: PressTraits(
+            needs=queries, re_rotates=press.rerotate_keys, needs_question=True
+        ),
         kvpress.KeyDiffPress: scorer(same_at_every_ratio=True),
         kvpress.KeyRerotationPress: wrapper(by_scores=True, in_order=True, re_rotates=True),
         kvpress.KnormPress: scorer(same_at_every_ratio=True),
@@ -236,7 +244,7 @@ def table() -> dict[type, Row]:
         kvpress.NonCausalAttnPress: whole_context(needs=queries),
         kvpress.ObservedAttentionPress: scorer(needs=("attention",), evicts_while_decoding=False),
         kvpress.PerLayerCompressionPress: no_ratio,
-        kvpress.PrefillDecodingPress: no_ratio,
+        kvpress.PrefillDecodingPress: generating(),
         # It would distribute its budget over layers again at every chunk.
         kvpress.PyramidKVPress: scorer(needs=queries, works_in_chunks=False, same_at_every_ratio=True),
         kvpress.QFilterPress: scorer(),

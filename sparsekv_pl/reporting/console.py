@@ -12,12 +12,14 @@ WIDEST = 10_000
 """Width in columns when output goes to a file: nothing is folded or cut."""
 
 
-def console() -> "Console":
+def console(stderr: bool = False) -> "Console":
     """Make a console without markup and emoji; in a file, lines are not wrapped."""
     from rich.console import Console
 
-    made = Console(markup=False, emoji=False)
-    return made if made.is_terminal or made.is_jupyter else Console(markup=False, emoji=False, width=WIDEST)
+    made = Console(markup=False, emoji=False, stderr=stderr)
+    if made.is_terminal or made.is_jupyter:
+        return made
+    return Console(markup=False, emoji=False, stderr=stderr, width=WIDEST)
 
 
 def show(*shown: "str | Table") -> None:

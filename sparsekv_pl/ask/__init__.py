@@ -1,0 +1,1 @@
+"""``python -m sparsekv_pl.ask DOCUMENT [QUESTION ...]``: a document's evicted cache, asked from the shell."""

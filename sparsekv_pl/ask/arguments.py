@@ -1,0 +1,99 @@
+"""The command line of ``python -m sparsekv_pl.ask``. It imports nothing heavy, so that --help is there at once."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+DESCRIPTION = """\
+Read a document once, throw most of its KV cache away, and ask it any number of questions.
+The answers go to stdout as they arrive, everything else to stderr."""
+
+EXAMPLES = """\
+examples:
+  python -m sparsekv_pl.ask README.md "What is a press?" --press KeyDiff --compression_ratio 0.75
+  python -m sparsekv_pl.ask README.md --adapter output/quickstart/final --press KeyDiff \\
+      --compression_ratio 0.75 --save readme.safetensors
+  python -m sparsekv_pl.ask readme.safetensors --adapter output/quickstart/final < questions.txt
+
+Without questions they are read line by line from stdin; an empty line or Ctrl-D ends a dialogue.
+A press is written as in reports, with its settings: KeyDiff, "SnapKV(window_size=32)", "KeyRerotation(KeyDiff)".
+KeyDiff, Knorm and LagKV need keys alone; KeyRerotation also lets a document be longer than the model's positions.
+A saved cache belongs to the model and adapter that made it; give the same ones when you ask it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print ``message`` and the way to help, and exit with code 2."""
+        self.exit(2, f"error: {message} (python -m sparsekv_pl.ask --help)\n")
+
+
+def parsed(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the arguments ``given``, by default the process's."""
+    parser = Parser(
+        prog="python -m sparsekv_pl.ask",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("document", metavar="DOCUMENT", help="a text file, - for stdin, or a cache that --save wrote (.safetensors)")
+    add("questions", metavar="QUESTION", nargs="*", help="questions about it, each from the untouched cache")
+
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--pretrained",
+        metavar="MODEL",
+        default="smollm2-135m-instruct",
+        help="the embedded model (default), a hub id, a folder or a .gguf file",
+    )
+    group.add_argument("--revision", help="git revision of a hub model")
+    group.add_argument("--adapter", metavar="FOLDER", help="a trained adapter, such as output/quickstart/final")
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    group.add_argument("--dtype", default="auto", choices=dtypes, help="of the weights; auto: what is native here")
+    group.add_argument("--load_in_4bit", action="store_true", help="quantise the weights to 4 bits (NF4)")
+
+    group = parser.add_argument_group("eviction, for a text")
+    group.add_argument("--press", help="what selects the pairs that stay; without one all stay")
+    group.add_argument("--compression_ratio", metavar="R", type=float, help="share of pairs that is removed, 0 to 1")
+    group.add_argument("--budget", metavar="TOKENS", type=int, help="most pairs a head that stay")
+    group.add_argument("--chunk_tokens", metavar="TOKENS", type=int, help="read in chunks and evict after each")
+
+    group = parser.add_argument_group("more text")
+    more: dict[str, Any] = {"metavar": "FILE", "action": "append", "default": []}
+    group.add_argument("--append", **more, help="read a text behind the document and evict again; may be repeated")
+    group.add_argument("--merge", **more, help="put another text's or cache's pairs behind; may be repeated")
+    group.add_argument("--save", metavar="FILE", help="write the cache, evicted, to a .safetensors file")
+
+    group = parser.add_argument_group("answers")
+    group.add_argument("--max_new_tokens", metavar="N", type=int, default=64, help="most tokens of an answer (64)")
+    group.add_argument("--stop", metavar="TEXT", action="append", default=[], help="ends an answer; may be repeated")
+    group.add_argument("--together", action="store_true", help="answer all questions as one batch, without streaming")
+    group.add_argument("--temperature", metavar="T", type=float, help="sample at this temperature; default: greedy")
+    group.add_argument("--top_p", metavar="P", type=float, help="sample from the most likely tokens of this share")
+    group.add_argument("--seed", metavar="N", type=int, default=0, help="of sampling (0)")
+    return _checked(parser, parser.parse_args(given))
+
+
+def _checked(parser: Parser, asked: argparse.Namespace) -> argparse.Namespace:
+    """Refuse, before anything is imported or loaded, what cannot go together."""
+    evicts = ("press", "compression_ratio", "budget", "chunk_tokens")
+    given = [f"--{name}" for name in evicts if getattr(asked, name) is not None]
+    if asked.document.endswith(".safetensors") and given:
+        parser.error(f"{asked.document} is evicted already: leave {', '.join(given)} out")
+    if asked.press is None and (asked.compression_ratio is not None or asked.budget is not None):
+        parser.error("--compression_ratio and --budget need a --press, such as KeyDiff")
+    if asked.document == "-" and not asked.questions and not asked.save:
+        parser.error("the document comes from stdin, so give questions on the command line, or --save")
+    if asked.save is not None and not asked.save.endswith(".safetensors"):
+        parser.error(f"--save {asked.save}: a cache is a .safetensors file")
+    if asked.temperature is not None and asked.temperature <= 0:
+        parser.error(f"--temperature {asked.temperature} must be above 0; leave it out for the most likely answer")
+    if asked.top_p is not None and not 0 < asked.top_p <= 1:
+        parser.error(f"--top_p {asked.top_p} must lie above 0 and at most at 1")
+    if asked.together and (asked.temperature is not None or asked.top_p is not None):
+        parser.error("--together answers greedily: leave --temperature and --top_p out")
+    if asked.max_new_tokens < 1:
+        parser.error(f"--max_new_tokens {asked.max_new_tokens} must be at least 1")
+    return asked

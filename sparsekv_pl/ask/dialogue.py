@@ -1,0 +1,68 @@
+"""Questions from the command line or stdin, and their answers as they arrive."""
+
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+from sparsekv_pl.models.seeding import globally_seeded
+from sparsekv_pl.usage.answer_text import AnswerText
+from sparsekv_pl.usage.context_cache import ContextCache
+
+
+def answer_all(cache: ContextCache, asked: Namespace) -> None:
+    """Answer the questions of the command line, or those of stdin, one after the other or together."""
+    if asked.together:
+        questions = list(_questions(asked))
+        answers = cache.ask(questions, max_new_tokens=asked.max_new_tokens, stop=asked.stop) if questions else []
+        for question, answer in zip(questions, answers, strict=True):
+            say(f"> {question}")
+            print(answer, flush=True)
+        return
+    for number, question in enumerate(_questions(asked)):
+        if asked.questions or not sys.stdin.isatty():
+            say(f"> {question}")
+        _answer(cache, asked, question, number)
+        print(flush=True)
+
+
+def _answer(cache: ContextCache, asked: Namespace, question: str, number: int) -> None:
+    if asked.temperature is None and asked.top_p is None:
+        cache.ask(question, max_new_tokens=asked.max_new_tokens, stop=asked.stop, on_text=_show)
+        return
+    sampling: dict[str, Any] = {
+        "do_sample": True,
+        "top_k": 0,
+        "temperature": 1.0 if asked.temperature is None else asked.temperature,
+        "top_p": 1.0 if asked.top_p is None else asked.top_p,
+    }
+    if asked.stop:
+        sampling["stop_strings"] = asked.stop
+    streamer = AnswerText(cache.model.text_of, asked.stop, _show)
+    with globally_seeded("ask", asked.seed, number):
+        cache.generate(question, max_new_tokens=asked.max_new_tokens, streamer=streamer, **sampling)
+
+
+def _questions(asked: Namespace) -> Iterator[str]:
+    """Yield the questions; in a dialogue an empty line ends them, in a file it is skipped."""
+    if asked.questions or asked.document == "-":
+        yield from asked.questions
+        return
+    dialogue = sys.stdin.isatty()
+    while True:
+        if dialogue:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line or (dialogue and not line.strip()):
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _show(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def say(line: str) -> None:
+    """Print what is no answer to stderr."""
+    print(line, file=sys.stderr, flush=True)

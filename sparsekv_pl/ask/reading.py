@@ -1,0 +1,101 @@
+"""Make the cache that a command line asks for: read texts under a press, load caches, append and merge."""
+
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from kvpress import BasePress
+
+from sparsekv_pl.evaluation.prefill_progress import PrefillProgress
+from sparsekv_pl.models.backbone import Backbone
+from sparsekv_pl.presses.press_text import press_from
+from sparsekv_pl.presses.ratio import set_compression_ratio
+from sparsekv_pl.presses.traits import traits_of
+from sparsekv_pl.reporting.console import console
+from sparsekv_pl.usage.cache_file import SUFFIX
+from sparsekv_pl.usage.context_cache import ContextCache
+from sparsekv_pl.usage.loaded_model import LoadedModel
+from sparsekv_pl.usage.reading_progress import Report
+from sparsekv_pl.usage.usable_press import check_usable
+
+
+def cache_for(asked: Namespace) -> ContextCache:
+    """Read or load the document, append and merge, in this order.
+
+    Raises
+    ------
+    ValueError
+        For an unknown or unfit press, a text or cache that cannot be read, and a model that does not belong to it.
+    """
+    press = _press(asked)
+    texts = {name: _text(name) for name in [asked.document, *asked.append, *asked.merge] if not _is_cache(name)}
+    backbone = Backbone(asked.pretrained, asked.dtype, adapter=asked.adapter, load_in_4bit=asked.load_in_4bit)
+    backbone.revision = asked.revision
+    model = LoadedModel(backbone)
+    if _is_cache(asked.document):
+        cache = ContextCache.load(asked.document, model)
+    else:
+        cache = _read(model, texts[asked.document], press, asked.chunk_tokens, asked.budget)
+    for name in asked.append:
+        cache = _grown(cache, texts[name])
+    for name in asked.merge:
+        cache = cache.merge(ContextCache.load(name, model) if _is_cache(name) else _read_like(cache, texts[name]))
+    return cache
+
+
+def _press(asked: Namespace) -> BasePress | None:
+    if asked.press is None:
+        return None
+    press = press_from(asked.press)
+    check_usable(press)
+    if asked.compression_ratio is not None:
+        set_compression_ratio(press, asked.compression_ratio)
+    if traits_of(press).takes_a_ratio and not press.compression_ratio and asked.budget is None:
+        raise ValueError(f"--press {asked.press} removes nothing: give --compression_ratio, such as 0.75, or --budget")
+    return press
+
+
+def _read(
+    model: LoadedModel, text: str, press: BasePress | None, chunk_tokens: int | None, budget: int | None
+) -> ContextCache:
+    settings = {"chunk_tokens": chunk_tokens, "budget": budget}
+    return _watched(0, lambda report: ContextCache.prefill(model, text, press, report=report, **settings))
+
+
+def _read_like(cache: ContextCache, text: str) -> ContextCache:
+    """Read another document, evicted as ``cache`` was."""
+    origin = cache.origin
+    if cache.press is None and origin.press is not None:
+        raise ValueError(f"--merge: {origin.press} cannot be made from a file, so give a cache that it evicted")
+    return _read(cache.model, text, cache.press, origin.chunk_tokens, origin.budget)
+
+
+def _grown(cache: ContextCache, text: str) -> ContextCache:
+    return _watched(cache.tokens, lambda report: cache.append(text, report))
+
+
+def _watched(read: int, make: Callable[[Report], ContextCache]) -> ContextCache:
+    """Make a cache behind a progress bar on stderr, after ``read`` tokens that are not read again."""
+    with ExitStack() as shown:
+        bars: list[PrefillProgress] = []
+
+        def report(done: int, tokens: int) -> None:
+            if not bars:
+                bars.append(shown.enter_context(PrefillProgress(tokens, read, console(stderr=True))))
+            bars[0].reached(done)
+
+        return make(report)
+
+
+def _is_cache(name: str) -> bool:
+    return name.endswith(SUFFIX)
+
+
+def _text(name: str) -> str:
+    """Read a file, or stdin for -."""
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is no text in UTF-8 (byte {error.start}): give a text file") from error

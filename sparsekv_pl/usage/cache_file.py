@@ -1,0 +1,95 @@
+"""A kept context as one safetensors file: tensors, and JSON that says what made them. Reading it runs no code."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparsekv_pl.eviction.interrupted_prefill import checksum_of
+from sparsekv_pl.storage.whole_files import check_room, written_whole
+from sparsekv_pl.usage.cache_origin import CacheOrigin
+from sparsekv_pl.usage.kept_context import LAYERS, KeptContext
+from sparsekv_pl.usage.loaded_model import ModelIdentity
+
+ABOUT = "sparsekv_pl"
+"""The key of the file's metadata that holds the JSON."""
+FORMAT = 1
+SUFFIX = ".safetensors"
+TOKENS = "token_ids"
+
+
+def write_cache(path: Path, model: ModelIdentity, origin: CacheOrigin, kept: KeptContext) -> None:
+    """Write the file whole or not at all.
+
+    Raises ``ValueError`` for a path with another suffix, and ``OSError`` if the disk refuses.
+    """
+    check_suffix(path)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in kept.tensors.items()}
+    tensors[TOKENS] = kept.ids.to(torch.int32)
+    check_room(path, sum(tensor.nbytes for tensor in tensors.values()), "the cache takes")
+    about = {
+        "format": FORMAT,
+        "model": asdict(model),
+        "eviction": asdict(origin),
+        "bounds": [list(bound) for bound in kept.bounds],
+        "next_position": kept.next_position,
+        "tokens": kept.tokens,
+        "tokens_sha256": kept.tokens_sha256,
+        "kept_pairs": kept.kept_pairs,
+        "kv_bytes": kept.kv_bytes,
+        "checksum": checksum_of(tensors),
+    }
+    with written_whole(path) as partial:
+        save_file(tensors, partial, metadata={ABOUT: json.dumps(about)})
+
+
+def read_cache(path: Path) -> tuple[ModelIdentity, CacheOrigin, KeptContext]:
+    """Read a file that ``write_cache`` wrote; tensors are on the host.
+
+    Raises
+    ------
+    ValueError
+        For a file that is missing, damaged, or no cache of this format.
+    """
+    check_suffix(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file: give one that ContextCache.save wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get(ABOUT, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): prefill the document again") from error
+    if not isinstance(about, dict) or "format" not in about:
+        raise ValueError(f"{path} holds no cache: give a file that ContextCache.save wrote")
+    if about["format"] != FORMAT:
+        raise ValueError(
+            f"{path} has the format {about['format']!r}, and this version reads {FORMAT}: prefill the document again"
+        )
+    if about.get("checksum") != checksum_of(tensors):
+        raise ValueError(f"{path} is damaged (its checksum is another): prefill the document again")
+    try:
+        return ModelIdentity(**about["model"]), CacheOrigin(**about["eviction"]), _kept(about, tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): prefill the document again") from error
+
+
+def check_suffix(path: Path) -> None:
+    """Raise ``ValueError`` for a name by which a cache would not be recognised."""
+    if path.suffix != SUFFIX:
+        raise ValueError(f"{path}: a cache is a {SUFFIX} file: give {path.name}{SUFFIX}")
+
+
+def _kept(about: dict[str, Any], tensors: dict[str, Tensor]) -> KeptContext:
+    ids = tensors.pop(TOKENS).long()
+    unknown = [name for name in tensors if name.partition(".")[0] not in LAYERS]
+    bounds = tuple((int(start), int(stop)) for start, stop in about["bounds"])
+    kept = KeptContext(ids, bounds, int(about["next_position"]), tensors)
+    if unknown or kept.tokens_sha256 != about["tokens_sha256"] or bounds[-1][1] != kept.tokens:
+        raise ValueError(f"its tokens are not those that it names {unknown}")
+    return kept
