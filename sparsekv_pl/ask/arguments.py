@@ -21,7 +21,7 @@ KeyDiff, Knorm and LagKV need keys alone; KeyRerotation also lets a document be 
 A saved cache belongs to the model and adapter that made it; give the same ones when you ask it."""
 
 
-class Parser(argparse.ArgumentParser):
+class AskParser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 
 def parsed(given: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the arguments ``given``, by default the process's."""
-    parser = Parser(
+    parser = AskParser(
         prog="python -m sparsekv_pl.ask",
         description=DESCRIPTION,
         epilog=EXAMPLES,
@@ -76,7 +76,7 @@ def parsed(given: Sequence[str] | None = None) -> argparse.Namespace:
     return _checked(parser, parser.parse_args(given))
 
 
-def _checked(parser: Parser, asked: argparse.Namespace) -> argparse.Namespace:
+def _checked(parser: AskParser, asked: argparse.Namespace) -> argparse.Namespace:
     """Refuse, before anything is imported or loaded, what cannot go together."""
     evicts = ("press", "compression_ratio", "budget", "chunk_tokens")
     given = [f"--{name}" for name in evicts if getattr(asked, name) is not None]

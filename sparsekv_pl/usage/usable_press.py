@@ -16,6 +16,7 @@ def check_usable(press: BasePress | None) -> None:
     refused = {
         "hides pairs per head and leaves them in memory, so nothing would be saved": traits.head_wise,
         "selects by the question, which a cache that is asked many questions does not know": traits.needs_question,
+        "selects by the continuation, which is not known before a question": traits.foresees,
         "evicts while tokens are generated, and a kept cache stays as it is": traits.while_generating,
         "evicts only in training, so the full cache would be kept": traits.deciding.only_trains,
         "draws another press at every training step": traits.decides == "drawn",

@@ -72,7 +72,7 @@ def test_presses_that_cannot_make_a_cache_are_refused_by_name() -> None:
     masks = "AdaKV CriticalAdaKV DMS DuoAttention FastKVzip KVgrad KVzip LUKV RestoreKV".split()
     generating = "CAM CompressionRatioDecoding Decoding PrefillDecoding".split()
     trains = "AdaptiveBlockDropout BlockDropout SentenceDropout SparseReg VariableBlock EvictionAug".split()
-    assert refused == {*masks, *generating, *trains, "Finch"}
+    assert refused == {*masks, *generating, *trains, "Finch", "Oracle"}
 
 
 @pytest.mark.parametrize(
