@@ -58,7 +58,8 @@ class SoftThresholdPress(InOrderPress, Draws):
         better: add a term for sparse attention (SparseRegPress).
     temperature, final_temperature, anneal_steps
         At optimizer step n the temperature is temperature * (final_temperature / temperature) ** (n / anneal_steps),
-        and ``final_temperature`` from ``anneal_steps`` on. A ``final_temperature`` of None keeps it constant.
+        and ``final_temperature`` from ``anneal_steps`` on. A ``final_temperature`` of None keeps it constant;
+        ``anneal_steps`` of None is the training's length.
 
     Raises
     ------
@@ -73,14 +74,16 @@ class SoftThresholdPress(InOrderPress, Draws):
     learnable: bool = False
     temperature: float = 1.0
     final_temperature: float | None = None
-    anneal_steps: int = 1000
+    anneal_steps: int | None = None
+    run_steps: int = field(default=-1, init=False)
     step: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         check_compression_ratio("SoftThresholdPress.compression_ratio", self.compression_ratio)
         for name, least in (("window_size", 1), ("sinks", 0), ("anneal_steps", 1)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"SoftThresholdPress.{name}={getattr(self, name)} must be at least {least}")
+            value = getattr(self, name)
+            if not (value is None and name == "anneal_steps") and not value >= least:
+                raise ValueError(f"SoftThresholdPress.{name}={value} must be at least {least}")
         for name in ("temperature", "final_temperature"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and isfinite(value)):
@@ -94,17 +97,27 @@ class SoftThresholdPress(InOrderPress, Draws):
         if self.learnable:  # found by nesting.learnable
             self.learned_threshold = nn.Parameter(torch.tensor(float(self.threshold or 0)))
 
-    def draw(self, step: int) -> float:
-        """Set the temperature for optimizer step ``step``, and return it."""
+    def draw(self, step: int) -> None:
+        """Set the temperature for optimizer step ``step``."""
         self.step = step
-        return self.temperature_now
+
+    def over(self, max_steps: int) -> None:
+        """Take the training's length; ``ValueError`` if ``anneal_steps`` should follow and there is none (-1)."""
+        if self.final_temperature is not None and self.anneal_steps is None and max_steps < 1:
+            raise ValueError(
+                f"SoftThresholdPress.anneal_steps follows trainer.max_steps, which is {max_steps}: give either of them"
+            )
+        self.run_steps = max_steps
 
     @property
     def temperature_now(self) -> float:
         """The temperature at the latest step passed to ``draw``."""
         if self.final_temperature is None:
             return self.temperature
-        return self.temperature * (self.final_temperature / self.temperature) ** min(self.step / self.anneal_steps, 1)
+        steps = self.run_steps if self.anneal_steps is None else self.anneal_steps
+        if steps < 1:
+            raise ValueError("SoftThresholdPress.anneal_steps is null outside a training: give a number of steps")
+        return self.temperature * (self.final_temperature / self.temperature) ** min(self.step / steps, 1)
 
     def score(
         self,

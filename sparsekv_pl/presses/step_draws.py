@@ -20,12 +20,22 @@ class Draws(ABC):
     def draw(self, step: int) -> Any:
         """Prepare for optimizer step ``step``; draws depend only on the step and the press's settings."""
 
+    def over(self, max_steps: int) -> None:  # noqa: B027 - most presses have no lengths
+        """Take the training's length in optimizer steps; -1 if it has none."""
+
 
 def draw(press: BasePress, step: int) -> None:
     """Prepare ``press`` and every press in it for ``step``."""
     for inner in presses_in(press):
         if isinstance(inner, Draws):
             inner.draw(step)
+
+
+def last(press: BasePress, max_steps: int) -> None:
+    """Let lengths in ``press`` and every press in it follow from a training of ``max_steps`` optimizer steps."""
+    for inner in presses_in(press):
+        if isinstance(inner, Draws):
+            inner.over(max_steps)
 
 
 def row_numbers(ids: Tensor) -> list[int]:

@@ -29,6 +29,7 @@ from sparsekv_pl.objectives.losses import token_nll
 from sparsekv_pl.objectives.rank_means import means_over_ranks
 from sparsekv_pl.presses.nesting import learnable, press_name, scorers_in
 from sparsekv_pl.presses.ratio import written_ratio
+from sparsekv_pl.presses.step_draws import last
 from sparsekv_pl.presses.traits import traits_of
 from sparsekv_pl.reporting.public_settings import public_settings
 from sparsekv_pl.training.compatibility import check_evicts_in_evaluation, fit_together
@@ -129,6 +130,8 @@ class EITModule(LightningModule):
         Raises ``ValueError`` if not.
         """
         self._check_contexts()
+        if stage == "fit" and self.press is not None:
+            last(self.press, self.trainer.max_steps)
         if stage == "fit" and self.compression_ratio is None:
             raise ValueError(
                 "nothing sets how much training evicts: add callbacks.curriculum.Curriculum to trainer.callbacks, "

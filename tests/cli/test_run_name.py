@@ -116,9 +116,25 @@ def test_a_learning_rate_schedule_lasts_as_long_as_the_run(arguments: list[str],
     assert made_of("quickstart", *arguments).get(TOTAL) == expected
 
 
+COSINE = "--model.lr_scheduler=sparsekv_pl.training.cosine_schedule.CosineSchedule"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [([], 92), (["--trainer.max_steps=40"], 40), (["--model.lr_scheduler.T_max=30"], 30)],
+)
+def test_a_cosine_lasts_as_long_as_the_run_and_a_shorter_one_is_warned_of(
+    arguments: list[str], expected: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    schedule = made_of("quickstart", COSINE, *arguments)[f"{MODEL}lr_scheduler.init_args"]
+    assert schedule.T_max == expected
+    assert ("the learning rate rises again after step 30" in caplog.text) == (expected == 30)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([COSINE, "--trainer.max_steps=-1"], "T_max follows trainer.max_steps, which is -1: give either"),
         (
             ["--model.lr_scheduler.total_steps=40"],
             "total_steps is 40, and trainer.max_steps 92: training would stop",

@@ -103,6 +103,9 @@ GRADIENTS = {
     # What some parameters have no part in:
     "threshold at ratio 0": Case(LM, lambda: RealEviction(threshold()), schedule=lambda: Fixed(0.0), steps=2),
     "threshold not drawn": Case(LM, seldom_threshold, steps=3),
+    "drawn by distance": Case(
+        aligned, lambda: drawn(score_all=True, by_distance=True), steps=6, lengths=[64, 40, 40, 52], validations=3
+    ),
     "selection alone": Case(SelectionObjective, snapkv, steps=2),
     "attention of layers alone": Case(lambda: Layerwise("attention"), snapkv, steps=2),
 }

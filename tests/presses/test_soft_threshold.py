@@ -15,7 +15,7 @@ from sparsekv_pl.objectives import EIT
 from sparsekv_pl.presses.eviction_aug import EvictionAugPress
 from sparsekv_pl.presses.nesting import learnable
 from sparsekv_pl.presses.soft_threshold import SoftThresholdPress
-from sparsekv_pl.presses.step_draws import draw
+from sparsekv_pl.presses.step_draws import draw, last
 from sparsekv_pl.training.eit_module import EITModule
 from tests.presses.soft_threshold_cases import (
     LENGTH,
@@ -41,13 +41,32 @@ def test_only_a_learnable_threshold_is_a_parameter() -> None:
 # --- the temperature ---
 
 
+def at(press: SoftThresholdPress, step: int) -> float:
+    press.draw(step)
+    return press.temperature_now
+
+
 def test_the_temperature_is_geometric_in_the_step() -> None:
     press = press_with(temperature=2.0, final_temperature=200.0, anneal_steps=4)
-    assert [press.draw(step) for step in (0, 1, 2, 4, 9)] == pytest.approx([2, 2 * 10**0.5, 20, 200, 200])
-    assert [press_with(temperature=3.0).draw(step) for step in (0, 1000)] == [3, 3]
+    assert [at(press, step) for step in (0, 1, 2, 4, 9)] == pytest.approx([2, 2 * 10**0.5, 20, 200, 200])
+    assert [at(press_with(temperature=3.0), step) for step in (0, 1000)] == [3, 3]
     falling = press_with(temperature=8.0, final_temperature=2.0, anneal_steps=2)
     draw(EvictionAugPress([falling]), 1)  # inside another press too
     assert falling.temperature_now == pytest.approx(4)
+
+
+def test_without_a_length_of_its_own_it_anneals_over_the_training(
+    tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer
+) -> None:
+    press = SoftThresholdPress(window_size=8, final_temperature=16.0)
+    with pytest.raises(ValueError, match="anneal_steps is null outside a training"):
+        at(press, 1)
+    module = EITModule(tiny_backbone(), RealEviction(EvictionAugPress([press])), EIT())
+    module.compression_ratio = 0.5
+    tiny_trainer(max_steps=2).fit(module, tiny_data())
+    assert at(press, 1) == pytest.approx(4) and at(press, 2) == pytest.approx(16)
+    with pytest.raises(ValueError, match=r"anneal_steps follows trainer\.max_steps, which is -1: give either"):
+        last(EvictionAugPress([press]), -1)
 
 
 class Temperatures(Callback):
