@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from sparsekv_pl.evaluation.view_pages import is_right
 from sparsekv_pl.reporting.condition import Condition
 from sparsekv_pl.reporting.sorted_records import VARIANTS
 from sparsekv_pl.storage.records import Record
@@ -52,6 +53,5 @@ def _answer(record: Record) -> "Text":
     if "answer" not in record:
         return Text(str(record.get("error", "-")), "red" if "error" in record else "")
     text = " ".join(record["answer"].split()) or "(empty)"
-    if "exact" not in record:
-        return Text(text)
-    return Text.assemble(("✓ ", "green") if record["exact"] == 1 else ("✗ ", "red"), text)
+    right = is_right(record)
+    return Text(text) if right is None else Text.assemble(("✓ ", "green") if right else ("✗ ", "red"), text)

@@ -119,11 +119,19 @@ def page_content(
     }
 
 
+def is_right(record: Record) -> bool | None:
+    """Whether a case was answered; None if no answer is expected.
+
+    An answer whose beginning the model was given must go on with the expected one, another must contain it.
+    """
+    if "exact" not in record:
+        return None
+    return bool(record["exact" if record["answer_prefix"] else "substring"] == 1)
+
+
 def _answers(own: Mapping[str, Record]) -> dict[str, Any]:
     """Variant -> its answer and whether it is right; None where nothing was asked or the press failed."""
     return {
-        variant: {"text": record["answer"], "right": record["exact"] == 1 if "exact" in record else None}
-        if "answer" in record
-        else None
+        variant: {"text": record["answer"], "right": is_right(record)} if "answer" in record else None
         for variant, record in own.items()
     }

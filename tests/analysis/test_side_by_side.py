@@ -2,7 +2,10 @@
 
 from typing import Any
 
+import pytest
+
 from sparsekv_pl.analysis.side_by_side import side_by_side
+from sparsekv_pl.evaluation.view_pages import is_right
 from sparsekv_pl.reporting.console import show
 
 
@@ -38,3 +41,12 @@ def test_a_base_alone_and_a_question_without_an_expected_answer(capsys: Any) -> 
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == "Who? ... It was" and lines[1].endswith("MB base seconds")
     assert lines[3] == "full cache 0% 1000 23.0 (empty) 1.2"
+
+
+@pytest.mark.parametrize(
+    ("prefix", "exact", "substring", "right"),
+    [("It was", 1.0, 1.0, True), ("It was", 0.0, 1.0, False), ("", 0.0, 1.0, True), ("", 0.0, 0.5, False)],
+)
+def test_an_answer_is_right_where_it_had_to_be(prefix: str, exact: float, substring: float, right: bool) -> None:
+    assert is_right({"answer_prefix": prefix, "exact": exact, "substring": substring}) is right
+    assert is_right({"answer_prefix": prefix}) is None

@@ -45,6 +45,6 @@ def test_a_page_of_random_choices_is_small() -> None:
         views.append(view | {"tokens": [" words"] * 2000, "layers": 30, "heads": 3, "kept": kept, "mass": mass})
         for name, ratio in names:
             where = {"case": "a", "variant": variant, "press": name, "compression_ratio": ratio}
-            cases.append(where | {"answer": "y " * 30, "exact": 1.0, "kept_pairs": 2000.0})
+            cases.append(where | {"answer": "y " * 30, "exact": 1.0, "answer_prefix": "a", "kept_pairs": 2000.0})
     (page,) = view_pages([*views, *cases], 1, "Worst", {}).values()
     assert 1_000_000 < len(page[1]) < SIZE

@@ -183,7 +183,7 @@ def test_no_text_runs_as_code(open_page: Callable[..., Any], tmp_path: Path) -> 
     view = {"viewed": HOSTILE, "variant": "base", "question": HOSTILE, "expected": [HOSTILE], "marked": [[1, 2]]}
     view |= {"tokens": ["a", HOSTILE, "\n"], "layers": 1, "heads": 1, "mass": packed_masses(kept / 3.0)}
     case = {"case": HOSTILE, "variant": "base", "press": HOSTILE, "compression_ratio": 0.5, "prefill": "dense"}
-    case |= {"answer": HOSTILE, "exact": 0.0, "kept_pairs": 3.0}
+    case |= {"answer": HOSTILE, "exact": 0.0, "answer_prefix": HOSTILE, "kept_pairs": 3.0}
     view |= {"kept": {Condition.of(case).name: packed_bits(kept)}, "unknown": {HOSTILE: HOSTILE}}
     pages = view_pages([view, case], 1, HOSTILE, {"model": HOSTILE})
     path = tmp_path / "viewer.html"

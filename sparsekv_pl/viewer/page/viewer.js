@@ -102,7 +102,7 @@ class Viewer {
       if (!this.marked.has(token)) mark = null;
       else mark ??= line.appendChild(make("mark"));
       (mark ?? line).append(span);
-      if (text.includes("\n")) line = null;
+      if (text.endsWith("\n")) line = null;
       return span;
     });
     const text = get("text");
