@@ -27,7 +27,9 @@ from sparsekv_pl.usage.merging import merged
 from sparsekv_pl.usage.reading_progress import Report, reported
 from sparsekv_pl.usage.usable_press import check_appendable, check_usable
 
-Asked = str | Sequence[str]
+Question = str | Sequence[int]
+"""Text, which is put into the chat frame, or token ids that directly follow the document."""
+Asked = Question | Sequence[Question]
 """One question, or several that are answered as a batch."""
 POSITIONS = Request(contexts=True)
 
@@ -138,7 +140,7 @@ class ContextCache:
         Parameters
         ----------
         questions
-            One question, or several. Each is put behind the document, in the chat frame, with an untouched cache.
+            One question, or several, as text or as token ids. Each is put behind the document, with an untouched cache.
         max_new_tokens
             Most tokens of an answer.
         stop
@@ -153,7 +155,7 @@ class ContextCache:
         ValueError
             For an empty question, and if an answer would end beyond the model's positions.
         """
-        rows, one = self._rows(questions, answer_prefix), isinstance(questions, str)
+        rows, one = self._rows(questions, answer_prefix), _is_one(questions)
         if on_text is not None and len(rows) > 1:
             raise ValueError(f"on_text shows one answer while it arrives, and {len(rows)} are asked together: ask one")
         if max_new_tokens < 1:
@@ -266,10 +268,17 @@ class ContextCache:
         )
 
     def _rows(self, questions: Asked, answer_prefix: str = "") -> list[list[int]]:
-        asked = [questions] if isinstance(questions, str) else list(questions)
+        asked: Any = [questions] if _is_one(questions) else questions
         if not asked:
             raise ValueError("there is no question: give at least one")
-        return [self.model.question_ids(question, answer_prefix) for question in asked]
+        rows = [self.model.question_ids(one, answer_prefix) if isinstance(one, str) else list(one) for one in asked]
+        if not all(rows):
+            raise ValueError("a question is empty: give at least one token")
+        return rows
+
+
+def _is_one(questions: Asked) -> bool:
+    return isinstance(questions, str) or (len(questions) > 0 and isinstance(questions[0], int))
 
 
 def _run(model: LoadedModel, filling: ChunkedPrefill, ids: torch.Tensor, report: Report | None) -> KeptContext:

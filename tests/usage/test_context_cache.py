@@ -113,10 +113,20 @@ def test_what_cannot_be_read_is_one_line(
     assert "\n" not in str(error.value)
 
 
+def test_token_ids_are_asked_as_they_are(model: LoadedModel) -> None:
+    cache = ContextCache.prefill(model, document_ids(model)[0].tolist(), KnormPress(0.5))
+    expected = ContextCache.prefill(model, DOCUMENT, KnormPress(0.5)).ask(QUESTIONS, max_new_tokens=NEW)
+    ids = [model.question_ids(question) for question in QUESTIONS]
+    assert cache.ask(ids, max_new_tokens=NEW) == expected
+    assert cache.ask(ids[0], max_new_tokens=NEW) == expected[0]
+    assert cache.inputs(ids[0])["input_ids"].tolist() == [ids[0]]
+
+
 def test_what_cannot_be_asked_is_one_line(model: LoadedModel) -> None:
     cache = ContextCache.prefill(model, DOCUMENT, KnormPress(0.5))
     for message, wrong in {
-        "a question is empty": lambda: cache.ask(" "),
+        "a question is empty: give some text": lambda: cache.ask(" "),
+        "a question is empty: give at least one token": lambda: cache.ask([[5], []]),
         "there is no question": lambda: cache.ask([]),
         "max_new_tokens=0": lambda: cache.ask("Why?", max_new_tokens=0),
         "on_text shows one answer": lambda: cache.ask(QUESTIONS, on_text=print),
