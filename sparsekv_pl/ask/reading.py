@@ -14,9 +14,9 @@ from sparsekv_pl.presses.press_text import press_from
 from sparsekv_pl.presses.ratio import set_compression_ratio
 from sparsekv_pl.presses.traits import traits_of
 from sparsekv_pl.reporting.console import console
-from sparsekv_pl.usage.cache_file import SUFFIX
+from sparsekv_pl.usage.cache_file import SUFFIX, made_by
 from sparsekv_pl.usage.context_cache import ContextCache
-from sparsekv_pl.usage.loaded_model import LoadedModel
+from sparsekv_pl.usage.loaded_model import LoadedModel, check_before_loading
 from sparsekv_pl.usage.reading_progress import Report
 from sparsekv_pl.usage.usable_press import check_usable
 
@@ -33,6 +33,8 @@ def cache_for(asked: Namespace) -> ContextCache:
     texts = {name: _text(name) for name in [asked.document, *asked.append, *asked.merge] if not _is_cache(name)}
     backbone = Backbone(asked.pretrained, asked.dtype, adapter=asked.adapter, load_in_4bit=asked.load_in_4bit)
     backbone.revision = asked.revision
+    for name in filter(_is_cache, (asked.document, *asked.merge)):
+        check_before_loading(backbone, made_by(Path(name).expanduser()), name)
     model = LoadedModel(backbone)
     if _is_cache(asked.document):
         cache = ContextCache.load(asked.document, model)

@@ -1,6 +1,8 @@
 """A kept context as one safetensors file: tensors, and JSON that says what made them. Reading it runs no code."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,12 @@ def write_cache(path: Path, model: ModelIdentity, origin: CacheOrigin, kept: Kep
         save_file(tensors, partial, metadata={ABOUT: json.dumps(about)})
 
 
+def made_by(path: Path) -> ModelIdentity:
+    """Return the model and adapter that made a file, without reading its tensors; see ``read_cache``."""
+    with _damage_named(path):
+        return ModelIdentity(**_about(path)["model"])
+
+
 def read_cache(path: Path) -> tuple[ModelIdentity, CacheOrigin, KeptContext]:
     """Read a file that ``write_cache`` wrote; tensors are on the host.
 
@@ -56,26 +64,36 @@ def read_cache(path: Path) -> tuple[ModelIdentity, CacheOrigin, KeptContext]:
     ValueError
         For a file that is missing, damaged, or no cache of this format.
     """
+    with _damage_named(path):
+        about = _about(path)
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+        if about["checksum"] != checksum_of(tensors):
+            raise KeyError("its checksum is another")
+        return ModelIdentity(**about["model"]), CacheOrigin(**about["eviction"]), _kept(about, tensors)
+
+
+def _about(path: Path) -> dict[str, Any]:
     check_suffix(path)
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file: give one that ContextCache.save wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get(ABOUT, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
-    except (SafetensorError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}): prefill the document again") from error
+    with safe_open(path, framework="pt") as file:
+        about = json.loads((file.metadata() or {}).get(ABOUT, "null"))
     if not isinstance(about, dict) or "format" not in about:
         raise ValueError(f"{path} holds no cache: give a file that ContextCache.save wrote")
     if about["format"] != FORMAT:
         raise ValueError(
             f"{path} has the format {about['format']!r}, and this version reads {FORMAT}: prefill the document again"
         )
-    if about.get("checksum") != checksum_of(tensors):
-        raise ValueError(f"{path} is damaged (its checksum is another): prefill the document again")
+    return about
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turn the various errors of a damaged file into a ``ValueError``."""
     try:
-        return ModelIdentity(**about["model"]), CacheOrigin(**about["eviction"]), _kept(about, tensors)
-    except (KeyError, TypeError, ValueError) as error:
+        yield
+    except (SafetensorError, KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}): prefill the document again") from error
 
 
@@ -91,5 +109,5 @@ def _kept(about: dict[str, Any], tensors: dict[str, Tensor]) -> KeptContext:
     bounds = tuple((int(start), int(stop)) for start, stop in about["bounds"])
     kept = KeptContext(ids, bounds, int(about["next_position"]), tensors)
     if unknown or kept.tokens_sha256 != about["tokens_sha256"] or bounds[-1][1] != kept.tokens:
-        raise ValueError(f"its tokens are not those that it names {unknown}")
+        raise KeyError(f"its tokens are not those that it names {unknown}")
     return kept

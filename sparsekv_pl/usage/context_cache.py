@@ -18,11 +18,11 @@ from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.models.memory_planner import Plan, plan
 from sparsekv_pl.models.seeding import globally_seeded
 from sparsekv_pl.usage.answer_text import AnswerText
-from sparsekv_pl.usage.cache_file import read_cache, write_cache
+from sparsekv_pl.usage.cache_file import made_by, read_cache, write_cache
 from sparsekv_pl.usage.cache_origin import CacheOrigin
 from sparsekv_pl.usage.generation import NEW_TOKENS, generate, padded_left
 from sparsekv_pl.usage.kept_context import KeptContext
-from sparsekv_pl.usage.loaded_model import LoadedModel
+from sparsekv_pl.usage.loaded_model import LoadedModel, check_before_loading
 from sparsekv_pl.usage.merging import merged
 from sparsekv_pl.usage.reading_progress import Report, reported
 from sparsekv_pl.usage.usable_press import check_appendable, check_usable
@@ -109,10 +109,12 @@ class ContextCache:
             For a file that is damaged or of another model, adapter or dtype, which is named; for another press.
         """
         path = Path(path).expanduser()
-        made_by, origin, kept = read_cache(path)
+        if isinstance(model, Backbone):
+            check_before_loading(model, made_by(path), str(path))
+            model = LoadedModel(model)
+        identity, origin, kept = read_cache(path)
+        model.identity.check(identity, str(path))
         press = origin.press_again(press)
-        model = LoadedModel(model) if isinstance(model, Backbone) else model
-        model.identity.check(made_by, str(path))
         layers = decoder_of(model.model).layers
         tensors = {
             name: tensor.to(layer_device(layers[int(name.partition(".")[2])])) for name, tensor in kept.tensors.items()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -12,9 +12,10 @@ from sparsekv_pl.models.backbone import Backbone, causal_lm
 from sparsekv_pl.models.chat_frame import QUESTION_OPENING, chat_frame
 from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.models.encoding import Encoder
-from sparsekv_pl.models.native_precision import decide
+from sparsekv_pl.models.gguf_checkpoint import EMBEDDED
+from sparsekv_pl.models.native_precision import AUTO, decide
 from sparsekv_pl.models.stop_tokens import stop_ids
-from sparsekv_pl.storage.fingerprint import folder_digest
+from sparsekv_pl.storage.fingerprint import folder_digest, model_digest
 
 SHOWN = 12
 """Characters of a digest that messages show."""
@@ -35,15 +36,13 @@ class ModelIdentity:
 
     @classmethod
     def of(cls, backbone: Backbone) -> "ModelIdentity":
-        """Identify a loaded backbone; paths are reduced to their last folders, as a file may be passed on."""
-        settings, adapter = backbone.identity(), backbone.adapter
-        folder = None if adapter is None else Path(adapter).expanduser()
-        local = Path(backbone.pretrained).expanduser().exists()
+        """Identify a backbone of known dtype; paths are reduced to their last folders, as a file may be passed on."""
+        folder = None if backbone.adapter is None else Path(backbone.adapter).expanduser()
         return cls(
-            model=Path(backbone.pretrained).name if local else backbone.pretrained,
-            weights=settings["files"],
-            dtype=settings["dtype"],
-            load_in_4bit=settings["load_in_4bit"],
+            model=Path(backbone.pretrained).name if _is_local(backbone) else backbone.pretrained,
+            weights=model_digest(backbone.files()),
+            dtype=backbone.dtype,
+            load_in_4bit=backbone.load_in_4bit,
             adapter=None if folder is None else "/".join(folder.absolute().parts[-2:]),
             adapter_weights=None if folder is None else folder_digest(folder, ["adapter_*"]),
         )
@@ -72,6 +71,20 @@ class ModelIdentity:
         if self.adapter_weights is None:
             return "without an adapter"
         return f"with the adapter {self.adapter!r} ({self.adapter_weights[:SHOWN]})"
+
+
+def check_before_loading(backbone: Backbone, made_by: ModelIdentity, what: str) -> None:
+    """Raise ``ValueError``, as ``ModelIdentity.check`` does, for what is known without loading: files on this disk."""
+    adapter = backbone.adapter
+    if (_is_local(backbone) or backbone.pretrained == EMBEDDED) and (
+        adapter is None or Path(adapter).expanduser().is_dir()
+    ):
+        given = ModelIdentity.of(backbone)
+        (replace(given, dtype=made_by.dtype) if given.dtype == AUTO else given).check(made_by, what)
+
+
+def _is_local(backbone: Backbone) -> bool:
+    return Path(backbone.pretrained).expanduser().exists()
 
 
 class LoadedModel:

@@ -93,7 +93,11 @@ def adapters(tiny_backbone: Make, tmp_path: Path) -> list[str]:
 
 
 def test_a_wrong_model_adapter_or_dtype_is_refused_by_name(
-    tiny_backbone: Make, model: LoadedModel, adapters: list[str], tmp_path: Path
+    tiny_backbone: Make,
+    model: LoadedModel,
+    adapters: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = tmp_path / "kept.safetensors"
     trained, other = (LoadedModel(tiny_backbone("qwen3", adapter=adapter)) for adapter in adapters)
@@ -108,6 +112,10 @@ def test_a_wrong_model_adapter_or_dtype_is_refused_by_name(
     ]:
         with pytest.raises(ValueError, match=f"^{path} was made {message}[^\n]+$"):
             ContextCache.load(path, wrong)
+    monkeypatch.setattr(Backbone, "load", lambda *_, **__: pytest.fail("it was loaded first"))
+    for settings, message in [({}, "this model runs without an adapter"), ({"adapter": adapters[1]}, "'run2/final'")]:
+        with pytest.raises(ValueError, match=message):
+            ContextCache.load(path, tiny_backbone("qwen3", dtype="auto", **settings))
 
 
 def test_a_press_of_your_own_is_given_to_append(model: LoadedModel, tmp_path: Path) -> None:
