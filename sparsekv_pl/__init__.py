@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from sparsekv_pl.evaluation.evaluation_module import EvaluationModule
     from sparsekv_pl.evaluation.points import Setting
     from sparsekv_pl.eviction.dropout import KVDropout
+    from sparsekv_pl.eviction.local_gradients import LocalGradients
     from sparsekv_pl.eviction.real import RealEviction
     from sparsekv_pl.models.anchors import Anchors
     from sparsekv_pl.models.backbone import Backbone
     from sparsekv_pl.models.lora import Lora
-    from sparsekv_pl.objectives import EIT, LM, Layerwise, Mixed, Reconstruction, SelectionObjective, SparseLM
+    from sparsekv_pl.objectives import EIT, LM, Chunks, Layerwise, Mixed, Reconstruction, SelectionObjective, SparseLM
     from sparsekv_pl.presses import (
         AdaptiveBlockDropoutPress,
         AnchorPress,
@@ -43,6 +44,7 @@ __all__ = [
     "Anchors",
     "Backbone",
     "BlockDropoutPress",
+    "Chunks",
     "ContextCache",
     "Cosine",
     "EITModule",
@@ -53,6 +55,7 @@ __all__ = [
     "Layerwise",
     "Linear",
     "LoadedModel",
+    "LocalGradients",
     "Lora",
     "Mixed",
     "OraclePress",
@@ -77,12 +80,13 @@ _SOURCES = {
     "EvaluationModule": "evaluation.evaluation_module",
     "KVDropout": "eviction.dropout",
     "LoadedModel": "usage.loaded_model",
+    "LocalGradients": "eviction.local_gradients",
     "Lora": "models.lora",
     "RealEviction": "eviction.real",
     "Setting": "evaluation.points",
     **dict.fromkeys(["Adaptive", "Cosine", "Fixed", "Linear", "Spread", "Step"], "schedules"),
     **dict.fromkeys(
-        ["EIT", "LM", "Layerwise", "Mixed", "Reconstruction", "SelectionObjective", "SparseLM"], "objectives"
+        ["EIT", "LM", "Chunks", "Layerwise", "Mixed", "Reconstruction", "SelectionObjective", "SparseLM"], "objectives"
     ),
 }
 """The module of each exported name; names that are not listed are in ``presses``."""

@@ -21,8 +21,8 @@ from sparsekv_pl.eviction.prefill import ChunkedPrefill
 from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.presses.nesting import presses_in
 
-Results = tuple[list[Selection], dict[str, list[Tensor]]]
-"""A chunk's scores and loss terms, which the next chunk does not depend on."""
+Results = tuple[list[Selection], dict[str, list[Tensor]], list[Tensor]]
+"""A chunk's scores, loss terms and hidden states, which the next chunk does not depend on."""
 
 
 def checkpointed_prefill(filling: ChunkedPrefill, context_ids: Tensor) -> Prefilled:
@@ -39,7 +39,7 @@ def checkpointed_prefill(filling: ChunkedPrefill, context_ids: Tensor) -> Prefil
             chunk.load_state_dict(layout.unpack(packed))
         chunk.advance(chunk_ids)
         assert chunk.press_context is not None
-        return *pack(chunk.state_dict()), (chunk.tracker.selections, chunk.press_context.losses)
+        return *pack(chunk.state_dict()), (chunk.tracker.selections, chunk.press_context.losses, chunk.hidden)
 
     contexts = partial(_contexts, PressAsItWas(filling.traits.press))
     losses = dict[str, list[Tensor]]()
@@ -48,8 +48,11 @@ def checkpointed_prefill(filling: ChunkedPrefill, context_ids: Tensor) -> Prefil
     for start, stop in filling.bounds:
         # The state goes in as tensors, not hidden in an object: autograd's hooks can then move it elsewhere.
         arguments = layout, context_ids[:, start:stop], *packed
-        layout, packed, (selections, terms) = checkpoint(run, *arguments, use_reentrant=False, context_fn=contexts)
+        layout, packed, (selections, terms, hidden) = checkpoint(
+            run, *arguments, use_reentrant=False, context_fn=contexts
+        )
         filling.tracker.selections += selections
+        filling.hidden += hidden
         for name, values in terms.items():
             losses.setdefault(name, []).extend(values)
     assert layout is not None and filling.press_context is not None

@@ -43,6 +43,9 @@ class Evicted:
     """Name -> scalar loss term that a press asks the objective to add (SparseRegPress)."""
     context: "EvictedContext | None" = None
     """For objectives that ask for evicted text; None unless ``Request.contexts``."""
+    chunks: Tensor | None = None
+    """(B, C, E), the hidden states of the context's last C tokens, all chunks but the first; None unless
+    ``Request.chunks``."""
 
 
 @dataclass

@@ -67,8 +67,8 @@ class ChunkedPrefill:
     budget
         Most KV pairs per head that stay after a chunk, in tokens; None sets no limit.
     request
-        ``request.scores`` keeps the press's scores (results, not part of ``state_dict``); ``request.contexts`` tracks
-        the kept keys' positions also in a single chunk: see ``Prefilled``.
+        Keep the press's scores and the hidden states of chunks after the first (results, not part of ``state_dict``);
+        track kept keys' positions also in a single chunk: see ``Prefilled``.
     local
         Whether gradients stay in the layer: see ``LocalGradients``.
     earlier
@@ -113,6 +113,7 @@ class ChunkedPrefill:
         check_rope(model, self.bounds[0][1], tokens, self.rotates)
         check_positions(model, self._positions(), tokens, self.rotates)
         self.cache = DynamicCache()
+        self.hidden: list[Tensor] = []
         self.chunks_done = 0
 
     @property
@@ -140,8 +141,11 @@ class ChunkedPrefill:
         keywords = self._keywords(chunk_ids)
         rotated = queries_from(self.model, position if self.traits is not None else 0)
         apart = layers_apart(self.model) if self.local else nullcontext()
-        with self._evicting(held, start, stop), rotated, last_mlp_for(self.model, 0), apart:
-            continue_from(self.model, chunk_ids, self.cache, position, **keywords)
+        read = self.request.chunks and start > 0
+        computed = last_mlp_for(self.model, stop - start if read else 0)
+        with self._evicting(held, start, stop), rotated, computed, apart:
+            hidden = continue_from(self.model, chunk_ids, self.cache, position, **keywords)
+        self.hidden += [hidden] if read else []
         self.chunks_done += 1
 
     def run(self, context_ids: Tensor) -> Prefilled:
@@ -164,7 +168,8 @@ class ChunkedPrefill:
                     f"{self.traits.name} fades out {weights.shape[2]} keys, of which another press left "
                     f"{self.cache.get_seq_length(layer)}: take the fading press alone"
                 )
-        return Prefilled(self.cache, position, self.tracker.selections, self.press_context, self.tracker.positions)
+        tracker = self.tracker
+        return Prefilled(self.cache, position, tracker.selections, self.press_context, self.hidden, tracker.positions)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return every tensor that the next chunk depends on, by names that ``safetensors`` accepts; not copied.

@@ -21,6 +21,8 @@ class Prefilled:
     """The scores by which the press selected; empty unless requested."""
     press_context: PressContext | None = None
     """Log-weights and losses from the press; None without a press."""
+    hidden: list[Tensor] = field(default_factory=list)
+    """(B, c, E) of each chunk after the first; empty unless requested."""
     positions: dict[int, Tensor] = field(default_factory=dict)
     """layer -> (B, K, S) int64, the context positions of the kept keys; empty if they were not tracked."""
 

@@ -63,7 +63,13 @@ class RealEviction:
 
     def check(self, context_tokens: int, request: Request = NOTHING) -> None:
         """Raise ``ValueError`` if a chunk would be too short for the press, or the press cannot run in chunks."""
-        check_chunks(traits_of(self.press), chunk_bounds(context_tokens, self.chunk_tokens), request)
+        bounds = chunk_bounds(context_tokens, self.chunk_tokens)
+        check_chunks(traits_of(self.press), bounds, request)
+        if request.chunks and len(bounds) < 2:
+            raise ValueError(
+                f"the chunks objective supervises chunks after the first, and a context of {context_tokens} tokens is "
+                f"one chunk (chunk_tokens={self.chunk_tokens}): lower chunk_tokens, or leave the objective out"
+            )
 
     def __call__(
         self,
@@ -87,7 +93,8 @@ class RealEviction:
         hidden = continued(model, prefilled, continuation_ids)
         losses = {} if prefilled.press_context is None else prefilled.press_context.losses
         means = {name: stacked(terms).mean() for name, terms in losses.items()}
-        return Evicted(hidden, kept / tokens, prefilled.selections, means, context)
+        chunks = torch.cat(prefilled.hidden, dim=1) if prefilled.hidden else None
+        return Evicted(hidden, kept / tokens, prefilled.selections, means, context, chunks)
 
 
 def continued(model: PreTrainedModel, prefilled: Prefilled, ids: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ class Request:
     """The evicted contexts, for objectives that continue them; the kept keys' context positions are then tracked."""
     press_losses: bool = False
     """The loss terms that presses ask to add (SparseRegPress)."""
+    chunks: bool = False
+    """The hidden states of a context's chunks after the first, which read the evicted cache, and the teacher's."""
     layers: frozenset[LayerOutput] = frozenset()
     """Layer outputs of student and teacher, by kind."""
 
@@ -26,6 +28,7 @@ class Request:
             self.scores or other.scores,
             self.contexts or other.contexts,
             self.press_losses or other.press_losses,
+            self.chunks or other.chunks,
             self.layers | other.layers,
         )
 

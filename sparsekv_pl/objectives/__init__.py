@@ -1,6 +1,7 @@
 """Training objectives, one per file, chosen and mixed in YAML."""
 
 from sparsekv_pl.eviction.request import Request
+from sparsekv_pl.objectives.chunks import Chunks
 from sparsekv_pl.objectives.eit import EIT
 from sparsekv_pl.objectives.layerwise import Layerwise
 from sparsekv_pl.objectives.lm import LM, SparseLM
@@ -12,6 +13,7 @@ from sparsekv_pl.objectives.selection_loss import SelectionObjective
 __all__ = [
     "EIT",
     "LM",
+    "Chunks",
     "Layerwise",
     "Mixed",
     "Objective",

@@ -42,6 +42,8 @@ class StudentView:
     """Name -> scalar loss term of a press (SparseRegPress)."""
     contexts: list[EvictedContext] = field(default_factory=list)
     """The evicted contexts, which an objective can continue; empty unless requested."""
+    chunks: "StudentView | None" = None
+    """The tokens of the context's chunks after the first, each predicting the next one; None unless requested."""
 
 
 def joined(views: Sequence[StudentView], rows: Sequence[int]) -> StudentView:
@@ -52,6 +54,7 @@ def joined(views: Sequence[StudentView], rows: Sequence[int]) -> StudentView:
     """
     if len(views) == 1:
         return views[0]
+    chunks = [view.chunks for view in views if view.chunks is not None]
     teachers = [view.teacher_NE for view in views if view.teacher_NE is not None]
     shares = [count / sum(rows) for count in rows]
     return StudentView(
@@ -72,6 +75,7 @@ def joined(views: Sequence[StudentView], rows: Sequence[int]) -> StudentView:
             for name in views[0].press_losses
         },
         contexts=[context for view in views for context in view.contexts],
+        chunks=joined(chunks, rows) if chunks else None,
     )
 
 

@@ -12,6 +12,7 @@ def fit_together(objective: Objective, eviction: Eviction) -> None:
     request = objective.request
     needs = {
         "the selection objective trains a press's scores": request.scores,
+        "the chunks objective supervises what follows an eviction of earlier chunks": request.chunks,
         "the reconstruction objective asks for what a press evicted": request.contexts,
         "the sparse_lm objective adds what a press measures": request.press_losses,
     }

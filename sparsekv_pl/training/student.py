@@ -61,12 +61,13 @@ class Student:
         supervised = supervised_in(batch)
         rows, columns = places = supervised.places()
         mass = AttentionMass(supervised, batch["context_ids"].shape[1]) if request.scores else None
-        teacher, teacher_layers = None, {}
+        teacher, teacher_layers, before = None, {}, batch["context_ids"].shape[1] if request.chunks else 0
         if request.teacher:
             with _layers(self.teacher.network, kinds, labels) as teacher_layers:
-                teacher = self.teacher(batch["context_ids"], batch["continuation_ids"], mass)
+                teacher = self.teacher(batch["context_ids"], batch["continuation_ids"], mass, before)
         with _layers(self._network, kinds, labels) as student_layers:
             evicted = self.evict(batch, compression_ratio, step, request)
+        context_teacher, teacher = (None, None) if teacher is None else (teacher[:, :before], teacher[:, before:])
         view = StudentView(
             hidden_NE=evicted.hidden[places],
             labels_N=labels[rows, columns + 1],
@@ -77,8 +78,23 @@ class Student:
             layers={kind: (_rows(student_layers[kind], places), _rows(teacher_layers[kind], places)) for kind in kinds},
             press_losses=evicted.losses,
             contexts=[] if evicted.context is None else [evicted.context],
+            chunks=None if evicted.chunks is None else self._chunks(batch, evicted.chunks, context_teacher),
         )
         return view, evicted.kept_share
+
+    def _chunks(self, batch: Batch, hidden: Tensor, teacher: Tensor | None) -> StudentView:
+        """View the context's last tokens, with hidden states (B, C, E), the teacher's being (B, L, E).
+
+        The last of them is left out: the continuation, which may be a question, does not follow from it.
+        """
+        count = hidden.shape[1]
+        return StudentView(
+            hidden_NE=hidden[:, :-1].flatten(0, 1),
+            labels_N=batch["context_ids"][:, 1 - count :].flatten(),
+            head_weight_VE=self.head_weight,
+            teacher_NE=None if teacher is None else teacher[:, -count:-1].flatten(0, 1),
+            teacher_head_weight_VE=self.teacher.head_weight,
+        )
 
 
 @contextmanager

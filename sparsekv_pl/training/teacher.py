@@ -29,20 +29,23 @@ class Teacher:
             self._copy = [copy.deepcopy(model).eval().requires_grad_(False)]
 
     @torch.no_grad()
-    def __call__(self, context_ids: Tensor, continuation_ids: Tensor, observer: Observer | None = None) -> Tensor:
-        """Return the hidden states (B, T, E) of a continuation (B, T) after its whole context (B, L), no gradient.
+    def __call__(
+        self, context_ids: Tensor, continuation_ids: Tensor, observer: Observer | None = None, before: int = 0
+    ) -> Tensor:
+        """Return the hidden states (B, before + T, E) of a continuation (B, T) after its context (B, L), no gradient.
 
-        ``observer`` gets every layer's queries, keys and values.
+        The context's last ``before`` tokens are included. ``observer`` gets every layer's queries, keys and values.
         """
         model = self.network
         if model.device != context_ids.device:
             torch.nn.Module.to(model, context_ids.device)
         ids = torch.cat([context_ids, continuation_ids], dim=1)
         extra = {} if observer is None else {"observer": observer}
-        computed = last_mlp_for(model, continuation_ids.shape[1])
+        newest = before + continuation_ids.shape[1]
+        computed = last_mlp_for(model, newest)
         with adapter_off(self._model), attention_implementation(model, CACHED), computed:
             hidden = decoder_of(model)(input_ids=ids, use_cache=False, **extra).last_hidden_state
-        return hidden[:, context_ids.shape[1] :]
+        return hidden[:, -newest:]
 
     @property
     def own_network(self) -> PreTrainedModel | None:

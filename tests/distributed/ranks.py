@@ -23,7 +23,17 @@ from sparsekv_pl.models.anchors import Anchors
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.models.batch import IGNORE, Batch
 from sparsekv_pl.models.lora import Lora
-from sparsekv_pl.objectives import EIT, LM, Layerwise, Mixed, Objective, Reconstruction, SelectionObjective, SparseLM
+from sparsekv_pl.objectives import (
+    EIT,
+    LM,
+    Chunks,
+    Layerwise,
+    Mixed,
+    Objective,
+    Reconstruction,
+    SelectionObjective,
+    SparseLM,
+)
 from sparsekv_pl.presses import BlockDropoutPress, EvictionAugPress, SoftThresholdPress, SparseRegPress
 from sparsekv_pl.schedules import Adaptive, Fixed, Linear, Schedule, Spread
 from sparsekv_pl.training.eit_module import EITModule
@@ -93,6 +103,11 @@ GRADIENTS = {
     "reconstruction": Case(lambda: Mixed([LM(), Reconstruction(block_size=8, cue_tokens=4)]), snapkv),
     "many chunks, not kept": Case(LM, lambda: RealEviction(SnapKVPress(window_size=8), 24, checkpoint=True)),
     "lengths differ": Case(aligned, snapkv, lengths=[64, 40, 40, 52]),
+    "lengths differ, chunks": Case(
+        lambda: Mixed([EIT(), Chunks()], [1.0, 0.5]),
+        lambda: RealEviction(SnapKVPress(window_size=8), 24),
+        lengths=[64, 40, 40, 52],
+    ),
     "lengths differ, kv dropout": Case(LM, dropout, lengths=[64, 64, 64, 40]),
     "lengths differ, sparse lm": Case(
         SparseLM,
