@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekv_pl.models.batch import TEXT
-from sparsekv_pl.reporting.condition import FULL_CACHE, HOSTED, Condition
+from sparsekv_pl.reporting.condition import FULL_CACHE, HOSTED, Condition, foresees
 from sparsekv_pl.reporting.file_formats import csv_bytes, json_bytes, replace_all
 from sparsekv_pl.storage.records import Record
 
@@ -43,7 +43,7 @@ def write_kvpress_layout(
 ) -> list[Path]:
     """Write a folder per press, ratio, variant and length below `folder`, and return their paths.
 
-    Text and failed records are left out.
+    Text, failed records and ceilings (OraclePress), which no leaderboard may list, are left out.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def write_kvpress_layout(
     names = {"base": model_name, "trained": trained_name or f"{model_name}+trained"}
     found: dict[tuple[tuple[str, Any], ...], list[Record]] = {}
     for record in records:
-        if "error" not in record and record["task"] != TEXT:
+        if "error" not in record and record["task"] != TEXT and not foresees(record["press"]):
             found.setdefault(tuple(_config(record, names, query_aware).items()), []).append(record)
     folders: dict[Path, int] = {}
     for items, some in found.items():

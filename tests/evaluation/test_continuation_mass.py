@@ -127,6 +127,8 @@ def test_base_and_trained_keep_by_their_own_attention_and_the_report_says_what_i
     report = (tmp_path / "run" / "report.md").read_text()
     assert "| Oracle (ceiling: sees the question) | 0.50 | - |" in report
     assert "| SnapKV | 0.50 | unseen |" in report
+    listed = " ".join(folder.name for folder in (tmp_path / "run" / "kvpress").iterdir())
+    assert "snapkv" in listed and "oracle" not in listed, "a ceiling is not for leaderboards"
 
 
 def test_names_and_marks_agree() -> None:
