@@ -53,8 +53,8 @@ def copy_adapter(
     config, training = read_mapping(source / CONFIG), read_mapping(source / TRAINING_SUMMARY)
     if Path(str(config.get("base_model_name_or_path"))).is_absolute():
         raise ValueError(
-            f"{source / CONFIG} names its base by a folder of the machine that trained: it is from an earlier version, "
-            "so resume that run with --ckpt_path last to export it again"
+            f"{source / CONFIG} names its base by a folder of the machine that trained: it is from an earlier version. "
+            "Remove that export and resume its run with --ckpt_path last, which exports again"
         )
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(source / WEIGHTS).items()}
     for name, tensor in tensors.items():

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from importlib.metadata import version
 from typing import Any
 
@@ -11,13 +12,16 @@ from callbacks.curriculum import Curriculum
 from sparsekv_pl.reporting.environment import REPORTED_PACKAGES
 from sparsekv_pl.reporting.public_settings import public_command, public_settings
 
+RESUMED = re.compile(r" --ckpt_path[ =](last|hpc)\b")
+"""Options of a command that goes on with its own run."""
+
 
 def run_record(trainer: pl.Trainer) -> dict[str, Any]:
     """Describe the run of ``trainer`` for an export's training.json, without folders and secrets."""
     curricula = [callback for callback in trainer.callbacks if isinstance(callback, Curriculum)]  # type: ignore[attr-defined]
     seed = os.environ.get("PL_GLOBAL_SEED")  # set by seed_everything
     return {
-        "command": public_command("train.py"),
+        "command": RESUMED.sub("", public_command("train.py") or "") or None,
         "seed": int(seed) if seed is not None else None,
         "ranks": trainer.world_size,
         "schedule": curricula[0].schedule.describe() if curricula else None,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsekv_pl.reporting.public_addresses import public_address
+from sparsekv_pl.reporting.public_addresses import ADDRESS, public_address
 from sparsekv_pl.reporting.redaction import redacted
 from sparsekv_pl.storage.result_keys import settings_of
 
@@ -24,7 +24,8 @@ def public_text(text: str) -> str:
     "--data.text.paths=['a.txt','b/c.txt']"
     """
     whole = Path(text).expanduser() if text.startswith(("/", "~/")) else None
-    return redacted(public_address(whole.name if whole is not None else FOLDERS.sub("", text)))
+    shown = whole.name if whole is not None else FOLDERS.sub("", text)
+    return redacted(ADDRESS.sub(lambda found: public_address(found[0]), shown))
 
 
 def public_settings(value: Any) -> Any:

@@ -130,6 +130,7 @@ def test_what_is_published_has_no_folders_and_no_secrets(monkeypatch: pytest.Mon
         "../x/a.txt": "../x/a.txt",
         "Qwen/Qwen3-8B": "Qwen/Qwen3-8B",
         "https://host/4711": "https://host/[hidden]",
+        "--url=https://host/4711/v1": "--url=https://host/[hidden]/v1",
     }
     assert {text: public_text(text) for text in shown} == shown
     secret = "hf_" + "a1B2c3D4" * 4
