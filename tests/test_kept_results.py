@@ -62,6 +62,7 @@ OTHER: dict[str, Any] = {
     "title": "Other",
     "sparsity": True,
     "card": True,
+    "views": 7,
     "dry": True,
     "save_every": 3,
     "tokens_per_second": 2.0,
@@ -79,7 +80,7 @@ KEPT = [
         keys_of,
         {"settings": SETTINGS},
         {"settings": [Setting(SnapKVPress(kernel_size=3), [0.5])], "stability": True},
-        REPORTS | {"card", "sparsity"},  # sparsity is a piece of work of its own
+        REPORTS | {"card", "sparsity", "views"},  # sparsity and views are pieces of work of their own
     ),
     Kept(
         LMEvalModule,
