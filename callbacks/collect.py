@@ -1,23 +1,21 @@
 """Collect Q, K, V tensors from the forwards of an evaluation."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache
 from typing_extensions import override
 
-from sparsekv_pl.attention.evicted_attention import CACHED, Observer
 from sparsekv_pl.attention.statistics import StatisticsSettings
 from sparsekv_pl.blocksparse.collection import Timestamps, attention_dtype, model_path, summaries_of
 from sparsekv_pl.blocksparse.tensor_capture import TensorCapture, disk_need
 from sparsekv_pl.evaluation.run_output import RunOutput
+from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.models.backbone import causal_lm
 from sparsekv_pl.models.batch import CaseBatch
-from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.reporting.console import show
 from sparsekv_pl.reporting.file_formats import json_bytes, replace_all
 from sparsekv_pl.storage.records import Record, gathered
@@ -26,12 +24,11 @@ from sparsekv_pl.storage.records import Record, gathered
 class CollectTensors(pl.Callback):
     """Write the files of ``blocksparse.collection.TensorCollection`` in any ``evaluate.py test`` run of a model.
 
-    Tensors come from dense forwards over a whole context of the batch (as many queries as keys), once per context, with
-    the adapter on if there is one. An evaluation in one chunk runs such a forward for every context; one in many
-    chunks, or of a hosted model, runs none. Finished work on disk is not run again, so nothing is collected from it:
-    use a fresh ``model.output``.
+    Before a batch is evaluated, its contexts that are still to be collected run once through the model, whole and with
+    the adapter on if there is one: also where the evaluation itself runs in chunks, or finds finished work on disk.
 
-    Sample n is the nth case of a length, among those of ``tasks``.
+    Sample n is the nth case of a length, among those of ``tasks``. Raises ``ValueError`` if ``lengths`` is empty or
+    ``samples`` below 1.
 
     Parameters
     ----------
@@ -47,11 +44,6 @@ class CollectTensors(pl.Callback):
         Tasks to collect, as the data names them ("text", "facts"); null for all. Text windows come first.
     statistics
         Settings of the attention statistics in the summaries; null measures the last 256 queries.
-
-    Raises
-    ------
-    ValueError
-        If ``lengths`` is empty or ``samples`` below 1.
     """
 
     def __init__(
@@ -68,19 +60,13 @@ class CollectTensors(pl.Callback):
         self.output, self.lengths, self.layers, self.samples = RunOutput(output), list(lengths), layers, samples
         self.tasks, self.statistics = tasks, statistics
         self.timestamps = Timestamps()
-        self._handles: list[Any] = []
-        self._waiting: dict[int, int] = {}
-        self._context: Tensor | None = None
-        self._running: set[int] = set()
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the disk space that the files take, and hook into the model's forwards.
+        """Print the disk space that the files take.
 
-        Raises
-        ------
-        ValueError
-            If the files do not fit on the disk, if the data has none of the lengths, or if the module has no model.
+        Raises ``ValueError`` if the files do not fit on the disk, if the data has none of the lengths, or if the module
+        has no model.
         """
         if not hasattr(pl_module, "model"):
             raise ValueError(f"CollectTensors needs a module with a model, which {type(pl_module).__name__} has not")
@@ -100,23 +86,24 @@ class CollectTensors(pl.Callback):
         need = disk_need(self.folder, model, dict.fromkeys(lengths, self.samples), self.capture.layers, dtype)
         if trainer.is_global_zero:
             show("to collect at most: " + need)
-        self._add_hooks(pl_module.model, model)
 
     @override
     def on_test_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: CaseBatch, batch_idx: int, *_: Any
     ) -> None:
-        """Assign sample numbers to the batch's rows."""
-        context = batch["context_ids"]
-        self._context, self._waiting = context, {}
-        if context.shape[1] not in self.lengths:
+        """Collect the batch's contexts that are still wanted, in one forward."""
+        context, rows = batch["context_ids"], self._rows(trainer, batch)
+        if not rows:
             return
-        for row, case in enumerate(batch["cases"]):
-            if self.tasks is None or case.task in self.tasks:
-                sample = self._seen[context.shape[1]] * trainer.world_size + trainer.global_rank
-                self._seen[context.shape[1]] += 1
-                if sample < self.samples:
-                    self._waiting[row] = sample
+        model = causal_lm(pl_module.model)
+        ids = context[list(rows)].to(model.get_input_embeddings().weight.device)  # type: ignore[arg-type]
+        self.capture.begin(dict(enumerate(rows.values())), self.timestamps.of(context.shape[1]))
+        try:
+            with torch.no_grad(), trainer.precision_plugin.forward_context():
+                continue_from(model, ids, DynamicCache(), 0, observer=self.capture)
+            self.records += self.capture.finish()
+        finally:
+            self.capture.discard()
 
     @override
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -126,78 +113,15 @@ class CollectTensors(pl.Callback):
             return
         files = summaries_of(records, self.capture.statistics)
         paths = replace_all(self.folder, {name: json_bytes(content) for name, content in files.items()})
-        outcome = f"collected {len(records)} tensor files in {self.folder}"
-        if not records:
-            outcome = (
-                "collected no tensors: no whole context went through the model in one forward (see CollectTensors)"
-            )
-        show(", ".join([outcome, *map(str, paths)]))
+        show(", ".join([f"collected {len(records)} tensor files in {self.folder}", *map(str, paths)]))
 
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Remove the hooks, also after an error."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._running = [], set()
-        if hasattr(self, "capture"):
-            self.capture.discard()
-
-    def _add_hooks(self, wrapped: Any, model: PreTrainedModel) -> None:
-        decoder = decoder_of(model)
-
-        def begin(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
-            attention = model.config.get_text_config()._attn_implementation
-            rows = self._rows(kwargs) if attention == CACHED and not _adapter_is_off(wrapped) else {}
-            self._running = set(rows.values())
-            if rows:
-                self.capture.begin(rows, self.timestamps.of(kwargs["input_ids"].shape[1]))
-
-        def end(*_: Any) -> None:
-            if self._running:
-                done, self._running = self._running, set()
-                self.records += self.capture.finish()
-                self._waiting = {row: sample for row, sample in self._waiting.items() if sample not in done}
-
-        # On each layer's attention, after the evaluation's own keywords are set: a hook of the decoder would run before
-        # the evaluation's hook and its observer would be replaced.
-        self._handles = [decoder.register_forward_pre_hook(begin, with_kwargs=True)]
-        for layer in self.capture.layers:
-            attention = decoder.layers[layer].self_attn
-            self._handles.append(attention.register_forward_pre_hook(self._observe, with_kwargs=True))
-        self._handles.append(decoder.register_forward_hook(end))
-
-    def _observe(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        if not self._running:
-            return None
-        observers = [self.capture, kwargs.get("observer")]
-        return args, kwargs | {"observer": _all_of(observer for observer in observers if observer is not None)}
-
-    def _rows(self, kwargs: dict[str, Any]) -> dict[int, int]:
-        """Map the rows of a forward to samples, if it is over whole contexts that are still to be collected."""
-        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
-        if ids is None or self._context is None or ids.shape[1] != self._context.shape[1]:
-            return {}
-        if cache is not None and cache.get_seq_length():
-            return {}
-        rows, free = {}, dict(self._waiting)
-        for row, own in enumerate(ids):
-            match = next((r for r in free if torch.equal(own, self._context[r])), None)
-            if match is not None:
-                rows[row] = free.pop(match)
+    def _rows(self, trainer: pl.Trainer, batch: CaseBatch) -> dict[int, int]:
+        """Number the batch's cases of a wanted length and task; return row -> sample for those still wanted."""
+        (contexts, length), rows = batch["context_ids"].shape, {}
+        for row, case in enumerate(batch["cases"][:contexts]):  # cases of a long haystack share one context
+            if length in self.lengths and (self.tasks is None or case.task in self.tasks):
+                sample = self._seen[length] * trainer.world_size + trainer.global_rank
+                self._seen[length] += 1
+                if sample < self.samples:
+                    rows[row] = sample
         return rows
-
-
-def _all_of(observers: Iterable[Observer]) -> Observer:
-    every = list(observers)
-
-    def observe(layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
-        for observer in every:
-            observer(layer, query, key, value)
-
-    return observe
-
-
-def _adapter_is_off(model: Any) -> bool:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return any(module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer))

@@ -112,28 +112,6 @@ def test_the_evaluation_is_the_same_with_its_own_observer(evaluate: Run, tmp_pat
     assert plain[0] == plain[1]
 
 
-def test_an_observer_that_is_passed_around_forwards_is_called_too(
-    evaluate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from sparsekv_pl.attention.evicted_attention import passing
-
-    seen: list[int] = []
-    step = EvaluationModule.test_step
-
-    def watched(self: EvaluationModule, *args: Any) -> None:
-        with passing(self.model, observer=lambda layer, *_: seen.append(layer)):
-            step(self, *args)
-
-    monkeypatch.setattr(EvaluationModule, "test_step", watched)
-    evaluate(name="without", windows=0)
-    without = list(seen)
-    seen.clear()
-    evaluate(callback(tmp_path / "during"), windows=0)
-    assert seen == without
-    assert without
-    assert names(tmp_path / "during") == of_samples(0, 1)
-
-
 def test_tasks_layers_and_samples_are_chosen(evaluate: Run, tmp_path: Path) -> None:
     evaluate(callback(tmp_path / "during", tasks=["facts"], layers=[1], samples=3))
     assert names(tmp_path / "during") == [f"tensors_seq96_layer1_sample{sample}" for sample in range(3)]
@@ -146,26 +124,12 @@ def test_other_lengths_are_left_alone(evaluate: Run, tmp_path: Path) -> None:
         evaluate(callback(tmp_path / "during", lengths=[4096]), name="again")
 
 
-def test_parts_of_a_context_are_not_collected(evaluate: Run, tmp_path: Path) -> None:
-    """Contexts of 96 in chunks of 48: the first chunk is dense, and of a length that is asked for."""
-    evaluate(callback(tmp_path / "during", lengths=[48, 96]), chunk_tokens=48, windows=0)
-    assert names(tmp_path / "during") == of_samples(0, 1)
-
-
-def test_what_was_finished_before_runs_no_forward(
-    evaluate: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    evaluate(name="evaluation")
-    evaluate(callback(tmp_path / "during"), name="evaluation")
-    assert not names(tmp_path / "during")
-    assert "collected no tensors" in capsys.readouterr().out
-
-
-def test_the_model_is_let_go_of(evaluate: Run, tmp_path: Path) -> None:
-    module = evaluate(callback(tmp_path / "during"))
-    hooked = [name for name, part in module.model.named_modules() if part._forward_pre_hooks or part._forward_hooks]
-    assert not hooked
-    assert {path.suffix for path in (tmp_path / "during").iterdir()} == {".pt", ".json"}
+def test_evaluations_in_chunks_and_finished_ones_collect_whole_contexts(evaluate: Run, tmp_path: Path) -> None:
+    """Contexts of 96 in chunks of 48; the second run finds its work on disk."""
+    for name in ("first", "again"):
+        evaluate(callback(tmp_path / name, lengths=[48, 96]), chunk_tokens=48, windows=0)
+        assert names(tmp_path / name) == of_samples(0, 1)
+        assert {path.suffix for path in (tmp_path / name).iterdir()} == {".pt", ".json"}
 
 
 def test_what_cannot_be_collected_is_refused_before_anything_runs(
