@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from sparsekv_pl.attention.blocks import NOTHING, Blocks, block_count, first_block
+from sparsekv_pl.attention.blocks import NOTHING, Blocks, block_count, check_shapes, first_block
 from sparsekv_pl.attention.flex_blocks import flex_attention_over, suits_flex
 
 UNIT = 3 << 20
@@ -32,7 +32,8 @@ def block_sparse_attention(
     Beyond inputs, output and gradients, memory does not grow with T, and a single query reads only its selected blocks.
     Differentiable once: backward computes every unit of work again. In 16 bits the dot products are rounded to 16 bits
     before the softmax, as in eager attention. Under autocast the inputs are cast as for PyTorch's attention.
-    FlexAttention computes it if ``suits_flex``; everything else takes the same path on every device.
+    FlexAttention computes it if ``suits_flex``; everything else takes the same path on every device. Raises
+    ``ValueError`` if shapes do not fit one another, or ``blocks`` was selected for other queries and keys.
 
     Parameters
     ----------
@@ -43,11 +44,6 @@ def block_sparse_attention(
         The selected key blocks of each query block.
     scaling
         Factor of the dot products; None for 1 / sqrt(D).
-
-    Raises
-    ------
-    ValueError
-        If shapes do not fit one another, or ``blocks`` was selected for other queries and keys.
     """
     _check(query, key, value, blocks)
     kind = query.device.type
@@ -75,13 +71,10 @@ def dense_reference(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, s
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> None:
-    (batch, heads, queries, dim), (rows, kv_heads, keys, key_dim) = query.shape, key.shape
-    fitting = batch == rows and dim == key_dim and heads % kv_heads == 0 and value.shape[:3] == key.shape[:3]
-    if not fitting or not 0 < queries <= keys:
-        raise ValueError(
-            f"queries {tuple(query.shape)}, keys {tuple(key.shape)} and values {tuple(value.shape)} do not fit: give "
-            "(B, H, T, D) and twice (B, K, S, D) with H a multiple of K and the queries the last T of the S positions"
-        )
+    check_shapes(query, key)
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"keys {tuple(key.shape)} and values {tuple(value.shape)} do not fit: give twice (B, K, S, D)")
+    (batch, heads, queries, _), keys = query.shape, key.shape[2]
     count = block_count(keys, blocks.block_size)
     expected = batch, count - first_block(queries, keys, blocks.block_size)
     groups = blocks.indices.shape[1]

@@ -15,6 +15,26 @@ NOTHING = -1
 """Filler index where a query block has fewer key blocks than others."""
 
 
+def check_shapes(query: Tensor, key: Tensor) -> None:
+    """Raise ``ValueError`` unless queries (B, H, T, D) are the last T of the S positions of keys (B, K, S, D)."""
+    (batch, heads, queries, dim), (rows, kv_heads, keys, key_dim) = query.shape, key.shape
+    if batch != rows or dim != key_dim or heads % kv_heads or not 0 < queries <= keys:
+        raise ValueError(
+            f"queries {tuple(query.shape)} and keys {tuple(key.shape)} do not fit: give (B, H, T, D) and (B, K, S, D) "
+            "with H a multiple of K and the queries the last T of the S positions"
+        )
+
+
+def check_seen(layer: int, given: tuple[int, int], scored: tuple[int, int]) -> None:
+    """Raise ``ValueError`` unless the (rows, older keys) of a forward are the (rows, tokens) that a scorer has seen."""
+    if given != scored:
+        raise ValueError(
+            f"layer {layer} has {given[1]} older keys in {given[0]} rows, but {scored[1]} tokens in {scored[0]} rows "
+            "were scored: blocks need the whole cache. Evict nothing (no press), give every forward of a context to "
+            "the same scorer, and copy the scorer where a cache is copied"
+        )
+
+
 def block_count(tokens: int, block_size: int) -> int:
     """Return the number of blocks that ``tokens`` tokens take."""
     return -(-tokens // block_size)
@@ -99,20 +119,7 @@ Selector = Callable[[int, Tensor, Tensor], Blocks | None]
 
 @dataclass
 class TopBlocks:
-    """Select the ``top_k`` best blocks by a scorer's scores, always with the first block and the query's own.
-
-    Parameters
-    ----------
-    scorer
-        Scores the blocks.
-    top_k
-        Key blocks per query block, at least 2.
-
-    Raises
-    ------
-    ValueError
-        If ``top_k`` is below 2.
-    """
+    """Select the ``top_k`` (at least 2) best blocks by a scorer's scores, always with the first and the query's own."""
 
     scorer: BlockScorer
     top_k: int = 16
@@ -122,34 +129,10 @@ class TopBlocks:
             raise ValueError(f"top_k={self.top_k} must be at least 2: the first and the query's own block always stay")
 
     def __call__(self, layer: int, query: Tensor, key: Tensor) -> Blocks | None:
-        """See ``Selector``."""
         scores = self.scorer(layer, query, key)
         if scores is None:
             return None
         return top_blocks(scores, self.top_k, self.scorer.block_size, key.shape[2])
-
-
-@dataclass
-class ThresholdBlocks:
-    """Select all blocks with a score of at least ``threshold``, and always the first block and the query's own.
-
-    Parameters
-    ----------
-    scorer
-        Scores the blocks.
-    threshold
-        Lowest score of a selected block, in the scorer's unit.
-    """
-
-    scorer: BlockScorer
-    threshold: float = 0.1
-
-    def __call__(self, layer: int, query: Tensor, key: Tensor) -> Blocks | None:
-        """See ``Selector``."""
-        scores = self.scorer(layer, query, key)
-        if scores is None:
-            return None
-        return blocks_of(_with_first(scores >= self.threshold), self.scorer.block_size, key.shape[2])
 
 
 def top_blocks(scores: Tensor, top_k: int, block_size: int, keys: int) -> Blocks:
@@ -170,7 +153,7 @@ def top_blocks(scores: Tensor, top_k: int, block_size: int, keys: int) -> Blocks
     return Blocks(indices.where(indices < count, NOTHING), block_size, keys)
 
 
-def _with_first(mask: Tensor) -> Tensor:
-    mask = mask.clone()
-    mask[..., 0] = True
-    return mask
+def threshold_blocks(scores: Tensor, threshold: float, block_size: int, keys: int) -> Blocks:
+    """Select the blocks with a score (B, G, Nq, Nk) of at least ``threshold``, the first block and the own one."""
+    first = torch.arange(scores.shape[-1], device=scores.device) == 0
+    return blocks_of((scores >= threshold) | first, block_size, keys)

@@ -192,7 +192,8 @@ def kept_columns_attention(
 ) -> Tensor:
     """Attend to kept and recent keys, in O(S) memory and with work proportional to the kept keys.
 
-    Returns (B, S, H, D); a query that may see no key gets zeros.
+    Returns (B, S, H, D); a query that may see no key gets zeros. Raises ``ValueError`` if ``recent`` or ``query_chunk``
+    is below 1.
 
     Parameters
     ----------
@@ -210,11 +211,6 @@ def kept_columns_attention(
         Factor of the dot products; None for D ** -0.5.
     backend
         None takes "cpu_flash" on a CPU if keys and values have the same width, else "sdpa".
-
-    Raises
-    ------
-    ValueError
-        If ``recent`` or ``query_chunk`` is below 1.
     """
     for name, setting in (("recent", recent), ("query_chunk", query_chunk)):
         if setting < 1:

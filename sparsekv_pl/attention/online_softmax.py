@@ -10,38 +10,16 @@ if results are near 0, as most attention weights are.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from math import e, log2
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 HIDDEN = -1e30
 """The logit of a key that a query cannot see; finite, so that 0 * log 0 is 0 and not NaN."""
 
 BITS_PER_NAT = log2(e)
-
-
-@dataclass(frozen=True)
-class Keys:
-    """The keys of one row's KV head."""
-
-    key: Tensor
-    """(S, D) float32."""
-    valid: Tensor | None
-    """(S,) bool, False for padding; None for no padding."""
-    tokens: Tensor | None
-    """(S,) float32, 1 for the tokens whose share is measured."""
-
-    def first_by_block(self, start: int, stop: int, block_size: int) -> Tensor:
-        """Return the first position that is no padding in each block of a tile, (blocks,); S if all are padding."""
-        positions = torch.arange(start, stop, device=self.key.device)
-        if self.valid is None:
-            return positions[::block_size]
-        positions = positions.where(self.valid[start:stop], len(self.key))
-        return pad(positions, (0, -len(positions) % block_size), value=len(self.key)).view(-1, block_size).amin(-1)
 
 
 class Tile(NamedTuple):
@@ -60,26 +38,25 @@ class Tile(NamedTuple):
 
 
 class Strip:
-    """Consecutive queries (G, Q, D) of a group of G heads, the first at ``position``; ``scaling`` is for base e."""
+    """Consecutive queries (G, Q, D) of a group of G heads, the first at ``position``, over one KV head's keys (S, D).
 
-    def __init__(self, query: Tensor, keys: Keys, position: int, scaling: float) -> None:
+    ``scaling`` is for base e.
+    """
+
+    def __init__(self, query: Tensor, keys: Tensor, position: int, scaling: float) -> None:
         self.query = query.float() * (scaling * BITS_PER_NAT)
         self.keys, self.position = keys, position
         self.seen = position + query.shape[1]
         self.positions = torch.arange(position, self.seen, device=query.device)
-        valid = keys.valid
-        self.counted = torch.ones_like(self.positions, dtype=torch.bool) if valid is None else valid[self.positions]
 
     def tile(self, start: int, stop: int, block_size: int) -> Tile:
         """Compute the tile of keys start..stop. Hidden keys weigh 0; if a query sees none of them, all weigh 1."""
-        flat = self.query.flatten(0, 1) @ self.keys.key[start:stop].T
+        flat = self.query.flatten(0, 1) @ self.keys[start:stop].T
         logits = flat.view(*self.query.shape[:2], -1)
         if stop > self.position:
             since = max(start, self.position)
             later = torch.arange(since, stop, device=flat.device) > self.positions[:, None]
             logits[..., since - start :].masked_fill_(later, HIDDEN)
-        if self.keys.valid is not None:
-            logits.masked_fill_(~self.keys.valid[start:stop], HIDDEN)
         peak = logits.amax(-1)
         weights = logits.sub_(peak.unsqueeze(-1)).exp2()
         return Tile(start, stop, logits, weights, peak, block_sums(weights, block_size))

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from sparsekv_pl.attention.blocks import check_shapes
+
 STRIP_QUERIES = 64
 STRIP_FLOATS = 2**24
 """Limit of a strip's B * H * Q * S floats; it has at least one query and at most STRIP_QUERIES."""
@@ -59,14 +61,8 @@ def distance_edges(keys: int) -> list[int]:
 class ReceivedAttention:
     """An ``Observer`` (evicted_attention.py) of the attention that every layer's keys receive in one full-cache pass.
 
-    Afterwards ``layers[layer]`` is that layer's ``Received``. Each pass needs its own observer.
-
-    Parameters
-    ----------
-    groups
-        (B, S) int64, each key's group, from 0 to ``count`` - 1.
-    count
-        Number of groups.
+    Afterwards ``layers[layer]`` is that layer's ``Received``. Each pass needs its own observer. ``groups`` (B, S) int64
+    are the keys' groups, from 0 to ``count`` - 1.
     """
 
     def __init__(self, groups: Tensor, count: int) -> None:
@@ -81,31 +77,22 @@ class ReceivedAttention:
 
 
 @torch.no_grad()
-def received_attention(
-    query: Tensor, key: Tensor, groups: Tensor, count: int, scaling: float | None = None
-) -> Received:
-    """Measure the attention that keys receive under softmax(query key^T * scaling), causal, in float32.
+def received_attention(query: Tensor, key: Tensor, groups: Tensor, count: int) -> Received:
+    """Measure the attention that keys receive under softmax(query key^T / sqrt(D)), causal, in float32.
 
     ``query`` (B, H, T, D) has the last T of the S positions of ``key`` (B, K, S, D), any dtype, H a multiple of K; the
     query heads of a group are neighbours. Rows are not padded. ``groups`` and ``count`` are those of
-    ``ReceivedAttention``; ``scaling`` defaults to 1 / sqrt(D).
-
-    Raises
-    ------
-    ValueError
-        If shapes do not fit one another, or groups are not between 0 and ``count`` - 1.
+    ``ReceivedAttention``. Raises ``ValueError`` if shapes do not fit one another,
+    or groups are not between 0 and ``count`` - 1.
     """
     (batch, heads, queries, dim), (kv_heads, seen) = query.shape, key.shape[1:3]
-    if heads % kv_heads or not 0 < queries <= seen or groups.shape != (batch, seen):
-        raise ValueError(
-            f"queries {tuple(query.shape)}, keys {tuple(key.shape)} and groups {tuple(groups.shape)} do not fit: give "
-            "(B, H, T, D), (B, K, S, D) and (B, S) with H a multiple of K and the queries the last T of the S positions"
-        )
+    check_shapes(query, key)
+    if groups.shape != (batch, seen):
+        raise ValueError(f"groups {tuple(groups.shape)} do not fit {seen} keys in {batch} rows: give (B, S)")
     members = _members(groups.to(key.device), count)
     total = _empty(batch, heads, seen, count, key.device)
-    scaled = dim**-0.5 if scaling is None else scaling
     with torch.autocast(query.device.type, enabled=False):  # it would round the products to 16 bits
-        grouped = query.float().reshape(batch, kv_heads, -1, queries, dim) * scaled
+        grouped = query.float().reshape(batch, kv_heads, -1, queries, dim) * dim**-0.5
         keys = key.float().unsqueeze(2).transpose(3, 4)
         for start, stop in _strips(queries, batch * heads * seen):
             first, end = seen - queries + start, seen - queries + stop

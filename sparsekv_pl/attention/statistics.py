@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparsekv_pl.attention.online_softmax import BITS_PER_NAT, Keys, Strip, block_sums
+from sparsekv_pl.attention.blocks import check_shapes
+from sparsekv_pl.attention.online_softmax import BITS_PER_NAT, Strip, block_sums
 
 
 @dataclass(frozen=True)
 class StatisticsSettings:
-    """The settings of attention statistics.
+    """The settings of attention statistics. Raises ``ValueError`` for a setting out of range.
 
     Parameters
     ----------
@@ -37,11 +38,6 @@ class StatisticsSettings:
         Largest tile computed at once, in tokens; rounded up to whole blocks. With fewer keys a tile has more queries,
         so that its size stays the same. They bound the memory (H / K * query_tile * key_tile floats, up to four times)
         and do not change results.
-
-    Raises
-    ------
-    ValueError
-        For a setting out of range.
     """
 
     window: int | None = None
@@ -66,7 +62,7 @@ class LayerStatistics:
     """Statistics of one layer's attention: B rows, H query heads, S keys, the W last queries; all float32."""
 
     received: Tensor
-    """(B, H, S), attention that each key receives, summed over the counted queries."""
+    """(B, H, S), attention that each key receives, summed over the queries."""
     entropy: Tensor
     """(B, H, W), entropy of each query's attention, in nats."""
     top_k_coverage: Tensor
@@ -75,17 +71,15 @@ class LayerStatistics:
     """(B, H, W), share of the key blocks visible to a query (or its query block) that are empty for it."""
     token_share: Tensor | None
     """(B, H, W), share of a query's attention on the given tokens; None if none were given."""
-    counted: Tensor
-    """(B, W) bool, False for queries that are padding, which have 0 everywhere and enter no mean."""
 
     @property
     def effective_support(self) -> Tensor:
         """(B, H, W), exp(entropy): the number of keys over which uniform attention would have the same entropy."""
-        return torch.where(self.counted[:, None], self.entropy.exp(), 0)
+        return self.entropy.exp()
 
     def mean(self, per_query: Tensor) -> Tensor:
-        """Average (B, H, W) over the counted queries, (B, H); NaN for a row without any."""
-        return per_query.sum(-1) / self.counted.sum(-1)[:, None]
+        """Average (B, H, W) over the queries, (B, H)."""
+        return per_query.sum(-1) / per_query.shape[-1]
 
     def followed_by(self, later: "LayerStatistics") -> "LayerStatistics":
         """Join with the statistics of the queries right after these, over these keys and more."""
@@ -111,41 +105,25 @@ class AttentionStatistics:
     layer's ``LayerStatistics``. Chunks of a pass are joined; a window must lie in the last one. Each pass needs its own
     observer.
 
-    Parameters
-    ----------
-    settings
-        The settings; None for the defaults.
-    tokens
-        (B, S) bool, the token set whose share is measured (anchors), or None.
-    valid
-        (B, S) bool, False for padding, or None.
+    ``tokens`` (B, S) bool is the token set whose share is measured (anchors), or None.
     """
 
-    def __init__(
-        self,
-        settings: StatisticsSettings | None = None,
-        tokens: Tensor | None = None,
-        valid: Tensor | None = None,
-    ) -> None:
-        self.settings = settings or StatisticsSettings()
-        self.tokens, self.valid = tokens, valid
+    def __init__(self, settings: StatisticsSettings | None = None, tokens: Tensor | None = None) -> None:
+        self.settings, self.tokens = settings or StatisticsSettings(), tokens
         self.layers: dict[int, LayerStatistics] = {}
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG002
         """Measure one layer: ``query`` (B, H, T, D) has the last T of the S positions of ``key`` (B, K, S, D).
 
-        Raises
-        ------
-        ValueError
-            If this layer was measured before and these queries are not the next ones, or if a window or a query block
-            would reach into an earlier chunk.
+        Raises ``ValueError`` if this layer was measured before and these queries are not the next ones, or if a window
+        or a query block would reach into an earlier chunk.
         """
         queries, seen = query.shape[2], key.shape[2]
         before = self.layers.get(layer)
         if before is not None:
             self._check_following(layer, before, queries, seen)
-        tokens, valid = (None if mask is None else mask[:, :seen].to(key.device) for mask in (self.tokens, self.valid))
-        measured = attention_statistics(query, key, self.settings, tokens=tokens, valid=valid)
+        tokens = None if self.tokens is None else self.tokens[:, :seen].to(key.device)
+        measured = attention_statistics(query, key, self.settings, tokens=tokens)
         if before is not None and self.settings.window is None:
             measured = before.followed_by(measured)
         self.layers[layer] = measured
@@ -165,78 +143,68 @@ class AttentionStatistics:
 
 @torch.no_grad()
 def attention_statistics(
-    query: Tensor,
-    key: Tensor,
-    settings: StatisticsSettings | None = None,
-    *,
-    tokens: Tensor | None = None,
-    valid: Tensor | None = None,
-    scaling: float | None = None,
+    query: Tensor, key: Tensor, settings: StatisticsSettings | None = None, *, tokens: Tensor | None = None
 ) -> LayerStatistics:
-    """Compute statistics of softmax(query key^T * scaling), causal, in float32.
+    """Compute statistics of softmax(query key^T / sqrt(D)), causal, in float32.
 
     ``query`` (B, H, T, D) has the last T of the S positions of ``key`` (B, K, S, D), any dtype, H a multiple of K; the
-    query heads of a group are neighbours. ``tokens`` and ``valid`` are those of ``AttentionStatistics``; ``scaling``
-    defaults to 1 / sqrt(D).
-
-    Raises
-    ------
-    ValueError
-        If shapes do not fit one another.
+    query heads of a group are neighbours. ``tokens`` are those of ``AttentionStatistics``. Raises ``ValueError`` if
+    shapes do not fit one another.
     """
     settings = settings or StatisticsSettings()
-    _check(query, key, {"tokens": tokens, "valid": valid})
+    check_shapes(query, key)
     (batch, heads, queries, dim), (kv_heads, seen) = query.shape, key.shape[1:3]
-    observed, scaling = min(queries, settings.window or queries), dim**-0.5 if scaling is None else scaling
+    if tokens is not None and tokens.shape != (batch, seen):
+        raise ValueError(f"tokens has shape {tuple(tokens.shape)} but there are {(batch, seen)} rows and keys")
+    observed, scaling = min(queries, settings.window or queries), dim**-0.5
     received = torch.zeros(batch, heads, seen, device=key.device)
     per_query = torch.zeros(4, batch, heads, observed, device=key.device)
     with torch.autocast(query.device.type, enabled=False):  # it would round the products to 16 bits
         for row, kv_head in product(range(batch), range(kv_heads)):
             group = slice(kv_head * heads // kv_heads, (kv_head + 1) * heads // kv_heads)
-            keys = Keys(
-                key[row, kv_head].float(),
-                None if valid is None else valid[row].bool(),
-                None if tokens is None else tokens[row].float(),
-            )
-            own = query[row, group, queries - observed :]
-            _measure_group(own, keys, scaling, settings, received[row, group], per_query[:, row, group])
+            keys, own = key[row, kv_head].float(), query[row, group, queries - observed :]
+            marked = None if tokens is None else tokens[row].float()
+            _measure_group(own, keys, marked, scaling, settings, received[row, group], per_query[:, row, group])
     entropy, coverage, sparsity, share = per_query
-    counted = torch.ones(batch, seen, dtype=torch.bool, device=key.device) if valid is None else valid.bool()
-    return LayerStatistics(
-        received, entropy, coverage, sparsity, None if tokens is None else share, counted[:, seen - observed :]
-    )
+    return LayerStatistics(received, entropy, coverage, sparsity, None if tokens is None else share)
 
 
 def _measure_group(
-    query: Tensor, keys: Keys, scaling: float, settings: StatisticsSettings, received: Tensor, per_query: Tensor
+    query: Tensor,
+    keys: Tensor,
+    tokens: Tensor | None,
+    scaling: float,
+    settings: StatisticsSettings,
+    received: Tensor,
+    per_query: Tensor,
 ) -> None:
     """Fill ``received`` (G, S) and ``per_query`` (4, G, W) for queries (G, W, D) at the last W of S positions."""
-    (observed, seen), block = (query.shape[1], len(keys.key)), settings.query_block
+    (observed, seen), block = (query.shape[1], len(keys)), settings.query_block
     key_step = min(_whole_blocks(settings.key_tile, settings.block_size), seen)
     step = _whole_blocks(max(settings.query_tile * settings.key_tile // key_step, 1), block)
     for start in range(0, observed, step):
         strip = Strip(query[:, start : start + step], keys, seen - observed + start, scaling)
-        per_query[..., start : start + step] = _measure(strip, settings, received) * strip.counted
+        per_query[..., start : start + step] = _measure(strip, tokens, settings, received)
 
 
-def _measure(strip: Strip, settings: StatisticsSettings, received: Tensor) -> Tensor:
+def _measure(strip: Strip, tokens: Tensor | None, settings: StatisticsSettings, received: Tensor) -> Tensor:
     """Return entropy, coverage, sparsity and share of a strip, (4, G, Q), and add to ``received`` (G, S)."""
-    step, tokens = _whole_blocks(settings.key_tile, settings.block_size), strip.keys.tokens
+    step = _whole_blocks(settings.key_tile, settings.block_size)
     entropy, share, empty, blocks = strip.query.new_zeros(4, *strip.query.shape[:2])
     top = strip.query.new_zeros(*entropy.shape, 0)
     for tile, log_scale in strip.tiles(step, settings.block_size):
-        here, scale = slice(tile.start, tile.stop), log_scale.exp2() * strip.counted
+        here, scale = slice(tile.start, tile.stop), log_scale.exp2()
         received[:, here] += (scale.unsqueeze(1) @ tile.weights).squeeze(1)
         if tokens is not None:
             share += tile.weights @ tokens[here] * scale
         top = torch.cat([top, _largest(tile.weights, settings.top_k) * scale.unsqueeze(-1)], dim=-1)
         top = _largest(top, settings.top_k)
-        first = strip.keys.first_by_block(*tile[:2], settings.block_size)
+        first = torch.arange(tile.start, tile.stop, settings.block_size, device=scale.device)
         empty_here, blocks_here = _count_blocks(strip, tile.block_mass * scale.unsqueeze(-1), first, settings)
         empty += empty_here
         blocks += blocks_here
         entropy -= (tile.logits.mul_(tile.weights).sum(-1) + tile.block_mass.sum(-1) * log_scale) * scale
-    return torch.stack([entropy / BITS_PER_NAT, top.sum(-1), empty / blocks.clamp(min=1), share])
+    return torch.stack([entropy / BITS_PER_NAT, top.sum(-1), empty / blocks, share])
 
 
 def _count_blocks(strip: Strip, mass: Tensor, first: Tensor, settings: StatisticsSettings) -> tuple[Tensor, Tensor]:
@@ -244,10 +212,10 @@ def _count_blocks(strip: Strip, mass: Tensor, first: Tensor, settings: Statistic
 
     ``mass`` (G, Q, blocks) is the attention that they receive, ``first`` (blocks,) the first position that sees them.
     """
-    seen, group = (first <= strip.positions[:, None]) & strip.counted[:, None], settings.query_block
+    seen, group = first <= strip.positions[:, None], settings.query_block
     if group > 1:
-        counted = block_sums(strip.counted.float(), group).clamp(min=1)
-        mass = block_sums(mass.mT, group).mT / counted[:, None]
+        queries = block_sums(torch.ones_like(strip.positions).float(), group)
+        mass = block_sums(mass.mT, group).mT / queries[:, None]
         seen = block_sums(seen.float().mT, group).mT > 0
     empty = ((mass < settings.block_threshold) & seen).sum(-1)
     if group == 1:
@@ -277,15 +245,3 @@ def _largest(values: Tensor, count: int) -> Tensor:
 
 def _whole_blocks(tokens: int, block: int) -> int:
     return -(-tokens // block) * block
-
-
-def _check(query: Tensor, key: Tensor, masks: dict[str, Tensor | None]) -> None:
-    (batch, heads, queries, dim), (rows, kv_heads, seen, key_dim) = query.shape, key.shape
-    if batch != rows or dim != key_dim or heads % kv_heads or not 0 < queries <= seen:
-        raise ValueError(
-            f"queries {tuple(query.shape)} and keys {tuple(key.shape)} do not fit: give (B, H, T, D) and (B, K, S, D) "
-            "with H a multiple of K and the queries the last T of the S positions"
-        )
-    for name, mask in masks.items():
-        if mask is not None and mask.shape != (batch, seen):
-            raise ValueError(f"{name} has shape {tuple(mask.shape)} but there are {(batch, seen)} rows and keys")

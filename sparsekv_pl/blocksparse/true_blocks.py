@@ -1,13 +1,12 @@
 """True attention pooled to blocks: the target of block scorers, and their upper bound."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparsekv_pl.attention.blocks import block_count, first_block
+from sparsekv_pl.attention.blocks import block_count, check_shapes, first_block
 
 
 @dataclass(frozen=True)
@@ -22,10 +21,10 @@ class BlockAttention:
 
 
 @torch.no_grad()
-def block_attention(
-    query: Tensor, key: Tensor, block_size: int, *, scaling: float | None = None, query_tile: int = 64
-) -> BlockAttention:
-    """Pool softmax(query key^T * scaling), causal from the lower right and computed in float32, to blocks.
+def block_attention(query: Tensor, key: Tensor, block_size: int, *, query_tile: int = 64) -> BlockAttention:
+    """Pool softmax(query key^T / sqrt(D)), causal from the lower right and computed in float32, to blocks.
+
+    Raises ``ValueError`` for shapes that do not match, and for a block or tile of less than one token.
 
     Parameters
     ----------
@@ -36,27 +35,22 @@ def block_attention(
         (B, K, S, D), any dtype; H is a multiple of K.
     block_size
         Tokens per block.
-    scaling
-        Factor of the scores; None: 1 / sqrt(D).
     query_tile
         Queries computed at once. It limits the memory to twice B * H * query_tile * S floats, and changes no result.
-
-    Raises
-    ------
-    ValueError
-        For shapes that do not match, and for a block or tile of less than one token.
     """
-    _check(query, key, block_size, query_tile)
+    check_shapes(query, key)
+    for name, tokens in (("block_size", block_size), ("query_tile", query_tile)):
+        if tokens < 1:
+            raise ValueError(f"{name}={tokens} must be at least 1 token")
     (batch, heads, queries, dim), keys = query.shape, key.shape[2]
     first, count = first_block(queries, keys, block_size), block_count(keys, block_size)
     mass = torch.zeros(batch, heads, count - first, count, device=query.device)
     peak = torch.zeros_like(mass)
     rows = torch.arange(keys - queries, keys, device=query.device) // block_size - first
-    scaled = dim**-0.5 if scaling is None else scaling
     with torch.autocast(query.device.type, enabled=False):  # autocast would round the products to 16 bits
         whole = pad(key.float(), (0, 0, 0, count * block_size - keys))  # the padding is after every query
         for start in range(0, queries, query_tile):
-            tile = query[:, :, start : start + query_tile].float() * scaled
+            tile = query[:, :, start : start + query_tile].float() * dim**-0.5
             stop = start + tile.shape[2]
             seen = block_count(keys - queries + stop, block_size)
             summed, largest = _pooled(tile, whole[:, :, : seen * block_size], keys - queries + start, block_size)
@@ -68,40 +62,16 @@ def block_attention(
 
 @dataclass
 class TrueBlocks:
-    """A block scorer (see attention/blocks.py) with the true attention as scores: the upper control.
+    """A block scorer (see attention/blocks.py) with the true attention mass as scores: the upper control.
 
     It first computes the whole attention, so it saves nothing.
-
-    Parameters
-    ----------
-    block_size
-        Tokens per block.
-    pool
-        "mass" or "peak", see ``BlockAttention``.
-    average_heads
-        Make one selection for all heads, from the mean of their scores.
-
-    Raises
-    ------
-    ValueError
-        For a block of less than one token, or another ``pool``.
     """
 
     block_size: int = 64
-    pool: Literal["mass", "peak"] = "mass"
-    average_heads: bool = False
-
-    def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size} must be at least 1 token")
-        if self.pool not in ("mass", "peak"):
-            raise ValueError(f"pool={self.pool!r} must be 'mass' or 'peak'")
 
     def __call__(self, layer: int, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG002
-        """(B, H, Nq, Nk), or (B, 1, Nq, Nk) if heads are averaged. See ``BlockScorer``."""
-        attention = block_attention(query, key, self.block_size)
-        scores = attention.mass if self.pool == "mass" else attention.peak
-        return scores.mean(1, keepdim=True) if self.average_heads else scores
+        """(B, H, Nq, Nk). See ``BlockScorer``."""
+        return block_attention(query, key, self.block_size).mass
 
 
 def _pooled(query: Tensor, key: Tensor, position: int, block_size: int) -> tuple[Tensor, Tensor]:
@@ -115,15 +85,3 @@ def _pooled(query: Tensor, key: Tensor, position: int, block_size: int) -> tuple
     summed = weights.sum(-1)
     total = summed.sum(-1, keepdim=True)
     return summed / total, weights.amax(-1) / total
-
-
-def _check(query: Tensor, key: Tensor, block_size: int, query_tile: int) -> None:
-    (batch, heads, queries, dim), (rows, kv_heads, keys, key_dim) = query.shape, key.shape
-    if batch != rows or dim != key_dim or heads % kv_heads or not 0 < queries <= keys:
-        raise ValueError(
-            f"queries {tuple(query.shape)} and keys {tuple(key.shape)} do not fit: give (B, H, T, D) and (B, K, S, D) "
-            "with H a multiple of K and the queries the last T of the S positions"
-        )
-    for name, tokens in (("block_size", block_size), ("query_tile", query_tile)):
-        if tokens < 1:
-            raise ValueError(f"{name}={tokens} must be at least 1 token")

@@ -12,7 +12,7 @@ MEASURES = ("effective_support", "top_k_coverage", "block_sparsity", "anchor_sha
 
 
 class AttentionSparsity(AdditiveMetric):
-    """Means of attention statistics over all counted queries of all rows, batches and ranks, by layer and head.
+    """Means of attention statistics over all queries of all rows, batches and ranks, by layer and head.
 
     ``compute`` returns ``effective_support`` (keys), ``top_k_coverage``, ``block_sparsity`` and ``anchor_share`` (each
     in [0, 1]), all (layers, heads) float32; ``LayerStatistics`` defines them. They are NaN for a layer without
@@ -58,12 +58,12 @@ class AttentionSparsity(AdditiveMetric):
         self.top_k_coverage[layer] += self._summed(statistics.top_k_coverage)
         self.block_sparsity[layer] += self._summed(statistics.block_sparsity)
         self.anchor_share[layer] += torch.nan if share is None else self._summed(share)
-        self.queries[layer] += statistics.counted.sum().to(self.device)
+        self.queries[layer] += statistics.entropy[:, 0].numel()
 
     def compute(self) -> dict[str, Tensor]:
         """Return the means by name, (layers, heads) float32."""
         return {name: (getattr(self, name) / self.queries).float() for name in MEASURES}
 
     def _summed(self, per_query_BHW: Tensor) -> Tensor:
-        """Sum over rows and queries, (H,) float64, on the metric's device; queries that are padding have 0."""
+        """Sum over rows and queries, (H,) float64, on the metric's device."""
         return per_query_BHW.double().sum((0, 2)).to(self.device)

@@ -7,11 +7,11 @@ from torch import Tensor
 from sparsekv_pl.attention.blocks import (
     NOTHING,
     Blocks,
-    ThresholdBlocks,
     TopBlocks,
     block_count,
     blocks_of,
     first_block,
+    threshold_blocks,
     top_blocks,
     visible_blocks,
 )
@@ -120,15 +120,13 @@ def test_a_threshold_chooses_first_and_own_and_all_that_reach_it() -> None:
     scores = torch.zeros(1, 1, 4, 4)
     scores[0, 0, 3] = torch.tensor([0.0, 0.1, 0.09, 0.0])
     scores[0, 0, 1, 3] = 1.0
-    chosen = ThresholdBlocks(Scores(scores), threshold=0.1)(0, *states(16, 16))
-    assert chosen is not None
+    chosen = threshold_blocks(scores, 0.1, SIZE, keys=16)
     assert rows(chosen) == [[0], [0, 1], [0, 2], [0, 1, 3]]
     assert scores[0, 0, 0, 0] == 0
 
 
-@pytest.mark.parametrize("choose", [TopBlocks, ThresholdBlocks])
-def test_a_scorer_may_leave_a_layer_dense(choose: type[TopBlocks] | type[ThresholdBlocks]) -> None:
-    assert choose(Scores(None))(0, *states(16, 16)) is None
+def test_a_scorer_may_leave_a_layer_dense() -> None:
+    assert TopBlocks(Scores(None))(0, *states(16, 16)) is None
 
 
 def test_one_block_is_too_few() -> None:

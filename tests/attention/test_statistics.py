@@ -21,26 +21,13 @@ SETTINGS = {
 }
 
 
-SHAPES = [(21, "none"), (21, "left"), (21, "right"), (8, "holes"), (8, "none"), (1, "left"), (1, "holes")]
-"""Queries, and where keys are padding."""
-
-
-@pytest.mark.parametrize(("queries", "padding"), SHAPES)
+@pytest.mark.parametrize("queries", [21, 8, 1])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-def test_everything_equals_a_full_matrix(settings: StatisticsSettings, queries: int, padding: str) -> None:
-    keys = 21
-    query, key = states(queries, keys)
-    valid = torch.ones(2, keys, dtype=torch.bool)
-    valid[1] = {
-        "none": True,
-        "left": torch.arange(keys) >= 6,
-        "right": torch.arange(keys) < keys - 4,
-        "holes": torch.arange(keys) % 3 > 0,
-    }[padding]
-    mask = None if padding == "none" else valid
-    tokens = torch.arange(keys).expand(2, -1) % 4 == 1
-    got = attention_statistics(query, key, settings, tokens=tokens, valid=mask)
-    assert_equal(got, expected(dense(query, key, mask), settings, mask, tokens))
+def test_everything_equals_a_full_matrix(settings: StatisticsSettings, queries: int) -> None:
+    query, key = states(queries, 21)
+    tokens = torch.arange(21).expand(2, -1) % 4 == 1
+    got = attention_statistics(query, key, settings, tokens=tokens)
+    assert_equal(got, expected(dense(query, key), settings, tokens))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +36,7 @@ def test_everything_equals_a_full_matrix(settings: StatisticsSettings, queries: 
 def test_groups_and_dtypes(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
     query, key = states(20, 20, heads, kv_heads, dtype)
     settings = StatisticsSettings(top_k=4, block_size=4, query_tile=6, key_tile=8)
-    assert_equal(attention_statistics(query, key, settings), expected(dense(query, key, None), settings, None, None))
+    assert_equal(attention_statistics(query, key, settings), expected(dense(query, key), settings, None))
 
 
 def test_the_products_stay_in_float32_under_autocast() -> None:
@@ -57,13 +44,6 @@ def test_the_products_stay_in_float32_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = attention_statistics(query, key)
     torch.testing.assert_close(got.entropy, attention_statistics(query, key).entropy, rtol=0, atol=0)
-
-
-def test_scaling_is_that_of_the_model() -> None:
-    query, key = states(9, 9)
-    settings = StatisticsSettings()
-    got = attention_statistics(query, key, settings, scaling=1.0)
-    assert_equal(got, expected(dense(query, key, None, 1.0), settings, None, None))
 
 
 def test_peaked_attention_neither_overflows_nor_turns_nan() -> None:
@@ -84,7 +64,7 @@ def test_the_heaviest_keys_of_many(queries: int) -> None:
     key = key.round()
     for top_k in (1, 5, 100, 1003):
         got = attention_statistics(query, key, StatisticsSettings(top_k=top_k)).top_k_coverage
-        wanted = dense(query, key, None).topk(top_k).values.sum(-1)
+        wanted = dense(query, key).topk(top_k).values.sum(-1)
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
 
 
@@ -104,14 +84,6 @@ def test_even_attention_by_hand() -> None:
         assert got.received[0, head].tolist() == pytest.approx([1 + 1 / 2 + 1 / 3 + 1 / 4, 13 / 12, 7 / 12, 1 / 4])
         assert got.received_by_block(3)[0, head].tolist() == pytest.approx([4 - 1 / 4, 1 / 4])
     assert got.mean(got.effective_support).tolist() == [pytest.approx([2.5, 2.5])]
-
-
-def test_means_leave_padding_out() -> None:
-    query, key = torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8)
-    valid = torch.tensor([[False, True, True, True]])
-    got = attention_statistics(query, key, valid=valid)
-    assert got.mean(got.effective_support).item() == pytest.approx(2)
-    assert got.effective_support[0, 0, 0] == 0
 
 
 class Largest(TorchDispatchMode):
@@ -156,11 +128,9 @@ def test_shapes_that_do_not_fit_are_refused(change: dict[str, tuple[int, ...]]) 
         attention_statistics(torch.zeros(shapes["query"]), torch.zeros(shapes["key"]))
 
 
-@pytest.mark.parametrize("name", ["tokens", "valid"])
-def test_masks_of_another_length_are_refused(name: str) -> None:
-    mask: dict[str, Any] = {name: torch.ones(2, 8, dtype=torch.bool)}
-    with pytest.raises(ValueError, match=rf"{name} has shape \(2, 8\)"):
-        attention_statistics(*states(9, 9), **mask)
+def test_a_token_set_of_another_length_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"tokens has shape \(2, 8\)"):
+        attention_statistics(*states(9, 9), tokens=torch.ones(2, 8, dtype=torch.bool))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsekv_pl.attention.blocks import ThresholdBlocks, TopBlocks, block_count, visible_blocks
+from sparsekv_pl.attention.blocks import TopBlocks, block_count, threshold_blocks, visible_blocks
 from sparsekv_pl.blocksparse.true_blocks import TrueBlocks, block_attention
 
 
@@ -58,8 +58,8 @@ def test_mass_and_peak_equal_the_full_matrix_pooled(queries: int, keys: int, siz
 def test_groups_and_dtypes(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
     query, key = states(20, 20, heads, kv_heads, dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = block_attention(query, key, 8, scaling=0.5)
-    mass, peak = pooled(dense(query, key, 0.5), 8)
+        got = block_attention(query, key, 8)
+    mass, peak = pooled(dense(query, key), 8)
     assert got.mass.dtype == got.peak.dtype == torch.float32
     torch.testing.assert_close(got.mass, mass)
     torch.testing.assert_close(got.peak, peak)
@@ -101,32 +101,23 @@ def test_bad_shapes_and_settings_are_named() -> None:
         block_attention(query, key, 0)
     with pytest.raises(ValueError, match="query_tile=0"):
         block_attention(query, key, 4, query_tile=0)
-    with pytest.raises(ValueError, match="pool='median'"):
-        TrueBlocks(4, pool="median")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="block_size=0"):
-        TrueBlocks(0)
 
 
 # --- as a scorer ---
 
 
-def test_the_scores_are_the_pooled_truth_per_head_or_averaged() -> None:
+def test_the_scores_are_the_pooled_truth_per_head() -> None:
     query, key = states(11, 29)
-    mass, peak = pooled(dense(query, key), 8)
-    torch.testing.assert_close(TrueBlocks(8)(0, query, key), mass)
-    torch.testing.assert_close(TrueBlocks(8, pool="peak")(0, query, key), peak)
-    torch.testing.assert_close(TrueBlocks(8, average_heads=True)(0, query, key), mass.mean(1, keepdim=True))
+    torch.testing.assert_close(TrueBlocks(8)(0, query, key), pooled(dense(query, key), 8)[0])
     scaled = pooled(dense(query, key, 0.1), 8)[0]
     torch.testing.assert_close(TrueBlocks(8)(0, query * 0.1 * query.shape[-1] ** 0.5, key), scaled)
 
 
-@pytest.mark.parametrize("pool", ["mass", "peak"])
-def test_a_planted_block_is_selected(pool: str) -> None:
+def test_a_planted_block_is_selected() -> None:
     query, key = torch.zeros(1, 2, 32, 8), torch.zeros(1, 1, 32, 8)
     query[:, 1, 24:, 0], key[:, 0, 10, 0] = 10, 10  # head 1's last block looks at key 10, head 0 at nothing
-    scorer = TrueBlocks(4, pool=pool)  # type: ignore[arg-type]
+    scorer = TrueBlocks(4)
     assert TopBlocks(scorer, 3)(0, query, key).indices[0, 1, -1].tolist() == [0, 2, 7]  # type: ignore[union-attr]
-    threshold = ThresholdBlocks(scorer, 0.5)(0, query, key)
-    assert threshold is not None
+    threshold = threshold_blocks(scorer(0, query, key), 0.5, 4, keys=32)
     assert threshold.indices[0, 1, -1].tolist() == [0, 2, 7]
     assert threshold.indices[0, 0, -1].tolist() == [0, 7, -1]

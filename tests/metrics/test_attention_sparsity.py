@@ -4,7 +4,6 @@ import pickle
 
 import pytest
 import torch
-from torch import Tensor
 
 from sparsekv_pl.attention.statistics import LayerStatistics, StatisticsSettings, attention_statistics
 from sparsekv_pl.metrics import AttentionSparsity
@@ -12,18 +11,16 @@ from sparsekv_pl.metrics import AttentionSparsity
 NAMES = ["anchor_share", "block_sparsity", "effective_support", "top_k_coverage"]
 
 
-def measured(seed: int, queries: int = 12, valid: Tensor | None = None) -> LayerStatistics:
+def measured(seed: int, queries: int = 12) -> LayerStatistics:
     generator = torch.Generator().manual_seed(seed)
     query, key = (3 * torch.randn(2, heads, queries, 8, generator=generator) for heads in (4, 2))
     settings = StatisticsSettings(top_k=3, block_size=4, block_threshold=0.1)
     tokens = torch.rand(2, queries, generator=generator) < 0.3
-    return attention_statistics(query, key, settings, tokens=tokens, valid=valid)
+    return attention_statistics(query, key, settings, tokens=tokens)
 
 
 def test_queries_count_equally_whatever_batch_they_came_in() -> None:
-    valid = torch.ones(2, 9, dtype=torch.bool)
-    valid[1, 5:] = False
-    batches = [measured(0), measured(1, queries=9, valid=valid)]
+    batches = [measured(0), measured(1, queries=9)]
     metric = AttentionSparsity(layers=2, heads=4)
     for batch in batches:
         metric.update(1, batch)
@@ -34,8 +31,8 @@ def test_queries_count_equally_whatever_batch_they_came_in() -> None:
         assert values.dtype == torch.float32
         assert values[0].isnan().all(), "nothing was added to layer 0"
         attribute = "token_share" if name == "anchor_share" else name
-        per_query = [getattr(batch, attribute).transpose(1, 2)[batch.counted] for batch in batches]
-        assert sum(map(len, per_query)) == 2 * 12 + 9 + 5
+        per_query = [getattr(batch, attribute).transpose(1, 2).flatten(0, 1) for batch in batches]
+        assert sum(map(len, per_query)) == 2 * 12 + 2 * 9
         torch.testing.assert_close(values[1], torch.cat(per_query).mean(0), msg=name)
 
 

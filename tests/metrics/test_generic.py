@@ -32,7 +32,6 @@ def layer_statistics(seed: int) -> LayerStatistics:
         top_k_coverage=values(),
         block_sparsity=values(),
         token_share=values(),
-        counted=torch.ones(2, 4, dtype=torch.bool),
     )
 
 
