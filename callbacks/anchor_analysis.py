@@ -9,6 +9,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
+from rich import box
+from rich.table import Table
 from torch import Tensor
 from typing_extensions import override
 
@@ -22,9 +24,9 @@ from sparsekv_pl.models.backbone import causal_lm
 from sparsekv_pl.models.batch import Batch
 from sparsekv_pl.models.devices import stacked
 from sparsekv_pl.reporting.console import show
-from sparsekv_pl.reporting.figures import pixels, png
 from sparsekv_pl.reporting.file_formats import json_bytes, replace_all
 from sparsekv_pl.reporting.loggers import left_out, log_picture, log_scores
+from sparsekv_pl.reporting.plots import pixels, png
 
 RECENT = 64
 """Number of tokens before a query that count as recent, as in ``Anchors``."""
@@ -39,7 +41,7 @@ class AnchorAnalysisCallback(pl.Callback):
     weights (FSDP) can only be used together; rank 0 logs and writes.
 
     At the end ``anchor_analysis.json`` and ``anchor_analysis.png`` (before and after) are written to the trainer's
-    ``default_root_dir``, and a table is printed.
+    ``default_root_dir``, and a table is printed. Raises ``ValueError`` for a setting out of range.
 
     Parameters
     ----------
@@ -64,11 +66,6 @@ class AnchorAnalysisCallback(pl.Callback):
         Smallest share of a row's tokens that receives the share ``carrying`` of a head's attention, a mean over heads.
     anchors/layers, anchors/log10_attention_per_token
         Heat maps, for loggers that take images, and a histogram, for TensorBoard only.
-
-    Raises
-    ------
-    ValueError
-        For a setting out of range.
     """
 
     def __init__(self, every_n_steps: int = 50, rows: int = 4, sinks: int = 4, carrying: float = 0.8) -> None:
@@ -151,7 +148,7 @@ class AnchorAnalysisCallback(pl.Callback):
 
     def _write(self, folder: Path) -> None:
         before, after = self.measured[0], self.measured[-1]
-        layers = {f"{name} (step {found['step']})": found["layers"] for name, found in _named(before, after)}
+        layers = {f"{name} (step {one['step']})": one["layers"] for name, one in (("before", before), ("after", after))}
         content = {
             "probe": {"rows": len(self.probe), "tokens": len(self.probe[0]), "ids": self.probe},
             "sinks": self.sinks,
@@ -165,12 +162,9 @@ class AnchorAnalysisCallback(pl.Callback):
         )
 
     def _print_table(self) -> None:
-        from rich import box
-        from rich.table import Table
-
         before, after = self.measured[0], self.measured[-1]
         table = Table(box=box.SIMPLE_HEAD, title="attention of the probe batch", title_justify="left")
-        for heading in ("", *(f"{name} (step {found['step']})" for name, found in _named(before, after)), "change"):
+        for heading in ("", f"before (step {before['step']})", f"after (step {after['step']})", "change"):
             table.add_column(heading, justify="right" if heading else "left")
         for name, old in before["scalars"].items():
             new = after["scalars"][name]
@@ -215,7 +209,3 @@ def per_token(observer: ReceivedAttention) -> Tensor:
     received = stacked([layer.by_key.mean(1) for layer in observer.layers.values()]).mean(0).cpu()
     queries = torch.arange(received.shape[1], 0, -1)
     return (received / queries).clamp(min=1e-12)
-
-
-def _named(before: dict[str, Any], after: dict[str, Any]) -> tuple[tuple[str, dict[str, Any]], ...]:
-    return ("before", before), ("after", after)

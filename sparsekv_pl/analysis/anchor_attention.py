@@ -9,7 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.analysis.anchor_figures import anchor_figures
 from sparsekv_pl.analysis.anchor_profile import GROUPS, LEADING, AnchorProfile, groups_of, profile_records
-from sparsekv_pl.analysis.anchor_report import PICTURES, anchor_sections, anchor_summary, anchor_yaml
+from sparsekv_pl.analysis.anchor_report import anchor_sections, anchor_summary, anchor_yaml
 from sparsekv_pl.analysis.token_types import types_for
 from sparsekv_pl.attention.received_attention import ReceivedAttention
 from sparsekv_pl.evaluation.model_analysis import Analysis
@@ -18,15 +18,14 @@ from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.models.batch import CaseBatch
 from sparsekv_pl.reporting.analysis_page import write_analysis
 from sparsekv_pl.reporting.console import show
-from sparsekv_pl.reporting.sorted_records import VARIANTS
-from sparsekv_pl.storage.records import Record
+from sparsekv_pl.storage.records import Record, grouped
 
 
 class AnchorAnalysis(Analysis):
     """Measures attention by token type, position and head over a datamodule's contexts, and recommends anchors.
 
     Continuations are not read. Besides the report it writes ``anchors.yaml`` with the recommended anchors (of the
-    trained model, if there is an adapter).
+    trained model, if there is an adapter). Raises ``ValueError`` for a setting out of range.
 
     Parameters
     ----------
@@ -40,11 +39,6 @@ class AnchorAnalysis(Analysis):
         A position or type is recommended as an anchor if its attention is at least this multiple of chance.
     recent_mass
         The recommended number of recent tokens holds this share of the attention that is not on sinks.
-
-    Raises
-    ------
-    ValueError
-        For a setting out of range.
     """
 
     def __init__(
@@ -81,15 +75,12 @@ class AnchorAnalysis(Analysis):
 
     def write(self, records: list[Record], environment: dict[str, object]) -> list[Path]:
         """Write report, pictures and anchors.yaml; print the main figures; return the paths."""
-        own = {variant: [r for r in records if r["variant"] == variant] for variant in VARIANTS}
         summaries = {
             variant: anchor_summary(AnchorProfile.of(found), self.sinks, self.threshold, self.recent_mass)
-            for variant, found in own.items()
-            if found
+            for variant, found in grouped(records, "variant").items()
         }
         snippet = anchor_yaml(list(summaries.values())[-1]["rule"]["anchors"])
         self._print(summaries, snippet)
-        pictures = anchor_figures(summaries, self.carrying)
         lengths = sorted({record["length"] for record in records})
         content = {"sinks": self.sinks, "carrying": self.carrying, "lengths": lengths, "variants": summaries}
         return write_analysis(
@@ -98,7 +89,7 @@ class AnchorAnalysis(Analysis):
             anchor_sections(summaries, self.sinks, self.carrying),
             content,
             environment,
-            {f"{name}.png": (PICTURES[name], figure) for name, figure in pictures.items()},
+            anchor_figures(summaries, self.carrying),
             {"anchors.yaml": f"{snippet}\n".encode()},
         )
 

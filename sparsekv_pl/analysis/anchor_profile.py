@@ -4,7 +4,7 @@ Early tokens look important for two reasons that say nothing about them: more qu
 fewer keys. Everything is therefore compared with attention spread evenly over the keys that a query sees ("chance").
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from sparsekv_pl.analysis.token_types import TYPES
 from sparsekv_pl.attention.received_attention import (
-    Exposure,
     ReceivedAttention,
     carrying_share,
     distance_edges,
@@ -23,10 +22,13 @@ from sparsekv_pl.attention.received_attention import (
 )
 from sparsekv_pl.models.anchors import Anchors
 from sparsekv_pl.models.devices import stacked
+from sparsekv_pl.storage.records import rounded
 
 LEADING = 16
 """Number of positions at the start of the text that are measured one by one: the most sinks that can be recommended."""
 GROUPS = LEADING + len(TYPES)
+DIGITS = 6
+"""Significant digits of stored numbers."""
 
 Floats = NDArray[np.float64]
 Cells = NDArray[np.bool_]
@@ -172,15 +174,8 @@ def recommended(profile: AnchorProfile, threshold: float = 2.0, recent_mass: flo
         Whether the tokens of this type, without sinks and recent tokens, receive at least ``threshold`` times chance
         among all tokens that are neither. A type that does not occur there keeps the default of ``Anchors``.
 
-    Raises
-    ------
-    ValueError
-        For a threshold that is not positive, and a share that is not between 0 and 1.
+    Raises ``ValueError`` for a threshold that is not positive, and a share that is not between 0 and 1.
     """
-    if threshold <= 0 or not 0 < recent_mass <= 1:
-        raise ValueError(
-            f"threshold={threshold}, recent_mass={recent_mass}: give a multiple of chance above 0 and a share in (0, 1]"
-        )
     leading = [profile.portion(profile.sinks(n + 1) & ~profile.sinks(n)).times_chance or 0.0 for n in range(LEADING)]
     sinks = next((n for n, times in enumerate(leading) if times < threshold), LEADING)
     rest = ~profile.sinks(sinks)
@@ -230,18 +225,14 @@ def profile_records(observer: ReceivedAttention, types: Tensor, carrying: float)
     return [
         {
             **shared,
-            **{name: _plain(values) for name, values in _exposed(seen, row)},
+            **{name: rounded(getattr(seen, name)[row].tolist(), DIGITS) for name in ("chance", "pairs", "last")},
             "leading_types": types[row, :LEADING].tolist(),
-            "mass": _plain(mass[row]),
+            "mass": rounded(mass[row].tolist(), DIGITS),
             "position_mass": _binned(by_key[row], starts),
-            "carrying": _plain(shares[row]),
+            "carrying": rounded(shares[row].tolist(), DIGITS),
         }
         for row in range(len(types))
     ]
-
-
-def _exposed(seen: Exposure, row: int) -> Iterator[tuple[str, Tensor]]:
-    return ((name, getattr(seen, name)[row]) for name in ("chance", "pairs", "last"))
 
 
 def _by_cell(record: Mapping[str, Any], name: str, bins: int) -> Floats:
@@ -268,13 +259,4 @@ def _reason(times: float | None, threshold: float) -> str:
 
 def _binned(values: Tensor, starts: list[int]) -> Any:
     """``values`` (..., S) summed over bins of positions that begin at ``starts``."""
-    return _plain(torch.from_numpy(np.add.reduceat(values.cpu().double().numpy(), starts, axis=-1)))
-
-
-def _plain(values: Tensor) -> Any:
-    """Nested lists, each number rounded to six digits."""
-
-    def rounded(value: Any) -> Any:
-        return [rounded(inner) for inner in value] if isinstance(value, list) else float(f"{value:.6g}")
-
-    return rounded(values.tolist())
+    return rounded(np.add.reduceat(values.cpu().double().numpy(), starts, axis=-1).tolist(), DIGITS)

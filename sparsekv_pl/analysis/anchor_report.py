@@ -12,7 +12,7 @@ from sparsekv_pl.analysis.anchor_profile import AnchorProfile, recommended
 from sparsekv_pl.analysis.token_types import TYPES
 from sparsekv_pl.models.anchors import Anchors
 from sparsekv_pl.reporting.intervals import paired_bootstrap
-from sparsekv_pl.reporting.page import Picture, Section, Table
+from sparsekv_pl.reporting.page import Section, Table
 
 Summary = dict[str, Any]
 
@@ -89,33 +89,17 @@ def anchor_yaml(anchors: Mapping[str, Any]) -> str:
 
 def anchor_sections(summaries: Mapping[str, Summary], sinks: int, carrying: float) -> list[Section]:
     """Sections of the report, base and trained side by side."""
-    picture = {name: Picture(f"{name}.png", alt) for name, alt in PICTURES.items()}
     return [
         Section("Recommended anchors", paragraphs=_rule_words(summaries), tables=[_rule_table(summaries)]),
-        Section(
-            "By token type",
-            [picture["types"], picture["layers"]],
-            HOW_TO_READ,
-            [_type_table(summaries, sinks)],
-        ),
-        Section("By distance from the query", [picture["distances"]], tables=[_distance_table(summaries)]),
+        Section("By token type", ["types.png", "layers.png"], HOW_TO_READ, [_type_table(summaries, sinks)]),
+        Section("By distance from the query", ["distances.png"], tables=[_distance_table(summaries)]),
         Section(
             "By position in the text",
-            [picture["positions"]],
+            ["positions.png"],
             ["Late positions are only seen by near queries: their rise at the end is an effect of recency."],
         ),
-        Section("By head", [picture["heads"]], [_head_words(summaries, carrying)]),
+        Section("By head", ["heads.png"], [_head_words(summaries, carrying)]),
     ]
-
-
-PICTURES = {
-    "types": "Attention per token, share of attention and times chance, by token type",
-    "layers": "Share of attention and times chance, layer by token type",
-    "distances": "Attention per token and cumulative share by distance from the query",
-    "positions": "Attention by absolute position, in multiples of chance",
-    "heads": "Share of tokens that carry most of the attention, layer by head",
-}
-"""Name of each picture, without .png -> caption."""
 
 
 def _times_chance(sums: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -129,10 +113,7 @@ def _distances(profile: AnchorProfile, sinks: int) -> list[Summary]:
     held = dict(profile.held(rest))
     for start, stop in pairwise(profile.edges):
         here = profile.recent(stop) & ~profile.recent(start) if start else profile.recent(stop)
-        portions = {
-            "all": asdict(profile.portion(here)),
-            "without_sinks": asdict(profile.portion(here & rest, rest)),
-        }
+        portions = {"all": asdict(profile.portion(here)), "without_sinks": asdict(profile.portion(here & rest, rest))}
         rows.append({"from": start, "to": stop, **portions, "held": held[stop]})
     return rows
 
@@ -232,15 +213,8 @@ def _type_table(summaries: Mapping[str, Summary], sinks: int) -> Table:
                 _arrow(with_sinks, "times_chance", ".2f"),
             ]
         )
-    header = [
-        "type",
-        "tokens",
-        "attention",
-        "per token",
-        "times chance",
-        "attention, with sinks",
-        "times chance, with sinks",
-    ]
+    header = ["type", "tokens", "attention", "per token", "times chance"]
+    header += ["attention, with sinks", "times chance, with sinks"]
     return Table(header, lines, " -> ".join(summaries))
 
 

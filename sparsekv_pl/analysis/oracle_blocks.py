@@ -16,7 +16,7 @@ from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.models.batch import CaseBatch, CaseInfo
 from sparsekv_pl.reporting.console import show
-from sparsekv_pl.storage.records import Record
+from sparsekv_pl.storage.records import Record, rounded
 
 DIGITS = 5
 """Significant digits of a stored share."""
@@ -29,7 +29,8 @@ class OracleBlocks(Analysis):
     summed over blocks of the document, which begins with the chat template's opening. Writes ``oracle_data.json`` in
     the layout of Scout-KV's ``generate_oracle_data.py`` (with an adapter also ``oracle_data_trained.json``), and a
     report. Any attention implementation of the model works. ``layers``, ``heads`` and ``top_k`` do not affect what is
-    measured: after changing them, a run only rewrites the report.
+    measured: after changing them, a run only rewrites the report. Raises ``ValueError`` for a number below 1, and for
+    layers or heads that the model does not have.
 
     Parameters
     ----------
@@ -45,11 +46,6 @@ class OracleBlocks(Analysis):
         Layers to average over; null: all.
     heads
         Query heads of each layer to average over; null: all.
-
-    Raises
-    ------
-    ValueError
-        For a number below 1, and for layers or heads that the model does not have.
     """
 
     def __init__(
@@ -73,7 +69,6 @@ class OracleBlocks(Analysis):
         self.quantisation = "4-bit (bitsandbytes)" if backbone.load_in_4bit else f"none ({backbone.dtype})"
 
     def described(self) -> dict[str, Any]:
-        """See ``Analysis.described``."""
         return {"block_size": self.block_size}
 
     def measure(self, batch: CaseBatch) -> list[Record]:
@@ -84,7 +79,6 @@ class OracleBlocks(Analysis):
         return [self._record(context, asked[: int(length)], case) for context, asked, length, case in rows]
 
     def write(self, records: list[Record], environment: dict[str, object]) -> list[Path]:
-        """See ``Analysis.write``."""
         lines, paths = write_oracle(
             self.output, records, self.choice, self.block_size, self.named, self.quantisation, environment
         )
@@ -107,8 +101,8 @@ class OracleBlocks(Analysis):
             "prompt_tokens": len(context) + len(asked),
             "num_blocks": mass.shape[-1],
             "answer_blocks": self._blocks_of(case.answer_span),
-            "mass": _rounded(mass.tolist()),
-            "bm25": _rounded(bm25_scores(case.question, texts)),
+            "mass": rounded(mass.tolist(), DIGITS),
+            "bm25": rounded(bm25_scores(case.question, texts), DIGITS),
         }
 
     def _blocks_of(self, span: tuple[int, int] | None) -> list[int] | None:
@@ -137,7 +131,3 @@ def bm25_scores(question: str, texts: Sequence[str]) -> list[float]:
 def _check(name: str, chosen: list[int] | None, count: int) -> None:
     if chosen is not None and (not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(count))):
         raise ValueError(f"{name} is {chosen}: give some of 0 to {count - 1}, none twice, or null for all")
-
-
-def _rounded(values: Any) -> Any:
-    return [_rounded(value) for value in values] if isinstance(values, list) else float(f"{values:.{DIGITS}g}")

@@ -1,17 +1,16 @@
 """Pictures of oracle hot blocks: the attention on a document's blocks, and the rank of the answer's block."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike
 
 from sparsekv_pl.analysis.oracle_findings import ATTENTION, BM25, PLACE, SINKS, TARGETS, Sample
-from sparsekv_pl.reporting.figures import COLOURS, STYLES
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from sparsekv_pl.reporting.plots import COLOURS, STYLES, bars, heat_map, plain, plots, whole_numbers
 
 MOST_ROWS = 60
 """Most questions in one picture; only the first ones are drawn."""
@@ -19,14 +18,11 @@ LOOKS = {ATTENTION: "o", BM25: "s", PLACE: "^"}
 OTHERS = {BM25: "tab:orange", PLACE: "tab:green"}
 
 
-def mass_figure(concentrations: Mapping[str, Mapping[str, Any]]) -> "Figure":
+def mass_figure(concentrations: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Draw the mass in the k hottest blocks, and the blocks that hold 80 to 95 % of it, with and without the sink."""
-    from matplotlib.figure import Figure
-
     names = [name for name in SINKS if any(name in part for part in concentrations.values())]
-    figure = Figure(figsize=(4.2 * (len(names) + 1), 3.6), dpi=130, layout="constrained")
-    *plots, bars = figure.subplots(1, len(names) + 1, squeeze=False)[0]
-    for axes, name in zip(plots, names, strict=True):
+    figure, ((*curves, carrying),) = plots((4.2 * (len(names) + 1), 3.6), 1, len(names) + 1)
+    for axes, name in zip(curves, names, strict=True):
         for variant, parts in concentrations.items():
             part = parts[name]
             k = np.arange(1, len(part["curve"]) + 1)
@@ -36,15 +32,12 @@ def mass_figure(concentrations: Mapping[str, Mapping[str, Any]]) -> "Figure":
             low, high = np.array(part["curve_intervals"], dtype=float).T
             axes.fill_between(k, low, high, color=COLOURS[variant], alpha=0.2, linewidth=0)
         axes.plot(k, part["curve_if_even"], ":", color="0.3", label="evenly spread")
-        axes.set(title=f"hottest blocks, {name}", xlabel="k", ylabel="share of the attention on the document")
-        axes.set_ylim(0, 1.03)
-        _plain(axes)
-        axes.legend(fontsize=8, frameon=False, loc="lower right")
-    _draw_carrying(bars, concentrations, names)
+        _curve_axes(axes, f"hottest blocks, {name}", "share of the attention on the document")
+    _draw_carrying(carrying, concentrations, names)
     return figure
 
 
-def _draw_carrying(axes: "Axes", concentrations: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
+def _draw_carrying(axes: Axes, concentrations: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
     groups = [(variant, name) for variant in concentrations for name in names]
     width = 0.8 / len(groups)
     for number, (variant, name) in enumerate(groups):
@@ -55,26 +48,24 @@ def _draw_carrying(axes: "Axes", concentrations: Mapping[str, Mapping[str, Any]]
             np.arange(len(TARGETS)) + (number - (len(groups) - 1) / 2) * width,
             heights,
             width,
-            yerr=[np.maximum(heights - low, 0), np.maximum(high - heights, 0)],
+            yerr=bars(heights, low, high),
             color=COLOURS[variant],
             alpha=1.0 if SINKS[name] == 0 else 0.5,
             capsize=3,
             label=f"{variant}, {name} (of {concentrations[variant][name]['blocks']:.1f})",
         )
     axes.set_xticks(range(len(TARGETS)), [f"{100 * target:.0f} %" for target in TARGETS])
-    axes.set(title="blocks that hold so much", xlabel="share of the attention", ylabel="blocks (mean)")
-    _plain(axes, counts=False)
+    axes.set(xlabel="share of the attention", ylabel="blocks (mean)")
+    plain(axes, "blocks that hold so much")
     axes.margins(y=0.25)
     axes.legend(fontsize=8, frameon=False, loc="upper left")
 
 
-def recall_figure(recalls: Mapping[str, Mapping[str, Any]]) -> "Figure":
+def recall_figure(recalls: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Draw how often the answer is among the k first blocks, by ranker, with and without the sink block."""
-    from matplotlib.figure import Figure
-
     names = [name for name in SINKS if any(name in part for part in recalls.values())]
-    figure = Figure(figsize=(4.8 * len(names), 3.8), dpi=130, layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    figure, (line,) = plots((4.8 * len(names), 3.8), 1, len(names))
+    for axes, name in zip(line, names, strict=True):
         for variant, parts in recalls.items():
             for ranker, marker in LOOKS.items():
                 if ranker in parts[name] and not (ranker == BM25 and variant != next(iter(recalls))):
@@ -85,20 +76,14 @@ def recall_figure(recalls: Mapping[str, Mapping[str, Any]]) -> "Figure":
                     axes.plot(k, curve, STYLES[variant], color=colour, marker=marker, markersize=3.5, label=label)
         chance = parts[name][ATTENTION]["curve_by_chance"]
         axes.plot(np.arange(1, len(chance) + 1), chance, ":", color="0.3", label="chance")
-        cases = parts[name][ATTENTION]["cases"]
-        axes.set(title=f"{name}, {cases} questions", xlabel="k", ylabel="answer among the k hottest blocks")
-        axes.set_ylim(0, 1.03)
-        _plain(axes)
-        axes.legend(fontsize=8, frameon=False, loc="lower right")
+        title = f"{name}, {parts[name][ATTENTION]['cases']} questions"
+        _curve_axes(axes, title, "answer among the k hottest blocks")
     return figure
 
 
-def layers_figure(layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
+def layers_figure(layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """Draw, by layer, the share of the hottest blocks and of the sink, and the recall of the answer's block."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.3), dpi=130, layout="constrained")
-    mass, recall = figure.subplots(1, 2)
+    figure, ((mass, recall),) = plots((11, 4.3), 1, 2)
     sink, rest = SINKS
     for variant, rows in layers.items():
         style = STYLES[variant]
@@ -115,45 +100,39 @@ def layers_figure(layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure"
             recall.fill_between(range(len(rows)), *np.array(bands).T, color=colour, alpha=0.12, linewidth=0)
         answers = [_mean(row[rest].get("answer_share")) for row in rows]
         _line(recall, answers, style, "tab:orange", f"attention on the answer's blocks, {rest}", variant, len(layers))
-    mass.set(title="attention on the document", xlabel="layer", ylabel="share")
-    recall.set(title="the answer's block is among the hottest", xlabel="layer", ylabel="share of the questions")
-    for axes in (mass, recall):
-        axes.set_ylim(-0.02, 1.03)
-        _plain(axes)
+    plain(mass, "attention on the document")
+    plain(recall, "the answer's block is among the hottest")
+    for axes, what in ((mass, "share"), (recall, "share of the questions")):
+        axes.set(xlabel="layer", ylabel=what, ylim=(-0.02, 1.03))
+        whole_numbers(axes.xaxis)
         axes.legend(fontsize=7.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     return figure
 
 
-def samples_figure(samples: Sequence[Sample]) -> "Figure":
+def samples_figure(samples: Sequence[Sample]) -> Figure:
     """Draw each question's attention over its blocks without the sink, relative to its hottest block.
 
     The answer's blocks are framed. Questions with a known answer block come first, ordered by it.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
     drawn = sorted(samples[:MOST_ROWS], key=lambda s: (not s.answer, s.answer or []))
     widest = max(len(sample.scores) for sample in drawn)
     grid = np.full((len(drawn), widest), np.nan)
     for row, sample in enumerate(drawn):
         rest = sample.scores[1:]
         grid[row, 1 : len(sample.scores)] = rest / rest.max() if len(rest) and rest.max() > 0 else rest
-    figure = Figure(figsize=(min(14.0, 2.5 + 0.35 * widest), 1.6 + 0.16 * len(drawn)), dpi=130, layout="constrained")
-    axes = figure.subplots()
+    figure, ((axes,),) = plots((min(14.0, 2.5 + 0.35 * widest), 1.6 + 0.16 * len(drawn)))
     axes.set_facecolor("0.85")
-    image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+    title = "attention by block, of the hottest after block 0; red: holds the answer"
+    heat_map(axes, grid, title, vmin=0, vmax=1, cmap="viridis")
     for row, sample in enumerate(drawn):
         for block in sample.answer or []:
             axes.add_patch(Rectangle((block - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="tab:red", linewidth=1.5))
-    axes.set_title("attention by block, of the hottest after block 0; red: holds the answer", fontsize=9)
     axes.set(xlabel="block (grey: the sink block, or none)", ylabel="question")
-    axes.tick_params(labelsize=7)
-    _whole(axes, both=True)
-    figure.colorbar(image, ax=axes).ax.tick_params(labelsize=7)
+    whole_numbers(axes.xaxis, axes.yaxis)
     return figure
 
 
-def _line(axes: "Axes", values: ArrayLike, style: str, colour: str, label: str, variant: str, variants: int) -> None:
+def _line(axes: Axes, values: ArrayLike, style: str, colour: str, label: str, variant: str, variants: int) -> None:
     axes.plot(
         values, style, color=colour, marker="o", markersize=2.5, label=label if variants == 1 else f"{label}, {variant}"
     )
@@ -163,16 +142,8 @@ def _mean(estimate: Mapping[str, Any] | None) -> float:
     return np.nan if estimate is None else estimate["mean"]
 
 
-def _plain(axes: "Axes", counts: bool = True) -> None:
-    axes.title.set_fontsize(10)
-    axes.grid(alpha=0.3)
-    axes.tick_params(labelsize=8)
-    if counts:
-        _whole(axes)
-
-
-def _whole(axes: "Axes", both: bool = False) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    for axis in (axes.xaxis, axes.yaxis)[: 1 + both]:
-        axis.set_major_locator(MaxNLocator(10, integer=True))
+def _curve_axes(axes: Axes, title: str, share: str) -> None:
+    plain(axes, title)
+    axes.set(xlabel="k", ylabel=share, ylim=(0, 1.03))
+    whole_numbers(axes.xaxis)
+    axes.legend(fontsize=8, frameon=False, loc="lower right")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sparsekv_pl.reporting.intervals import paired_bootstrap, wilson_interval
+from sparsekv_pl.reporting.intervals import mean_interval, paired_bootstrap, wilson_interval
 from sparsekv_pl.storage.records import Record
 
 Floats = NDArray[np.float64]
@@ -104,15 +104,8 @@ def at_least(hits: int, chances: Sequence[float]) -> float:
 def mean(values: ArrayLike) -> dict[str, Any]:
     """Mean, median and the bootstrap interval of the mean."""
     column = np.asarray(values, np.float64)
-    (interval,) = paired_bootstrap(
-        np.stack([column, np.ones_like(column)], 1), lambda sums: sums[..., :1] / sums[..., 1:]
-    )
-    return {
-        "mean": float(column.mean()),
-        "median": float(np.median(column)),
-        "interval": interval,
-        "cases": len(column),
-    }
+    middle = {"mean": float(column.mean()), "median": float(np.median(column))}
+    return {**middle, "interval": mean_interval(column), "cases": len(column)}
 
 
 def concentration(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -180,7 +173,8 @@ def recall(samples: Sequence[Sample]) -> dict[str, Any]:
         }
         chances = [_chances(samples[i], first) for i in known]
         found[name] = {ranker: _hits(ranks[ranker], chances, top_k) for ranker in given if any(ranks[ranker])}
-        found[name]["attention minus BM25"] = _difference(ranks[ATTENTION], ranks[BM25], top_k)
+        both = [(a, b) for a, b in zip(ranks[ATTENTION], ranks[BM25], strict=True) if a is not None and b is not None]
+        found[name]["attention minus BM25"] = mean([float(a <= top_k) - float(b <= top_k) for a, b in both])
         found[name]["blocks"] = float(np.mean([len(samples[i].scores) - first for i in known]))
         found[name]["answer_share"] = mean([answer_share(samples[i], samples[i].scores, first) for i in known])
     return found
@@ -229,11 +223,6 @@ def _hits(ranks: Sequence[int | None], chances: Sequence[Sequence[float]], top_k
             float(np.mean([chance[min(k, len(chance)) - 1] for _, chance in pairs])) for k in range(1, longest + 1)
         ],
     }
-
-
-def _difference(some: Sequence[int | None], others: Sequence[int | None], top_k: int) -> dict[str, Any]:
-    pairs = [(a, b) for a, b in zip(some, others, strict=True) if a is not None and b is not None]
-    return mean([float(a <= top_k) - float(b <= top_k) for a, b in pairs])
 
 
 def differences(base: Sequence[Sample], trained: Sequence[Sample]) -> dict[str, dict[str, Any]]:

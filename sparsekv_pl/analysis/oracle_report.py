@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.figure import Figure
 
 from sparsekv_pl.analysis.oracle_figures import layers_figure, mass_figure, recall_figure, samples_figure
 from sparsekv_pl.analysis.oracle_findings import Choice, Sample, concentration, differences, mean, recall
@@ -11,12 +13,8 @@ from sparsekv_pl.analysis.oracle_tables import best_lines, figures_line, layer_t
 from sparsekv_pl.reporting.analysis_page import write_analysis
 from sparsekv_pl.reporting.file_formats import json_bytes
 from sparsekv_pl.reporting.heatmaps import sparsity_figure
-from sparsekv_pl.reporting.page import Picture, Section
-from sparsekv_pl.reporting.sorted_records import VARIANTS
-from sparsekv_pl.storage.records import Record
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from sparsekv_pl.reporting.page import Section
+from sparsekv_pl.storage.records import Record, grouped
 
 TITLE = "Oracle hot blocks"
 HYPOTHESIS = (
@@ -52,25 +50,10 @@ def write_oracle(
 ) -> tuple[str, list[Path]]:
     """Write all results of the records; return the main figures in a line per variant, and the paths.
 
-    Parameters
-    ----------
-    output
-        Folder.
-    records
-        Records of ``OracleBlocks.measure``, each with its ``variant``.
-    choice
-        Number of hot blocks, and layers and heads to average over.
-    block_size
-        Tokens per block.
-    named
-        Variant -> the model's name in ``oracle_data.json``.
-    quantisation
-        The model's quantisation, in words.
-    environment
-        Hardware, versions and settings of the run.
+    ``records`` are those of ``OracleBlocks.measure``, each with its ``variant``. ``named`` (variant -> the model's
+    name) and ``quantisation`` (in words) are for ``oracle_data.json``.
     """
-    samples = {v: [Sample(r, choice) for r in records if r["variant"] == v] for v in VARIANTS}
-    samples = {variant: some for variant, some in samples.items() if some}
+    samples = {v: [Sample(record, choice) for record in own] for v, own in grouped(records, "variant").items()}
     findings = {variant: found(some) for variant, some in samples.items()}
     if len(samples) == 2:
         findings["trained minus base"] = differences(samples["base"], samples["trained"])
@@ -146,8 +129,8 @@ def _sections(
         "layers": "all layers" if choice.layers is None else f"layers {choice.layers}",
     }
 
-    def drawn(name: str) -> list[Picture]:
-        return [Picture(file, ALTS[name]) for file in pictures if file.startswith(name)]
+    def drawn(name: str) -> list[str]:
+        return [file for file in pictures if file.startswith(name)]
 
     few = [
         f"The {len(some)} questions come from {findings[v]['documents']} documents; the intervals assume independent "
@@ -185,17 +168,7 @@ ALTS = {
 
 def _described(sample: Sample) -> dict[str, Any]:
     """A question's entry in report.json."""
-    names = (
-        "variant",
-        "id",
-        "question",
-        "answers",
-        "documents",
-        "depth",
-        "context_tokens",
-        "prompt_tokens",
-        "num_blocks",
-    )
+    names = "variant id question answers documents depth context_tokens prompt_tokens num_blocks".split()
     return {
         **{name: sample.record.get(name) for name in names},
         "answer_blocks": sample.answer,
@@ -206,7 +179,7 @@ def _described(sample: Sample) -> dict[str, Any]:
     }
 
 
-def _figures(samples: Mapping[str, Sequence[Sample]], findings: Mapping[str, Any]) -> "dict[str, tuple[str, Figure]]":
+def _figures(samples: Mapping[str, Sequence[Sample]], findings: Mapping[str, Any]) -> dict[str, tuple[str, Figure]]:
     """File name -> (caption, picture), for everything that was measured."""
     own = {variant: findings[variant] for variant in samples}
     figures = {"mass.png": mass_figure({v: found["concentration"] for v, found in own.items()})}

@@ -27,7 +27,8 @@ from sparsekv_pl.storage.records import Record
 class AttentionStatisticsAnalysis(Analysis):
     """Measures entropy, effective support, top-k coverage, block sparsity, anchor share, and each block's mass.
 
-    One pass with the full cache over each context; continuations are not read.
+    One pass with the full cache over each context; continuations are not read. Raises ``ValueError`` if
+    ``chunk_tokens`` is not a positive multiple of the statistics' ``query_block``.
 
     Parameters
     ----------
@@ -40,11 +41,6 @@ class AttentionStatisticsAnalysis(Analysis):
         would be those before the context's end, not before each query.
     chunk_tokens
         Tokens of a context that run through the model at once, which limits the memory; null: all.
-
-    Raises
-    ------
-    ValueError
-        If ``chunk_tokens`` is not a positive multiple of the statistics' ``query_block``.
     """
 
     def __init__(
@@ -124,7 +120,7 @@ def _row_record(layers: Sequence[LayerStatistics], row: int, settings: Statistic
     for layer, measured in enumerate(own):
         metric.update(layer, measured)
     entropy = stacked([measured.mean(measured.entropy)[0] for measured in own])
-    received = stacked([m.received_by_block(settings.block_size)[0] / m.counted.sum() for m in own])
+    received = stacked([m.received_by_block(settings.block_size)[0] / m.entropy.shape[-1] for m in own])
     return {
         "measures": {
             "entropy": entropy.tolist(),

@@ -1,28 +1,29 @@
 """Pictures of attention statistics: by layer and head, trained minus base, and the mass by block of the context."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from sparsekv_pl.analysis.statistics_report import Summary, labels, picture_names
 from sparsekv_pl.attention.statistics import StatisticsSettings
 from sparsekv_pl.reporting.heatmaps import sparsity_figure
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from sparsekv_pl.reporting.plots import heat_map, plots
 
 FAINTEST = 1e-4
 """Smallest share of attention on the logarithmic scale; smaller ones are drawn like it."""
 
 
-def statistics_figures(summaries: Sequence[Summary], settings: StatisticsSettings) -> dict[str, tuple[str, "Figure"]]:
+def statistics_figures(summaries: Sequence[Summary], settings: StatisticsSettings) -> dict[str, tuple[str, Figure]]:
     """File name -> (caption, picture), with the names of ``picture_names``."""
     figures: dict[str, tuple[str, Figure]] = {}
     for summary in summaries:
-        measures = [_named(means["measures"], settings) for means in summary["variants"].values()]
+        measures = [
+            {label: np.asarray(means["measures"][name], np.float64) for name, label in labels(settings).items()}
+            for means in summary["variants"].values()
+        ]
         drawn = [_heads_figure(values, labels(settings)["effective_support"]) for values in measures]
         if len(measures) > 1:
             base, trained = measures
@@ -33,7 +34,7 @@ def statistics_figures(summaries: Sequence[Summary], settings: StatisticsSetting
     return figures
 
 
-def difference_figure(differences: Mapping[str, NDArray[np.float64]]) -> "Figure":
+def difference_figure(differences: Mapping[str, NDArray[np.float64]]) -> Figure:
     """``sparsity_figure`` of differences (layers, H): white is none, blue less, red more."""
     figure = sparsity_figure(differences)
     for image in (image for axes in figure.axes for image in axes.images):
@@ -43,42 +44,27 @@ def difference_figure(differences: Mapping[str, NDArray[np.float64]]) -> "Figure
     return figure
 
 
-def received_figure(summary: Summary, block_size: int) -> "Figure":
+def received_figure(summary: Summary, block_size: int) -> Figure:
     """Draw each variant's mass by layer and block: its share, and its multiple of evenly spread attention."""
-    from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
-
     variants = summary["variants"]
     layers = len(next(iter(variants.values()))["received"])
-    figure = Figure(figsize=(11, min(9.0, 1.8 + 0.11 * layers) * len(variants)), dpi=130, layout="constrained")
-    plots = figure.subplots(len(variants), 2, squeeze=False, sharex=True, sharey=True)
+    size = (11, min(9.0, 1.8 + 0.11 * layers) * len(variants))
+    figure, grid = plots(size, len(variants), 2, sharex=True, sharey=True)
     even = np.asarray(summary["even_received"])
-    for line, (variant, means) in zip(plots, variants.items(), strict=True):
+    for (left, right), (variant, means) in zip(grid, variants.items(), strict=True):
         share = np.asarray(means["received"])
-        _draw(line[0], share.clip(FAINTEST), "viridis", LogNorm(FAINTEST, 1), "share of the attention")
         times = (share / even).clip(1 / 30, 30)
-        _draw(line[1], times, "RdBu_r", LogNorm(1 / 30, 30), "times attention spread evenly")
-        line[0].set_ylabel(f"{variant}\nlayer", fontsize=8)
+        heat_map(left, share.clip(FAINTEST), "share of the attention", cmap="viridis", norm=LogNorm(FAINTEST, 1))
+        heat_map(right, times, "times attention spread evenly", cmap="RdBu_r", norm=LogNorm(1 / 30, 30))
+        left.set_ylabel(f"{variant}\nlayer", fontsize=8)
     figure.supxlabel(f"block of {block_size} tokens", fontsize=8)
     return figure
 
 
-def _heads_figure(measures: Mapping[str, NDArray[np.float64]], logarithmic: str) -> "Figure":
+def _heads_figure(measures: Mapping[str, NDArray[np.float64]], logarithmic: str) -> Figure:
     """``sparsity_figure`` with a logarithmic scale for one measure, whose values differ by orders of magnitude."""
     figure = sparsity_figure(measures)
     for axes in figure.axes:
         if axes.get_title() == logarithmic:
             axes.images[0].set_norm("log")
     return figure
-
-
-def _named(measures: Mapping[str, Any], settings: StatisticsSettings) -> dict[str, NDArray[np.float64]]:
-    return {label: np.asarray(measures[name], np.float64) for name, label in labels(settings).items()}
-
-
-def _draw(axes: "Axes", values: NDArray[np.float64], colours: str, norm: Any, title: str) -> None:
-    image = axes.imshow(values, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
-    axes.set_title(title, fontsize=9)
-    axes.tick_params(labelsize=7)
-    assert axes.figure is not None
-    axes.figure.colorbar(image, ax=axes).ax.tick_params(labelsize=7)

@@ -9,9 +9,8 @@ from numpy.typing import NDArray
 from sparsekv_pl.attention.statistics import StatisticsSettings
 from sparsekv_pl.reporting.file_formats import csv_bytes
 from sparsekv_pl.reporting.intervals import paired_bootstrap
-from sparsekv_pl.reporting.page import Picture, Section, Table
-from sparsekv_pl.reporting.sorted_records import VARIANTS
-from sparsekv_pl.storage.records import Record
+from sparsekv_pl.reporting.page import Section, Table
+from sparsekv_pl.storage.records import Record, grouped
 
 Summary = dict[str, Any]
 
@@ -31,15 +30,11 @@ def labels(settings: StatisticsSettings) -> dict[str, str]:
 def summaries_of(records: Sequence[Record], settings: StatisticsSettings) -> list[Summary]:
     """Means over windows for each task and length; base and trained must have the same windows."""
     summaries = []
-    for task, length in sorted({(record["task"], record["length"]) for record in records}):
+    for (task, length), some in sorted(grouped(records, "task", "length").items()):
         own = {
-            variant: sorted(
-                (r for r in records if (r["task"], r["length"], r["variant"]) == (task, length, variant)),
-                key=lambda record: str(record["id"]),
-            )
-            for variant in VARIANTS
+            variant: sorted(found, key=lambda record: str(record["id"]))
+            for variant, found in grouped(some, "variant").items()
         }
-        own = {variant: found for variant, found in own.items() if found}
         summaries.append(
             {
                 "task": task,
@@ -77,9 +72,10 @@ def statistics_sections(summaries: Sequence[Summary], settings: StatisticsSettin
     sections = []
     for summary in summaries:
         title = f"{summary['task']}, {summary['length']} tokens, {summary['windows']} windows"
-        pictures = [Picture(name, alt) for name, alt in picture_names(summaries, summary).items()]
         tables = [_overall_table(summary), _layer_table(summary, settings)]
-        sections.append(Section(title, pictures, reading if summary is summaries[0] else [], tables))
+        sections.append(
+            Section(title, list(picture_names(summaries, summary)), reading if summary is summaries[0] else [], tables)
+        )
     return sections
 
 

@@ -61,12 +61,8 @@ def spearman(scores: Tensor, truth: Tensor, among: Tensor) -> Tensor:
 def blocks_for_mass(scores: Tensor, mass: Tensor, share: float, visible: Tensor) -> Tensor:
     """(...) int64: the number of blocks, in order of score, that a row needs to keep ``share`` of its mass.
 
-    The first block and the row's own come before all others, as in every selection here.
-
-    Raises
-    ------
-    ValueError
-        For a share that is not in (0, 1].
+    The first block and the row's own come before all others, as in every selection here. Raises ``ValueError`` for a
+    share that is not in (0, 1].
     """
     if not 0 < share <= 1:
         raise ValueError(f"share={share} must be in (0, 1]: it is a share of the attention mass")

@@ -20,44 +20,22 @@ from sparsekv_pl.blocksparse.agreement_scores import (
 )
 from sparsekv_pl.blocksparse.block_methods import ORACLE, SHARED_ORACLE, BlockMethod
 from sparsekv_pl.blocksparse.true_blocks import block_attention
-from sparsekv_pl.storage.records import Record
+from sparsekv_pl.storage.records import Record, rounded
 
 
 @dataclass(frozen=True)
 class AgreementSettings:
-    """Settings of ``BlockAgreement``.
-
-    Parameters
-    ----------
-    block_size
-        Tokens per block.
-    top_k
-        Blocks per query block that a method selects. Query blocks that see no more than these are not counted, because
-        they select everything.
-    budgets
-        Further numbers of blocks for which mass kept and recall are reported.
-    shares
-        Shares of the attention mass for which the needed number of blocks is reported.
-    pictured
-        Layers whose selections are stored for a picture.
-    """
+    """Settings of ``BlockAgreement``."""
 
     block_size: int = 64
     top_k: int = 16
+    """Blocks per query block that a method selects. Query blocks that see no more than these are not counted."""
     budgets: Sequence[int] = (4, 8, 16, 32)
+    """Further numbers of blocks for which mass kept and recall are reported."""
     shares: Sequence[float] = (0.9, 0.95)
+    """Shares of the attention mass for which the needed number of blocks is reported."""
     pictured: Sequence[int] = ()
-
-
-@dataclass
-class _Known:
-    """A scorer that returns scores computed before."""
-
-    scores: Tensor
-    block_size: int
-
-    def __call__(self, layer: int, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG002
-        return self.scores
+    """Layers whose selections are stored for a picture."""
 
 
 class BlockAgreement:
@@ -90,9 +68,7 @@ class BlockAgreement:
         for method, scorer in zip(self.methods, self._scorers, strict=True):
             scores = scorer(layer, query, key)
             if scores is not None:
-                blocks = method.selector(_Known(scores, size), self.settings.top_k)(layer, query, key)
-                assert blocks is not None
-                chosen[method.name] = scores, blocks
+                chosen[method.name] = scores, method.chosen(scores, self.settings.top_k, size, keys)
         for name, scores in {ORACLE: truth, SHARED_ORACLE: truth.mean(1, keepdim=True)}.items():
             chosen[name] = scores, top_blocks(scores, self.settings.top_k, size, keys)
         self._compare(layer, truth, chosen, visible_blocks(query.shape[2], keys, size, query.device))
@@ -100,7 +76,8 @@ class BlockAgreement:
     def _compare(self, layer: int, truth: Tensor, chosen: dict[str, tuple[Tensor, Blocks]], visible: Tensor) -> None:
         masks = {name: blocks.mask() for name, (_, blocks) in chosen.items()}
         if layer in self.settings.pictured:
-            self.pictures.append({"layer": layer, "truth": _picture(truth), "chosen": _pictures(masks)})
+            selections = {name: _picture(mask.float()) for name, mask in masks.items()}
+            self.pictures.append({"layer": layer, "truth": _picture(truth), "chosen": selections})
         counted = visible.sum(-1) > self.settings.top_k
         truth, visible = truth[:, :, counted], visible[counted]
         masks = {name: mask[:, :, counted] for name, mask in masks.items()}
@@ -167,10 +144,6 @@ def _mean(values: Tensor) -> float | None:
     return None if mean != mean else mean
 
 
-def _pictures(masks: dict[str, Tensor]) -> dict[str, list[list[float]]]:
-    return {name: _picture(mask.float()) for name, mask in masks.items()}
-
-
 def _picture(values: Tensor) -> list[list[float]]:
     """``values`` (1, G, Nq, Nk) as (Nq, Nk) lists, averaged over heads."""
-    return [[float(f"{cell:.3g}") for cell in row] for row in values[0].mean(0).tolist()]
+    return rounded(values[0].mean(0).tolist(), 3)

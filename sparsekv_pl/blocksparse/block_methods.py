@@ -6,7 +6,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sparsekv_pl.attention.blocks import Blocks, BlockScorer, Selector, ThresholdBlocks, TopBlocks
+from sparsekv_pl.attention.blocks import (
+    Blocks,
+    BlockScorer,
+    Selector,
+    threshold_blocks,
+    top_blocks,
+)
 from sparsekv_pl.blocksparse.control_blocks import LocalBlocks, RandomBlocks
 from sparsekv_pl.blocksparse.gate import AttentionGates, GateScorer
 from sparsekv_pl.blocksparse.sketchwalk import SketchWalk
@@ -34,9 +40,20 @@ class BlockMethod:
     threshold: float | None = None
     """Least score of a selected block; None: the best blocks within the budget are selected."""
 
+    def chosen(self, scores: Tensor, budget: int, block_size: int, keys: int) -> Blocks:
+        """The blocks selected by ``scores`` (B, G, Nq, Nk)."""
+        if self.threshold is None:
+            return top_blocks(scores, budget, block_size, keys)
+        return threshold_blocks(scores, self.threshold, block_size, keys)
+
     def selector(self, scorer: BlockScorer, budget: int) -> Selector:
         """A selector by the scores of ``scorer``, of ``budget`` blocks if there is no threshold."""
-        return TopBlocks(scorer, budget) if self.threshold is None else ThresholdBlocks(scorer, self.threshold)
+
+        def select(layer: int, query: Tensor, key: Tensor) -> Blocks | None:
+            scores = scorer(layer, query, key)
+            return None if scores is None else self.chosen(scores, budget, scorer.block_size, key.shape[2])
+
+        return select
 
 
 @dataclass
@@ -64,7 +81,6 @@ class Watched:
         self._layers: list[Tensor] = []
 
     def __call__(self, layer: int, query: Tensor, key: Tensor) -> Blocks | None:
-        """See ``Selector``."""
         blocks = self.selector(layer, query, key)
         if query.shape[2] == key.shape[2]:
             dense = torch.zeros((), device=query.device)

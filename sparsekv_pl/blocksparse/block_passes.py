@@ -22,22 +22,14 @@ from sparsekv_pl.storage.records import Record
 
 @dataclass
 class BlockPasses:
-    """Measures one case with dense and with block-sparse attention, without eviction.
-
-    Parameters
-    ----------
-    model, tokenizer
-        The model and its tokenizer.
-    batch
-        One case, because block-sparse attention does not support padding.
-    dense_layers
-        Number of first layers that stay dense for every method.
-    """
+    """Measures one case with dense and with block-sparse attention, without eviction."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     batch: CaseBatch
+    """One case, because block-sparse attention does not support padding."""
     dense_layers: int = 0
+    """Number of first layers that stay dense for every method."""
 
     def records(self, methods: Sequence[BlockMethod], budgets: Sequence[int]) -> list[Record]:
         """Measure dense attention, then every method at every budget (a method with a threshold only once).
@@ -48,7 +40,8 @@ class BlockPasses:
         """
         start = time.perf_counter()
         prefilled = self._prefilled()
-        teacher = self._read(prefilled) if self._is_text else None
+        is_text = self.batch["cases"][0].task == TEXT
+        teacher = self._read(prefilled) if is_text else None
         found = self._read_scores(teacher, teacher) if teacher is not None else self._answered(prefilled)
         seconds = time.perf_counter() - start
         records = [{"method": DENSE, "budget": None, "sparsity": 0.0, "seconds": seconds} | found]
@@ -69,10 +62,6 @@ class BlockPasses:
             if teacher is None:
                 return self._answered(prefilled)
             return self._read_scores(self._read(prefilled), teacher)
-
-    @property
-    def _is_text(self) -> bool:
-        return self.batch["cases"][0].task == TEXT
 
     def _prefilled(self) -> Prefilled:
         cache = DynamicCache()

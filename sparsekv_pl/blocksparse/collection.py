@@ -1,13 +1,14 @@
 """Collecting queries, keys and values of whole contexts on disk while the model computes them."""
 
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from transformers import DynamicCache
 
 from sparsekv_pl.attention.statistics import StatisticsSettings
@@ -21,10 +22,7 @@ from sparsekv_pl.reporting import sparsity_figure, write_analysis
 from sparsekv_pl.reporting.console import show
 from sparsekv_pl.reporting.file_formats import json_bytes
 from sparsekv_pl.reporting.page import Section, Table
-from sparsekv_pl.storage.records import Record, Results
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from sparsekv_pl.storage.records import Record, Results, grouped
 
 
 class TensorCollection(Analysis):
@@ -34,7 +32,8 @@ class TensorCollection(Analysis):
     cases); the nth case of a length is sample n. With ``backbone.adapter`` only the trained model's tensors are
     collected, because file names do not include the model. Use a second run with another output for the base model.
 
-    A run that was killed, or whose files were removed, collects only what is missing.
+    A run that was killed, or whose files were removed, collects only what is missing. Raises ``ValueError`` for layers
+    that the model does not have, and for attention that Q, K and V alone do not determine.
 
     Parameters
     ----------
@@ -46,11 +45,6 @@ class TensorCollection(Analysis):
         Layers to write; null: all. Sketch&Walk uses all previous layers and is best tested on all of them.
     statistics
         Settings of the attention statistics in the summaries; null: the last 256 queries.
-
-    Raises
-    ------
-    ValueError
-        For layers that the model does not have, and for attention that Q, K and V alone do not determine.
     """
 
     def __init__(
@@ -67,11 +61,9 @@ class TensorCollection(Analysis):
         self.timestamps = Timestamps()
 
     def described(self) -> dict[str, Any]:
-        """See ``Analysis``."""
         return {"layers": self.capture.layers, "statistics": vars(self.statistics)}
 
     def setup(self, stage: str) -> None:
-        """See ``Analysis``."""
         super().setup(stage)
         self.results = CollectedResults(self.output, self.global_rank)
         self.capture.folder, self.capture.rank = self.output, self.global_rank
@@ -106,7 +98,6 @@ class TensorCollection(Analysis):
             self.capture.discard()
 
     def write(self, records: list[Record], environment: dict[str, object]) -> list[Path]:
-        """See ``Analysis``."""
         figures = {f"attention_seq{n}.png": (f"Attention, {n} tokens", f) for n, f in _figures(records).items()}
         overview = Section("What was collected", tables=[_table(records)], paragraphs=[_explained(self.statistics)])
         summaries = {name: json_bytes(content) for name, content in summaries_of(records, self.statistics).items()}
@@ -124,7 +115,6 @@ class CollectedResults(Results):
         self.output = output
 
     def get(self, key: str) -> list[Record] | None:
-        """See ``Results``."""
         found = super().get(key)
         there = found is not None and all((self.output / record["file"]).exists() for record in found)
         return found if there else None
@@ -160,10 +150,10 @@ def summaries_of(records: Sequence[Record], statistics: StatisticsSettings) -> d
     The timestamp is the last sample's. Measures by layer are means over samples and query heads.
     """
     summaries = {}
-    for length, own in sorted(_by(records, "seq_len").items()):
+    for length, own in sorted(grouped(records, "seq_len").items()):
         by_layer = {
             str(layer): {name: float(np.mean([record[name] for record in some])) for name in MEASURES}
-            for layer, some in sorted(_by(own, "layer").items())
+            for layer, some in sorted(grouped(own, "layer").items())
         }
         timestamp = max(record["timestamp"] for record in own)
         summaries[f"summary_seq{length}_{timestamp}.json"] = {
@@ -184,11 +174,11 @@ def summaries_of(records: Sequence[Record], statistics: StatisticsSettings) -> d
     return summaries
 
 
-def _figures(records: Sequence[Record]) -> dict[int, "Figure"]:
+def _figures(records: Sequence[Record]) -> dict[int, Figure]:
     """Length -> heat maps of layer x head, averaged over samples."""
     figures = {}
-    for length, own in sorted(_by(records, "seq_len").items()):
-        layers = [some for _, some in sorted(_by(own, "layer").items())]
+    for length, own in sorted(grouped(records, "seq_len").items()):
+        layers = [some for _, some in sorted(grouped(own, "layer").items())]
         means = {name: [np.mean([record[name] for record in some], axis=0) for some in layers] for name in MEASURES}
         figures[length] = sparsity_figure({name.replace("_", " "): np.array(grid) for name, grid in means.items()})
     return figures
@@ -196,7 +186,7 @@ def _figures(records: Sequence[Record]) -> dict[int, "Figure"]:
 
 def _table(records: Sequence[Record]) -> Table:
     lines = []
-    for length, own in sorted(_by(records, "seq_len").items()):
+    for length, own in sorted(grouped(records, "seq_len").items()):
         counts = _samples(own), len({record["layer"] for record in own})
         size = sum(record["bytes"] for record in own) / 2**20
         means = [np.mean([record[name] for record in own]) for name in MEASURES]
@@ -218,10 +208,3 @@ def _explained(settings: StatisticsSettings) -> str:
         f"coverage: share of attention on the {settings.top_k} heaviest keys. In the pictures, layer 0 is the first "
         "collected layer."
     )
-
-
-def _by(records: Sequence[Record], name: str) -> dict[int, list[Record]]:
-    groups = defaultdict(list)
-    for record in records:
-        groups[record[name]].append(record)
-    return dict(groups)

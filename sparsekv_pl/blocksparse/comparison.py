@@ -30,7 +30,8 @@ from sparsekv_pl.storage.records import Record
 class BlockComparison(Analysis):
     """Compares a gate, Sketch&Walk, random and nearest blocks, and the oracle: agreement, mass, perplexity, needles.
 
-    Agreement and perplexity are measured on text windows; all other cases are answered. batch_size must be 1.
+    Agreement and perplexity are measured on text windows; all other cases are answered. batch_size must be 1. Raises
+    ``ValueError`` for a setting out of range, or gates that do not fit the model.
 
     Parameters
     ----------
@@ -58,11 +59,6 @@ class BlockComparison(Analysis):
         Layers whose selections are drawn; null: the first that is not dense, the middle one and the last.
     seed
         Seed of random blocks and of Sketch&Walk's transform.
-
-    Raises
-    ------
-    ValueError
-        For a setting out of range, or gates that do not fit the model.
     """
 
     def __init__(
@@ -94,7 +90,6 @@ class BlockComparison(Analysis):
         if any(not 0 <= layer < layers for layer in drawn):
             raise ValueError(f"picture_layers has {drawn}, but the model has layers 0 to {layers - 1}")
         self.gates_folder = gates
-        self.settings = AgreementSettings(block_size, top_k_blocks, tuple(budgets), pictured=tuple(drawn))
         self.sketch: dict[str, Any] = {
             "sketch_dim": sketch_dim,
             "exponent": exponent,
@@ -102,48 +97,44 @@ class BlockComparison(Analysis):
             "dampings": list(dampings),
             "seed": seed,
         }
-        self.threshold, self.pass_budgets, self.dense_layers = threshold, list(pass_budgets), dense_layers
+        self.settings: dict[str, Any] = {
+            "block_size": block_size,
+            "top_k_blocks": top_k_blocks,
+            "budgets": list(budgets),
+            "shares": [0.9, 0.95],
+            "pictured": drawn,
+            "threshold": threshold,
+            "pass_budgets": list(pass_budgets),
+            "gates": gates,
+            **self.sketch,
+        }
 
     def setup(self, stage: str) -> None:
         """Check batch size and context lengths, and load the gates.
 
-        Raises
-        ------
-        ValueError
-            For a batch size other than 1, contexts with no more than ``top_k_blocks`` blocks, or unusable gates.
+        Raises ``ValueError`` for a batch size other than 1, contexts with no more than ``top_k_blocks`` blocks, or
+        unusable gates.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if getattr(data, "batch_size", 1) != 1:
             raise ValueError(f"data.batch_size={data.batch_size}: block-sparse attention takes one case, give 1")
-        seen_by_all = self.settings.top_k * self.settings.block_size
+        block_size, top_k = self.settings["block_size"], self.settings["top_k_blocks"]
         for length in getattr(data, "lengths", []):
-            if length <= seen_by_all:
+            if length <= top_k * block_size:
                 raise ValueError(
-                    f"a context of {length} tokens has no more than top_k_blocks={self.settings.top_k} blocks of "
-                    f"{self.settings.block_size}: there is nothing to choose. Use longer contexts or fewer blocks"
+                    f"a context of {length} tokens has no more than top_k_blocks={top_k} blocks of "
+                    f"{block_size}: there is nothing to choose. Use longer contexts or fewer blocks"
                 )
         self.gates = self._gates()  # a submodule: it moves to the device with this module
-        self.methods = block_methods(
-            self.gates, block_size=self.settings.block_size, threshold=self.threshold, **self.sketch
-        )
+        threshold = self.settings["threshold"]
+        self.methods = block_methods(self.gates, block_size=block_size, threshold=threshold, **self.sketch)
         for method in self.methods:
             method.make()  # raises for settings that do not fit
         super().setup(stage)
 
     def described(self) -> dict[str, Any]:
         """See ``Analysis``; the gates are identified by a digest."""
-        settings = self.settings
-        return {
-            "block_size": settings.block_size,
-            "top_k_blocks": settings.top_k,
-            "budgets": list(settings.budgets),
-            "shares": list(settings.shares),
-            "pictured": list(settings.pictured),
-            "threshold": self.threshold,
-            "pass_budgets": self.pass_budgets,
-            "gates": self.gates_digest,
-            **self.sketch,
-        }
+        return {**self.settings, "gates": self.gates_digest}
 
     def measure(self, batch: CaseBatch) -> Sequence[Record]:
         """Measure a text window's agreement on a dense pass, and any case under every method.
@@ -154,19 +145,18 @@ class BlockComparison(Analysis):
         common = {"case": case.id, "task": case.task, "length": batch["context_ids"].shape[1], "depth": case.depth}
         records: list[Record] = []
         if case.task == TEXT:
-            seen = BlockAgreement(self.methods, self.settings)
+            names = ("block_size", "top_k_blocks", "budgets", "shares", "pictured")
+            seen = BlockAgreement(self.methods, AgreementSettings(*(self.settings[name] for name in names)))
             continue_from(self.causal_lm, batch["context_ids"], DynamicCache(), 0, observer=seen)
             for kind, found in (("agreement", seen.agreement), ("pair", seen.pairs), ("picture", seen.pictures)):
                 records += [{"kind": kind, **common, **record} for record in found]
-        passes = BlockPasses(self.causal_lm, self.tokenizer, batch, self.dense_layers)
-        methods = [*self.methods, oracle(self.settings.block_size)]
-        return records + [{"kind": "pass", **common, **record} for record in passes.records(methods, self.pass_budgets)]
+        passes = BlockPasses(self.causal_lm, self.tokenizer, batch, self.settings["dense_layers"])
+        found = passes.records([*self.methods, oracle(self.settings["block_size"])], self.settings["pass_budgets"])
+        return records + [{"kind": "pass", **common, **record} for record in found]
 
     def write(self, records: list[Record], environment: dict[str, object]) -> list[Path]:
-        """See ``Analysis.write``."""
-        settings = {**self.described(), "gates": self.gates_folder}
         timestamp = time.strftime("%Y%m%d_%H%M%S")
-        lines, paths = comparison_report(self.output, records, settings, environment, timestamp)
+        lines, paths = comparison_report(self.output, records, self.settings, environment, timestamp)
         show(*lines)
         return paths
 
@@ -181,9 +171,9 @@ class BlockComparison(Analysis):
                 "configs/train/gate.yaml), or compare without a gate (--model.gates null)"
             )
         gates = AttentionGates.load(folder)
-        if gates.shape.block_size != self.settings.block_size:
+        if gates.shape.block_size != self.settings["block_size"]:
             raise ValueError(
-                f"block_size={self.settings.block_size}, but the gates of {folder} were trained for blocks of "
+                f"block_size={self.settings['block_size']}, but the gates of {folder} were trained for blocks of "
                 f"{gates.shape.block_size} tokens: give their block_size"
             )
         gates.check(self.causal_lm)

@@ -1,17 +1,18 @@
 """Pictures of a comparison of block methods: selected blocks beside true attention, agreement, and scores."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
 
 from sparsekv_pl.blocksparse.block_methods import DENSE, ORACLE
 from sparsekv_pl.blocksparse.comparison_summary import ALL_LENGTHS, Line
+from sparsekv_pl.reporting.plots import bars, plain, plots, whole_numbers
 from sparsekv_pl.storage.records import Record
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 FAINTEST = 1e-4
 """Smallest share of attention on the logarithmic scale; smaller ones are drawn like it."""
@@ -26,7 +27,7 @@ TABLES = ("agreement", "agreement_by_layer", "text", "needles")
 
 def comparison_figures(
     records: Sequence[Record], summary: Mapping[str, Any], settings: Mapping[str, Any]
-) -> "dict[str, tuple[str, Figure]]":
+) -> dict[str, tuple[str, Figure]]:
     """File name -> (caption, picture), up to four for each variant of the model."""
     variants = list(dict.fromkeys(record["variant"] for record in records))
     figures: dict[str, tuple[str, Figure]] = {}
@@ -53,7 +54,7 @@ def comparison_figures(
     return figures
 
 
-def _passes(text: Sequence[Line], needles: Sequence[Line]) -> "Figure":
+def _passes(text: Sequence[Line], needles: Sequence[Line]) -> Figure:
     panels, names = {}, list(dict.fromkeys(pass_name(row) for row in [*text, *needles]))
     lengths = dict.fromkeys(row["length"] for row in [*text, *needles])
     for length in [ALL_LENGTHS] if ALL_LENGTHS in lengths else lengths:
@@ -77,15 +78,11 @@ def pass_name(row: Line) -> str:
     return row["method"] if row["budget"] is None else f"{row['method']}, {row['budget']} blocks"
 
 
-def blocks_figure(pictures: Sequence[Record], methods: Sequence[str]) -> "Figure":
+def blocks_figure(pictures: Sequence[Record], methods: Sequence[str]) -> Figure:
     """Draw, per layer, the true attention between blocks and each method's selection, averaged over heads."""
-    from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
-
     size = (2.0 * (len(methods) + 1) + 1.2, 2.15 * len(pictures) + 0.6)
-    figure = Figure(figsize=size, dpi=130, layout="constrained")
-    plots = figure.subplots(len(pictures), len(methods) + 1, squeeze=False, sharex=True, sharey=True)
-    for line, picture in zip(plots, pictures, strict=True):
+    figure, grid = plots(size, len(pictures), len(methods) + 1, sharex=True, sharey=True)
+    for line, picture in zip(grid, pictures, strict=True):
         truth = _lower(picture["truth"])
         attention = line[0].imshow(np.maximum(truth, FAINTEST), norm=LogNorm(FAINTEST, 1), cmap="magma")
         for axes, method in zip(line[1:], methods, strict=True):
@@ -94,15 +91,15 @@ def blocks_figure(pictures: Sequence[Record], methods: Sequence[str]) -> "Figure
             else:
                 axes.text(0.5, 0.5, "dense", ha="center", va="center", transform=axes.transAxes, fontsize=8)
         line[0].set_ylabel(f"layer {picture['layer']}\nquery block", fontsize=8)
-    for axes, name in zip(plots[0], ["true attention", *methods], strict=True):
+    for axes, name in zip(grid[0], ["true attention", *methods], strict=True):
         axes.set_title(name.replace(", ", ",\n", 1), fontsize=8)
-    for axes in plots.flat:
+    for axes in grid.flat:
         axes.tick_params(labelsize=6)
         axes.set_facecolor("0.9")
-    for axes in plots[-1]:
+    for axes in grid[-1]:
         axes.set_xlabel("key block", fontsize=8)
     for image, name in ((attention, "share of attention"), (share, "share of heads that choose it")):
-        bar = figure.colorbar(image, ax=plots, shrink=0.8, aspect=30, pad=0.01)
+        bar = figure.colorbar(image, ax=grid, shrink=0.8, aspect=30, pad=0.01)
         bar.set_label(name, fontsize=7)
         bar.ax.tick_params(labelsize=6)
     return figure
@@ -114,14 +111,11 @@ def _lower(values: Sequence[Sequence[float]]) -> Any:
     return np.ma.masked_array(grid, np.triu(np.ones_like(grid, dtype=bool), 1))
 
 
-def budget_figure(rows: Sequence[Line], methods: Sequence[str], budgets: Sequence[int]) -> "Figure":
+def budget_figure(rows: Sequence[Line], methods: Sequence[str], budgets: Sequence[int]) -> Figure:
     """Draw the attention mass kept over blocks per query block: a plot per context length, a line per method."""
-    from matplotlib.figure import Figure
-
     lengths = sorted({row["length"] for row in rows})
-    figure = Figure(figsize=(4.4 * len(lengths), 3.9), dpi=130, layout="constrained")
-    plots = figure.subplots(1, len(lengths), squeeze=False, sharey=True)[0]
-    for axes, length in zip(plots, lengths, strict=True):
+    figure, (line,) = plots((4.4 * len(lengths), 3.9), 1, len(lengths), sharey=True)
+    for axes, length in zip(line, lengths, strict=True):
         for method in methods:
             found = [row for row in rows if row["length"] == length and row["method"] == method]
             points = [(b, row[f"mass_at_{b}"]) for row in found for b in budgets if f"mass_at_{b}" in row]
@@ -130,75 +124,57 @@ def budget_figure(rows: Sequence[Line], methods: Sequence[str], budgets: Sequenc
             axes.plot(*zip(*points, strict=True), **_look(methods, method), markersize=4, linewidth=1.4)
         axes.set_xscale("log", base=2)
         axes.set_xticks(budgets, [str(budget) for budget in budgets])
-        axes.set_title(f"{length:,} tokens", fontsize=10)
         axes.set_xlabel("key blocks per query block", fontsize=8)
-        _plain(axes)
-    plots[0].set_ylabel("attention mass kept", fontsize=8)
-    _legend(figure, plots[0], len(lengths))
+        plain(axes, f"{length:,} tokens")
+    line[0].set_ylabel("attention mass kept", fontsize=8)
+    _legend(figure, line[0], len(lengths))
     return figure
 
 
-def layers_figure(rows: Sequence[Line], methods: Sequence[str]) -> "Figure":
+def layers_figure(rows: Sequence[Line], methods: Sequence[str]) -> Figure:
     """Draw the agreement with true attention by layer: a plot per measure, a line per method, gaps at dense layers."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     layers = sorted({row["layer"] for row in rows})
-    figure = Figure(figsize=(4.4 * len(LAYER_PANELS), 3.9), dpi=130, layout="constrained")
-    plots = figure.subplots(1, len(LAYER_PANELS))
-    for axes, (measure, title) in zip(plots, LAYER_PANELS.items(), strict=True):
+    figure, (line,) = plots((4.4 * len(LAYER_PANELS), 3.9), 1, len(LAYER_PANELS))
+    for axes, (measure, title) in zip(line, LAYER_PANELS.items(), strict=True):
         for method in methods:
             known = {row["layer"]: row[measure] for row in rows if row["method"] == method}
             values = [np.nan if known.get(layer) is None else known[layer] for layer in layers]
             axes.plot(layers, values, **_look(methods, method), markersize=3, linewidth=1.2)
-        axes.set_title(title, fontsize=10)
         axes.set_xlabel("layer", fontsize=8)
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        _plain(axes)
-    _legend(figure, plots[0], len(LAYER_PANELS))
+        whole_numbers(axes.xaxis, most=8)
+        plain(axes, title)
+    _legend(figure, line[0], len(LAYER_PANELS))
     return figure
 
 
-def passes_figure(panels: Mapping[str, Sequence[Line]], names: Sequence[str]) -> "Figure":
+def passes_figure(panels: Mapping[str, Sequence[Line]], names: Sequence[str]) -> Figure:
     """Draw scores as dots with 95 % bars: a plot per panel, a line per method in the order of ``names``.
 
     ``panels``: title -> rows with ``name``, ``value``, ``interval`` and ``dense``, dense attention's value.
     """
-    from matplotlib.figure import Figure
-
     width = 1.2 + 0.075 * max(map(len, names)) + 3.8 * len(panels)
-    figure = Figure(figsize=(width, 1.4 + 0.3 * len(names)), dpi=130, layout="constrained")
-    plots = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (title, rows) in zip(plots, panels.items(), strict=True):
+    figure, (line,) = plots((width, 1.4 + 0.3 * len(names)), 1, len(panels), sharey=True)
+    for axes, (title, rows) in zip(line, panels.items(), strict=True):
         for row in rows:
             low, high = row["interval"] or (row["value"], row["value"])
-            bars = [[max(row["value"] - low, 0)], [max(high - row["value"], 0)]]
-            axes.errorbar(row["value"], names.index(row["name"]), xerr=bars, fmt="o", color="tab:blue", capsize=3)
+            span = bars([row["value"]], low, high)
+            axes.errorbar(row["value"], names.index(row["name"]), xerr=span, fmt="o", color="tab:blue", capsize=3)
         axes.axvline(rows[0]["dense"], color="0.4", linewidth=0.8)
-        axes.set_title(title, fontsize=10)
-        _plain(axes)
-    plots[0].set_yticks(range(len(names)), names)
-    plots[0].set_ylim(len(names) - 0.5, -0.5)
+        plain(axes, title)
+    line[0].set_yticks(range(len(names)), names)
+    line[0].set_ylim(len(names) - 0.5, -0.5)
     figure.supxlabel("bars: 95 % intervals; the line: dense attention", fontsize=8)
     return figure
 
 
 def _look(methods: Sequence[str], method: str) -> dict[str, Any]:
     """Colour, marker and line style of a method; oracles are dashed, so that they do not hide other lines."""
-    from matplotlib import colormaps
-
     place = methods.index(method)
     style = "--" if method.startswith(ORACLE) else "-"
     return {"color": colormaps["tab10"](place % 10), "marker": "osDv^<>pX*"[place % 10], "ls": style, "label": method}
 
 
-def _plain(axes: "Axes") -> None:
-    axes.grid(alpha=0.3)
-    axes.tick_params(labelsize=8)
-
-
-def _legend(figure: "Figure", axes: "Axes", plots: int) -> None:
+def _legend(figure: Figure, axes: Axes, plots: int) -> None:
     handles, names = axes.get_legend_handles_labels()
-    figure.legend(
-        handles, names, loc="outside lower center", ncols=min(len(names), 2 * plots), frameon=False, fontsize=8
-    )
+    columns = min(len(names), 2 * plots)
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)

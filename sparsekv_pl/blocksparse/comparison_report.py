@@ -1,20 +1,18 @@
 """The report of a comparison of block methods."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sparsekv_pl.blocksparse.comparison_figures import comparison_figures, pass_name
 from sparsekv_pl.blocksparse.comparison_summary import Line, comparison_summary
 from sparsekv_pl.reporting.analysis_page import write_analysis
 from sparsekv_pl.reporting.file_formats import json_bytes
-from sparsekv_pl.reporting.page import Picture, Section, Table
+from sparsekv_pl.reporting.page import Section, Table
 from sparsekv_pl.reporting.sections import score
-from sparsekv_pl.storage.records import Record
+from sparsekv_pl.storage.records import Record, grouped
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
+Cell = Callable[[Line], str]
 TITLE = "Key blocks: a learned gate against Sketch&Walk"
 AGREEMENT = {
     "sparsity": "sparsity",
@@ -111,37 +109,41 @@ def at_a_glance(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> list
     ):
         for caption, found, several in _by_length(rows):
             ranked = sorted(found, key=lambda row: row[measure], reverse=measure != "ratio")
-            names = [f"{row['variant']} " * several + _named(row) for row in ranked]
+            names = [
+                f"{row['variant']} " * several + (pass_name(row) if "budget" in row else row["method"])
+                for row in ranked
+            ]
             scores = "; ".join(f"{name} {row[measure]:{form}}" for name, row in zip(names, ranked, strict=True))
             sentences.append(f"{caption}, {what}: {scores}.")
     return sentences
 
 
-def _named(row: Line) -> str:
-    return pass_name(row) if "budget" in row else str(row["method"])
-
-
 def comparison_sections(
-    summary: Mapping[str, Any], settings: Mapping[str, Any], figures: "Mapping[str, tuple[str, Figure]]"
+    summary: Mapping[str, Any], settings: Mapping[str, Any], figures: Iterable[str]
 ) -> list[Section]:
     """Sections of the page that have content."""
 
-    def pictures(start: str) -> list[Picture]:
-        return [Picture(name, shown) for name, (shown, _) in figures.items() if name.startswith(start)]
+    def pictures(start: str) -> list[str]:
+        return [name for name in figures if name.startswith(start)]
 
     top_k = settings["top_k_blocks"]
+    no_gate = [NO_GATE] if settings["gates"] is None else []
+    about = [EXPECTED_NOTE, *no_gate, f"Settings: {', '.join(f'{name} {value}' for name, value in settings.items())}."]
+    pairs = {"method": _text("method"), "other": _text("other"), **_labelled(PAIRS)}
     sections = [
         Section("At a glance", paragraphs=at_a_glance(summary, settings)),
         Section(
-            "Against the SketchWalk document", paragraphs=_about(settings), tables=_expected_tables(summary["expected"])
+            "Against the SketchWalk document",
+            paragraphs=about,
+            tables=_tables(summary["expected"], EXPECTED_COLUMNS),
         ),
         Section(
             f"Agreement with true attention, {top_k} blocks",
             pictures("agreement_by_layer"),
             [AGREEMENT_NOTE.format(layers=_span(summary["sparse_layers"]), top_k=top_k)],
-            _tables(summary["agreement"], AGREEMENT, ["method"]),
+            _tables(summary["agreement"], {"method": _text("method"), **_labelled(AGREEMENT)}),
         ),
-        Section("Agreement with one another", tables=_tables(summary["pairs"], PAIRS, ["method", "other"])),
+        Section("Agreement with one another", tables=_tables(summary["pairs"], pairs)),
         Section(
             "Quality at equal sparsity, sparsity at equal quality",
             pictures("mass_over_budget"),
@@ -152,123 +154,84 @@ def comparison_sections(
             "As attention in a forward pass",
             pictures("passes"),
             [PASSES_NOTE.format(dense=settings["dense_layers"])],
-            [*_text_tables(summary["text"]), *_needle_tables(summary["needles"])],
+            [*_text_tables(summary["text"]), *_tables(summary["needles"], NEEDLE_COLUMNS, "Needles, {}")],
         ),
         Section("Chosen blocks", pictures("blocks")),
     ]
     return [section for section in sections if section.tables or section.pictures or section is sections[0]]
 
 
-def _about(settings: Mapping[str, Any]) -> list[str]:
-    chosen = ", ".join(f"{name} {value}" for name, value in settings.items())
-    return [EXPECTED_NOTE, *([NO_GATE] if settings["gates"] is None else []), f"Settings: {chosen}."]
-
-
 def _by_length(rows: Sequence[Line]) -> Iterator[tuple[str, list[Line], bool]]:
     """(caption, rows, whether there are several variants) for each length; "all" last."""
     several = len({row["variant"] for row in rows}) > 1
-    for length in dict.fromkeys(row["length"] for row in rows):
-        found = [row for row in rows if row["length"] == length]
+    for length, found in grouped(rows, "length").items():
         windows = ", ".join(dict.fromkeys(f"{row['cases']} cases" for row in found if "cases" in row))
         caption = f"{length:,} tokens" if isinstance(length, int) else f"{length} lengths"
         yield caption + f", {windows}" * bool(windows), found, several
 
 
-def _tables(rows: Sequence[Line], columns: Mapping[str, str], names: Sequence[str]) -> list[Table]:
-    """A table per length: the names, then the measures."""
-    return [
-        Table(
-            [*["model"] * several, *names, *columns.values()],
-            [
-                [*[row["variant"]] * several, *(row[name] for name in names), *(_three_digits(row[c]) for c in columns)]
-                for row in found
-            ],
-            caption,
-        )
-        for caption, found, several in _by_length(rows)
-    ]
+def _table(rows: Sequence[Line], several: bool, columns: Mapping[str, Cell], caption: str) -> Table:
+    """A line per row; ``several`` variants have a column of their own."""
+    shown = ({"model": _text("variant")} if several else {}) | {**columns}
+    return Table(list(shown), [[cell(row) for cell in shown.values()] for row in rows], caption)
 
 
-def _expected_tables(rows: Sequence[Line]) -> list[Table]:
-    header = ["", "expected", "ours", "without first and own", "met"]
-    return [
-        Table(
-            [*["model"] * several, *header],
-            [
-                [
-                    *[row["variant"]] * several,
-                    row["quantity"],
-                    row["expected"],
-                    _three_digits(row["ours"]),
-                    _three_digits(row["ours_without_first_and_own"]),
-                    {True: "yes", False: "no", None: "-"}[row["met"]],
-                ]
-                for row in found
-            ],
-            caption,
-        )
-        for caption, found, several in _by_length(rows)
-    ]
+def _tables(rows: Sequence[Line], columns: Mapping[str, Cell], caption: str = "{}") -> list[Table]:
+    """A table per length."""
+    return [_table(found, several, columns, caption.format(length)) for length, found, several in _by_length(rows)]
+
+
+def _labelled(measures: Mapping[str, str]) -> dict[str, Cell]:
+    return {label: _digits(name) for name, label in measures.items()}
+
+
+def _text(name: str) -> Cell:
+    return lambda row: row[name]
+
+
+def _digits(name: str) -> Cell:
+    return lambda row: score(row[name], digits=3)
+
+
+EXPECTED_COLUMNS: dict[str, Cell] = {
+    "": _text("quantity"),
+    "expected": _text("expected"),
+    "ours": _digits("ours"),
+    "without first and own": _digits("ours_without_first_and_own"),
+    "met": lambda row: {True: "yes", False: "no", None: "-"}[row["met"]],
+}
+NEEDLE_COLUMNS: dict[str, Cell] = {
+    "method": pass_name,
+    "sparsity": _digits("sparsity"),
+    "needles": lambda row: f"{row['right']} of {row['cases']}",
+    "accuracy": lambda row: score(row["accuracy"], row["accuracy_interval"]),
+    "minus dense": lambda row: score(row["difference"], row["difference_interval"], sign=True),
+}
+TEXT_COLUMNS: dict[str, Cell] = {
+    "method": pass_name,
+    "sparsity": _digits("sparsity"),
+    "perplexity": lambda row: score(row["perplexity"], row["perplexity_interval"]),
+    "perplexity over dense": lambda row: score(row["ratio"], row["ratio_interval"], digits=3),
+    "KL to dense": lambda row: score(row["kl"], row["kl_interval"], digits=3),
+}
+
+
+def _text_tables(rows: Sequence[Line]) -> Iterator[Table]:
+    for caption, found, several in _by_length(rows):
+        yield _table(found, several, TEXT_COLUMNS, f"Text, {caption}, {found[0]['tokens']} tokens read")
 
 
 def _budget_tables(rows: Sequence[Line], settings: Mapping[str, Any]) -> Iterator[Table]:
     budgets, shares = settings["budgets"], settings["shares"]
+
+    def kept(budget: int) -> Cell:
+        mass, recall = _digits(f"mass_at_{budget}"), _digits(f"recall_at_{budget}")
+        return lambda row: f"{mass(row)} ({recall(row)})"
+
+    prices = {f"sparsity at {100 * share:g} % of the mass": _digits(f"sparsity_for_{share:g}") for share in shares}
     for caption, found, several in _by_length([row for row in rows if f"mass_at_{budgets[0]}" in row]):
-        header = [f"{b} blocks ({_three_digits(found[0][f'sparsity_at_{b}'])})" for b in budgets]
-        lines = [
-            [
-                *[row["variant"]] * several,
-                row["method"],
-                *(f"{_three_digits(row[f'mass_at_{b}'])} ({_three_digits(row[f'recall_at_{b}'])})" for b in budgets),
-                *(_three_digits(row[f"sparsity_for_{share:g}"]) for share in shares),
-            ]
-            for row in found
-        ]
-        prices = [f"sparsity at {100 * share:g} % of the mass" for share in shares]
-        yield Table([*["model"] * several, "method", *header, *prices], lines, caption)
-
-
-def _text_tables(rows: Sequence[Line]) -> Iterator[Table]:
-    header = ["method", "sparsity", "perplexity", "perplexity over dense", "KL to dense"]
-    for caption, found, several in _by_length(rows):
-        lines = [
-            [
-                *[row["variant"]] * several,
-                pass_name(row),
-                _three_digits(row["sparsity"]),
-                score(row["perplexity"], row["perplexity_interval"]),
-                _interval(row["ratio"], row["ratio_interval"]),
-                _interval(row["kl"], row["kl_interval"]),
-            ]
-            for row in found
-        ]
-        yield Table([*["model"] * several, *header], lines, f"Text, {caption}, {found[0]['tokens']} tokens read")
-
-
-def _needle_tables(rows: Sequence[Line]) -> Iterator[Table]:
-    header = ["method", "sparsity", "needles", "accuracy", "minus dense"]
-    for caption, found, several in _by_length(rows):
-        lines = [
-            [
-                *[row["variant"]] * several,
-                pass_name(row),
-                _three_digits(row["sparsity"]),
-                f"{row['right']} of {row['cases']}",
-                score(row["accuracy"], row["accuracy_interval"]),
-                score(row["difference"], row["difference_interval"], sign=True),
-            ]
-            for row in found
-        ]
-        yield Table([*["model"] * several, *header], lines, f"Needles, {caption}")
-
-
-def _interval(value: float, span: tuple[float, float] | None) -> str:
-    """Like ``score``, with a third digit for ratios near 1."""
-    return f"{value:.3f}" + ("" if span is None else f" [{span[0]:.3f}, {span[1]:.3f}]")
-
-
-def _three_digits(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+        quality = {f"{b} blocks ({score(found[0][f'sparsity_at_{b}'], digits=3)})": kept(b) for b in budgets}
+        yield _table(found, several, {"method": _text("method"), **quality, **prices}, caption)
 
 
 def _span(layers: Sequence[int]) -> str:

@@ -4,10 +4,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from sparsekv_pl.blocksparse.block_methods import DENSE, GATE, SKETCH_WALK, thresholded
 from sparsekv_pl.models.batch import TEXT
-from sparsekv_pl.reporting.intervals import paired_bootstrap, perplexity_interval, wilson_interval
-from sparsekv_pl.storage.records import Record
+from sparsekv_pl.reporting.intervals import mean_interval, paired_bootstrap, wilson_interval
+from sparsekv_pl.storage.records import Record, grouped
 
 Line = dict[str, Any]
 KEYS = ("kind", "variant", "case", "task", "length", "depth", "layer", "method", "other", "budget")
@@ -27,8 +29,9 @@ def comparison_summary(records: Sequence[Record], settings: Mapping[str, Any]) -
     """Means by length over the layers that are sparse in all methods, means by layer, and the scores of the passes."""
     kinds = {kind: [record for record in records if record["kind"] == kind] for kind in ("agreement", "pair", "pass")}
     layers = sparse_layers(kinds["agreement"])
-    agreement = means(in_layers(kinds["agreement"], layers), ["variant", "length", "method"])
-    pairs = means(in_layers(kinds["pair"], layers), ["variant", "length", "method", "other"])
+    inside = {kind: [record for record in kinds[kind] if record["layer"] in layers] for kind in ("agreement", "pair")}
+    agreement = means(inside["agreement"], ["variant", "length", "method"])
+    pairs = means(inside["pair"], ["variant", "length", "method", "other"])
     return {
         "sparse_layers": layers,
         "expected": expected_rows(agreement, pairs, settings),
@@ -76,10 +79,10 @@ def _expected(line: Line, key: str, how: str, ours: float | None, free: float | 
 def means(records: Iterable[Record], by: Sequence[str]) -> list[Line]:
     """A row per combination of ``by``: the number of ``cases``, and each measure's mean over records that have it."""
     rows = []
-    for key, found in _grouped(records, by).items():
+    for found in grouped(records, *by).values():
         names = dict.fromkeys(name for record in found for name in record if name not in KEYS)
         values = {name: [r[name] for r in found if r.get(name) is not None] for name in names}
-        row: Line = dict(zip(by, key, strict=True))
+        row: Line = {name: found[0][name] for name in by}
         row |= {name: sum(some) / len(some) if some else None for name, some in values.items()}
         rows.append(row | {"cases": len({record["case"] for record in found})})
     return rows
@@ -87,16 +90,9 @@ def means(records: Iterable[Record], by: Sequence[str]) -> list[Line]:
 
 def sparse_layers(records: Iterable[Record]) -> list[int]:
     """The layers for which every method has an agreement record; only these are compared."""
-    records = list(records)
-    methods = _grouped(records, ["method"]).values()
-    common = set.intersection(*({record["layer"] for record in found} for found in methods)) if records else set()
+    methods = grouped(records, "method").values()
+    common = set.intersection(*({record["layer"] for record in found} for found in methods)) if methods else set()
     return sorted(common)
-
-
-def in_layers(records: Iterable[Record], layers: Sequence[int]) -> list[Record]:
-    """The records of these layers."""
-    chosen = set(layers)
-    return [record for record in records if record["layer"] in chosen]
 
 
 def text_rows(passes: Sequence[Record]) -> list[Line]:
@@ -105,10 +101,10 @@ def text_rows(passes: Sequence[Record]) -> list[Line]:
     def row(found: list[Record], dense: list[Record]) -> Line:
         tokens = sum(r["tokens"] for r in found)
         columns = [[r["nll"], d["nll"], r["tokens"], r["kl"]] for r, d in zip(found, dense, strict=True)]
-        ratio, kl = paired_bootstrap(columns, _ratio_and_kl)
+        perplexity, ratio, kl = paired_bootstrap(columns, _scores)
         return {
             "perplexity": math.exp(sum(r["nll"] for r in found) / tokens),
-            "perplexity_interval": perplexity_interval([r["nll"] for r in found], [r["tokens"] for r in found]),
+            "perplexity_interval": perplexity,
             "ratio": math.exp(sum(r["nll"] - d["nll"] for r, d in zip(found, dense, strict=True)) / tokens),
             "ratio_interval": ratio,
             "kl": sum(r["kl"] for r in found) / tokens,
@@ -124,24 +120,22 @@ def needle_rows(passes: Sequence[Record]) -> list[Line]:
 
     def row(found: list[Record], dense: list[Record]) -> Line:
         right = round(sum(r["exact"] for r in found))
-        columns = [[r["exact"] - d["exact"], 1] for r, d in zip(found, dense, strict=True)]
-        (difference,) = paired_bootstrap(columns, lambda sums: sums[..., :1] / sums[..., 1:])
+        differences = [r["exact"] - d["exact"] for r, d in zip(found, dense, strict=True)]
         return {
             "right": right,
             "accuracy": right / len(found),
             "accuracy_interval": wilson_interval(right, len(found)),
-            "difference": sum(column[0] for column in columns) / len(found),
-            "difference_interval": difference,
+            "difference": sum(differences) / len(found),
+            "difference_interval": mean_interval(differences),
         }
 
     return _pass_rows([record for record in passes if record["task"] != TEXT], row)
 
 
-def _ratio_and_kl(sums: Any) -> Any:
-    import numpy as np
-
+def _scores(sums: Any) -> Any:
+    """Perplexity, its ratio to dense attention, and KL (..., 3)."""
     nll, dense, tokens, kl = (sums[..., column] for column in range(4))
-    return np.stack([np.exp((nll - dense) / tokens), kl / tokens], axis=-1)
+    return np.stack([np.exp(nll / tokens), np.exp((nll - dense) / tokens), kl / tokens], axis=-1)
 
 
 def _pass_rows(passes: list[Record], row: Callable[[list[Record], list[Record]], Line]) -> list[Line]:
@@ -152,17 +146,10 @@ def _pass_rows(passes: list[Record], row: Callable[[list[Record], list[Record]],
     rows = []
     for records in (passes, pooled):
         dense = {(r["variant"], r["case"]): r for r in records if r["method"] == DENSE}
-        for key, found in _grouped(records, by).items():
+        for found in grouped(records, *by).values():
             paired = [dense[record["variant"], record["case"]] for record in found]
-            line: Line = {**dict(zip(by, key, strict=True)), "cases": len(found)}
+            line: Line = {**{name: found[0][name] for name in by}, "cases": len(found)}
             line["sparsity"] = sum(record["sparsity"] for record in found) / len(found)
             line["seconds"] = sum(record["seconds"] for record in found) / len(found)
             rows.append(line | row(found, paired))
     return rows
-
-
-def _grouped(records: Iterable[Record], by: Sequence[str]) -> dict[tuple[Any, ...], list[Record]]:
-    groups: dict[tuple[Any, ...], list[Record]] = {}
-    for record in records:
-        groups.setdefault(tuple(record[name] for name in by), []).append(record)
-    return groups

@@ -15,13 +15,6 @@ class RandomBlocks:
 
     A query block's scores depend only on the seed, the layer and the block's index, so they do not depend on whether
     its tokens arrive together or one by one.
-
-    Parameters
-    ----------
-    block_size
-        Tokens per block.
-    seed
-        Seed of the draws, at least 0.
     """
 
     block_size: int = 64
@@ -48,11 +41,6 @@ class LocalBlocks:
     """Scores that rise with nearness: ``TopBlocks`` selects the first block and the most recent ones, as StreamingLLM.
 
     Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv 2309.17453; here in whole blocks.
-
-    Parameters
-    ----------
-    block_size
-        Tokens per block.
     """
 
     block_size: int = 64

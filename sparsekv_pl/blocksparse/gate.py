@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsekv_pl.attention.blocks import visible_blocks
+from sparsekv_pl.attention.blocks import check_seen, visible_blocks
 from sparsekv_pl.blocksparse.gate_store import GateShape, read_gates, write_gates
 from sparsekv_pl.models.cache_shape import cache_shape
 from sparsekv_pl.models.decoder import decoder_of
@@ -44,11 +44,8 @@ class Rope(NamedTuple):
 def ropes_of(model: PreTrainedModel) -> list[Rope]:
     """The RoPE of every layer of ``model``.
 
-    Raises
-    ------
-    ValueError
-        If it cannot be undone from a position alone: frequencies that depend on the context's length or the layer's
-        kind, or other pairs of coordinates (tested on the model's own function).
+    Raises ``ValueError`` if it cannot be undone from a position alone: frequencies that depend on the context's length
+    or the layer's kind, or other pairs of coordinates (tested on the model's own function).
     """
     decoder = decoder_of(model)
     rotary: Any = getattr(decoder, "rotary_emb", None)
@@ -213,10 +210,8 @@ class GateScorer:
     def __call__(self, layer: int, query: Tensor, key: Tensor) -> Tensor:
         """(B, H, Nq, Nk). See ``BlockScorer``.
 
-        Raises
-        ------
-        ValueError
-            For shapes that differ from the gates', and if the S - T older keys are not the tokens scored before.
+        Raises ``ValueError`` for shapes that differ from the gates', and if the S - T older keys are not the tokens
+        scored before.
         """
         self._check_shape(layer, query, key)
         gate, size = self.gates.gate(layer).to(query.device), self.block_size
@@ -247,13 +242,8 @@ class GateScorer:
             blocks = query.new_zeros(rows, shape.kv_heads, 0, shape.gate_dim, dtype=torch.float32)
             return _Seen(0, query[:, :, :0], blocks)
         seen = self._seen.get(layer)
-        if seen is None or seen.tokens != older or len(seen.query) != rows:
-            scored = "none were" if seen is None else f"{seen.tokens} tokens in {len(seen.query)} rows were"
-            raise ValueError(
-                f"layer {layer} has {older} older keys in {rows} rows, but {scored} scored: blocks need the whole "
-                "cache. Evict nothing (no press), give every forward of a context to the same scorer, and copy the "
-                "scorer where a cache is copied"
-            )
+        check_seen(layer, (rows, older), (0, 0) if seen is None else (len(seen.query), seen.tokens))
+        assert seen is not None
         return seen
 
 

@@ -39,7 +39,7 @@ class GateDistillation(LightningModule):
 
     Validation logs loss, ``recall`` (share of the best blocks by P that are among the gate's best; see ``TOP``),
     ``mass`` (attention on the gate's best blocks) and ``mass_best`` (on the best blocks), the last three without query
-    block 0.
+    block 0. Raises ``ValueError`` for a model whose RoPE gates do not support, and for sizes out of range.
 
     Parameters
     ----------
@@ -53,11 +53,6 @@ class GateDistillation(LightningModule):
         Called with the gates' parameters.
     lr_scheduler
         Called with the optimizer; steps once per optimizer step. None keeps the learning rate.
-
-    Raises
-    ------
-    ValueError
-        For a model whose RoPE gates do not support, and for sizes out of range.
     """
 
     def __init__(
@@ -175,12 +170,8 @@ class GateDistillation(LightningModule):
 def gate_loss(peak: Tensor, log_scores: Tensor) -> Tensor:
     """KL(target || gate) in nats, averaged over rows, heads and query blocks.
 
-    Parameters
-    ----------
-    peak
-        (B, H, N, N) largest attention between blocks; the target is its normalisation per query block.
-    log_scores
-        (B, H, N, N) the gate's log-scores; may be -inf where ``peak`` is 0.
+    The target is ``peak`` (B, H, N, N), the largest attention between blocks, normalised per query block. The gate's
+    ``log_scores`` (B, H, N, N) may be -inf where ``peak`` is 0.
     """
     target = peak / peak.sum(-1, keepdim=True)
     learnt = torch.where(target > 0, log_scores, 0)

@@ -46,10 +46,7 @@ def write_gates(folder: str | Path, shape: GateShape, tensors: Mapping[str, Tens
 def read_gates(folder: str | Path) -> tuple[GateShape, dict[str, Tensor]]:
     """Read the shape and the tensors that ``write_gates`` wrote.
 
-    Raises
-    ------
-    ValueError
-        For a folder without gates, an invalid shape, or a damaged file of tensors.
+    Raises ``ValueError`` for a folder without gates, an invalid shape, or a damaged file of tensors.
     """
     folder = Path(folder).expanduser()
     missing = [name for name in (SHAPE, TENSORS) if not (folder / name).is_file()]

@@ -17,21 +17,9 @@ class SubsampledHadamard(nn.Module):
 
     The input is padded with zeros to n, the next power of two, multiplied by random signs and transformed;
     ``sketch_dim`` coordinates are kept and scaled by sqrt(n / sketch_dim). The expectation over seeds of the results'
-    inner products is that of the inputs; with ``sketch_dim`` = n they are equal for every seed.
-
-    Parameters
-    ----------
-    dim
-        Coordinates of the inputs.
-    sketch_dim
-        Coordinates of the results, at most n.
-    seed
-        Seed of signs and coordinates, which are the same on every device.
-
-    Raises
-    ------
-    ValueError
-        For a ``sketch_dim`` below 1 or above n.
+    inner products is that of the inputs; with ``sketch_dim`` = n they are equal for every seed. Signs and coordinates
+    follow from ``seed`` and are the same on every device. Raises ``ValueError`` for a ``sketch_dim`` below 1 or above
+    n.
     """
 
     signs: Tensor
@@ -63,10 +51,7 @@ class SubsampledHadamard(nn.Module):
 def walsh_hadamard(x: Tensor) -> Tensor:
     """The orthonormal Walsh-Hadamard transform of x (..., n) in Sylvester's order, in n log n steps.
 
-    Raises
-    ------
-    ValueError
-        If n is not a power of two.
+    Raises ``ValueError`` if n is not a power of two.
     """
     size = x.shape[-1]
     if size < 1 or size & (size - 1):

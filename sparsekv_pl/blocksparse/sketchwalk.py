@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparsekv_pl.attention.blocks import block_count, first_block, visible_blocks
+from sparsekv_pl.attention.blocks import block_count, check_seen, first_block, visible_blocks
 from sparsekv_pl.blocksparse.hadamard import SubsampledHadamard
 
 
@@ -41,7 +41,7 @@ class SketchWalk:
     It has state: use one object for all forwards of one context, in order, and a ``copy.deepcopy`` of it for a copy of
     the cache. A forward of T tokens only scores these T tokens, and gives the last rows of a prefill of all tokens. The
     state per layer is (B, N, sketch_dim) sums of keys and (B, N, N) transitions, N blocks, in float32. There is no
-    gradient.
+    gradient. Raises ``ValueError`` for a setting out of range.
 
     Parameters
     ----------
@@ -57,11 +57,6 @@ class SketchWalk:
         Weight of the walk against the layer alone, from 0 (each layer by itself) to 1 (the paper's product).
     seed
         Seed of the sketch, which is the same for all layers.
-
-    Raises
-    ------
-    ValueError
-        For a setting out of range.
     """
 
     block_size: int = 64
@@ -94,17 +89,13 @@ class SketchWalk:
         """(B, 1, Nq, Nk) float32, or None for the first layers. See ``BlockScorer``.
 
         Layers must ascend, and may be a subset of the model's: the context's first forward sets the layers of the walk,
-        and later forwards must have the same.
-
-        Raises
-        ------
-        ValueError
-            For layers out of order, and if the S - T older keys are not the tokens scored before.
+        and later forwards must have the same. Raises ``ValueError`` for layers out of order, and if the S - T older
+        keys are not the tokens scored before.
         """
         tokens = query.shape[0], query.shape[2], key.shape[2]
         walk = self._enter(layer, tokens)
         state = self._layers.get(layer) or _Layer.empty(query, self.sketch_dim)
-        _check_seen(layer, state, tokens)
+        check_seen(layer, (tokens[0], tokens[2] - tokens[1]), (len(state.keys), state.seen))
         with torch.autocast(query.device.type, enabled=False):  # autocast would round sums and walk to 16 bits
             state, rows = self._advance(state, query, key)
             if walk is not None:
@@ -202,13 +193,3 @@ def block_sums(states: Tensor, start: int, block_size: int) -> Tensor:
     if whole < tokens:
         parts.append(states[:, :, whole:].sum((1, 2), dtype=torch.float32)[:, None])
     return torch.cat(parts, 1) / states.shape[1]
-
-
-def _check_seen(layer: int, state: _Layer, tokens: tuple[int, int, int]) -> None:
-    rows, queries, keys = tokens
-    if keys - queries != state.seen or rows != len(state.keys):
-        raise ValueError(
-            f"layer {layer} has {keys - queries} older keys in {rows} rows, but {state.seen} tokens in "
-            f"{len(state.keys)} rows were scored: blocks need the whole cache. Evict nothing (no press), give every "
-            "forward of a context to the same scorer, and copy the scorer where a cache is copied"
-        )

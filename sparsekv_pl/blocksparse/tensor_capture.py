@@ -14,6 +14,7 @@ from sparsekv_pl.attention.statistics import StatisticsSettings, attention_stati
 from sparsekv_pl.blocksparse.tensor_format import LayerTensors, Metadata, file_name, write
 from sparsekv_pl.models.cache_shape import cache_shape
 from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.storage.whole_files import free_bytes
 
 MEASURES = ("block_sparsity", "effective_support", "top_k_coverage")
 """Measures recorded for each layer; see ``LayerStatistics``."""
@@ -26,25 +27,8 @@ class TensorCapture:
 
     Call ``begin``, run the forward with ``observer=capture``, then call ``finish``. A sample's files appear in
     ``folder`` together, after all of its layers are written; a forward that fails leaves none. Set ``rank`` if several
-    processes write to one folder.
-
-    Parameters
-    ----------
-    folder
-        Output folder; made if missing.
-    model
-        The model that runs the forwards.
-    model_path
-        The model's name in the metadata.
-    layers
-        Layers to write; null: all.
-    statistics
-        Settings of each layer's statistics; null: ``DEFAULT_STATISTICS``.
-
-    Raises
-    ------
-    ValueError
-        For layers that the model does not have, and for attention that Q, K and V alone do not determine.
+    processes write to one folder. ``layers`` of None are all; ``statistics`` of None are ``DEFAULT_STATISTICS``. Raises
+    ``ValueError`` for layers that the model does not have, and for attention that Q, K and V alone do not determine.
     """
 
     def __init__(
@@ -142,10 +126,8 @@ class TensorCapture:
 def chosen_layers(model: PreTrainedModel, layers: Sequence[int] | None) -> list[int]:
     """Check and sort the layers to write.
 
-    Raises
-    ------
-    ValueError
-        For layers that the model does not have, and for attention that Q, K and V alone do not determine.
+    Raises ``ValueError`` for layers that the model does not have, and for attention that Q, K and V alone do not
+    determine.
     """
     stack = decoder_of(model).layers
     chosen = list(range(len(stack))) if layers is None else sorted(set(layers))
@@ -178,14 +160,10 @@ def disk_need(
 ) -> str:
     """One line about the disk space that ``samples`` (length -> number) need in ``folder``.
 
-    Raises
-    ------
-    ValueError
-        If that much is not free.
+    Raises ``ValueError`` if that much is not free.
     """
     sizes = {length: count * sample_bytes(model, length, len(layers), dtype) for length, count in samples.items()}
-    there = next((path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()), Path("/"))
-    free, need = shutil.disk_usage(there).free, sum(sizes.values())
+    free, need = free_bytes(folder), sum(sizes.values())
     parts = [f"{samples[n]} x {n} tokens {_readable(size)}" for n, size in sorted(sizes.items())]
     name = str(dtype).removeprefix("torch.")
     line = (

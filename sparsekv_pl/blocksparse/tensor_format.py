@@ -79,11 +79,9 @@ def write(folder: Path, sample: int, tensors: LayerTensors) -> Path:
 def read(path: Path) -> LayerTensors:
     """Read and check one file. The tensors are memory-mapped.
 
-    Raises
-    ------
-    TensorFileError
-        For a file that is truncated, is not a tensor file, or holds pickled code (which is not run); for keys, shapes,
-        dtypes and metadata that contradict each other or the name; and for numbers that are not finite.
+    Raises ``TensorFileError`` for a file that is truncated, is not a tensor file, or holds pickled code (which is not
+    run); for keys, shapes, dtypes and metadata that contradict each other or the name; and for numbers that are not
+    finite.
     """
     content = _loaded(path)
     wrong = _wrong_content(content) or _wrong_metadata(content["metadata"]) or _wrong_tensors(content)

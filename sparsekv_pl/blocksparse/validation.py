@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from rich import box
+from rich.table import Table as TerminalTable
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 
@@ -17,7 +19,7 @@ from sparsekv_pl.attention.blocks import NOTHING, Blocks, Selector, TopBlocks, b
 from sparsekv_pl.blocksparse.sketchwalk import SketchWalk
 from sparsekv_pl.blocksparse.tensor_format import LayerTensors, TensorFileError, read
 from sparsekv_pl.blocksparse.validation_figures import validation_figure
-from sparsekv_pl.blocksparse.validation_summary import MEASUREMENT, expected_table, sections, summary
+from sparsekv_pl.blocksparse.validation_summary import expected_table, sections, summary
 from sparsekv_pl.evaluation.measuring_module import MeasuringModule, Piece
 from sparsekv_pl.evaluation.time_and_memory import timed
 from sparsekv_pl.reporting import write_analysis
@@ -27,16 +29,14 @@ from sparsekv_pl.reporting.page import Table
 from sparsekv_pl.storage.fingerprint import digest_of
 from sparsekv_pl.storage.records import Record
 
-if TYPE_CHECKING:
-    from rich.table import Table as TerminalTable
-
 
 class SketchWalkValidation(MeasuringModule):
     """Runs Sketch&Walk and dense attention over the layers of every sample in order, without a model.
 
     Writes validation_results_{timestamp}.json (a record per file, see ``validated``), their summary as
     validation_summary_{timestamp}.json, and a report. An invalid file is refused by name, and the walk continues
-    without it. Finished samples are not run again, unless their files or a setting changed.
+    without it. Finished samples are not run again, unless their files or a setting changed. Raises ``ValueError`` for a
+    setting out of range.
 
     Parameters
     ----------
@@ -48,11 +48,6 @@ class SketchWalkValidation(MeasuringModule):
         Number of key blocks that a query block attends to, including the first and its own.
     repeats
         Number of timings of dense and sparse attention, in turn; medians are reported.
-
-    Raises
-    ------
-    ValueError
-        For a setting out of range.
     """
 
     def __init__(
@@ -101,7 +96,8 @@ class SketchWalkValidation(MeasuringModule):
         """Write the results, the summary and the report."""
         stamp = time.strftime("%Y%m%d_%H%M%S", time.localtime(self.started))
         summed_up = summary(records, self.settings | {"top_k_blocks": self.top_k_blocks, "repeats": self.repeats})
-        results = [{name: record[name] for name in MEASUREMENT} for record in records if "refused" not in record]
+        measured = [record for record in records if "refused" not in record]
+        results = [{name: value for name, value in one.items() if name != "kept_dense"} for one in measured]
         names = [f"validation_{kind}_{stamp}.json" for kind in ("results", "summary")]
         paths = write_analysis(
             self.output,
@@ -138,10 +134,10 @@ def validated(
     repeats: int = 3,
     device: torch.device | str = "cpu",
 ) -> Record:
-    """Compare sparse with dense attention on one layer; return the fields of ``MEASUREMENT`` except sample_id.
+    """Compare sparse with dense attention on one layer; return its record, without the sample_id.
 
     Dense is scaled_dot_product_attention(is_causal=True); sparse is selection and block-sparse attention together. Both
-    run in the dtype of the file. Further fields and details:
+    run in the dtype of the file. The fields:
 
     layer_idx, seq_len, num_heads
         Values of the file's metadata; num_heads counts query heads.
@@ -160,7 +156,8 @@ def validated(
     dense_time_ms, sparse_time_ms, speedup
         Medians of ``repeats`` turns after a first, uncounted one; dense divided by sparse.
     kept_dense
-        Whether the selector left this layer dense: sparsity 0, all blocks, and sparse equals dense.
+        Whether the selector left this layer dense: sparsity 0, all blocks, and sparse equals dense. Left out of
+        validation_results_{timestamp}.json.
     """
     layer, length = tensors.metadata["layer_idx"], tensors.metadata["seq_len"]
     query, key, value = (t.to(device, copy=True) for t in (tensors.query, tensors.key, tensors.value))
@@ -229,10 +226,7 @@ def _milliseconds(turns: Sequence[Selector], layer: int, *states: Tensor) -> tup
     return 1000 * median(dense), 1000 * median(sparse)
 
 
-def _for_terminal(table: Table) -> "TerminalTable":
-    from rich import box
-    from rich.table import Table as TerminalTable
-
+def _for_terminal(table: Table) -> TerminalTable:
     shown = TerminalTable(*table.header, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for line in table.lines:
         shown.add_row(*line)

@@ -1,44 +1,17 @@
 """Summary of a validation by length and by layer, with the expected figures."""
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any, Literal
 
 from sparsekv_pl.reporting.page import Section, Table
-from sparsekv_pl.storage.records import Record
+from sparsekv_pl.storage.records import Record, grouped
 
-MEASUREMENT = (
-    "sample_id",
-    "layer_idx",
-    "seq_len",
-    "num_heads",
-    "actual_sparsity",
-    "target_sparsity",
-    "block_sparsity",
-    "cosine_similarity",
-    "mse",
-    "max_error",
-    "num_blocks_selected",
-    "total_blocks",
-    "block_selection_ratio",
-    "dense_time_ms",
-    "sparse_time_ms",
-    "speedup",
-)
-"""Fields of a file's record in validation_results_{timestamp}.json."""
-SUMMED_UP = (
-    "actual_sparsity",
-    "block_sparsity",
-    "cosine_similarity",
-    "mse",
-    "max_error",
-    "dense_time_ms",
-    "sparse_time_ms",
-    "speedup",
-)
+SUMMED_UP = """
+    actual_sparsity block_sparsity cosine_similarity mse max_error dense_time_ms sparse_time_ms speedup
+""".split()
 
 
 @dataclass(frozen=True)
@@ -82,8 +55,8 @@ def summary(records: Sequence[Record], settings: Mapping[str, Any]) -> dict[str,
     """
     refused = [record for record in records if "refused" in record]
     measured = [record for record in records if "refused" not in record]
-    by_length = {str(n): _summed_up(own) for n, own in _by(measured, "seq_len").items()}
-    for length, own in _by([record for record in measured if not record["kept_dense"]], "seq_len").items():
+    by_length = {str(n): _summed_up(own) for n, own in _by(measured, "seq_len")}
+    for length, own in _by([record for record in measured if not record["kept_dense"]], "seq_len"):
         by_length[str(length)]["sparse_layers"] = _summed_up(own)
     return {
         "settings": dict(settings),
@@ -91,10 +64,10 @@ def summary(records: Sequence[Record], settings: Mapping[str, Any]) -> dict[str,
         "refused": [{"file": record["file"], "reason": record["refused"]} for record in refused],
         "expected": list(_expectations(measured)),
         "by_length": by_length,
-        "by_layer": {str(layer): _summed_up(own) for layer, own in _by(measured, "layer_idx").items()},
+        "by_layer": {str(layer): _summed_up(own) for layer, own in _by(measured, "layer_idx")},
         "by_length_and_layer": {
-            str(length): {str(layer): _summed_up(some) for layer, some in _by(own, "layer_idx").items()}
-            for length, own in _by(measured, "seq_len").items()
+            str(length): {str(layer): _summed_up(some) for layer, some in _by(own, "layer_idx")}
+            for length, own in _by(measured, "seq_len")
         },
     }
 
@@ -121,7 +94,7 @@ def expected_table(content: Mapping[str, Any]) -> Table:
 
 
 def _expectations(measured: Sequence[Record]) -> Iterable[dict[str, Any]]:
-    by_length = _by([record for record in measured if not record["kept_dense"]], "seq_len")
+    by_length = dict(_by([record for record in measured if not record["kept_dense"]], "seq_len"))
     for expected in EXPECTED:
         lengths: list[int | None] = [expected.length] if expected.length else [*by_length] or [None]
         for length in lengths:
@@ -161,10 +134,7 @@ def _layer_table(content: Mapping[str, Any]) -> Table:
             numbers.insert(3, sums["max_error"]["max"])
             kept = "dense" if sums["kept_dense"] == sums["count"] else "sparse"
             lines.append([length, layer, kept, str(sums["count"]), *map(_short, numbers)])
-    return Table(
-        ["tokens", "layer", "", "files", "sparsity", "cosine", "MSE", "largest error", "speed-up"],
-        lines,
-    )
+    return Table(["tokens", "layer", "", "files", "sparsity", "cosine", "MSE", "largest error", "speed-up"], lines)
 
 
 def _summed_up(records: Sequence[Record]) -> dict[str, Any]:
@@ -173,11 +143,8 @@ def _summed_up(records: Sequence[Record]) -> dict[str, Any]:
     return {"count": len(records), "kept_dense": sum(record["kept_dense"] for record in records), **sums}
 
 
-def _by(records: Iterable[Record], name: str) -> dict[int, list[Record]]:
-    groups = defaultdict(list)
-    for record in records:
-        groups[record[name]].append(record)
-    return dict(sorted(groups.items()))
+def _by(records: Iterable[Record], column: str) -> list[tuple[int, list[Record]]]:
+    return sorted(grouped(records, column).items())
 
 
 def _short(number: float | None) -> str:

@@ -3,14 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sparsekv_pl.reporting.figures import png
+from matplotlib.figure import Figure
+
 from sparsekv_pl.reporting.file_formats import json_bytes, replace_all
-from sparsekv_pl.reporting.page import Picture, Section, Table, html, markdown
+from sparsekv_pl.reporting.page import Section, Table, html, markdown
+from sparsekv_pl.reporting.plots import png
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+Drawn = Mapping[str, tuple[str, Figure]]
+"""File name ending in .png -> (caption, picture)."""
 
 
 def write_analysis(
@@ -19,44 +21,43 @@ def write_analysis(
     sections: Sequence[Section],
     content: Mapping[str, Any],
     environment: Mapping[str, object],
-    figures: "Mapping[str, tuple[str, Figure]] | None" = None,
-    files: Mapping[str, bytes] | None = None,
+    figures: Drawn,
+    files: Mapping[str, bytes],
+) -> list[Path]:
+    """Write a page with the environment as its last section; see ``write_page``. Returns the paths.
+
+    ``content`` is that of report.json beside "title" and "environment". Pictures that no section names go to the first.
+    """
+    named = {name for section in sections for name in section.pictures}
+    first, *others = sections
+    first = replace(first, pictures=[*first.pictures, *(name for name in figures if name not in named)])
+    facts = Table(["", ""], [[name, str(value)] for name, value in environment.items()])
+    page = [first, *others, Section("Environment", tables=[facts])]
+    return write_page(output, title, page, {**content, "environment": dict(environment)}, figures, files)
+
+
+def write_page(
+    output: Path,
+    title: str,
+    sections: Sequence[Section],
+    content: Mapping[str, Any],
+    figures: Drawn,
+    files: Mapping[str, bytes],
 ) -> list[Path]:
     """Write report.md, report.html (which embeds its pictures), report.json and further files; return the paths.
 
-    Everything is rendered before anything is written, and each file is replaced in one step.
-
-    Parameters
-    ----------
-    output
-        Folder; made if missing.
-    title
-        Heading of the page.
-    sections
-        Sections of the page. Pictures that no section names go to the first one.
-    content
-        Content of report.json, added to "title" and "environment"; JSON-able and finite.
-    environment
-        Hardware, versions and settings of the run; also the page's last section.
-    figures
-        File name ending in .png -> (caption, picture).
-    files
-        Further files: name -> content.
+    Everything is rendered before anything is written, and each file is replaced in one step: a report that fails leaves
+    the earlier one intact. ``output`` is made if missing; ``content`` is JSON-able and finite.
     """
-    figures = figures or {}
-    named = {picture.name for section in sections for picture in section.pictures}
-    loose = [Picture(name, alt) for name, (alt, _) in figures.items() if name not in named]
-    first, *others = sections
-    facts = Table(["", ""], [[name, str(value)] for name, value in environment.items()])
-    page = [replace(first, pictures=[*first.pictures, *loose]), *others, Section("Environment", tables=[facts])]
     images = {name: png(figure) for name, (_, figure) in figures.items()}
+    captions = {name: caption for name, (caption, _) in figures.items()}
     return replace_all(
         output,
         {
-            "report.md": markdown(title, page).encode(),
-            "report.html": html(title, page, images).encode(),
-            "report.json": json_bytes({"title": title, **content, "environment": dict(environment)}),
-            **(files or {}),
+            "report.md": markdown(title, sections, captions).encode(),
+            "report.html": html(title, sections, captions, images).encode(),
+            "report.json": json_bytes({"title": title, **content}),
+            **files,
             **images,
         },
     )

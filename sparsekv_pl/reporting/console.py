@@ -2,27 +2,23 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+from rich.console import Console
+from rich.table import Table
 
 WIDEST = 10_000
 """Width in columns when output goes to a file: nothing is folded or cut."""
 
 
-def console(stderr: bool = False) -> "Console":
+def console(stderr: bool = False) -> Console:
     """Make a console without markup and emoji; in a file, lines are not wrapped."""
-    from rich.console import Console
-
     made = Console(markup=False, emoji=False, stderr=stderr)
-    if made.is_terminal or made.is_jupyter:
-        return made
-    return Console(markup=False, emoji=False, stderr=stderr, width=WIDEST)
+    wide = made.is_terminal or made.is_jupyter
+    return made if wide else Console(markup=False, emoji=False, stderr=stderr, width=WIDEST)
 
 
-def show(*shown: "str | Table") -> None:
+def show(*shown: str | Table) -> None:
     """Print tables and texts; texts are not wrapped in a narrow terminal."""
     for one in shown:
         console().print(one, soft_wrap=isinstance(one, str))

@@ -1,16 +1,23 @@
 """Tables over the records: cost and kept pairs of every condition, and the stability of retained importance."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from sparsekv_pl.reporting.condition import Condition
 from sparsekv_pl.reporting.sorted_records import ALL_RETRIEVAL, Measured
 from sparsekv_pl.storage.records import Record
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 Line = dict[str, Any]
+STABILITY = {
+    "min_retained": "min",
+    "mean_retained": "min",
+    "retained_variance": "max",
+    "overlap_prompts": "min",
+    "overlap_steps": "min",
+}
+"""Measure of stability -> which of its values is the worst."""
 
 
 def ledger_rows(measured: Measured) -> list[Line]:
@@ -21,7 +28,7 @@ def ledger_rows(measured: Measured) -> list[Line]:
     and ``memory``: "freed", "only masked", "freed or masked" if cases differ, None if nothing was evicted.
     """
 
-    def line(condition: Condition, found: "pd.DataFrame") -> Line:
+    def line(condition: Condition, found: pd.DataFrame) -> Line:
         length = int(found["length"].iloc[0])
         kept = _mean(found, "kept_pairs")
         return {
@@ -46,34 +53,22 @@ def stability_rows(measured: Measured) -> list[Line]:
     DefensiveKV (https://arxiv.org/abs/2510.13334) argues for the worst case: a good mean does not prevent failures.
     """
 
-    def line(condition: Condition, found: "pd.DataFrame") -> Line:  # noqa: ARG001
-        return {
-            "variant": found["variant"].iloc[0],
-            "measured": len(found),
-            "min_retained": _mean(found, "min_retained"),
-            "min_retained_worst": _of(found, "min_retained", "min"),
-            "mean_retained": _mean(found, "mean_retained"),
-            "mean_retained_worst": _of(found, "mean_retained", "min"),
-            "retained_variance": _mean(found, "retained_variance"),
-            "retained_variance_worst": _of(found, "retained_variance", "max"),
-            "overlap_prompts": _mean(found, "overlap_prompts"),
-            "overlap_prompts_worst": _of(found, "overlap_prompts", "min"),
-            "overlap_steps": _mean(found, "overlap_steps"),
-            "overlap_steps_worst": _of(found, "overlap_steps", "min"),
-        }
+    def line(condition: Condition, found: pd.DataFrame) -> Line:  # noqa: ARG001
+        measures: Line = {"variant": found["variant"].iloc[0], "measured": len(found)}
+        for name, worst in STABILITY.items():
+            measures |= {name: _mean(found, name), f"{name}_worst": _of(found, name, worst)}
+        return measures
 
     return _lines(measured, ["variant"], line, needs="min_retained")
 
 
 def _lines(
-    measured: Measured, by: list[str], line: Callable[[Condition, "pd.DataFrame"], Line], needs: str
+    measured: Measured, by: list[str], line: Callable[[Condition, pd.DataFrame], Line], needs: str
 ) -> list[Line]:
     """A line per condition and group of its records that have the measure `needs`, and one per failure.
 
     Empty if no record has the measure.
     """
-    import pandas as pd
-
     lines: list[Line] = []
     found_any = False
     for condition in measured.conditions:
@@ -97,17 +92,17 @@ def _records(measured: Measured, condition: Condition) -> list[Record]:
     ]
 
 
-def _of(found: "pd.DataFrame", name: str, how: str) -> float | None:
+def _of(found: pd.DataFrame, name: str, how: str) -> float | None:
     if name not in found or found[name].isna().all():
         return None
     return float(found[name].astype(float).agg(how))
 
 
-def _mean(found: "pd.DataFrame", name: str) -> float | None:
+def _mean(found: pd.DataFrame, name: str) -> float | None:
     return _of(found, name, "mean")
 
 
-def _rate(found: "pd.DataFrame", tokens: str, seconds: str) -> float | None:
+def _rate(found: pd.DataFrame, tokens: str, seconds: str) -> float | None:
     """Tokens per second over the records that have both."""
     if tokens not in found or seconds not in found:
         return None
@@ -115,7 +110,7 @@ def _rate(found: "pd.DataFrame", tokens: str, seconds: str) -> float | None:
     return float(known[tokens] / known[seconds]) if known[seconds] > 0 else None
 
 
-def _memory(condition: Condition, found: "pd.DataFrame") -> str | None:
+def _memory(condition: Condition, found: pd.DataFrame) -> str | None:
     if "freed" not in found or not condition.evicts:
         return None
     freed = set(found["freed"].dropna().astype(bool))

@@ -5,18 +5,15 @@ import platform
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
+import torch
+from lightning.pytorch import LightningModule
 
 REPORTED_PACKAGES = ("torch", "lightning", "transformers", "peft", "kvpress", "torchmetrics", "datasets")
 
 
 def environment() -> dict[str, object]:
     """Python, processors, devices and package versions; no personal data."""
-    import torch
-
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -27,20 +24,8 @@ def environment() -> dict[str, object]:
     }
 
 
-def run_environment(module: "LightningModule", started: float, **more: object) -> dict[str, object]:
-    """``environment`` with this run's seed, device, precision and duration.
-
-    Parameters
-    ----------
-    module
-        The attached LightningModule.
-    started
-        Start of the run, seconds since the epoch.
-    more
-        Further entries, such as the base weights' dtype.
-    """
-    import torch
-
+def run_environment(module: LightningModule, started: float, **more: object) -> dict[str, object]:
+    """``environment`` with the run's seed, device, precision, duration since ``started``, and ``more``."""
     return {
         **environment(),
         "seed": torch.initial_seed() % 2**32,

@@ -1,21 +1,18 @@
 """Pictures of a report's rows: base against trained by condition, and curves over the compression ratio."""
 
-import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from sparsekv_pl.reporting.condition import FULL_CACHE, marked
+from sparsekv_pl.reporting.plots import COLOURS, STYLES, bars, plain, plots, plots_for
 from sparsekv_pl.reporting.sorted_records import VARIANTS
 from sparsekv_pl.reporting.summary import Row, headline
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-COLOURS = {"base": "0.55", "trained": "tab:blue"}
-STYLES: dict[str, Any] = {"base": "--", "trained": "-"}
 
 
 class Panel(NamedTuple):
@@ -37,59 +34,40 @@ RETENTION = (
 )
 
 
-def png(figure: "Figure") -> bytes:
-    """The picture as the content of a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def pixels(figure: "Figure") -> np.ndarray:
-    """Render a figure to (height, width, 3) uint8, without pyplot."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.array(canvas.buffer_rgba())[..., :3]
-
-
-def dots_figure(rows: Sequence[Row], panels: Sequence[Panel] = SCORES) -> "Figure":
+def dots_figure(rows: Sequence[Row], panels: Sequence[Panel] = SCORES) -> Figure:
     """Draw scores as dots with 95 % bars: a line per condition, a plot per panel.
 
     * marks a press never seen in training.
     """
-    from matplotlib.figure import Figure  # without pyplot: no window, no global state
-
     rows = headline(rows)
-    known = {panel: [row for row in rows if row.metric == panel.metric and _drawn(row, panel)] for panel in panels}
+    known = {
+        panel: [r for r in rows if r.metric == panel.metric and any(_any([r], panel.field + v) for v in VARIANTS)]
+        for panel in panels
+    }
     panels = [panel for panel in panels if known[panel]]
     lines = list(dict.fromkeys(row.condition for row in rows))
-    trained = any(row.trained is not None for row in rows)
+    trained = _any(rows, "trained")
     unseen = {row.condition for row in rows if trained and row.condition.may_be_seen and not row.seen_in_training}
     labels = [condition.label + " *" * (condition in unseen) for condition in lines]
     width = 1.5 + 0.075 * max(map(len, labels)) + 4.4 * max(1, len(panels))
-    figure = Figure(figsize=(width, 1.8 + 0.42 * len(lines)), dpi=130, layout="constrained")
+    figure, (drawn, *_) = plots((width, 1.8 + 0.42 * len(lines)), 1, max(1, len(panels)), sharey=True)
     if not panels:
+        drawn[0].remove()
         figure.text(0.5, 0.5, "nothing was measured", ha="center")
         return figure
-    plots = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, panel in zip(plots, panels, strict=True):
+    for axes, panel in zip(drawn, panels, strict=True):
         _draw_dots(axes, [(lines.index(row.condition), row) for row in known[panel]], panel)
-    plots[0].set(ylim=(len(lines) - 0.5, -0.5))
-    plots[0].set_yticks(range(len(lines)), labels)
-    handles, names = plots[0].get_legend_handles_labels()
+    drawn[0].set(ylim=(len(lines) - 0.5, -0.5))
+    drawn[0].set_yticks(range(len(lines)), labels)
+    handles, names = drawn[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper right", ncols=2, frameon=False)
     marked = "; * never seen in training" if unseen else ""
     figure.supxlabel(f"press and compression ratio{marked}; bars: 95 % intervals", fontsize=9)
     return figure
 
 
-def _drawn(row: Row, panel: Panel) -> bool:
-    return any(getattr(row, panel.field + variant) is not None for variant in VARIANTS)
-
-
-def _draw_dots(axes: "Axes", rows: Sequence[tuple[int, Row]], panel: Panel) -> None:
-    both = all(any(getattr(row, panel.field + variant) is not None for _, row in rows) for variant in VARIANTS)
+def _draw_dots(axes: Axes, rows: Sequence[tuple[int, Row]], panel: Panel) -> None:
+    both = all(_any([row for _, row in rows], panel.field + variant) for variant in VARIANTS)
     for variant, shift in (("base", -0.14 * both), ("trained", 0.14 * both)):
         name = panel.field + variant
         found = [(y + shift, getattr(row, name), getattr(row, f"{name}_interval")) for y, row in rows]
@@ -97,9 +75,7 @@ def _draw_dots(axes: "Axes", rows: Sequence[tuple[int, Row]], panel: Panel) -> N
         if not points:
             continue
         y, x, low, high = np.array(points, dtype=float).T
-        # A percentile interval may miss its own point slightly, and matplotlib refuses a negative bar.
-        bars = [np.maximum(x - low, 0), np.maximum(high - x, 0)]
-        axes.errorbar(x, y, xerr=bars, fmt="o", color=COLOURS[variant], capsize=3, label=variant)
+        axes.errorbar(x, y, xerr=bars(x, low, high), fmt="o", color=COLOURS[variant], capsize=3, label=variant)
     if panel.field:
         axes.axvline(1, color="0.3", linewidth=0.8)
     axes.set_title(panel.title, fontsize=11)
@@ -109,37 +85,32 @@ def _draw_dots(axes: "Axes", rows: Sequence[tuple[int, Row]], panel: Panel) -> N
     axes.grid(axis="x", alpha=0.3)
 
 
-def curves_figure(rows: Sequence[Row]) -> "Figure | None":
+def curves_figure(rows: Sequence[Row]) -> Figure | None:
     """Draw scores over the compression ratio: a plot per task and prefill, a colour per press, 95 % bands.
 
     Base is dashed, and a curve begins at the full cache. None if no press was measured at a ratio above 0.
     """
-    from matplotlib.figure import Figure
-
     evicted = [r for r in rows if r.condition.evicts and r.condition.compression_ratio > 0 and r.cases]
-    plots = list(dict.fromkeys((row.task, row.condition.prefill) for row in evicted))
+    drawn = list(dict.fromkeys((row.task, row.condition.prefill) for row in evicted))
     presses = list(dict.fromkeys(row.condition.press for row in evicted))
-    if not plots:
+    if not drawn:
         return None
-    columns = min(3, len(plots))
-    lines = -(-len(plots) // columns)
+    columns = min(3, len(drawn))
     legend = -(-(len(presses) + 2) // (2 * columns))  # lines of it
-    size = (4.6 * columns, 3.2 * lines + 0.28 * legend + 0.4)
-    figure = Figure(figsize=size, dpi=130, layout="constrained")
-    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axes, (task, prefill) in zip(grid, plots, strict=False):
-        some = [row for row in rows if row.task == task]
-        _draw_curves(axes, some, prefill, presses)
-        several = len({plot[1] for plot in plots if plot[0] == task}) > 1 or prefill != "dense"
-        axes.set_title(f"{task}, {prefill}" if several else task, fontsize=10)
-    for axes in grid[len(plots) :]:
-        axes.remove()
-    handles = _legend(presses, [v for v in VARIANTS if any(getattr(r, v) is not None for r in evicted)])
+    figure, grid = plots_for(len(drawn), (4.6, 3.2), 0.28 * legend + 0.4)
+    for axes, (task, prefill) in zip(grid, drawn, strict=True):
+        several = len({plot[1] for plot in drawn if plot[0] == task}) > 1 or prefill != "dense"
+        plain(axes, f"{task}, {prefill}" if several else task)
+        _draw_curves(axes, [row for row in rows if row.task == task], prefill, presses)
+    handles = [
+        *(Line2D([], [], color="0.2", linestyle=STYLES[v], label=v) for v in VARIANTS if _any(evicted, v)),
+        *(Line2D([], [], **_look(presses, press), linewidth=3, label=marked(press)) for press in presses),
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2 * columns, frameon=False, fontsize=8)
     return figure
 
 
-def _draw_curves(axes: "Axes", rows: Sequence[Row], prefill: str, presses: list[str]) -> None:
+def _draw_curves(axes: Axes, rows: Sequence[Row], prefill: str, presses: list[str]) -> None:
     full = [row for row in rows if row.condition.press == FULL_CACHE][:1]
     for press in presses:
         own = [row for row in rows if row.condition.press == press and row.condition.prefill == prefill]
@@ -161,23 +132,16 @@ def _draw_curves(axes: "Axes", rows: Sequence[Row], prefill: str, presses: list[
     metric = rows[0].metric
     axes.set_xlabel("compression ratio", fontsize=8)
     axes.set_ylabel("needle accuracy" if metric == "needle_accuracy" else "perplexity", fontsize=8)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.3)
     axes.set_xlim(-0.02, None)
     if metric == "needle_accuracy":
         axes.set_ylim(-0.02, 1.02)
 
 
-def _legend(presses: list[str], variants: list[str]) -> list[Any]:
-    from matplotlib.lines import Line2D
-
-    shown = [Line2D([], [], color="0.2", linestyle=STYLES[name], label=name) for name in variants]
-    return shown + [Line2D([], [], **_look(presses, press), linewidth=3, label=marked(press)) for press in presses]
+def _any(rows: Sequence[Row], field: str) -> bool:
+    return any(getattr(row, field) is not None for row in rows)
 
 
 def _look(presses: list[str], press: str) -> dict[str, Any]:
     """Colour and marker of a press: ten colours, then the next marker."""
-    from matplotlib import colormaps
-
     turn, place = divmod(presses.index(press), 10)
     return {"color": colormaps["tab10"](place), "marker": "os^Dv*"[turn % 6]}

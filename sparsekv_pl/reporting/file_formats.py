@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from sparsekv_pl.storage.whole_files import replace
 
 FORMULA = re.compile(r"[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
@@ -35,8 +37,6 @@ def csv_bytes(rows: Iterable[Mapping[str, Any]]) -> bytes:
     Text that a spreadsheet would execute is prefixed with an apostrophe, as OWASP advises:
     https://owasp.org/www-community/attacks/CSV_Injection
     """
-    import pandas as pd
-
     plain = [{_cell(name): _cell(value) for name, value in row.items()} for row in rows]
     columns = list(dict.fromkeys(key for row in plain for key in row))
     table = pd.DataFrame(plain, columns=columns, dtype=object)  # else integers with gaps would become floats

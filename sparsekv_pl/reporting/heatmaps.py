@@ -3,20 +3,18 @@
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from numpy.typing import ArrayLike, NDArray
 
 from sparsekv_pl.models.batch import TEXT
 from sparsekv_pl.reporting.condition import Condition
+from sparsekv_pl.reporting.plots import heat_map, plots, plots_for, whole_numbers
 from sparsekv_pl.reporting.sorted_records import ALL_RETRIEVAL, VARIANTS, Measured
 from sparsekv_pl.storage.records import Record
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
 
 MOST_DEPTHS = 12
 """With more depths than this, they are grouped in tenths of the haystack."""
@@ -56,7 +54,7 @@ def _rounded(depth: float, tenths: bool) -> float:
     return min(int(depth * 10 + 1e-9), 9) / 10 if tenths else round(depth, 2)
 
 
-def needle_figures(measured: Measured) -> Iterator[tuple[str, "Figure"]]:
+def needle_figures(measured: Measured) -> Iterator[tuple[str, Figure]]:
     """Yield (press, picture) for each press: base above trained, a column per ratio, full cache first.
 
     Yields nothing for a single depth and length, where the accuracy suffices.
@@ -91,25 +89,22 @@ def _needles(measured: Measured, condition: Condition) -> Iterator[tuple[str, li
 
 def _panels(
     columns: Sequence[Condition], needles: Mapping[Condition, Mapping[str, Sequence[Record]]], grid: Grid
-) -> "Figure":
-    from matplotlib.figure import Figure
-
+) -> Figure:
     variants = [v for v in VARIANTS if any(v in needles[condition] for condition in columns)]
     wide = max(1.9, 0.55 * len(grid.lengths) + 0.3)
     high = max(1.5, 0.3 * len(grid.depths) + 0.6)
     size = (wide * len(columns) + 1.8, high * len(variants) + 1.2)
-    figure = Figure(figsize=size, dpi=130, layout="constrained")
-    plots = figure.subplots(len(variants), len(columns), squeeze=False, sharex=True, sharey=True)
-    for line, variant in zip(plots, variants, strict=True):
+    figure, grid_of_plots = plots(size, len(variants), len(columns), sharex=True, sharey=True)
+    for line, variant in zip(grid_of_plots, variants, strict=True):
         for axes, condition in zip(line, columns, strict=True):
             image = _draw(axes, *grid.counts(needles[condition].get(variant, [])))
         line[0].set_ylabel(f"{variant}\ndepth (%)", fontsize=8)
-    for axes, condition in zip(plots[0], columns, strict=True):
+    for axes, condition in zip(grid_of_plots[0], columns, strict=True):
         axes.set_title(_column_title(condition, letters=int(wide / 0.075)), fontsize=8)
     axes.set_xticks(range(len(grid.lengths)), [short_number(length) for length in grid.lengths])
     axes.set_yticks(range(len(grid.depths)), grid.depth_labels())
     figure.supxlabel("context (tokens); in a cell: needles found of those asked", fontsize=8)
-    bar = figure.colorbar(image, ax=plots, shrink=0.9, aspect=25)
+    bar = figure.colorbar(image, ax=grid_of_plots, shrink=0.9, aspect=25)
     bar.set_label("needle accuracy", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     return figure
@@ -121,7 +116,7 @@ def _column_title(condition: Condition, letters: int) -> str:
     return "\n".join(textwrap.fill(part, letters) for part in (name, condition.when) if part)
 
 
-def _draw(axes: "Axes", found: NDArray[np.float64], asked: NDArray[np.float64]) -> "AxesImage":
+def _draw(axes: Axes, found: NDArray[np.float64], asked: NDArray[np.float64]) -> AxesImage:
     """One heat map: depth down, length to the right. Grey where nothing was asked."""
     share = np.divide(found, asked, out=np.full(asked.shape, np.nan), where=asked > 0)
     axes.set_facecolor("0.9")
@@ -137,45 +132,25 @@ def _draw(axes: "Axes", found: NDArray[np.float64], asked: NDArray[np.float64]) 
     return image
 
 
-def sparsity_figure(measures: Mapping[str, ArrayLike], heads_are: str = "head") -> "Figure":
+def sparsity_figure(measures: Mapping[str, ArrayLike], heads_are: str = "head") -> Figure:
     """Draw heat maps of layer x head, one per measure, each with its own scale.
 
-    Parameters
-    ----------
-    measures
-        Name with its unit ("effective support (tokens)") -> (layers, H).
-    heads_are
-        Label of the axis of heads.
+    ``measures`` is name with its unit ("effective support (tokens)") -> (layers, H); ``heads_are`` labels the axis of
+    heads.
 
-    Raises
-    ------
-    ValueError
-        Without measures, or for an array that is empty or not 2-D.
+    Raises ``ValueError`` without measures, or for an array that is empty or not 2-D.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     arrays = {name: np.asarray(values, np.float64) for name, values in measures.items()}
     wrong = {name: array.shape for name, array in arrays.items() if array.ndim != 2 or not array.size}
     if wrong or not arrays:
         raise ValueError(f"measures must hold (layers, heads) arrays, at least one; got {wrong or 'none'}")
-    columns = min(3, len(arrays))
-    lines = -(-len(arrays) // columns)
     layers, heads = max(a.shape[0] for a in arrays.values()), max(a.shape[1] for a in arrays.values())
-    size = (columns * min(7.0, 3.4 + 0.1 * heads), lines * min(9.0, 1.8 + 0.11 * layers))
-    figure = Figure(figsize=size, dpi=130, layout="constrained")
-    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axes, (name, array) in zip(grid, arrays.items(), strict=False):
-        image = axes.imshow(array, cmap="viridis", aspect="auto", interpolation="nearest")
-        axes.set_title(name, fontsize=9)
+    figure, grid = plots_for(len(arrays), (min(7.0, 3.4 + 0.1 * heads), min(9.0, 1.8 + 0.11 * layers)))
+    for axes, (name, array) in zip(grid, arrays.items(), strict=True):
+        heat_map(axes, array, name, cmap="viridis")
         axes.set_xlabel(heads_are, fontsize=8)
         axes.set_ylabel("layer", fontsize=8)
-        axes.tick_params(labelsize=7)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(8, integer=True))
-        figure.colorbar(image, ax=axes).ax.tick_params(labelsize=7)
-    for axes in grid[len(arrays) :]:
-        axes.remove()
+        whole_numbers(axes.xaxis, axes.yaxis, most=8)
     return figure
 
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sparsekv_pl.models.batch import TEXT
 from sparsekv_pl.reporting.condition import FULL_CACHE, HOSTED, Condition, foresees
 from sparsekv_pl.reporting.file_formats import csv_bytes, json_bytes, replace_all
@@ -35,28 +37,13 @@ REGISTERED = {
 
 
 def write_kvpress_layout(
-    folder: Path,
-    records: Sequence[Record],
-    model_name: str,
-    trained_name: str | None = None,
-    query_aware: bool = False,
+    folder: Path, records: Sequence[Record], model_name: str, trained_name: str | None = None, query_aware: bool = False
 ) -> list[Path]:
     """Write a folder per press, ratio, variant and length below `folder`, and return their paths.
 
-    Text, failed records and ceilings (OraclePress), which no leaderboard may list, are left out.
-
-    Parameters
-    ----------
-    folder
-        The leaderboard's results directory.
-    records
-        A run's records; "answer_prefix" and "max_new_tokens" are used if a record has them.
-    model_name
-        Name of the base, such as "HuggingFaceTB/SmolLM2-135M-Instruct".
-    trained_name
-        Name of the base with the adapter; default: `model_name` with "+trained".
-    query_aware
-        Whether the press saw the question.
+    Text, failed records and ceilings (OraclePress), which no leaderboard may list, are left out; "answer_prefix" and
+    "max_new_tokens" are used if a record has them. The name of the base with the adapter is `trained_name`, by default
+    `model_name` with "+trained". `query_aware` says whether the press saw the question.
     """
     names = {"base": model_name, "trained": trained_name or f"{model_name}+trained"}
     found: dict[tuple[tuple[str, Any], ...], list[Record]] = {}
@@ -123,8 +110,6 @@ def _cleaned(answer: str) -> str:
 
 
 def _write(folder: Path, config: dict[str, Any], records: Sequence[Record]) -> None:
-    import yaml
-
     predictions = [
         {
             "question": record.get("question", ""),

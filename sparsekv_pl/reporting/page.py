@@ -3,7 +3,9 @@
 import base64
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from jinja2 import Environment
 
 MARKDOWN = """\
 {% if title %}
@@ -14,7 +16,7 @@ MARKDOWN = """\
 ## {{ section.title | line }}
 {% for picture in section.pictures %}
 
-![{{ picture.alt | alt }}]({{ picture.name }})
+![{{ captions[picture] | alt }}]({{ picture }})
 {% endfor %}
 {% for paragraph in section.paragraphs %}
 
@@ -69,7 +71,7 @@ td { overflow-wrap: anywhere; }
 {% for section in sections %}<section>
 <h2>{{ section.title }}</h2>
 {% for picture in section.pictures %}\
-<figure><img alt="{{ picture.alt }}" src="data:image/png;base64,{{ images[picture.name] }}"></figure>
+<figure><img alt="{{ captions[picture] }}" src="data:image/png;base64,{{ images[picture] }}"></figure>
 {% endfor %}{% for paragraph in section.paragraphs %}<p>{{ paragraph }}</p>
 {% endfor %}{% for code in section.code %}<pre><code>{{ code.text }}</code></pre>
 {% endfor %}{% for link in section.links %}<p><a href="{{ link.name }}">{{ link.label }}</a></p>
@@ -106,14 +108,6 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A PNG file beside the page."""
-
-    name: str
-    alt: str
-
-
-@dataclass(frozen=True)
 class Link:
     """A file beside the page, by a name without markup, and the text to click."""
 
@@ -131,32 +125,31 @@ class Code:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with pictures, paragraphs of plain text, code, links and tables below it."""
+    """A heading with pictures (names of PNG files), paragraphs of plain text, code, links and tables below it."""
 
     title: str
-    pictures: Sequence[Picture] = ()
+    pictures: Sequence[str] = ()
     paragraphs: Sequence[str] = ()
-    tables: Sequence[Table] = field(default=())
+    tables: Sequence[Table] = ()
     links: Sequence[Link] = ()
     code: Sequence[Code] = ()
 
 
-def markdown(title: str, sections: Sequence[Section]) -> str:
-    """Render the page as Markdown; pictures are linked. Without a title, the sections alone."""
-    from jinja2 import Environment
+def markdown(title: str, sections: Sequence[Section], captions: Mapping[str, str] = {}) -> str:
+    """Render the page as Markdown; pictures are linked. Without a title, the sections alone.
 
+    ``captions``: picture -> alternative text.
+    """
     environment = Environment(trim_blocks=True, keep_trailing_newline=True)
     environment.filters |= {"cell": _cell, "line": _line, "alt": _alt, "fenced": _fenced}
-    return environment.from_string(MARKDOWN).render(title=title, sections=sections)
+    return environment.from_string(MARKDOWN).render(title=title, sections=sections, captions=captions)
 
 
-def html(title: str, sections: Sequence[Section], pictures: Mapping[str, bytes]) -> str:
+def html(title: str, sections: Sequence[Section], captions: Mapping[str, str], pictures: Mapping[str, bytes]) -> str:
     """Render the page as HTML that embeds the pictures (name -> PNG) and loads nothing."""
-    from jinja2 import Environment
-
     environment = Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=True)
     images = {name: base64.b64encode(data).decode() for name, data in pictures.items()}
-    return environment.from_string(HTML).render(title=title, sections=sections, images=images)
+    return environment.from_string(HTML).render(title=title, sections=sections, captions=captions, images=images)
 
 
 def _cell(text: str, marks: re.Pattern[str] = MARKUP) -> str:

@@ -76,6 +76,3 @@ def _holds_secret(variable: str) -> bool:
     if variable in ("PWD", "OLDPWD"):  # the shell's working directory
         return False
     return is_secret_name(variable.lower()) or variable.upper().endswith(("KEY", "TOKEN", "SECRET"))
-
-
-__all__ = ["check_no_secret", "redact_output", "redacted"]

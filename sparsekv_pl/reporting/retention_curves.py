@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsekv_pl.reporting.condition import ORACLE, foresees
-from sparsekv_pl.reporting.figures import COLOURS
+from sparsekv_pl.reporting.plots import COLOURS
 from sparsekv_pl.reporting.sorted_records import VARIANTS
 from sparsekv_pl.reporting.summary import Row, headline
 

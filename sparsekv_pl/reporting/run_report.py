@@ -2,21 +2,17 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from sparsekv_pl.reporting.figures import RETENTION, curves_figure, dots_figure, png
-from sparsekv_pl.reporting.file_formats import csv_bytes, json_bytes, replace_all
+from matplotlib.figure import Figure
+
+from sparsekv_pl.reporting.analysis_page import Drawn, write_page
+from sparsekv_pl.reporting.figures import RETENTION, curves_figure, dots_figure
+from sparsekv_pl.reporting.file_formats import csv_bytes
 from sparsekv_pl.reporting.heatmaps import needle_figures
-from sparsekv_pl.reporting.page import Link, Picture, html, markdown
+from sparsekv_pl.reporting.page import Link
 from sparsekv_pl.reporting.retention_curves import retention_figure
 from sparsekv_pl.reporting.sections import report_sections
 from sparsekv_pl.reporting.summary import Summary
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-Drawn = dict[str, tuple[str, "Figure"]]
-"""File name -> (caption, picture)."""
 
 
 def write_run(
@@ -25,58 +21,38 @@ def write_run(
     training: Mapping[str, object],
     environment: Mapping[str, object],
     title: str,
-    figures: "Mapping[str, Figure] | None" = None,
+    figures: Mapping[str, Figure] | None = None,
     pages: Mapping[str, tuple[str, bytes]] | None = None,
 ) -> list[Path]:
-    """Write a run's report into `output` and return the paths.
+    """Write a run's report into `output` and return the paths; see ``write_page``.
 
-    Files: report.json ({"rows", "training", "environment", "title", "ledger", "stability"}), report.csv (the rows),
-    cases.csv (every record, answers included), ledger.csv and stability.csv if measured, report.md, report.html (which
-    embeds its pictures), report.png and further pictures. Everything is rendered before anything is written, and each
-    file is replaced in one step: a report that fails leaves the earlier one intact.
+    report.json has "rows", "training", "environment", "title", "ledger" and "stability". Further files: report.csv (the
+    rows), cases.csv (every record, answers included), ledger.csv and stability.csv if measured, report.png and more
+    pictures.
 
-    Parameters
-    ----------
-    output
-        Folder; made if missing.
-    summary
-        Summary of the records: one dict per case, variant, press and ratio. A record with "error" instead of measures
-        becomes a separate line.
-    training
-        The training's settings and cost (training.json); empty if nothing was trained.
-    environment
-        Hardware, versions and settings of the run.
-    title
-        Heading of the page.
-    figures
-        Further pictures for the page: caption -> picture, such as sparsity_figure's.
-    pages
-        Further pages to link: file name -> (label, content).
+    A record of the summary is a dict per case, variant, press and ratio; one with "error" instead of measures becomes a
+    separate line. ``training`` (training.json) is empty if nothing was trained. ``figures`` are further pictures:
+    caption -> picture, such as sparsity_figure's; ``pages`` are further pages to link: file name -> (label, content).
     """
     pages = pages or {}
-    drawn = _figures(summary) | {f"{_slug(alt)}.png": (alt, figure) for alt, figure in (figures or {}).items()}
-    images = {name: png(figure) for name, (_, figure) in drawn.items()}
-    links = [Link(label, name) for name, (label, _) in pages.items()]
-    pictures = [Picture(name, alt) for name, (alt, _) in drawn.items()]
-    sections = report_sections(summary, pictures, training, environment, links)
+    drawn = {**_figures(summary), **{f"{_slug(alt)}.png": (alt, figure) for alt, figure in (figures or {}).items()}}
     lines = {"ledger": summary.ledger, "stability": summary.stability}
-    rows = [row.aliased() for row in summary.rows]
-    content = {"rows": rows, "training": training, "environment": environment, "title": title, **lines}
     files = {
-        "report.json": json_bytes(content),
         "report.csv": csv_bytes(_spread(row.flat()) for row in summary.rows),
-        "report.md": markdown(title, sections).encode(),
-        "report.html": html(title, sections, images).encode(),
         "cases.csv": csv_bytes(summary.records),
         **{name: page for name, (_, page) in pages.items()},
         **{f"{name}.csv": csv_bytes(some) for name, some in lines.items() if some},
     }
-    return replace_all(output, files | images)
+    rows = [row.aliased() for row in summary.rows]
+    content = {"rows": rows, "training": training, "environment": environment, **lines}
+    links = [Link(label, name) for name, (label, _) in pages.items()]
+    sections = report_sections(summary, list(drawn), training, environment, links)
+    return write_page(output, title, sections, content, drawn, files)
 
 
 def _figures(summary: Summary) -> Drawn:
     rows = summary.rows
-    drawn: Drawn = {"report.png": ("Scores by press and compression ratio", dots_figure(rows))}
+    drawn: dict[str, tuple[str, Figure]] = {"report.png": ("Scores by press and compression ratio", dots_figure(rows))}
     if any(row.retention_cases for row in rows):
         kept = [row for row in rows if row.retention_cases]
         drawn["retention.png"] = ("Retention by press and compression ratio", dots_figure(kept, RETENTION))

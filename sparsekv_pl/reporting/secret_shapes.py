@@ -114,6 +114,3 @@ def _without_named(text: str) -> str:
             kept += [text[done:start], HIDDEN]
             done = place = start + len(bare)
     return "".join([*kept, text[done:]])
-
-
-__all__ = ["HIDDEN", "is_secret_name", "without_secrets"]

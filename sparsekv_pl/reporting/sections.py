@@ -7,7 +7,7 @@ from typing import Any
 from sparsekv_pl.reporting.condition import FULL_CACHE, marked
 from sparsekv_pl.reporting.costs import Line
 from sparsekv_pl.reporting.intervals import Interval
-from sparsekv_pl.reporting.page import Link, Picture, Section, Table
+from sparsekv_pl.reporting.page import Link, Section, Table
 from sparsekv_pl.reporting.sorted_records import VARIANTS, Measured
 from sparsekv_pl.reporting.summary import BESIDES, Row, Summary
 
@@ -43,7 +43,7 @@ COSTS = ("steps", "seconds", "tokens", "trainable_parameters")
 
 def report_sections(
     summary: Summary,
-    pictures: Sequence[Picture],
+    pictures: Sequence[str],
     training: Mapping[str, object],
     environment: Mapping[str, object],
     views: Sequence[Link] = (),
@@ -83,11 +83,11 @@ def full_cache_lines(rows: Sequence[Row]) -> Iterator[str]:
         yield f"Full cache, {name}: {' -> '.join(scores)}{change}, {row.cases} cases{_dropped(row)}."
 
 
-def score(value: float | None, span: Interval | None = None, sign: bool = False) -> str:
+def score(value: float | None, span: Interval | None = None, sign: bool = False, digits: int = 2) -> str:
     """Format a score and its interval: 0.95 and (0.9, 1.0) -> "0.95 [0.90, 1.00]"; "-" for None."""
     if value is None:
         return "-"
-    form = "{:+.2f}" if sign else "{:.2f}"
+    form = f"{{:{'+' * sign}.{digits}f}}"
     return form.format(value) + (f" [{', '.join(form.format(bound) for bound in span)}]" if span else "")
 
 
@@ -110,22 +110,16 @@ def scores_table(measured: Measured, rows: Sequence[Row]) -> Table | None:
     """The main score of one task: base, trained, difference and retention."""
     if not rows:
         return None
-    variants = measured.variants or ["base"]
-    heads = [*variants, *["trained - base"] * (len(variants) == 2)]
-    heads += [f"retention, {variant}" for variant in variants]
-    heads += ["retention, trained - base"] * (len(variants) == 2)
-    lines = []
-    for row in rows:
-        cells = [score(getattr(row, name), getattr(row, f"{name}_interval")) for name in variants]
-        if len(variants) == 2:
-            cells.append(score(row.difference, row.difference_interval, sign=True))
-        kept = [f"retention_{name}" for name in variants]
-        cells += [score(getattr(row, name), getattr(row, f"{name}_interval")) for name in kept]
-        if len(variants) == 2:
-            cells.append(score(row.retention_difference, row.retention_difference_interval, sign=True))
-        lines.append([*cells, f"{row.cases}{_dropped(row)}{_fewer(row)}"])
+    names = [*(measured.variants or ["base"]), *["difference"] * (len(measured.variants) == 2)]
+    heads = [*names[:2], *["trained - base"] * (len(names) == 3)]
+    columns = [*names, *(f"retention_{name}" for name in names)]
+    lines = [[*(_cell(row, name) for name in columns), f"{row.cases}{_dropped(row)}{_fewer(row)}"] for row in rows]
     caption = f"{rows[0].task}: {METRIC_NAMES[rows[0].metric]}"
-    return _table(measured, caption, rows, [*heads, "cases"], lines)
+    return _table(measured, caption, rows, [*heads, *(f"retention, {head}" for head in heads), "cases"], lines)
+
+
+def _cell(row: Row, name: str) -> str:
+    return score(getattr(row, name), getattr(row, f"{name}_interval"), sign=name.endswith("difference"))
 
 
 def _text(measured: Measured, rows: Sequence[Row]) -> list[Table]:
@@ -158,10 +152,7 @@ def _of_text(measured: Measured, rows: Sequence[Row], name: str) -> Table | None
 
 
 def _fine(row: Row, name: str) -> str:
-    value, span = row.besides.get(name), row.besides.get(f"{name}_interval")
-    if value is None:
-        return "-"
-    return f"{value:.3f}" + (f" [{span[0]:.3f}, {span[1]:.3f}]" if span else "")
+    return score(row.besides.get(name), row.besides.get(f"{name}_interval"), digits=3)
 
 
 def other_scores(measured: Measured, rows: Sequence[Row]) -> list[Table]:

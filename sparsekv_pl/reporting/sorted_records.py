@@ -82,8 +82,7 @@ def _in_order(met: list[Condition]) -> list[Condition]:
     presses = {name: place for place, name in enumerate(dict.fromkeys(condition.press for condition in met))}
     prefills = {name: place for place, name in enumerate(dict.fromkeys(condition.prefill for condition in met))}
     return sorted(
-        set(met),
-        key=lambda c: (c.press != FULL_CACHE, presses[c.press], prefills[c.prefill], c.compression_ratio),
+        set(met), key=lambda c: (c.press != FULL_CACHE, presses[c.press], prefills[c.prefill], c.compression_ratio)
     )
 
 

@@ -1,7 +1,10 @@
 """The short table that a run prints at its end."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
 
 from sparsekv_pl.reporting.condition import marked
 from sparsekv_pl.reporting.intervals import Interval
@@ -9,21 +12,14 @@ from sparsekv_pl.reporting.sections import shorten
 from sparsekv_pl.reporting.sorted_records import VARIANTS
 from sparsekv_pl.reporting.summary import Row, Summary, headline
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 METRICS = {"needle_accuracy": "needle accuracy", "perplexity": "perplexity"}
 
 
-def terminal_table(summary: Summary) -> "Table":
+def terminal_table(summary: Summary) -> Table:
     """Make a table for rich's console, full cache first: base -> trained above counts and 95 % intervals.
 
     All retrieval tasks are shown together; report.md lists each.
     """
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     measured = summary.measured
     rows = {(row.condition, row.metric): row for row in headline(summary.rows)}
     shown = {metric: name for metric, name in METRICS.items() if any(key[1] == metric for key in rows)}

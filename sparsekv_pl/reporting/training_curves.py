@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsekv_pl.reporting.figures import png
+from sparsekv_pl.reporting.plots import png
 from sparsekv_pl.storage.whole_files import replace
 
 if TYPE_CHECKING:

@@ -9,10 +9,13 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import torch
 
 from sparsekv_pl.storage.own_folder import locked
 from sparsekv_pl.storage.result_keys import canonical
@@ -65,10 +68,21 @@ class Results:
         return locked(self.folder / ".lock")
 
 
+def rounded(values: Any, digits: int) -> Any:
+    """A number, or nested lists of numbers, rounded to significant ``digits``."""
+    return [rounded(one, digits) for one in values] if isinstance(values, list) else float(f"{values:.{digits}g}")
+
+
+def grouped(records: Iterable[Record], *columns: str) -> dict[Any, list[Record]]:
+    """The records by their value in a column, or by the tuple of their values in several; first met, first listed."""
+    groups: dict[Any, list[Record]] = {}
+    for record in records:
+        groups.setdefault(itemgetter(*columns)(record), []).append(record)
+    return groups
+
+
 def gathered(records: Sequence[Record]) -> list[Record]:
     """The records of all ranks, in rank order, on every rank. A collective call if there are several ranks."""
-    import torch
-
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return list(records)
     parts: list[Any] = [None] * torch.distributed.get_world_size()

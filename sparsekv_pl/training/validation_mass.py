@@ -16,8 +16,8 @@ from sparsekv_pl.objectives.attention_mass import AttentionMass, with_mass
 from sparsekv_pl.objectives.selection_loss import KEPT, MOST
 from sparsekv_pl.presses.nesting import press_name, scorers_in
 from sparsekv_pl.reporting import sparsity_figure
-from sparsekv_pl.reporting.figures import pixels
 from sparsekv_pl.reporting.loggers import log_picture
+from sparsekv_pl.reporting.plots import pixels
 from sparsekv_pl.training.student import Student
 
 if TYPE_CHECKING:

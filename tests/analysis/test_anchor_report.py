@@ -12,7 +12,6 @@ from torch import Tensor
 from sparsekv_pl.analysis.anchor_figures import anchor_figures, layers_figure
 from sparsekv_pl.analysis.anchor_profile import GROUPS, AnchorProfile, groups_of, profile_records
 from sparsekv_pl.analysis.anchor_report import (
-    PICTURES,
     anchor_sections,
     anchor_summary,
     anchor_yaml,
@@ -22,8 +21,8 @@ from sparsekv_pl.analysis.anchor_report import (
 from sparsekv_pl.analysis.token_types import TYPES
 from sparsekv_pl.attention.received_attention import ReceivedAttention
 from sparsekv_pl.models.anchors import Anchors
-from sparsekv_pl.reporting.figures import png
 from sparsekv_pl.reporting.page import html, markdown
+from sparsekv_pl.reporting.plots import png
 
 LENGTH, ROWS = 80, 3
 PUNCTUATION, WORD = TYPES.index("punctuation"), TYPES.index("content")
@@ -104,20 +103,20 @@ def test_the_snippet_makes_the_anchors() -> None:
 def test_the_page_tells_every_variant(variants: list[str]) -> None:
     own = {name: summary for name, summary in summaries().items() if name in variants}
     sections = anchor_sections(own, sinks=4, carrying=0.8)
-    page = markdown("Anchors", sections)
+    captions = {name: caption for name, (caption, _) in anchor_figures(own, 0.8).items()}
+    page = markdown("Anchors", sections, captions)
     for name in variants:
         assert f"{name}: {anchor_yaml(own[name]['rule']['anchors'])}" in page
     lines = [line for line in page.splitlines() if line.startswith("| punctuation |")]
     assert len(lines) == 1 and lines[0].count("->") == 5 * (len(variants) - 1)
-    assert {picture.name for section in sections for picture in section.pictures} == {f"{n}.png" for n in PICTURES}
+    assert {picture for section in sections for picture in section.pictures} == set(captions)
     assert all(len(line) == len(table.header) for s in sections for table in s.tables for line in table.lines)
-    assert html("Anchors", sections, {f"{name}.png": b"" for name in PICTURES}).count("<img") == len(PICTURES)
+    assert html("Anchors", sections, captions, dict.fromkeys(captions, b"")).count("<img") == len(captions)
 
 
 def test_pictures_show_what_they_should() -> None:
     both = summaries()
-    figures = anchor_figures(both, 0.8)
-    assert set(figures) == set(PICTURES)
+    figures = {name.removesuffix(".png"): figure for name, (_, figure) in anchor_figures(both, 0.8).items()}
     assert all(png(figure).startswith(b"\x89PNG") for figure in figures.values())
     per_token, share, _ = figures["types"].axes
     assert len(share.patches) == 3 * (len(TYPES) + 1) and len(per_token.patches) == 2 * (len(TYPES) + 1)

@@ -9,8 +9,8 @@ import transformers as hf
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from sparsekv_pl.attention.blocks import ThresholdBlocks, TopBlocks
 from sparsekv_pl.attention.evicted_attention import passing
+from sparsekv_pl.blocksparse.block_methods import BlockMethod
 from sparsekv_pl.blocksparse.gate import AttentionGates, GateScorer, ropes_of, turned
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.models.decoder import decoder_of
@@ -260,7 +260,7 @@ def test_keys_that_were_not_scored_are_refused(random_model: Build) -> None:
     model = random_model()
     query, key = seen_by_attention(model, ids())[0]
     scorer = GateScorer(random_gates(model))
-    with pytest.raises(ValueError, match="layer 0 has 44 older keys in 2 rows, but none were scored"):
+    with pytest.raises(ValueError, match="layer 0 has 44 older keys in 2 rows, but 0 tokens in 0 rows were scored"):
         scorer(0, query[:, :, -1:], key)
     scorer(0, query[:, :, :30], key[:, :, :30])
     with pytest.raises(ValueError, match="has 20 older keys in 2 rows, but 30 tokens in 2 rows were scored"):
@@ -279,16 +279,15 @@ def test_a_scorer_keeps_blocks_not_tokens(random_model: Build) -> None:
     assert kept.blocks.untyped_storage().nbytes() == 2 * 2 * 6 * 6 * 4
 
 
-@pytest.mark.parametrize(
-    "selector", [lambda s: TopBlocks(s, 3), lambda s: ThresholdBlocks(s, 0.25)], ids=["top", "threshold"]
-)
-def test_the_model_runs_and_decodes_under_the_gate(random_model: Build, selector: Any) -> None:
+@pytest.mark.parametrize("threshold", [None, 0.25], ids=["top", "threshold"])
+def test_the_model_runs_and_decodes_under_the_gate(random_model: Build, threshold: float | None) -> None:
     """A token at a block's end sees what it saw when the whole block was prefilled; the blocks differ from all."""
     model = random_model()
     gates = random_gates(model, gate_dim=8)
+    scorer = GateScorer(gates)
     with torch.no_grad():
         dense = continue_from(model, ids(), DynamicCache(), 0)
-        with passing(model, selector=selector(GateScorer(gates))):
+        with passing(model, selector=BlockMethod("gate", lambda: scorer, threshold).selector(scorer, 3)):
             whole = continue_from(model, ids(), DynamicCache(), 0)
             cache = DynamicCache()
             continue_from(model, ids()[:, :40], cache, 0)

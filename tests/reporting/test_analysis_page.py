@@ -7,11 +7,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from sparsekv_pl.reporting import write_analysis
-from sparsekv_pl.reporting.page import Picture, Section, Table
+from sparsekv_pl.reporting.page import Section, Table
 
 SECTIONS = [
     Section("Findings", paragraphs=["Something <was> found."], tables=[Table(["a"], [["1"]])]),
-    Section("More", pictures=[Picture("named.png", "a named picture")]),
+    Section("More", pictures=["named.png"]),
 ]
 FIGURES = {"loose.png": ("a loose picture", Figure()), "named.png": ("a named picture", Figure())}
 
@@ -35,8 +35,8 @@ def test_the_files_of_a_report(tmp_path: Path) -> None:
 
 
 def test_a_report_that_fails_leaves_the_earlier_one(tmp_path: Path) -> None:
-    write_analysis(tmp_path, "Title", SECTIONS[:1], {}, {})
+    write_analysis(tmp_path, "Title", SECTIONS[:1], {}, {}, {}, {})
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match="JSON"):
-        write_analysis(tmp_path, "Other", SECTIONS[:1], {"value": float("nan")}, {})
+        write_analysis(tmp_path, "Other", SECTIONS[:1], {"value": float("nan")}, {}, {}, {})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

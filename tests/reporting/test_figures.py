@@ -8,8 +8,9 @@ from matplotlib.image import imread
 from torch.utils.tensorboard import SummaryWriter
 
 from sparsekv_pl.reporting import sparsity_figure
-from sparsekv_pl.reporting.figures import RETENTION, curves_figure, dots_figure, png
+from sparsekv_pl.reporting.figures import RETENTION, curves_figure, dots_figure
 from sparsekv_pl.reporting.heatmaps import needle_figures, short_number
+from sparsekv_pl.reporting.plots import png
 from sparsekv_pl.reporting.retention_curves import retention_figure
 from sparsekv_pl.reporting.sorted_records import sorted_records
 from sparsekv_pl.reporting.summary import summary_rows

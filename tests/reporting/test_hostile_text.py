@@ -11,7 +11,7 @@ from rich.table import Table as TerminalTable
 
 from sparsekv_pl.reporting.console import show, show_report
 from sparsekv_pl.reporting.file_formats import csv_bytes
-from sparsekv_pl.reporting.page import Picture, Section, Table, markdown
+from sparsekv_pl.reporting.page import Section, Table, markdown
 
 ROOT = Path(__file__).parents[2]
 FORMULAS = ['=cmd|"/C calc"!A1', "+1+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "\uff1d1+1"]
@@ -49,7 +49,7 @@ def test_a_spreadsheet_executes_no_cell(text: str) -> None:
 @pytest.mark.parametrize("text", MARKUP)
 def test_markdown_shows_a_text_as_it_is(text: str) -> None:
     table = Table([text, "b"], [[text, "c"]], text)
-    page = markdown(text, [Section(text, [Picture("a.png", text)], [text], [table])])
+    page = markdown(text, [Section(text, ["a.png"], [text], [table])], {"a.png": text})
     tokens = MarkdownIt().enable(["table", "strikethrough"]).parse(page)
     kinds = [token.type for token in tokens if token.type.endswith("_open")]
     cells = ["table_open", "thead_open", "tr_open", "th_open", "th_open", "tbody_open", "tr_open", "td_open", "td_open"]
