@@ -1,13 +1,29 @@
 """Collate rows of one kind to a batch, padded on the right."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
+from torch.utils.data import Dataset
 
 from data.cases import Case, TrainingCase
 from data.packing import Tokens
 from sparsekv_pl.models.batch import IGNORE, Batch, CaseBatch, Supervised
+
+T = TypeVar("T")
+
+
+class MadeOnAccess(Dataset[T], Generic[T]):
+    """Items that are made when they are read."""
+
+    def __init__(self, makers: Sequence[Callable[[], T]]) -> None:
+        self.makers = makers
+
+    def __len__(self) -> int:
+        return len(self.makers)
+
+    def __getitem__(self, index: int) -> T:
+        return self.makers[index]()
 
 
 def text_batch(windows: Sequence[Tokens], continuation_tokens: int, pad: int) -> Batch:

@@ -109,8 +109,9 @@ class Skipped:
     Raises ``SourceFailed`` after more than ``limit`` of them in a row, which points to a wrong source.
     """
 
-    def __init__(self, source: str, limit: int, count: int = 0, in_a_row: int = 0) -> None:
-        self.source, self.limit, self.count, self.in_a_row = source, limit, count, in_a_row
+    def __init__(self, source: str, limit: int) -> None:
+        self.source, self.limit = source, limit
+        self.count = self.in_a_row = 0
 
     def usable(self, document_id: str, text: Any) -> bool:
         """Return whether a document can be used; count it if not."""

@@ -2,13 +2,13 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from data.cases import Case, CaseTask, Frame
-from data.collate import case_batch, pad_id
+from data.collate import MadeOnAccess, case_batch, pad_id
 from data.fact_task import Facts
 from data.packing import Tokens, enough_for, split_tokens, window_at, window_starts
 from data.text import EmbeddedText, Splits, TextSource
@@ -19,33 +19,16 @@ from sparsekv_pl.models.seeding import random_for
 MakeCase = Callable[[], Case]
 
 
-@dataclass(frozen=True)
-class Place:
-    """One retrieval case of a sweep."""
-
-    task: CaseTask
-    length: int
-    depth: float | None
-    seed: int
-    number: int
-
-    @property
-    def id(self) -> str:
-        """The case's id, such as "facts/L384/d0.50/s0/3"."""
-        depth = "" if self.depth is None else f"/d{self.depth:.2f}"
-        return f"{self.task.name}/L{self.length}{depth}/s{self.seed}/{self.number}"
-
-
 class EvaluationData(TokenizedData):
     """Evaluation cases from the held-out documents, in batches of one task and one context length.
 
     Needs a tokenizer: the trainer's ``lightning_module.tokenizer``, or set ``tokenizer`` before ``setup``. Batches are
     made when they are read.
 
-    A case is a function of the text, the tokenizer, its task, length, depth, seed and number, and of
-    ``query_aware``: it is the same in every run, whatever other cases there are. A window of text is a function of the
-    text, the tokenizer, its length, ``continuation_tokens`` and its first token. All but text, tokenizer and
-    ``query_aware`` are in the case's id.
+    A case is a function of the text, the tokenizer, its task, length, depth, seed and number, and of ``query_aware``:
+    it is the same in every run, whatever other cases there are. A window of text is a function of the text, the
+    tokenizer, its length, ``continuation_tokens`` and its first token. All but text, tokenizer and ``query_aware`` are
+    in the case's id. Raises ``ValueError`` for a setting out of range, a value given twice, or nothing to evaluate.
 
     Parameters
     ----------
@@ -72,11 +55,6 @@ class EvaluationData(TokenizedData):
         Rows per batch and rank.
     query_aware
         Put the question at the end of the context, where the press sees it.
-
-    Raises
-    ------
-    ValueError
-        For a setting out of range, a value given twice, or nothing to evaluate.
     """
 
     def __init__(
@@ -132,11 +110,8 @@ class EvaluationData(TokenizedData):
     def setup(self, stage: str | None = None) -> None:
         """Take the tokenizer, read the text, and make one case of each task at the shortest length, as a check.
 
-        Raises
-        ------
-        ValueError
-            If there is too little held-out text for the longest context or for the windows, or the shortest context is
-            too short for a task.
+        Raises ``ValueError`` if there is too little held-out text for the longest context or for the windows, or the
+        shortest context is too short for a task.
         """
         super().setup(stage)
         self._frame = Frame(self.tokenizer)
@@ -154,9 +129,9 @@ class EvaluationData(TokenizedData):
         texts = {span: text.first(enough_for(span)) for span in set(spans.values())}
         self._texts = {cell: texts[span] for cell, span in spans.items()}
         for task in self.tasks:
-            for place in itertools.islice(self._places(task, min(self.lengths)), 1):
-                self._retrieval_case(place)
-        self._batches = CaseBatches(list(self._groups()), pad_id(self.tokenizer))
+            for make in itertools.islice(self._retrieval_cases(task, min(self.lengths)), 1):
+                make()
+        self._batches = MadeOnAccess([partial(self._batch, group) for group in self._groups()])
 
     def test_dataloader(self) -> DataLoader[CaseBatch]:
         """Return text windows by length, then the tasks, each by length."""
@@ -176,13 +151,12 @@ class EvaluationData(TokenizedData):
     def _groups(self) -> Iterator[list[MakeCase]]:
         """Yield for each batch the functions that make its rows."""
         cells = [self._windows(length) for length in self.lengths]
-        cells += [
-            [partial(self._retrieval_case, place) for place in self._places(task, length)]
-            for task in self.tasks
-            for length in self.lengths
-        ]
+        cells += [list(self._retrieval_cases(task, length)) for task in self.tasks for length in self.lengths]
         for cell in cells:
             yield from (cell[i : i + self.batch_size] for i in range(0, len(cell), self.batch_size))
+
+    def _batch(self, makers: Sequence[MakeCase]) -> CaseBatch:
+        return case_batch([make() for make in makers], pad_id(self.tokenizer))
 
     def _windows(self, length: int) -> list[MakeCase]:
         if not self.windows:
@@ -191,21 +165,25 @@ class EvaluationData(TokenizedData):
         starts = window_starts(self._texts[TEXT, length], self.windows, length + fresh, fresh, self._frame)
         return [partial(self._text_case, length, start) for start in starts]
 
-    def _places(self, task: CaseTask, length: int) -> Iterator[Place]:
-        """Yield the cases' places; depths vary fastest, so that an interrupted run has covered all of them."""
+    def _retrieval_cases(self, task: CaseTask, length: int) -> Iterator[MakeCase]:
+        """Yield the makers of cases; depths vary fastest, so that an interrupted run has covered all of them."""
         for number in range(self.cases_per_cell):
             for seed in self.seeds:
                 for depth in self.depths if task.uses_depth else [None]:
-                    yield Place(task, length, depth, seed, number)
+                    yield partial(self._retrieval_case, task, length, depth, seed, number)
 
-    def _retrieval_case(self, place: Place) -> Case:
-        task, length = place.task, place.length
-        # Only the id seeds the draws: the facts do not depend on whether the press sees the question.
-        rng = random_for(place.id)
-        case = task.case(self._frame, self._texts[task.name, length], length, place.depth, rng, self.query_aware)
+    def _retrieval_case(self, task: CaseTask, length: int, depth: float | None, seed: int, number: int) -> Case:
+        """Make the case with the id "facts/L384/d0.50/s0/3", which alone seeds its draws.
+
+        The facts do not depend on whether the press sees the question.
+        """
+        at = "" if depth is None else f"/d{depth:.2f}"
+        name = f"{task.name}/L{length}{at}/s{seed}/{number}"
+        text = self._texts[task.name, length]
+        case = task.case(self._frame, text, length, depth, random_for(name), self.query_aware)
         if len(case.context_ids) != length:
             raise ValueError(f"task {task.name} made a context of {len(case.context_ids)} tokens instead of {length}")
-        return replace(case, info=replace(case.info, id=place.id, seed=place.seed))
+        return replace(case, info=replace(case.info, id=name, seed=seed))
 
     def _text_case(self, length: int, start: int) -> Case:
         fresh = self.continuation_tokens
@@ -218,16 +196,3 @@ class EvaluationData(TokenizedData):
             document_ids=tuple(window.document_ids),
         )
         return Case(context, continuation, info)
-
-
-class CaseBatches(Dataset[CaseBatch]):
-    """Batches made on access: ``groups[i]`` makes the rows of batch i."""
-
-    def __init__(self, groups: Sequence[Sequence[MakeCase]], pad: int) -> None:
-        self.groups, self.pad = groups, pad
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __getitem__(self, index: int) -> CaseBatch:
-        return case_batch([make() for make in self.groups[index]], self.pad)

@@ -3,13 +3,14 @@
 import logging
 from array import array
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from data.cases import Case, Frame
-from data.collate import case_batch, pad_id
+from data.collate import MadeOnAccess, case_batch, pad_id
 from data.fact_task import ANSWER_SLACK
 from data.facts import Fact, draw_facts
 from data.needles import filler_room, needle_ids
@@ -32,7 +33,8 @@ class HaystackData(TokenizedData):
     """One batch per length: a context ``context_ids`` (1, L) that all its cases share, and a case per depth.
 
     Needs a tokenizer: the trainer's ``lightning_module.tokenizer``, or set ``tokenizer`` before ``setup``. ``seed``
-    determines the order of documents. Facts and wordings are those that training never sees.
+    determines the order of documents. Facts and wordings are those that training never sees. Raises ``ValueError`` for
+    a setting out of range, or a value given twice.
 
     Parameters
     ----------
@@ -49,11 +51,6 @@ class HaystackData(TokenizedData):
     repeat
         Repeat the documents in a new order if the text is too short; the task's name then includes the number of
         rounds. Otherwise too short a text is an error.
-
-    Raises
-    ------
-    ValueError
-        For a setting out of range, or a value given twice.
     """
 
     def __init__(
@@ -87,7 +84,8 @@ class HaystackData(TokenizedData):
 
     def test_dataloader(self) -> DataLoader[CaseBatch]:
         """Return the haystacks in the order of ``lengths``, each made on access."""
-        return DataLoader(Haystacks(self), batch_size=None, shuffle=False)
+        haystacks = MadeOnAccess([partial(self.haystack, length) for length in self.lengths])
+        return DataLoader(haystacks, batch_size=None, shuffle=False)
 
     def transfer_batch_to_device(self, batch: CaseBatch, device: torch.device, dataloader_idx: int) -> CaseBatch:  # noqa: ARG002
         """Leave the batch where it is: each chunk is moved to the device before it runs."""
@@ -160,19 +158,6 @@ class HaystackData(TokenizedData):
             log.warning("the text is shorter than the haystack: its documents are used %d times", stream.epoch + 1)
         end = self.frame.before_character(ids, count)
         return ids[:end] + array("i", [self.frame.line_end] * (count - end)), tuple(documents), stream.epoch + 1
-
-
-class Haystacks(Dataset[CaseBatch]):
-    """Dataset of one haystack per length."""
-
-    def __init__(self, data: HaystackData) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data.lengths)
-
-    def __getitem__(self, index: int) -> CaseBatch:
-        return self.data.haystack(self.data.lengths[index])
 
 
 def _pieces(document: Document) -> Iterator[str]:

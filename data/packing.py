@@ -51,9 +51,9 @@ class Tokens:
         return Tokens(self.ids[start:end], spans)
 
 
-def encode_document(encoder: Encoder, document: Document, joint: str = JOINT) -> list[int]:
-    """Encode a document that follows another, with ``joint`` after it and without special tokens."""
-    return encoder.encode(document.text + joint)
+def encode_document(encoder: Encoder, document: Document) -> list[int]:
+    """Encode a document that follows another, with ``JOINT`` after it and without special tokens."""
+    return encoder.encode(document.text + JOINT)
 
 
 def take_tokens(documents: Iterable[Document], tokenizer: Any, enough: int) -> Tokens:
@@ -231,11 +231,7 @@ class WindowStream(Iterator[Tokens]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the document stream's state and the leftover tokens."""
-        return {
-            "documents": self.documents.state_dict(),
-            "ids": list(self.rest.ids),
-            "spans": list(self.rest.spans),
-        }
+        return {"documents": self.documents.state_dict(), "ids": list(self.rest.ids), "spans": list(self.rest.spans)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""

@@ -60,10 +60,7 @@ class RankStatefulLoader(StatefulDataLoader):
 
     def settings(self) -> dict[str, Any]:
         """Return all settings that must be the same at resume."""
-        return self.stream.settings() | {
-            "num_workers": self.num_workers,
-            "accumulate_grad_batches": self._accumulated,
-        }
+        return self.stream.settings() | {"num_workers": self.num_workers, "accumulate_grad_batches": self._accumulated}
 
     def state_dict(self) -> dict[str, Any]:
         """Return "settings", "batches" (taken per rank) and "ranks" (a state each). Collective: all ranks call it."""

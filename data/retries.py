@@ -30,7 +30,8 @@ class Stalled(TimeoutError):
 class Retries:
     """Retries of a source that stalls, drops the connection or returns garbage; it is opened again each time.
 
-    This is the outer layer: within one try, datasets and huggingface_hub retry single requests themselves.
+    This is the outer layer: within one try, datasets and huggingface_hub retry single requests themselves. Raises
+    ``ValueError`` for a setting out of range.
 
     Parameters
     ----------
@@ -41,11 +42,6 @@ class Retries:
     timeout_seconds
         Seconds after which a read counts as stalled. A read is one block of documents, including opening the stream if
         necessary.
-
-    Raises
-    ------
-    ValueError
-        For a setting out of range.
     """
 
     limit: int = 5

@@ -75,7 +75,8 @@ class Niah(CaseTask):
     """Needles in a haystack: RULER's eight settings by name, or others by options.
 
     The first asked needle is at the depth. If several are asked, number j of n is at (depth + j / n) modulo 1, so that
-    they are spread evenly, starting at the depth; the other needles are anywhere.
+    they are spread evenly, starting at the depth; the other needles are anywhere. Raises ``ValueError`` for an unknown
+    preset, or a setting out of range.
 
     Parameters
     ----------
@@ -94,11 +95,6 @@ class Niah(CaseTask):
     max_new_tokens
         Most tokens of an answer; 128 as in RULER by default. A number needs ten, and each token of a batch costs a
         pass.
-
-    Raises
-    ------
-    ValueError
-        For an unknown preset, or a setting out of range.
     """
 
     def __init__(
@@ -147,7 +143,6 @@ class Niah(CaseTask):
         rng: random.Random,
         query_aware: bool = False,
     ) -> Case:
-        """See ``CaseTask.case``."""
         facts = self._draw(rng)
         depth = checked_depth(depth, rng)
         queries = list(facts)[: self.needles.queries]

@@ -42,7 +42,7 @@ class VariableTracking(CaseTask):
     """RULER's variable tracking: the question asks for all variables of a chain of assignments.
 
     The first assignment is at the depth, the others in order anywhere after it; other chains are anywhere. The task is
-    called "vt", and "vt_noise" with RULER's repeated sentence.
+    called "vt", and "vt_noise" with RULER's repeated sentence. Raises ``ValueError`` for a setting out of range.
 
     Parameters
     ----------
@@ -52,11 +52,6 @@ class VariableTracking(CaseTask):
         "text": the evaluation's text, RULER's other option. "noise": one repeated sentence, RULER's default.
     example_tokens
         Most tokens of the solved example before the context; RULER's has up to 500. 0 leaves it out.
-
-    Raises
-    ------
-    ValueError
-        For a setting out of range.
     """
 
     def __init__(
@@ -84,7 +79,6 @@ class VariableTracking(CaseTask):
         rng: random.Random,
         query_aware: bool = False,
     ) -> Case:
-        """See ``CaseTask.case``."""
         values = rng.sample(VALUES, 2 * self.chains)
         chains = self._draw(values[: self.chains], LETTERS, rng)
         question, answer_prefix = self._ask(chains[0])

@@ -1,12 +1,10 @@
-"""RULER's aggregation tasks: the most common words of a list, the most frequent coded words. See data.ruler.
-
-Both fill the context with as many words as fit, without a haystack or a needle at a depth.
-"""
+"""RULER's aggregation tasks: the most common words of a list, the most frequent coded words. See data.ruler."""
 
 import itertools
 import random
+from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from data.cases import Case, CaseTask, Frame
 from data.packing import Tokens
@@ -14,13 +12,15 @@ from data.ruler_filler import AFTER_CONTEXT
 from data.ruler_vocabulary import distinct_words, random_words
 from sparsekv_pl.models.batch import CaseInfo
 
+Fill = Callable[[int], list[int]]
+"""Takes a number of tokens and returns so many."""
+
 CWE_INTRO = (
     "Below is a numbered list of words. In these words, some appear more often than others. "
     "Memorize the ones that appear most often.\n"
 )
 CWE_QUESTION = "Question: What are the 10 most common words in the above list?"
 CWE_ANSWER_PREFIX = "Answer: The top 10 words that appear most often in the list are:"
-CWE_NEW_TOKENS = 120
 COMMON_WORDS = 10
 LONG = 4096
 """Context length in tokens from which words are repeated as often as published."""
@@ -34,14 +34,44 @@ FWE_QUESTION = (
     "What are the three most frequently appeared words in the above coded text?"
 )
 FWE_ANSWER_PREFIX = "Answer: According to the coded text above, the three most frequently appeared words are:"
-FWE_NEW_TOKENS = 50
 FREQUENT_WORDS = 3
 CODED_LETTERS = 6
 NOISE_WORD = "..."
 TOKENS_PER_CODED_WORD = 50
 
 
-class CommonWords(CaseTask):
+class WordList(CaseTask):
+    """A task that fills the context with words: no haystack, and no needle at a depth."""
+
+    uses_depth = False
+    question = answer_prefix = ""
+    max_new_tokens = 0
+
+    def tokens_needed(self, frame: Frame, length: int) -> int:  # noqa: ARG002
+        """Return 0: the task needs no haystack."""
+        return 0
+
+    def case(
+        self,
+        frame: Frame,
+        haystack: Tokens,  # noqa: ARG002
+        length: int,
+        depth: float | None,  # noqa: ARG002
+        rng: random.Random,
+        query_aware: bool = False,
+    ) -> Case:
+        text, answers, fill = self._drawn(frame, length, rng)
+        head, tail = frame.encode(text), frame.encode(AFTER_CONTEXT)
+        words = fill(frame.room(length, self.question, query_aware) - len(head) - len(tail))
+        info = CaseInfo(id="", task=self.name, answers=tuple(answers), max_new_tokens=self.max_new_tokens)
+        return frame.build([*head, *words, *tail], self.question, self.answer_prefix, info, query_aware)
+
+    @abstractmethod
+    def _drawn(self, frame: Frame, length: int, rng: random.Random) -> tuple[str, list[str], Fill]:
+        """Return the text before the words, the answers, and the words' tokens for a number of them."""
+
+
+class CommonWords(WordList):
     """Common words extraction, "cwe": ten words of a shuffled, numbered list appear more often than the others.
 
     The list has as many other words as fit, all equally often. Words that appear once follow, and the last of them is
@@ -57,36 +87,19 @@ class CommonWords(CaseTask):
     """
 
     name = "cwe"
-    uses_depth = False
+    question, answer_prefix, max_new_tokens = CWE_QUESTION, CWE_ANSWER_PREFIX, 120
 
     def __init__(self, repeats: tuple[int, int] | None = None, example: bool = True) -> None:
         if repeats is not None and not 1 <= repeats[1] < repeats[0]:
             raise ValueError(f"repeats is {repeats}: give (common, other) with 1 <= other < common")
         self.repeats, self.example = repeats, example
 
-    def tokens_needed(self, frame: Frame, length: int) -> int:  # noqa: ARG002
-        """Return 0: the task needs no haystack."""
-        return 0
-
-    def case(
-        self,
-        frame: Frame,
-        haystack: Tokens,  # noqa: ARG002
-        length: int,
-        depth: float | None,  # noqa: ARG002
-        rng: random.Random,
-        query_aware: bool = False,
-    ) -> Case:
-        """See ``CaseTask.case``."""
+    def _drawn(self, frame: Frame, length: int, rng: random.Random) -> tuple[str, list[str], Fill]:
         words = distinct_words(rng)
         text = _example(words, length, rng) if self.example else ""
-        head, tail = frame.encode(text + CWE_INTRO), frame.encode(AFTER_CONTEXT)
-        room = frame.room(length, CWE_QUESTION, query_aware) - len(head) - len(tail)
         common = list(itertools.islice(words, COMMON_WORDS))
         repeats = self.repeats or ((30, 3) if length >= LONG else (6, 1))
-        entries = self._fill(frame, common, words, repeats, room, length, rng)
-        info = CaseInfo(id="", task=self.name, answers=tuple(common), max_new_tokens=CWE_NEW_TOKENS)
-        return frame.build([*head, *entries, *tail], CWE_QUESTION, CWE_ANSWER_PREFIX, info, query_aware)
+        return text + CWE_INTRO, common, lambda room: self._fill(frame, common, words, repeats, room, length, rng)
 
     def _fill(
         self,
@@ -122,7 +135,7 @@ class CommonWords(CaseTask):
         return list(itertools.chain.from_iterable(itertools.chain.from_iterable(pairs)))[:room]
 
 
-class FrequentWords(CaseTask):
+class FrequentWords(WordList):
     """Frequent words extraction, "fwe": the three most frequent of coded words that follow Zipf's law.
 
     Word k appears floor(n / k^alpha) times, with the largest n for which the text fits and the third word is more
@@ -135,35 +148,18 @@ class FrequentWords(CaseTask):
     """
 
     name = "fwe"
-    uses_depth = False
+    question, answer_prefix, max_new_tokens = FWE_QUESTION, FWE_ANSWER_PREFIX, 50
 
     def __init__(self, alpha: float = 2.0) -> None:
         if alpha <= 0:
             raise ValueError(f"alpha is {alpha}: give a number above 0")
         self.alpha = alpha
 
-    def tokens_needed(self, frame: Frame, length: int) -> int:  # noqa: ARG002
-        """Return 0: the task needs no haystack."""
-        return 0
-
-    def case(
-        self,
-        frame: Frame,
-        haystack: Tokens,  # noqa: ARG002
-        length: int,
-        depth: float | None,  # noqa: ARG002
-        rng: random.Random,
-        query_aware: bool = False,
-    ) -> Case:
-        """See ``CaseTask.case``."""
+    def _drawn(self, frame: Frame, length: int, rng: random.Random) -> tuple[str, list[str], Fill]:
         vocabulary = max(length // TOKENS_PER_CODED_WORD, FREQUENT_WORDS + 2)
         words = [NOISE_WORD, *random_words(vocabulary - 1, CODED_LETTERS, rng)]
-        head, tail = frame.encode(FWE_INTRO), frame.encode(AFTER_CONTEXT)
-        room = frame.room(length, FWE_QUESTION, query_aware) - len(head) - len(tail)
-        text = self._fill(frame.encode_all([f" {word}" for word in words]), room, length, rng)
-        answers = tuple(words[1 : 1 + FREQUENT_WORDS])
-        info = CaseInfo(id="", task=self.name, answers=answers, max_new_tokens=FWE_NEW_TOKENS)
-        return frame.build([*head, *text, *tail], FWE_QUESTION, FWE_ANSWER_PREFIX, info, query_aware)
+        encoded = frame.encode_all([f" {word}" for word in words])
+        return FWE_INTRO, words[1 : 1 + FREQUENT_WORDS], lambda room: self._fill(encoded, room, length, rng)
 
     def _fill(self, words: list[list[int]], room: int, length: int, rng: random.Random) -> list[int]:
         """Make exactly ``room`` tokens of shuffled words."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 NAME = re.compile(r"tensors_seq(?P<length>\d+)_layer(?P<layer>\d+)_sample(?P<sample>\d+)_(?P<timestamp>.+)\.pt")
 FIX = "collect some first: python evaluate.py predict --config configs/analyze/collect.yaml"
@@ -48,7 +48,7 @@ class TensorFiles(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[list[str]]:
         """Return the batches by length, then sample, then time of collection."""
-        return DataLoader(_Groups(self.groups), batch_size=None, shuffle=False)
+        return DataLoader(self.groups, batch_size=None, shuffle=False)  # type: ignore[arg-type]
 
     def _grouped(self, files: Sequence[Path]) -> list[list[str]]:
         groups: dict[tuple[int, int, str], dict[int, str]] = defaultdict(dict)
@@ -63,14 +63,3 @@ class TensorFiles(LightningDataModule):
                 groups[length, sample, name["timestamp"]][layer] = str(path)
         known = [[path for _, path in sorted(layers.items())] for _, layers in sorted(groups.items())]
         return known + unknown
-
-
-class _Groups(Dataset[list[str]]):
-    def __init__(self, groups: Sequence[list[str]]) -> None:
-        self.groups = groups
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __getitem__(self, index: int) -> list[str]:
-        return self.groups[index]

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 class Splits:
     """Splits of documents by a stable hash of their text, so that a text has the same split in every source.
 
+    Raises ``ValueError`` if the shares are negative or do not add up to 1.
+
     Parameters
     ----------
     train, validation, held_out
@@ -31,11 +33,6 @@ class Splits:
     key
         Seed of the hash. The default gives each split of Python 3.11's embedded text, which has few documents of very
         different lengths, a fair share of the characters.
-
-    Raises
-    ------
-    ValueError
-        If the shares are negative or do not add up to 1.
     """
 
     train: float = 0.8
@@ -99,12 +96,7 @@ class LocalText(TextSource):
         """Yield the documents; ``ValueError`` names a missing, empty, broken or unknown file, and the line."""
         if not self.paths:
             raise ValueError("LocalText got an empty list of paths: name at least one file")
-        readers = {
-            ".txt": self._text,
-            ".jsonl": self._json_lines,
-            ".json": self._json_lines,
-            ".parquet": self._parquet,
-        }
+        readers = {".txt": self._text, ".jsonl": self._json_lines, ".json": self._json_lines, ".parquet": self._parquet}
         self.skipped = 0
         for path in (Path(path).expanduser() for path in self.paths):
             if path.suffix not in readers:

@@ -21,10 +21,7 @@ NEED_EPOCHS: dict[type[Callback], str] = {
 def batches_to_train(trainer: Trainer) -> int:
     """Return the number of batches that one rank trains on; with fast_dev_run or overfit_batches, of one epoch.
 
-    Raises
-    ------
-    ValueError
-        If ``trainer.max_steps`` does not determine the length, or the length is 0.
+    Raises ``ValueError`` if ``trainer.max_steps`` does not determine the length, or the length is 0.
     """
     if trainer.max_steps < 1:
         raise ValueError(f"trainer.max_steps is {trainer.max_steps}: set it, the training stream has no end")
@@ -51,12 +48,8 @@ def without_epochs(trainer: Trainer) -> None:
 
     The whole training counts as one epoch. A ``val_check_interval`` that is a share becomes a number of batches of the
     training (1.0: at its end), so that callbacks that run after validation expect several in the epoch. With real
-    epochs (fast_dev_run, overfit_batches) nothing changes.
-
-    Raises
-    ------
-    ValueError
-        For settings without a meaning, or with no effect: one line with the setting and the fix.
+    epochs (fast_dev_run, overfit_batches) nothing changes. Raises ``ValueError`` for settings without a meaning, or
+    with no effect: one line with the setting and the fix.
     """
     batches = batches_to_train(trainer)
     if trainer.fast_dev_run or trainer.overfit_batches:  # type: ignore[attr-defined]
