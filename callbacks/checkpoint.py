@@ -42,7 +42,7 @@ class SafeCheckpoint(ModelCheckpoint):
     exit with 143 or 130. Lightning's signal for requeueing a Slurm job waits too: inside a step its collectives would
     interfere with those of training. A second signal ends the run at once. After another error, a single process saves
     its state at the beginning of the current optimizer step; several ranks cannot coordinate then, and the last
-    checkpoint remains.
+    checkpoint remains. Raises ``ValueError`` for a setting out of range, or a ``dirpath`` that is an address.
 
     Parameters
     ----------
@@ -53,11 +53,6 @@ class SafeCheckpoint(ModelCheckpoint):
         written, the disk holds ``keep`` + 1.
     dirpath
         A local folder; by default ``checkpoints`` in the logger's folder.
-
-    Raises
-    ------
-    ValueError
-        For a setting out of range, or a ``dirpath`` that is an address.
     """
 
     def __init__(self, every_n_train_steps: int, keep: int = 2, dirpath: str | None = None) -> None:
@@ -201,6 +196,3 @@ class SafeCheckpoint(ModelCheckpoint):
         folder = Path(str(self._ModelCheckpoint__resolve_ckpt_dir(trainer)))  # type: ignore[attr-defined]
         found = [*checkpoints_in(folder), *Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt")]
         return {str(newest_readable(found))} if found else set()
-
-
-__all__ = ["CheckpointError", "SafeCheckpoint"]

@@ -69,11 +69,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
 def saved_whole(path: Path, content: Any) -> Iterator[Path]:
     """Yield a partial path for a checkpoint or an export, renamed to ``path`` when complete: see ``written_whole``.
 
-    Raises
-    ------
-    CheckpointError
-        If writing fails: it names ``path``, the bytes that the tensors in ``content`` need, the free bytes, and the
-        last readable checkpoint.
+    Raises ``CheckpointError`` if writing fails: it names ``path``, the bytes that the tensors in ``content`` need, the
+    free bytes, and the last readable checkpoint.
     """
     needed = sum(leaf.nbytes for leaf in tree_leaves(content) if isinstance(leaf, torch.Tensor))
     try:
@@ -98,10 +95,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def newest_readable(paths: Iterable[Path]) -> Path:
     """Return the readable checkpoint of the latest step; warn of each unreadable later one.
 
-    Raises
-    ------
-    ValueError
-        If none can be read.
+    Raises ``ValueError`` if none can be read.
     """
     tried = []
     for path in latest_first(paths):
@@ -116,10 +110,7 @@ def newest_readable(paths: Iterable[Path]) -> Path:
 def chosen(path: Path) -> Path:
     """Resolve ``--ckpt_path``: a checkpoint, or the newest readable one in a run's folder.
 
-    Raises
-    ------
-    ValueError
-        If there is none, or none that can be read.
+    Raises ``ValueError`` if there is none, or none that can be read.
     """
     if re.match(r"\w+:/", str(path)):
         raise ValueError(f"--ckpt_path {path}: give a local file or folder, not an address")
@@ -223,18 +214,3 @@ def latest_first(paths: Iterable[Path]) -> list[Path]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-__all__ = [
-    "CheckpointError",
-    "WholeCheckpointIO",
-    "bytes_of",
-    "checkpoints_in",
-    "chosen",
-    "fault",
-    "latest_first",
-    "newest_readable",
-    "not_saved",
-    "saved_whole",
-    "step_of",
-]

@@ -84,6 +84,3 @@ def _move(folder: Path, paths: list[Path], step: int) -> None:
     what = "an earlier run" if step < 0 else f"files after step {step}, at which this run resumes"
     again = f"; --ckpt_path {aside} resumes it" if checkpoints_in(aside) else ""
     rank_zero_info(f"{folder} holds {what}: {', '.join(names[:LISTED])}{more}: moved to {aside}{again}")
-
-
-__all__ = ["set_aside"]

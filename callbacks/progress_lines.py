@@ -101,15 +101,21 @@ class ProgressLines(ProgressBar):
 
     @override
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
-        self._batch_done(batch)
+        self._batches += 1
+        self._tokens += _tokens(batch)
+        if self._shows and self._pace is not None:
+            speed = self._tokens / max(self.clock() - self._marked, 1e-9)
+            self._pace.reached(self._batches, *([f"{speed:,.0f} tokens of cases/s"] if self._tokens else []))
 
-    @override
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        self._batch_done(batch)
+    on_predict_batch_end = on_test_batch_end
 
     def on_piece_end(self, done: int, pieces: int) -> None:
         """Report that ``done`` of ``pieces`` pieces of the current batch are done."""
@@ -124,13 +130,6 @@ class ProgressLines(ProgressBar):
     def _begin(self, what: str, batches: float) -> None:
         self._pace, self._batches, self._tokens = Pace(what, "batches", batches), 0, 0
         self._marked = self.clock()
-
-    def _batch_done(self, batch: Any) -> None:
-        self._batches += 1
-        self._tokens += _tokens(batch)
-        if self._shows and self._pace is not None:
-            speed = self._tokens / max(self.clock() - self._marked, 1e-9)
-            self._pace.reached(self._batches, *([f"{speed:,.0f} tokens of cases/s"] if self._tokens else []))
 
 
 def _tokens(batch: Any) -> int:

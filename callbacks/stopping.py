@@ -37,9 +37,7 @@ class Stopping(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._hold(trainer)
 
-    @override
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._hold(trainer)
+    on_predict_start = on_test_start
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -50,13 +48,7 @@ class Stopping(Callback):
     def on_test_batch_end(self, *_: Any, **__: Any) -> None:
         self._obey()
 
-    @override
-    def on_predict_batch_end(self, *_: Any, **__: Any) -> None:
-        self._obey()
-
-    @override
-    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
-        self._obey()
+    on_predict_batch_end = on_validation_batch_end = on_test_batch_end
 
     def on_piece_end(self, done: int, pieces: int) -> None:  # noqa: ARG002
         """Stop here if a signal arrived: this piece of the batch is measured and stored."""

@@ -27,7 +27,7 @@ class Throughput(pl.Callback):
 
     Time includes waiting for data and writing checkpoints, but not validation. Lightning's ThroughputMonitor is not
     used because it bypasses ``callback_metrics`` and the progress bar, logs nothing until its window is full, and
-    counts batches.
+    counts batches. Raises ``ValueError`` for a setting below 1.
 
     Parameters
     ----------
@@ -46,11 +46,6 @@ class Throughput(pl.Callback):
     throughput/peak_memory_gib
         Peak memory in GiB, the largest of all ranks: on a GPU of tensors since training started, on a CPU of the
         process since its start.
-
-    Raises
-    ------
-    ValueError
-        For a setting below 1.
     """
 
     def __init__(self, every_n_steps: int | None = None, window: int = 20) -> None:

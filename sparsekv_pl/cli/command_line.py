@@ -18,7 +18,6 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from sparsekv_pl.cli.config_extent import check_depth, check_extent
 from sparsekv_pl.cli.config_values import check_shape, check_values, explained
 from sparsekv_pl.cli.moved_classes import moved
 from sparsekv_pl.cli.out_of_memory import out_of_memory_explained
@@ -26,7 +25,7 @@ from sparsekv_pl.cli.run_folders import REPORT, RunFolders
 from sparsekv_pl.cli.run_length import fill_length
 from sparsekv_pl.cli.run_name import add_name, fill_name
 from sparsekv_pl.cli.trainer_limits import check_limits, counts_before_shares
-from sparsekv_pl.cli.yaml_keys import check_unique_keys
+from sparsekv_pl.cli.yaml_limits import check_depth, check_nodes
 from sparsekv_pl.evaluation.pace import without_bars
 from sparsekv_pl.evaluation.second_signal import second_stops_at_once
 from sparsekv_pl.reporting.redaction import redact_output, redacted
@@ -64,10 +63,9 @@ def _load_yaml_and_none(text: str) -> Any:
     """Load YAML and check it. jsonargparse passes ``--model.backbone.adapter null`` on as the text "None"."""
     check_depth(text)
     value = _load_yaml(text)
-    check_extent(value)
-    check_shape(value)
     if isinstance(value, dict | list):
-        check_unique_keys(text)
+        check_nodes(text)
+    check_shape(value)
     return None if value == "None" else value
 
 
@@ -271,6 +269,3 @@ def _brief(value: Any) -> str:
         return f"[{', '.join(map(_brief, value))}]"
     path = value.get("class_path") if isinstance(value, Namespace) else None
     return str(path).rpartition(".")[2] if path else repr(value)
-
-
-__all__ = ["CommandLine", "LightningArgumentParser", "run"]

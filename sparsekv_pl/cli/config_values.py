@@ -172,6 +172,3 @@ def _meant(default: Any) -> str:
 def _shown(value: Any) -> str:
     text = "null" if value is None else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-__all__ = ["check_shape", "check_values", "explained"]

@@ -50,10 +50,7 @@ REMEDIES = {
 def out_of_memory_explained(settings: Mapping[str, Any], training: bool) -> Iterator[None]:
     """Replace any out-of-memory error in the block by one that names the ``settings`` to change.
 
-    Raises
-    ------
-    OutOfMemoryError
-        In place of torch's and Python's errors.
+    Raises ``OutOfMemoryError`` in place of torch's and Python's errors.
     """
     try:
         yield

@@ -24,6 +24,3 @@ def _there(path: Path) -> bool:
         return path.exists()
     except OSError:
         return False
-
-
-__all__ = ["check_output"]

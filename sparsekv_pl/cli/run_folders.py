@@ -26,10 +26,7 @@ class RunFolders(ExitStack):
     def claim(self, key: str, folder: str | Path, use: str) -> None:
         """Hold ``folder``, which ``key`` sets, for ``use``.
 
-        Raises
-        ------
-        ValueError
-            If another process holds it, or it cannot be written.
+        Raises ``ValueError`` if another process holds it, or it cannot be written.
         """
         path = Path(folder).expanduser()
         known = (os.path.realpath(path), use)  # two of its names may be given for one folder
@@ -65,6 +62,3 @@ def trained_into(settings: Namespace) -> Iterator[tuple[str, Path]]:
 def _callbacks(settings: Namespace) -> list[Any]:
     given = settings.get("trainer.callbacks") or []
     return [one for one in (given if isinstance(given, list) else [given]) if isinstance(one, Namespace)]
-
-
-__all__ = ["REPORT", "TRAINING", "RunFolders", "trained_into"]

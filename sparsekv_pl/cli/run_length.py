@@ -13,11 +13,8 @@ LENGTHS = ("total_steps", "T_max")
 def fill_length(settings: Namespace) -> None:
     """Set the length of the learning-rate schedule in a command's ``settings`` to the run's, if it is null.
 
-    Raises
-    ------
-    ValueError
-        If a schedule of ``total_steps`` ends before the run, which would stop training there, or if neither has a
-        length.
+    Raises ``ValueError`` if a schedule of ``total_steps`` ends before the run, which would stop training there, or if
+    neither has a length.
     """
     key, max_steps = "model.init_args.lr_scheduler.init_args", settings.get("trainer.max_steps")
     schedule = settings.get(key)

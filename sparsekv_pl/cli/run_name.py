@@ -31,10 +31,8 @@ def add_name(parser: LightningArgumentParser, reports: bool) -> None:
 def fill_name(settings: Namespace) -> None:
     """Fill in the folders that a command's ``settings`` leave to the run's name; given ones stay.
 
-    Raises
-    ------
-    ValueError
-        For an empty name, and for an adapter of a run (``final``, ``checkpoint-46``) without the run's name.
+    Raises ``ValueError`` for an empty name, and for an adapter of a run (``final``, ``checkpoint-46``) without the
+    run's name.
     """
     for key in ("name", "report"):
         if settings.get(key) == "":

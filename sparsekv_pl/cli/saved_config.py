@@ -27,14 +27,11 @@ class SaveRunConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save on all ranks to one folder. Lightning's own method could leave half a file after a kill.
 
-        Raises
-        ------
-        ValueError
-            If the file to write is the user's own.
+        Raises ``ValueError`` if the file to write is the user's own.
         """
         self.save_to_log_dir = False
         path = self._path = self.path(trainer, pl_module)
-        if path.is_file() and not _was_saved(path):
+        if path.is_file() and (content := path.read_bytes()) and not content.startswith(HEADER):
             raise ValueError(
                 f"{path} is a configuration that you wrote, and the run would replace it by all of its settings: "
                 "rename it, or give a --name or a folder of the run's own"
@@ -60,12 +57,3 @@ class SaveEvaluationConfig(SaveRunConfig):
     def path(self, trainer: Trainer, pl_module: LightningModule) -> Path:  # noqa: ARG002
         """The file in the module's ``output`` folder."""
         return Path(str(pl_module.output)) / "evaluation.yaml"
-
-
-def _was_saved(path: Path) -> bool:
-    with path.open("rb") as file:
-        head = file.read(len(HEADER))
-    return head == HEADER or not head
-
-
-__all__ = ["SaveEvaluationConfig", "SaveRunConfig"]

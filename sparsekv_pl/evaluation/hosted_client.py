@@ -26,8 +26,9 @@ class HostedRequest:
 class HostedModel:
     """A model behind ``base_url``, with prices and limits.
 
-    The key is read from the environment before the first request. It is not part of this object, and it is removed
-    from every answer and error message.
+    The key is read from the environment before the first request. It is not part of this object, and it is removed from
+    every answer and error message. Raises ``ValueError`` for values that cannot work: a key in place of a variable's
+    name, an address with credentials in it, a limit in dollars without prices.
 
     Parameters
     ----------
@@ -58,12 +59,6 @@ class HostedModel:
     options
         Fields sent with every request, for example {reasoning_effort: none}; null removes a field: {temperature: null}
         is for models that refuse temperature 0.
-
-    Raises
-    ------
-    ValueError
-        For values that cannot work: a key in place of a variable's name, an address with credentials in it, a limit in
-        dollars without prices.
     """
 
     model: str
@@ -106,10 +101,8 @@ class HostedModel:
     def key(self) -> str | None:
         """The key, from the environment.
 
-        Raises
-        ------
-        ValueError
-            If the variable is not set or holds characters that no HTTP header can carry; the value is not shown.
+        Raises ``ValueError`` if the variable is not set or holds characters that no HTTP header can carry; the value is
+        not shown.
         """
         if self.key_variable is None:
             return None

@@ -112,10 +112,8 @@ class HostedModule(MeasuringModule):
     def on_test_end(self) -> None:
         """Send the questions that are not finished, write the report and print the table.
 
-        Raises
-        ------
-        ValueError
-            After the report is written, if the endpoint refused in a way that every further request would meet.
+        Raises ``ValueError`` after the report is written, if the endpoint refused in a way that every further request
+        would meet.
         """
         if self.skipped:
             log.warning("%d text windows skipped: hosted models only answer questions", self.skipped)

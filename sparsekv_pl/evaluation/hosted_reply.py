@@ -86,19 +86,9 @@ def lost(error: ErrorKind, message: str, most: Usage) -> Answer:
 def read_reply(status: int, content: bytes, most: Usage, count_tokens: Callable[[str], int]) -> Answer:
     """Read the answer or the error in a reply with any content.
 
-    Parameters
-    ----------
-    status, content
-        HTTP status and body.
-    most
-        The most that the request can use; replaces a missing usage, together with ``count_tokens``.
-    count_tokens
-        Counts the tokens of a text.
+    Raises ``RecursionError`` for JSON that is nested too deep.
 
-    Raises
-    ------
-    RecursionError
-        For JSON that is nested too deep.
+    ``most`` is the most that the request can use; with ``count_tokens`` (of a text) it replaces a missing usage.
     """
     excerpt = content[:MESSAGE_CHARACTERS].decode(errors="replace")
     try:

@@ -37,19 +37,10 @@ def ask(
 ) -> list[Answer]:
     """Send all requests and return the answers in their order; a failed request has an answer with an error.
 
-    Parameters
-    ----------
-    hosted, requests
-        The model, and what to send to it.
-    count_tokens
-        Counts the tokens of an answer if the endpoint reports no usage.
-    on_answer
-        Called with each answer as it arrives, one at a time: a stopped run loses no paid answer.
+    Raises ``ValueError`` before anything is sent, if the requests could exceed a limit or there is no key.
 
-    Raises
-    ------
-    ValueError
-        Before anything is sent, if the requests could exceed a limit or there is no key.
+    ``count_tokens`` counts the tokens of an answer if the endpoint reports no usage. ``on_answer`` is called with each
+    answer as it arrives, one at a time: a stopped run loses no paid answer.
     """
     hosted.check(requests)
     asking = _Asking(hosted, hosted.key(), count_tokens, on_answer)

@@ -56,8 +56,6 @@ class ContextEviction:
     """False without a press, and if the context is too short for it."""
     kept_pairs: float
     """KV pairs left of those the press saw, mean over layers and KV heads."""
-    kv_bytes: int
-    """Bytes of the keys and values left."""
     freed: bool
     """False if a head-wise press masks pairs that stay in memory."""
 
@@ -81,6 +79,8 @@ class PressedLM(HFLM):
       HFLM's.
     - The batch size is 1. Equal contexts (the options of a multiple choice) share one prefill.
 
+    Raises ``ValueError`` if ``held_back`` or ``rolling_tokens`` is below 1, or the press does not fit the model.
+
     Parameters
     ----------
     model
@@ -102,11 +102,6 @@ class PressedLM(HFLM):
     ----------
     evictions
         First argument of a request (the context or document as text) -> the outcomes of its evictions.
-
-    Raises
-    ------
-    ValueError
-        If ``held_back`` or ``rolling_tokens`` is below 1, or the press does not fit the model.
     """
 
     def __init__(
@@ -178,10 +173,7 @@ class PressedLM(HFLM):
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """The most likely answer to each context, cut before the first stop string.
 
-        Raises
-        ------
-        ValueError
-            For a task that asks for anything but greedy decoding, before the first answer.
+        Raises ``ValueError`` for a task that asks for anything but greedy decoding, before the first answer.
         """
         settings = [_greedy_settings(request.args[1], self.max_gen_toks, self.max_length) for request in requests]
         contexts = [self.tok_encode(request.args[0]) for request in requests]
@@ -221,12 +213,12 @@ class PressedLM(HFLM):
         split = max(0, len(context) - self.held_back)
         seen, held = self._batch(context[:split]), list(context[split:])
         if not split:
-            return Prefilled(DynamicCache(), 0, []), held, ContextEviction(len(context), False, 0.0, 0, True)
+            return Prefilled(DynamicCache(), 0, []), held, ContextEviction(len(context), False, 0.0, True)
         press = self.press if self._long_enough(split) else None
         with globally_seeded("measured press", *row_numbers(seen), press_name(press)):  # for one without a seed
             prefilled = prefill(self.model, seen, press, self.chunk_tokens)
         left = kept_memory(self.model, prefilled.cache)
-        eviction = ContextEviction(len(context), press is not None, left.kept_pairs, left.kv_bytes, left.freed)
+        eviction = ContextEviction(len(context), press is not None, left.kept_pairs, left.freed)
         return prefilled, held, eviction
 
     def _long_enough(self, tokens: int) -> bool:

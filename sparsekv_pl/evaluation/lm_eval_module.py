@@ -37,7 +37,9 @@ class LMEvalModule(MeasuringModule):
 
     A task is code: its YAML file may name Python functions that lm_eval imports and runs (``!function``,
     ``custom_dataset``), and its templates may call Python. Set ``include_path`` only to folders that you have read.
-    Tasks that run code written by the model (humaneval, mbpp) are refused. Data of hub tasks is downloaded.
+    Tasks that run code written by the model (humaneval, mbpp) are refused. Data of hub tasks is downloaded. Raises
+    ``ValueError`` for a setting out of range, a missing folder or chat template, or a press that does not fit the
+    model.
 
     Parameters
     ----------
@@ -63,11 +65,6 @@ class LMEvalModule(MeasuringModule):
         Null: where the run's name says, else output/lm_eval.
     title
         Title of the report.
-
-    Raises
-    ------
-    ValueError
-        For a setting out of range, a missing folder or chat template, or a press that does not fit the model.
     """
 
     one_process = "lm_eval tasks run on one device, not on {}: set trainer.devices to 1; use another run for the rest"

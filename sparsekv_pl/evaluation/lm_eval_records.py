@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from rich.table import Column, Table
+
 from sparsekv_pl.storage.records import Record
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from sparsekv_pl.evaluation.lm_eval_model import ContextEviction
 
 EXACT = ("exact_match", "acc")
@@ -68,13 +68,11 @@ def case_records(samples: Mapping[str, Sequence[Mapping[str, Any]]], evictions: 
             yield record
 
 
-def table(records: Sequence[Record]) -> "Table":
+def table(records: Sequence[Record]) -> Table:
     """Make a table of base and trained with lm_eval's standard errors: a row per task, metric, press and ratio.
 
     Failures follow at the end.
     """
-    from rich.table import Column, Table
-
     variants = [name for name in ("base", "trained") if any(record["variant"] == name for record in records)]
     titles = ("task", "metric", "press", "ratio", *variants, "documents", "contexts evicted")
     shown = Table(*(Column(title, overflow="fold") for title in titles))  # a narrow terminal cuts nothing off

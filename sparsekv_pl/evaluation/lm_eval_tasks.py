@@ -13,10 +13,7 @@ if TYPE_CHECKING:
 def task_manager(tasks: list[str], include_path: Path | None) -> "TaskManager":
     """Index the tasks in ``include_path``, and lm_eval's own (10 s) only if ``tasks`` needs them.
 
-    Raises
-    ------
-    ValueError
-        For a task in neither.
+    Raises ``ValueError`` for a task in neither.
     """
     from lm_eval.tasks import TaskManager
 

@@ -47,7 +47,8 @@ class LongContextModule(MeasuringModule):
     """Prefills haystacks in chunks under an eviction budget, then answers every question from a copy of the cache.
 
     A run may be stopped (Ctrl-C ends it after the running chunk) or killed. The next run continues from
-    ``output/state.safetensors`` and skips finished haystacks.
+    ``output/state.safetensors`` and skips finished haystacks. Raises ``ValueError`` for a setting out of range, or a
+    press that does not fit the model.
 
     Parameters
     ----------
@@ -71,11 +72,6 @@ class LongContextModule(MeasuringModule):
         Build and tokenise everything, print the plan and stop before inference.
     tokens_per_second
         Prefill speed assumed by the plan; null: the plan states no time.
-
-    Raises
-    ------
-    ValueError
-        For a setting out of range, or a press that does not fit the model.
     """
 
     one_process = (

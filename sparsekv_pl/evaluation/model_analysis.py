@@ -16,14 +16,7 @@ from sparsekv_pl.storage.records import Record
 class Analysis(MeasuringModule):
     """Measures every batch of a datamodule once, base and trained; see ``MeasuringModule``.
 
-    Parameters
-    ----------
-    backbone
-        The model; with ``backbone.adapter`` everything is measured twice, with the adapter off (base) and on (trained).
-    output
-        Folder for the report, its pictures and the finished work; subclasses replace null by a default.
-    trained_alone
-        With an adapter, measure only with it on.
+    Subclasses replace an ``output`` of null by a default.
     """
 
     def __init__(self, backbone: Backbone, output: str, trained_alone: bool = False) -> None:
@@ -40,10 +33,7 @@ class Analysis(MeasuringModule):
     def setup(self, stage: str) -> None:
         """Check the data's context lengths and read the finished work.
 
-        Raises
-        ------
-        ValueError
-            For a context longer than the model's trained positions.
+        Raises ``ValueError`` for a context longer than the model's trained positions.
         """
         longest = max(getattr(self.trainer.datamodule, "lengths", []), default=0)  # type: ignore[attr-defined]
         limit = position_limit(self.causal_lm)

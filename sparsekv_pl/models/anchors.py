@@ -76,6 +76,8 @@ def _table_on(
 class Anchors:
     """The rule for tokens that are never evicted. Each kind is switched off by 0 or false.
 
+    Raises ``ValueError`` if ``sinks`` or ``recent`` is negative.
+
     Parameters
     ----------
     sinks
@@ -86,11 +88,6 @@ class Anchors:
         Whether special tokens (beginning of text, turn markers, ...) are anchors.
     punctuation
         Whether tokens of only punctuation are anchors.
-
-    Raises
-    ------
-    ValueError
-        If ``sinks`` or ``recent`` is negative.
     """
 
     sinks: int = 4
@@ -122,42 +119,22 @@ class Anchors:
         input_ids_BL: Tensor,
         tokenizer: PreTrainedTokenizerBase | AnchorTable,
         attention_mask_BL: Tensor | None = None,
-        eviction_point: int | None = None,
     ) -> Tensor:
-        """Return a mask that is True where a token must stay in the cache.
+        """Return a mask (B, L) bool on the ids' device, True where a token must stay in the cache.
 
         Parameters
         ----------
         input_ids_BL
-            (B, L) integers: the context, or the context and more.
+            (B, L) integers, the context.
         tokenizer
             The tokenizer that made the ids, or its table on the ids' device.
         attention_mask_BL
             (B, L), nonzero for real tokens and 0 for padding, on either side, as tokenizers return it. Padding is
             never an anchor and does not count for sinks or recent tokens. Default: no padding.
-        eviction_point
-            The column before which the eviction happens, 0 to L. Later columns are not in the cache yet and therefore
-            False. Default: L.
-
-        Returns
-        -------
-        Tensor
-            (B, L) bool, on the ids' device.
-
-        Raises
-        ------
-        ValueError
-            If ``eviction_point`` is not between 0 and L.
         """
-        device, length = input_ids_BL.device, input_ids_BL.shape[1]
-        point = length if eviction_point is None else eviction_point
-        if not 0 <= point <= length:
-            raise ValueError(f"eviction_point is {point}: it must lie between 0 and the {length} tokens given")
-        table = tokenizer if isinstance(tokenizer, AnchorTable) else table_for(tokenizer, device)
-
-        real_BL = (torch.arange(length, device=device) < point).expand_as(input_ids_BL)
-        if attention_mask_BL is not None:
-            real_BL = real_BL & attention_mask_BL.bool()
+        table = tokenizer if isinstance(tokenizer, AnchorTable) else table_for(tokenizer, input_ids_BL.device)
+        everything = torch.ones_like(input_ids_BL, dtype=torch.bool)
+        real_BL = everything if attention_mask_BL is None else attention_mask_BL.bool()
         rank_BL = real_BL.cumsum(dim=1)  # 1 at the first real token
         anchors_BL = (rank_BL <= self.sinks) | (rank_BL > rank_BL[:, -1:] - self.recent)
         if self.special:

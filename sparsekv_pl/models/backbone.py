@@ -10,12 +10,7 @@ import torch
 from huggingface_hub.constants import HF_HOME
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
@@ -78,13 +73,10 @@ class Backbone:
     def load(self, *, trainable: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Return the causal LM and its tokenizer, with adapters if there are any, or new ones if ``trainable``.
 
-        Raises
-        ------
-        ValueError
-            For a path that does not exist, an architecture that transformers does not know, an unsupported head or
-            attention, weights that are missing or unused, a tokenizer whose ids exceed the embedding, LoRA targets that
-            the decoder does not have, an adapter of another base or without effect, an impossible placement or
-            sharding.
+        Raises ``ValueError`` for a path that does not exist, an architecture that transformers does not know, an
+        unsupported head or attention, weights that are missing or unused, a tokenizer whose ids exceed the embedding,
+        LoRA targets that the decoder does not have, an adapter of another base or without effect, an impossible
+        placement or sharding.
         """
         if trainable and self.load_in_4bit and self.lora is None and self.adapter is None:
             raise ValueError("load_in_4bit=true freezes the base weights: set lora, or load_in_4bit=false")
@@ -234,10 +226,7 @@ class Backbone:
 def resolve(pretrained: str, cache_dir: str | None = None) -> str:
     """Turn ``pretrained`` into a hub id or a folder that transformers can load; GGUF files are converted once.
 
-    Raises
-    ------
-    ValueError
-        For a path that does not exist.
+    Raises ``ValueError`` for a path that does not exist.
     """
     if pretrained == EMBEDDED:
         path = embedded_gguf()

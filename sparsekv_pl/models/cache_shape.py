@@ -28,10 +28,7 @@ class CacheShape:
 def cache_shape(config: PreTrainedConfig) -> CacheShape:
     """Read the cache's shape from ``config``, in which the decoder's config may be nested.
 
-    Raises
-    ------
-    ValueError
-        For layers without plain keys and values: latent attention, state spaces.
+    Raises ``ValueError`` for layers without plain keys and values: latent attention, state spaces.
     """
     text = config.get_text_config(decoder=True)
     if getattr(text, "kv_lora_rank", None):

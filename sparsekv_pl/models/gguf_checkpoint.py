@@ -88,10 +88,8 @@ def _fingerprint(gguf: Path) -> str:
 def tokenizer_from_gguf(gguf: Path) -> PreTrainedTokenizerFast:
     """Build the byte-level BPE tokenizer that a GGUF file describes.
 
-    Raises
-    ------
-    ValueError
-        If the file is no GGUF file, or its tokenizer is not SmolLM's byte-level BPE, for which all ids were checked.
+    Raises ``ValueError`` if the file is no GGUF file, or its tokenizer is not SmolLM's byte-level BPE, for which all
+    ids were checked.
     """
     from gguf import GGUFReader
 

@@ -21,6 +21,8 @@ WEIGHTS = "adapter_model.safetensors"
 class Lora:
     """Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685) through peft.
 
+    Raises ``ValueError`` for a setting out of range.
+
     Parameters
     ----------
     r
@@ -32,11 +34,6 @@ class Lora:
     dropout
         Dropout on the adapter's input, in [0, 1). 0 by default: SnapKV and ExpectedAttention recompute queries when
         they score, and with dropout these would differ from the model's own.
-
-    Raises
-    ------
-    ValueError
-        For a setting out of range.
     """
 
     r: int = 16
@@ -114,11 +111,8 @@ def _beside(model: PreTrainedModel, decoder: torch.nn.Module, targets: Collectio
 def load_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> PreTrainedModel:
     """Return ``model`` with the adapter in folder ``adapter``; its weights train if ``trainable``.
 
-    Raises
-    ------
-    ValueError
-        If there is no adapter, if it is damaged or has numbers that are not finite, and if it would have no effect or
-        only a part of it.
+    Raises ``ValueError`` if there is no adapter, if it is damaged or has numbers that are not finite, and if it would
+    have no effect or only a part of it.
     """
     from peft import PeftConfig, get_peft_model
 

@@ -104,6 +104,8 @@ def plan(
 ) -> Plan:
     """Estimate memory and time of a context of ``tokens`` tokens without loading weights.
 
+    Raises ``ValueError`` for settings out of range, and for a config that cannot be read or has no causal LM.
+
     Parameters
     ----------
     pretrained
@@ -123,11 +125,6 @@ def plan(
         context.
     memory_limit
         Bytes, or a size such as ``80GiB``. None takes the free memory of all GPUs, or of RAM without a GPU.
-
-    Raises
-    ------
-    ValueError
-        For settings out of range, and for a config that cannot be read or has no causal LM.
     """
     _check(tokens, compression_ratio, budget, chunk_tokens, batch, tokens_per_second, decode_tokens_per_second)
     config = _config(pretrained, cache_dir)

@@ -140,10 +140,7 @@ def probe(accelerator: str = "auto") -> Machine:
     has = {name for name, value in torch.cpu.get_capabilities().items() if value is True}
     built = torch.backends.mkldnn.is_available()
     return Machine(
-        "cpu",
-        "this CPU",
-        instructions=frozenset(has),
-        onednn=built and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        "cpu", "this CPU", instructions=frozenset(has), onednn=built and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
 
 

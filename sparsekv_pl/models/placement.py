@@ -28,7 +28,8 @@ HELD_BACK = 0.1
 class Placement:
     """The placement of weights on devices; accelerate's hooks move each layer to its device when it runs.
 
-    For evaluation. Weights in CPU memory or on disk are read again for every forward: use long chunks.
+    For evaluation. Weights in CPU memory or on disk are read again for every forward: use long chunks. Raises
+    ``ValueError`` for an unknown device or size.
 
     Parameters
     ----------
@@ -40,11 +41,6 @@ class Placement:
         Devices not named are not used. Null takes 90 % of the free memory of every device.
     offload_folder
         Folder for weights on disk; those of a safetensors checkpoint are read in place. Null allows none on disk.
-
-    Raises
-    ------
-    ValueError
-        For an unknown device or size.
     """
 
     device_map: str = "auto"
@@ -68,12 +64,8 @@ class Placement:
         """Return ``from_pretrained``'s arguments for this placement.
 
         ``model`` is the model's skeleton on the meta device, ``unquantised`` the one without 4-bit layers, as
-        transformers does not quantise layers outside the GPUs.
-
-        Raises
-        ------
-        ValueError
-            For devices that this machine lacks, a folder that cannot be written, and weights that do not fit.
+        transformers does not quantise layers outside the GPUs. Raises ``ValueError`` for devices that this machine
+        lacks, a folder that cannot be written, and weights that do not fit.
         """
         if self.device_map not in SPREAD:
             _check_device(torch.device(self.device_map))
@@ -129,12 +121,8 @@ def spread(
 
     ``outside`` bytes (embeddings, norm, head) always go to the first device of ``rooms``. A layer takes ``layers[i]``
     bytes on a GPU (or on the CPU of a machine without one) and ``offloaded[i]`` elsewhere. If layers are offloaded,
-    room for the largest is reserved on the first device.
-
-    Raises
-    ------
-    ValueError
-        If ``rooms`` is empty or its first device has too little room.
+    room for the largest is reserved on the first device. Raises ``ValueError`` if ``rooms`` is empty or its first
+    device has too little room.
     """
     if not rooms:
         raise ValueError("placement.max_memory leaves no device: name at least one, such as 'cpu' or '0'")

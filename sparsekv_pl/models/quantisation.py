@@ -40,12 +40,8 @@ def skeleton(
     """Build the causal LM of ``config`` on the meta device: all modules, no memory.
 
     Linear layers are replaced as in loading a checkpoint: with ``quantisation``, or with the checkpoint's own if
-    bitsandbytes quantised it. Other quantised checkpoints are treated as unquantised.
-
-    Raises
-    ------
-    ValueError
-        For an architecture without a causal LM, or one that needs remote code without ``trust_remote_code``.
+    bitsandbytes quantised it. Other quantised checkpoints are treated as unquantised. Raises ``ValueError`` for an
+    architecture without a causal LM, or one that needs remote code without ``trust_remote_code``.
     """
     stored = stored_quantisation(config)
     known: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)

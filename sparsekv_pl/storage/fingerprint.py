@@ -7,22 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-READ_BY_LOADING = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-    "tokenizer*",
-    "*.model",
-    "vocab*",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "*.py",
-)
+READ_BY_LOADING = """
+    *.safetensors *.safetensors.index.json config.json generation_config.json adapter_config.json tokenizer* *.model
+    vocab* merges.txt added_tokens.json special_tokens_map.json chat_template* additional_chat_templates/* *.py
+""".split()
 """Files of a model's folder that loading reads: weights, settings, tokenizer, code."""
 
 

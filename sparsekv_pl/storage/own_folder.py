@@ -29,11 +29,8 @@ DEEPEST = 300
 def claimed(folder: Path, key: str, use: str) -> Iterator[None]:
     """Hold ``folder`` for this process's ``use`` ("training", "report") in the block; make it if missing.
 
-    Raises
-    ------
-    ValueError
-        With ``key``, the folder and the fix: if another process, which is named, holds it for the same use, or if the
-        folder cannot be made or written.
+    Raises ``ValueError`` with ``key``, the folder and the fix: if another process, which is named, holds it for the
+    same use, or if the folder cannot be made or written.
     """
     try:
         _check_length(key, folder)
@@ -101,6 +98,3 @@ def _holder(path: Path) -> str:
         return path.read_text() or "another process"
     except OSError:
         return "another process"
-
-
-__all__ = ["claimed", "locked"]

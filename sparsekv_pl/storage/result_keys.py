@@ -44,12 +44,8 @@ def settings_of(value: Any, text: Callable[[str], Any] = by_content) -> Any:
     """Convert ``value`` to JSON-able settings, recursively.
 
     An object becomes its class and the attributes named like its constructor's public arguments; other attributes,
-    which a run may have changed, are left out. Texts become what ``text`` returns.
-
-    Raises
-    ------
-    TypeError
-        For an object without such attributes: leaving a setting out would reuse wrong results.
+    which a run may have changed, are left out. Texts become what ``text`` returns. Raises ``TypeError`` for an object
+    without such attributes: leaving a setting out would reuse wrong results.
     """
     if isinstance(value, str):
         return text(value)

@@ -49,6 +49,3 @@ def _of_system(error: OSError) -> str:
     return ": ".join(
         filter(None, [" -> ".join(files), error.strerror or os.strerror(error.errno), REMEDIES.get(error.errno)])
     )
-
-
-__all__ = ["log_failure", "user_message"]

@@ -16,13 +16,9 @@ BEFORE = f".before{PARTIAL}"
 def written_whole(path: Path) -> Iterator[Path]:
     """Yield a hidden path beside ``path`` for a file or folder; it becomes ``path`` after all of it is on disk.
 
-    The parent folder is made if missing. Two concurrent writers need a lock (own_folder.py).
-
-    Raises
-    ------
-    OSError
-        With ``path``, if the disk refuses, even where torch or safetensors wrap the error. As with any error, the
-        partial content is deleted and the earlier ``path`` stays.
+    The parent folder is made if missing. Two concurrent writers need a lock (own_folder.py). Raises ``OSError`` with
+    ``path``, if the disk refuses, even where torch or safetensors wrap the error. As with any error, the partial
+    content is deleted and the earlier ``path`` stays.
     """
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
@@ -148,6 +144,3 @@ def _undo(partial: Path, path: Path) -> None:
         _go_back(path)
     except OSError:
         return
-
-
-__all__ = ["check_room", "delete", "disk_error", "free_bytes", "mend", "replace", "written_whole"]

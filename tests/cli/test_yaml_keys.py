@@ -3,7 +3,7 @@
 import pytest
 
 from sparsekv_pl.cli.trainer_limits import check_limits
-from sparsekv_pl.cli.yaml_keys import check_unique_keys
+from sparsekv_pl.cli.yaml_limits import check_nodes
 
 
 @pytest.mark.parametrize(
@@ -16,12 +16,12 @@ from sparsekv_pl.cli.yaml_keys import check_unique_keys
 )
 def test_a_key_given_twice_is_named_with_its_lines(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        check_unique_keys(text)
+        check_nodes(text)
 
 
 @pytest.mark.parametrize("text", ["", "a", "[1, 2]", "a: {x: 1}\nb: {x: 1}", "a: &s {x: 1}\nb: *s\nc: {<<: *s, y: 2}"])
 def test_the_same_key_elsewhere_is_none_twice(text: str) -> None:
-    check_unique_keys(text)
+    check_nodes(text)
 
 
 @pytest.mark.parametrize(

@@ -131,15 +131,6 @@ def test_each_kind_is_switchable(settings: dict, expected: list[str]) -> None:
     assert drawn(mask_BL) == expected
 
 
-def test_recent_counts_from_the_eviction_point_and_nothing_after_it_is_an_anchor() -> None:
-    mask_BL = Anchors(sinks=1, recent=2).mask(IDS_BL, TABLE, eviction_point=6)
-    assert drawn(mask_BL) == ["#..###....", "#...##...."]
-
-
-def test_eviction_point_zero_has_no_anchors() -> None:
-    assert not Anchors().mask(IDS_BL, TABLE, eviction_point=0).any()
-
-
 def test_padding_on_either_side_is_no_anchor_and_is_not_counted() -> None:
     real_BL = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 0, 0]])
     mask_BL = Anchors(sinks=2, recent=1).mask(IDS_BL, TABLE, attention_mask_BL=real_BL)
@@ -148,12 +139,6 @@ def test_padding_on_either_side_is_no_anchor_and_is_not_counted() -> None:
 
 def test_padding_alone_has_no_anchors() -> None:
     assert not Anchors().mask(IDS_BL, TABLE, attention_mask_BL=torch.zeros_like(IDS_BL)).any()
-
-
-@pytest.mark.parametrize("point", [-1, 11])
-def test_eviction_point_outside_the_text(point: int) -> None:
-    with pytest.raises(ValueError, match=f"eviction_point is {point}.*0 and the 10 tokens"):
-        Anchors().mask(IDS_BL, TABLE, eviction_point=point)
 
 
 @pytest.mark.parametrize("name", ["sinks", "recent"])
