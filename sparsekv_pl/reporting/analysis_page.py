@@ -54,9 +54,9 @@ def write_page(
     return replace_all(
         output,
         {
+            "report.json": json_bytes({"title": title, **content}),
             "report.md": markdown(title, sections, captions).encode(),
             "report.html": html(title, sections, captions, images).encode(),
-            "report.json": json_bytes({"title": title, **content}),
             **files,
             **images,
         },

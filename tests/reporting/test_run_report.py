@@ -4,8 +4,6 @@ import csv
 import io
 import json
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -232,12 +230,3 @@ def test_environment_names_versions_and_nothing_personal():
     assert found["packages"]["torch"] == torch.__version__
     assert found["devices"]
     assert set(found) == {"python", "platform", "cpu", "cpu_count", "devices", "packages"}
-
-
-def test_importing_reports_imports_no_pandas_and_no_matplotlib():
-    code = (
-        "import sys, sparsekv_pl.reporting; "
-        "print([n for n in ('pandas', 'matplotlib', 'jinja2', 'kvpress') if n in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
