@@ -43,29 +43,33 @@ MakeBench = Callable[..., "Bench"]
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-@cache
-def model_of(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def make_model(kind: str, **settings: Any) -> PreTrainedModel:
     """Two layers, 4 query and 2 KV heads of 8; random, norms too (or all keys of Qwen3 would be equally long)."""
     config_class, model_class = KINDS[kind]
-    config = config_class(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        initializer_range=0.2,
-        pad_token_id=0,
+    defaults: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
         **({} if kind == "phi3" else {"head_dim": 8}),
-    )
+    }
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        model: PreTrainedModel = model_class(config)
+        model: PreTrainedModel = model_class(config_class(**(defaults | settings)))
         for name, parameter in model.named_parameters():
             if "norm" in name or "bias" in name:
                 parameter.uniform_(0.5, 1.5)
-    return model.to(dtype)
+    return model
+
+
+@cache
+def model_of(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return make_model(kind).to(dtype)
 
 
 class Bench(NamedTuple):

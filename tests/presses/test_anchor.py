@@ -19,10 +19,7 @@ from transformers import (
 )
 
 from sparsekv_pl.eviction.interface import Selection
-from sparsekv_pl.eviction.kept_positions import kept_positions
 from sparsekv_pl.eviction.prefill import prefill
-from sparsekv_pl.eviction.real import RealEviction
-from sparsekv_pl.eviction.replay import RecordedPrefill
 from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.models.anchors import Anchors, table_for
 from sparsekv_pl.objectives.score_alignment import log_share
@@ -45,11 +42,11 @@ from tests.presses.anchor_cases import (
 
 @torch.no_grad()
 @inner_presses
-@pytest.mark.parametrize(("ratio", "training"), [(0.1, False), (0.5, True), (0.75, False), (0.9, True), (0.99, False)])
+@pytest.mark.parametrize(("ratio", "training"), [(0.1, False), (0.5, True), (0.83, False), (0.9, True), (0.99, False)])
 def test_what_stays_is_what_plain_loops_choose(
     random_model: Build, inner: Callable[[], ScorerPress], ratio: float, training: bool
 ) -> None:
-    """Ten anchors of 48 tokens: at 0.9 and 0.99 they do not all fit."""
+    """Ten anchors of 48 tokens: from 0.83 on they do not all fit."""
     alone = inner()
     alone.compression_ratio = ratio
     check_against_loops(random_model().train(training), anchor(ratio, inner()), alone)
@@ -71,17 +68,6 @@ def test_what_stays_is_what_plain_loops_choose(
 )
 def test_every_kind_of_anchor_alone_and_more_than_the_context_holds(random_model: Build, anchors: Anchors) -> None:
     check_against_loops(random_model(), anchor(0.6, KnormPress(), anchors), KnormPress(0.6))
-
-
-def test_where_anchors_do_not_fit_sinks_come_first_then_the_newest_of_each_kind(random_model: Build) -> None:
-    """Row 0 has special tokens at 9 and 30, punctuation at 21 and 38."""
-    model, priority = random_model(), [0, 1, 47, 46, 45, 44, 30, 9, 38, 21]
-    for budget in range(1, 11):
-        press = anchor(1 - (budget + 0.5) / CONTEXT)
-        with torch.no_grad():
-            positions = prefill(model, context(), press, request=Request(contexts=True)).positions
-        for layer in positions.values():
-            assert layer[0].tolist() == [sorted(priority[:budget])] * 2
 
 
 def test_the_scores_are_the_inner_press_s_and_one_value_for_all_anchors(random_model: Build) -> None:
@@ -146,16 +132,6 @@ def test_the_scorer_is_shown_the_model_too(random_model: Build) -> None:
     model = random_model()
     pressed(model, anchor(0.5, Prepares()))
     assert shown == [model]
-
-
-@torch.no_grad()
-def test_no_anchors_is_the_inner_press(random_model: Build) -> None:
-    model = random_model()
-    ours = prefill(model, context(), anchor(0.5, KnormPress(), Anchors(0, 0, False, False))).cache
-    full, alone = RecordedPrefill(model, context()).cache, prefill(model, context(), KnormPress(0.5)).cache
-    for layer, one, other in zip(ours.layers, kept_positions(full, ours), kept_positions(full, alone), strict=True):
-        assert torch.equal(one, other)
-        assert layer.keys.shape[2] == one.sum(-1).unique().item()
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.75])
@@ -226,21 +202,3 @@ def test_the_selection_loss_is_the_inner_press_s_over_what_is_no_anchor(
         target = target / target.sum(-1, keepdim=True)
         expected = -(target * log_share(alone.masked_fill(by_rule, 0), free.expand_as(alone))).sum(-1).mean()
         torch.testing.assert_close(loss, expected)
-
-
-def test_training_reaches_what_stays_and_what_scores(random_model: Build) -> None:
-    model = random_model().train()
-    eviction = RealEviction(anchor())
-    ids = context()
-    request = Request(scores=True)
-    evicted = eviction(model, ids[:, :40], ids[:, 40:], compression_ratio=0.5, step=0, request=request)
-    assert evicted.kept_share == 0.5
-    assert [selection.press for selection in evicted.selections] == ["Anchor(KeyDiff)"] * 2
-    mass = torch.rand(2, 2, 40, generator=torch.Generator().manual_seed(1))
-    loss = SelectionLoss()((selection, mass) for selection in evicted.selections)["Anchor(KeyDiff)"]
-    for term in (evicted.hidden.square().mean(), loss):
-        model.zero_grad()
-        term.backward(retain_graph=True)
-        gradient = model.model.layers[0].self_attn.k_proj.weight.grad
-        assert gradient.isfinite().all()
-        assert gradient.abs().max() > 0

@@ -10,15 +10,12 @@ from kvpress import (
     AdaKVPress,
     BasePress,
     ChunkPress,
-    ComposedPress,
     CriticalAdaKVPress,
-    DecodingPress,
     KeyDiffPress,
     KeyRerotationPress,
     KnormPress,
     ScorerPress,
     SnapKVPress,
-    ThinKPress,
 )
 from torch import Tensor
 from transformers import (
@@ -44,7 +41,6 @@ from tests.presses.anchor_cases import (
     check_against_loops,
     context,
     pressed,
-    scores_of,
 )
 
 
@@ -68,35 +64,6 @@ def test_chunk_press_keeps_the_ends_of_every_part(random_model: Build) -> None:
         for part in range(0, CONTEXT, 16):
             ends = {part, part + 1, *range(part + 12, part + 16)}
             assert all(ends <= set(head) for head in found.flatten(0, 1).tolist())
-
-
-def test_composed_before_another_press(random_model: Build) -> None:
-    model = random_model()
-    think = ThinKPress(key_channel_compression_ratio=0.5, window_size=4)
-    cache, alone = pressed(model, ComposedPress([anchor(0.5), think])), pressed(model, anchor(0.5))
-    for layer, own in zip(cache.layers, alone.layers, strict=True):
-        assert torch.equal(layer.values, own.values)
-        assert (layer.keys == 0).any()
-    halved = pressed(model, ComposedPress([anchor(0.5), KnormPress(0.5)]))
-    assert [layer.keys.shape[2] for layer in halved.layers] == [CONTEXT // 4] * 2
-
-
-def test_decoding_keeps_the_first_and_the_newest_however_long(random_model: Build) -> None:
-    """Four evictions; the tokens of the keys are not known, so their order must be kept."""
-    model, cache = random_model(), DynamicCache()
-    press = DecodingPress(anchor(0.0), compression_interval=6, target_size=18)
-    ids, full = context(), prefill(model, context(), None).cache.layers[0].values
-    with torch.no_grad(), press(model):
-        model(ids[:, :24], past_key_values=cache)
-        for token in range(24, CONTEXT):
-            model(ids[:, token : token + 1], past_key_values=cache)
-            if token % 6 == 5:
-                found = torch.cdist(cache.layers[0].values, full).argmin(-1).flatten(0, 1)
-                assert found.shape[1] == 18
-                assert (found.diff(dim=-1) > 0).all()
-                assert found[:, :2].tolist() == [[0, 1]] * 4
-                assert found[:, -4:].tolist() == [list(range(token - 3, token + 1))] * 4
-    assert scorers_in(press)[0].compression_ratio == 0.0
 
 
 @pytest.mark.parametrize("inner", [KeyDiffPress, lambda: SnapKVPress(window_size=6)], ids=["KeyDiff", "SnapKV"])
@@ -204,13 +171,3 @@ def test_yaml_sets_the_anchors_and_the_scorer() -> None:
 def test_yaml_with_a_mistake_is_an_error(wrong: dict[str, Any]) -> None:
     with pytest.raises((ArgumentError, ValueError), match=r"sink|tokenizer"):
         parsed(wrong)
-
-
-def test_a_row_of_hardly_anything_but_padding(random_model: Build) -> None:
-    ids, mask = context(), torch.ones(2, CONTEXT, dtype=torch.long)
-    mask[1, 3:] = 0
-    for inner in (KnormPress(), SnapKVPress(window_size=6)):
-        for scores in scores_of(random_model(), anchor(0.5, inner), input_ids=ids, attention_mask=mask):
-            kept = scores.topk(24, dim=-1).indices
-            assert all({0, 1, 2} <= set(head) for head in kept[1].tolist())
-            assert all(set(first) >= {0, 1, 9, 21, 30, 38, 44, 45, 46, 47} for first in kept[0].tolist())

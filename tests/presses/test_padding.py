@@ -47,7 +47,7 @@ def test_a_mask_of_two_dimensions_is_taken_as_it_is() -> None:
     assert real.tolist() == [[False, True, True], [True, True, True]]
 
 
-def test_padding_cannot_be_told_once_another_press_has_evicted(random_model: Build) -> None:
+def test_padding_is_unknown_once_another_press_has_evicted(random_model: Build) -> None:
     mask = PADDED.clone()
     mask[1, :5] = 0
     with pytest.raises(ValueError, match="put this press first"):

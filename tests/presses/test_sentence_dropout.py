@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.eviction.real import RealEviction
-from sparsekv_pl.presses.caught_scores import catch_scores
 from sparsekv_pl.presses.sentence_dropout import SentenceDropoutPress
 from sparsekv_pl.presses.sentences import ends_sentence, sentence_table, trails_sentence
 
@@ -129,29 +128,6 @@ def test_all_that_goes_is_whole_sentences_but_one(model: PreTrainedModel, tokeni
             cut = [part for part in parts if len(set(part)) == 2]
             assert len(cut) <= 1 and all(part == sorted(part) for part in cut)
     assert len(chosen) > 5
-
-
-def order_of_keys(model: PreTrainedModel, press: Any, ids: Tensor, **stock: Any) -> Tensor:
-    with torch.no_grad(), catch_scores(press) as caught, press(model):
-        model.model(input_ids=ids, past_key_values=DynamicCache(), **stock)
-    return torch.stack([scored.scores.argsort(-1) for scored in caught])
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_goes_first_and_changes_nothing_else(model: PreTrainedModel, tokenizer: Any, side: str) -> None:
-    text = ids_of(tokenizer, "".join(TEXT))
-    length, pads = text.shape[1], 9
-    alone = order_of_keys(model, press_with(tokenizer, max_tokens=6), text[:, : length - pads])[:, 0]
-    end = tokenizer.pad_token_id  # it is the end-of-text token here, which would end sentences
-    lone = text.clone()
-    mask = torch.ones_like(text)
-    real = slice(pads, None) if side == "left" else slice(0, length - pads)
-    mask[:] = 0
-    mask[:, real] = 1
-    lone[:], lone[:, real] = end, text[:, : length - pads]
-    both, masks = torch.cat([lone, text]), torch.cat([mask, torch.ones_like(mask)])
-    padded = order_of_keys(model, press_with(tokenizer, max_tokens=6), both, attention_mask=masks)[:, 0]
-    assert torch.equal(padded[..., pads:], alone + (pads if side == "left" else 0))
 
 
 def test_parts_of_a_context_are_refused(model: PreTrainedModel, tokenizer: Any) -> None:

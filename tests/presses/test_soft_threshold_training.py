@@ -14,7 +14,6 @@ from sparsekv_pl.eviction.real import RealEviction, continued
 from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.objectives import EIT
 from sparsekv_pl.objectives.selection_loss import SelectionLoss
-from sparsekv_pl.presses.caught_scores import catch_scores
 from sparsekv_pl.presses.nesting import learnable, scorers_in
 from sparsekv_pl.presses.soft_threshold import SoftThresholdPress
 from sparsekv_pl.presses.traits import traits_of
@@ -24,7 +23,6 @@ from tests.presses.soft_threshold_cases import (
     SINKS,
     Build,
     ids,
-    press_context_of,
     press_with,
     protected,
     received,
@@ -86,15 +84,6 @@ def test_the_context_s_last_queries_learn_to_look_at_what_the_continuation_needs
     assert norms[1] == 0
 
 
-def test_bfloat16_trains(random_model: Build) -> None:
-    model = random_model().bfloat16().train()
-    press = press_with(threshold=0.3, learnable=True)
-    loss_of(model, press).backward()
-    assert press.learned_threshold.grad is not None and press.learned_threshold.grad != 0
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    assert press_context_of(model, press).key_log_weights[0].dtype == torch.float32
-
-
 # --- evaluation ---
 
 
@@ -123,33 +112,6 @@ def test_outside_our_prefill_it_evicts_in_training_too(random_model: Build) -> N
     with press_with(0.5)(model):
         model.model(ids(), past_key_values=cache)
     assert [cache.get_seq_length(layer) for layer in range(2)] == [12, 12]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_row_keeps_what_it_would_keep_alone(random_model: Build, side: str) -> None:
-    model, short = random_model(), 15
-    context, mask = ids(2), torch.ones(2, LENGTH, dtype=torch.long)
-    where = slice(LENGTH - short, LENGTH) if side == "left" else slice(0, short)
-    mask[1] = 0
-    mask[1, where] = 1
-
-    def scores(tokens: Tensor, mask: Tensor | None, ratio: float) -> list[Tensor]:
-        press = press_with(ratio)
-        with catch_scores(press) as caught, press(model):
-            model.model(tokens, attention_mask=mask, past_key_values=DynamicCache())
-        return [scored.scores for scored in caught]
-
-    alone = scores(context[1:, where], None, 0.2)
-    for together, own in zip(scores(context, mask, 0.5), alone, strict=True):  # 12 of 24, and 12 of 15
-        row = together[1, :, where]
-        inner = ~protected(short)
-        torch.testing.assert_close(row[:, inner], own[0][:, inner], atol=1e-4, rtol=1e-3)
-        assert torch.equal(row.topk(12).indices.sort().values, own[0].topk(12).indices.sort().values)
-        kept = together[1].topk(12).indices
-        assert mask[1][kept].all()
-        kept = together[1].topk(18).indices  # more than the row has: all that is real, then padding
-        assert (mask[1][kept].sum(-1) == short).all()
 
 
 # --- training ---

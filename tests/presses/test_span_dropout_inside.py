@@ -28,24 +28,6 @@ def order_of_keys(model: PreTrainedModel, press: BasePress, ids: Tensor, **stock
     return torch.stack([scored.scores.argsort(-1) for scored in caught])
 
 
-@both
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("numbered", [False, True])
-def test_padding_goes_first_and_changes_nothing_else(
-    random_model: Build, build: Callable[..., Any], side: str, numbered: bool
-) -> None:
-    model, press, pads, short = random_model(), build(), 11, CONTEXT - 11
-    alone = order_of_keys(model, press, context()[:, :short])[:, 1]
-    ids, mask = context(1), torch.ones(2, CONTEXT, dtype=torch.long)
-    real = slice(pads, None) if side == "left" else slice(0, short)
-    mask[1] = 0
-    mask[1, real], ids[1, real] = 1, context()[1, :short]
-    stock = {"position_ids": (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)} if numbered else {}
-    padded = order_of_keys(model, press, ids, attention_mask=mask, **stock)[:, 1]
-    assert torch.equal(padded[..., pads:], alone + (pads if side == "left" else 0))
-    assert torch.equal(padded[..., :pads].sort(-1).values[0, 0], (mask[1] == 0).nonzero().squeeze(1))
-
-
 @torch.no_grad()
 def test_every_decoded_token_draws_anew(random_model: Build) -> None:
     model = random_model().train()

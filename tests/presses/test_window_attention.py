@@ -8,57 +8,22 @@ from kvpress import ChunkPress, DecodingPress, ScorerPress
 from torch import Tensor, nn
 from transformers import (
     DynamicCache,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 from sparsekv_pl.eviction.prefill import continue_from
-from sparsekv_pl.presses.key_tokens import real_keys
 from sparsekv_pl.presses.window_attention import window_attention, window_rows
+from tests.presses.press_bench import KINDS, make_model
 
 LENGTH, WINDOW = 20, 6
-KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM, {"head_dim": 8}),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
-    "mistral": (MistralConfig, MistralForCausalLM, {"head_dim": 8}),
-    "phi3": (Phi3Config, Phi3ForCausalLM, {"pad_token_id": 0}),
-    "phi3, half of it rotated": (
-        Phi3Config,
-        Phi3ForCausalLM,
-        {
-            "pad_token_id": 0,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
-        },
-    ),
-}
+HALF = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+ROTATED_BY_HALF = "phi3, half of it rotated"
 
 
 def model_of(kind: str, dtype: torch.dtype = torch.float32, implementation: str = "eager") -> PreTrainedModel:
-    config_class, model_class, more = KINDS[kind]
-    config = config_class(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        **more,
-    )
-    config._attn_implementation = implementation
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return model_class(config).to(dtype).eval()
+    settings = {"rope_parameters": HALF} if kind == ROTATED_BY_HALF else {}
+    model = make_model(kind.split(",")[0], initializer_range=0.3, attn_implementation=implementation, **settings)
+    return model.to(dtype).eval()
 
 
 def ids(rows: int = 3, length: int = LENGTH) -> Tensor:
@@ -97,7 +62,7 @@ def padded(left: tuple[int, ...] = (0, 5, 16), right: tuple[int, ...] = (0, 0, 0
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, ROTATED_BY_HALF])
 @pytest.mark.parametrize("window", [1, WINDOW, LENGTH, 2 * LENGTH])
 def test_it_is_the_models_own_attention(kind: str, window: int) -> None:
     calls = Calls(model_of(kind))
@@ -108,7 +73,7 @@ def test_it_is_the_models_own_attention(kind: str, window: int) -> None:
 
 
 def test_half_of_a_phi3_head_is_rotated() -> None:
-    cosines = Calls(model_of("phi3, half of it rotated"))[0][2]["position_embeddings"][0]
+    cosines = Calls(model_of(ROTATED_BY_HALF))[0][2]["position_embeddings"][0]
     assert cosines.shape[-1] == 4
 
 
@@ -143,25 +108,6 @@ def test_a_row_of_nothing_but_padding_is_0_and_not_nan() -> None:
     found = Calls(model_of("llama"), padded((0, 5, LENGTH))).window(0)
     assert not found[2].any()
     assert window_rows(found)[2].tolist() == [[1.0]] * 4
-
-
-@torch.no_grad()
-def test_a_float_mask_and_a_boolean_one_tell_the_same() -> None:
-    mask = padded((0, 5, 0), (2, 0, 0))
-    for implementation in ("eager", "sdpa"):
-        _, keys, kwargs = Calls(model_of("llama", implementation=implementation), mask)[0]
-        real = real_keys(keys, kwargs)
-        assert real is not None
-        assert torch.equal(real, mask.bool())
-    _, keys, kwargs = Calls(model_of("llama"), padded((0, 0, 0)))[0]
-    assert real_keys(keys, kwargs) is None
-
-
-@torch.no_grad()
-def test_which_keys_of_an_evicted_padded_batch_are_padding_is_unknown() -> None:
-    _, keys, kwargs = Calls(model_of("llama"), padded())[0]
-    with pytest.raises(ValueError, match="put this press first"):
-        real_keys(keys[:, :, ::2].contiguous(), kwargs)
 
 
 def test_gradients_are_those_of_eager_attention() -> None:
