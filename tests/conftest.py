@@ -1,11 +1,15 @@
 """Settings that every test needs (no hub, quiet tokenizers), and tiny models, data and trainers to share."""
 
+import json
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -107,6 +111,40 @@ def tiny_backbone(tiny_models: dict[str, str]) -> Callable[..., "Backbone"]:
 
 
 @pytest.fixture(scope="session")
+def tiny_adapter(
+    tiny_backbone: Callable[..., "Backbone"], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., str]:
+    """tiny_adapter(std, folder, training): an adapter of the tiny Llama with its tokenizer and training.json.
+
+    ``std`` is the deviation of the factors that begin at 0; with 0 the adapter changes nothing.
+    """
+
+    def make(std: float = 0.5, folder: Path | None = None, training: dict[str, Any] | None = None) -> str:
+        import torch
+
+        model, tokenizer = tiny_backbone().load()
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if std and "lora_B" in name:
+                parameter.data.normal_(std=std, generator=generator)
+        folder = folder or tmp_path_factory.mktemp("adapter")
+        for part in (model, tokenizer):
+            part.save_pretrained(folder)
+        if training is not None:
+            (folder / "training.json").write_text(json.dumps(training))
+        return str(folder)
+
+    return make
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command writes by mistake lands outside the checkout, and pytest's arguments are not the command's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+
+
+@pytest.fixture(scope="session")
 def tiny_data() -> Callable[..., "EvictionData"]:
     """EvictionData(**settings): contexts of 96 tokens, continuations of 16, two rows a batch, embedded text."""
     from data.mixture import EvictionData
@@ -178,34 +216,7 @@ def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def random_model(request: pytest.FixtureRequest) -> Callable[..., "PreTrainedModel"]:
-    """Random float32 models, built in memory: hidden 32, 4 query and 2 KV heads, vocabulary 64.
+    """Random models of Qwen3, whose queries and keys are normed, or of the architecture that ``indirect`` names."""
+    from tests import random_models
 
-    Qwen3, whose queries and keys are normed; a test of what depends on the architecture names more by ``indirect``.
-    """
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
-
-    kinds: dict[str, Any] = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
-    config_class, model_class = kinds[getattr(request, "param", "qwen3")]
-
-    def make(seed: int = 0, **settings: Any) -> "PreTrainedModel":
-        defaults: dict[str, Any] = {
-            "vocab_size": 64,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "initializer_range": 0.2,
-        }
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = model_class(config_class(**(defaults | settings))).eval()
-            with torch.no_grad():  # with norms of 1, all keys of Qwen3 are equally long: KnormPress would score ties
-                for name, parameter in model.named_parameters():
-                    if "norm" in name:
-                        parameter.uniform_(0.5, 1.5)
-        return model
-
-    return make
+    return partial(random_models.random_model, getattr(request, "param", "qwen3"))

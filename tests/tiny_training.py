@@ -12,6 +12,7 @@ from data.mixture import EvictionData
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.objectives import EIT, Mixed, SelectionObjective
 
+MakeAdapter = Callable[..., str]
 MakeBackbone = Callable[..., Backbone]
 MakeCases = Callable[..., EvaluationData]
 MakeData = Callable[..., EvictionData]
