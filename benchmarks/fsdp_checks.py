@@ -120,9 +120,9 @@ def work(rank: int, run: Run, port: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-def check(run: Run) -> dict[str, str]:
+def check(run: Run, start_method: str = "spawn") -> dict[str, str]:
     """Check -> its fault; "" if it passes."""
-    context = start_processes(work, (run, free_port()), nprocs=run.ranks, join=False, start_method="spawn")
+    context = start_processes(work, (run, free_port()), nprocs=run.ranks, join=False, start_method=start_method)
     alone = replace(run, ranks=1)
     for name, case in {**CASES, "adamw": ADAMW}.items():
         torch.save(alone.fit(case), run.folder / f"{name}.alone.pt")

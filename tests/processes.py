@@ -29,13 +29,16 @@ def free_port() -> int:
 
 
 class Started:
-    """A script and its arguments in a process and a process group of its own; ``log`` takes what it prints."""
+    """A script of the checkout and its arguments in a process and a process group of its own, in ``folder``; ``log``
+    takes what it prints.
+    """
 
-    def __init__(self, command: list[str], log: Path, **environment: str) -> None:
+    def __init__(self, command: list[str], log: Path, folder: Path = ROOT, **environment: str) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_bytes(b"")
         self.log = log
-        self.process: BaseProcess = FORKSERVER.Process(target=_main, args=(command, log, os.environ | environment))
+        given = (command, log, folder, os.environ | environment)
+        self.process: BaseProcess = FORKSERVER.Process(target=_main, args=given)
         self.process.start()
 
     @property
@@ -68,12 +71,12 @@ class Started:
             self.process.join()
 
 
-def _main(command: list[str], log: Path, environment: dict[str, str]) -> None:
+def _main(command: list[str], log: Path, folder: Path, environment: dict[str, str]) -> None:
     from lightning.pytorch.utilities import rank_zero_only
 
     multiprocessing.set_start_method(None, force=True)  # of what it starts itself, as of a fresh process
     os.setsid()
-    os.chdir(ROOT)
+    os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # Lightning reads it when it is imported

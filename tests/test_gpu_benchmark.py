@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu
+from tests.processes import Started
 
 BY_COMMAND = ("tests", "quickstart")
 """Parts that start programs of their own."""
@@ -30,8 +31,16 @@ def test_every_part_runs_on_the_cpu_and_is_kept(tmp_path: Path, capsys: pytest.C
     assert json.loads((tmp_path / "gpu.json").read_text()) == kept, "finished parts are not run again"
 
 
+def forked(folder: str, script: str, *arguments: str) -> float:
+    """Run a program as the benchmark does, but from a process that has imported the libraries."""
+    process = Started([script, *arguments], Path(folder) / f"{script}.log", Path(folder))
+    assert process.wait() == 0, process.printed[-2000:]
+    return 1.0
+
+
 @pytest.mark.parametrize("part", BY_COMMAND)
-def test_parts_that_start_programs_run_on_the_cpu(part: str, tmp_path: Path) -> None:
+def test_parts_that_start_programs_run_on_the_cpu(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpu_parts._ran", forked)
     assert gpu.main(["--tiny", "--output", str(tmp_path), "--only", part]) == 0
     assert json.loads((tmp_path / f"{part}.json").read_text())["figures"]
 

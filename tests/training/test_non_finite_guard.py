@@ -1,6 +1,7 @@
 """Losses and gradients that are not finite: the step is skipped or the run stops, and no weight changes."""
 
 import logging
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -13,11 +14,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
+from torch.multiprocessing import start_processes
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from sparsekv_pl.training.non_finite_guard import NonFinite, NonFiniteLossError, guards, watch
 from sparsekv_pl.training.resumption import Resumption
+from tests.processes import free_port
 from tests.tiny_training import MakeTrainer
 
 NAN = float("nan")
@@ -153,10 +156,7 @@ def test_a_scaler_does_not_hide_what_it_cannot_mend(factor: float, bad: Value, t
 
 
 class SpoilsOneRank(pl.Callback):
-    """The second batch of rank 1 is not a number; afterwards each rank writes its weights and its count."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    """The second batch of rank 1 is not a number."""
 
     @override
     def on_train_batch_start(
@@ -165,21 +165,24 @@ class SpoilsOneRank(pl.Callback):
         if trainer.global_rank == 1 and batch_idx == 1:
             batch["value"] = NAN
 
-    @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        guard = next(c for c in trainer.callbacks if isinstance(c, NonFinite))  # type: ignore[attr-defined]
-        kept = {"weight": pl_module.get_parameter("weight").detach(), "skipped": guard.skipped}
-        torch.save(kept, self.folder / f"{trainer.global_rank}.pt")
+
+def spoilt_rank(rank: int, port: int, folder: Path) -> None:
+    """Train as one of two ranks; write the weights and the count of skipped steps."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    guard, module = NonFinite(skip=1), Line()
+    strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(minutes=2))
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    settings: dict[str, Any] = {"max_steps": 2, "accelerator": "cpu", "devices": 2, "accumulate_grad_batches": 2}
+    trainer = pl.Trainer(callbacks=[guard, SpoilsOneRank()], strategy=strategy, **settings, **quiet)
+    trainer.fit(module, batches([1.0] * 8))
+    torch.save({"weight": module.weight.detach(), "skipped": guard.skipped}, folder / f"{rank}.pt")
 
 
 def test_all_ranks_skip_together(tiny_trainer: MakeTrainer, tmp_path: Path) -> None:
     """The bad batch is the second of two accumulated ones, so the other rank would wait for its gradients."""
     alone, _ = fit(tiny_trainer, [1.0, 1.0], accumulate_grad_batches=2)
-    # Spawned: ranks that a forkserver starts would share the weights, which Lightning undoes for spawned ones alone.
-    strategy = DDPStrategy(process_group_backend="gloo", start_method="spawn", timeout=timedelta(minutes=2))
-    callbacks = NonFinite(skip=1), SpoilsOneRank(tmp_path)
-    trainer = tiny_trainer(*callbacks, max_steps=2, strategy=strategy, devices=2, accumulate_grad_batches=2)
-    trainer.fit(Line(), batches([1.0] * 8))
+    start_processes(spoilt_rank, (free_port(), tmp_path), nprocs=2, start_method="forkserver")
     for rank in range(2):
         kept = torch.load(tmp_path / f"{rank}.pt")
         assert kept["skipped"] == 1
