@@ -1,22 +1,18 @@
 """Block-sparse attention equals the dense reference, values and gradients, and touches what is selected alone."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask
-from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsekv_pl.attention import block_sparse
 from sparsekv_pl.attention.block_sparse import block_sparse_attention, dense_reference
 from sparsekv_pl.attention.blocks import Blocks, block_count, blocks_of, first_block, top_blocks
 from sparsekv_pl.attention.flex_blocks import flex_attention_over, flex_mask, suits_flex
+from tests.largest_tensor import Largest
 
 SIZE, DIM = 16, 8
 LENGTHS = [(64, 64), (70, 70), (37, 70), (16, 64), (5, 70), (1, 65), (1, 64)]
@@ -45,22 +41,6 @@ def selection(queries: int, keys: int, groups: int, kind: str = "top", size: int
 def gradients(attended: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     direction = torch.randn(attended.shape, generator=torch.Generator().manual_seed(2)).to(attended.dtype)
     return torch.autograd.grad(attended, inputs, direction)
-
-
-@contextmanager
-def largest_result() -> Iterator[list[int]]:
-    """Record the number of elements of the largest new tensor inside the block, without views."""
-    found = [0]
-
-    class Measure(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            if isinstance(result, Tensor) and not func.is_view:
-                found[0] = max(found[0], result.numel())
-            return result
-
-    with Measure():
-        yield found
 
 
 WAYS = [
@@ -109,13 +89,6 @@ def test_bfloat16_is_as_near_as_rounding_allows(lengths: tuple[int, int]) -> Non
         assert (ours.double() - theirs).norm() < 0.01 * theirs.norm()
 
 
-def test_all_blocks_are_causal_attention() -> None:
-    query, key, value = states(70, 70)
-    every = blocks_of(torch.ones(2, 1, 5, 5, dtype=torch.bool), SIZE, 70)
-    expected = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    torch.testing.assert_close(block_sparse_attention(query, key, value, every), expected, rtol=1e-5, atol=1e-5)
-
-
 def test_scaling_is_that_of_the_dot_products() -> None:
     inputs, blocks = states(64, 64), selection(64, 64, 1)
     attended, expected = (f(*inputs, blocks, scaling=0.7) for f in (block_sparse_attention, dense_reference))
@@ -151,20 +124,20 @@ def test_a_single_query_gathers_what_it_selects() -> None:
     """No copy of the cache, whatever its length."""
     for keys in (200, 2_000):
         inputs = [x.detach() for x in states(1, keys)]
-        with largest_result() as found:
+        with Largest() as found:
             block_sparse_attention(*inputs, selection(1, keys, 1))
-        assert found[0] == 3 * SIZE * DIM
+        assert found.numbers == 3 * SIZE * DIM
 
 
 def test_nothing_is_as_large_as_queries_times_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_sparse, "UNIT", 1)
     inputs = states(640, 640)
-    with largest_result() as found:
+    with Largest() as found:
         attended = block_sparse_attention(*inputs, selection(640, 640, 1))
-    assert found[0] == attended.numel()
-    with largest_result() as found:
+    assert found.numbers == attended.numel()
+    with Largest() as found:
         gradients(attended, *inputs)
-    assert found[0] == attended.numel() < 640 * 640
+    assert found.numbers == attended.numel() < 640 * 640
 
 
 def test_autocast_casts_as_pytorch_does() -> None:

@@ -1,6 +1,5 @@
 """Attention over a cache: equal to the stock implementations where those are right, and right where they are not."""
 
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +15,8 @@ from sparsekv_pl.attention.evicted_attention import (
     lower_right_mask,
     one_query,
 )
+from tests.random_models import Build
 
-Build = Callable[..., PreTrainedModel]
 CONTEXT, CONTINUATION = 20, 6
 
 

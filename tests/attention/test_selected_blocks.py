@@ -1,7 +1,5 @@
 """A selector in real forward passes: prefill, continuation and decoding attend to the selected blocks alone."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -10,8 +8,8 @@ from transformers import DynamicCache, PreTrainedModel
 from sparsekv_pl.attention.blocks import Blocks, blocks_of, visible_blocks
 from sparsekv_pl.attention.evicted_attention import passing
 from sparsekv_pl.eviction.prefill import continue_from
+from tests.random_models import Build
 
-Build = Callable[..., PreTrainedModel]
 BLOCK, TOKENS = 4, 22
 
 

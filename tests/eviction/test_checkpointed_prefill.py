@@ -1,6 +1,5 @@
 """Real eviction with activation checkpointing: the same loss and gradients, and no more positions than there are."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,15 +36,15 @@ from sparsekv_pl.presses.ratio import set_compression_ratio
 from sparsekv_pl.presses.soft_threshold import SoftThresholdPress
 from sparsekv_pl.presses.step_draws import draw
 from sparsekv_pl.training.eit_module import EITModule
+from tests.random_models import Build
 from tests.tiny_training import MakeBackbone, mixed
 
-Build = Callable[..., PreTrainedModel]
 Gradients = dict[str, Tensor]
 CONTEXT, CONTINUATION, BUDGET, RATIO = 48, 8, 20, 0.5
 
 
 @dataclass
-class Tells(ScorerPress):
+class LossAndWeights(ScorerPress):
     """Knorm's scores, with soft weights of kept keys and a loss."""
 
     compression_ratio: float = 0.0
@@ -73,7 +72,7 @@ def presses() -> list[BasePress]:
         MergingPress(KnormPress()),
         RandomPress(),
         BlockDropoutPress(block_size=4, protect_start=2, protect_recent=4),
-        Tells(),
+        LossAndWeights(),
     ]
 
 
@@ -247,12 +246,12 @@ def checkpointed(model: PreTrainedModel, context: Tensor, press: BasePress, chun
 def test_soft_weights_follow_their_keys(random_model: Build, fill: Any) -> None:
     """Of every chunk: later chunks and the continuation see the weights, in the order of the keys."""
     model = random_model()
-    result = fill(model, ids()[0], Tells(RATIO), 12)
+    result = fill(model, ids()[0], LossAndWeights(RATIO), 12)
     assert result.press_context is not None
     for layer, cached in enumerate(result.cache.layers):
         torch.testing.assert_close(result.press_context.key_log_weights[layer], -cached.keys.norm(dim=-1))
     assert len(result.press_context.losses["spread"]) == 4 * 2
-    one = fill(model, ids()[0][:, :24], Tells(RATIO), 12).cache.layers[1].keys
+    one = fill(model, ids()[0][:, :24], LossAndWeights(RATIO), 12).cache.layers[1].keys
     unweighted = prefill(model, ids()[0][:, :24], KnormPress(RATIO), 12).cache.layers[1].keys
     assert not torch.allclose(one, unweighted, atol=1e-3)
 

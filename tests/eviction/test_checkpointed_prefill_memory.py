@@ -1,6 +1,5 @@
 """Activation checkpointing by chunks: one chunk's activations are alive at a time, however many chunks there are."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 from weakref import finalize
 
@@ -15,8 +14,7 @@ from transformers import PreTrainedModel
 from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.presses.nesting import press_name
-
-Build = Callable[..., PreTrainedModel]
+from tests.random_models import Build
 
 
 class LiveBytes(TorchDispatchMode):

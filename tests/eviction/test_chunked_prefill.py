@@ -1,6 +1,5 @@
 """A prefill that is advanced chunk by chunk: saved, restored, bounded, and refused where positions run out."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from sparsekv_pl.eviction.prefill import ChunkedPrefill, continue_from, prefill
 from sparsekv_pl.eviction.rotation import turned
 from sparsekv_pl.presses.nesting import press_name
 from sparsekv_pl.presses.traits import traits_of
+from tests.random_models import Build
 
-Build = Callable[..., PreTrainedModel]
 TOKENS, CHUNK, BUDGET = 96, 12, 18
 
 PRESSES: list[BasePress | None] = [
@@ -170,17 +169,6 @@ def test_positions_that_the_model_was_not_trained_on_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         filling(random_model(max_position_embeddings=LIMIT), press, **settings)
-
-
-def test_rerotated_positions_are_used_again_and_again(random_model: Build) -> None:
-    model = random_model(max_position_embeddings=BUDGET + CHUNK)
-    asked = []
-    model.model.rotary_emb.register_forward_hook(
-        lambda _, args, kwargs, __: asked.append(int((*args, *kwargs.values())[1].max())), with_kwargs=True
-    )
-    result = advance(filling(model, KeyRerotationPress(KnormPress()))).result()
-    assert max(asked) == BUDGET + CHUNK - 1
-    assert result.next_position == BUDGET
 
 
 def test_scaled_positions_count(random_model: Build) -> None:

@@ -1,7 +1,5 @@
 """Batched decoding gives every row what it would get alone, from transformers, one token at a time."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from kvpress import AdaKVPress, BasePress, DecodingPress, KeyRerotationPress, KnormPress, PyramidKVPress, SnapKVPress
@@ -10,8 +8,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.eviction.decoding import greedy, read_while_evicting
 from sparsekv_pl.eviction.prefill import full_cache, prefill
+from tests.random_models import Build
 
-Build = Callable[..., PreTrainedModel]
 CONTEXT, NEW = 40, 6
 LENGTHS = [7, 3, 5]
 

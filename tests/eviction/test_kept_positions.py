@@ -1,7 +1,5 @@
 """The positions found in a cache, against those that the press is known to have kept."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from kvpress import (
@@ -26,7 +24,7 @@ from kvpress import (
     TOVAPress,
 )
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from sparsekv_pl.eviction.kept_positions import kept_positions, masked_keys
 from sparsekv_pl.eviction.prefill import prefill
@@ -36,8 +34,8 @@ from sparsekv_pl.presses.caught_scores import catch_scores
 from sparsekv_pl.presses.nesting import press_name
 from sparsekv_pl.presses.ratio import set_compression_ratio
 from sparsekv_pl.presses.traits import traits_of
+from tests.random_models import Build
 
-Build = Callable[..., PreTrainedModel]
 CONTEXT = 40
 
 

@@ -1,6 +1,5 @@
 """Unsupported models and presses are refused before anything runs: changing or partial RoPE, presses of one row."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,8 +11,8 @@ from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel
 from sparsekv_pl.eviction.prefill import full_cache, prefill
 from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.eviction.replay import RecordedPrefill
+from tests.random_models import Build
 
-Build = Callable[..., PreTrainedModel]
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 LONG = {
     "rope_type": "longrope",
