@@ -59,14 +59,6 @@ def test_overlap_and_jaccard_are_those_of_sets(heads: int, free: bool) -> None:
     assert undefined  # rows without a choice are among them
 
 
-def test_a_choice_agrees_with_itself_and_not_with_its_complement() -> None:
-    chosen = choice(0)
-    chosen[..., 0] = True
-    assert bool((overlap(chosen, chosen, VISIBLE) == 1).all())
-    assert bool((jaccard(chosen, chosen, VISIBLE) == 1).all())
-    assert bool((overlap(chosen, ~chosen, VISIBLE) == 0).all())
-
-
 def test_mass_kept_is_the_share_that_falls_on_the_choice() -> None:
     truth, chosen = mass(0), choice(1)
     np.testing.assert_allclose(mass_kept(chosen, 7 * truth), (truth.numpy() * chosen.numpy()).sum(-1), rtol=1e-5)
@@ -118,14 +110,6 @@ def test_blocks_for_a_share_are_the_fewest_that_a_selection_needs(share: float, 
     needed = blocks_for_mass(scores, truth, share, VISIBLE)
     assert torch.equal(needed.clamp(min=2), torch.minimum(expected, VISIBLE.sum(-1)))
     assert len(set(needed.flatten().tolist())) > 2
-
-
-def test_the_true_scores_need_the_fewest_blocks() -> None:
-    truth = mass(7)
-    best = blocks_for_mass(truth, truth, 0.9, VISIBLE)
-    for seed in range(5):
-        scores = torch.rand(truth.shape, generator=torch.Generator().manual_seed(seed))
-        assert bool((best <= blocks_for_mass(scores, truth, 0.9, VISIBLE)).all())
 
 
 def test_sparsity_counts_what_is_left_out_of_all_rows() -> None:

@@ -1,11 +1,9 @@
 """The observer of a dense pass: planted attention is found, and blocks that all methods select are left out."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from sparsekv_pl.attention.blocks import TopBlocks
 from sparsekv_pl.blocksparse.block_agreement import AgreementSettings, BlockAgreement
@@ -15,8 +13,8 @@ from sparsekv_pl.blocksparse.sketchwalk import SketchWalk
 from sparsekv_pl.blocksparse.true_blocks import TrueBlocks
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.storage.records import Record
+from tests.random_models import Build
 
-Build = Callable[..., PreTrainedModel]
 SIZE, HEADS, BLOCKS = 4, 4, 12
 KEYS = SIZE * BLOCKS
 SETTINGS = AgreementSettings(SIZE, top_k=4, budgets=(2, 4, 12), shares=(0.9,), pictured=(1,))

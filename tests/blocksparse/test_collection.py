@@ -15,7 +15,7 @@ from sparsekv_pl.attention.statistics import StatisticsSettings, attention_stati
 from sparsekv_pl.blocksparse.collection import TensorCollection, Timestamps, summaries_of
 from sparsekv_pl.blocksparse.tensor_format import read
 from sparsekv_pl.eviction.prefill import continue_from
-from tests.tiny_training import MakeBackbone, MakeCases, MakeTrainer
+from tests.tiny_training import MakeAdapter, MakeBackbone, MakeCases, MakeTrainer
 
 SETTINGS = StatisticsSettings(window=32, top_k=8, block_size=16)
 
@@ -79,7 +79,7 @@ def test_every_layer_of_every_window_is_collected(
                 torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_the_summaries_tell_what_is_there(collect: Callable[..., TensorCollection]) -> None:
+def test_the_summaries_say_what_is_there(collect: Callable[..., TensorCollection]) -> None:
     module = collect()
     stamp = module.timestamps.of(96)
     summary = json.loads((module.output / f"summary_seq96_{stamp}.json").read_text())
@@ -115,7 +115,7 @@ def test_what_is_collected_is_not_collected_again(
     assert forwards == [64, 64, 96, 96, 64]
 
 
-def test_other_layers_are_collected_anew(collect: Callable[..., TensorCollection], forwards: list[int]) -> None:
+def test_other_layers_are_collected_too(collect: Callable[..., TensorCollection], forwards: list[int]) -> None:
     module = collect(layers=[1], lengths=[64])
     assert {path.name.split("_")[2] for path in files(module)} == {"layer1"}
     collect(seconds=3600, layers=[0, 1], lengths=[64])
@@ -123,18 +123,13 @@ def test_other_layers_are_collected_anew(collect: Callable[..., TensorCollection
 
 
 def test_of_two_variants_the_trained_one_is_collected(
-    collect: Callable[..., TensorCollection], tiny_backbone: MakeBackbone, tmp_path: Path
+    collect: Callable[..., TensorCollection], tiny_adapter: MakeAdapter
 ) -> None:
-    trained, _ = tiny_backbone().load()
-    with torch.no_grad():
-        for name, weight in trained.named_parameters():
-            if "lora_B" in name:
-                weight.fill_(0.05)
-    trained.save_pretrained(tmp_path / "adapter")
+    adapter = tiny_adapter()
     settings = {"lengths": [64], "windows": 1}
-    module = collect(adapter=str(tmp_path / "adapter"), **settings)
+    module = collect(adapter=adapter, **settings)
     adapted = read(files(module)[0])
-    assert adapted.metadata["model_path"].endswith(f" + {tmp_path / 'adapter'}")
+    assert adapted.metadata["model_path"].endswith(f" + {adapter}")
     shutil.rmtree(module.output)
     base = read(files(collect(**settings))[0])
     assert not torch.allclose(adapted.key, base.key, atol=1e-3)
@@ -148,7 +143,7 @@ def test_retrieval_cases_are_numbered_after_the_windows(
     assert [path.name.split("_")[3] for path in files(module)] == ["sample0", "sample1", "sample2"]
 
 
-def test_the_disk_need_is_told_before_the_first_forward(
+def test_the_disk_need_is_printed_before_the_first_forward(
     collect: Callable[..., TensorCollection],
     forwards: list[int],
     monkeypatch: pytest.MonkeyPatch,

@@ -9,7 +9,6 @@ import pytest
 from lightning.pytorch import Trainer
 
 from data.evaluation import EvaluationData
-from sparsekv_pl.blocksparse.block_passes import BlockPasses
 from sparsekv_pl.blocksparse.comparison import BlockComparison
 from sparsekv_pl.blocksparse.gate import AttentionGates
 from sparsekv_pl.models.backbone import causal_lm
@@ -76,28 +75,6 @@ def test_the_report_of_all_methods(run: Callable[..., dict[str, Any]], gates: st
     assert {record["kind"] for record in found["results"]} == {"agreement", "pair", "pass"}
     assert {record["layer"] for record in found["results"] if record["kind"] == "agreement"} == {0, 1}
     assert {row["layer"] for row in json.loads(summary.read_text())["agreement_by_layer"]} == {0, 1}
-
-
-def test_finished_cases_are_not_measured_again(
-    run: Callable[..., dict[str, Any]], gates: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measured: list[str] = []
-    records = BlockPasses.records
-
-    def recording(self: BlockPasses, *arguments: Any) -> Any:
-        measured.append(self.batch["cases"][0].task)
-        return records(self, *arguments)
-
-    monkeypatch.setattr(BlockPasses, "records", recording)
-    first = run(gates=gates)
-    assert measured == ["text", "facts", "facts"]
-    again = run(gates=gates)
-    assert len(measured) == 3
-    assert again["agreement"] == first["agreement"]
-    run(gates=gates, seed=1)
-    assert len(measured) == 6
-    run(gates=None)
-    assert len(measured) == 9
 
 
 def test_a_comparison_without_a_gate_says_so(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The gate: pooling, undoing RoPE, and decoding equal to prefill."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,8 +13,8 @@ from sparsekv_pl.blocksparse.block_methods import BlockMethod
 from sparsekv_pl.blocksparse.gate import AttentionGates, GateScorer, ropes_of, turned
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.models.decoder import decoder_of
+from tests.random_models import Build
 
-Build = Callable[..., PreTrainedModel]
 TOKENS = 45
 """Five blocks of 8 and a short one of 5."""
 SIZES = {

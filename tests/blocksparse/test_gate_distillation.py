@@ -1,26 +1,20 @@
 """Training gates with a real Trainer on tiny models: loss, gradients, validation, resuming."""
 
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
 
 from sparsekv_pl.blocksparse.gate_distillation import GateDistillation, best_blocks, gate_loss
 from sparsekv_pl.blocksparse.true_blocks import BlockAttention
 from sparsekv_pl.models.batch import IGNORE, Batch
 from sparsekv_pl.training.non_finite_guard import NonFiniteLossError
+from tests.largest_tensor import Largest
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw, trained
 
-Build = Callable[..., PreTrainedModel]
 SIZE = 16
 
 
@@ -72,17 +66,6 @@ def test_the_loss_is_the_kl_of_normalised_rows() -> None:
     assert gate_loss(peak, (peak / peak.sum(-1, keepdim=True)).log()).item() == pytest.approx(0, abs=1e-7)
 
 
-def test_its_gradient_is_the_difference_of_the_rows() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 3, 5, 5, generator=generator, requires_grad=True)
-    peak = torch.rand(2, 3, 5, 5, generator=generator).tril()
-    later = torch.ones(5, 5).triu(1).bool()
-    log_scores = logits.masked_fill(later, -torch.inf).log_softmax(-1)
-    gate_loss(peak, log_scores).backward()
-    expected = (log_scores.exp() - peak / peak.sum(-1, keepdim=True)) / (2 * 3 * 5)
-    torch.testing.assert_close(logits.grad, expected.detach())
-
-
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_the_target_is_the_models_own_attention_pooled(kind: str, tiny_backbone: MakeBackbone) -> None:
     module = distillation(tiny_backbone(kind))
@@ -131,18 +114,6 @@ def test_it_trains_in_bfloat16(tiny_backbone: MakeBackbone, tiny_data: MakeData,
     trainer.fit(module, tiny_data())
     assert all(value.dtype == torch.float32 for value in trained(module).values())
     assert all(math.isfinite(value) for value in trainer.callback_metrics.values())
-
-
-class Largest(TorchDispatchMode):
-    """The most numbers that any tensor made inside the block has."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        made = func(*args, **(kwargs or {}))
-        if isinstance(made, Tensor):
-            self.numbers = max(self.numbers, made.numel())
-        return made
 
 
 def test_the_gradient_keeps_blocks_and_no_tokens(tiny_backbone: MakeBackbone) -> None:
@@ -210,27 +181,6 @@ def test_validation_logs_its_measures(
 
 
 # --- stopping, going on, failing ---
-
-
-def test_a_resumed_run_ends_with_the_same_gates(
-    tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer, tmp_path: Path
-) -> None:
-    def fit(folder: str, steps: int, ckpt_path: str | None = None) -> tuple[dict[str, Tensor], str]:
-        schedule = lambda optimizer: OneCycleLR(optimizer, 1e-2, total_steps=5)  # noqa: E731
-        module = distillation(tiny_backbone(), lr_scheduler=schedule)
-        saver = ModelCheckpoint(tmp_path / folder, every_n_train_steps=2, save_top_k=-1)
-        trainer = tiny_trainer(saver, enable_checkpointing=True, max_steps=steps)
-        trainer.fit(module, tiny_data(), ckpt_path=ckpt_path)
-        return trained(module), str(saver.best_model_path)
-
-    straight, _ = fit("straight", 4)
-    half, checkpoint = fit("half", 2)
-    resumed, _ = fit("resumed", 4, checkpoint)
-    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
-    assert not any(torch.equal(half[name], straight[name]) for name in straight)
-    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
-    assert all(name.startswith("gates.layers.") for name in saved)
-    assert set(saved) >= set(straight)
 
 
 def test_a_loss_that_is_not_finite_stops(tiny_backbone: MakeBackbone, tiny_trainer: MakeTrainer) -> None:

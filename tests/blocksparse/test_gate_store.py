@@ -1,19 +1,16 @@
 """Saving and loading gates without a model, and errors that name the field that does not fit."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
 
 from sparsekv_pl.blocksparse.gate import AttentionGates, GateScorer
 from tests.blocksparse.test_gate import YARN, ids, random_gates, seen_by_attention
-
-Build = Callable[..., PreTrainedModel]
+from tests.random_models import Build
 
 
 def test_gates_are_loaded_alone(random_model: Build, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from sparsekv_pl.attention.blocks import Blocks, TopBlocks, top_blocks
 from sparsekv_pl.blocksparse.sketchwalk import SketchWalk
 from sparsekv_pl.blocksparse.tensor_format import LayerTensors, Metadata, write
 from sparsekv_pl.blocksparse.validation import SketchWalkValidation, pair_sparsity, target_sparsity, validated
-from sparsekv_pl.storage.records import Record
 
 SEED_KEYS = [
     "sample_id",
@@ -245,27 +244,6 @@ def test_files_that_are_not_sound_are_refused_and_the_rest_goes_on(
     assert len(latest(module, "results")) == 6
 
 
-def test_what_is_finished_is_not_validated_again(
-    validate: Validate, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layers: list[int] = []
-
-    def recording(made: LayerTensors, *args: Any) -> Record:
-        layers.append(made.metadata["layer_idx"])
-        return validated(made, *args)
-
-    monkeypatch.setattr("sparsekv_pl.blocksparse.validation.validated", recording)
-    first = validate().records
-    assert layers == [0, 1, 2, 0, 1, 2]
-    assert validate().records == first
-    assert len(layers) == 6
-    write(folder, 2, replace(tensors(0, 2)))
-    assert len(validate().records) == 7
-    assert layers[6:] == [0]
-    validate(top_k_blocks=5)
-    assert len(layers) == 14
-
-
 def test_nothing_sound_is_a_report_too(validate: Validate, tmp_path: Path) -> None:
     (tmp_path / "tensors").mkdir()
     (tmp_path / "tensors" / "tensors_seq60_layer0_sample0_x.pt").write_bytes(b"")
@@ -273,11 +251,6 @@ def test_nothing_sound_is_a_report_too(validate: Validate, tmp_path: Path) -> No
     assert latest(module, "results") == []
     assert latest(module, "summary")["files"] == 0
     assert (module.output / "validation.png").exists()
-
-
-def test_without_files_it_says_what_to_do(validate: Validate) -> None:
-    with pytest.raises(ValueError, match=r"collect some first: .*collect\.yaml"):
-        validate()
 
 
 @pytest.mark.parametrize("wrong", [{"top_k_blocks": 1}, {"repeats": 0}, {"exponent": 0}, {"block_size": 0}])
