@@ -39,12 +39,6 @@ def test_question_moves_into_the_context_when_the_press_may_see_it(tokenizer: An
     assert frame.room(100, "Who?", query_aware) + len(case.context_ids) == 100 + len("Body.\n")
 
 
-def test_without_a_chat_template_the_prefix_is_the_bos_token(plain_tokenizer: Any) -> None:
-    frame = Frame(plain_tokenizer)
-    assert (frame.prefix, frame.question_suffix) == ("<s>", "\n")
-    assert frame.prefix_ids == [plain_tokenizer.bos_token_id]
-
-
 def test_many_texts_are_encoded_as_each_alone(tokenizer: Any) -> None:
     frame = Frame(tokenizer)
     assert frame.encode_all(["one", "", " two"]) == [frame.encode("one"), [], frame.encode(" two")]
@@ -84,16 +78,6 @@ def test_stretch_is_cut_at_words(tokenizer: Any, at: int) -> None:
         drawn.add((body, tuple(text.document_ids)))
     assert {names for _, names in drawn} == {("a",), ("b",), ("a", "b")}
     assert len(drawn) > 10
-
-
-def test_stretch_needs_enough_text(tokenizer: Any) -> None:
-    frame = Frame(tokenizer)
-    text = Tokens(frame.encode("word " * 20), [("a", 100)])
-    assert stretch(frame, text, 100, random.Random(0), 50) == text
-    with pytest.raises(ValueError, match="haystack has 100 tokens and 101 are needed"):
-        stretch(frame, text, 101, random.Random(0))
-    with pytest.raises(ValueError, match="haystack is empty"):
-        stretch(frame, Tokens(), 1, random.Random(0))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch import LightningModule, Trainer
 
 from data.cases import CaseTask, Frame
 from data.evaluation import EvaluationData
@@ -183,36 +182,6 @@ def test_the_press_sees_the_question_only_when_asked_to(make, tokenizer):
         assert len(context) == len(blind[case_id][0])
         assert context[-len(asked) :] == asked
         assert asked + continuation == blind[case_id][1]
-
-
-def test_works_without_a_chat_template(make, plain_tokenizer):
-    for context, continuation, info in _cases(make(plain_tokenizer, windows=0)).values():
-        assert context[0] == plain_tokenizer.bos_token_id
-        assert plain_tokenizer.decode(continuation) == f"{info.question}\n{info.answer_prefix}"
-
-
-class Reader(LightningModule):
-    """A module that records the ids of its cases."""
-
-    def __init__(self, tokenizer) -> None:
-        super().__init__()
-        self.tokenizer = tokenizer
-        self.seen: list[str] = []
-
-    def test_step(self, batch, batch_idx):  # noqa: ARG002
-        self.seen += [info.id for info in batch["cases"]]
-
-    predict_step = test_step
-
-
-@pytest.mark.parametrize("loop", ["test", "predict"])
-def test_a_trainer_reads_every_case_once(source, tokenizer, loop):
-    data = EvaluationData(source, SPLITS, lengths=[300], cases_per_cell=1, windows=3, batch_size=2)
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    module = Reader(tokenizer)
-    getattr(trainer, loop)(module, data)
-    assert module.seen == list(_cases(data))
-    assert len(module.seen) == 8
 
 
 def test_yaml_chooses_it():

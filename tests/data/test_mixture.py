@@ -1,12 +1,10 @@
 """The DataModule: shares, shapes, disjoint splits, and resuming to the token."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Trainer
 
 from data import EvictionData
 from data.mixture import MixtureStream
@@ -84,21 +82,6 @@ def test_validation_is_deterministic_and_counts_its_cases(tokenizer, numbered):
     assert _same(one[2], more[0])  # a case does not depend on how many there are
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("consumed", [1, 5])
-def test_resumes_to_the_token(tokenizer, numbered, workers, consumed):
-    first = _data(tokenizer, numbered, num_workers=workers).train_dataloader()
-    iterator = iter(first)
-    for _ in range(consumed):
-        next(iterator)
-    state = first.state_dict()
-    rest = [next(iterator) for _ in range(8)]
-    second = _data(tokenizer, numbered, num_workers=workers).train_dataloader()
-    second.load_state_dict(state)
-    assert all(map(_same, rest, _take(second, 8)))
-    assert not _same(rest[0], rest[1])
-
-
 def test_state_of_other_ranks_is_refused(tokenizer, numbered):
     loader = _data(tokenizer, numbered).train_dataloader()
     saved = loader.state_dict()
@@ -133,55 +116,6 @@ def test_each_rank_gets_its_own_state_back(tokenizer, numbered, tmp_path):
     zero, one = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     assert [batch["tasks"] for batch in zero] == [batch["tasks"] for batch in one]
     assert not any(map(_same, zero, one))
-
-
-class Recorder(LightningModule):
-    """Remembers what it was trained on."""
-
-    def __init__(self, tokenizer) -> None:
-        super().__init__()
-        self.tokenizer = tokenizer
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.batches: list[Any] = []
-
-    def training_step(self, batch, batch_idx):  # noqa: ARG002
-        self.batches.append(batch)
-        return self.weight * 1.0
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def _fit(tokenizer, source, folder: Path, steps: int, workers: int, resume: str | None = None):
-    module = Recorder(tokenizer)
-    data = _data(tokenizer, source, num_workers=workers)
-    data.tokenizer = None
-    keeper = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1, save_last=True)
-    trainer = Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        callbacks=[keeper],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
-    trainer.fit(module, data, ckpt_path=resume)
-    assert trainer.global_step == steps
-    return module.batches
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_lightning_resumes_to_the_token(tokenizer, numbered, tmp_path, workers):
-    whole = _fit(tokenizer, numbered, tmp_path / "whole", 9, workers)
-    for step in (3, 6):  # mid-run of the whole, and the last step of a run cut short
-        rest = _fit(tokenizer, numbered, tmp_path / "rest", 9, workers, str(tmp_path / "whole" / f"step={step}.ckpt"))
-        assert len(rest) == 9 - step
-        assert all(map(_same, whole[step:], rest))
-    short = _fit(tokenizer, numbered, tmp_path / "short", 3, workers)
-    longer = _fit(tokenizer, numbered, tmp_path / "short", 9, workers, str(tmp_path / "short" / "last.ckpt"))
-    assert len(short + longer) == 9
-    assert all(map(_same, whole, short + longer))
 
 
 def test_trainer_without_an_end_is_refused(tokenizer, numbered):

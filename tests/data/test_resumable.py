@@ -25,7 +25,6 @@ class Learner(LightningModule):
         self.tokenizer = tokenizer
         self.weight = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
         self.read: list[list[str]] = []
-        self.validated: list[int] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         assert batch_idx == len(self.read) + self.began
@@ -34,9 +33,6 @@ class Learner(LightningModule):
 
     def on_train_start(self) -> None:
         self.began = self.trainer.global_step * ACCUMULATED
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
-        self.validated.append(self.global_step)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=0.1)
@@ -77,7 +73,7 @@ Fit = Callable[..., Learner]
 
 @pytest.fixture
 def fit(new_data: Callable[..., EvictionData], tokenizer: Any, tmp_path: Path) -> Fit:
-    def run(*callbacks: Callback, resume: bool = False, workers: int = 0, **settings: Any) -> Learner:
+    def run(*callbacks: Callback, resume: bool = False, workers: int = 0) -> Learner:
         folder = tmp_path / "checkpoints"
         keeper = ModelCheckpoint(
             folder,
@@ -86,14 +82,15 @@ def fit(new_data: Callable[..., EvictionData], tokenizer: Any, tmp_path: Path) -
             filename="{step}",
             enable_version_counter=False,
         )
-        options: dict[str, Any] = {"accumulate_grad_batches": ACCUMULATED, "max_steps": STEPS, "limit_val_batches": 0}
         trainer = Trainer(
             accelerator="cpu",
             logger=False,
             callbacks=[*callbacks, keeper],
             enable_progress_bar=False,
             enable_model_summary=False,
-            **(options | settings),
+            accumulate_grad_batches=ACCUMULATED,
+            max_steps=STEPS,
+            limit_val_batches=0,
         )
         learner = Learner(tokenizer)
         saved = next(folder.glob("*.ckpt")) if resume else None
@@ -128,19 +125,6 @@ def test_a_step_that_was_stopped_is_done_again_whole(fit: Fit, batch: int, hook:
     assert stopped.read[:done] + resumed.read == whole.read
     assert len(whole.read) == STEPS * ACCUMULATED
     assert torch.equal(resumed.weight, whole.weight)
-
-
-@pytest.mark.parametrize(("batch", "hook"), [(5, "backward"), (6, "start"), (6, "end"), (7, "start")])
-def test_a_stopped_run_validates_once_at_each_place(fit: Fit, batch: int, hook: str) -> None:
-    """Validation follows batches 5 and 11, which end steps 2 and 4."""
-    settings: dict[str, Any] = {
-        "val_check_interval": 2 * ACCUMULATED,
-        "limit_val_batches": 1,
-        "num_sanity_val_steps": 0,
-    }
-    assert fit(**settings).validated == [2, 4]
-    stopped, resumed = fit(Stop(batch, hook), **settings), fit(resume=True, **settings)
-    assert stopped.validated + resumed.validated == [2, 4]
 
 
 # --- what does not match ---

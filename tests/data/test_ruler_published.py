@@ -6,12 +6,11 @@ import re
 import pytest
 
 from data.cases import Frame
-from data.packing import Tokens, encode_document
+from data.packing import Tokens
 from data.ruler import CommonWords, FrequentWords, Niah, VariableTracking
 from data.ruler_filler import line_filler
 from data.ruler_needles import PRESETS
 from data.ruler_vocabulary import ADJECTIVES, NOUNS, distinct_words, words
-from data.text import EmbeddedText
 from sparsekv_pl.metrics import retrieval_scores
 from tests.data.ruler_cases import PLAIN, TASKS, WITH_DEPTH
 
@@ -260,19 +259,6 @@ def test_a_line_begins_at_the_asked_token(at: int) -> None:
     assert all(filler.ids[place] == 1 for place in filler.places if place < 11)
     assert at in filler.places
     assert [filler.near(place) for place in (at, 0, 11)] == [at, min(filler.places), max(filler.places)]
-
-
-def test_documents_are_those_of_the_filler(plain: tuple[Frame, Tokens]) -> None:
-    frame, _ = plain
-    texts = [document for document in EmbeddedText().documents() if len(document.text) > 3000][:4]
-    haystack = Tokens()
-    for document in texts:
-        haystack.append(document.id, encode_document(frame, document))
-    case = Niah().case(frame, haystack, 1000, 0.5, random.Random(0))
-    by_id = {document.id: document.text for document in texts}
-    assert 1 <= len(case.info.document_ids) <= 2
-    body = case.info.context.split("afterwards.\n")[1]
-    assert body[:80] in "\n\n".join(by_id[name] for name in case.info.document_ids)
 
 
 def test_answers_may_be_shorter_than_ruler_s() -> None:

@@ -6,7 +6,6 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from data.packing import DocumentStream
 from data.question_sources import LocalQuestions
 from data.text import EmbeddedText, HubText, LocalText, Splits
 
@@ -79,44 +78,6 @@ def test_bad_file_is_named(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as error:
         list(LocalText([str(tmp_path / name)]).documents())
     assert name in str(error.value)
-
-
-def _json_shards(folder, shards, rows):
-    paths = []
-    for shard in range(shards):
-        path = folder / f"{shard}.jsonl"
-        path.write_text(
-            "".join(json.dumps({"id": f"{shard}-{i}", "text": f"text {shard} {i}"}) + "\n" for i in range(rows))
-        )
-        paths.append(str(path))
-    return HubText("json", data_files=paths, block_size=4)
-
-
-@pytest.mark.parametrize("total", [1, 2, 3])
-def test_hub_stream_reads_each_document_once_an_epoch(tmp_path, total):
-    source = _json_shards(tmp_path, shards=2, rows=9)
-    seen = []
-    for number in range(total):
-        stream = DocumentStream(source, Splits(1, 0, 0), "train", 5, number, total)
-        epoch = []
-        while (document := next(stream)) and stream.epoch == 0:
-            epoch.append(document.id)
-        assert document.id in epoch  # the second epoch reads the same share
-        seen += epoch
-    assert len(seen) == 18
-    assert len(set(seen)) == 18
-
-
-@pytest.mark.parametrize("consumed", [0, 1, 4, 7, 17, 18, 30])
-def test_hub_stream_resumes_exactly(tmp_path, consumed):
-    source = _json_shards(tmp_path, shards=2, rows=9)
-    first = DocumentStream(source, Splits(0.6, 0.2, 0.2), "train")
-    for _ in range(consumed):
-        next(first)
-    state = json.loads(json.dumps(first.state_dict()))
-    second = DocumentStream(source, Splits(0.6, 0.2, 0.2), "train")
-    second.load_state_dict(state)
-    assert [next(second).id for _ in range(25)] == [next(first).id for _ in range(25)]
 
 
 def test_unreachable_dataset_says_what_to_do():

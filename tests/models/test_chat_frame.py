@@ -1,9 +1,6 @@
 """The parts of the chat template around text and question equal those of kvpress's pipeline."""
 
-from types import SimpleNamespace
-
 import pytest
-from kvpress.pipeline import KVPressTextGenerationPipeline
 from transformers import PreTrainedTokenizerFast
 
 from sparsekv_pl.models.chat_frame import chat_frame, next_turn
@@ -50,14 +47,6 @@ def test_a_template_that_fails_is_one_line(template, needed, tokenizer, monkeypa
     monkeypatch.setattr(tokenizer, "chat_template", template)
     with pytest.raises(ValueError, match=r"^the chat template of .+ (fails: \w+: |drops or)[^\n]+; correct it"):
         needed(tokenizer)
-
-
-def test_frame_is_the_one_of_kvpress(tokenizer):
-    pipeline = SimpleNamespace(tokenizer=tokenizer)
-    theirs = KVPressTextGenerationPipeline.preprocess(pipeline, "Body.", ["\n\nWho?"], "It is", 10**6)
-    prefix, suffix = chat_frame(tokenizer)
-    assert tokenizer.decode(theirs["context_ids"][0]) == prefix + "Body."
-    assert tokenizer.decode(theirs["questions_ids"][0][0]) == "\n\nWho?" + suffix + "It is"
 
 
 def test_turns_follow_each_other(tokenizer, plain_tokenizer):
