@@ -49,10 +49,6 @@ def hot(answer: int) -> list[float]:
     return at({0: 0.2, answer: 0.6})
 
 
-def sink_only(_: int) -> list[float]:
-    return at({0: 0.8}, rest=0.01)
-
-
 def even(_: int) -> list[float]:
     return [0.05] * BLOCKS
 

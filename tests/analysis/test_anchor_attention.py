@@ -5,27 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
-from sparsekv_pl.analysis.anchor_attention import AnchorAnalysis, observed
-from sparsekv_pl.analysis.anchor_profile import GROUPS
-from sparsekv_pl.analysis.token_types import types_for
+from sparsekv_pl.analysis.anchor_attention import AnchorAnalysis
 from sparsekv_pl.models.anchors import Anchors
-from tests.tiny_training import MakeBackbone, MakeCases, MakeTrainer
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_backbone: MakeBackbone, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One that changes attention a lot."""
-    folder = tmp_path_factory.mktemp("adapter")
-    model = tiny_backbone().load()[0]
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.5, generator=generator)
-    model.save_pretrained(folder)
-    return str(folder)
+from tests.tiny_training import MakeAdapter, MakeBackbone, MakeCases, MakeTrainer
 
 
 def run(analysis: AnchorAnalysis, data: Any, make_trainer: MakeTrainer, **settings: Any) -> dict[str, Any]:
@@ -37,11 +21,11 @@ def test_a_run_ends_in_its_report(
     tiny_backbone: MakeBackbone,
     tiny_cases: MakeCases,
     tiny_trainer: MakeTrainer,
-    adapter: str,
+    tiny_adapter: MakeAdapter,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    analysis = AnchorAnalysis(tiny_backbone(adapter=adapter), str(tmp_path))
+    analysis = AnchorAnalysis(tiny_backbone(adapter=tiny_adapter()), str(tmp_path))
     report = run(analysis, tiny_cases(), tiny_trainer)
     assert list(report["variants"]) == ["base", "trained"]
     assert report["lengths"] == [96]
@@ -65,44 +49,6 @@ def test_a_run_ends_in_its_report(
 def np_shape(nested: list[list[float]]) -> tuple[int, int]:
     assert len({len(line) for line in nested}) == 1
     return len(nested), len(nested[0])
-
-
-def test_what_is_measured_is_not_measured_again(
-    tiny_backbone: MakeBackbone,
-    tiny_cases: MakeCases,
-    tiny_trainer: MakeTrainer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    data = {"tasks": [], "batch_size": 1}
-    first = run(
-        AnchorAnalysis(tiny_backbone(), str(tmp_path)), tiny_cases(**data), tiny_trainer, limit_predict_batches=2
-    )
-    assert first["variants"]["base"]["windows"] == 2
-    calls: list[str] = []
-    measure = AnchorAnalysis.measure
-
-    def counted(self: AnchorAnalysis, batch: Any) -> Any:
-        calls.append(batch["cases"][0].id)
-        return measure(self, batch)
-
-    monkeypatch.setattr(AnchorAnalysis, "measure", counted)
-    other = AnchorAnalysis(tiny_backbone(), str(tmp_path), sinks=2, threshold=1.5, recent_mass=0.9)
-    second = run(other, tiny_cases(**data), tiny_trainer)
-    assert second["variants"]["base"]["windows"] == 4 and len(calls) == 2
-    assert second["variants"]["base"]["rule"]["threshold"] == 1.5
-    assert other.described() != AnchorAnalysis(tiny_backbone(), str(tmp_path), carrying=0.5).described()
-
-
-def test_what_is_observed_does_not_depend_on_the_rows_beside_it(tiny_backbone: MakeBackbone) -> None:
-    model, tokenizer = tiny_backbone(lora=None).load(trainable=False)
-    ids = torch.randint(2, 1024, (3, 40), generator=torch.Generator().manual_seed(0))
-    types = types_for(tokenizer).of(ids)
-    with torch.no_grad():
-        together, alone = observed(model, ids, types), observed(model, ids[1:2], types[1:2])
-    assert together.count == GROUPS
-    for layer, wanted in alone.layers.items():
-        torch.testing.assert_close(together.layers[layer].by_group[1:2], wanted.by_group, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from data.text import EmbeddedText
 from sparsekv_pl.analysis.oracle_blocks import OracleBlocks, bm25_scores
 from sparsekv_pl.attention.evicted_attention import attention_implementation
 from sparsekv_pl.eviction import prefill
-from tests.tiny_training import MakeBackbone, MakeTrainer
+from tests.tiny_training import MakeAdapter, MakeBackbone, MakeTrainer
 
 Run = Callable[..., OracleBlocks]
 BLOCK = 32
@@ -129,20 +129,14 @@ def test_the_report_and_its_pictures(run: Run, tmp_path: Path, capsys: pytest.Ca
     assert "share of the attention on the document in the" in capsys.readouterr().out
 
 
-def test_a_trained_adapter_stands_beside_its_base(run: Run, tiny_backbone: MakeBackbone, tmp_path: Path) -> None:
-    model = tiny_backbone().load()[0]
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(generator=torch.Generator().manual_seed(0))
-    model.save_pretrained(tmp_path / "adapter")
-    adapter = {"adapter": str(tmp_path / "adapter")}
+def test_a_trained_adapter_stands_beside_its_base(run: Run, tiny_adapter: MakeAdapter, tmp_path: Path) -> None:
+    adapter = {"adapter": tiny_adapter(1.0)}
     run()
     alone = read(tmp_path, "oracle_data.json")
     run(backbone=adapter)
     base, trained = (read(tmp_path, f"oracle_data{ending}.json") for ending in ("", "_trained"))
     assert base == alone
-    assert trained["metadata"]["model"].endswith(f" + {tmp_path / 'adapter'}")
+    assert trained["metadata"]["model"].endswith(f" + {adapter['adapter']}")
     assert [s["question"] for s in trained["samples"]] == [s["question"] for s in base["samples"]]
     assert all(
         a["all_block_scores"] != b["all_block_scores"] for a, b in zip(base["samples"], trained["samples"], strict=True)

@@ -18,7 +18,7 @@ from sparsekv_pl.attention.statistics import StatisticsSettings, attention_stati
 from sparsekv_pl.models.anchors import Anchors
 from sparsekv_pl.models.batch import CaseBatch
 from sparsekv_pl.storage.records import Record
-from tests.tiny_training import MakeBackbone, MakeCases, MakeTrainer
+from tests.tiny_training import MakeAdapter, MakeBackbone, MakeCases, MakeTrainer
 
 SETTINGS = StatisticsSettings(top_k=8, block_size=20, block_threshold=0.05, query_tile=16, key_tile=20)
 
@@ -93,15 +93,10 @@ def test_even_attention_is_that_of_queries_that_want_nothing(window: int | None)
     assert even_attention(30, settings).sum() == pytest.approx(1)
 
 
-def test_base_and_trained_are_told_apart(
-    run: Callable[..., Any], tiny_cases: MakeCases, tiny_backbone: MakeBackbone, tmp_path: Path
+def test_base_and_trained_are_compared(
+    run: Callable[..., Any], tiny_cases: MakeCases, tiny_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
-    model = tiny_backbone().load()[0]
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
-    model.save_pretrained(tmp_path / "adapter")
-    _, report = run(tiny_cases(tasks=[], windows=3), adapter=str(tmp_path / "adapter"))
+    _, report = run(tiny_cases(tasks=[], windows=3), adapter=tiny_adapter())
     (summary,) = report["summaries"]
     assert (summary["task"], summary["length"], summary["windows"]) == ("text", 96, 3)
     base, trained = (np.array(means["measures"]["entropy"]) for means in summary["variants"].values())
@@ -124,7 +119,7 @@ def test_base_and_trained_are_told_apart(
     assert sum(shares) == pytest.approx(2 * 2)  # each layer's blocks share all of its attention
 
 
-def test_tasks_and_lengths_are_told_apart() -> None:
+def test_tasks_and_lengths_have_summaries_of_their_own() -> None:
     """By hand: two windows of one length, one of another and one of another task."""
 
     def record(task: str, length: int, number: int, value: float) -> Record:

@@ -30,7 +30,7 @@ from sparsekv_pl.models.batch import TEXT, CaseBatch, CaseInfo
 from sparsekv_pl.reporting import summary
 from sparsekv_pl.reporting.model_card import write_card
 from sparsekv_pl.storage.records import Results
-from tests.tiny_training import MakeBackbone, MakeTrainer
+from tests.tiny_training import MakeAdapter, MakeBackbone, MakeTrainer
 
 CONTEXT = 48
 
@@ -84,20 +84,14 @@ def run(tiny_backbone: MakeBackbone, tiny_trainer: MakeTrainer, tmp_path: Path) 
 
 
 @pytest.fixture
-def adapter(tiny_backbone: MakeBackbone, tmp_path: Path) -> Callable[..., str]:
-    """A folder with an adapter, untrained unless ``std`` is given, and its training.json."""
+def adapter(tiny_adapter: MakeAdapter, tmp_path: Path) -> Callable[..., str]:
+    """The folder of an adapter with this deviation, one for each, its training.json and its card."""
+    training = {"presses": ["SnapKV", "LagKV"], "steps": 110}
 
     def make(std: float = 0.0) -> str:
-        model = tiny_backbone().load()[0]
-        generator = torch.Generator().manual_seed(0)
-        for name, parameter in model.named_parameters():
-            if std and parameter.requires_grad:
-                torch.nn.init.normal_(model.get_parameter(name), std=std, generator=generator)
-        folder = tmp_path / f"adapter-{std}"
-        model.save_pretrained(folder)
-        (folder / "training.json").write_text(json.dumps({"presses": ["SnapKV", "LagKV"], "steps": 110}))
-        write_card(folder)
-        return str(folder)
+        folder = tiny_adapter(std, tmp_path / f"adapter-{std}", training)
+        write_card(Path(folder))
+        return folder
 
     return make
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from jsonargparse import ArgumentParser
 
 from sparsekv_pl.evaluation.hosted_client import HostedModel
 from sparsekv_pl.evaluation.hosted_reply import Usage
@@ -173,19 +172,6 @@ def test_settings_that_cannot_work_are_refused_without_showing_a_key(settings: d
     with pytest.raises(ValueError, match=named) as caught:
         HostedModel(**({"model": "m"} | settings))
     assert KEY not in str(caught.value)
-
-
-def test_it_goes_through_yaml_without_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    parser = ArgumentParser()
-    parser.add_class_arguments(HostedModel, "hosted")
-    text = parser.dump(
-        parser.parse_args(["--hosted.model=gemini-2.5-flash", "--hosted.max_tokens_total=null"]), skip_unset=False
-    )
-    assert "key_variable: OPENAI_API_KEY" in text
-    assert KEY not in text
-    again = parser.instantiate(parser.parse_string(text)).hosted
-    assert again == HostedModel("gemini-2.5-flash", max_tokens_total=None)
 
 
 def test_asking_works_where_an_event_loop_runs() -> None:

@@ -11,14 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
-from evaluate import EvaluateCommandLine
-from sparsekv_pl.cli.saved_config import SaveEvaluationConfig
 from sparsekv_pl.evaluation.hosted_module import prompt_of
 from sparsekv_pl.models.batch import CaseInfo
 from tests.evaluation.hosted_runs import MakeHosted, cases, kept, report, right
-from tests.evaluation.scripted_server import Reply, failed, said, serving
+from tests.evaluation.scripted_server import Reply, said, serving
 from tests.processes import free_port
 from tests.tiny_training import MakeTrainer
 
@@ -162,48 +159,8 @@ def test_the_question_is_asked_once_also_when_the_context_ends_with_it() -> None
     assert prompt_of(CaseInfo("1", "t", ("7",), "A text.", "\n\nWhich?")) == "A text.\n\nWhich?"
 
 
-def test_a_missing_key_stops_the_run_before_anything_is_sent(make: MakeHosted, tiny_trainer: MakeTrainer) -> None:
-    with serving(said("x")) as (server, url):
-        with pytest.raises(ValueError, match="HOSTED_UNSET_KEY"):
-            tiny_trainer().test(make(url, key_variable="HOSTED_UNSET_KEY"), cases(), verbose=False)
-        assert server.bodies == []
-
-
 def test_several_processes_are_refused(make: MakeHosted, tiny_trainer: MakeTrainer) -> None:
     module = make("http://127.0.0.1:9/v1")
     module.trainer = tiny_trainer(devices=2, strategy="ddp")
     with pytest.raises(ValueError, match=r"trainer\.devices=2"):
         module.setup("test")
-
-
-def test_the_command_runs_and_nothing_holds_the_key(
-    tiny_models: dict[str, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """configs/evaluate/hosted.yaml as evaluate.py runs it, with a server that repeats the key."""
-    config = Path(__file__).parents[2] / "configs" / "evaluate" / "hosted.yaml"
-    monkeypatch.setenv("GEMINI_API_KEY", KEY)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
-    caplog.set_level("DEBUG")
-    script = [said(f"Thank you for {KEY}"), failed(400, f"{KEY} cannot do this"), said("x")]
-    with serving(*script) as (server, url):
-        arguments = ["test", "--config", str(config), f"--model.tokenizer={tiny_models['llama']}"]
-        arguments += [f"--model.hosted.base_url={url}", "--model.hosted.key_variable=GEMINI_API_KEY"]
-        arguments += ["--model.output=output/hosted", "--data.lengths=[384]", "--data.cases_per_cell=1"]
-        EvaluateCommandLine(
-            args=arguments, save_config_callback=SaveEvaluationConfig, save_config_kwargs={"save_to_log_dir": False}
-        )
-    assert len(server.bodies) == 6  # facts and needles at three depths
-    assert all(headers["authorization"] == f"Bearer {KEY}" for headers in server.headers)
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {"report.json", "report.csv", "report.md", "report.html", "report.png"} <= {path.name for path in files}
-    assert any(path.name.startswith("events.out.tfevents") for path in files)
-    (resolved,) = [path.read_text() for path in files if path.name == "evaluation.yaml"]
-    assert yaml.safe_load(resolved)["model"]["init_args"]["hosted"]["key_variable"] == "GEMINI_API_KEY"
-    assert any(b"[key]" in path.read_bytes() for path in files)
-    assert [path for path in files if KEY.encode() in path.read_bytes()] == []
-    assert KEY not in "".join([caplog.text, *capfd.readouterr()])

@@ -177,13 +177,6 @@ def test_an_answer_is_kept_whatever_its_usage_says(reported: Any, used: Usage, c
     assert (answer.usage, answer.counted_by) == (used, counted_by)
 
 
-def test_limits_hold_where_the_total_is_all_that_is_said() -> None:
-    with serving(usage({"total_tokens": 40})) as (server, url):
-        answers = ask(hosted(url, concurrency=1, max_tokens_total=100), requests(8), words)
-    assert [answer.error for answer in answers] == [None] * 3 + ["not_sent"] * 5
-    assert len(server.bodies) == 3
-
-
 @pytest.mark.parametrize(
     ("text", "answer"),
     [

@@ -199,13 +199,12 @@ def test_dry_stops_before_inference(
 
 
 def test_an_adapter_makes_it_trained(
-    run: Callable[..., list[Record]], tiny_backbone: MakeBackbone, tmp_path: Path
+    run: Callable[..., list[Record]], tiny_backbone: MakeBackbone, tiny_adapter: Callable[..., str], tmp_path: Path
 ) -> None:
-    tiny_backbone().load()[0].save_pretrained(tmp_path / "adapter")
     press = KeyRerotationPress(KeyDiffPress())
-    (tmp_path / "adapter" / "training.json").write_text(json.dumps({"presses": ["KeyRerotation(KeyDiff)"]}))
+    adapter = tiny_adapter(0, training={"presses": ["KeyRerotation(KeyDiff)"]})
     base = run(press, output=str(tmp_path / "base"))
-    trained = run(press, backbone=tiny_backbone(adapter=str(tmp_path / "adapter")))
+    trained = run(press, backbone=tiny_backbone(adapter=adapter))
     assert [record.pop("variant") for record in trained] == ["trained"] * 3
     assert all(record.pop("seen_in_training") for record in trained)
     for record in base:

@@ -14,9 +14,7 @@ from sparsekv_pl.evaluation.model_analysis import Analysis
 from sparsekv_pl.models.batch import CaseBatch
 from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.storage.records import Record
-from tests.tiny_training import MakeBackbone, MakeCases, MakeTrainer
-
-MakeAnalysis = Callable[..., "Norms"]
+from tests.tiny_training import MakeAdapter, MakeBackbone, MakeCases, MakeTrainer
 
 
 class Norms(Analysis):
@@ -46,19 +44,9 @@ class Norms(Analysis):
 
 
 @pytest.fixture
-def adapter(tiny_backbone: MakeBackbone, tmp_path: Path) -> Callable[[float], str]:
-    """A folder with an adapter whose weights have this standard deviation."""
-
-    def make(std: float) -> str:
-        model = tiny_backbone().load()[0]
-        generator = torch.Generator().manual_seed(0)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.data.normal_(std=std, generator=generator)
-        model.save_pretrained(tmp_path / "adapter")
-        return str(tmp_path / "adapter")
-
-    return make
+def adapter(tiny_adapter: MakeAdapter, tmp_path: Path) -> Callable[[float], str]:
+    """Adapters of these deviations, all in one folder."""
+    return lambda std: tiny_adapter(std, tmp_path / "adapter")
 
 
 @pytest.fixture
@@ -76,15 +64,6 @@ def run(
     return run
 
 
-def test_a_finished_run_is_read_from_disk(run: Callable[..., Any]) -> None:
-    first, measured = run()
-    assert len(first) == len(measured) == 4
-    assert {record["variant"] for record in first} == {"base"}
-    again, measured = run()
-    assert again == first
-    assert measured == []
-
-
 def test_only_what_is_missing_is_measured(run: Callable[..., Any], adapter: Callable[[float], str]) -> None:
     first, ids = run(windows=2)
     both, measured = run(windows=2, adapter=adapter(0.5))
@@ -98,14 +77,6 @@ def test_only_what_is_missing_is_measured(run: Callable[..., Any], adapter: Call
     assert run(windows=2)[1] == []
 
 
-def test_an_untrained_adapter_changes_nothing(run: Callable[..., Any], adapter: Callable[[float], str]) -> None:
-    records, _ = run(adapter=adapter(0.0))
-    norms = {
-        variant: {r["id"]: r["norm"] for r in records if r["variant"] == variant} for variant in ("base", "trained")
-    }
-    assert norms["base"] == norms["trained"] and len(norms["base"]) == 4
-
-
 def test_a_killed_run_goes_on(run: Callable[..., Any], adapter: Callable[[float], str], tmp_path: Path) -> None:
     """Killed between base and trained of the second batch of two."""
     trained = adapter(0.5)
@@ -115,15 +86,6 @@ def test_a_killed_run_goes_on(run: Callable[..., Any], adapter: Callable[[float]
     records, measured = run(adapter=trained)
     assert len(records) == 8
     assert measured == [r["id"] for r in records if r["variant"] == "trained"][2:]
-
-
-def test_damaged_results_are_measured_again(run: Callable[..., Any], tmp_path: Path) -> None:
-    first, ids = run()
-    (path,) = (tmp_path / "run" / "results").glob("*.jsonl")
-    path.write_bytes(path.read_bytes()[:-20])
-    again, measured = run()
-    assert again == first
-    assert measured == ids[2:]
 
 
 def test_contexts_beyond_the_model_are_refused_first(

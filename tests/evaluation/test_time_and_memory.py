@@ -96,20 +96,6 @@ def test_scalars_add_times_and_keep_the_highest_peak(monkeypatch: pytest.MonkeyP
     assert "peak_source" not in str(phases.scalars())
 
 
-def test_scalars_go_to_tensorboard(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from torch.utils.tensorboard import SummaryWriter
-
-    phases = Phases()
-    with phases("load"):
-        pass
-    with SummaryWriter(str(tmp_path)) as writer:
-        for name, value in phases.scalars().items():
-            writer.add_scalar(name, value)
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert set(events.Tags()["scalars"]) == {"load/seconds", "load/rss_bytes", "load/peak_rss_bytes"}
-
-
 def test_gpu_memory_is_recorded_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no GPU here: the calls are stood in for, the arithmetic is not."""
     calls: list[tuple[str, int]] = []

@@ -1,11 +1,8 @@
 """Retained importance and overlaps, by hand and against eager attention."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from sparsekv_pl.attention.evicted_attention import attention_implementation
 from sparsekv_pl.eviction.prefill import continue_from, prefill
@@ -17,8 +14,8 @@ from sparsekv_pl.metrics.eviction_stability import (
     retained_importance,
     retained_statistics,
 )
+from tests.random_models import Build
 
-Build = Callable[..., PreTrainedModel]
 CONTEXT, CONTINUATION = 20, 6
 
 

@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.utilities.checks import check_forward_full_state_property
-from torchmetrics.wrappers import MetricTracker, Running
+from torchmetrics import Metric
 
 from sparsekv_pl import metrics
 from sparsekv_pl.attention.statistics import LayerStatistics
@@ -110,38 +108,3 @@ def test_survives_copies_state_dicts_and_dtypes(case: tuple[Callable[..., Metric
     for copy in (metric.clone(), pickle.loads(pickle.dumps(metric)), loaded, metric.half()):
         same(copy.compute(), after(make, updates).compute())
     assert hash(make()) != hash(metric)
-
-
-def test_plots_one_value_and_several(case: tuple[Callable[..., Metric], Updates]) -> None:
-    make, updates = case
-    metric = make()
-    values = [metric(*update) for update in updates]
-    assert metric.plot()[0].axes
-    assert metric.plot(values)[0].axes
-
-
-def test_goes_into_torchmetrics_containers(case: tuple[Callable[..., Metric], Updates]) -> None:
-    make, updates = case
-    expected = after(make, updates).compute()
-    collection, running, tracker = (
-        MetricCollection({"it": make()}),
-        Running(make(), window=2),
-        MetricTracker(make(), maximize=True),
-    )
-    tracker.increment()
-    for update in updates:
-        collection.update(*update)
-        running.update(*update)
-        tracker.update(*update)
-    same(running.compute(), expected)
-    same(tracker.compute(), expected)
-    found = collection.compute()
-    same(found if isinstance(expected, dict) else found["it"], expected)
-
-
-def test_torchmetrics_finds_that_states_need_not_be_known(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its own check compares both ways to run ``forward``."""
-    check_forward_full_state_property(
-        ContinuationPerplexity, input_args={"nll": torch.rand(5)}, num_update_to_compare=[2], reps=1
-    )
-    assert "Full state for" in capsys.readouterr().out
