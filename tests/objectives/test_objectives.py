@@ -36,7 +36,7 @@ from train import TrainCommandLine
 ROOT = Path(__file__).parents[2]
 
 
-def noting_press() -> SparseRegPress:
+def regularised_press() -> SparseRegPress:
     return SparseRegPress(SnapKVPress(window_size=8), window_size=8)
 
 
@@ -78,7 +78,7 @@ def everything() -> Mixed:
 def test_every_objective_trains_under_real_eviction_and_logs_its_terms(
     name: str, chunk_tokens: int | None, tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer
 ) -> None:
-    eviction = RealEviction(noting_press(), chunk_tokens)
+    eviction = RealEviction(regularised_press(), chunk_tokens)
     objective = everything() if name == "mixed" else OBJECTIVES[name]()
     module = EITModule(tiny_backbone(), eviction, objective, optimizer=adamw)
     before = trained(module)
@@ -109,9 +109,9 @@ def test_at_compression_0_nothing_is_asked_for(
 # --- with KV dropout ---
 
 
-@pytest.mark.parametrize("objective", [Reconstruction(), Mixed([LM(), Reconstruction()])])
-def test_reconstruction_under_kv_dropout_is_refused(objective: Objective, tiny_backbone: MakeBackbone) -> None:
-    with pytest.raises(ValueError, match="asks for what a press evicted, and KVDropout has no press"):
+@pytest.mark.parametrize("objective", [Reconstruction(), SelectionObjective(), Mixed([LM(), Reconstruction()])])
+def test_what_needs_a_press_is_refused_under_kv_dropout(objective: Objective, tiny_backbone: MakeBackbone) -> None:
+    with pytest.raises(ValueError, match="KVDropout has no press"):
         EITModule(tiny_backbone(), KVDropout(), objective)
 
 
@@ -167,7 +167,6 @@ def test_mixed_prepares_all_of_them(tiny_backbone: MakeBackbone) -> None:
     assert reconstructions[1].instruction_ids == []
 
 
-# --- views of parts of a batch ---
 # --- YAML ---
 
 CHOSEN = """

@@ -1,6 +1,5 @@
 """The reconstruction objective supervises evicted blocks, and nothing else."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from kvpress import KnormPress
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from sparsekv_pl.eviction.interface import EvictedContext
 from sparsekv_pl.eviction.prefill import continue_from, prefill
@@ -16,10 +14,10 @@ from sparsekv_pl.eviction.prefilled_cache import copy_cache
 from sparsekv_pl.eviction.real import evicted_context
 from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.objectives import Reconstruction, StudentView
+from tests.random_models import Build
 
 VOCABULARY, WIDTH, LENGTH = 64, 8, 40
 INSTRUCTION = [60, 61, 62]
-Build = Callable[..., PreTrainedModel]
 
 
 class Tokenizer:

@@ -1,7 +1,6 @@
 """The teacher's attention mass, and the loss that aligns a press's scores with it."""
 
 import math
-from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -28,14 +27,13 @@ from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.models.batch import IGNORE, Supervised
 from sparsekv_pl.objectives.attention_mass import AttentionMass, with_mass
-from sparsekv_pl.objectives.score_alignment import log_share
 from sparsekv_pl.objectives.selection_loss import SelectionLoss
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.caught_scores import pinned
 from sparsekv_pl.presses.nesting import press_name
 from sparsekv_pl.training.teacher import Teacher
+from tests.random_models import Build
 
-Build = Callable[..., PreTrainedModel]
 CONTEXT, CONTINUATION = 32, 10
 SINKS = 4
 
@@ -128,28 +126,6 @@ def test_golden_numbers() -> None:
     assert loss_of(torch.tensor([[[5.0, -3.0, -1.0]]]), mass, sinks=1).item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("heads", ["mass", "equal"])
-@pytest.mark.parametrize("shift", [0.0, -2.0], ids=["masses", "any sign"])
-def test_equals_a_reference_written_out(shift: float, heads: str) -> None:
-    scores, mass = random_scores() + shift, random_mass()
-    scores[..., -3:] = scores.max() + 1  # a window pinned by rule
-    chosen = range(SINKS, CONTEXT - 3)
-    total, weights = 0.0, 0.0
-    for row in range(2):
-        for head in range(2):
-            own = [scores[row, head, i].item() for i in chosen]
-            target = [mass[row, head, i].item() for i in chosen]
-            if shift:
-                mean = sum(own) / len(own)
-                deviation = math.sqrt(sum((x - mean) ** 2 for x in own) / len(own))
-                own = [math.exp((x - mean) / deviation) for x in own]
-            weight = sum(target) if heads == "mass" else 1.0
-            weights += weight
-            for x, y in zip(own, target, strict=True):
-                total -= weight * y / sum(target) * math.log(x / sum(own))
-    assert loss_of(scores, mass, heads=heads).item() == pytest.approx(total / weights, rel=1e-5)
-
-
 def test_each_press_has_a_loss_of_its_own_averaged_over_layers() -> None:
     masses = {0: random_mass(0), 1: random_mass(5)}
     scores = {(press, layer): random_scores(i) for i, (press, layer) in enumerate(product("ab", range(2)))}
@@ -159,16 +135,6 @@ def test_each_press_has_a_loss_of_its_own_averaged_over_layers() -> None:
     for press, loss in losses.items():
         single = [loss_of(scores[press, layer], masses[layer], heads="equal") for layer in range(2)]
         torch.testing.assert_close(loss, torch.stack(single).mean())
-
-
-def test_heads_count_as_much_as_the_attention_they_pay_to_what_is_evictable() -> None:
-    mass, scores = random_mass(), random_scores()
-    mass[:, 1, SINKS:] = 0  # the second head rests on the sinks
-    alone = loss_of(scores[:, :1], mass[:, :1])
-    torch.testing.assert_close(loss_of(scores, mass), alone)
-    mass[:, 1, 10] = 1e-4
-    torch.testing.assert_close(loss_of(scores, mass), alone, rtol=1e-2, atol=0)
-    assert abs(loss_of(scores, mass, heads="equal") - alone) > 1e-2
 
 
 def test_least_where_the_scores_are_proportional_to_the_mass() -> None:
@@ -199,35 +165,6 @@ def test_a_single_highest_score_is_no_rule() -> None:
     assert not pinned(scores).any()
     scores[..., -1] = 2.0
     assert torch.equal(pinned(scores), scores == 2.0)
-
-
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_scores_that_all_tie_give_a_finite_gradient(sign: float) -> None:
-    scores = torch.full((2, 2, CONTEXT), sign)
-    scores[..., 0] += 1  # a sink above the rest, so that the rest is not pinned
-    scores.requires_grad_()
-    (gradient,) = torch.autograd.grad(loss_of(scores, random_mass()), scores)
-    assert gradient.isfinite().all()
-
-
-def test_shares_sum_to_one_over_what_is_evictable() -> None:
-    evictable = torch.rand(2, 2, CONTEXT, generator=torch.Generator().manual_seed(3)) > 0.3
-    for scores in (random_scores(), random_scores() - 0.5):
-        logs = log_share(scores, evictable)
-        torch.testing.assert_close((logs.exp() * evictable).sum(-1), torch.ones(2, 2))
-        assert not logs[~evictable].any()
-
-
-def test_positions_map_scores_to_the_right_mass() -> None:
-    scores, mass = random_scores(), random_mass()
-    order = torch.stack([torch.randperm(CONTEXT, generator=torch.Generator().manual_seed(i)) for i in range(4)])
-    positions = order.view(2, 2, CONTEXT)
-    shuffled = loss_of(scores.gather(-1, positions), mass, positions=positions)
-    torch.testing.assert_close(shuffled, loss_of(scores, mass))
-    without_sinks = positions.sort(-1).values[..., SINKS:]
-    torch.testing.assert_close(
-        loss_of(scores[..., SINKS:], mass, positions=without_sinks), loss_of(scores, mass), msg="sinks go by position"
-    )
 
 
 def test_scores_that_carry_no_gradient_are_left_out() -> None:

@@ -1,14 +1,12 @@
 """Training with one press, validating with another: configs/train/cross_transfer.yaml."""
 
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from kvpress import BasePress, ExpectedAttentionPress, KnormPress, SnapKVPress
+from kvpress import BasePress, KnormPress, SnapKVPress
 from transformers import DynamicCache, PreTrainedModel
 
 from callbacks.curriculum import Curriculum
@@ -19,9 +17,7 @@ from sparsekv_pl.objectives import LM
 from sparsekv_pl.schedules import Fixed
 from sparsekv_pl.training.eit_module import EITModule
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw
-from train import TrainCommandLine
 
-CONFIG = Path(__file__).parents[2] / "configs" / "train" / "cross_transfer.yaml"
 RATIO = 0.6
 WINDOW = 8
 
@@ -80,14 +76,3 @@ def test_validation_evicts_with_its_own_press_and_training_with_the_other(
     assert (trains.press.compression_ratio, validates.press.compression_ratio) == (0.3, RATIO)
     assert trainer.callback_metrics["train/kept_share"] == pytest.approx(0.7, abs=0.02)
     assert module.describe_training()["presses"] == ["Knorm"]
-
-
-def test_the_config_trains_with_one_press_and_validates_with_another(
-    tiny_models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
-    arguments = ["--config", str(CONFIG), f"--model.backbone.pretrained={tiny_models['llama']}"]
-    module = TrainCommandLine(args=arguments, run=False, save_config_callback=None).model
-    assert isinstance(module.student.eviction.press, ExpectedAttentionPress)
-    assert isinstance(module.validation_student.eviction.press, SnapKVPress)

@@ -12,7 +12,6 @@ from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.models.anchors import Anchors
 from sparsekv_pl.models.backbone import causal_lm
 from sparsekv_pl.objectives import EIT, LM, Mixed, Objective, Reconstruction, SelectionObjective
-from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.schedules import Fixed
 from sparsekv_pl.training.eit_module import EITModule
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw, trained
@@ -69,22 +68,6 @@ def test_nor_can_a_student_that_moves_no_keys(
     causal_lm(dropping.model).config.max_position_embeddings = LIMIT
     with pytest.raises(ValueError, match="takes 112 positions"):
         tiny_trainer().fit(dropping, datamodule=tiny_data())
-
-
-def test_budget_and_chunk_together_must_fit(
-    tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer
-) -> None:
-    with pytest.raises(ValueError, match=r"takes 56 positions, .* trained on 50 .*lower budget or chunk_tokens"):
-        long = module(tiny_backbone(), rerotating(), limit=50)
-        tiny_trainer(Curriculum(Fixed(0.5))).fit(long, datamodule=tiny_data())
-
-
-def test_one_press_of_several_that_moves_no_keys_is_enough(
-    tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer
-) -> None:
-    press = EvictionAugPress([rerotating(), SnapKVPress(window_size=8)], weights=[1, 1e-9])
-    with pytest.raises(ValueError, match=r"takes 112 positions, .* trained on 100"):
-        tiny_trainer().fit(module(tiny_backbone(), press), datamodule=tiny_data())
 
 
 def test_a_question_after_the_context_must_fit_too(

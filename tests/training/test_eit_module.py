@@ -3,11 +3,10 @@
 import math
 import re
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from kvpress import BasePress, ExpectedAttentionPress, KnormPress, RandomPress, SnapKVPress, StreamingLLMPress
+from kvpress import BasePress, KnormPress, SnapKVPress, StreamingLLMPress
 from torch import Tensor
 
 from callbacks.curriculum import Curriculum
@@ -20,25 +19,7 @@ from sparsekv_pl.objectives import EIT, LM, Mixed, Objective, SelectionObjective
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.schedules import Fixed, Linear, Spread
 from sparsekv_pl.training.eit_module import EITModule
-from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw, mixed, trained
-
-OBJECTIVES: dict[str, Callable[[], Objective]] = {
-    "lm": LM,
-    "eit": EIT,
-    "selection": SelectionObjective,
-    "mixed": mixed,
-}
-EVICTIONS: dict[str, Callable[[], Any]] = {
-    "one chunk": lambda: RealEviction(SnapKVPress(window_size=8)),
-    "many chunks": lambda: RealEviction(ExpectedAttentionPress(), chunk_tokens=40),
-    "kv dropout": lambda: KVDropout(Anchors(recent=8), query_chunk=32),
-}
-TERMS = {
-    "lm": {"loss", "cross_entropy"},
-    "eit": {"loss", "cross_entropy", "kl"},
-    "selection": {"loss", "selection/"},
-    "mixed": {"loss", "cross_entropy", "kl", "selection/"},
-}
+from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw, trained
 
 
 def snapkv() -> RealEviction:
@@ -99,29 +80,6 @@ def test_at_the_start_and_without_eviction_student_and_teacher_agree(
 # --- objectives and evictions ---
 
 
-@pytest.mark.parametrize("eviction", EVICTIONS)
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_objective_trains_under_every_eviction(
-    objective: str, eviction: str, tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer
-) -> None:
-    if eviction == "kv dropout" and "selection/" in TERMS[objective]:
-        with pytest.raises(ValueError, match="KVDropout has no press"):
-            EITModule(tiny_backbone(), EVICTIONS[eviction](), OBJECTIVES[objective]())
-        return
-    module = EITModule(tiny_backbone(), EVICTIONS[eviction](), OBJECTIVES[objective](), optimizer=adamw)
-    before = trained(module)
-    trainer = tiny_trainer(Curriculum(Linear(0.5, 0.6, steps=1)), max_steps=2)
-    trainer.fit(module, tiny_data(retrieval_share=0.5))
-    logs = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    for term in TERMS[objective]:
-        assert [name for name in logs if name.startswith(f"train/{term}")]
-    assert all(math.isfinite(value) for value in logs.values()), logs
-    assert logs["train/compression_ratio"] == pytest.approx(0.6)
-    assert 0.35 < logs["train/kept_share"] < 0.65
-    changed = [name for name, value in trained(module).items() if not torch.equal(value, before[name])]
-    assert any("lora_B" in name for name in changed)
-
-
 def test_the_mixed_loss_is_the_weighted_sum_of_its_members() -> None:
     generator = torch.Generator().manual_seed(0)
     view = StudentView(
@@ -149,12 +107,6 @@ def test_objectives_name_a_bad_setting(bad: Callable[[], Objective], message: st
         bad()
 
 
-@pytest.mark.parametrize("press", [StreamingLLMPress(), RandomPress()])
-def test_selection_alone_with_nothing_to_train_is_refused(press: Any, tiny_backbone: MakeBackbone) -> None:
-    with pytest.raises(ValueError, match=r"nothing to train in (StreamingLLM|Random)"):
-        EITModule(tiny_backbone(), RealEviction(press), SelectionObjective())
-
-
 def test_a_step_that_draws_a_press_with_nothing_to_train_trains_nothing(
     tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer
 ) -> None:
@@ -163,19 +115,6 @@ def test_a_step_that_draws_a_press_with_nothing_to_train_trains_nothing(
     trainer = tiny_trainer(Curriculum(Linear(0.5, 0.5)), max_steps=1)
     trainer.fit(module, tiny_data())
     assert trainer.callback_metrics["train/loss"] == 0
-
-
-def test_one_press_per_step_and_all_of_them_score(
-    tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer
-) -> None:
-    press = EvictionAugPress([SnapKVPress(window_size=8), KnormPress(), StreamingLLMPress()], score_all=True)
-    module = EITModule(tiny_backbone(), RealEviction(press), mixed(), optimizer=adamw)
-    trainer = tiny_trainer(Curriculum(Linear(0.5, 0.5)), max_steps=3)
-    trainer.fit(module, tiny_data())
-    for name in ("train/selection/SnapKV", "train/selection/Knorm"):
-        assert math.isfinite(trainer.callback_metrics[name])
-    assert "train/selection/StreamingLLM" not in trainer.callback_metrics
-    assert module.describe_training()["presses"] == ["SnapKV", "Knorm", "StreamingLLM"]
 
 
 # --- validation ---

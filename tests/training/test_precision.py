@@ -8,7 +8,6 @@ import pytest
 import torch
 from kvpress import ExpectedAttentionPress, SnapKVPress
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from typing_extensions import override
@@ -111,28 +110,6 @@ def test_losses_are_computed_in_float32(precision: str, runs: Any) -> None:
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16)])
 def test_adapters_keep_float32_unless_everything_is_halved(precision: str, dtype: torch.dtype, runs: Any) -> None:
     assert {value.dtype for value in trained(runs[precision][0]).values()} == {dtype}
-
-
-def test_the_scalers_state_is_in_the_checkpoint_and_comes_back(
-    tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer, tmp_path: Path
-) -> None:
-    """A factor that overflows at first: it is halved until the gradients fit, and a resumed run starts from there."""
-    settings: dict[str, Any] = {"enable_checkpointing": True, "max_epochs": -1}
-
-    def fit(saved: Path, steps: int, init_scale: float, **more: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        saver = ModelCheckpoint(saved, save_last=True, every_n_train_steps=2)
-        made = module(tiny_backbone())
-        trainer = tiny_trainer(Curriculum(Fixed(0.5)), saver, max_steps=steps, **settings, **fp16(init_scale))
-        trainer.fit(made, tiny_data(), **more)
-        return trained(made), torch.load(saved / "last.ckpt", weights_only=True)["MixedPrecision"]
-
-    straight, state = fit(tmp_path / "straight", 6, 2.0**30)
-    assert state["scale"] < 2.0**30
-    _, half = fit(tmp_path / "half", 2, 2.0**30)
-    assert state["scale"] <= half["scale"] < 2.0**30
-    resumed, again = fit(tmp_path / "half", 6, 1.0, ckpt_path=tmp_path / "half" / "last.ckpt")
-    assert again == state
-    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
 @pytest.mark.parametrize(

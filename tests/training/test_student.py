@@ -41,7 +41,7 @@ class LayersAgree(Objective):
         return {"loss": torch.stack([(own - other).square().mean() for own, other in pairs]).mean()}
 
 
-class Notes(SnapKVPress):
+class AddsKeySize(SnapKVPress):
     """SnapKV that asks objectives to add the mean size of its keys."""
 
     def compress(self, module: nn.Module, hidden_states: Tensor, keys: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -223,7 +223,7 @@ def test_every_press_that_scores_is_aligned_on_every_row(random_model: MakeModel
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_a_presss_own_loss_weighs_every_row_the_same(lengths: list[int], random_model: MakeModel) -> None:
-    own = student(random_model, RealEviction(Notes(window_size=WINDOW)), SparseLM())
+    own = student(random_model, RealEviction(AddsKeySize(window_size=WINDOW)), SparseLM())
     batch = ragged(lengths)
     found = own.view(batch, RATIO, STEP)[0].press_losses["size"]
     alone = [own.view(row, RATIO, STEP)[0].press_losses["size"] for row in rows_alone(batch)]
