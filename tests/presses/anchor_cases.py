@@ -1,6 +1,5 @@
 """Tokens, anchors and reference loops for the tests of AnchorPress."""
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -29,7 +28,6 @@ from sparsekv_pl.models.anchors import Anchors
 from sparsekv_pl.presses.anchor import AnchorPress
 from sparsekv_pl.presses.caught_scores import catch_scores
 
-Build = Callable[..., PreTrainedModel]
 CONTEXT, CHUNK = 48, 12
 SPECIAL, PUNCTUATION = (0, 1), (2, 3)
 FEW = Anchors(sinks=2, recent=4)

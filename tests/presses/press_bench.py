@@ -7,20 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.eviction.kept_positions import kept_positions, masked_keys
 from sparsekv_pl.eviction.prefill import prefill
@@ -30,46 +17,17 @@ from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.presses.nesting import presses_in
 from sparsekv_pl.presses.step_draws import draw
 from tests.presses.press_cases import CASES, PressCase, Setting
+from tests.random_models import random_model
 
-KINDS: dict[str, Any] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "phi3": (Phi3Config, Phi3ForCausalLM),
-}
 VOCABULARY = 1024
 MakeBench = Callable[..., "Bench"]
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-def make_model(kind: str, **settings: Any) -> PreTrainedModel:
-    """Two layers, 4 query and 2 KV heads of 8; random, norms too (or all keys of Qwen3 would be equally long)."""
-    config_class, model_class = KINDS[kind]
-    defaults: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
-        "initializer_range": 0.2,
-        "pad_token_id": 0,
-        **({} if kind == "phi3" else {"head_dim": 8}),
-    }
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        model: PreTrainedModel = model_class(config_class(**(defaults | settings)))
-        for name, parameter in model.named_parameters():
-            if "norm" in name or "bias" in name:
-                parameter.uniform_(0.5, 1.5)
-    return model
-
-
 @cache
 def model_of(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    return make_model(kind).to(dtype)
+    settings = {"vocab_size": VOCABULARY, "max_position_embeddings": 1024, "pad_token_id": 0}
+    return random_model(kind, **settings).to(dtype)
 
 
 class Bench(NamedTuple):

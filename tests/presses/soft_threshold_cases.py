@@ -1,6 +1,5 @@
 """Inputs and references for the tests of SoftThresholdPress."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.presses.press_context import PressContext
 from sparsekv_pl.presses.soft_threshold import SoftThresholdPress
 
-Build = Callable[..., PreTrainedModel]
 LENGTH, WINDOW, SINKS = 24, 4, 2
 
 

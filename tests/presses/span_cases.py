@@ -1,6 +1,5 @@
 """Helpers for the tests of presses that drop spans."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from sparsekv_pl.presses.block_dropout import BlockDropoutPress
 from sparsekv_pl.presses.span_dropout import SpanDropoutPress
 from sparsekv_pl.presses.variable_block import VariableBlockPress
 
-Build = Callable[..., PreTrainedModel]
 CONTEXT, RATIO = 60, 0.5
 
 

@@ -1,6 +1,5 @@
 """Helpers for the tests of SparseRegPress."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from transformers import PreTrainedModel
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.presses.sparse_reg import SparseRegPress
 
-Build = Callable[..., PreTrainedModel]
 LENGTH, WINDOW, SINKS = 24, 5, 2
 KINDS = ["entropy", "l1"]
 

@@ -1,7 +1,6 @@
 """Blocks with little attention from the last queries are dropped first, and sink attention protects no block."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,8 +15,8 @@ from sparsekv_pl.presses import adaptive_block_dropout
 from sparsekv_pl.presses.adaptive_block_dropout import AdaptiveBlockDropoutPress, sink_attention
 from sparsekv_pl.presses.caught_scores import catch_scores
 from sparsekv_pl.presses.span_dropout import Shown
+from tests.random_models import Build
 
-Build = Callable[..., PreTrainedModel]
 CONTEXT, BLOCK, WINDOW, BLOCKS = 60, 7, 5, 9
 
 
@@ -77,29 +76,6 @@ def test_importance_is_that_of_whole_attention_matrices(random_model: Build, sin
         torch.testing.assert_close(layer, expected_importance(attention, sinks), rtol=1e-4, atol=1e-7)
 
 
-def planted(block_of_content: int, block_of_sink: int, heads: int = 4) -> Tensor:
-    """(1, heads, 5, 60): every head pays 0.4 to one key at every query, and twice that to another at every other one.
-
-    Both keys get the same 0.4 on average, and a background gets the rest.
-    """
-    attention = torch.full((1, heads, WINDOW - 1, CONTEXT), 0.2 / CONTEXT)
-    attention[..., block_of_sink * BLOCK + 2] = 0.4
-    attention[..., ::2, block_of_content * BLOCK + 2] = 0.8
-    attention[..., 1::2, block_of_content * BLOCK + 2] = 0.0
-    return attention
-
-
-def test_a_block_dense_with_sink_attention_is_worth_less() -> None:
-    attention, place = planted(block_of_content=2, block_of_sink=5), torch.arange(CONTEXT)[None]
-    spans = (place // BLOCK)[:, None]
-    densities = attention.mean((1, 2))[0].split(BLOCK)
-    assert densities[2].mean().item() == pytest.approx(densities[5].mean().item(), rel=0.01)
-    worth = adaptive().importance(attention, 2, spans, place, int(spans.max()) + 1)[0]
-    assert (worth.argmax(-1) == 2).all()
-    torch.testing.assert_close(worth[:, 2], torch.full((2,), 0.4 / BLOCK), rtol=1e-3, atol=0)
-    assert (worth[:, 5] < 1e-6).all()
-
-
 def test_what_most_heads_pay_at_most_queries_is_sink_attention() -> None:
     attention = torch.full((2, 4, 5, 4), 0.01)
     attention[0, :3, :, 1] = 0.5  # by three heads of four
@@ -107,17 +83,6 @@ def test_what_most_heads_pay_at_most_queries_is_sink_attention() -> None:
     attention[0, :, :3, 3] = 0.5  # at three queries of five
     expected = torch.tensor([[0.01, 0.5, 0.01, 0.5], [0.01] * 4])
     torch.testing.assert_close(sink_attention(attention), expected)
-
-
-def test_first_tokens_are_sinks_whatever_they_draw() -> None:
-    attention, place = planted(0, 5), torch.arange(CONTEXT)[None]
-    spans = (place // BLOCK)[:, None]
-    worth = [
-        adaptive(sink_tokens=n).importance(attention, 2, spans, place, int(spans.max()) + 1)[0, 0, 0].item()
-        for n in (2, 3)
-    ]
-    assert worth[0] == pytest.approx(0.4 / BLOCK, rel=1e-3)
-    assert worth[1] == pytest.approx(0.0, abs=1e-6)
 
 
 def order_of_blocks(scores: Tensor) -> Tensor:

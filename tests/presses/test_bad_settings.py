@@ -59,7 +59,6 @@ CASES: list[tuple[Any, str, Any, dict[str, Any]]] = [
     (AnchorPress, "press", None, {}),
     (AnchorPress, "anchors", None, {}),
     (EvictionAugPress, "presses", [], {}),
-    (EvictionAugPress, "presses", ["SnapKV"], {}),
     (EvictionAugPress, "weights", [1.0, 2.0], {"presses": [KnormPress()]}),
     (EvictionAugPress, "weights", [], {"presses": [KnormPress()]}),
     (EvictionAugPress, "weights", [-1.0], {"presses": [KnormPress()]}),

@@ -1,7 +1,5 @@
 """Scores are recorded without side effects, and every press can be named, set and read in the same way."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from kvpress import (
@@ -26,8 +24,8 @@ from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.caught_scores import CaughtScores, catch_scores
 from sparsekv_pl.presses.nesting import press_name, presses_in, scorers_in
 from sparsekv_pl.presses.ratio import set_compression_ratio
+from tests.random_models import Build
 
-Build = Callable[..., PreTrainedModel]
 CONTEXT = 24
 
 

@@ -1,7 +1,5 @@
 """One press per step: the draw is reproducible and fair, and the press drawn is the one that evicts."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from kvpress import (
@@ -20,8 +18,8 @@ from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.caught_scores import catch_scores
 from sparsekv_pl.presses.step_draws import draw
 from sparsekv_pl.presses.traits import traits_of
+from tests.random_models import Build
 
-Build = Callable[..., PreTrainedModel]
 CONTEXT = 24
 
 
@@ -140,6 +138,11 @@ def test_one_inside_another_draws_by_itself() -> None:
 
 def test_before_the_first_draw_it_is_a_press_that_can_be_drawn() -> None:
     assert EvictionAugPress(presses(), weights=[0, 0, 1]).press == presses()[2]
+
+
+def test_what_is_no_press_is_named() -> None:
+    with pytest.raises(ValueError, match="'SnapKV', which is no press"):
+        EvictionAugPress(["SnapKV"])
 
 
 def test_scorers_in_wrappers_score_too(random_model: Build) -> None:

@@ -193,21 +193,6 @@ def test_one_hook_however_many_presses_ask_and_gone_with_the_next_forward(random
     assert seen == [True, True, False, False]
 
 
-def test_the_hook_survives_forwards_under_the_press_and_comes_back_with_it(random_model: Build) -> None:
-    model, press = random_model(), Reads(0.5)
-    with torch.no_grad(), press(model):
-        for _ in range(3):
-            model.model(context(), past_key_values=DynamicCache())
-        assert pre_hooks(model) == 1
-    assert len(press.calls) == 6
-    with torch.no_grad():
-        model(context())
-    press.calls.clear()
-    pressed(model, press)
-    for call in press.calls:
-        check(model, call)
-
-
 def test_a_full_cache_prefill_carries_no_press_context(random_model: Build) -> None:
     model, seen = random_model(), []
     model.model.layers[0].self_attn.register_forward_hook(

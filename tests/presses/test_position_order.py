@@ -14,8 +14,8 @@ from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.models.anchors import Anchors
 from sparsekv_pl.presses import AnchorPress, BlockDropoutPress, SoftThresholdPress, VariableBlockPress
 from sparsekv_pl.presses.nesting import press_name
+from tests.random_models import Build
 
-Build = Callable[..., PreTrainedModel]
 PLACES = Anchors(sinks=4, recent=8, special=False, punctuation=False)
 DROPOUT = {"protect_start": 4, "protect_recent": 8}
 ENDS = [*range(4), *range(88, 96)]

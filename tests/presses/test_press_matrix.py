@@ -18,7 +18,6 @@ from sparsekv_pl.presses.nesting import learnable
 from sparsekv_pl.presses.ratio import set_compression_ratio
 from sparsekv_pl.presses.soft_threshold import SoftThresholdPress
 from tests.presses.press_bench import (
-    KINDS,
     Bench,
     MakeBench,
     Run,
@@ -28,6 +27,7 @@ from tests.presses.press_bench import (
     full_of,
 )
 from tests.presses.press_cases import CASES, EASY, SETTINGS, PressCase, Setting
+from tests.random_models import KINDS
 
 PLACES = [("llama", setting) for setting in SETTINGS] + [(kind, EASY) for kind in KINDS if kind != "llama"]
 CHUNKED = Setting("easy", 0.5, 2, 100)

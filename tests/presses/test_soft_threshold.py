@@ -1,12 +1,10 @@
 """Keys that fade out: the formula against dense attention, the hard limit, gradients, evaluation, training."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from kvpress import ScorerPress
-from lightning.pytorch import Callback
 from torch import Tensor
 
 from sparsekv_pl.eviction.prefill import full_cache, prefill
@@ -28,7 +26,7 @@ from tests.presses.soft_threshold_cases import (
     protected,
     received,
 )
-from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw
+from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer
 
 # --- settings ---
 
@@ -69,33 +67,6 @@ def test_without_a_length_of_its_own_it_anneals_over_the_training(
         last(EvictionAugPress([press]), -1)
 
 
-class Temperatures(Callback):
-    def __init__(self, press: SoftThresholdPress) -> None:
-        self.press, self.seen = press, dict[int, float]()
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        self.seen[trainer.global_step - 1] = self.press.temperature_now
-
-
-def test_the_temperature_is_the_same_after_a_resume(
-    tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer, tmp_path: Path
-) -> None:
-    def run(steps: int, resume: Path | None = None) -> tuple[Any, dict[int, float]]:
-        press = SoftThresholdPress(window_size=8, final_temperature=16.0, anneal_steps=4)
-        seen = Temperatures(press)
-        trainer = tiny_trainer(seen, max_steps=steps, max_epochs=-1)
-        module = EITModule(tiny_backbone(), RealEviction(press), EIT(), optimizer=adamw)
-        module.compression_ratio = 0.5
-        trainer.fit(module, tiny_data(), ckpt_path=resume)
-        return trainer, seen.seen
-
-    trainer, first = run(2)
-    trainer.save_checkpoint(tmp_path / "two.ckpt")
-    _, rest = run(4, tmp_path / "two.ckpt")
-    assert first | rest == pytest.approx({0: 1, 1: 2, 2: 4, 3: 8})
-    assert set(rest) == {2, 3}
-
-
 # --- the weights ---
 
 
@@ -108,17 +79,6 @@ def test_weights_are_the_sigmoid_of_attention_less_a_fixed_threshold(random_mode
     for layer, log_weights in press_context.key_log_weights.items():
         weights = (2.5 * (expected[layer] - 0.3)).sigmoid().masked_fill(protected(), 1)
         torch.testing.assert_close(log_weights.exp(), weights, atol=1e-5, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_evenly_spread_attention_is_1(random_model: Build) -> None:
-    model = random_model()
-    for layer in model.model.layers:
-        layer.self_attn.q_proj.weight.zero_()
-    press_context = press_context_of(model, press_with(threshold=0.0))
-    shares = press_context.key_log_weights[0].exp().logit()[..., ~protected()]
-    visible = torch.arange(LENGTH - WINDOW, LENGTH) + 1  # a query spreads it over the keys that it sees
-    torch.testing.assert_close(shares, (LENGTH / visible).mean().expand_as(shares))
 
 
 @torch.no_grad()

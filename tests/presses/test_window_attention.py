@@ -13,7 +13,7 @@ from transformers import (
 
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.presses.window_attention import window_attention, window_rows
-from tests.presses.press_bench import KINDS, make_model
+from tests.random_models import KINDS, random_model
 
 LENGTH, WINDOW = 20, 6
 HALF = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
@@ -22,7 +22,7 @@ ROTATED_BY_HALF = "phi3, half of it rotated"
 
 def model_of(kind: str, dtype: torch.dtype = torch.float32, implementation: str = "eager") -> PreTrainedModel:
     settings = {"rope_parameters": HALF} if kind == ROTATED_BY_HALF else {}
-    model = make_model(kind.split(",")[0], initializer_range=0.3, attn_implementation=implementation, **settings)
+    model = random_model(kind.split(",")[0], initializer_range=0.3, attn_implementation=implementation, **settings)
     return model.to(dtype).eval()
 
 

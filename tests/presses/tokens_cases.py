@@ -1,6 +1,5 @@
 """Presses that record their inputs, and a context whose tokens identify their positions."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,6 @@ from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.presses.key_tokens import KeyTokens, ReadsTokens, key_tokens, real_keys
 from sparsekv_pl.presses.press_context import PressContext, press_context_in
 
-Build = Callable[..., PreTrainedModel]
 CONTEXT, CHUNK = 48, 12
 
 
