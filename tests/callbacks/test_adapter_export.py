@@ -168,7 +168,7 @@ def test_merge_writes_a_plain_model_with_the_same_logits(
     module = train(tmp_path, tiny_backbone(**({} if lora else {"lora": None})), tiny_data(), tiny_trainer, merge=True)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     unmerged = deepcopy(run[1].model if lora else module.model)  # merging changed the module of its own run
-    # In float64: a token whose hidden state is nearly 0 magnifies what float32 rounds, up to 5e-4 of a logit.
+    # In float64: in float32 the logits differed by up to 5e-4 once attention had a mask. Why was not looked into.
     torch.testing.assert_close(logits(merged.double()), logits(unmerged.double()), rtol=1e-4, atol=1e-4)
     assert not names(tmp_path / "merged") & ADAPTER
     card = (tmp_path / "merged" / "README.md").read_text()

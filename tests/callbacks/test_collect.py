@@ -16,20 +16,9 @@ from sparsekv_pl.blocksparse.collection import TensorCollection
 from sparsekv_pl.blocksparse.tensor_format import read
 from sparsekv_pl.evaluation.evaluation_module import EvaluationModule
 from sparsekv_pl.evaluation.points import Setting
-from tests.tiny_training import MakeBackbone, MakeCases, MakeTrainer
+from tests.tiny_training import MakeAdapter, MakeBackbone, MakeCases, MakeTrainer
 
 Run = Callable[..., EvaluationModule]
-
-
-@pytest.fixture
-def adapter(tiny_backbone: MakeBackbone, tmp_path: Path) -> str:
-    trained, _ = tiny_backbone().load()
-    with torch.no_grad():
-        for name, weight in trained.named_parameters():
-            if "lora_B" in name:
-                weight.fill_(0.05)
-    trained.save_pretrained(tmp_path / "adapter")
-    return str(tmp_path / "adapter")
 
 
 @pytest.fixture
@@ -81,11 +70,11 @@ def test_the_files_are_those_of_a_collection(
     tiny_backbone: MakeBackbone,
     tiny_trainer: MakeTrainer,
     tiny_cases: MakeCases,
-    adapter: str,
+    tiny_adapter: MakeAdapter,
     tmp_path: Path,
     with_adapter: bool,
 ) -> None:
-    used = adapter if with_adapter else None
+    used = tiny_adapter() if with_adapter else None
     evaluate(callback(tmp_path / "during", samples=5), adapter=used)
     collection = TensorCollection(tiny_backbone(adapter=used), str(tmp_path / "alone"))
     tiny_trainer().predict(collection, tiny_cases())

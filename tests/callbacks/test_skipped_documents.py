@@ -48,19 +48,9 @@ class Logs(pl.LightningModule):
     ("workers", "every", "expected"),
     [(0, 2, [(2, 2), (4, 4), (6, 6)]), (2, 1, [(2, 11), (3, 12), (4, 22), (5, 23), (6, 33)])],
 )
-def test_the_newest_count_of_every_worker_is_added_up(tmp_path, workers, every, expected):
+def test_the_newest_count_of_every_worker_is_added_up(tiny_trainer, workers, every, expected):
     module = Logs()
-    trainer = pl.Trainer(
-        max_steps=6,
-        accelerator="cpu",
-        log_every_n_steps=every,
-        callbacks=SkippedDocuments(),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
+    trainer = tiny_trainer(SkippedDocuments(), max_steps=6, log_every_n_steps=every)
     trainer.fit(module, DataLoader(Counts(questions=every == 1), batch_size=None, num_workers=workers))
     assert module.logged.pop("data/skipped_documents") == expected
     twice = [(step, 2 * count) for step, count in expected]

@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from typing_extensions import override
 
 from callbacks.throughput import Throughput, peak_memory_gib
+from tests.tiny_training import MakeTrainer
 
 CONTEXT, CONTINUATION, BATCH = 7, 3, 2
 TOKENS = BATCH * (CONTEXT + CONTINUATION)
@@ -57,31 +58,22 @@ class Timed(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def run(
-    folder: Path, module: Timed, callback: Throughput, lengths: list[int] | None = None, **settings: Any
-) -> pl.Trainer:
-    defaults: dict[str, Any] = {
-        "max_steps": 4,
-        "limit_val_batches": 0,
-        "log_every_n_steps": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "accelerator": "cpu",
-        "default_root_dir": folder,
-    }
-    callback.clock = lambda: module.now
-    trainer = pl.Trainer(callbacks=[callback], **(defaults | settings))
-    entries = {} if lengths is None else {"context_lengths": lengths}
-    loader = DataLoader(Windows(), batch_size=BATCH, collate_fn=lambda rows: default_collate(rows) | entries)
-    trainer.fit(module, loader, loader)
-    return trainer
+@pytest.fixture
+def run(tiny_trainer: MakeTrainer) -> Callable[..., pl.Trainer]:
+    def fit(module: Timed, callback: Throughput, lengths: list[int] | None = None, **settings: Any) -> pl.Trainer:
+        callback.clock = lambda: module.now
+        trainer = tiny_trainer(callback, **({"log_every_n_steps": 1} | settings))
+        entries = {} if lengths is None else {"context_lengths": lengths}
+        loader = DataLoader(Windows(), batch_size=BATCH, collate_fn=lambda rows: default_collate(rows) | entries)
+        trainer.fit(module, loader, loader)
+        return trainer
+
+    return fit
 
 
-def test_speeds_are_averages_over_a_sliding_window(tmp_path: Path) -> None:
+def test_speeds_are_averages_over_a_sliding_window(run: Callable[..., pl.Trainer]) -> None:
     module = Timed([1.0, 3.0, 5.0, 11.0])
-    trainer = run(tmp_path, module, Throughput(window=2))
+    trainer = run(module, Throughput(window=2))
     spans = {1: 1.0, 2: 4.0, 3: 8.0, 4: 16.0}
     steps = {1: 1, 2: 2, 3: 2, 4: 2}
     assert {s: m["tokens_per_second"] for s, m in module.logged.items()} == {
@@ -91,46 +83,46 @@ def test_speeds_are_averages_over_a_sliding_window(tmp_path: Path) -> None:
     assert trainer.callback_metrics["throughput/tokens_per_second"] == TOKENS * 2 / 16
 
 
-def test_the_padding_of_contexts_is_not_counted(tmp_path: Path) -> None:
+def test_the_padding_of_contexts_is_not_counted(run: Callable[..., pl.Trainer]) -> None:
     module = Timed([2.0] * 4)
-    run(tmp_path, module, Throughput(), lengths=[CONTEXT, 4])
+    run(module, Throughput(), lengths=[CONTEXT, 4])
     assert {m["tokens_per_second"] for m in module.logged.values()} == {(CONTEXT + 4 + BATCH * CONTINUATION) / 2}
 
 
-def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
+def test_accumulated_batches_are_one_step(run: Callable[..., pl.Trainer]) -> None:
     module = Timed([1.0] * 6)
-    run(tmp_path, module, Throughput(), accumulate_grad_batches=3, max_steps=2)
+    run(module, Throughput(), accumulate_grad_batches=3, max_steps=2)
     assert sorted(module.logged) == [1, 2]
     assert module.logged[2]["steps_per_second"] == 2 / 6
     assert module.logged[2]["tokens_per_second"] == TOKENS
 
 
-def test_validation_and_the_sanity_check_are_not_counted(tmp_path: Path) -> None:
+def test_validation_and_the_sanity_check_are_not_counted(run: Callable[..., pl.Trainer]) -> None:
     module = Timed([2.0] * 6)
-    run(tmp_path, module, Throughput(), max_steps=6, val_check_interval=2, limit_val_batches=1)
+    run(module, Throughput(), max_steps=6, val_check_interval=2, limit_val_batches=1)
     assert module.now >= 1000 * 3
     assert {s: m["tokens_per_second"] for s, m in module.logged.items()} == dict.fromkeys(range(1, 7), TOKENS / 2)
 
 
 @pytest.mark.parametrize(("every_n_steps", "steps"), [(None, [3, 6]), (2, [2, 4, 6])])
-def test_it_logs_every_n_steps(tmp_path: Path, every_n_steps: int | None, steps: list[int]) -> None:
+def test_it_logs_every_n_steps(run: Callable[..., pl.Trainer], every_n_steps: int | None, steps: list[int]) -> None:
     module = Timed([1.0] * 6)
-    run(tmp_path, module, Throughput(every_n_steps), max_steps=6, log_every_n_steps=3)
+    run(module, Throughput(every_n_steps), max_steps=6, log_every_n_steps=3)
     assert sorted(module.logged) == steps
 
 
-def test_a_second_fit_starts_counting_anew(tmp_path: Path) -> None:
+def test_a_second_fit_starts_counting_anew(run: Callable[..., pl.Trainer]) -> None:
     callback = Throughput()
-    run(tmp_path, Timed([1.0] * 4), callback)
+    run(Timed([1.0] * 4), callback)
     module = Timed([4.0] * 4)
     module.now = 500.0
-    run(tmp_path, module, callback)
+    run(module, callback)
     assert module.logged[4]["tokens_per_second"] == TOKENS / 4
 
 
-def test_peak_memory_is_the_process_own_on_cpu(tmp_path: Path) -> None:
+def test_peak_memory_is_the_process_own_on_cpu(run: Callable[..., pl.Trainer]) -> None:
     module = Timed([1.0] * 4)
-    run(tmp_path, module, Throughput())
+    run(module, Throughput())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     assert 0.05 < module.logged[4]["peak_memory_gib"] <= peak
 

@@ -15,16 +15,8 @@ from sparsekv_pl.eviction.replay import RecordedPrefill
 from sparsekv_pl.models.backbone import Backbone, adapter_off, causal_lm
 from sparsekv_pl.models.lora import Lora, inject_lora
 from sparsekv_pl.models.placement import Placement
+from tests.models.backbone_cases import ids, trainable
 from tests.tiny_training import MakeBackbone
-
-
-def trainable(model: Any) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def ids() -> Tensor:
-    return torch.randint(2, 1024, (2, 24), generator=torch.Generator().manual_seed(0))
-
 
 # --- what trains ---
 

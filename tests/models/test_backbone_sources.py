@@ -38,18 +38,6 @@ def test_an_unknown_architecture_says_what_to_do(tiny_models: dict[str, str], tm
     assert repr(str(folder)) in str(error.value)
 
 
-@pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json"])
-def test_a_folder_with_a_file_missing_says_so(missing: str, tiny_models: dict[str, str], tmp_path: Path) -> None:
-    folder = copy_without(tiny_models["llama"], tmp_path / "model", missing)
-    with pytest.raises(ValueError, match=r"could not be loaded"):
-        Backbone(str(folder), lora=None).load()
-
-
-def test_lora_targets_that_the_model_does_not_have(tiny_backbone: MakeBackbone) -> None:
-    with pytest.raises(ValueError, match=r"\['c_attn'\] are not in the decoder of Llama.*'down_proj'.*'q_proj'"):
-        tiny_backbone(lora=Lora(targets=("q_proj", "c_attn"))).load()
-
-
 @pytest.mark.parametrize(("settings", "message"), [({"r": 0}, "lora.r=0"), ({"dropout": 1.0}, "lora.dropout=1.0")])
 def test_lora_settings_are_checked(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -53,19 +53,12 @@ ADAPTERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def adapter(tiny_backbone: Callable[..., Backbone], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adapter")
-    tiny_backbone().load()[0].save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("damage", ADAPTERS)
 def test_a_damaged_adapter_is_named(
-    damage: str, adapter: Path, tiny_backbone: Callable[..., Backbone], tmp_path: Path
+    damage: str, tiny_adapter: Callable[..., str], tiny_backbone: Callable[..., Backbone], tmp_path: Path
 ) -> None:
     folder = tmp_path / "it"
-    shutil.copytree(adapter, folder)
+    tiny_adapter(0, folder)
     ADAPTERS[damage](folder)
     with pytest.raises(ValueError, match=rf"^(adapter='{folder}'|{folder}/adapter_config.json) ") as refused:
         tiny_backbone(adapter=str(folder)).load()

@@ -1,15 +1,13 @@
 """The results of layer_outputs against transformers' hidden states and the attention's output in a layer."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekv_pl.models.layer_outputs import LayerOutput, layer_outputs
+from tests.random_models import Build
 
-Build = Callable[..., PreTrainedModel]
 KINDS = pytest.mark.parametrize("kind", ["hidden", "attention"])
 
 

@@ -15,11 +15,12 @@ import pytest
 from filelock import FileLock
 
 from evaluate import EvaluateCommandLine
-from sparsekv_pl.cli.command_line import CommandLine, run
+from sparsekv_pl.cli.command_line import CommandLine
 from sparsekv_pl.cli.run_folders import TRAINING, RunFolders
 from sparsekv_pl.storage.own_folder import claimed, locked
 from sparsekv_pl.storage.records import Results
 from tests.processes import FORKSERVER
+from tests.refusals import refusal
 from train import TrainCommandLine
 
 ROOT = Path(__file__).parents[2]
@@ -83,15 +84,6 @@ def test_a_disk_without_locks_is_warned_of_and_used(
     assert caplog.text.count(f"{tmp_path} is on a disk without locks") == 1
 
 
-def refused(line: type[CommandLine], *arguments: str) -> str:
-    """The one line that ``run`` ends with."""
-    with pytest.raises(SystemExit) as end:
-        run(lambda: line(args=list(arguments), save_config_callback=None))
-    said = str(end.value.code)
-    assert "\n" not in said
-    return said
-
-
 @pytest.fixture
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def load(*_: object, **__: object) -> None:
@@ -120,7 +112,7 @@ def test_an_output_that_cannot_be_is_a_line_before_the_model_is_loaded(
     file.write_text("")
 
     def said(folder: Path) -> str:
-        text = refused(line, name, f"--config={ROOT}/configs/{config}", f"{key}={folder}")
+        text = refusal(line, name, f"--config={ROOT}/configs/{config}", f"{key}={folder}")
         assert f"{key.removeprefix('--')}={folder}: " in text
         return text
 
@@ -142,7 +134,7 @@ def test_an_output_that_cannot_be_is_a_line_before_the_model_is_loaded(
 @pytest.mark.usefixtures("nothing_is_loaded", "holder")
 def test_a_second_training_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
     config = f"--config={ROOT}/configs/quickstart.yaml"
-    said = refused(TrainCommandLine, "fit", config, f"--trainer.default_root_dir={tmp_path}/run")
+    said = refusal(TrainCommandLine, "fit", config, f"--trainer.default_root_dir={tmp_path}/run")
     assert "writes its training there" in said
     with pytest.raises(AssertionError, match="the expensive part began"):
         TrainCommandLine(args=["fit", config, "--name=other"], save_config_callback=None)

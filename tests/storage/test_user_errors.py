@@ -3,7 +3,6 @@
 import errno
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +15,21 @@ from evaluate import EvaluateCommandLine
 from sparsekv_pl.cli.command_line import run
 from sparsekv_pl.cli.output_folder import check_output
 from sparsekv_pl.storage.user_errors import log_failure, user_message
+from tests.refusals import refusal
 from train import TrainCommandLine
 
 MODEL = "--model=lightning.pytorch.demos.boring_classes.BoringModel"
 
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
 def said(command_line: Any, *arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        run(lambda: command_line(args=list(arguments), save_config_callback=None))
-    shown = end.value.code if isinstance(end.value.code, str) else capsys.readouterr().err.strip().splitlines()[-1]
-    assert shown.startswith("error: ") and "\n" not in shown and len(shown) < 900
+    shown = refusal(command_line, *arguments, capsys=capsys)
+    assert shown.startswith("error: ") and len(shown) < 900
     assert not any(text in shown for text in ("Namespace(", "object at 0x", "<unicode string>"))
     return shown
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
 
 
 @pytest.mark.parametrize(
