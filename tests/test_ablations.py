@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import ablations
-from benchmarks.ablations import BASE, as_markdown, configs_of, run, table
+from benchmarks.ablations import BASE, as_markdown, run, table
 
 
 def row(press: str, ratio: float, metric: str, base: float, trained: float, cases: int = 4) -> dict[str, Any]:
@@ -49,14 +49,6 @@ def test_the_table_has_the_untouched_model_once_and_a_row_for_every_ablation(tmp
     assert len({line.count("|") for line in lines}) == 1
 
 
-def test_each_file_goes_over_the_base(tmp_path: Path) -> None:
-    assert [path.name for path in configs_of(BASE)] == ["quickstart.yaml", "base.yaml"]
-    assert [path.name for path in configs_of("loss_lm")] == ["quickstart.yaml", "base.yaml", "loss_lm.yaml"]
-    command = ablations.train_command("loss_lm", tmp_path)
-    assert command[0] == sys.executable and command.count("--config") == 3
-    assert f"--name={tmp_path}" in command
-
-
 def test_what_is_finished_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[str] = []
     monkeypatch.setattr(ablations, "_logged", lambda _command, log, _threads: started.append(log.name))
@@ -78,11 +70,6 @@ def test_the_untouched_model_is_measured_once(tmp_path: Path, monkeypatch: pytes
         (results / name).write_text(name)
     run("loss_lm", tmp_path, threads=1)
     assert [path.name for path in (tmp_path / "loss_lm" / "results").iterdir()] == ["base_SnapKV.0.jsonl"]
-
-
-def test_a_run_that_fails_names_its_log(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"ended with 3: see .*some\.log"):
-        ablations._logged([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "some.log", 1)
 
 
 def test_one_that_fails_leaves_the_table_of_the_others(

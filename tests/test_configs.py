@@ -1,7 +1,6 @@
 """Every file under configs/ is parsed and instantiated; the quickstart's two commands run on a tiny model."""
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from data.mixture import EvictionData
 from data.text import EmbeddedText
 from evaluate import EvaluateCommandLine
 from sparsekv_pl.cli.command_line import CommandLine
-from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.models.native_precision import decide
 from tests.processes import Started
 from train import TrainCommandLine
@@ -35,17 +33,8 @@ EVALUATED = ("evaluate", "analyze")
 
 
 @pytest.fixture(scope="module")
-def adapter(tiny_backbone: Callable[..., Backbone], tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("adapter")
-    tiny_backbone().load()[0].save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an object would write by mistake lands outside the checkout; pytest's arguments are not the command's."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
+def adapter(tiny_adapter: Callable[..., str]) -> str:
+    return tiny_adapter(0)
 
 
 def test_there_are_configs() -> None:

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import container_steps
-from benchmarks.container_steps import copied, copy, follow, instructions
+from benchmarks.container_steps import copied, instructions
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = instructions((ROOT / "Dockerfile").read_text())
@@ -100,33 +99,3 @@ def test_the_services_fit_the_image() -> None:
     assert "TORCH_INDEX" not in SERVICES["cpu"]["build"]["args"]
     assert "TORCH_INDEX=https://download.pytorch.org/whl/cpu" in values_of("ARG")
     assert all(port.startswith("127.0.0.1:") for port in SERVICES["tensorboard"]["ports"])
-
-
-def test_instructions_are_read_as_docker_reads_them() -> None:
-    text = '# comment\nFROM a:1\n\nRUN --mount=type=cache,target=/x \\\n    b \\\n    && c\n# between\nCMD ["d"]\n'
-    assert instructions(text) == [("FROM", "a:1"), ("RUN", "b && c"), ("CMD", '["d"]')]
-
-
-def test_copies_land_where_docker_puts_them(tmp_path: Path) -> None:
-    copy("sparsekv_pl/__init__.py sparsekv_pl/", tmp_path)
-    copy("pyproject.toml LICENSE ./", tmp_path)
-    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    assert found == {"sparsekv_pl/__init__.py", "pyproject.toml", "LICENSE"}
-    copy(". .", tmp_path)
-    assert (tmp_path / "configs" / "train" / "small.yaml").exists() and (tmp_path / "train.py").exists()
-    assert not list(tmp_path.rglob("__pycache__")) and not (tmp_path / "tests").exists()
-
-
-def test_following_the_steps_stops_at_the_first_that_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(container_steps, "ROOT", tmp_path)
-    monkeypatch.setattr(container_steps, "CHECK", "echo checked > log")
-    (tmp_path / "Dockerfile").write_text('ARG WHO=us\nRUN apt-get update\nRUN echo pip "$WHO" > pip && : pip \n')
-    assert follow(tmp_path)
-    assert (tmp_path / "pip").read_text() == "pip us\n" and (tmp_path / "log").exists()
-    assert "not run      apt-get update" in capsys.readouterr().out
-    (tmp_path / "log").unlink()
-    (tmp_path / "Dockerfile").write_text("RUN false pip  && touch log\n")
-    assert not follow(tmp_path)
-    assert not (tmp_path / "log").exists()

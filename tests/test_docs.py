@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from evaluate import EvaluateCommandLine
-from sparsekv_pl.models.backbone import Backbone
 from train import TrainCommandLine
 
 ROOT = Path(__file__).parents[1]
@@ -157,26 +156,23 @@ def test_every_other_command_exists() -> None:
             assert (ROOT / words[0]).is_file(), command
 
 
-@pytest.fixture(scope="module")
-def adapter(tiny_backbone: Callable[..., Backbone], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What a training leaves, of a tiny model."""
-    folder = tmp_path_factory.mktemp("adapter")
-    model, tokenizer = tiny_backbone().load()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.mark.parametrize(
     "page", [page for page in PRESENT if blocks(page.read_text(), "python")], ids=lambda page: page.stem
 )
 def test_samples_run(
-    page: Path, tiny_models: dict[str, str], adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path,
+    tiny_models: dict[str, str],
+    tiny_adapter: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """All of a page's Python, top to bottom, on a tiny model."""
     monkeypatch.chdir(tmp_path)
     source = "\n".join(blocks(page.read_text(), "python"))
-    for real, tiny in {"output/quickstart/final": adapter, "smollm2-135m-instruct": tiny_models["llama"]}.items():
+    for real, tiny in {
+        "output/quickstart/final": tiny_adapter(0),
+        "smollm2-135m-instruct": tiny_models["llama"],
+    }.items():
         source = source.replace(real, tiny)
     names: dict[str, Any] = {"__name__": "sample"}
     exec(compile(source, str(page), "exec"), names)

@@ -54,52 +54,35 @@ def test_warm_up_rises_from_zero_to_the_start_and_delays_the_rest(schedule: Sche
     assert schedule.ratio(6) == (0.4 if isinstance(schedule, Fixed) else 0.8)
 
 
-def test_adaptive_raises_while_perplexity_holds() -> None:
-    schedule = Adaptive(start=0.1, maximum=0.3, step_size=0.1, tolerance=0.1)
+INF = float("inf")
+ADAPTIVE: dict[str, tuple[dict[str, float], list[float], list[float]]] = {  # settings, perplexities, levels after each
+    "raises while perplexity holds": ({"maximum": 0.3}, [20, 20, 21.9, 15, 15], [0.1, 0.2, 0.3, 0.3, 0.3]),
+    "compares with the best, so a slow rise counts": ({"back_off": 0.05}, [20, 21.5, 23], [0.1, 0.2, 0.15]),
+    "holds": ({"step_size": 0.4, "back_off": 0.0}, [20, 20, INF], [0.1, 0.5, 0.5]),
+    "backs off": ({"step_size": 0.4, "back_off": 0.2}, [20, 20, INF], [0.1, 0.5, 0.3]),
+    "never below its start": ({"step_size": 0.4, "back_off": 0.9}, [20, 20, INF], [0.1, 0.5, 0.1]),
+    "patience counts in a row": (
+        {"patience": 2, "back_off": 0.0},
+        [20, 20, 30, 20, 20, 20],
+        [0.1, 0.1, 0.1, 0.1, 0.2, 0.2],
+    ),
+    "takes no infinity as its reference": ({}, [INF, INF, 20, 20], [0.1, 0.1, 0.1, 0.2]),
+}
+
+
+@pytest.mark.parametrize("rule", ADAPTIVE)
+def test_adaptive(rule: str) -> None:
+    settings, perplexities, expected = ADAPTIVE[rule]
+    schedule = Adaptive(**({"start": 0.1, "step_size": 0.1, "tolerance": 0.1} | settings))  # type: ignore[arg-type]
     levels = []
-    for perplexity in (20.0, 20.0, 21.9, 15.0, 15.0):  # the first only sets the reference
+    for perplexity in perplexities:  # the first only sets the reference
         schedule.observe(perplexity)
         levels.append(schedule.ratio(0))
-    assert levels == pytest.approx([0.1, 0.2, 0.3, 0.3, 0.3])
-
-
-def test_adaptive_compares_with_the_best_so_a_slow_rise_does_not_slip_through() -> None:
-    schedule = Adaptive(start=0.1, step_size=0.1, tolerance=0.1, back_off=0.05)
-    for perplexity in (20.0, 21.5):
-        schedule.observe(perplexity)
-    assert schedule.ratio(0) == pytest.approx(0.2)
-    schedule.observe(23.0)  # 7 % above the last one, 15 % above the best
-    assert schedule.ratio(0) == pytest.approx(0.15)
-
-
-@pytest.mark.parametrize(("back_off", "expected"), [(0.0, 0.5), (0.2, 0.3), (0.9, 0.1)])
-def test_adaptive_holds_or_backs_off_but_never_below_its_start(back_off: float, expected: float) -> None:
-    schedule = Adaptive(start=0.1, maximum=0.5, step_size=0.4, back_off=back_off)
-    for perplexity in (20.0, 20.0, float("inf")):
-        schedule.observe(perplexity)
-    assert schedule.ratio(0) == pytest.approx(expected)
-
-
-def test_adaptive_patience_counts_validations_in_a_row() -> None:
-    schedule = Adaptive(start=0.1, step_size=0.1, patience=2, back_off=0.0)
-    levels = []
-    for perplexity in (20.0, 20.0, 30.0, 20.0, 20.0, 20.0):
-        schedule.observe(perplexity)
-        levels.append(schedule.ratio(0))
-    assert levels == pytest.approx([0.1, 0.1, 0.1, 0.1, 0.2, 0.2])
+    assert levels == pytest.approx(expected)
 
 
 def test_adaptive_warm_up_scales_the_level() -> None:
     assert ratios(Adaptive(start=0.4, warmup_steps=4), [0, 2, 4]) == pytest.approx([0.0, 0.2, 0.4])
-
-
-def test_adaptive_takes_no_infinity_as_its_reference() -> None:
-    schedule = Adaptive(start=0.1, step_size=0.1)
-    levels = []
-    for perplexity in (float("inf"), float("inf"), 20.0, 20.0):
-        schedule.observe(perplexity)
-        levels.append(schedule.ratio(0))
-    assert levels == pytest.approx([0.1, 0.1, 0.1, 0.2])
 
 
 @pytest.mark.parametrize("perplexity", [float("nan"), 0.5, -1.0])

@@ -222,7 +222,7 @@ def test_all_of_a_cookie_is_hidden(form: str) -> None:
         *(f"the server says: {secret}." for secret in SECRETS.values()),
     ],
 )
-def test_messages_are_blotted(message: str) -> None:
+def test_secrets_in_messages_are_hidden(message: str) -> None:
     for shown in (redacted(message), plain(message)):
         assert HIDDEN in shown
         assert not any(secret in shown for secret in (*SECRETS.values(), PASSWORD))
@@ -251,7 +251,7 @@ def test_warnings_are_still_shown() -> None:
     assert "UserWarning: seen" in done.stderr
 
 
-def test_only_variables_that_hold_a_secret_are_blotted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_variables_that_hold_a_secret_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PWD", "OLDPWD", "HOME", "KEYBOARD"):
         monkeypatch.setenv(name, "/a/folder")
     assert redacted("/a/folder/a.txt") == "/a/folder/a.txt"
@@ -260,7 +260,7 @@ def test_only_variables_that_hold_a_secret_are_blotted(monkeypatch: pytest.Monke
         assert redacted(f"it is a plain secret of {name}") == f"it is {HIDDEN}"
 
 
-def test_logs_warnings_and_tracebacks_are_blotted(
+def test_secrets_in_logs_warnings_and_tracebacks_are_hidden(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of any library: none is asked."""

@@ -13,8 +13,6 @@ from shutil import copy2
 
 import pytest
 
-from sparsekv_pl.models.backbone import Backbone
-
 ROOT = Path(__file__).parents[1]
 IGNORED = [pattern.strip("/") for pattern in (ROOT / ".gitignore").read_text().split()]
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
@@ -99,19 +97,16 @@ def test_the_wheel_carries_the_whole_library_and_nothing_else(wheel: Path) -> No
 
 
 def test_the_wheel_works_outside_the_checkout(
-    wheel: Path, tiny_models: dict[str, str], tiny_backbone: Callable[..., Backbone], tmp_path: Path
+    wheel: Path, tiny_models: dict[str, str], tiny_adapter: Callable[..., str], tmp_path: Path
 ) -> None:
     """Every public name, a press of ours in kvpress's pipeline, and an adapter, in an environment of its own.
 
     Its dependencies are this environment's: pip has looked at them, and to fetch them again takes minutes.
     """
-    model, tokenizer = tiny_backbone().load()
-    for part in (model, tokenizer):
-        part.save_pretrained(tmp_path / "adapter")
     venv.create(tmp_path / "empty")
     python = tmp_path / "empty" / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--quiet", wheel, where=tmp_path)
     (packages,) = (tmp_path / "empty" / "lib").glob("*/site-packages")
     # A line in a .pth puts a folder on the path without its own .pth files, among them that of the checkout.
     (packages / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
-    assert int(run(python, "-c", USE, tiny_models["llama"], tmp_path / "adapter", where=tmp_path)) > 40
+    assert int(run(python, "-c", USE, tiny_models["llama"], tiny_adapter(0), where=tmp_path)) > 40

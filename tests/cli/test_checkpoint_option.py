@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 
 from evaluate import EvaluateCommandLine
 from sparsekv_pl.cli.command_line import run
+from tests.refusals import refusal
 from train import TrainCommandLine
 
 MODEL = "--model=lightning.pytorch.demos.boring_classes.BoringModel"
@@ -42,13 +43,6 @@ def checkpoint(tmp_path: Path) -> Path:
     content = {"global_step": 1, "state_dict": {}, "optimizer_states": [], "hyper_parameters": chosen}
     torch.save(content, tmp_path / "it.ckpt")
     return tmp_path / "it.ckpt"
-
-
-def refusal(command_line: Any, *arguments: str) -> str:
-    with pytest.raises(SystemExit) as end:
-        run(lambda: command_line(args=list(arguments), save_config_callback=None))
-    assert "\n" not in str(end.value.code)
-    return str(end.value.code)
 
 
 def test_settings_are_not_taken_from_a_checkpoint(

@@ -26,11 +26,7 @@ except SystemExit as end:
 """
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work outside the checkout, and hide pytest's arguments from the command."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def train(*args: str) -> None:

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from evaluate import EvaluateCommandLine
-from sparsekv_pl.cli.command_line import CommandLine, run
 from sparsekv_pl.cli.out_of_memory import OutOfMemoryError, out_of_memory_explained
 from sparsekv_pl.evaluation.evaluation_module import EvaluationModule
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.training.eit_module import EITModule
+from tests.refusals import refusal
 from train import TrainCommandLine
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -28,12 +28,6 @@ def out_of_gpu_memory(*_: Any, **__: Any) -> None:
 
 def out_of_cpu_memory(*_: Any, **__: Any) -> None:
     torch.empty(2**60, dtype=torch.uint8)
-
-
-def said(command_line: type[CommandLine], *arguments: str) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        run(lambda: command_line(args=list(arguments), save_config_callback=None))
-    return str(stopped.value)
 
 
 @pytest.fixture
@@ -52,9 +46,8 @@ def test_training_names_what_reduces_it_and_keeps_its_checkpoint(
     steps = iter([step, out_of_gpu_memory])
     monkeypatch.setattr(EITModule, "training_step", lambda self, batch: next(steps)(self, batch))
     arguments += ["--data.context_tokens=96", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false"]
-    message = said(TrainCommandLine, "fit", "--config", str(CONFIGS / "quickstart.yaml"), *arguments)
+    message = refusal(TrainCommandLine, "fit", "--config", str(CONFIGS / "quickstart.yaml"), *arguments)
     assert message.startswith("error: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
-    assert "\n" not in message
     assert "PYTORCH_ALLOC_CONF" not in message
     for setting in (
         *("data.batch_size=2 (fewer", "data.context_tokens=96", "model.eviction.chunk_tokens=null"),
@@ -72,7 +65,9 @@ def test_evaluation_names_what_reduces_it(
 ) -> None:
     monkeypatch.setattr(EvaluationModule, "test_step", out_of_cpu_memory)
     arguments += ["--data.lengths=[96]", "--model.backbone.adapter=null", f"--model.output={tmp_path}"]
-    message = said(EvaluateCommandLine, "test", "--config", str(CONFIGS / "evaluate" / "quickstart.yaml"), *arguments)
+    message = refusal(
+        EvaluateCommandLine, "test", "--config", str(CONFIGS / "evaluate" / "quickstart.yaml"), *arguments
+    )
     assert "can't allocate memory" in message
     assert "data.batch_size=2" in message
     assert "data.lengths=[96]" in message
@@ -82,7 +77,7 @@ def test_evaluation_names_what_reduces_it(
 
 def test_loading_a_model_that_is_too_large(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Backbone, "load", out_of_gpu_memory)
-    message = said(TrainCommandLine, "fit", "--config", str(CONFIGS / "quickstart.yaml"), *arguments)
+    message = refusal(TrainCommandLine, "fit", "--config", str(CONFIGS / "quickstart.yaml"), *arguments)
     assert "model.backbone.load_in_4bit=False" in message
 
 

@@ -2,14 +2,13 @@
 
 import inspect
 import sys
-from typing import Union, get_args
+from typing import get_args
 
 import pytest
 import yaml
 from lightning.pytorch import Trainer
 
 from evaluate import EvaluateCommandLine
-from sparsekv_pl.cli.trainer_limits import counts_before_shares
 
 EITHER = [
     name
@@ -32,12 +31,3 @@ def test_a_count_stays_a_count_and_a_share_a_share(
 
 def test_there_are_such_options() -> None:
     assert {"limit_test_batches", "limit_val_batches", "overfit_batches", "val_check_interval"} <= set(EITHER)
-
-
-def test_the_order_of_a_union_is_mended() -> None:
-    class Option:
-        _typehint = Union[float, int, str, None]  # noqa: UP007
-
-    option = Option()
-    counts_before_shares([option])  # type: ignore[list-item]
-    assert get_args(option._typehint) == (int, float, str, type(None))
