@@ -19,8 +19,8 @@ from fsdp_checks import CHECKS, check
 from fsdp_runs import Rows, Run, become, free_port, quiet
 from lightning.pytorch import Callback, Trainer
 from measure import report
+from tiny_llama import save_llama
 from torch.multiprocessing import start_processes
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsekv_pl.eviction.dropout import KVDropout
 from sparsekv_pl.models.backbone import EMBEDDED, Backbone
@@ -81,19 +81,8 @@ def tiny_models(folder: Path) -> dict[str, str]:
     """Save random models of three layers with SmolLM2's tokenizer, with tied embeddings and without."""
     tokenizer = Backbone(EMBEDDED).load_tokenizer()
     for name in ("tied", "untied"):
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.1,
-            tie_word_embeddings=name == "tied",
-        )
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+        shape = {"intermediate_size": 96, "initializer_range": 0.1, "tie_word_embeddings": name == "tied"}
+        save_llama(folder / name, tokenizer, layers=3, width=64, heads=(4, 2), **shape)
     return {name: str(folder / name) for name in ("tied", "untied")}
 
 

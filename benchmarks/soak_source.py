@@ -58,30 +58,17 @@ class Recorder(Callback):
 
 def make_model(folder: Path) -> None:
     """Save a random two-layer Llama with 25 thousand weights and a byte tokenizer."""
-    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    from transformers.utils.logging import disable_progress_bar
+    from transformers import PreTrainedTokenizerFast
 
-    disable_progress_bar()
+    from benchmarks.tiny_llama import save_llama
 
     words = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     raw = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", pad_token="</s>").save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", pad_token="</s>")
+    shape = {"intermediate_size": 64, "head_dim": 16, "max_position_embeddings": 1024, "tie_word_embeddings": True}
+    save_llama(folder, tokenizer, layers=2, width=32, heads=(2, 1), **shape)
 
 
 def make_shards(steps: int) -> dict[str, list[dict[str, str]]]:
