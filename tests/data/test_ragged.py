@@ -1,6 +1,5 @@
 """Contexts of different lengths: drawn evenly, padded on the right, resumed to the token; one length is as it was."""
 
-import random
 from collections import Counter
 from itertools import islice
 from typing import Any
@@ -127,28 +126,10 @@ def test_the_seed_decides_the_lengths(tokenizer, numbered):
     assert one != other
 
 
-def test_without_a_shortest_context_batches_are_what_they_were(tokenizer, numbered):
-    text, task = (
-        windows(tokenizer, numbered),
-        NeedleTask(tokenizer, LONGEST, 0, "train", (1, 3), "value_and_stop", "all"),
-    )
-    whole = ragged(tokenizer, numbered, shortest_context=None)
-    for step, batch in enumerate(take(whole, 12)):
-        read = [next(text) for _ in range(ROWS)]
-        assert set(batch) - {"continuation_lengths"} == {  # there where the questions differ in length
-            *("context_ids", "continuation_ids", "labels", "supervised", "document_ids", "tasks", "skipped_documents"),
-        }
-        if random.Random(f"kind/0/{step}").random() < whole.retrieval_share:
-            cases = [task.case(step * ROWS + row, window) for row, window in enumerate(read)]
-            assert batch["context_ids"].tolist() == [case.context_ids for case in cases]
-            assert batch["tasks"] == ["needle"] * ROWS
-        else:
-            ids = torch.tensor([window.ids for window in read])
-            assert torch.equal(batch["context_ids"], ids[:, :LONGEST])
-            assert torch.equal(batch["continuation_ids"], ids[:, LONGEST:])
-            assert batch["document_ids"] == [" + ".join(window.document_ids) for window in read]
-    one_length = ragged(tokenizer, numbered, shortest_context=LONGEST)
+def test_without_a_shortest_context_all_have_one_length(tokenizer, numbered):
+    whole, one_length = (ragged(tokenizer, numbered, shortest_context=length) for length in (None, LONGEST))
     assert all(map(same, take(whole, 12), take(one_length, 12)))
+    assert not any("context_lengths" in batch for batch in take(whole, 12))
     assert list(whole.context_lengths) == list(one_length.context_lengths) == [LONGEST]
 
 

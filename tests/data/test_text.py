@@ -1,12 +1,15 @@
-"""Sources, splits and bad files."""
+"""Text sources: the embedded sentence and Python's modules, files and hub datasets; splits and bad files."""
 
 import json
+import sysconfig
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
+from data.python_source import PythonSource
 from data.question_sources import LocalQuestions
+from data.repeated_text import RepeatedText
 from data.text import EmbeddedText, HubText, LocalText, Splits
 
 
@@ -108,3 +111,72 @@ def test_a_byte_order_mark_before_questions_drops_none(tmp_path):
     row = {"document": "Some text.", "question": "What?", "answer": "text"}
     (tmp_path / "q.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(row).encode() + b"\n" + json.dumps(row).encode())
     assert len(list(LocalQuestions([str(tmp_path / "q.jsonl")]).samples(None, 100))) == 2
+
+
+@pytest.fixture(scope="module")
+def documents():
+    """All of them."""
+    return list(PythonSource().documents())
+
+
+def test_it_is_much_text_in_every_split(documents):
+    assert sum(len(document.text) for document in documents) > 5_000_000
+    shares = {split: 0 for split in ("train", "validation", "held_out")}
+    for document in documents:
+        shares[Splits().of(document.text)] += len(document.text)
+    assert min(shares.values()) > 500_000
+
+
+def test_documents_are_named_after_modules(documents):
+    names = [document.id for document in documents]
+    assert len(set(names)) == len(names)
+    assert names == sorted(names)
+    assert {"python/json/decoder.py", "python/argparse.py"} <= set(names)
+    assert "class JSONDecoder" in next(text for name, text in documents if name == "python/json/decoder.py")
+    assert all(document.text.strip() for document in documents)
+
+
+def test_tests_packages_and_this_machine_are_left_out(documents):
+    for name, _ in documents:
+        assert not {"test", "tests", "idle_test", "site-packages", "pydoc_data"} & set(name.split("/"))
+        assert "_sysconfigdata" not in name
+        assert not name.startswith("python/config-")
+
+
+def _installed(monkeypatch, folder):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(folder) if name == "stdlib" else None)
+    return PythonSource().documents()
+
+
+def test_files_are_read_in_their_own_encoding(monkeypatch, tmp_path):
+    (tmp_path / "b.py").write_bytes("# coding: latin-1\nname = 'é'\n".encode("latin-1"))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "__init__.py").write_text("\n")
+    (tmp_path / "a" / "z.py").write_text("one = 1\n")
+    found = list(_installed(monkeypatch, tmp_path))
+    assert [document.id for document in found] == ["python/a/z.py", "python/b.py"]
+    assert "é" in found[1].text
+
+
+def test_an_installation_without_sources_is_refused(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="holds no Python sources"):
+        list(_installed(monkeypatch, tmp_path))
+
+
+def test_it_repeats_whole_sentences():
+    documents = list(RepeatedText(100_000, "Again and again.").documents())
+    assert 100_000 <= sum(len(document.text) for document in documents) <= 111_000
+    assert len({document.text for document in documents}) == len(documents) == 10
+    assert all(set(document.text.split(". ")) == {"Again and again", "Again and again."} for document in documents)
+
+
+def test_every_split_has_its_share():
+    splits = [Splits().of(document.text) for document in RepeatedText().documents()]
+    assert len(splits) > 50
+    assert min(splits.count(split) for split in ("train", "validation", "held_out")) >= 5
+
+
+@pytest.mark.parametrize(("options", "name"), [({"sentence": " "}, "sentence"), ({"characters": 0}, "characters")])
+def test_nothing_to_repeat_is_refused(options, name):
+    with pytest.raises(ValueError, match=f"{name} is"):
+        RepeatedText(**options)
