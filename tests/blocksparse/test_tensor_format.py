@@ -50,17 +50,6 @@ def test_what_is_read_is_what_was_written(tmp_path: Path, dtype: torch.dtype) ->
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
-def test_the_layout_is_plain(tmp_path: Path) -> None:
-    raw = torch.load(write(tmp_path, 1, tensors()), weights_only=True)
-    assert list(raw) == ["Q", "K", "V", "metadata"]
-    assert {name: tuple(raw[name].shape) for name in "QKV"} == {
-        "Q": (1, 4, 24, 8),
-        "K": (1, 2, 24, 8),
-        "V": (1, 2, 24, 8),
-    }
-    assert raw["metadata"] == METADATA
-
-
 def test_a_view_is_written_without_what_it_looks_into(tmp_path: Path) -> None:
     made = tensors()
     many = made.query.repeat(50, 1, 1, 1).transpose(1, 2)  # as a layer has them
@@ -68,21 +57,6 @@ def test_a_view_is_written_without_what_it_looks_into(tmp_path: Path) -> None:
     numbers = made.query.numel() + made.key.numel() + made.value.numel()
     assert path.stat().st_size < 4 * numbers + 4096
     torch.testing.assert_close(read(path).query, made.query)
-
-
-def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(tmp_path, 1, tensors())
-    before = path.read_bytes()
-
-    def half(_: Any, target: Any) -> None:
-        target.write(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="No space"):
-        write(tmp_path, 1, tensors())
-    assert [file.name for file in tmp_path.iterdir()] == [NAME]
-    assert path.read_bytes() == before
 
 
 def refused(path: Path, wrong: str) -> None:

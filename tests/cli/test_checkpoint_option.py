@@ -1,16 +1,21 @@
-"""--ckpt_path and --weights_only: nothing is executed or configured from a checkpoint; errors are one line."""
+"""Values from the command line: limits keep their types, --ckpt_path runs no code, no written configuration is lost."""
 
 import functools
+import inspect
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 import torch
+import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 
 from evaluate import EvaluateCommandLine
 from sparsekv_pl.cli.command_line import run
+from sparsekv_pl.cli.saved_config import SaveEvaluationConfig, SaveRunConfig
 from tests.refusals import refusal
 from train import TrainCommandLine
 
@@ -92,3 +97,43 @@ def test_a_run_that_is_refused_leaves_an_earlier_one_where_it_is(fitted: list[An
     assert final.exists() and not fitted
     run(lambda: TrainCommandLine(args=arguments, save_config_callback=None))
     assert not final.exists() and fitted
+
+
+EITHER = [
+    name
+    for name, parameter in inspect.signature(Trainer).parameters.items()
+    if {int, float} <= set(get_args(parameter.annotation))
+]
+
+
+@pytest.mark.parametrize("value", ["1", "2", "1.0", "0.5"])
+def test_a_count_stays_a_count_and_a_share_a_share(
+    value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    options = [f"--trainer.{name}={value}" for name in EITHER]
+    with pytest.raises(SystemExit):
+        EvaluateCommandLine(args=["test", "--config=configs/evaluate/quickstart.yaml", *options, "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    assert {name: repr(printed[name]) for name in EITHER} == dict.fromkeys(EITHER, value)
+
+
+def test_there_are_such_options() -> None:
+    assert {"limit_test_batches", "limit_val_batches", "overfit_batches", "val_check_interval"} <= set(EITHER)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(SaveRunConfig, "config.yaml"), (SaveEvaluationConfig, "evaluation.yaml")])
+def test_a_configuration_that_a_user_wrote_is_not_replaced(
+    kind: type[SaveRunConfig], name: str, tmp_path: Path
+) -> None:
+    """Runs without a name and a logger save theirs beside it."""
+    trainer: Any = SimpleNamespace(log_dir=None, default_root_dir=str(tmp_path), is_global_zero=False)
+    trainer.strategy = SimpleNamespace(broadcast=lambda value: value)
+    module: Any = SimpleNamespace(output=tmp_path)
+    callback: Any = kind(None, Namespace())  # type: ignore[arg-type]
+    (tmp_path / name).write_text("# my notes\nname: first\n")
+    with pytest.raises(ValueError, match=f"{tmp_path}/{name} is a configuration that you wrote"):
+        callback.setup(trainer, module, "fit")
+    for saved in ("# lightning.pytorch==2.6.6\nname: first\n", ""):
+        (tmp_path / name).write_text(saved)
+        callback.setup(trainer, module, "fit")

@@ -1,6 +1,5 @@
 """A run of measurements: report, reuse of finished work, and failures."""
 
-import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -171,18 +170,6 @@ def test_nothing_finished_is_measured_again(
     assert measured == ["SnapKV_0-25_dense"] * 3, "another window is another press"
 
 
-def test_another_adapter_under_the_same_name_is_measured(
-    run: Callable[..., Any], measured: list[str], adapter: Callable[..., str]
-) -> None:
-    run(adapter=adapter(0.3))
-    folder = Path(adapter(0.3))
-    weights = folder / "adapter_model.safetensors"
-    weights.write_bytes(Path(adapter(0.1), weights.name).read_bytes())
-    measured.clear()
-    run(adapter=str(folder))
-    assert len(measured) == 3 * 4
-
-
 def test_interrupted_and_rerun_equals_uninterrupted(
     run: Callable[..., Any], measured: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,14 +230,6 @@ def test_a_failure_is_in_the_table_and_stops_no_other(
     knorm, other = ([row["base"] for row in mended["rows"] if row["press"] == name] for name in ("Knorm", "FailsOnce"))
     assert knorm == other
     assert "out of everything" not in (tmp_path / "run" / "report.json").read_text()
-
-
-def test_cases_are_kept_one_by_one(run: Callable[..., Any], tmp_path: Path) -> None:
-    run()
-    with (tmp_path / "run" / "cases.csv").open() as table:
-        rows = list(csv.DictReader(table))
-    assert len(rows) == 6 * 4
-    assert len({(row["case"], row["press"], row["compression_ratio"]) for row in rows}) == len(rows)
 
 
 def test_scores_reach_the_logger_and_are_summed_up_once(

@@ -1,4 +1,4 @@
-"""Whole lm_eval tasks on PressedLM: equal to HFLM without a press, and the effect of an eviction."""
+"""Whole lm_eval tasks on PressedLM: equal to HFLM without a press, what an eviction changes, a task's files."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from sparsekv_pl.evaluation.lm_eval_model import PressedLM
+from sparsekv_pl.evaluation.lm_eval_tasks import named_files, task_manager
 from tests.evaluation.lm_eval_cases import TEXT, adapted, hflm
 from tests.tiny_training import MakeBackbone
 
@@ -95,3 +96,19 @@ def test_a_model_that_copies_scores_one_while_what_it_copies_is_kept(
     tiny: tuple[Any, Any], tmp_path: Path, press: BasePress | None, before: str, expected: float
 ) -> None:
     assert evaluated(PressedLM(copier(tiny[1]), tiny[1], press), letters_task(tmp_path, before))["acc,none"] == expected
+
+
+def test_data_that_a_task_names_counts_wherever_it_lies(tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    task = (
+        f"task: own\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {rows}}}}}\noutput_type: loglikelihood\n"
+    )
+    (tmp_path / "tasks" / "own.yaml").write_text(task)
+    (tmp_path / "tasks" / "all.yaml").write_text("group: every\ntask: [own]\n")
+    manager = task_manager(["own", "every"], tmp_path / "tasks")
+    first = [named_files(manager, name) for name in ("own", "every")]
+    assert first[0] == first[1] and len(first[0]) == 1
+    rows.write_text('{"other": 1}\n')
+    assert named_files(manager, "own") != first[0]

@@ -1,4 +1,4 @@
-"""The parts of the chat template around text and question equal those of kvpress's pipeline."""
+"""The parts of the chat template around text and question (tests/data/test_cases.py: they equal kvpress's)."""
 
 import pytest
 from transformers import PreTrainedTokenizerFast

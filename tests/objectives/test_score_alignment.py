@@ -11,7 +11,7 @@ from sparsekv_pl.eviction.interface import Selection
 from sparsekv_pl.objectives import SelectionObjective
 from sparsekv_pl.objectives.attention_mass import with_mass
 from sparsekv_pl.objectives.objective import StudentView
-from sparsekv_pl.objectives.score_alignment import evictable_keys, key_logits, ranking, teachers_top
+from sparsekv_pl.objectives.score_alignment import evictable_keys, key_logits
 from sparsekv_pl.objectives.selection_loss import SelectionLoss
 
 SHAPE = (2, 2, 24)
@@ -101,27 +101,6 @@ def test_golden_ranking() -> None:
         given = (order * (scores + 2) - 5).requires_grad_()
         loss = loss_of(given, mass, form="ranking", sinks=0, top_share=0.3)
         assert loss.item() == pytest.approx(math.log(1 + math.exp(2 * wrong) + math.exp(wrong)), rel=1e-5)
-
-
-def test_a_ranking_asks_for_order_alone() -> None:
-    mass = random(2)
-    ordered, reversed_order = (loss_of((sign * mass - 9).requires_grad_(), mass, **RANKING) for sign in (1, -1))
-    assert ordered < 0.7 * reversed_order
-    scores = random(1, -2.0).requires_grad_()
-    torch.testing.assert_close(loss_of(5 * scores - 3, mass, **RANKING), loss_of(scores, mass, **RANKING))
-
-
-def test_the_gradient_of_a_ranking_raises_the_top_and_lowers_the_rest() -> None:
-    scores, mass = random(1, -2.0), random(2)
-    everything = torch.ones(SHAPE, dtype=torch.bool)
-    logits = key_logits(scores, everything).requires_grad_()
-    target = mass / mass.sum(-1, keepdim=True)
-    (gradient,) = torch.autograd.grad(ranking(logits, target, everything, 0.25).sum(), logits)
-    top = teachers_top(target, everything, 0.25)
-    assert (top.sum(-1) == 6).all()
-    assert (mass.masked_fill(~top, 9).amin(-1) >= mass.masked_fill(top, -9).amax(-1)).all()
-    assert (gradient[top] < 0).all()
-    assert (gradient[~top] > 0).all()
 
 
 @pytest.mark.parametrize("form", ["cross_entropy", "ranking"])

@@ -176,13 +176,6 @@ def test_a_report_that_fails_leaves_the_earlier_one_whole(make_records, tmp_path
     assert sorted(tmp_path.iterdir()) == sorted(paths)  # no temporary file left
 
 
-def test_a_failing_write_leaves_no_temporary_file(make_records, tmp_path):
-    (tmp_path / "report.json").mkdir()  # a file cannot replace a directory
-    with pytest.raises(OSError):
-        write_run(tmp_path, summarised(make_records(tasks=("text",), seeds=1, ratios=())), {}, ENVIRONMENT, "t")
-    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
-
-
 def rendered(table, width=80):
     console = Console(width=width, file=io.StringIO())
     console.print(table)

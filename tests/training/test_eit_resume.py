@@ -117,14 +117,6 @@ def press_ctrl_c(_: Any) -> None:
 
 
 @pytest.mark.usefixtures("sigint")
-def test_ctrl_c_leaves_a_checkpoint_that_resumes(new_run: Callable[..., Run], tiny_trainer: MakeTrainer) -> None:
-    straight = new_run("straight").fit(tiny_trainer)
-    with pytest.raises(SystemExit):
-        new_run("stopped").fit(tiny_trainer, At(1, press_ctrl_c, end=True))
-    assert_equal(new_run("stopped").fit(tiny_trainer, ckpt_path="last"), straight)
-
-
-@pytest.mark.usefixtures("sigint")
 def test_ctrl_c_in_the_middle_of_a_step_resumes_too(new_run: Callable[..., Run], tiny_trainer: MakeTrainer) -> None:
     """The interrupted batch is drawn again."""
     straight = new_run("straight").fit(tiny_trainer)
