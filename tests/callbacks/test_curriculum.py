@@ -47,7 +47,7 @@ class Deaf(Evicting):
 
 @pytest.fixture
 def trainer(tiny_trainer: MakeTrainer) -> MakeTrainer:
-    return partial(tiny_trainer, num_sanity_val_steps=1, limit_val_batches=1)
+    return partial(tiny_trainer, num_sanity_val_steps=1, limit_val_batches=1, max_epochs=-1)
 
 
 def test_every_batch_gets_its_steps_ratio_and_it_is_logged(trainer: MakeTrainer) -> None:

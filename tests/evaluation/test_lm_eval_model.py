@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import GraniteConfig, GraniteForCausalLM
 
 from sparsekv_pl.evaluation.lm_eval_model import PressedLM
-from sparsekv_pl.models.backbone import adapter_off
 from tests.evaluation.lm_eval_cases import TEXT, adapted, hflm
 from tests.tiny_training import MakeBackbone
 
@@ -197,14 +196,6 @@ def test_options_of_one_context_share_one_prefill(tiny: tuple[Any, Any], monkeyp
     monkeypatch.setattr(lm.model.get_decoder(), "forward", counted)
     loglikelihoods(lm, OPTIONS[:2])
     assert sum(length > 50 for length in lengths) == 1 and len(lengths) == 3
-
-
-def test_the_adapter_is_on_unless_it_is_switched_off(tiny: tuple[Any, Any]) -> None:
-    lm = PressedLM(*tiny, KnormPress(0.5))
-    trained = loglikelihoods(lm, OPTIONS[:1])
-    with adapter_off(tiny[0]):
-        base = loglikelihoods(lm, OPTIONS[:1])
-    assert abs(trained[0][0] - base[0][0]) > 0.01
 
 
 def test_a_chat_is_framed_as_the_tokenizer_says(tiny: tuple[Any, Any]) -> None:

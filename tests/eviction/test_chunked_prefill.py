@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from sparsekv_pl.eviction.interrupted_prefill import SavedState
 from sparsekv_pl.eviction.limits import check_weights
-from sparsekv_pl.eviction.prefill import ChunkedPrefill, continue_from, prefill
+from sparsekv_pl.eviction.prefill import ChunkedPrefill, continue_from
 from sparsekv_pl.eviction.rotation import turned
 from sparsekv_pl.presses.nesting import press_name
 from sparsekv_pl.presses.traits import traits_of
@@ -82,16 +82,6 @@ def test_saved_and_restored_equals_uninterrupted_bit_for_bit(
         assert torch.equal(layer.keys, expected.keys)
         assert torch.equal(layer.values, expected.values)
     assert torch.equal(read_on(model, resumed), read_on(model, whole))
-
-
-@every_press
-def test_prefill_is_a_loop_over_it(random_model: Build, press: BasePress | None) -> None:
-    model, made = random_model(), None
-    with torch.no_grad():
-        made = prefill(model, context(), press, CHUNK, None if press is None else BUDGET)
-    stepwise = advance(filling(model, press)).result()
-    assert made.next_position == stepwise.next_position
-    assert all(torch.equal(a.keys, b.keys) for a, b in zip(made.cache.layers, stepwise.cache.layers, strict=True))
 
 
 @pytest.mark.parametrize("press", PRESSES[1:], ids=press_name)
@@ -198,23 +188,6 @@ def test_a_damaged_or_foreign_state_is_reported_and_not_taken(
     assert saved.load("another" if damage == "foreign" else "key") is None
     assert "starts over" in caplog.text
     assert ("belongs to another" if damage == "foreign" else "is damaged") in caplog.text
-
-
-def test_a_kill_while_saving_leaves_the_state_before(
-    random_model: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    saved, made = SavedState(tmp_path / "state.safetensors"), filling(random_model(), KnormPress())
-    saved.save("key", advance(made, 1).state_dict())
-
-    def killed(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        saved.save("key", advance(made, 2).state_dict())
-    state = saved.load("key")
-    assert state is not None
-    assert int(state["chunks_done"]) == 1
 
 
 def test_a_press_that_reads_weights_on_disk_is_refused(random_model: Build) -> None:

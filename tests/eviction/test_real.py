@@ -125,27 +125,6 @@ def test_without_a_press_chunks_change_nothing(random_model: Build) -> None:
     torch.testing.assert_close(hidden, plain(model), rtol=1e-5, atol=1e-5)
 
 
-@scorers
-def test_gradients_reach_kept_pairs_alone(random_model: Build, press: ScorerPress) -> None:
-    """Seen at the last layer, whose context keys and values serve nothing but the continuation."""
-    model = random_model()
-    kept = kept_by(model, press)[-1]
-    projected: list[Tensor] = []
-    attention = model.model.layers[-1].self_attn
-    hooks = [
-        projection.register_forward_hook(lambda _, __, output: projected.append(output))
-        for projection in (attention.k_proj, attention.v_proj)
-    ]
-    hidden = evict(model, press)
-    for hook in hooks:
-        hook.remove()
-    context_keys, context_values = (output for output in projected if output.shape[1] == CONTEXT)
-    is_kept = torch.zeros(2, 2, CONTEXT, dtype=torch.bool).scatter(2, kept, True)
-    for grad in torch.autograd.grad(loss(hidden), (context_keys, context_values)):
-        reached = grad.view(2, CONTEXT, 2, 8).abs().sum(-1).transpose(1, 2) > 0
-        assert torch.equal(reached, is_kept)
-
-
 @torch.no_grad()
 def token_by_token(model: PreTrainedModel, press: BasePress) -> Tensor:
     """Run a press as kvpress's pipeline does: transformers' attention, one continuation token at a time."""
@@ -187,12 +166,6 @@ def test_equals_kvpress_token_by_token(random_model: Build, press: BasePress) ->
     torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
     assert (hidden - plain(model)).abs().max() > 1e-3
     assert all(grad.isfinite().all() for grad in gradients(model, hidden))
-
-
-def test_the_cache_really_shrinks_by_layer_where_the_press_says_so(random_model: Build) -> None:
-    press = PerLayerCompressionPress(KnormPress(), [0.2, 0.7])
-    cache = prefill(random_model(), ids()[0], press).cache
-    assert [layer.keys.shape[2] for layer in cache.layers] == [32, 12]
 
 
 def test_kept_share_counts_what_is_in_the_cache(random_model: Build) -> None:

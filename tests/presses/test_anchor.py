@@ -29,7 +29,6 @@ from tests.presses.anchor_cases import (
     CHUNK,
     CONTEXT,
     FEW,
-    Build,
     anchor,
     check_against_loops,
     context,
@@ -38,6 +37,7 @@ from tests.presses.anchor_cases import (
     ranked,
     scores_of,
 )
+from tests.random_models import Build
 
 
 @torch.no_grad()

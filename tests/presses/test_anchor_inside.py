@@ -32,12 +32,12 @@ from sparsekv_pl.presses.traits import traits_of
 from sparsekv_pl.storage.result_keys import settings_of
 from tests.presses.anchor_cases import (
     CONTEXT,
-    Build,
     anchor,
     check_against_loops,
     context,
     pressed,
 )
+from tests.random_models import Build
 
 
 def test_adakv_and_too_many_anchors(random_model: Build) -> None:

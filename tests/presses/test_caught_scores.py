@@ -23,7 +23,6 @@ from transformers import DynamicCache, PreTrainedModel
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.caught_scores import CaughtScores, catch_scores
 from sparsekv_pl.presses.nesting import press_name, presses_in, scorers_in
-from sparsekv_pl.presses.ratio import set_compression_ratio
 from tests.random_models import Build
 
 CONTEXT = 24
@@ -113,43 +112,3 @@ def test_nothing_is_left_behind_even_after_an_exception(random_model: Build) -> 
         pass
     prefill(random_model(), press)
     assert caught == []
-
-
-@pytest.mark.parametrize(
-    "press, name",
-    [
-        (None, "full cache"),
-        (SnapKVPress(), "SnapKV"),
-        (AdaKVPress(SnapKVPress()), "AdaKV(SnapKV)"),
-        (KeyRerotationPress(CriticalKVPress(KnormPress())), "KeyRerotation(CriticalKV(Knorm))"),
-        (TOVAPress(), "TOVA"),
-    ],
-)
-def test_names(press: BasePress | None, name: str) -> None:
-    assert press_name(press) == name
-
-
-@pytest.mark.parametrize(
-    "press", [KnormPress(), AdaKVPress(SnapKVPress()), CriticalKVPress(KnormPress()), EvictionAugPress([TOVAPress()])]
-)
-def test_the_ratio_is_set(press: BasePress) -> None:
-    set_compression_ratio(press, 0.25)
-    assert press.compression_ratio == 0.25
-    set_compression_ratio(press, 0)
-    assert press.compression_ratio == 0
-
-
-@pytest.mark.parametrize(
-    "press",
-    [
-        ComposedPress([KnormPress(), TOVAPress()]),
-        PerLayerCompressionPress(KnormPress(), [0.3, 0.6]),
-        SimLayerKVPress(),
-        ThinKPress(),
-        EvictionAugPress([KnormPress(), ThinKPress()]),
-    ],
-    ids=press_name,
-)
-def test_a_press_without_a_ratio_to_set_says_so(press: BasePress) -> None:
-    with pytest.raises(ValueError, match="has no compression_ratio to set"):
-        set_compression_ratio(press, 0.5)

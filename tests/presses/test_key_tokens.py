@@ -24,7 +24,8 @@ from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.key_tokens import TOKEN_IDS, KeyTokens
 from sparsekv_pl.presses.press_context import PressContext, press_context_in
 from sparsekv_pl.presses.ratio import set_compression_ratio
-from tests.presses.tokens_cases import CHUNK, CONTEXT, Blind, Build, Reads, check, context, pressed
+from tests.presses.tokens_cases import CHUNK, CONTEXT, Blind, Reads, check, context, pressed
+from tests.random_models import Build
 
 
 def pre_hooks(model: PreTrainedModel) -> int:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.presses.key_tokens import real_keys
-from tests.presses.tokens_cases import CHUNK, CONTEXT, Blind, Build, context, pressed
+from tests.presses.tokens_cases import CHUNK, CONTEXT, Blind, context, pressed
+from tests.random_models import Build
 
 PADDED = torch.ones(2, CONTEXT, dtype=torch.long)
 

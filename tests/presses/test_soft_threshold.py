@@ -19,13 +19,13 @@ from tests.presses.soft_threshold_cases import (
     LENGTH,
     SINKS,
     WINDOW,
-    Build,
     ids,
     press_context_of,
     press_with,
     protected,
     received,
 )
+from tests.random_models import Build
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer
 
 # --- settings ---

@@ -21,12 +21,12 @@ from sparsekv_pl.training.eit_module import EITModule
 from tests.presses.soft_threshold_cases import (
     LENGTH,
     SINKS,
-    Build,
     ids,
     press_with,
     protected,
     received,
 )
+from tests.random_models import Build
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw
 
 # --- gradients ---

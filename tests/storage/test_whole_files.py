@@ -17,7 +17,7 @@ from sparsekv_pl.eviction.interrupted_prefill import SavedState
 from sparsekv_pl.reporting.file_formats import replace_all
 from sparsekv_pl.storage.records import Results
 from sparsekv_pl.storage.user_errors import user_message
-from sparsekv_pl.storage.whole_files import mend, replace, written_whole
+from sparsekv_pl.storage.whole_files import mend, written_whole
 
 ROOT = Path(__file__).parents[2]
 WRITES = re.compile(
@@ -157,11 +157,3 @@ def test_a_disk_that_does_not_sync_folders_is_written_to(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "fsync", files_alone)
     folder_of_tensors(tmp_path)
     assert (tmp_path / "export" / "model.safetensors").exists()
-
-
-def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
-    path = tmp_path / "it"
-    replace(path, b"old")
-    with pytest.raises(TypeError):
-        replace(path, None)  # type: ignore[arg-type]
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

@@ -239,22 +239,6 @@ def test_a_presss_own_loss_weighs_every_row_the_same(lengths: list[int], random_
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_evicted_contexts_are_those_of_the_rows(random_model: MakeModel) -> None:
-    eviction = RealEviction(PRESSES["SnapKV"]())
-    objective = LM()
-    objective.request = Request(contexts=True)
-    own = student(random_model, eviction, objective)
-    batch = ragged(LENGTHS["two alike"])
-    short, both = own.view(batch, RATIO, STEP)[0].contexts
-    alone = [own.view(row, RATIO, STEP)[0].contexts[0] for row in rows_alone(batch)]
-    for part, rows in ((short, [1]), (both, [0, 2])):
-        assert torch.equal(part.ids, torch.cat([alone[row].ids for row in rows]))
-        torch.testing.assert_close(part.lost, torch.cat([alone[row].lost for row in rows]))
-        asked = torch.arange(2, 7).expand(len(rows), 5)
-        expected = torch.cat([alone[row].continued(asked[:1]) for row in rows])
-        torch.testing.assert_close(part.continued(asked), expected, rtol=1e-5, atol=1e-5)
-
-
 def test_a_token_that_is_asked_for_weighs_the_same_in_whatever_row_it_is(random_model: MakeModel) -> None:
     objective = Reconstruction(block_size=8, cue_tokens=3)
     objective.instruction_ids = [5, 6]
