@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.models.layer_outputs import LayerOutput
 from sparsekv_pl.objectives import Layerwise, StudentView
 from sparsekv_pl.objectives.objective import LayerRows
@@ -54,13 +53,6 @@ def test_values_and_gradients_equal_a_loop(kind: LayerOutput, weights: list[floa
         assert bool(copies[layer].grad.any()) == (shares[layer] > 0)  # type: ignore[union-attr]
 
 
-def test_0_where_they_agree_and_1_where_the_student_says_nothing() -> None:
-    teacher = rows(1)
-    assert float(Layerwise()(view(teacher, teacher))["loss"]) == 0
-    nothing = {layer: torch.zeros_like(output) for layer, output in teacher.items()}
-    assert float(Layerwise()(view(nothing, teacher))["loss"]) == pytest.approx(1)
-
-
 def test_a_token_with_a_tiny_output_does_not_rule_the_mean() -> None:
     teacher = {0: torch.ones(TOKENS, WIDTH)}
     teacher[0][3] = 1e-6
@@ -91,11 +83,6 @@ def test_bfloat16_is_compared_in_float32() -> None:
     assert loss.dtype == torch.float32
     exact = Layerwise()(view({i: x.float() for i, x in student.items()}, {i: x.float() for i, x in teacher.items()}))
     assert torch.equal(loss, exact["loss"])
-
-
-def test_it_asks_for_what_it_matches() -> None:
-    assert Layerwise().request == Request(teacher=True, layers=frozenset({"hidden"}))
-    assert Layerwise("attention").request == Request(teacher=True, layers=frozenset({"attention"}))
 
 
 @pytest.mark.parametrize(

@@ -85,19 +85,6 @@ def test_the_parts_of_a_batch_are_joined_token_by_token() -> None:
     assert [selection.scores.shape[0] for selection, _ in whole.selections] == [1, 3]
 
 
-def test_a_mean_over_tokens_of_a_joined_view_is_that_of_all_its_tokens() -> None:
-    parts = [part(1, rows=1, tokens=4), part(2, rows=3, tokens=2)]
-    for objective in (EIT(), Layerwise()):
-        alone = [objective(p)["loss"] for p in parts]
-        both = objective(joined(parts, [1, 3]))["loss"]
-        torch.testing.assert_close(both, (4 * alone[0] + 2 * alone[1]) / 6)
-
-
-def test_a_view_alone_is_its_own() -> None:
-    whole = part(1, rows=2, tokens=4)
-    assert joined([whole], [2]) is whole
-
-
 def test_no_term_of_nested_objectives_is_lost() -> None:
     nested = Mixed([Mixed([LM(), LM()]), LM(), Mixed([LM(), EIT()])])(view())
     assert len([name for name in nested if name.startswith("cross_entropy")]) == 5

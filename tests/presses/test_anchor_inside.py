@@ -10,7 +10,6 @@ from kvpress import (
     BasePress,
     ChunkPress,
     CriticalAdaKVPress,
-    KeyDiffPress,
     KnormPress,
     SnapKVPress,
 )
@@ -26,9 +25,7 @@ import sparsekv_pl.training.eit_module  # noqa: F401  lets YAML name a press by 
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.models.anchors import Anchors
 from sparsekv_pl.presses.anchor import AnchorPress
-from sparsekv_pl.presses.nesting import press_name, scorers_in
 from sparsekv_pl.presses.ratio import set_compression_ratio
-from sparsekv_pl.presses.traits import traits_of
 from sparsekv_pl.storage.result_keys import settings_of
 from tests.presses.anchor_cases import (
     CONTEXT,
@@ -112,15 +109,6 @@ def test_the_scorer_works_at_the_ratio_of_the_whole(random_model: Build) -> None
     assert seen == [0.75, 0.75]
     set_compression_ratio(press, 0.5)
     assert settings_of(press) == before  # the settings in a run's key do not depend on where a press was used
-
-
-def test_it_is_one_scorer_and_trains() -> None:
-    press = AnchorPress()
-    assert scorers_in(AdaKVPress(press)) == [press] and traits_of(press).trainable
-    assert press_name(press) == "Anchor(KeyDiff)"
-    assert isinstance(press.press, KeyDiffPress)
-    assert press.anchors == Anchors(sinks=4, recent=64, special=True, punctuation=True)
-    assert AnchorPress().anchors is not press.anchors
 
 
 def parsed(init_args: dict[str, Any]) -> Any:
