@@ -148,17 +148,17 @@ def test_observing_a_model_changes_nothing(random_model: Build) -> None:
     assert {record["layer"] for record in seen.agreement} == {0, 1}
 
 
-ROWS, COUNT, HEADS = 5, 9, 3
+ROWS, COUNT, SCORED = 5, 9, 3
 VISIBLE = visible_blocks(ROWS, COUNT, 1)
 
 
-def choice(seed: int, heads: int = HEADS) -> Tensor:
+def choice(seed: int, heads: int = SCORED) -> Tensor:
     drawn = torch.rand(2, heads, ROWS, COUNT, generator=torch.Generator().manual_seed(seed)) < 0.4
     return drawn & VISIBLE
 
 
 def mass(seed: int) -> Tensor:
-    drawn = torch.rand(2, HEADS, ROWS, COUNT, generator=torch.Generator().manual_seed(seed)).pow(4)
+    drawn = torch.rand(2, SCORED, ROWS, COUNT, generator=torch.Generator().manual_seed(seed)).pow(4)
     drawn = drawn * VISIBLE
     return drawn / drawn.sum(-1, keepdim=True)
 
@@ -170,17 +170,17 @@ def test_free_blocks_leave_out_the_first_and_the_own() -> None:
     assert [row.nonzero().flatten().tolist() for row in later] == [[1, 2], [1, 2, 3]]
 
 
-@pytest.mark.parametrize("heads", [1, HEADS])
+@pytest.mark.parametrize("heads", [1, SCORED])
 @pytest.mark.parametrize("free", [False, True])
 def test_overlap_and_jaccard_are_those_of_sets(heads: int, free: bool) -> None:
     among = free_blocks(VISIBLE) if free else VISIBLE
     one, other = choice(0, heads), choice(1)
     overlaps, similarities = overlap(one, other, among), jaccard(one, other, among)
     undefined = 0
-    for index in np.ndindex(2, HEADS, ROWS):
+    for index in np.ndindex(2, SCORED, ROWS):
         row = index[2]
         allowed = set(among[row].nonzero().flatten().tolist())
-        a = set(one.expand(2, HEADS, ROWS, COUNT)[index].nonzero().flatten().tolist()) & allowed
+        a = set(one.expand(2, SCORED, ROWS, COUNT)[index].nonzero().flatten().tolist()) & allowed
         b = set(other[index].nonzero().flatten().tolist()) & allowed
         assert float(overlaps[index]) == pytest.approx(len(a & b) / len(a) if a else math.nan, nan_ok=True)
         assert float(similarities[index]) == pytest.approx(len(a & b) / len(a | b) if a | b else math.nan, nan_ok=True)
@@ -195,11 +195,11 @@ def test_mass_kept_is_the_share_that_falls_on_the_choice() -> None:
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_correlations_are_numpys(ties: bool) -> None:
-    scores, truth = torch.randn(2, HEADS, ROWS, COUNT, generator=torch.Generator().manual_seed(0)), mass(1)
+    scores, truth = torch.randn(2, SCORED, ROWS, COUNT, generator=torch.Generator().manual_seed(0)), mass(1)
     if ties:
         scores = scores.round()
     linear, ranked = pearson(scores, truth, VISIBLE), spearman(scores, truth, VISIBLE)
-    for index in np.ndindex(2, HEADS, ROWS):
+    for index in np.ndindex(2, SCORED, ROWS):
         seen = VISIBLE[index[2]]
         a, b = scores[index][seen].double().numpy(), truth[index][seen].double().numpy()
         assert float(linear[index]) == pytest.approx(np.corrcoef(a, b)[0, 1], abs=1e-6)
@@ -230,7 +230,7 @@ def test_scores_at_later_blocks_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
-@pytest.mark.parametrize("heads", [1, HEADS])
+@pytest.mark.parametrize("heads", [1, SCORED])
 def test_blocks_for_a_share_are_the_fewest_that_a_selection_needs(share: float, heads: int) -> None:
     """Reference: the selections themselves, from 1 block up."""
     scores, truth = torch.rand(2, heads, ROWS, COUNT, generator=torch.Generator().manual_seed(5)), mass(6)
