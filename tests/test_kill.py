@@ -197,8 +197,8 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert_same(state(whole), state(resumed))
 
 
-PIECES = 2 * 5
-"""Batches x points of the run below."""
+PIECES = 2 * 5 + 1
+"""Batches x points of the run below, and the views of its tokens."""
 
 
 def command(output: Path, pretrained: str) -> list[str]:
