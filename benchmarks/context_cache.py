@@ -1,7 +1,7 @@
 """Twenty questions about one document: asked of a kept cache against a prefill for each of them.
 
 Run from the checkout: ``python benchmarks/context_cache.py``; ``--adapter output/quickstart/final`` measures what was
-trained. Takes about three minutes on one idle thread.
+trained. Takes more than six minutes of CPU time.
 
 SmolLM2-135M-Instruct reads 1,000 tokens of the Python documentation with twenty made-up facts in them, a quarter of the
 pairs stays (KeyDiff at 0.75), and each fact is asked for. "Kept" prefills once; "again" prefills before every question,
@@ -28,7 +28,7 @@ from sparsekv_pl.usage.context_cache import ContextCache
 from sparsekv_pl.usage.loaded_model import LoadedModel
 
 TOKENS, QUESTIONS, NEW_TOKENS, RATIO = 1_000, 20, 12, 0.75
-GOALS = {"kept over again": 0.4}
+GOALS = {"kept over again": 1.0}
 
 
 def document(model: LoadedModel, facts: list[Fact]) -> list[int]:
