@@ -33,7 +33,7 @@ def write_card(folder: Path) -> None:
     """Write the card of the export in ``folder``, an adapter or a whole model, without results."""
     config = folder / "adapter_config.json"
     adapter = read_mapping(config) if config.exists() else None
-    (folder / CARD).write_text(model_card(read_mapping(folder / TRAINING_SUMMARY), adapter), encoding="utf-8")
+    replace(folder / CARD, model_card(read_mapping(folder / TRAINING_SUMMARY), adapter).encode())
 
 
 def model_card(training: Facts, adapter: Facts | None) -> str:
