@@ -26,6 +26,7 @@ NEEDED: dict[str, Any] = {
     "press": KnormPress(),
     "base_press": KnormPress(),
     "presses": [KnormPress(), SnapKVPress()],
+    "scorers": [KnormPress(), SnapKVPress()],
     "compression_ratios": [0.1, 0.2],
 }
 """Arguments for the constructors of presses."""
