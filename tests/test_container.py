@@ -73,7 +73,7 @@ def test_no_secret_reaches_a_layer() -> None:
 def test_what_is_copied_exists_and_is_what_a_run_needs() -> None:
     for rest in values_of("COPY"):
         assert not [path for path in copied(rest.split()[:-1]) if not (ROOT / path).exists()]
-    packages = {"sparsekv_pl", "data", "callbacks", "configs"}
+    packages = {"sparsekv_pl", "data", "callbacks", "configs", "adapters"}
     assert set(copied(["."])) == packages | {
         *("train.py", "evaluate.py", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"),
     }

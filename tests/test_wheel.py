@@ -109,4 +109,4 @@ def test_the_wheel_works_outside_the_checkout(
     (packages,) = (tmp_path / "empty" / "lib").glob("*/site-packages")
     # A line in a .pth puts a folder on the path without its own .pth files, among them that of the checkout.
     (packages / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
-    assert int(run(python, "-c", USE, tiny_models["llama"], tiny_adapter(0), where=tmp_path)) > 40
+    assert int(run(python, "-c", USE, tiny_models["llama"], tiny_adapter(0), where=tmp_path)) > 30

@@ -225,7 +225,7 @@ def test_reports_keys_and_exports_hold_what_was_decided(
         environment = json.loads((tmp_path / "report.json").read_text())["environment"]
         assert (environment["precision"], environment["dtype"]) == (precision, dtype)
         lines = [line for file in (tmp_path / "results").iterdir() for line in file.read_text().splitlines()]
-        assert len({json.loads(line)["key"] for line in lines}) == 2 * count  # the full cache, and Knorm
+        assert len({json.loads(line)["key"] for line in lines}) == 3 * count  # full cache, Knorm, and the view
         trains = EITModule(tiny_backbone(dtype="auto"), RealEviction(KnormPress(0.5)))
         assert trains.describe_training()["dtype"] == dtype
 
