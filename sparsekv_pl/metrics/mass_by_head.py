@@ -14,15 +14,15 @@ class MassByHead(AdditiveMetric):
     ``compute`` returns ``kept`` and ``most``, float32 scalars over all heads, and ``distance``, (layers, K), the
     difference by head; NaN without weights.
 
-    Parameters
-    ----------
-    layers, kv_heads
-        Shape of the model.
-
     >>> metric = MassByHead(1, 2)
     >>> metric.update(0, torch.tensor([[0.5, 1.0]]), torch.tensor([[0.75, 1.0]]), torch.tensor([[3.0, 1.0]]))
     >>> metric.compute()
     {'kept': tensor(0.6250), 'most': tensor(0.8125), 'distance': tensor([[0.2500, 0.0000]])}
+
+    Parameters
+    ----------
+    layers, kv_heads
+        Shape of the model.
     """
 
     higher_is_better = None
