@@ -28,6 +28,7 @@ from sparsekv_pl.models.batch import tokens_given
 from sparsekv_pl.models.lora import Lora
 from sparsekv_pl.schedules import Linear
 from sparsekv_pl.training.eit_module import EITModule
+from tests.callbacks.checkpoint_cases import names
 from tests.processes import Started
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer
 
@@ -60,10 +61,6 @@ def logits(model: Any) -> Tensor:
     model.eval()
     with torch.no_grad():
         return model(ids()).logits
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 def untrained(backbone: Backbone) -> EITModule:

@@ -10,11 +10,8 @@ from callbacks.adapter_export import AdapterExport
 from sparsekv_pl.blocksparse.gate import AttentionGates
 from sparsekv_pl.blocksparse.gate_distillation import GateDistillation
 from sparsekv_pl.models.backbone import Backbone
+from tests.callbacks.checkpoint_cases import names
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 def gates(backbone: Backbone) -> GateDistillation:
