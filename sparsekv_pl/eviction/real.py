@@ -15,8 +15,10 @@ from sparsekv_pl.eviction.interface import Evicted, EvictedContext
 from sparsekv_pl.eviction.kept_memory import kept_memory
 from sparsekv_pl.eviction.limits import check_chunks, check_continuation
 from sparsekv_pl.eviction.local_gradients import LocalGradients
-from sparsekv_pl.eviction.prefill import ChunkedPrefill, chunk_bounds, continue_from
+from sparsekv_pl.eviction.prefill import chunk_bounds, continue_from
 from sparsekv_pl.eviction.prefilled_cache import Prefilled
+from sparsekv_pl.eviction.quantised_pairs import PairQuantisation
+from sparsekv_pl.eviction.quantised_prefill import QuantisedPrefill
 from sparsekv_pl.eviction.request import NOTHING, Request
 from sparsekv_pl.models.devices import stacked
 from sparsekv_pl.presses.ratio import set_compression_ratio
@@ -42,6 +44,9 @@ class RealEviction:
         time. For long contexts; costs a second forward. See eviction/checkpointed_prefill.py.
     local_gradients
         Steps and contexts whose gradients stay in the layer, which saves the context's backward; null for none.
+    quantisation
+        Bits in which the kept pairs are stored: what follows reads them rounded, and gradients pass through the
+        rounding unchanged. Null keeps them whole.
 
     Raises
     ------
@@ -54,6 +59,7 @@ class RealEviction:
     budget: int | None = None
     checkpoint: bool = False
     local_gradients: LocalGradients | None = None
+    quantisation: PairQuantisation | None = None
 
     def __post_init__(self) -> None:
         for name in ("chunk_tokens", "budget"):
@@ -86,7 +92,8 @@ class RealEviction:
         set_compression_ratio(self.press, compression_ratio)
         tokens = context_ids.shape[1]
         local = self.local_gradients is not None and self.local_gradients.at(step, tokens)
-        filling = ChunkedPrefill(model, self.press, tokens, self.chunk_tokens, self.budget, request, local)
+        settings = (self.chunk_tokens, self.budget, request, local)
+        filling = QuantisedPrefill(model, self.press, tokens, *settings, quantisation=self.quantisation)
         prefilled = checkpointed_prefill(filling, context_ids) if self.checkpoint else filling.run(context_ids)
         kept = kept_memory(model, prefilled.cache).kept_pairs * prefilled.mean_weight
         context = evicted_context(model, prefilled, context_ids) if request.contexts else None
