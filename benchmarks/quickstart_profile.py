@@ -20,7 +20,8 @@ from kvpress import ExpectedAttentionPress, SnapKVPress
 from measure import report
 from torch import Tensor
 
-from data.mixture import EvictionData, MixtureStream
+from data.mixture import EvictionData
+from data.mixture_stream import MixtureStream
 from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.models.backbone import Backbone, causal_lm
 from sparsekv_pl.models.batch import Batch

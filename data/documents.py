@@ -51,6 +51,10 @@ class TextSource(ABC):
     def documents(self) -> Iterator[Document]:
         """Yield all documents once, in the source's order."""
 
+    def parts(self) -> "list[tuple[TextSource, float]]":
+        """Return the sources that this one mixes, with their shares of the tokens: itself, unless it mixes others."""
+        return [(self, 1.0)]
+
     def blocks(self, keep: Callable[[str], bool], number: int = 0, total: int = 1) -> DocumentBlocks:
         """Return share ``number`` of ``total`` of the documents whose text ``keep`` accepts, in memory, as one block.
 

@@ -32,7 +32,7 @@ class JoinedText(TextSource):
             if isinstance(source, HubText) and source.streaming:
                 raise ValueError(
                     f"JoinedText.sources[{i}] streams {source.name!r}, which may never end: set its streaming "
-                    "to false, or train on it alone"
+                    "to false, or mix the sources by weight with data.mixed_text.MixedText"
                 )
 
     def documents(self) -> Iterator[Document]:

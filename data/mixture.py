@@ -1,55 +1,30 @@
 """The LightningDataModule of training: plain text and retrieval cases in a given ratio, resumable exactly."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any, cast
 
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
-from data.asked_rows import AskedRows, check_room, validation_questions
+from data.asked_rows import check_room, validation_questions
 from data.cases import TrainingCase
 from data.collate import needle_batch, pad_id, text_batch
-from data.facts import Split
+from data.mixture_stream import MixtureStream, question_cases, training_needles
 from data.needles import NeedleTask
-from data.packing import (
-    DocumentStream,
-    WindowStream,
-    split_tokens,
-    spread_windows,
-    window_at,
-)
-from data.question_cases import QuestionCases
+from data.packing import split_tokens, spread_windows
 from data.question_kinds import checked_weights
-from data.resumable import RankStatefulLoader, flat_settings, tokenizer_settings
+from data.resumable import RankStatefulLoader
 from data.text import EmbeddedText, Splits, TextSource
 from data.tokenized import TokenizedData
 from data.without_epochs import batches_to_train, without_epochs
 from sparsekv_pl.models.batch import Batch
 from sparsekv_pl.models.encoding import Encoder
-from sparsekv_pl.models.seeding import random_for
 
-CONTINUATIONS = 4
-"""All questions of a row together have at most the tokens of so many text continuations, except for the first one."""
 DEPTHS = 10
 """Number of depths, evenly from 0 to 1, over which validation's needles cycle."""
 TRIED_CASES, SPARE = 256, 1.25
 """The shortest context must have room for a quarter more than the largest of 256 facts; none of 20,000 took more."""
-
-
-STREAM_SETTINGS = (
-    "text",
-    "splits",
-    "seed",
-    "context_tokens",
-    "continuation_tokens",
-    "batch_size",
-    "retrieval_share",
-    "needles",
-    "shortest_context",
-    "questions",
-)
-"""Settings that determine the training stream, besides the tokenizer and the numbers of ranks and workers."""
 
 
 class EvictionData(TokenizedData):
@@ -92,6 +67,9 @@ class EvictionData(TokenizedData):
         Weights of the kinds of questions, for example {facts: 3, quotes: 2, cloze: 1}; null asks for facts alone. The
         kinds are those of data/question_kinds.py. Each question's kind is drawn; one that the text has nothing for is
         drawn again and counted. Validation asks the kinds in turn.
+    windows_per_document
+        Most windows (a context and a continuation) that training takes of one document and epoch, from a place that is
+        drawn; null takes all. A book has hundreds, which would follow each other.
 
     Raises
     ------
@@ -114,6 +92,7 @@ class EvictionData(TokenizedData):
         splits: Splits | None = None,
         shortest_context: int | None = None,
         questions: dict[str, float] | None = None,
+        windows_per_document: int | None = None,
     ) -> None:
         super().__init__()
         self.questions = checked_weights(questions)
@@ -132,6 +111,9 @@ class EvictionData(TokenizedData):
                 f"shortest_context is {shortest_context}: give 1 to context_tokens ({context_tokens}), or null for "
                 "contexts of one length"
             )
+        if windows_per_document is not None and windows_per_document < 1:
+            raise ValueError(f"windows_per_document is {windows_per_document}: give at least 1, or null for all")
+        self.windows_per_document = windows_per_document
         self.text = text or EmbeddedText()
         self.splits = splits or Splits()
         self.context_tokens, self.continuation_tokens = context_tokens, continuation_tokens
@@ -196,98 +178,6 @@ class EvictionData(TokenizedData):
         pad, size = pad_id(self.tokenizer), self.batch_size
         batches = [text_batch(rows, self.continuation_tokens, pad) for rows in _groups(windows, size)]
         return batches + [needle_batch(rows, pad) for rows in _groups(cases, size)]
-
-
-class MixtureStream(IterableDataset[Batch]):
-    """Endless training batches. A draw from (seed, s) decides for all ranks whether step s is text or retrieval."""
-
-    def __init__(self, data: EvictionData, rank: int, ranks: int) -> None:
-        self.data, self.rank, self.ranks = data, rank, ranks
-
-    def settings(self) -> dict[str, Any]:
-        """Return all settings that determine the batches, by name."""
-        found: dict[str, Any] = {"ranks": self.ranks}
-        for name in STREAM_SETTINGS:
-            found |= flat_settings(name, getattr(self.data, name))
-        return found | tokenizer_settings(self.data.tokenizer)
-
-    def __iter__(self) -> "MixtureIterator":
-        info = get_worker_info()
-        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        return MixtureIterator(self.data, self.rank, self.ranks, worker, workers)
-
-
-class MixtureIterator(Iterator[Batch]):
-    """One worker's batches: steps worker, worker + workers, ... of its rank, from its own share of the documents."""
-
-    def __init__(self, data: EvictionData, rank: int, ranks: int, worker: int, workers: int) -> None:
-        self.data, self.rank, self.ranks, self.workers = data, rank, ranks, workers
-        self.step = worker
-        documents = DocumentStream(data.text, data.splits, "train", data.seed, rank * workers + worker, ranks * workers)
-        self.windows = WindowStream(documents, data.tokenizer, data.context_tokens + data.continuation_tokens)
-        self.pad = pad_id(data.tokenizer)
-        self.needles = training_needles(data)
-        self.asked = AskedRows(question_cases(data, "train"), self.windows) if data.questions else None
-
-    def __next__(self) -> Batch:
-        data = self.data
-        windows = [next(self.windows) for _ in range(data.batch_size)]
-        retrieval = random_for("kind", data.seed, self.step).random() < data.retrieval_share
-        first = (self.step * self.ranks + self.rank) * data.batch_size
-        rows = range(first, first + data.batch_size)
-        lengths = [random_for("length", data.seed, row).choice(data.context_lengths) for row in rows]
-        self.step += self.workers
-        if retrieval:
-            cases = zip(rows, windows, lengths, strict=True)
-            if self.asked is not None:
-                return needle_batch([self.asked.case(*case) for case in cases], self.pad) | self._counted()
-            needles = [self.needles.case(row, text, context_tokens=length) for row, text, length in cases]
-            return needle_batch(needles, self.pad) | self._counted()
-        tokens = data.continuation_tokens
-        encoder, spans = self.windows.encoder, [length + tokens for length in lengths]
-        cut = [window_at(window, 0, span, tokens, encoder) for window, span in zip(windows, spans, strict=True)]
-        return text_batch(cut, tokens, self.pad) | self._counted()
-
-    def _counted(self) -> Batch:
-        """Return the counts that a batch carries."""
-        counted: dict[str, Any] = {"skipped_documents": self.windows.documents.blocks.skipped}
-        if self.asked is not None:
-            counted["left_out_questions"] = dict(self.asked.left_out)
-        return cast(Batch, counted)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the next step, the text's state and the counts; everything else is a function of the step."""
-        state: dict[str, Any] = {"step": self.step, "windows": self.windows.state_dict()}
-        return state if self.asked is None else state | {"left_out": dict(self.asked.left_out)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state."""
-        self.step = state["step"]
-        self.windows.load_state_dict(state["windows"])
-        if self.asked is not None:
-            self.asked.left_out = dict(state["left_out"])
-
-
-def training_needles(data: EvictionData) -> NeedleTask:
-    """Make the task of the training stream's needle cases."""
-    return NeedleTask(
-        data.tokenizer, data.context_tokens, data.seed, "train", data.needles, "value_and_stop", ask="all"
-    )
-
-
-def question_cases(data: EvictionData, split: Split) -> QuestionCases:
-    """Make the cases of several kinds of questions: training asks several per row, validation one."""
-    train = split == "train"
-    return QuestionCases(
-        data.tokenizer,
-        data.context_tokens,
-        data.questions,
-        data.needles if train else (1, 1),
-        CONTINUATIONS * data.continuation_tokens,
-        data.seed,
-        split,
-        supervise_stop=train,
-    )
 
 
 def _in_order(batches: list[Batch]) -> DataLoader[Batch]:

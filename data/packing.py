@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 
 from data.facts import Split
@@ -77,10 +78,15 @@ def enough_for(span: int) -> int:
 def split_tokens(source: TextSource, splits: Splits, split: Split, tokenizer: Any, span: int) -> Tokens:
     """Return the text of a split from its beginning, ``enough_for(span)`` tokens or all that it has.
 
-    Raises ``ValueError`` if no document belongs to the split.
+    Of several mixed sources, each has its share, cut in its last document. Raises ``ValueError`` if no document belongs
+    to the split.
     """
-    documents = (document for document in source.documents() if splits.of(document.text) == split)
-    text = take_tokens(documents, tokenizer, enough_for(span))
+    enough, text = enough_for(span), Tokens()
+    for part, share in source.parts():
+        documents = (document for document in part.documents() if splits.of(document.text) == split)
+        own = take_tokens(documents, tokenizer, ceil(share * enough))
+        own = own if share == 1 else own.slice(0, ceil(share * enough))
+        text = Tokens(text.ids + own.ids, text.spans + own.spans)
     if not text.ids:
         raise ValueError(
             f"the {split} split of the text has no document: give more documents or raise its share ({splits})"
@@ -213,21 +219,36 @@ def _fingerprint(documents: list[Document]) -> str:
 class WindowStream(Iterator[Tokens]):
     """Windows of exactly ``window`` tokens from a document stream; leftover tokens begin the next window.
 
-    The rest of a character that was cut at a window's end is left out.
+    The rest of a character that was cut at a window's end is left out. Of a document with more than ``most`` windows,
+    ``most`` are taken from a place that is drawn anew in every epoch; None takes all.
     """
 
-    def __init__(self, documents: DocumentStream, tokenizer: Any, window: int) -> None:
-        self.documents, self.encoder, self.window = documents, Encoder(tokenizer), window
+    def __init__(self, documents: DocumentStream, tokenizer: Any, window: int, most: int | None = None) -> None:
+        self.documents, self.encoder, self.window, self.most = documents, Encoder(tokenizer), window, most
         self.rest = Tokens()
+
+    @property
+    def skipped(self) -> int:
+        """Number of unusable documents so far."""
+        return self.documents.blocks.skipped
 
     def __next__(self) -> Tokens:
         while len(self.rest.ids) < self.window:
             document = next(self.documents)
-            self.rest.append(document.id, encode_document(self.encoder, document))
+            self.rest.append(document.id, self._stretch(document))
         window = self.rest.slice(0, self.window)
         next_one = self.encoder.behind_character(self.rest.ids, self.window)
         self.rest = self.rest.slice(next_one, len(self.rest.ids))
         return window
+
+    def _stretch(self, document: Document) -> list[int]:
+        ids, documents = encode_document(self.encoder, document), self.documents
+        if self.most is None or len(ids) <= self.most * self.window:
+            return ids
+        rng = random_for("stretch", documents.seed, documents.epoch, document.id)
+        start = self.encoder.behind_character(ids, rng.randrange(len(ids) - self.most * self.window + 1))
+        end = self.encoder.before_character(ids, min(len(ids), start + self.most * self.window))
+        return ids[start:end]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the document stream's state and the leftover tokens."""

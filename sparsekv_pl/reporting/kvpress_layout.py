@@ -74,6 +74,11 @@ def string_match(predictions: Sequence[str], answers: Sequence[Sequence[str]], t
     return round(100 * sum(scores) / len(scores), 2)
 
 
+def is_ruler(task: str) -> bool:
+    """Return whether a task is one of RULER's settings."""
+    return str(task).split("_")[0] in RULER
+
+
 def _config(record: Record, names: dict[str, str], query_aware: bool) -> dict[str, Any]:
     """The keys of kvpress's config.yaml that decide a record's folder."""
     condition, model = Condition.of(record), names[record["variant"]]
@@ -81,7 +86,7 @@ def _config(record: Record, names: dict[str, str], query_aware: bool) -> dict[st
     if press.startswith(HOSTED):
         press, model = FULL_CACHE, press.removeprefix(HOSTED)
     return {
-        "dataset": "ruler" if str(record["task"]).split("_")[0] in RULER else "sparsekv_pl",
+        "dataset": "ruler" if is_ruler(record["task"]) else "sparsekv_pl",
         "data_dir": str(record["length"]),
         "model": model,
         "press_name": _press_name(press, condition.prefill),

@@ -9,8 +9,10 @@ from sparsekv_pl.reporting.analysis_page import Drawn, write_page
 from sparsekv_pl.reporting.figures import RETENTION, curves_figure, dots_figure
 from sparsekv_pl.reporting.file_formats import csv_bytes
 from sparsekv_pl.reporting.heatmaps import needle_figures
+from sparsekv_pl.reporting.length_curves import length_figure
 from sparsekv_pl.reporting.page import Link
 from sparsekv_pl.reporting.retention_curves import retention_figure
+from sparsekv_pl.reporting.ruler_settings import ruler_figure
 from sparsekv_pl.reporting.sections import report_sections
 from sparsekv_pl.reporting.summary import Summary
 
@@ -26,7 +28,8 @@ def write_run(
 ) -> list[Path]:
     """Write a run's report into `output` and return the paths; see ``write_page``.
 
-    report.json has "rows", "training", "environment", "title", "ledger" and "stability". Further files: report.csv (the
+    report.json has "rows", "training", "environment", "title", "ledger", "stability" and, for several context lengths,
+    "by_length": the rows of each. Further files: report.csv (the
     rows), cases.csv (every record, answers included), ledger.csv and stability.csv if measured, report.png and more
     pictures.
 
@@ -44,6 +47,8 @@ def write_run(
         **{f"{name}.csv": csv_bytes(some) for name, some in lines.items() if some},
     }
     rows = [row.aliased() for row in summary.rows]
+    if len(summary.by_length) > 1:
+        lines["by_length"] = [{"length": n} | row.aliased() for n, some in summary.by_length.items() for row in some]
     content = {"rows": rows, "training": training, "environment": environment, **lines}
     links = [Link(label, name) for name, (label, _) in pages.items()]
     sections = report_sections(summary, list(drawn), training, environment, links)
@@ -59,6 +64,12 @@ def _figures(summary: Summary) -> Drawn:
     retained = retention_figure(rows)
     if retained is not None:
         drawn["retention-curves.png"] = ("Retention over compression, by press", retained)
+    longer = length_figure(summary.by_length)
+    if longer is not None:
+        drawn["retention-lengths.png"] = ("Retention over the context length, by press", longer)
+    ruler = ruler_figure(summary.by_length)
+    if ruler is not None:
+        drawn["ruler.png"] = ("RULER by setting and press (needle accuracy in percent)", ruler)
     curves = curves_figure(rows)
     if curves is not None:
         drawn["curves.png"] = ("Scores over compression", curves)

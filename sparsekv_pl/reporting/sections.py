@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sparsekv_pl.reporting.condition import FULL_CACHE, marked
 from sparsekv_pl.reporting.costs import Line
 from sparsekv_pl.reporting.intervals import Interval
 from sparsekv_pl.reporting.page import Link, Section, Table
+from sparsekv_pl.reporting.ruler_settings import not_judged
 from sparsekv_pl.reporting.sorted_records import VARIANTS, Measured
-from sparsekv_pl.reporting.summary import BESIDES, Row, Summary
+from sparsekv_pl.reporting.summary import BESIDES, Row, Summary, headline
 
 ERROR_LETTERS = 200
 METRIC_NAMES = {
@@ -53,9 +55,10 @@ def report_sections(
     retrieval = [row for row in rows if row.metric == "needle_accuracy"]
     text = [row for row in rows if row.metric == "perplexity"]
     sections = [
-        Section("Full cache", paragraphs=list(full_cache_lines(rows))),
+        Section("Full cache", paragraphs=[*full_cache_lines(rows), *not_judged(summary.by_length)]),
         Section("At a glance", pictures),
         Section("Retrieval", tables=[*_by_task(measured, retrieval, scores_table), *other_scores(measured, retrieval)]),
+        Section("Retrieval by length", tables=list(_by_length(summary))),
         Section("What the cache kept, token by token", paragraphs=[VIEWS_NOTE] if views else [], links=views),
         Section("Text", tables=_text(measured, text)),
         Section("How to read this", paragraphs=HOW_TO_READ),
@@ -116,6 +119,15 @@ def scores_table(measured: Measured, rows: Sequence[Row]) -> Table | None:
     lines = [[*(_cell(row, name) for name in columns), f"{row.cases}{_dropped(row)}{_fewer(row)}"] for row in rows]
     caption = f"{rows[0].task}: {METRIC_NAMES[rows[0].metric]}"
     return _table(measured, caption, rows, [*heads, *(f"retention, {head}" for head in heads), "cases"], lines)
+
+
+def _by_length(summary: Summary) -> Iterator[Table]:
+    """The main scores of each context length, if there are several."""
+    for length, rows in summary.by_length.items() if len(summary.by_length) > 1 else ():
+        needles = [row for row in headline(rows) if row.metric == "needle_accuracy"]
+        table = scores_table(summary.measured, needles)
+        if table is not None:
+            yield replace(table, caption=f"{table.caption}, {length:,} tokens")
 
 
 def _cell(row: Row, name: str) -> str:

@@ -1,6 +1,6 @@
 """Summarising records to the rows of a report: base against trained on the same cases, with intervals."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -108,6 +108,8 @@ class Summary:
     rows: Sequence[Row]
     ledger: Sequence[Line]
     stability: Sequence[Line]
+    by_length: Mapping[int, Sequence[Row]]
+    """The rows of each context length, in tokens; empty without lengths."""
 
     def scores(self) -> dict[str, float]:
         """Scores for loggers ("base_SnapKV_0-5_dense/exact"): of text, and of all retrieval tasks together."""
@@ -127,7 +129,16 @@ def summarised(records: Sequence[Record]) -> Summary:
     Raises ValueError without records, for an unknown variant, and for a measure that is not finite.
     """
     measured = sorted_records(records)
-    return Summary(records, measured, summary_rows(measured), ledger_rows(measured), stability_rows(measured))
+    rows = summary_rows(measured)
+    return Summary(records, measured, rows, ledger_rows(measured), stability_rows(measured), _by_length(records, rows))
+
+
+def _by_length(records: Sequence[Record], rows: Sequence[Row]) -> dict[int, Sequence[Row]]:
+    lengths = sorted({record["length"] for record in records if record.get("length") is not None and "case" in record})
+    if len(lengths) < 2:
+        return dict.fromkeys(lengths, rows)
+    own = {length: [record for record in records if record.get("length") == length] for length in lengths}
+    return {length: summary_rows(sorted_records(some)) for length, some in own.items()}
 
 
 def summary_rows(measured: Measured) -> list[Row]:

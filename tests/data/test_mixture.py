@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from data import EvictionData
-from data.mixture import MixtureStream
+from data.mixture_stream import MixtureStream
 from data.resumable import RankStatefulLoader
 from data.text import Splits
 from sparsekv_pl.models.batch import IGNORE

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from data.mixture import EvictionData, MixtureStream
+from data.mixture import EvictionData
+from data.mixture_stream import MixtureStream
 from data.packing import DocumentStream, Tokens, WindowStream, encode_document, spread_windows, take_tokens
 from data.resumable import RankStatefulLoader
 from data.text import EmbeddedText, HubText, LocalText, Splits, TextSource

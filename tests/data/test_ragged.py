@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data import EvictionData
 from data.collate import pad_id
-from data.mixture import MixtureStream
+from data.mixture_stream import MixtureStream
 from data.needles import NeedleTask
 from data.packing import DocumentStream, WindowStream
 from data.text import Splits
