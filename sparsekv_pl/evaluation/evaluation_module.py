@@ -178,7 +178,8 @@ class EvaluationModule(MeasuringModule):
         return [] if measurement.is_text and others else self.viewed.rows(measurement.batch)
 
     def _views_of(self, measurement: Measurement, variant: str, rows: list[int]) -> Piece:
-        points = [point for point in self.points if not point.unfit()]
+        # a point with quantised pairs keeps those of the point without
+        points = [point for point in self.points if not point.unfit() and point.quantisation is None]
         described = [point.described() | {"name": point.name} for point in points]
         batch = batch_of(measurement.batch, named=True)
         return Piece(

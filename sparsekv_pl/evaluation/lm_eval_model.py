@@ -22,9 +22,11 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from sparsekv_pl.evaluation.pace import ticking
 from sparsekv_pl.eviction.decoding import greedy
 from sparsekv_pl.eviction.kept_memory import kept_memory
-from sparsekv_pl.eviction.prefill import chunk_bounds, continue_from, prefill
+from sparsekv_pl.eviction.prefill import chunk_bounds, continue_from
 from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.eviction.press_model_check import check_press
+from sparsekv_pl.eviction.quantised_pairs import PairQuantisation
+from sparsekv_pl.eviction.quantised_prefill import QuantisedPrefill
 from sparsekv_pl.models.backbone import causal_lm
 from sparsekv_pl.models.chat_template import DAY
 from sparsekv_pl.models.seeding import globally_seeded
@@ -97,6 +99,8 @@ class PressedLM(HFLM):
         Tokens scored per eviction in ``loglikelihood_rolling``.
     max_length
         Tokens of context and continuation together; None takes the model's.
+    quantisation
+        Bits in which a context's kept pairs are stored; None keeps them whole.
 
     Attributes
     ----------
@@ -114,6 +118,7 @@ class PressedLM(HFLM):
         held_back: int = 1,
         rolling_tokens: int = 256,
         max_length: int | None = None,
+        quantisation: PairQuantisation | None = None,
     ) -> None:
         for name, value in {"held_back": held_back, "rolling_tokens": rolling_tokens}.items():
             if value < 1:
@@ -125,7 +130,7 @@ class PressedLM(HFLM):
                 pretrained=causal_lm(model), tokenizer=tokenizer, backend="causal", batch_size=1, max_length=max_length
             )
         self.chat_template_args: dict[str, Any] = {**self.chat_template_args, "strftime_now": DAY.strftime}
-        self.press, self.chunk_tokens = press, chunk_tokens
+        self.press, self.chunk_tokens, self.quantisation = press, chunk_tokens, quantisation
         self.window = 0 if press is None else traits_of(press).window
         self.held_back, self.rolling_tokens = held_back, rolling_tokens
         self.evictions: dict[str, list[ContextEviction]] = {}
@@ -216,7 +221,8 @@ class PressedLM(HFLM):
             return Prefilled(DynamicCache(), 0, []), held, ContextEviction(len(context), False, 0.0, True)
         press = self.press if self._long_enough(split) else None
         with globally_seeded("measured press", *row_numbers(seen), press_name(press)):  # for one without a seed
-            prefilled = prefill(self.model, seen, press, self.chunk_tokens)
+            settings = (self.model, press, split, self.chunk_tokens)
+            prefilled = QuantisedPrefill(*settings, quantisation=self.quantisation).run(seen)
         left = kept_memory(self.model, prefilled.cache)
         eviction = ContextEviction(len(context), press is not None, left.kept_pairs, left.freed)
         return prefilled, held, eviction

@@ -146,7 +146,12 @@ class LMEvalModule(MeasuringModule):
         # lm_eval seeds Python, NumPy and torch for the tasks that shuffle with them.
         with isolate_rng():
             lm = PressedLM(
-                self.model, self.tokenizer, point.press, chunk_tokens=point.chunk_tokens, held_back=self.held_back
+                self.model,
+                self.tokenizer,
+                point.press,
+                chunk_tokens=point.chunk_tokens,
+                held_back=self.held_back,
+                quantisation=point.quantisation,
             )
             results = simple_evaluate(
                 lm,
@@ -205,5 +210,5 @@ class LMEvalModule(MeasuringModule):
 def _name(record: Record) -> str:
     """A score's name in TensorBoard."""
     condition = Condition.of(record)
-    where = (condition.press, f"{condition.compression_ratio:g}", condition.prefill)
+    where = (condition.press, f"{condition.compression_ratio:g}", condition.way)
     return "/".join(map(str, (record["variant"], record["task"], record["metric"], *where))).replace(" ", "_")

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from sparsekv_pl.eviction.kept_memory import kept_memory
 from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.eviction.prefill import ChunkedPrefill
 from sparsekv_pl.eviction.press_model_check import check_press
+from sparsekv_pl.eviction.quantised_pairs import PairQuantisation, quantised_bytes
+from sparsekv_pl.eviction.quantised_prefill import QuantisedPrefill
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.models.batch import CaseBatch
 from sparsekv_pl.models.compression_ratio import check_compression_ratio
@@ -72,6 +75,8 @@ class LongContextModule(MeasuringModule):
         Build and tokenise everything, print the plan and stop before inference.
     tokens_per_second
         Prefill speed assumed by the plan; null: the plan states no time.
+    quantisation
+        Bits in which the kept pairs are stored; null keeps them whole.
     """
 
     one_process = (
@@ -90,6 +95,7 @@ class LongContextModule(MeasuringModule):
         save_every: int = 64,
         dry: bool = False,
         tokens_per_second: float | None = None,
+        quantisation: PairQuantisation | None = None,
     ) -> None:
         for name, value in {"budget": budget, "chunk_tokens": chunk_tokens, "save_every": save_every}.items():
             if value is not None and value < 1:
@@ -106,7 +112,7 @@ class LongContextModule(MeasuringModule):
             super().__init__(output or "output/long_context", backbone, trained_alone=True)
         self.backbone: Backbone = backbone
         self.title, self.save_every = title, save_every
-        self.dry, self.tokens_per_second = dry, tokens_per_second
+        self.dry, self.tokens_per_second, self.quantisation = dry, tokens_per_second, quantisation
         check_press(self.causal_lm, press)
 
     def setup(self, stage: str) -> None:
@@ -152,7 +158,8 @@ class LongContextModule(MeasuringModule):
         return self.causal_lm.get_input_embeddings().weight.device  # type: ignore[return-value]
 
     def _filling(self, tokens: int) -> ChunkedPrefill:
-        return ChunkedPrefill(self.causal_lm, self.press, tokens, self.chunk_tokens, self.budget)
+        settings = (self.causal_lm, self.press, tokens, self.chunk_tokens, self.budget)
+        return QuantisedPrefill(*settings, quantisation=self.quantisation)
 
     def _filling_for(self, batch: CaseBatch) -> ChunkedPrefill:
         """A prefill of the batch's context. Raises ``ValueError`` if the model has no positions for its answers."""
@@ -204,12 +211,13 @@ class LongContextModule(MeasuringModule):
     def _answers(self, filling: ChunkedPrefill, batch: CaseBatch, variant: str, costs: Record) -> list[Record]:
         prefilled, tokens = filling.result(), batch["context_ids"].shape[1]
         found, prefill = kept_memory(self.causal_lm, prefilled.cache), f"chunks of {self.chunk_tokens}"
-        condition = Condition(press_name(self.press), round(1 - found.kept_pairs / tokens, 6), prefill)
+        packed, ratio = self.quantisation, round(1 - found.kept_pairs / tokens, 6)
+        condition = Condition(press_name(self.press), ratio, prefill, "" if packed is None else str(packed))
         shared = {
             "length": tokens,
             **self.columns(variant, condition, self.press),
             "kept_pairs": found.kept_pairs,
-            "kv_bytes": found.kv_bytes,
+            "kv_bytes": found.kv_bytes if packed is None else quantised_bytes(prefilled.cache, packed),
             "freed": found.freed,
             **costs,
         }
@@ -236,6 +244,7 @@ class LongContextModule(MeasuringModule):
             budget=self.budget,
             chunk_tokens=self.chunk_tokens,
             batch=batch_of(batch, named=True),
+            **({} if self.quantisation is None else {"quantisation": asdict(self.quantisation)}),
         )
 
     def _show_plan(self, batch: CaseBatch) -> None:

@@ -22,8 +22,10 @@ from sparsekv_pl.eviction.answering import Answering
 from sparsekv_pl.eviction.decoding import greedy_together, read_while_evicting
 from sparsekv_pl.eviction.kept_memory import kept_memory
 from sparsekv_pl.eviction.limits import rope_changes
-from sparsekv_pl.eviction.prefill import continue_from, prefill
+from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.eviction.prefilled_cache import Prefilled
+from sparsekv_pl.eviction.quantised_pairs import quantise, quantised_bytes
+from sparsekv_pl.eviction.quantised_prefill import QuantisedPrefill
 from sparsekv_pl.eviction.replay import RecordedPrefill
 from sparsekv_pl.metrics.retrieval import retrieval_scores
 from sparsekv_pl.models.batch import TEXT, CaseBatch
@@ -101,17 +103,17 @@ class Measurement:
         phases = Phases()
         with phases("point"):
             prefilled, costs = self.prefilled(point)
-            left = self._left(prefilled)
+            left = self._left(point, prefilled)
             rows = self._read(point, prefilled)
             if point.decoding_interval is not None:  # it evicted while reading
-                left = self._left(prefilled)
+                left = self._left(point, prefilled)
         if self.measures_stability(point):
             rows = [row | stable for row, stable in zip(rows, self._stable(point), strict=True)]
         return [costs | left | {"peak_bytes": phases.peak_bytes()} | row for row in rows]
 
     def measures_stability(self, point: Point) -> bool:
         """Whether the records of ``point`` include the stability of its press's choice."""
-        stable = self.with_stability and self.is_text and point.press is not None and point.prefill == "dense"
+        stable = self.with_stability and self.is_text and point.press is not None and point.condition.way == "dense"
         return stable and not oracles_in(point.press)
 
     def _stable(self, point: Point) -> list[Record]:
@@ -137,10 +139,11 @@ class Measurement:
         cases = (case.id for case in self.batch["cases"])
         return globally_seeded("measured press", *cases, press_name(point.press), str(float(point.compression_ratio)))
 
-    def _left(self, prefilled: Prefilled) -> Record:
+    def _left(self, point: Point, prefilled: Prefilled) -> Record:
         """The KV pairs and bytes left by an eviction, per case."""
-        found = kept_memory(self.model, prefilled.cache)
-        kv_bytes = found.kv_bytes // len(self.batch["cases"])
+        found, packed = kept_memory(self.model, prefilled.cache), point.quantisation
+        total = found.kv_bytes if packed is None else quantised_bytes(prefilled.cache, packed)
+        kv_bytes = total // len(self.batch["cases"])
         return {"kept_pairs": found.kept_pairs, "kv_bytes": kv_bytes, "freed": found.freed}
 
     def _answers_from(self, point: Point) -> dict[str, list[Record]]:
@@ -182,7 +185,7 @@ class Measurement:
         phases = Phases()
         with phases("point"):
             prefilled, costs = self.prefilled(point)
-            left = self._left(prefilled)
+            left = self._left(point, prefilled)
             answering, seconds = timed(lambda: self._answering(prefilled))
         return _Asked(answering, costs | left, seconds, phases.peak_bytes() - held)
 
@@ -234,16 +237,20 @@ class Measurement:
 
     def prefilled(self, point: Point) -> tuple[Prefilled, dict[str, float]]:
         """The context's cache after the point's eviction, and the seconds of prefill and eviction."""
-        if point.chunk_tokens is not None:
+        packed = point.quantisation
+        if point.chunk_tokens is not None or (packed is not None and packed.residual):  # which needs their order
             context = self.batch["context_ids"]
+            settings = (self.model, point.press, context.shape[1], point.chunk_tokens)
             with self._draws(point):
-                prefilled, seconds = timed(lambda: prefill(self.model, context, point.press, point.chunk_tokens))
+                prefilled, seconds = timed(lambda: QuantisedPrefill(*settings, quantisation=packed).run(context))
             return prefilled, {"prefill_seconds": seconds, "eviction_seconds": 0.0}
         recorded, seconds = self._recorded
         press = None if point.decoding_interval is not None else point.press
         oracles = oracles_in(press)
         with self._draws(point), foreseen(oracles, self._continuation_mass) if oracles else nullcontext():
             prefilled, evicting = timed(lambda: recorded.evicted(press))
+        if packed is not None:
+            quantise(prefilled.cache, packed)
         return prefilled, {"prefill_seconds": seconds, "eviction_seconds": evicting}
 
     def answers(self, prefilled: Prefilled) -> list[Record]:

@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvpress import BasePress
 
 from sparsekv_pl.eviction.limits import check_chunks
 from sparsekv_pl.eviction.prefill import chunk_bounds
+from sparsekv_pl.eviction.quantised_pairs import PairQuantisation
 from sparsekv_pl.eviction.request import NOTHING
 from sparsekv_pl.models.compression_ratio import check_compression_ratio
 from sparsekv_pl.presses.nesting import press_name
@@ -28,11 +29,13 @@ class Point:
     compression_ratio: float = 0.0
     chunk_tokens: int | None = None
     decoding_interval: int | None = None
+    quantisation: PairQuantisation | None = None
 
     @property
     def condition(self) -> Condition:
         """The point's condition in records and reports."""
-        return Condition(press_name(self.press), self.compression_ratio, self.prefill)
+        stored = "" if self.quantisation is None else str(self.quantisation)
+        return Condition(press_name(self.press), self.compression_ratio, self.prefill, stored)
 
     @property
     def prefill(self) -> str:
@@ -57,11 +60,14 @@ class Point:
 
     def described(self) -> dict[str, Any]:
         """All settings that decide what this point measures, JSON-able."""
-        return {
+        described = {
             "press": self._press_settings(),
             "chunk_tokens": self.chunk_tokens,
             "decoding_interval": self.decoding_interval,
         }
+        if self.quantisation is not None:  # the work done on whole pairs keeps its keys
+            described["quantisation"] = asdict(self.quantisation)
+        return described
 
     def _press_settings(self) -> Any:
         if self.press is None:
@@ -86,17 +92,22 @@ class Setting:
     decoding_interval
         Read text token by token and evict every so many tokens, instead of once before it. Questions are not measured
         in this way: answers end before the first eviction.
+    quantisations
+        Ways to store the kept pairs, each measured at every ratio: null leaves them whole, ``{bits: 4}`` rounds them.
+        By default whole. At a ratio of 0 every pair is kept and rounded.
 
     Raises
     ------
     ValueError
-        For a ratio or number out of range, both intervals at once, or a press that evicts only in training.
+        For a ratio or number out of range, both intervals at once, quantisation while text is read, or a press that
+        evicts only in training.
     """
 
     press: BasePress
     compression_ratios: list[float]
     chunk_tokens: int | None = None
     decoding_interval: int | None = None
+    quantisations: list[PairQuantisation | None] | None = None
 
     def __post_init__(self) -> None:
         for ratio in self.compression_ratios:
@@ -110,11 +121,17 @@ class Setting:
             log.warning("%s is ignored: compression_ratios sets the ratio", written)
         if self.chunk_tokens is not None and self.decoding_interval is not None:
             raise ValueError("a setting evicts in chunks or during decoding: set chunk_tokens or decoding_interval")
+        if self.decoding_interval is not None and any(self.quantisations or []):
+            raise ValueError(
+                f"decoding_interval={self.decoding_interval} evicts while text is read, and quantisations apply to a "
+                "context's pairs: leave one of them out"
+            )
 
     def points(self) -> Iterator[Point]:
-        """One point per ratio."""
-        for ratio in self.compression_ratios:
-            yield Point(self.press, ratio, self.chunk_tokens, self.decoding_interval)
+        """One point per ratio and quantisation."""
+        for quantisation in self.quantisations or [None]:
+            for ratio in self.compression_ratios:
+                yield Point(self.press, ratio, self.chunk_tokens, self.decoding_interval, quantisation)
 
     def check(self, context_tokens: int) -> None:
         """Raise ``ValueError`` if the press cannot evict from contexts of this length (tokens) in this way."""

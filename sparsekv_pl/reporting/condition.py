@@ -1,4 +1,4 @@
-"""The condition of a measurement (press, ratio, prefill): one type for settings, records and rows of a report."""
+"""The condition of a measurement (press, ratio, prefill, storage), for settings, records and rows of a report."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,16 +14,19 @@ HOSTED = "hosted "
 
 @dataclass(frozen=True)
 class Condition:
-    """A press by its name, a compression ratio, and when the press evicts."""
+    """A press by its name, a compression ratio, when the press evicts, and how kept pairs are stored."""
 
     press: str
     compression_ratio: float
     prefill: str = "dense"
+    stored: str = ""
+    """Bits of the kept pairs, "4 bits"; empty if they are whole."""
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "Condition":
         """The condition that a record was measured under."""
-        return cls(record["press"], record["compression_ratio"], record.get("prefill", "dense"))
+        prefill, stored = record.get("prefill", "dense"), record.get("stored", "")
+        return cls(record["press"], record["compression_ratio"], prefill, stored)
 
     def columns(self) -> dict[str, Any]:
         """The condition as columns of a record or row."""
@@ -32,12 +35,17 @@ class Condition:
     @property
     def name(self) -> str:
         """A name that is valid in file names and in TensorBoard."""
-        spelled = f"{self.press}_{self.compression_ratio:g}_{self.prefill}".replace(" ", "_")
+        spelled = f"{self.press}_{self.compression_ratio:g}_{self.way}".replace(", ", "_").replace(" ", "_")
         return "".join(letter if letter.isalnum() or letter in "_-" else "-" for letter in spelled)
 
     def __str__(self) -> str:
         """The exact condition for messages: "SnapKV at 0.5, chunks of 128"."""
-        return f"{self.press} at {self.compression_ratio}, {self.prefill}"
+        return f"{self.press} at {self.compression_ratio}, {self.way}"
+
+    @property
+    def way(self) -> str:
+        """The prefill, and how pairs are stored if they are not whole: "dense", "chunks of 128, 4 bits"."""
+        return f"{self.prefill}, {self.stored}" if self.stored else self.prefill
 
     @property
     def evicts(self) -> bool:
@@ -51,8 +59,10 @@ class Condition:
 
     @property
     def when(self) -> str:
-        """The prefill, if it is not the usual one: "" for a dense prefill and for a hosted model."""
-        return "" if self.prefill == "dense" or self.press.startswith(HOSTED) else self.prefill
+        """What of ``way`` is not the usual: "" for whole pairs after a dense prefill and for a hosted model."""
+        if self.press.startswith(HOSTED):
+            return ""
+        return self.stored if self.prefill == "dense" else self.way
 
     @property
     def label(self) -> str:

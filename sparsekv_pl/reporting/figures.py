@@ -86,22 +86,22 @@ def _draw_dots(axes: Axes, rows: Sequence[tuple[int, Row]], panel: Panel) -> Non
 
 
 def curves_figure(rows: Sequence[Row]) -> Figure | None:
-    """Draw scores over the compression ratio: a plot per task and prefill, a colour per press, 95 % bands.
+    """Draw scores over the compression ratio: a plot per task and way to evict, a colour per press, 95 % bands.
 
     Base is dashed, and a curve begins at the full cache. None if no press was measured at a ratio above 0.
     """
     evicted = [r for r in rows if r.condition.evicts and r.condition.compression_ratio > 0 and r.cases]
-    drawn = list(dict.fromkeys((row.task, row.condition.prefill) for row in evicted))
+    drawn = list(dict.fromkeys((row.task, row.condition.way) for row in evicted))
     presses = list(dict.fromkeys(row.condition.press for row in evicted))
     if not drawn:
         return None
     columns = min(3, len(drawn))
     legend = -(-(len(presses) + 2) // (2 * columns))  # lines of it
     figure, grid = plots_for(len(drawn), (4.6, 3.2), 0.28 * legend + 0.4)
-    for axes, (task, prefill) in zip(grid, drawn, strict=True):
-        several = len({plot[1] for plot in drawn if plot[0] == task}) > 1 or prefill != "dense"
-        plain(axes, f"{task}, {prefill}" if several else task)
-        _draw_curves(axes, [row for row in rows if row.task == task], prefill, presses)
+    for axes, (task, way) in zip(grid, drawn, strict=True):
+        several = len({plot[1] for plot in drawn if plot[0] == task}) > 1 or way != "dense"
+        plain(axes, f"{task}, {way}" if several else task)
+        _draw_curves(axes, [row for row in rows if row.task == task], way, presses)
     handles = [
         *(Line2D([], [], color="0.2", linestyle=STYLES[v], label=v) for v in VARIANTS if _any(evicted, v)),
         *(Line2D([], [], **_look(presses, press), linewidth=3, label=marked(press)) for press in presses),
@@ -110,10 +110,10 @@ def curves_figure(rows: Sequence[Row]) -> Figure | None:
     return figure
 
 
-def _draw_curves(axes: Axes, rows: Sequence[Row], prefill: str, presses: list[str]) -> None:
+def _draw_curves(axes: Axes, rows: Sequence[Row], way: str, presses: list[str]) -> None:
     full = [row for row in rows if row.condition.press == FULL_CACHE][:1]
     for press in presses:
-        own = [row for row in rows if row.condition.press == press and row.condition.prefill == prefill]
+        own = [row for row in rows if row.condition.press == press and row.condition.way == way]
         start = [] if any(row.condition.compression_ratio == 0 for row in own) else full
         for variant in VARIANTS:
             points = [

@@ -89,16 +89,17 @@ def _config(record: Record, names: dict[str, str], query_aware: bool) -> dict[st
         "dataset": "ruler" if is_ruler(record["task"]) else "sparsekv_pl",
         "data_dir": str(record["length"]),
         "model": model,
-        "press_name": _press_name(press, condition.prefill),
+        "press_name": _press_name(press, condition.prefill, condition.stored),
         "compression_ratio": float(condition.compression_ratio),
         "query_aware": query_aware,
         "press_init_command": press,
     }
 
 
-def _press_name(press: str, prefill: str) -> str:
+def _press_name(press: str, prefill: str, stored: str = "") -> str:
     words = re.sub(r"[^A-Za-z0-9]+", "_", press).strip("_")
     name = REGISTERED.get(press) or re.sub(r"(?<=[a-z0-9])(?=[A-Z])(?!KV)", "_", words).lower()
+    name += f"_{re.sub(r'[^a-z0-9]+', '_', stored)}" * bool(stored)
     if prefill == "dense" or press == FULL_CACHE:
         return name
     return f"decoding_{name}" if prefill == "decoding" else f"{name}_{prefill.replace(' ', '_')}"

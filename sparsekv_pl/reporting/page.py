@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from jinja2 import Environment
 
+ERROR_LETTERS = 200
 MARKDOWN = """\
 {% if title %}
 # {{ title | line }}
@@ -169,3 +170,8 @@ def _fenced(code: Code) -> str:
     """Code between fences that are longer than any row of backticks in it."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code.text)), default=0))
     return f"{fence}{code.language}\n{code.text.strip()}\n{fence}"
+
+
+def shorten(error: str | None) -> str:
+    """An error shortened for a cell; cases.csv has the whole text."""
+    return (error or "")[:ERROR_LETTERS] + " ..." * (len(error or "") > ERROR_LETTERS)

@@ -30,7 +30,7 @@ def retention_figure(rows: Sequence[Row]) -> "Figure | None":
 
     kept = [row for row in headline(rows) if row.metric == "needle_accuracy" and row.retention_cases]
     own = [row.condition for row in kept if not foresees(row.condition.press)]
-    plots = list(dict.fromkeys((condition.press, condition.prefill) for condition in own))
+    plots = list(dict.fromkeys((condition.press, condition.way) for condition in own))
     if not plots:
         return None
     columns = min(COLUMNS, len(plots))
@@ -38,11 +38,11 @@ def retention_figure(rows: Sequence[Row]) -> "Figure | None":
     figure = Figure(figsize=(3.7 * columns, 2.7 * lines + 0.6), dpi=130, layout="constrained")
     grid = list(figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flat)
     ceiling = [row for row in kept if row.condition.press == ORACLE]
-    for axes, (press, prefill) in zip(grid, plots, strict=False):
-        shown = [row for row in kept if (row.condition.press, row.condition.prefill) == (press, prefill)]
+    for axes, (press, way) in zip(grid, plots, strict=False):
+        shown = [row for row in kept if (row.condition.press, row.condition.way) == (press, way)]
         _draw(axes, shown, ceiling)
         unseen = " *" * (not shown[0].seen_in_training and any(row.trained is not None for row in shown))
-        axes.set_title(press + (f", {prefill}" if prefill != "dense" else "") + unseen, fontsize=10)
+        axes.set_title(press + (f", {way}" if way != "dense" else "") + unseen, fontsize=10)
     for axes in grid[len(plots) :]:
         axes.remove()
     _scale(grid[0], sorted({row.condition.compression_ratio for row in kept}))

@@ -10,6 +10,8 @@ from sparsekv_pl.reporting.figures import RETENTION, curves_figure, dots_figure
 from sparsekv_pl.reporting.file_formats import csv_bytes
 from sparsekv_pl.reporting.heatmaps import needle_figures
 from sparsekv_pl.reporting.length_curves import length_figure
+from sparsekv_pl.reporting.memory_curves import memory_figure
+from sparsekv_pl.reporting.memory_points import memory_points
 from sparsekv_pl.reporting.page import Link
 from sparsekv_pl.reporting.retention_curves import retention_figure
 from sparsekv_pl.reporting.ruler_settings import ruler_figure
@@ -64,6 +66,9 @@ def _figures(summary: Summary) -> Drawn:
     retained = retention_figure(rows)
     if retained is not None:
         drawn["retention-curves.png"] = ("Retention over compression, by press", retained)
+    memory = memory_figure(memory_points(rows, summary.ledger))
+    if memory is not None:
+        drawn["memory-curves.png"] = ("Scores over the bytes of keys and values", memory)
     longer = length_figure(summary.by_length)
     if longer is not None:
         drawn["retention-lengths.png"] = ("Retention over the context length, by press", longer)

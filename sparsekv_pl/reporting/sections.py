@@ -3,17 +3,18 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from sparsekv_pl.reporting.condition import FULL_CACHE, marked
-from sparsekv_pl.reporting.costs import Line
+from sparsekv_pl.reporting.cost_tables import LEDGER_NOTE, STABILITY_NOTE, ledger_tables, stability_tables
 from sparsekv_pl.reporting.intervals import Interval
-from sparsekv_pl.reporting.page import Link, Section, Table
+from sparsekv_pl.reporting.memory_points import MEMORY_NOTE, best_tables, memory_points
+from sparsekv_pl.reporting.page import Link, Section, Table, shorten
 from sparsekv_pl.reporting.ruler_settings import not_judged
 from sparsekv_pl.reporting.sorted_records import VARIANTS, Measured
 from sparsekv_pl.reporting.summary import BESIDES, Row, Summary, headline
 
-ERROR_LETTERS = 200
+WHOLE = "whole"
+"""A cell of the column "pairs" where they are not quantised."""
 METRIC_NAMES = {
     "needle_accuracy": "needle accuracy",
     "perplexity": "continuation perplexity",
@@ -52,6 +53,7 @@ def report_sections(
 ) -> list[Section]:
     """All sections of a report that have content."""
     measured, rows, ledger, stability = summary.measured, summary.rows, summary.ledger, summary.stability
+    best = best_tables(memory_points(rows, ledger), measured.variants)
     retrieval = [row for row in rows if row.metric == "needle_accuracy"]
     text = [row for row in rows if row.metric == "perplexity"]
     sections = [
@@ -62,8 +64,9 @@ def report_sections(
         Section("What the cache kept, token by token", paragraphs=[VIEWS_NOTE] if views else [], links=views),
         Section("Text", tables=_text(measured, text)),
         Section("How to read this", paragraphs=HOW_TO_READ),
-        Section("Budget ledger", tables=_ledger(ledger), paragraphs=[LEDGER_NOTE] if ledger else []),
-        Section("Stability", tables=_stability(stability), paragraphs=[STABILITY_NOTE] if stability else []),
+        Section("At less memory", tables=best, paragraphs=[MEMORY_NOTE] if best else []),
+        Section("Budget ledger", tables=ledger_tables(ledger), paragraphs=[LEDGER_NOTE] if ledger else []),
+        Section("Stability", tables=stability_tables(stability), paragraphs=[STABILITY_NOTE] if stability else []),
         Section("Training cost", tables=_facts(training, first=COSTS)),
         Section("Environment", tables=_facts(environment)),
     ]
@@ -188,14 +191,17 @@ def _table(
 ) -> Table:
     """A table with press, ratio, prefill if it differs, "seen" or "unseen" if trained, `cells`, and errors if any."""
     prefills = len({condition.prefill for condition in measured.conditions}) > 1
+    stored = any(condition.stored for condition in measured.conditions)
     trained = "trained" in measured.variants
     failed = any(row.error for row in rows)
-    header = ["press", "ratio", *["prefill"] * prefills, *["in training"] * trained, *heads, *["error"] * failed]
+    ways = [*["prefill"] * prefills, *["pairs"] * stored]
+    header = ["press", "ratio", *ways, *["in training"] * trained, *heads, *["error"] * failed]
     lines = [
         [
             marked(row.condition.press),
             f"{row.condition.compression_ratio:.2f}",
             *[row.condition.prefill] * prefills,
+            *[row.condition.stored or WHOLE] * stored,
             *[measured.training_word(row.condition)] * trained,
             *line,
             *[shorten(row.error)] * failed,
@@ -203,88 +209,6 @@ def _table(
         for row, line in zip(rows, cells, strict=True)
     ]
     return Table(header, lines, caption)
-
-
-def shorten(error: str | None) -> str:
-    """An error shortened for a cell; cases.csv has the whole text."""
-    return (error or "")[:ERROR_LETTERS] + " ..." * (len(error or "") > ERROR_LETTERS)
-
-
-LEDGER_NOTE = (
-    "Base and trained together, per case. If contexts of several lengths were measured, only the longest are listed; "
-    "ledger.csv has all. Peak memory is the highest up to that measurement. A dense prefill is shared by all presses, "
-    "and scores that do not depend on the ratio are computed once, at a press's first ratio."
-)
-STABILITY_NOTE = (
-    "Retained importance is the share of a later token's attention to the context, under the full cache, that falls on "
-    "kept pairs. Minimum, mean and variance are over the tokens of a continuation, averaged over layers and KV heads; "
-    "the table has their mean over cases and the worst case (see DefensiveKV, https://arxiv.org/abs/2510.13334). "
-    "Overlaps are Jaccard indices: between the pairs kept in this prompt and in one that also holds the continuation; "
-    "and between the heaviest pairs for the continuation's first and second half, which shows how much the best choice "
-    "itself changes."
-)
-_MIB = 2**20
-
-
-def _ledger(lines: Sequence[Line]) -> list[Table]:
-    longest: dict[tuple[Any, ...], int] = {}
-    for line in lines:
-        key = (line["press"], line["compression_ratio"], line["prefill"])
-        longest[key] = max(longest.get(key, 0), line.get("length", 0))
-    columns: dict[str, Callable[[Line], str]] = {
-        "press": lambda line: marked(line["press"]),
-        "ratio": lambda line: f"{line['compression_ratio']:.2f}",
-        "prefill": lambda line: line["prefill"],
-        "context": lambda line: _number(line.get("length"), "{:,}"),
-        "pairs kept per head": lambda line: _number(line.get("kept_pairs"), "{:,.1f}"),
-        "share kept": lambda line: _number(line.get("kept_share"), "{:.3f}"),
-        "KV (MiB)": lambda line: _number(line.get("kv_bytes"), "{:,.2f}", _MIB),
-        "peak memory (MiB)": lambda line: _number(line.get("peak_bytes"), "{:,.0f}", _MIB),
-        "prefill (tokens/s)": lambda line: _number(line.get("prefill_tokens_per_second"), "{:,.0f}"),
-        "eviction (ms)": lambda line: _number(line.get("eviction_seconds"), "{:,.1f}", 1e-3),
-        "decode (tokens/s)": lambda line: _number(line.get("decode_tokens_per_second"), "{:,.1f}"),
-        "memory": lambda line: line.get("memory") or "-",
-        "error": lambda line: shorten(line.get("error")),
-    }
-    shown = [
-        line
-        for line in lines
-        if "error" in line or line["length"] == longest[line["press"], line["compression_ratio"], line["prefill"]]
-    ]
-    return _without_empty_columns(columns, shown)
-
-
-def _stability(lines: Sequence[Line]) -> list[Table]:
-    def both(name: str) -> Callable[[Line], str]:
-        return lambda line: " / ".join(_number(line.get(key), "{:.4f}") for key in (name, f"{name}_worst"))
-
-    columns: dict[str, Callable[[Line], str]] = {
-        "press": lambda line: marked(line["press"]),
-        "ratio": lambda line: f"{line['compression_ratio']:.2f}",
-        "prefill": lambda line: line["prefill"],
-        "variant": lambda line: line.get("variant", "-"),
-        "cases": lambda line: str(line.get("measured", "-")),
-        "least retained importance, mean / worst": both("min_retained"),
-        "mean retained importance, mean / worst": both("mean_retained"),
-        "its variance, mean / worst": both("retained_variance"),
-        "overlap with a longer prompt, mean / worst": both("overlap_prompts"),
-        "overlap of the ideal sets of both halves, mean / worst": both("overlap_steps"),
-        "error": lambda line: shorten(line.get("error")),
-    }
-    return _without_empty_columns(columns, lines)
-
-
-def _without_empty_columns(columns: Mapping[str, Callable[[Line], str]], lines: Sequence[Line]) -> list[Table]:
-    """One table of the columns that have a value in any line."""
-    if not lines:
-        return []
-    cells = {name: [cell(line) for line in lines] for name, cell in columns.items()}
-    kept = [name for name, column in cells.items() if set(column) - {"", "-", "- / -"}]
-    return [Table(kept, list(zip(*(cells[name] for name in kept), strict=True)))]
-
-
-def _number(value: float | None, form: str, unit: float = 1) -> str:
-    return "-" if value is None else form.format(value if unit == 1 else value / unit)
 
 
 def _facts(facts: Mapping[str, object], first: Sequence[str] = ()) -> list[Table]:

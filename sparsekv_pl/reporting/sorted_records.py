@@ -81,8 +81,13 @@ def sorted_records(records: Sequence[Record]) -> Measured:
 def _in_order(met: list[Condition]) -> list[Condition]:
     presses = {name: place for place, name in enumerate(dict.fromkeys(condition.press for condition in met))}
     prefills = {name: place for place, name in enumerate(dict.fromkeys(condition.prefill for condition in met))}
+    stored = {name: place for place, name in enumerate(dict.fromkeys(condition.stored for condition in met))}
     return sorted(
-        set(met), key=lambda c: (c.press != FULL_CACHE, presses[c.press], prefills[c.prefill], c.compression_ratio)
+        set(met),
+        key=lambda c: (
+            c.press != FULL_CACHE,
+            *(presses[c.press], prefills[c.prefill], stored[c.stored], c.compression_ratio),
+        ),
     )
 
 

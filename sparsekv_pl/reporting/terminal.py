@@ -8,7 +8,7 @@ from rich.text import Text
 
 from sparsekv_pl.reporting.condition import marked
 from sparsekv_pl.reporting.intervals import Interval
-from sparsekv_pl.reporting.sections import shorten
+from sparsekv_pl.reporting.page import shorten
 from sparsekv_pl.reporting.sorted_records import VARIANTS
 from sparsekv_pl.reporting.summary import Row, Summary, headline
 
