@@ -25,6 +25,7 @@ from sparsekv_pl.eviction.replay import RecordedPrefill
 from sparsekv_pl.models.backbone import adapter_off, causal_lm
 from sparsekv_pl.models.batch import Batch
 from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.head import head_of
 from sparsekv_pl.models.lora import Lora, inject_lora
 from sparsekv_pl.models.quantisation import four_bit, keep_unpacked
 from sparsekv_pl.models.supported_architectures import check_computed
@@ -85,7 +86,7 @@ def evaluate(model: PreTrainedModel) -> Differences:
     full = recorded.evicted(None)
     hidden = continue_from(model, continuation, full.copy().cache, full.next_position)
     lengths = [CONTINUATION] * len(context)
-    reading = FullCacheReading(hidden, model.get_output_embeddings().weight, continuation, lengths)
+    reading = FullCacheReading(hidden, head_of(model), continuation, lengths)
     whole = torch.cat([context, continuation], dim=1)
     with own_attention(model):
         logits = model(input_ids=whole).logits[:, CONTEXT:]

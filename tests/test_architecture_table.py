@@ -12,7 +12,7 @@ from tests.architectures import architecture
 
 PAGE = Path(__file__).parents[1] / "docs/architectures.md"
 REASONS = {
-    "logits": "logits are computed here",
+    "attention": "attention is computed here",
     "window": r"sliding window|looks back",
     "layers": r"have no attention \(self_attn\)",
 }

@@ -17,6 +17,7 @@ from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.metrics.retrieval import RETRIEVAL_SCORES
 from sparsekv_pl.models.batch import TEXT, CaseBatch
+from sparsekv_pl.models.head import head_of
 from sparsekv_pl.storage.records import Record
 
 
@@ -74,7 +75,7 @@ class BlockPasses:
         return continue_from(self.model, ids, prefilled.cache, prefilled.next_position)[0]
 
     def _read_scores(self, hidden: Tensor, teacher: Tensor) -> Record:
-        head = self.model.get_output_embeddings().weight
+        head = head_of(self.model)
         return reading_scores(hidden, teacher, head, self.batch["continuation_ids"][0])
 
     @torch.no_grad()

@@ -29,6 +29,7 @@ from sparsekv_pl.eviction.quantised_pairs import PairQuantisation
 from sparsekv_pl.eviction.quantised_prefill import QuantisedPrefill
 from sparsekv_pl.models.backbone import causal_lm
 from sparsekv_pl.models.chat_template import DAY
+from sparsekv_pl.models.head import Head, head_of
 from sparsekv_pl.models.seeding import globally_seeded
 from sparsekv_pl.models.stop_tokens import stop_ids
 from sparsekv_pl.models.supported_architectures import check_computed
@@ -236,7 +237,7 @@ class PressedLM(HFLM):
         hidden = continue_from(self.model, ids, prefilled.cache, prefilled.next_position)[0, len(held) - 1 :]
         labels = self._batch(continuation)[0]
         with torch.autocast(hidden.device.type, enabled=False):
-            log_probs = (hidden.float() @ self._head_VE.T).log_softmax(-1)
+            log_probs = self._head.logits(hidden.float()).log_softmax(-1)
         log_likelihood = log_probs.gather(1, labels[:, None]).sum()
         return float(log_likelihood), bool((log_probs.argmax(-1) == labels).all())
 
@@ -253,9 +254,9 @@ class PressedLM(HFLM):
         return postprocess_generated_text(self.tok_decode(answer), until, None)
 
     @cached_property
-    def _head_VE(self) -> Tensor:
-        """The LM head's weight (V, E) in float32: in bfloat16, logits of different options may be equal."""
-        return self.model.get_output_embeddings().weight.float()
+    def _head(self) -> Head:
+        """The LM head in float32: in bfloat16, logits of different options may be equal."""
+        return head_of(self.model).to(torch.float32)
 
     def _batch(self, ids: Sequence[int]) -> Tensor:
         return torch.tensor([list(ids)], dtype=torch.long, device=self.device)

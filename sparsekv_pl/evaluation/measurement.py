@@ -29,6 +29,7 @@ from sparsekv_pl.eviction.quantised_prefill import QuantisedPrefill
 from sparsekv_pl.eviction.replay import RecordedPrefill
 from sparsekv_pl.metrics.retrieval import retrieval_scores
 from sparsekv_pl.models.batch import TEXT, CaseBatch
+from sparsekv_pl.models.head import head_of
 from sparsekv_pl.models.seeding import globally_seeded
 from sparsekv_pl.models.stop_tokens import stop_ids
 from sparsekv_pl.presses.nesting import press_name
@@ -221,7 +222,7 @@ class Measurement:
         """The model's outputs for the continuation with the full cache."""
         full, ids = self.recorded.evicted(None), self.batch["continuation_ids"]
         hidden = continue_from(self.model, ids, full.cache, full.next_position)
-        head, lengths = self.model.get_output_embeddings().weight, self.batch["continuation_lengths"].tolist()
+        head, lengths = head_of(self.model), self.batch["continuation_lengths"].tolist()
         recalled = recalled_tokens(self.tokenizer, self.batch["context_ids"], ids, lengths)
         return FullCacheReading(hidden, head, ids, lengths, recalled)
 

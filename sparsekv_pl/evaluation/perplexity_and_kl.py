@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from sparsekv_pl.models.head import Head, as_head
 from sparsekv_pl.objectives.losses import CHUNK_TOKENS, distillation_loss, log_probabilities
 from sparsekv_pl.storage.records import Record
 
@@ -20,7 +21,7 @@ class FullCacheReading:
     hidden
         (B, T, E) hidden states with the full cache.
     head
-        (V, E) weight of the LM head.
+        The LM head; a tensor is its weight (V, E).
     ids, lengths
         (B, T) token ids of the continuations, and the number of valid tokens per row.
     recalled
@@ -28,10 +29,10 @@ class FullCacheReading:
     """
 
     def __init__(
-        self, hidden: Tensor, head: Tensor, ids: Tensor, lengths: Sequence[int], recalled: Tensor | None = None
+        self, hidden: Tensor, head: Head | Tensor, ids: Tensor, lengths: Sequence[int], recalled: Tensor | None = None
     ) -> None:
-        self.hidden, self.head, self.ids, self.lengths, self.recalled = hidden, head, ids, lengths, recalled
-        self._keeps = sum(lengths) * len(head) <= KEPT_FLOATS
+        self.hidden, self.head, self.ids, self.lengths, self.recalled = hidden, as_head(head), ids, lengths, recalled
+        self._keeps = sum(lengths) * len(self.head.weight) <= KEPT_FLOATS
         self._kept: dict[tuple[int, int], Tensor] = {}
 
     @torch.no_grad()
@@ -64,7 +65,7 @@ class FullCacheReading:
         return log_p
 
 
-def reading_scores(hidden: Tensor, teacher: Tensor, head: Tensor, ids: Tensor) -> Record:
+def reading_scores(hidden: Tensor, teacher: Tensor, head: Head | Tensor, ids: Tensor) -> Record:
     """Sum negative log-likelihood and forward KL (nats) over a continuation without its first token.
 
     Parameters
@@ -72,7 +73,7 @@ def reading_scores(hidden: Tensor, teacher: Tensor, head: Tensor, ids: Tensor) -
     hidden, teacher
         (T, E) hidden states after eviction and with the full cache.
     head
-        (V, E) weight of the LM head.
+        The LM head; a tensor is its weight (V, E).
     ids
         (T,) token ids.
 

@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 from sparsekv_pl.eviction.answering import Answering, Enough
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.eviction.prefilled_cache import Prefilled
+from sparsekv_pl.models.head import head_of
 from sparsekv_pl.presses.ratio import set_compression_ratio
 from sparsekv_pl.presses.traits import traits_of
 
@@ -38,11 +39,11 @@ def greedy_together(
     Each forward decodes one token of every unfinished row: matrix products cover all rows, attention is computed cache
     by cache. A row's answer equals the one that it would get alone.
     """
-    head = model.get_output_embeddings().weight.float()  # bfloat16 logits can tie, and then argmax is arbitrary
+    head = head_of(model).to(torch.float32)  # bfloat16 logits can tie, and then argmax is arbitrary
     last, going = torch.cat([one.last for one in asked]), list(asked)
     while going:
         with torch.autocast(last.device.type, enabled=False):
-            newest = (last.float() @ head.T).argmax(-1)
+            newest = head.logits(last.float()).argmax(-1)
         tokens, stay, start = newest.tolist(), [], 0
         for one in going:
             rows = len(one)

@@ -1,6 +1,6 @@
-"""Check that a model's head and attention are of the kind that this project computes itself.
+"""Check that a model's attention is of the kind that this project computes itself.
 
-Logits are hidden states times the head's weight, and attention is a softmax over scaled products of queries and keys.
+Attention is a softmax over scaled products of queries and keys. Every head is computed: see head.py.
 """
 
 import sys
@@ -11,44 +11,35 @@ from transformers import PreTrainedModel
 
 from sparsekv_pl.models.decoder import decoder_of
 
-HEAD_SETTINGS: dict[str, float | None] = {
-    "final_logit_softcapping": None,  # Gemma 2, Gemma 3n, NanoChat, VaultGemma
-    "logits_soft_cap": None,  # RecurrentGemma
-    "logits_scaling": 1,  # Granite
-    "logit_scale": 1,  # Cohere
-    "lm_head_multiplier": 1,  # Falcon H1
-}
-"""Config settings that change the logits -> their neutral values."""
-
 ATTENTION_SETTINGS: dict[str, float | None] = {"attn_logit_softcapping": None}  # Gemma 2, VaultGemma
 """Config settings that change attention -> their neutral values."""
 
 
 def check_computed(model: PreTrainedModel) -> None:
-    """Raise ``ValueError`` if ``model``'s head or attention computes more than this project does.
+    """Raise ``ValueError`` if ``model``'s attention computes more than this project does.
 
     Ignoring a scale or a cap would give the losses, perplexities and answers of another model.
     """
     config = model.config.get_text_config()
     found = {
         f"config.{name}={getattr(config, name)}"
-        for name, neutral in (HEAD_SETTINGS | ATTENTION_SETTINGS).items()
+        for name, neutral in ATTENTION_SETTINGS.items()
         if getattr(config, name, neutral) not in (neutral, None)
     }
-    head = model.get_output_embeddings()
-    if getattr(head, "bias", None) is not None:
-        found.add("a bias in the head")
     if any(name.rpartition(".")[2] == "sinks" for name, _ in model.named_parameters()):
         found.add("learnt attention sinks (sinks)")
+    if any(
+        hasattr(layer, "mamba") and hasattr(layer, "self_attn") for layer in getattr(decoder_of(model), "layers", [])
+    ):
+        found.add("a state space beside the attention of a layer (mamba), whose state no cache here keeps")
     if not any(
         hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS") for module in _attention(model)
     ):
         found.add("an attention of its own, which does not go through transformers' AttentionInterface")
     if found:
         raise ValueError(
-            f"{type(model).__name__} has {', '.join(sorted(found))}: logits are computed here as hidden states times "
-            "the head's weight, and attention as a softmax over queries times keys, so every number would be another "
-            "model's. Choose a model without"
+            f"{type(model).__name__} has {', '.join(sorted(found))}: attention is computed here as a softmax over "
+            "queries times keys, so every number would be another model's. Choose a model without"
         )
 
 

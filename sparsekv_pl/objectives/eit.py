@@ -46,11 +46,11 @@ class EIT(Objective):
         terms = distillation_loss(
             view.hidden_NE,
             view.teacher_NE,
-            view.head_weight_VE,
+            view.head,
             view.labels_N,
             kl_weight=self.kl_weight,
             temperature=self.temperature,
-            teacher_head_weight_VE=view.teacher_head_weight_VE,
+            teacher_head=view.teacher_head,
             chunk_tokens=self.chunk_tokens,
         )
         share = rank_share(terms.tokens)

@@ -26,7 +26,7 @@ class LM(Objective):
         terms = distillation_loss(
             view.hidden_NE,
             None,
-            view.head_weight_VE,
+            view.head,
             view.labels_N,
             kl_weight=0.0,
             chunk_tokens=self.chunk_tokens,

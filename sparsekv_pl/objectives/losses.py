@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsekv_pl.models.batch import IGNORE
+from sparsekv_pl.models.head import Head, as_head
 
 CHUNK_TOKENS = 256
 """Tokens whose logits exist together; benchmarks/chunked_loss.py compares sizes."""
@@ -39,13 +40,12 @@ class TokenLosses(NamedTuple):
 def distillation_loss(
     student_NE: Tensor,
     teacher_NE: Tensor | None,
-    head_weight_VE: Tensor,
+    head: Head | Tensor,
     labels_N: Tensor,
     *,
     kl_weight: float,
     temperature: float = 1.0,
-    teacher_head_weight_VE: Tensor | None = None,
-    logit_scale: float = 1.0,
+    teacher_head: Head | Tensor | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> TokenLosses:
     """Compute the student's cross-entropy plus weighted forward KL, in nats, means over supervised tokens.
@@ -63,17 +63,15 @@ def distillation_loss(
     ----------
     student_NE, teacher_NE
         Hidden states after the final norm, (N, E). The teacher may be None if ``kl_weight`` is 0.
-    head_weight_VE
-        Weight of the language-model head, (V, E), without bias; gets a gradient if it requires one.
+    head
+        The language-model head; its weight and bias get a gradient if they require one. A tensor is its weight (V, E).
     labels_N
         (N,) int64, already shifted: the hidden state of row n predicts ``labels_N[n]``. Rows labelled ``IGNORE``
         enter neither term.
     kl_weight, temperature
         kl_weight >= 0 and T > 0 of the formula.
-    teacher_head_weight_VE
-        The teacher's head (V, E), if it differs from the student's.
-    logit_scale
-        Factor of the student's and the teacher's logits.
+    teacher_head
+        The teacher's head, if it differs from the student's.
     chunk_tokens
         Tokens whose logits exist together; changes memory and speed, not the result.
 
@@ -84,62 +82,55 @@ def distillation_loss(
     """
     _check_settings(kl_weight, temperature, chunk_tokens, has_teacher=teacher_NE is not None)
     ignored_N = labels_N == IGNORE
-    head_VE = _matmul_input(head_weight_VE if torch.is_grad_enabled() else head_weight_VE.detach())
+    own = _matmul_head(as_head(head) if torch.is_grad_enabled() else as_head(head).detach())
     student = _matmul_input(student_NE)
-    _check_rows("student_NE", student, head_VE, labels_N)
-    teacher_head_VE = head_VE.detach()
-    teacher = None
+    _check_rows("student_NE", student, own.weight, labels_N)
+    teachers, teacher = own.detach(), None
     if teacher_NE is not None:
-        if teacher_head_weight_VE is not None:
-            teacher_head_VE = _matmul_input(teacher_head_weight_VE.detach())
+        if teacher_head is not None:
+            teachers = _matmul_head(as_head(teacher_head).detach())
         teacher = _matmul_input(teacher_NE.detach())
-        _check_rows("teacher_NE", teacher, teacher_head_VE, labels_N)
-        _check_vocabularies(head_VE, teacher_head_VE)
+        _check_rows("teacher_NE", teacher, teachers.weight, labels_N)
+        _check_vocabularies(own.weight, teachers.weight)
         teacher = teacher.masked_fill(ignored_N[:, None], 0)
-    settings = _Settings(kl_weight, temperature, logit_scale, chunk_tokens)
+    settings = _Settings(kl_weight, temperature, own.scale, own.cap, chunk_tokens)
     with torch.autocast(student.device.type, enabled=False):  # the inputs have autocast's dtype already
         loss, cross_entropy, kl = _ChunkedLoss.apply(
-            student.masked_fill(ignored_N[:, None], 0), head_VE, labels_N, teacher, teacher_head_VE, settings
+            student.masked_fill(ignored_N[:, None], 0), own.weight, own.bias, labels_N, teacher, teachers, settings
         )
     return TokenLosses(loss, cross_entropy, kl, (~ignored_N).sum())
 
 
 @torch.no_grad()
-def token_nll(
-    hidden_NE: Tensor,
-    head_weight_VE: Tensor,
-    labels_N: Tensor,
-    *,
-    logit_scale: float = 1.0,
-    chunk_tokens: int = CHUNK_TOKENS,
-) -> Tensor:
+def token_nll(hidden_NE: Tensor, head: Head | Tensor, labels_N: Tensor, *, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
     """Compute the negative log-likelihood of every label, (N,) float32 in nats, 0 at ``IGNORE``; no gradient.
 
     Arguments and errors are those of :func:`distillation_loss`.
     """
     _check_settings(0.0, 1.0, chunk_tokens, has_teacher=False)
-    hidden, head_VE = _matmul_input(hidden_NE), _matmul_input(head_weight_VE)
-    _check_rows("hidden_NE", hidden, head_VE, labels_N)
+    hidden, own = _matmul_input(hidden_NE), _matmul_head(as_head(head))
+    _check_rows("hidden_NE", hidden, own.weight, labels_N)
     nll_N = hidden.new_empty(labels_N.shape, dtype=torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
         for rows in _chunks(len(labels_N), chunk_tokens):
-            logits = _logits(hidden[rows], head_VE, logit_scale)
+            logits = own.logits(hidden[rows])
             nll_N[rows] = F.cross_entropy(logits, labels_N[rows], ignore_index=IGNORE, reduction="none")
     return nll_N
 
 
 @torch.no_grad()
-def log_probabilities(hidden_NE: Tensor, head_weight_VE: Tensor) -> Tensor:
-    """Compute log-probabilities (N, V), float32 or wider, of hidden states (N, E) under a head (V, E); no gradient."""
-    hidden, head_VE = _matmul_input(hidden_NE), _matmul_input(head_weight_VE)
+def log_probabilities(hidden_NE: Tensor, head: Head | Tensor) -> Tensor:
+    """Compute log-probabilities (N, V), float32 or wider, of hidden states (N, E) under a head; no gradient."""
+    hidden, own = _matmul_input(hidden_NE), _matmul_head(as_head(head))
     with torch.autocast(hidden.device.type, enabled=False):
-        return _logits(hidden, head_VE, 1.0).log_softmax(-1)
+        return own.logits(hidden).log_softmax(-1)
 
 
 class _Settings(NamedTuple):
     kl_weight: float
     temperature: float
-    logit_scale: float
+    scale: float
+    cap: float | None
     chunk_tokens: int
 
 
@@ -154,23 +145,28 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any,
         student_NE: Tensor,
         head_VE: Tensor,
+        bias_V: Tensor | None,
         labels_N: Tensor,
         teacher_NE: Tensor | None,
-        teacher_head_VE: Tensor,
+        teacher_head: Head,
         settings: _Settings,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # float32 also keeps float16 gradients from underflowing before the loss scaler's factor reaches them.
         dtype = _sum_dtype(student_NE)
-        needs_student, needs_head = ctx.needs_input_grad[:2]
+        needs_student, needs_head, needs_bias = ctx.needs_input_grad[:3]
+        head = Head(head_VE, bias_V, settings.scale, settings.cap)
         student_grad = torch.empty_like(student_NE, dtype=dtype) if needs_student else None
         head_grad = torch.zeros_like(head_VE, dtype=dtype) if needs_head else None
+        bias_grad = torch.zeros_like(head_VE[:, 0], dtype=dtype) if needs_bias else None
         sums = student_NE.new_zeros(2, dtype=dtype)
         for rows in _chunks(len(labels_N), settings.chunk_tokens):
             teacher_nE = None if teacher_NE is None else teacher_NE[rows]
             chunk_sums, grad = _loss_and_grad(
-                student_NE[rows], head_VE, labels_N[rows], teacher_nE, teacher_head_VE, settings
+                student_NE[rows], head, labels_N[rows], teacher_nE, teacher_head, settings
             )
             sums += chunk_sums
+            if bias_grad is not None:
+                bias_grad += grad.masked_fill((labels_N[rows] == IGNORE)[:, None], 0).sum(0)
             grad = grad.to(head_VE.dtype)
             if student_grad is not None:
                 student_grad[rows] = (grad @ head_VE).masked_fill_((labels_N[rows] == IGNORE)[:, None], 0)
@@ -178,8 +174,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 head_grad += grad.T @ student_NE[rows]
             del grad  # or it would lie beside the next chunk's logits
         tokens = (labels_N != IGNORE).sum().clamp(min=1)
-        ctx.save_for_backward(settings.logit_scale / tokens.to(dtype), student_grad, head_grad)
-        ctx.dtypes = student_NE.dtype, head_VE.dtype
+        ctx.save_for_backward(settings.scale / tokens.to(dtype), student_grad, head_grad, bias_grad)
+        ctx.dtypes = student_NE.dtype, head_VE.dtype, head_VE.dtype if bias_V is None else bias_V.dtype
         cross_entropy, kl = (sums / tokens).unbind()
         ctx.mark_non_differentiable(cross_entropy, kl)
         return cross_entropy + settings.kl_weight * kl, cross_entropy, kl
@@ -197,20 +193,22 @@ class _ChunkedLoss(torch.autograd.Function):
 
 def _loss_and_grad(
     student_nE: Tensor,
-    head_VE: Tensor,
+    head: Head,
     labels_n: Tensor,
     teacher_nE: Tensor | None,
-    teacher_head_VE: Tensor,
+    teacher_head: Head,
     settings: _Settings,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the sums (2,) of cross-entropy and scaled KL over one chunk's rows, and their logits' gradient (n, V).
+    """Compute the sums (2,) of cross-entropy and scaled KL over one chunk's rows.
 
-    Works in place and frees each (n, V) buffer as soon as possible: at most four exist at once.
+    The second result is the gradient (n, V) of what the head's scale was applied to, without that scale. Works in place
+    and frees each (n, V) buffer as soon as possible: at most four exist at once, five if logits are capped.
     """
-    temperature, scale = settings.temperature, settings.logit_scale
+    temperature = settings.temperature
     ignored_n = labels_n == IGNORE
     labels_n = labels_n.masked_fill(ignored_n, 0)
-    logits = _logits(student_nE, head_VE, scale)
+    logits = head.logits(student_nE)
+    slope = None if head.cap is None else 1 - (logits / head.cap).square_()
     log_q = logits.log_softmax(-1)
     label_log_q = log_q.gather(-1, labels_n[:, None])
     cross_entropy, kl = -label_log_q[:, 0].masked_fill(ignored_n, 0).sum(), logits.new_zeros(())
@@ -219,17 +217,13 @@ def _loss_and_grad(
         if temperature != 1:
             log_q = logits.div_(temperature).log_softmax(-1)
         del logits
-        log_p = _logits(teacher_nE, teacher_head_VE, scale / temperature).log_softmax(-1)
+        log_p = teacher_head.logits(teacher_nE)
+        log_p = (log_p if temperature == 1 else log_p.div_(temperature)).log_softmax(-1)
         p = log_p.exp()
         kl = temperature**2 * log_p.sub_(log_q).mul_(p).sum(-1).masked_fill(ignored_n, 0).sum()
         grad.add_(log_q.exp_().sub_(p), alpha=settings.kl_weight * temperature)
     grad.scatter_add_(-1, labels_n[:, None], -torch.ones_like(label_log_q))
-    return torch.stack([cross_entropy, kl]), grad
-
-
-def _logits(hidden_NE: Tensor, head_VE: Tensor, scale: float) -> Tensor:
-    logits_NV = (hidden_NE @ head_VE.T).to(_sum_dtype(hidden_NE))
-    return logits_NV if scale == 1 else logits_NV.mul_(scale)
+    return torch.stack([cross_entropy, kl]), grad if slope is None else grad.mul_(slope)
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:
@@ -240,6 +234,10 @@ def _matmul_input(tensor: Tensor) -> Tensor:
     """Cast as autocast would, but once: autocast inside the loop would cast the head again for every chunk."""
     device = tensor.device.type
     return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
+
+
+def _matmul_head(head: Head) -> Head:
+    return head._replace(weight=_matmul_input(head.weight))
 
 
 def _chunks(length: int, chunk_tokens: int) -> list[slice]:

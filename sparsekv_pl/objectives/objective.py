@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsekv_pl.eviction.interface import EvictedContext, Selection
 from sparsekv_pl.eviction.request import NOTHING, Request
+from sparsekv_pl.models.head import Head
 from sparsekv_pl.models.layer_outputs import LayerOutput
 
 if TYPE_CHECKING:
@@ -27,12 +28,12 @@ class StudentView:
     """The student's hidden states (N, E), under eviction."""
     labels_N: Tensor
     """(N,) int64, the token that each hidden state predicts."""
-    head_weight_VE: Tensor
-    """The student's LM head (V, E)."""
+    head: Head | Tensor
+    """The student's LM head; a tensor is its weight (V, E)."""
     teacher_NE: Tensor | None = None
     """The teacher's hidden states (N, E), with the full cache; None unless requested."""
-    teacher_head_weight_VE: Tensor | None = None
-    """The teacher's LM head (V, E); None if it is the student's."""
+    teacher_head: Head | Tensor | None = None
+    """The teacher's LM head; None if it is the student's."""
     selections: list[tuple[Selection, Tensor]] = field(default_factory=list)
     """Scores of every scorer and layer, each with the teacher's attention to the context in that layer, (B, K, L) (see
     ``AttentionMass``); empty unless ``scores`` are requested."""
@@ -60,9 +61,9 @@ def joined(views: Sequence[StudentView], rows: Sequence[int]) -> StudentView:
     return StudentView(
         hidden_NE=torch.cat([view.hidden_NE for view in views]),
         labels_N=torch.cat([view.labels_N for view in views]),
-        head_weight_VE=views[0].head_weight_VE,
+        head=views[0].head,
         teacher_NE=torch.cat(teachers) if teachers else None,
-        teacher_head_weight_VE=views[0].teacher_head_weight_VE,
+        teacher_head=views[0].teacher_head,
         selections=[pair for view in views for pair in view.selections],
         layers={
             kind: (_stacked([v.layers[kind][0] for v in views]), _stacked([v.layers[kind][1] for v in views]))

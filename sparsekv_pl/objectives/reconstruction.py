@@ -10,6 +10,7 @@ from torch import Tensor
 from sparsekv_pl.eviction.interface import EvictedContext
 from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.models.batch import IGNORE
+from sparsekv_pl.models.head import Head, as_head
 from sparsekv_pl.models.seeding import generator_for
 from sparsekv_pl.objectives.losses import CHUNK_TOKENS, distillation_loss
 from sparsekv_pl.objectives.objective import Objective, StudentView
@@ -78,7 +79,7 @@ class Reconstruction(Objective):
     def __call__(self, view: StudentView) -> dict[str, Tensor]:
         asked = [self._ask(context) for context in view.contexts]
         hidden, labels, lost = (torch.cat(parts) for parts in zip(*asked, strict=True))
-        head = view.head_weight_VE
+        head = as_head(view.head)
         terms = distillation_loss(hidden, None, head, labels, kl_weight=0.0, chunk_tokens=self.chunk_tokens)
         count, share = terms.tokens.clamp(min=1), rank_share(terms.tokens)
         return {
@@ -124,7 +125,7 @@ def _draws(rows: Sequence[Sequence[int]], count: int) -> Tensor:
 
 
 @torch.no_grad()
-def _hits(hidden_NE: Tensor, head_VE: Tensor, labels_N: Tensor, chunk_tokens: int) -> Tensor:
+def _hits(hidden_NE: Tensor, head: Head, labels_N: Tensor, chunk_tokens: int) -> Tensor:
     """Count the labels that are the most likely token; ``IGNORE`` never is."""
     pairs = zip(hidden_NE.split(chunk_tokens), labels_N.split(chunk_tokens), strict=True)
-    return torch.stack([((hidden @ head_VE.T).argmax(-1) == labels).sum() for hidden, labels in pairs]).sum()
+    return torch.stack([(head.logits(hidden).argmax(-1) == labels).sum() for hidden, labels in pairs]).sum()

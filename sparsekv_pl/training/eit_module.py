@@ -198,7 +198,7 @@ class EITModule(LightningModule):
                 self.validation_student, part, self.validation_compression_ratio, place, self.val_mass.request
             )
             for metric, hidden in ((self.val_full, found.full), (self.val_evicted, found.evicted)):
-                nll = token_nll(hidden[places], self.student.head_weight, labels)
+                nll = token_nll(hidden[places], self.student.head, labels)
                 metric.update(nll[:0] if again else nll)
             self.val_mass.add(part, found.selections, again)
         size = len(batch["labels"])

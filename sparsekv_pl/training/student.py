@@ -12,6 +12,7 @@ from sparsekv_pl.eviction import Evicted, Eviction
 from sparsekv_pl.eviction.request import NOTHING, Request
 from sparsekv_pl.models.backbone import causal_lm
 from sparsekv_pl.models.batch import Batch, rows_of_equal_length, supervised_in
+from sparsekv_pl.models.head import Head, head_of
 from sparsekv_pl.models.layer_outputs import LayerOutput, layer_outputs
 from sparsekv_pl.objectives import Objective, StudentView
 from sparsekv_pl.objectives.attention_mass import AttentionMass, with_mass
@@ -47,9 +48,9 @@ class Student:
         )
 
     @property
-    def head_weight(self) -> Tensor:
-        """(V, E), the student's LM head."""
-        return self._network.get_output_embeddings().weight
+    def head(self) -> Head:
+        """The student's LM head."""
+        return head_of(self._network)
 
     @property
     def _network(self) -> PreTrainedModel:
@@ -71,9 +72,9 @@ class Student:
         view = StudentView(
             hidden_NE=evicted.hidden[places],
             labels_N=labels[rows, columns + 1],
-            head_weight_VE=self.head_weight,
+            head=self.head,
             teacher_NE=None if teacher is None else teacher[places],
-            teacher_head_weight_VE=self.teacher.head_weight,
+            teacher_head=self.teacher.head,
             selections=[] if mass is None else with_mass(evicted.selections, mass.mass),
             layers={kind: (_rows(student_layers[kind], places), _rows(teacher_layers[kind], places)) for kind in kinds},
             press_losses=evicted.losses,
@@ -91,9 +92,9 @@ class Student:
         return StudentView(
             hidden_NE=hidden[:, :-1].flatten(0, 1),
             labels_N=batch["context_ids"][:, 1 - count :].flatten(),
-            head_weight_VE=self.head_weight,
+            head=self.head,
             teacher_NE=None if teacher is None else teacher[:, -count:-1].flatten(0, 1),
-            teacher_head_weight_VE=self.teacher.head_weight,
+            teacher_head=self.teacher.head,
         )
 
 

@@ -11,6 +11,7 @@ from sparsekv_pl.attention.evicted_attention import CACHED, Observer, attention_
 from sparsekv_pl.eviction.skipped_mlp import last_mlp_for
 from sparsekv_pl.models.backbone import adapter_off, causal_lm
 from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.head import Head, head_of
 
 
 class Teacher:
@@ -58,9 +59,6 @@ class Teacher:
         return self._copy[0] if self._copy else causal_lm(self._model)
 
     @property
-    def head_weight(self) -> Tensor | None:
-        """The teacher's own LM head (V, E), gathered if sharded; None if it is the student's."""
-        if not self._copy:
-            return None
-        weight = self._copy[0].get_output_embeddings().weight
-        return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    def head(self) -> Head | None:
+        """The teacher's own LM head; None if it is the student's."""
+        return head_of(self._copy[0]) if self._copy else None

@@ -11,6 +11,7 @@ from sparsekv_pl.evaluation.context_sparsity import attention_sparsity
 from sparsekv_pl.evaluation.perplexity_and_kl import FullCacheReading, reading_scores
 from sparsekv_pl.evaluation.stability_probe import StabilityProbe
 from sparsekv_pl.eviction.replay import RecordedPrefill
+from sparsekv_pl.models.head import Head
 
 LENGTHS = [9, 2, 1]
 
@@ -42,9 +43,9 @@ def test_the_full_cache_s_logits_are_computed_once_where_they_fit(monkeypatch: p
     hidden, full, head, ids = inputs(torch.float32)
     calls = []
 
-    def count(rows: Tensor, weight: Tensor) -> Tensor:
+    def count(rows: Tensor, own: Head) -> Tensor:
         calls.append(len(rows))
-        return (rows @ weight.T).log_softmax(-1)
+        return own.logits(rows).log_softmax(-1)
 
     monkeypatch.setattr(reading, "log_probabilities", count)
     compared = FullCacheReading(full, head, ids, LENGTHS)

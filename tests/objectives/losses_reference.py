@@ -5,27 +5,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsekv_pl.models.batch import IGNORE
+from sparsekv_pl.models.head import Head
 
 
 def dense_reference(
     student: Tensor,
     teacher: Tensor | None,
-    head: Tensor,
+    head: Head | Tensor,
     labels: Tensor,
     kl_weight: float,
     temperature: float = 1.0,
-    teacher_head: Tensor | None = None,
-    logit_scale: float = 1.0,
+    teacher_head: Head | Tensor | None = None,
 ) -> Tensor:
     """The formula of distillation_loss with all logits at once."""
     kept = labels != IGNORE
-    logits = (student[kept] @ head.T) * logit_scale
+    logits = dense_logits(student[kept], head)
     loss = F.cross_entropy(logits, labels[kept])
     if teacher is None:
         return loss
-    teacher_logits = (teacher[kept] @ (head if teacher_head is None else teacher_head).T).detach() * logit_scale
+    teacher_logits = dense_logits(teacher[kept], head if teacher_head is None else teacher_head).detach()
     kl = F.kl_div((logits / temperature).log_softmax(-1), (teacher_logits / temperature).softmax(-1), reduction="sum")
     return loss + kl_weight * temperature**2 * kl / kept.sum()
+
+
+def dense_logits(hidden: Tensor, head: Head | Tensor) -> Tensor:
+    """Logits in the steps in which transformers' models compute them."""
+    if isinstance(head, Tensor):
+        return hidden @ head.T
+    logits = F.linear(hidden, head.weight, head.bias) * head.scale
+    return logits if head.cap is None else torch.tanh(logits / head.cap) * head.cap
 
 
 def make_inputs(

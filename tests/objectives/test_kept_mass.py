@@ -91,5 +91,5 @@ def test_it_is_logged_for_every_press_weighted_as_the_loss_weighs_heads(heads: A
             above = sum(float((getattr(one, kind) * one.weights).sum()) for one in found)
             below = sum(float(one.weights.sum()) for one in found)
             assert float(terms[f"{term}/{name}"]) == pytest.approx(above / below)
-    without = objective(StudentView(view.hidden_NE, view.labels_N, view.head_weight_VE, selections=pairs[2:]))
+    without = objective(StudentView(view.hidden_NE, view.labels_N, view.head, selections=pairs[2:]))
     assert without["loss"] == 0 and without.keys() == {"loss", "kept_mass/b", "kept_mass_most/b"}

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsekv_pl.models.batch import IGNORE
+from sparsekv_pl.models.head import Head
 from sparsekv_pl.objectives.losses import TokenLosses, distillation_loss, token_nll
 from tests.objectives.losses_reference import dense_reference, gradients, make_inputs
 
@@ -45,27 +46,30 @@ def test_values_and_gradients_equal_the_dense_reference(
     torch.testing.assert_close(losses.loss.detach(), losses.cross_entropy + kl_weight * losses.kl)
 
 
-def test_a_teacher_with_its_own_head_and_a_logit_scale() -> None:
-    student, teacher, head, labels = make_inputs(19, 6, 41)
-    teacher_head = head + 0.5 * torch.randn(head.shape, generator=torch.Generator().manual_seed(1))
-    student.requires_grad_()
-    head.requires_grad_()
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(("biased", "scale", "cap"), [(False, 0.25, None), (True, 1.0, None), (True, 0.5, 1.5)])
+def test_heads_with_a_bias_a_scale_or_a_cap(biased: bool, scale: float, cap: float | None, temperature: float) -> None:
+    """Also with another head for the teacher; bias and weight get their gradients."""
+    student, teacher, weight, labels = make_inputs(19, 6, 41)
+    noise, bias = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)), torch.linspace(-1, 1, 41)
+    head = Head(weight.requires_grad_(), bias.requires_grad_() if biased else None, scale, cap)
+    teacher_head = Head(weight.detach() + 0.5 * noise, None, 0.3, cap)
+    inputs = student.requires_grad_(), weight, *([bias] if biased else [])
     losses = distillation_loss(
         student,
         teacher,
         head,
         labels,
         kl_weight=0.5,
-        temperature=2.0,
-        teacher_head_weight_VE=teacher_head,
-        logit_scale=0.25,
+        temperature=temperature,
+        teacher_head=teacher_head,
         chunk_tokens=4,
     )
-    expected = dense_reference(student, teacher, head, labels, 0.5, 2.0, teacher_head, 0.25)
+    expected = dense_reference(student, teacher, head, labels, 0.5, temperature, teacher_head)
     torch.testing.assert_close(losses.loss, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(
-        gradients(losses.loss, student, head), gradients(expected, student, head), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(gradients(losses.loss, *inputs), gradients(expected, *inputs), atol=1e-5, rtol=1e-5)
+    nll = token_nll(student, head, labels, chunk_tokens=4).sum() / losses.tokens
+    torch.testing.assert_close(nll, losses.cross_entropy, atol=1e-5, rtol=1e-5)
 
 
 def test_golden_number() -> None:
@@ -130,7 +134,7 @@ def test_the_teacher_gets_no_gradient(temperature: float) -> None:
         labels,
         kl_weight=1.0,
         temperature=temperature,
-        teacher_head_weight_VE=teacher_head,
+        teacher_head=teacher_head,
     ).loss.backward()
     assert student.grad is not None
     assert teacher.grad is None
@@ -163,24 +167,23 @@ def test_gradcheck() -> None:
     student, teacher, head, labels = make_inputs(5, 3, 7, dtype=torch.float64)
 
     # The teacher reads the same head, but as a constant: finite differences would move it.
-    constant_head = head.clone()
+    constant_head, bias = Head(head.clone(), None, 0.5), torch.linspace(-1, 1, 7, dtype=torch.float64)
 
-    def loss(student: Tensor, head: Tensor) -> Tensor:
+    def loss(student: Tensor, head: Tensor, bias: Tensor) -> Tensor:
         return distillation_loss(
             student,
             teacher,
-            head,
+            Head(head, bias, 0.5, 2.0),
             labels,
             kl_weight=0.7,
             temperature=2.0,
-            teacher_head_weight_VE=constant_head,
-            logit_scale=0.5,
+            teacher_head=constant_head,
             chunk_tokens=2,
         ).loss
 
     student.requires_grad_()
     head.requires_grad_()
-    assert torch.autograd.gradcheck(loss, (student, head))
+    assert torch.autograd.gradcheck(loss, (student, head, bias.requires_grad_()))
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
@@ -254,6 +257,6 @@ def test_inputs_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"bfloat16 and its head torch.float32: cast one"):
         distillation_loss(student.bfloat16(), teacher, head, labels, kl_weight=1.0)
     with pytest.raises(ValueError, match=r"student's head has 7 tokens and the teacher's 6"):
-        distillation_loss(student, teacher, head, labels, kl_weight=1.0, teacher_head_weight_VE=head[:6])
+        distillation_loss(student, teacher, head, labels, kl_weight=1.0, teacher_head=head[:6])
     with pytest.raises(ValueError, match=r"hidden_NE must be \(N, E\)"):
         token_nll(student[:2], head, labels)

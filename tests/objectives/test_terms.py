@@ -23,7 +23,7 @@ def view(seed: int = 0, tokens: int = 5, **settings: Any) -> StudentView:
     return StudentView(
         hidden_NE=torch.randn(tokens, 8, generator=generator),
         labels_N=torch.randint(0, 11, (tokens,), generator=generator),
-        head_weight_VE=torch.randn(11, 8, generator=torch.Generator().manual_seed(9)),
+        head=torch.randn(11, 8, generator=torch.Generator().manual_seed(9)),
         teacher_NE=torch.randn(tokens, 8, generator=generator),
         **settings,
     )

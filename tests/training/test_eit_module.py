@@ -48,9 +48,9 @@ def test_the_teachers_logits_are_the_base_models_whatever_the_adapter_learnt(
         expected = base(torch.cat([context, continuation], 1)).logits[:, 32:]
         changed = causal_lm(module.model)(torch.cat([context, continuation], 1)).logits[:, 32:]
     hidden = module.teacher(context, continuation)
-    assert torch.equal(hidden @ module.student.head_weight.T, expected)
+    assert torch.equal(hidden @ module.student.head.weight.T, expected)
     assert not torch.allclose(changed, expected, atol=1e-2)
-    assert module.teacher.head_weight is None
+    assert module.teacher.head is None
 
 
 def test_the_teacher_of_full_fine_tuning_does_not_drift(
@@ -58,13 +58,13 @@ def test_the_teacher_of_full_fine_tuning_does_not_drift(
 ) -> None:
     module = EITModule(tiny_backbone(lora=None), snapkv(), optimizer=adamw)
     context, continuation = tokens()
-    head = module.teacher.head_weight
+    head = module.teacher.head
     assert head is not None
-    before = module.teacher(context, continuation) @ head.T
-    student = module.student.head_weight.detach().clone()
+    before = head.logits(module.teacher(context, continuation))
+    student = module.student.head.weight.detach().clone()
     tiny_trainer(Curriculum(Fixed(0.5)), max_steps=2).fit(module, tiny_data())
-    assert not torch.equal(module.student.head_weight, student)
-    assert torch.equal(module.teacher(context, continuation) @ head.T, before)
+    assert not torch.equal(module.student.head.weight, student)
+    assert torch.equal(head.logits(module.teacher(context, continuation)), before)
     assert not any(name.startswith("teacher") for name, _ in module.named_parameters())
 
 
@@ -86,7 +86,7 @@ def test_the_mixed_loss_is_the_weighted_sum_of_its_members() -> None:
     view = StudentView(
         hidden_NE=torch.randn(5, 8, generator=generator),
         labels_N=torch.tensor([1, 2, 3, 4, 5]),
-        head_weight_VE=torch.randn(11, 8, generator=generator),
+        head=torch.randn(11, 8, generator=generator),
         teacher_NE=torch.randn(5, 8, generator=generator),
     )
     parts = [LM()(view)["loss"], EIT(kl_weight=2.0)(view)["loss"]]
