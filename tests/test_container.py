@@ -41,7 +41,7 @@ def test_the_compose_file_follows_its_specification() -> None:
 
 
 def test_the_image_is_installed_as_make_setup_installs() -> None:
-    recipe = (ROOT / "Makefile").read_text().replace("$(PY)", ".venv/bin/python").replace("'.[dev]'", ".")
+    recipe = (ROOT / "Makefile").read_text().replace("$(PY)", ".venv/bin/python").replace("'.[dev,serve]'", ".")
     ours = re.findall(r"^\t(.*-m pip install(?!.*\[docs\]).*)$", recipe, re.MULTILINE)
     assert len(ours) == 2
     steps = [step for run in values_of("RUN") if " pip " in run for step in run.split(" && ")]

@@ -2,7 +2,9 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
+
+from sparsekv_pl.cli.model_arguments import LineParser, add_eviction, add_model, check_eviction
 
 DESCRIPTION = """\
 Read a document once, throw most of its KV cache away, and ask it any number of questions.
@@ -21,17 +23,9 @@ KeyDiff, Knorm and LagKV need keys alone; KeyRerotation also lets a document be 
 A saved cache belongs to the model and adapter that made it; give the same ones when you ask it."""
 
 
-class AskParser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print ``message`` and the way to help, and exit with code 2."""
-        self.exit(2, f"error: {message} (python -m sparsekv_pl.ask --help)\n")
-
-
 def parsed(given: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the arguments ``given``, by default the process's."""
-    parser = AskParser(
+    parser = LineParser(
         prog="python -m sparsekv_pl.ask",
         description=DESCRIPTION,
         epilog=EXAMPLES,
@@ -41,24 +35,8 @@ def parsed(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("document", metavar="DOCUMENT", help="a text file, - for stdin, or a cache that --save wrote (.safetensors)")
     add("questions", metavar="QUESTION", nargs="*", help="questions about it, each from the untouched cache")
 
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--pretrained",
-        metavar="MODEL",
-        default="smollm2-135m-instruct",
-        help="the embedded model (default), a hub id, a folder or a .gguf file",
-    )
-    group.add_argument("--revision", help="git revision of a hub model")
-    group.add_argument("--adapter", metavar="FOLDER", help="a trained adapter, such as output/quickstart/final")
-    dtypes = ["auto", "float32", "bfloat16", "float16"]
-    group.add_argument("--dtype", default="auto", choices=dtypes, help="of the weights; auto: what is native here")
-    group.add_argument("--load_in_4bit", action="store_true", help="quantise the weights to 4 bits (NF4)")
-
-    group = parser.add_argument_group("eviction, for a text")
-    group.add_argument("--press", help="what selects the pairs that stay; without one all stay")
-    group.add_argument("--compression_ratio", metavar="R", type=float, help="share of pairs that is removed, 0 to 1")
-    group.add_argument("--budget", metavar="TOKENS", type=int, help="most pairs a head that stay")
-    group.add_argument("--chunk_tokens", metavar="TOKENS", type=int, help="read in chunks and evict after each")
+    add_model(parser)
+    add_eviction(parser, "eviction, for a text")
 
     group = parser.add_argument_group("more text")
     more: dict[str, Any] = {"metavar": "FILE", "action": "append", "default": []}
@@ -76,14 +54,13 @@ def parsed(given: Sequence[str] | None = None) -> argparse.Namespace:
     return _checked(parser, parser.parse_args(given))
 
 
-def _checked(parser: AskParser, asked: argparse.Namespace) -> argparse.Namespace:
+def _checked(parser: LineParser, asked: argparse.Namespace) -> argparse.Namespace:
     """Refuse, before anything is imported or loaded, what cannot go together."""
     evicts = ("press", "compression_ratio", "budget", "chunk_tokens")
     given = [f"--{name}" for name in evicts if getattr(asked, name) is not None]
     if asked.document.endswith(".safetensors") and given:
         parser.error(f"{asked.document} is evicted already: leave {', '.join(given)} out")
-    if asked.press is None and (asked.compression_ratio is not None or asked.budget is not None):
-        parser.error("--compression_ratio and --budget need a --press, such as KeyDiff")
+    check_eviction(parser, asked)
     if asked.document == "-" and not asked.questions and not asked.save:
         parser.error("the document comes from stdin, so give questions on the command line, or --save")
     if asked.save is not None and not asked.save.endswith(".safetensors"):

@@ -3,10 +3,9 @@
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from typing import Any
 
-from sparsekv_pl.models.seeding import globally_seeded
-from sparsekv_pl.usage.answer_text import AnswerText
+from sparsekv_pl.models.seeding import seed_for
+from sparsekv_pl.usage.answers import Sampling, sampled_answer
 from sparsekv_pl.usage.context_cache import ContextCache
 
 
@@ -30,17 +29,13 @@ def _answer(cache: ContextCache, asked: Namespace, question: str, number: int) -
     if asked.temperature is None and asked.top_p is None:
         cache.ask(question, max_new_tokens=asked.max_new_tokens, stop=asked.stop, on_text=_show)
         return
-    sampling: dict[str, Any] = {
-        "do_sample": True,
-        "top_k": 0,
-        "temperature": 1.0 if asked.temperature is None else asked.temperature,
-        "top_p": 1.0 if asked.top_p is None else asked.top_p,
-    }
-    if asked.stop:
-        sampling["stop_strings"] = asked.stop
-    streamer = AnswerText(cache.model.text_of, asked.stop, _show)
-    with globally_seeded("ask", asked.seed, number):
-        cache.generate(question, max_new_tokens=asked.max_new_tokens, streamer=streamer, **sampling)
+    drawn = Sampling(
+        temperature=1.0 if asked.temperature is None else asked.temperature,
+        top_p=1.0 if asked.top_p is None else asked.top_p,
+        seed=seed_for("ask", asked.seed, number),
+    )
+    row = cache.model.question_ids(question)
+    sampled_answer(cache.model, cache.kept, row, asked.max_new_tokens, drawn, stop=asked.stop, on_text=_show)
 
 
 def _questions(asked: Namespace) -> Iterator[str]:

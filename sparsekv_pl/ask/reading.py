@@ -8,17 +8,13 @@ from pathlib import Path
 
 from kvpress import BasePress
 
+from sparsekv_pl.cli.chosen_model import chosen_backbone, chosen_press
 from sparsekv_pl.evaluation.prefill_progress import PrefillProgress
-from sparsekv_pl.models.backbone import Backbone
-from sparsekv_pl.presses.press_text import press_from
-from sparsekv_pl.presses.ratio import set_compression_ratio
-from sparsekv_pl.presses.traits import traits_of
 from sparsekv_pl.reporting.console import console
 from sparsekv_pl.usage.cache_file import SUFFIX, made_by
 from sparsekv_pl.usage.context_cache import ContextCache
 from sparsekv_pl.usage.loaded_model import LoadedModel, check_before_loading
 from sparsekv_pl.usage.reading_progress import Report
-from sparsekv_pl.usage.usable_press import check_usable
 
 
 def cache_for(asked: Namespace) -> ContextCache:
@@ -29,10 +25,9 @@ def cache_for(asked: Namespace) -> ContextCache:
     ValueError
         For an unknown or unfit press, a text or cache that cannot be read, and a model that does not belong to it.
     """
-    press = _press(asked)
+    press = chosen_press(asked)
     texts = {name: _text(name) for name in [asked.document, *asked.append, *asked.merge] if not _is_cache(name)}
-    backbone = Backbone(asked.pretrained, asked.dtype, adapter=asked.adapter, load_in_4bit=asked.load_in_4bit)
-    backbone.revision = asked.revision
+    backbone = chosen_backbone(asked)
     for name in filter(_is_cache, (asked.document, *asked.merge)):
         check_before_loading(backbone, made_by(Path(name).expanduser()), name)
     model = LoadedModel(backbone)
@@ -45,18 +40,6 @@ def cache_for(asked: Namespace) -> ContextCache:
     for name in asked.merge:
         cache = cache.merge(ContextCache.load(name, model) if _is_cache(name) else _read_like(cache, texts[name]))
     return cache
-
-
-def _press(asked: Namespace) -> BasePress | None:
-    if asked.press is None:
-        return None
-    press = press_from(asked.press)
-    check_usable(press)
-    if asked.compression_ratio is not None:
-        set_compression_ratio(press, asked.compression_ratio)
-    if traits_of(press).takes_a_ratio and not press.compression_ratio and asked.budget is None:
-        raise ValueError(f"--press {asked.press} removes nothing: give --compression_ratio, such as 0.75, or --budget")
-    return press
 
 
 def _read(

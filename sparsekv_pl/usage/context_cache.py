@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from kvpress import BasePress
 
-from sparsekv_pl.eviction.decoding import greedy
-from sparsekv_pl.eviction.limits import check_continuation, check_positions
+from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.eviction.prefill import ChunkedPrefill, layer_device
 from sparsekv_pl.eviction.press_model_check import check_press
 from sparsekv_pl.eviction.request import Request
@@ -17,7 +16,7 @@ from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.models.memory_planner import Plan, plan
 from sparsekv_pl.models.seeding import globally_seeded
-from sparsekv_pl.usage.answer_text import AnswerText
+from sparsekv_pl.usage.answers import greedy_answers
 from sparsekv_pl.usage.cache_file import made_by, read_cache, write_cache
 from sparsekv_pl.usage.cache_origin import CacheOrigin
 from sparsekv_pl.usage.generation import NEW_TOKENS, generate, padded_left
@@ -162,17 +161,8 @@ class ContextCache:
             raise ValueError(f"on_text shows one answer while it arrives, and {len(rows)} are asked together: ask one")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-        model, longest = self.model, max(map(len, rows))
-        check_continuation(model.model, self.kept.next_position, longest + max_new_tokens - 1)
-        ids = torch.tensor([row + row[-1:] * (longest - len(row)) for row in rows], device=model.device)
-        lengths = torch.tensor(list(map(len, rows)), device=model.device)
-        text = AnswerText(model.text_of, stop, on_text)
-        enough = text.reached if stop or on_text is not None else None
-        with model.computing():
-            most = [max_new_tokens] * len(rows)
-            prefilled = self.kept.prefilled(len(rows))
-            found = greedy(model.model, prefilled, ids, lengths, most, model.stop_ids, enough)
-        answers = [text.finish(answer) for answer in found]
+        found = greedy_answers(self.model, self.kept, rows, max_new_tokens, stop=stop, on_text=on_text)
+        answers = [answer.text for answer in found]
         return answers[0] if one else answers
 
     def generate(self, questions: Asked, **settings: Any) -> Any:
