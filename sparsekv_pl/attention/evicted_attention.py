@@ -10,6 +10,7 @@ attended to. ``passing`` gives a keyword to every forward inside a block.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import kvpress  # noqa: F401  wraps all registered attention functions when imported, so ours is registered later
@@ -21,7 +22,9 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from sparsekv_pl.attention.block_sparse import block_sparse_attention
 from sparsekv_pl.attention.blocks import Selector
+from sparsekv_pl.attention.windows import window_mask
 from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.layer_kinds import Window, evicted_layers, windows
 
 CACHED = "sparsekv_cached"
 """The name under which transformers finds this attention."""
@@ -30,6 +33,16 @@ Observer = Callable[[int, Tensor, Tensor, Tensor], None]
 """Takes layer_idx, queries (B, H, T, D), keys and values (B, K, S, D) after RoPE; S counts cache and new tokens.
 
 Logits are dot products over sqrt(D): if a model has another factor, the queries are scaled accordingly."""
+
+
+@dataclass(frozen=True)
+class EveryLayer:
+    """An observer that also gets the layers in which nothing is evicted; a window may hold the newest keys alone."""
+
+    observer: Observer
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+        self.observer(layer, query, key, value)
 
 
 class RowCache(Protocol):
@@ -80,7 +93,7 @@ def cached_attention(
     module, query, key, value
         The attention layer, its queries (B, H, T, D), keys and values (B, K, S, D).
     observer
-        Gets the layer's queries, keys and values.
+        Gets the layer's queries, keys and values, if presses evict in the layer or it is an ``EveryLayer``.
     selector
         Chooses key blocks; None for dense attention.
     newest_visible
@@ -97,9 +110,16 @@ def cached_attention(
     if caches is not None:
         looking = {"observer": observer, "selector": selector} | kwargs
         return _to_each_cache(caches, layer, module, query, key, value, **looking), None
+    window = windows(module.config)[layer]  # type: ignore[arg-type]
+    near = None if window is None else window_mask(window, query.shape[2], key.shape[2], key.device, newest_visible)
     shown = _scaled_as_usual(query, kwargs.get("scaling"))
-    if observer is not None:
+    if isinstance(observer, EveryLayer):
         observer(layer, shown, key, value)
+    elif observer is not None and layer in evicted_layers(module.config):  # type: ignore[arg-type]
+        _check_far(window, near)
+        observer(layer, shown, key, value)
+    if selector is not None:
+        _check_far(window, near)
     blocks = None if selector is None else selector(layer, shown, key)
     if blocks is not None:
         _check_unmasked(module, newest_visible)
@@ -107,7 +127,10 @@ def cached_attention(
     queries, keys = query.shape[2], key.shape[2]
     if queries == keys:
         module.masked_key_indices = None  # type: ignore[assignment]  # a new context
-    mask = None if queries in (1, keys) else lower_right_mask(queries, keys, query.device)
+    causal = queries > 1 and (queries != keys or near is not None)
+    mask = lower_right_mask(queries, keys, query.device) if causal else None
+    if near is not None:
+        mask = near if mask is None else near & mask
     masked = getattr(module, "masked_key_indices", None)
     if masked is not None:
         visible = _without(masked, query, key)
@@ -168,6 +191,15 @@ def _scaled_as_usual(query: Tensor, scaling: float | None) -> Tensor:
     return query if abs(factor - 1) < 1e-6 else query * factor
 
 
+def _check_far(window: Window | None, near: Tensor | None) -> None:
+    """Raise ``ValueError`` where a window hides keys from what measures or selects attention to all of them."""
+    if window is not None and near is not None:
+        raise ValueError(
+            f"this model's layers look back {window.tokens} tokens only, and attention to more is measured: use "
+            "contexts within that window, or a model with full attention"
+        )
+
+
 def _check_unmasked(module: nn.Module, newest_visible: Tensor | None) -> None:
     padded = newest_visible is not None and not bool(newest_visible.all())
     if padded or getattr(module, "masked_key_indices", None) is not None:
@@ -213,16 +245,11 @@ def _weighted(log_weights: Tensor, visible: Tensor | None, query: Tensor, key: T
     return weights if visible is None else weights.masked_fill(~visible, -torch.inf)
 
 
-def _no_mask(kv_length: int, attention_mask: Tensor | None = None, local_size: int | None = None, **_: Any) -> None:
+def _no_mask(attention_mask: Tensor | None = None, **_: Any) -> None:
     """Build no mask in place of transformers' function, so that no other implementation's mask is passed.
 
-    Raises ``ValueError`` for sliding windows and padding, which this attention does not support.
+    Raises ``ValueError`` for padding, which this attention does not support.
     """
-    if local_size is not None and local_size < kv_length:
-        raise ValueError(
-            f"attention over an evicted cache is causal over all {kv_length} tokens, but this model looks back "
-            f"{local_size} tokens only: use contexts within that window, or a model without sliding windows"
-        )
     if attention_mask is not None and not bool(attention_mask.all()):
         raise ValueError("attention over an evicted cache takes no padding: use contexts of equal length")
 

@@ -14,7 +14,8 @@ from sparsekv_pl.eviction.kept_positions import Masked, kept_positions, masked_k
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.models.batch import IGNORE, Supervised
-from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.layer_kinds import evicted_layers
+from sparsekv_pl.models.rotary import rotary_of
 from sparsekv_pl.objectives.attention_mass import AttentionMass
 from sparsekv_pl.presses.ratio import set_compression_ratio
 from sparsekv_pl.storage.records import Record
@@ -74,11 +75,12 @@ def _kept(measurement: Measurement, point: Point, rows: Sequence[int]) -> list[T
     if prefilled.positions:
         context = measurement.batch["context_ids"]
         return [_held(prefilled.positions, row, context.shape[1]) for row in rows]
-    rotary, masked = decoder_of(measurement.model).rotary_emb, masked_keys(measurement.model)
+    model, masked = measurement.model, masked_keys(measurement.model)
     found = []
     for row in rows:
         full, left = _row_of(measurement.recorded.cache, row), _row_of(prefilled.cache, row)
-        kept = kept_positions(full, left, [_masked_of(one, row) for one in masked], rotary)
+        hidden = [_masked_of(one, row) for one in masked]
+        kept = kept_positions(full, left, hidden, rotary_of(model), evicted_layers(model.config))
         found.append(torch.stack([layer[0].cpu() for layer in kept]))
     return found
 

@@ -20,9 +20,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekv_pl.evaluation.pace import ticking
+from sparsekv_pl.eviction.chunking import chunk_bounds
 from sparsekv_pl.eviction.decoding import greedy
 from sparsekv_pl.eviction.kept_memory import kept_memory
-from sparsekv_pl.eviction.prefill import chunk_bounds, continue_from
+from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.eviction.press_model_check import check_press
 from sparsekv_pl.eviction.quantised_pairs import PairQuantisation

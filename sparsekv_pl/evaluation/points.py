@@ -7,8 +7,8 @@ from typing import Any
 
 from kvpress import BasePress
 
+from sparsekv_pl.eviction.chunking import chunk_bounds
 from sparsekv_pl.eviction.limits import check_chunks
-from sparsekv_pl.eviction.prefill import chunk_bounds
 from sparsekv_pl.eviction.quantised_pairs import PairQuantisation
 from sparsekv_pl.eviction.request import NOTHING
 from sparsekv_pl.models.compression_ratio import check_compression_ratio

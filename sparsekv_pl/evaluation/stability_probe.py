@@ -17,8 +17,9 @@ from sparsekv_pl.metrics.eviction_stability import (
     retained_by_layer,
     retained_statistics,
 )
-from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.models.devices import stacked
+from sparsekv_pl.models.layer_kinds import evicted_layers
+from sparsekv_pl.models.rotary import rotary_of
 from sparsekv_pl.storage.records import Record
 
 
@@ -43,18 +44,21 @@ class StabilityProbe:
     def of(self, press: BasePress) -> list[Record]:
         """One record per row. Raises ``ValueError`` for a press that changes pairs: kept ones cannot be identified."""
         kept, longer = self._kept(self.recorded, press), self._kept(self._longer, press)
-        retained = retained_by_layer(self._importance, kept)
+        retained = retained_by_layer(dict(enumerate(self._importance.values())), kept)
         steps = torch.arange(retained.shape[-1], device=retained.device)
         counted = (steps < self.lengths.view(-1, 1))[None, :, None]
         measured = retained_statistics(retained, counted)
         context = kept[0].shape[-1]
         measured["overlap_prompts"] = stacked([overlap(a, b[..., :context]) for a, b in zip(kept, longer, strict=True)])
-        measured["overlap_steps"] = stacked([self._ideal(layer, mask) for layer, mask in enumerate(kept)])
+        measured["overlap_steps"] = stacked(
+            [self._ideal(importance, mask) for importance, mask in zip(self._importance.values(), kept, strict=True)]
+        )
         per_row = {name: values.mean((0, 2)).tolist() for name, values in measured.items()}
         return [{name: values[row] for name, values in per_row.items()} for row in range(len(self.lengths))]
 
     @cached_property
     def _importance(self) -> dict[int, Tensor]:
+        """Layer -> importance, of the layers in which presses evict, in order."""
         full = self.recorded.evicted(None)
         observer = ContextImportance(self.recorded.context_ids.shape[1])
         model = self.recorded.model
@@ -65,9 +69,9 @@ class StabilityProbe:
     def _longer(self) -> RecordedPrefill:
         return RecordedPrefill(self.recorded.model, torch.cat([self.recorded.context_ids, self.continuation_ids], 1))
 
-    def _ideal(self, layer: int, kept: Tensor) -> Tensor:
+    def _ideal(self, importance: Tensor, kept: Tensor) -> Tensor:
         """(B, K): overlap of the heaviest pairs in the first and in the second half of the shortest continuation."""
-        importance = self._importance[layer][:, :, : int(self.lengths.min())]
+        importance = importance[:, :, : int(self.lengths.min())]
         first, second = importance.chunk(2, dim=2)
         budget = int(kept.sum(-1).float().mean().round())
         return overlap(heaviest(first.sum(2), budget), heaviest(second.sum(2), budget))
@@ -76,4 +80,5 @@ class StabilityProbe:
     def _kept(recorded: RecordedPrefill, press: BasePress) -> list[Tensor]:
         model: PreTrainedModel = recorded.model
         evicted = recorded.evicted(press)
-        return kept_positions(recorded.cache, evicted.cache, masked_keys(model), decoder_of(model).rotary_emb)
+        layers = evicted_layers(model.config)
+        return kept_positions(recorded.cache, evicted.cache, masked_keys(model), rotary_of(model), layers)

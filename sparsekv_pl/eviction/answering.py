@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from sparsekv_pl.eviction.kept_positions import Masked, masked_keys
+from sparsekv_pl.eviction.other_layers import check_window_left
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.eviction.prefilled_cache import Prefilled
 
@@ -66,6 +67,8 @@ class Answering:
     ) -> None:
         assert min(most) > 0, most
         rows = torch.arange(len(questions), device=questions.device)
+        longest = int((lengths + torch.tensor(most, device=lengths.device)).max()) - 1
+        check_window_left(model, prefilled.cache, prefilled.next_position, longest)
         hidden = continue_from(model, questions, prefilled.cache, prefilled.next_position)
         self.last = hidden[rows, lengths - 1]
         """(B, E), hidden states of each question's last token."""

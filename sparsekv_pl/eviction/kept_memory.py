@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.eviction.kept_positions import masked_keys
-from sparsekv_pl.eviction.prefilled_cache import mean_length
+from sparsekv_pl.models.layer_kinds import evicted_layers
 
 
 @dataclass(frozen=True)
@@ -13,20 +13,22 @@ class KeptMemory:
     """KV pairs and bytes of one cache."""
 
     kept_pairs: float
-    """KV pairs that attention can still see, a mean over rows, layers and KV heads."""
+    """KV pairs that attention can still see, a mean over rows, KV heads and the layers in which presses evict."""
     kv_bytes: int
-    """Bytes that the keys and values hold in memory, all rows together."""
+    """Bytes that the keys and values of all layers hold in memory, all rows together."""
     freed: bool
     """False where a head-wise press hides pairs that stay in memory."""
 
 
 def kept_memory(model: PreTrainedModel, cache: DynamicCache) -> KeptMemory:
     """Measure ``cache``, just evicted under ``model``; shared storage is counted once."""
-    storages, heads = {}, 0
-    for layer in cache.layers:
+    storages, pairs, heads = {}, 0, 0
+    for index, layer in enumerate(cache.layers):
         assert layer.keys is not None and layer.values is not None
-        heads += layer.keys.shape[0] * layer.keys.shape[1]
+        if index in evicted_layers(model.config):
+            rows = layer.keys.shape[0] * layer.keys.shape[1]
+            heads, pairs = heads + rows, pairs + rows * layer.keys.shape[2]
         for tensor in (layer.keys, layer.values):
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     hidden = sum(len(mask[0]) for mask in masked_keys(model) if mask is not None)
-    return KeptMemory(mean_length(cache) - hidden / heads, sum(storages.values()), hidden == 0)
+    return KeptMemory((pairs - hidden) / heads, sum(storages.values()), hidden == 0)

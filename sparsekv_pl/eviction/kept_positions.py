@@ -28,7 +28,8 @@ class _Pairs(NamedTuple):
 
 def masked_keys(model: PreTrainedModel) -> list[Masked | None]:
     """Collect, per layer, the pairs that a head-wise press (AdaKVPress) hides in ``model``; None if there are none."""
-    return [getattr(layer.self_attn, "masked_key_indices", None) for layer in decoder_of(model).layers]
+    layers = decoder_of(model).layers
+    return [getattr(getattr(layer, "self_attn", None), "masked_key_indices", None) for layer in layers]
 
 
 def kept_positions(
@@ -36,6 +37,7 @@ def kept_positions(
     evicted: DynamicCache,
     masked: Sequence[Masked | None] | None = None,
     rotary: nn.Module | None = None,
+    layers: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """Return per layer (B, K, L) bool, True where ``evicted`` holds the pair of that context position.
 
@@ -56,7 +58,9 @@ def kept_positions(
     masked
         Pairs that are in the cache but hidden, per layer: ``masked_keys(model)``. None if none are.
     rotary
-        The model's rotary embedding (``decoder_of(model).rotary_emb``), needed for presses that re-rotate keys.
+        The model's rotary embedding (``rotary_of(model)``), needed for presses that re-rotate keys.
+    layers
+        The layers to compare, in this order; None for all.
 
     Raises
     ------
@@ -70,7 +74,8 @@ def kept_positions(
             "compared: give the same model's"
         )
     kept = []
-    for layer, (before, after, hidden) in enumerate(zip(full.layers, evicted.layers, masked, strict=True)):
+    for layer in range(len(masked)) if layers is None else layers:
+        before, after, hidden = full.layers[layer], evicted.layers[layer], masked[layer]
         assert before.keys is not None and before.values is not None
         assert after.keys is not None and after.values is not None
         index = _positions(_Pairs(before.keys, before.values), _Pairs(after.keys, after.values), rotary, layer)

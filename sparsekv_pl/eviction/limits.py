@@ -3,7 +3,8 @@
 from transformers import PreTrainedModel
 
 from sparsekv_pl.eviction.request import Request
-from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.layer_kinds import attentions, evicted_layers, windowed_alone
+from sparsekv_pl.models.rotary import rope_settings, rotary_of
 from sparsekv_pl.presses.traits import PressTraits
 
 CHANGING_ROPE = ("dynamic", "longrope")
@@ -14,7 +15,7 @@ def position_limit(model: PreTrainedModel) -> int | None:
     """Number of positions that ``model`` was trained on or scaled to by RoPE settings; None if its config has none."""
     config = model.config.get_text_config()
     trained = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope_settings(config)
     scaled = (rope.get("original_max_position_embeddings") or 0) * (rope.get("factor") or 1)
     return None if trained is None else max(trained, int(scaled))
 
@@ -36,8 +37,7 @@ def check_positions(model: PreTrainedModel, positions: int, tokens: int, rotates
 
 def rope_changes(model: PreTrainedModel) -> bool:
     """Return whether RoPE's frequencies for all rows of a forward follow from its largest position."""
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    return rope.get("rope_type") in CHANGING_ROPE
+    return rope_settings(model.config).get("rope_type") in CHANGING_ROPE
 
 
 def check_rope(model: PreTrainedModel, first: int, total: int, rotates: bool = False) -> None:
@@ -48,11 +48,11 @@ def check_rope(model: PreTrainedModel, first: int, total: int, rotates: bool = F
     model's RoPE must allow.
     """
     config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope_settings(config)
     kind = rope.get("rope_type", "default")
     if rotates:
-        dims = 2 * len(decoder_of(model).rotary_emb.inv_freq)
-        head = getattr(decoder_of(model).layers[0].self_attn, "head_dim", dims)
+        dims = 2 * len(rotary_of(model).inv_freq)  # type: ignore[arg-type]
+        head = getattr(attentions(model)[evicted_layers(config)[0]], "head_dim", dims)
         if kind in CHANGING_ROPE or dims != head:
             why = f"RoPE of type {kind!r}" if dims == head else f"{dims} of {head} dimensions of a head turned by RoPE"
             raise ValueError(f"keys cannot be re-rotated in a model with {why}: use a press without KeyRerotationPress")
@@ -74,13 +74,17 @@ def check_rows(traits: PressTraits, rows: int) -> None:
         )
 
 
-def check_sliding_window(model: PreTrainedModel, tokens: int) -> None:
-    """Raise ``ValueError`` if a context of ``tokens`` tokens is longer than ``model``'s sliding window."""
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
+def check_window(model: PreTrainedModel, tokens: int) -> None:
+    """Raise ``ValueError`` if ``tokens`` tokens, under a press, exceed the window of a model without full attention.
+
+    Within the window, such a model's layers attend to everything, and presses evict in them.
+    """
+    window = windowed_alone(model.config)
     if window is not None and tokens > window:
         raise ValueError(
-            f"a context of {tokens} tokens is longer than this model's sliding window of {window}, which an evicted "
-            "cache cannot keep: use shorter contexts, or a model without sliding windows"
+            f"{tokens} tokens are more than the window of {window} through which every layer of this model looks, so "
+            "there is no layer to evict from: keep context and continuation within the window, take no press, or a "
+            "model with full attention in some layers (Gemma 3)"
         )
 
 

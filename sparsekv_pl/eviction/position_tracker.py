@@ -32,11 +32,21 @@ class PositionTracker:
         Positions are tracked if ``request.contexts``; scores are recorded if ``request.scores``.
     many
         Whether there are several chunks; positions are then tracked too.
+    layers
+        The layers in which the press evicts.
     inv_freq
-        The model's RoPE frequencies (see ``Rotation``), for a press that re-rotates keys; else None.
+        The layers' RoPE frequencies (see ``Rotation``), for a press that re-rotates keys; else None.
     """
 
-    def __init__(self, traits: PressTraits, request: Request, many: bool, inv_freq: Tensor | None) -> None:
+    def __init__(
+        self,
+        traits: PressTraits,
+        request: Request,
+        many: bool,
+        layers: Sequence[int],
+        inv_freq: Mapping[int, Tensor] | None,
+    ) -> None:
+        self.layers = layers
         deciding = self.deciding = traits.deciding
         self.press = traits.press
         self.selecting = deciding.selecting if deciding.by_scores else None
@@ -99,7 +109,8 @@ class PositionTracker:
 
     def _follow_unscored(self, cache: DynamicCache, seen: int) -> None:
         """Extend the positions by a whole chunk where the press did not score: at a ratio of 0 everything stays."""
-        for index, layer in enumerate(cache.layers):
+        for index in self.layers:
+            layer = cache.layers[index]
             assert layer.keys is not None
             batch, heads, held = layer.keys.shape[:3]
             before = self.positions.get(index)

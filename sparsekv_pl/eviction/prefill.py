@@ -6,7 +6,6 @@ One chunk is "prefill, press, continue". With many, chunk n sees the cache that 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,38 +14,33 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.attention.evicted_attention import CACHED, attention_implementation
+from sparsekv_pl.eviction.chunking import chunk_bounds, chunk_ratio, staying
 from sparsekv_pl.eviction.limits import (
     check_chunks,
     check_positions,
     check_rope,
     check_rows,
-    check_sliding_window,
     check_weights,
+    check_window,
 )
 from sparsekv_pl.eviction.local_gradients import detach, layers_apart
+from sparsekv_pl.eviction.other_layers import check_window_left, forget, move
 from sparsekv_pl.eviction.position_tracker import PositionTracker
 from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.eviction.request import NOTHING, Request
 from sparsekv_pl.eviction.shifted_rotary import queries_from
 from sparsekv_pl.eviction.skipped_mlp import last_mlp_for
 from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.layer_kinds import attentions, evicted_layers
+from sparsekv_pl.models.rotary import inv_freq_of
 from sparsekv_pl.presses.key_tokens import TOKEN_IDS
 from sparsekv_pl.presses.nesting import scorers_in
 from sparsekv_pl.presses.press_context import PRESS_CONTEXT, PressContext
+from sparsekv_pl.presses.pressed_model import pressed
 from sparsekv_pl.presses.ratio import at_ratios, set_compression_ratio
 from sparsekv_pl.presses.shared_work import shared_work
 from sparsekv_pl.presses.sync_free import no_waiting
 from sparsekv_pl.presses.traits import traits_of
-
-
-def chunk_bounds(tokens: int, chunk_tokens: int | None) -> list[tuple[int, int]]:
-    """Cut ``tokens`` into the fewest chunks of at most ``chunk_tokens``; return (start, stop) of each.
-
-    Their lengths differ by at most one token. None makes one chunk.
-    """
-    count = 1 if chunk_tokens is None else -(-tokens // chunk_tokens)
-    edges = [tokens * i // count for i in range(count + 1)]
-    return list(pairwise(edges))
 
 
 @dataclass(eq=False)
@@ -100,18 +94,21 @@ class ChunkedPrefill:
         self.rotates = self.deciding is not None and self.deciding.re_rotates
         self.ratio: float | None = None
         self.press_context: PressContext | None = None
-        check_sliding_window(model, tokens)
+        self.layers = evicted_layers(model.config)
         if self.traits is not None and self.deciding is not None:
             check_chunks(self.traits, self.bounds, request)
             check_weights(model, self.traits)
             if len(self.bounds) > 1 or self.budget is not None:
                 self.ratio = self.deciding.press.compression_ratio
                 set_compression_ratio(self.deciding.press, self.ratio)  # raises here where there is none to set
-            inv_freq = decoder_of(model).rotary_emb.inv_freq if self.rotates else None
-            tracker = self.tracker = PositionTracker(self.traits, request, len(self.bounds) > 1, inv_freq)
+            inv_freq = {layer: inv_freq_of(model, layer) for layer in attentions(model)} if self.rotates else None
+            many = len(self.bounds) > 1
+            tracker = self.tracker = PositionTracker(self.traits, request, many, self.layers, inv_freq)
             self.press_context = PressContext(positions=tracker.positions, key_log_weights=tracker.log_weights)
         check_rope(model, self.bounds[0][1], tokens, self.rotates)
         check_positions(model, self._positions(), tokens, self.rotates)
+        if self.traits is not None:
+            check_window(model, self._positions() + 1)  # a token follows
         self.cache = DynamicCache()
         self.hidden: list[Tensor] = []
         self.chunks_done = 0
@@ -136,7 +133,7 @@ class ChunkedPrefill:
             )
         if self.traits is not None:
             check_rows(self.traits, len(chunk_ids))
-        held = self.cache.get_seq_length()
+        held = self._held()
         position = held if self.rotates else start
         keywords = self._keywords(chunk_ids)
         rotated = queries_from(self.model, position if self.traits is not None else 0)
@@ -145,6 +142,10 @@ class ChunkedPrefill:
         computed = last_mlp_for(self.model, stop - start if read else 0)
         with self._evicting(held, start, stop), rotated, computed, apart:
             hidden = continue_from(self.model, chunk_ids, self.cache, position, **keywords)
+        dropped = forget(self.model, self.cache, stop, () if self.traits is None else self.layers)
+        if self.rotates:
+            end = self._held()
+            move(self.model, self.cache, end, end - (position + stop - start), dropped, self.tracker.rotation)
         self.hidden += [hidden] if read else []
         self.chunks_done += 1
 
@@ -159,7 +160,7 @@ class ChunkedPrefill:
         assert not self.chunks_left
         if self.local:
             detach(self.cache)
-        position = self.cache.get_seq_length() if self.rotates else self.seen
+        position = self._held() if self.rotates else self.seen
         if self.traits is None:
             return Prefilled(self.cache, position, [])
         for layer, weights in self.tracker.log_weights.items():
@@ -170,6 +171,10 @@ class ChunkedPrefill:
                 )
         tracker = self.tracker
         return Prefilled(self.cache, position, tracker.selections, self.press_context, self.hidden, tracker.positions)
+
+    def _held(self) -> int:
+        """Return the number of pairs per head in the first layer that presses evict from."""
+        return self.cache.get_seq_length(self.layers[0])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return every tensor that the next chunk depends on, by names that ``safetensors`` accepts; not copied.
@@ -216,11 +221,11 @@ class ChunkedPrefill:
             return
         press, ratios = self.traits.press, list[tuple[BasePress, float]]()
         if self.ratio is not None:
-            ratios = [(self.deciding.press, _chunk_ratio(held + stop - start, stop, self.ratio, self.budget))]
+            ratios = [(self.deciding.press, chunk_ratio(held + stop - start, stop, self.ratio, self.budget))]
         if self.deciding.only_trains and not self.model.training:  # also in wrappers that only ask for scores
             ratios += [(scorer, 0.0) for scorer in scorers_in(self.deciding.press)]
         shared, keeping = shared_work(self.model, self.traits), self.tracker(self.cache, stop)
-        with at_ratios(ratios), keeping, shared, no_waiting(self.traits), press(self.model):
+        with at_ratios(ratios), keeping, shared, no_waiting(self.traits), press(pressed(self.model)):
             yield
 
     def _positions(self) -> int:
@@ -230,7 +235,7 @@ class ChunkedPrefill:
         held, most = 0, 0
         for start, stop in self.bounds:
             most = max(most, held + stop - start)
-            held = _stay(held + stop - start, stop, self.ratio, self.budget)
+            held = staying(held + stop - start, stop, self.ratio, self.budget)
         return most
 
 
@@ -267,6 +272,8 @@ def continue_from(
     so presses do not evict; ``attention`` are keywords of ``cached_attention``.
     """
     count, first = input_ids.shape[1], position.view(-1, 1) if isinstance(position, Tensor) else position
+    if isinstance(position, int):
+        check_window_left(model, cache, position, count)
     places = torch.arange(count, device=input_ids.device) + first
     with attention_implementation(model, CACHED):
         output = decoder_of(model)(
@@ -286,15 +293,3 @@ def layer_device(layer: nn.Module) -> torch.device:
     """Return the device where a layer computes: accelerate's hook has it if the weights are elsewhere (offload)."""
     hook = getattr(layer, "_hf_hook", None)
     return torch.device(getattr(hook, "execution_device", None) or next(layer.parameters()).device)
-
-
-def _stay(held: int, seen: int, ratio: float, budget: int | None) -> int:
-    """Return how many of ``held`` pairs stay: ``seen * (1 - ratio)``, at most ``budget`` and at least 1."""
-    return max(1, min(int(seen * (1 - ratio)), held, budget or held))
-
-
-def _chunk_ratio(held: int, seen: int, ratio: float, budget: int | None) -> float:
-    """Return the ratio at which kvpress keeps ``_stay`` of the ``held`` pairs."""
-    target = _stay(held, seen, ratio, budget)
-    # kvpress rounds held * (1 - ratio) down: half a pair more is safe.
-    return 0.0 if target >= held else 1 - (target + 0.5) / held

@@ -54,8 +54,3 @@ def copy_cache(cache: DynamicCache) -> DynamicCache:
         assert layer.keys is not None and layer.values is not None
         copied.update(layer.keys.clone(), layer.values.clone(), index)
     return copied
-
-
-def mean_length(cache: DynamicCache) -> float:
-    """Return the number of KV pairs per head that ``cache`` holds, averaged over layers."""
-    return sum(cache.get_seq_length(layer) for layer in range(len(cache.layers))) / len(cache.layers)

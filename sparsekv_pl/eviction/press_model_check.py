@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
 
-from sparsekv_pl.attention.evicted_attention import CACHED, attention_implementation, passing
+from sparsekv_pl.attention.evicted_attention import CACHED, EveryLayer, attention_implementation, passing
 from sparsekv_pl.eviction.rotation import turned
 from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.layer_kinds import attentions, evicted_layers, layer_kinds
+from sparsekv_pl.models.rotary import inv_freq_of, rotary_of
 from sparsekv_pl.models.seeding import generator_for
 from sparsekv_pl.presses.traits import Need, PressTraits, traits_of
 
@@ -64,8 +66,13 @@ def check_press(model: PreTrainedModel, press: BasePress | None, foresight: bool
             f"{traits.name} keeps what the continuation will attend to, which is unknown here: it is a ceiling to "
             "measure with EvaluationModule (configs/evaluate/retention.yaml). Take another press"
         )
-    layers = list(getattr(decoder_of(model), "layers", [None]))
-    without = [number for number, layer in enumerate(layers) if not hasattr(layer, "self_attn")]
+    others, without = _left_alone(model), _without_attention(model)
+    for part in traits.parts if others else ():
+        if part.every_layer or not part.replayable:
+            raise ValueError(
+                f"{part.name} needs every layer of a model, and {type(model).__name__} has others than full attention, "
+                f"in layers {_few(others)}: take a press that evicts layer by layer (KeyDiffPress, SnapKVPress)"
+            )
     if without:
         raise ValueError(
             f"{traits.name} cannot evict in {type(model).__name__}: its layers {_few(without)} have no attention "
@@ -109,8 +116,20 @@ def _checks(traits: PressTraits) -> Iterator[tuple[str, Check]]:
         yield "turns keys to other positions by the model's RoPE (rotary_emb)", _turn_error
 
 
+def _left_alone(model: PreTrainedModel) -> list[int]:
+    """Return the layers in which presses do not evict."""
+    return [layer for layer in range(len(layer_kinds(model.config))) if layer not in evicted_layers(model.config)]
+
+
+def _without_attention(model: PreTrainedModel) -> list[int]:
+    layers = list(getattr(decoder_of(model), "layers", [None]))
+    return [number for number, layer in enumerate(layers) if not hasattr(layer, "self_attn")]
+
+
 def _wrong_in(check: Check, model: PreTrainedModel, seen: list[_SeenTensors]) -> str:
-    return _few([layer for layer in sorted(seen[0].query) if _fails(check, model, layer, seen)])
+    """Name the layers that fail ``check``; a rotation moves the keys of all, other checks are of the evicted ones."""
+    layers = sorted(seen[0].key) if check is _turn_error else evicted_layers(model.config)
+    return _few([layer for layer in layers if _fails(check, model, layer, seen)])
 
 
 def _fails(check: Check, model: PreTrainedModel, layer: int, seen: list[_SeenTensors]) -> bool:
@@ -137,7 +156,7 @@ def _key_error(_: PreTrainedModel, layer: int, seen: list[_SeenTensors]) -> floa
 
 
 def _rotary_error(model: PreTrainedModel, layer: int, seen: list[_SeenTensors]) -> float:
-    asked = decoder_of(model).rotary_emb(seen[0].hidden[layer], torch.arange(TOKENS, device=model.device)[None])
+    asked = rotary_of(model)(seen[0].hidden[layer], torch.arange(TOKENS, device=model.device)[None])
     error = max(_error(mine, used) for mine, used in zip(asked, seen[0].rotary[layer], strict=True))
     return error if _turned_whole(seen[0], layer) else math.inf
 
@@ -145,7 +164,7 @@ def _rotary_error(model: PreTrainedModel, layer: int, seen: list[_SeenTensors]) 
 def _turn_error(model: PreTrainedModel, layer: int, seen: list[_SeenTensors]) -> float:
     first, later = (each.key[layer] for each in seen)
     by = torch.full(first.shape[:3], SHIFT, device=first.device)
-    return _error(turned(first, by, decoder_of(model).rotary_emb.inv_freq), later)
+    return _error(turned(first, by, inv_freq_of(model, layer)), later)
 
 
 CHECKS: Mapping[Need, tuple[str, Check]] = {
@@ -183,7 +202,11 @@ def _forward(model: PreTrainedModel, start: int) -> _SeenTensors:
     positions = start + torch.arange(TOKENS, device=ids.device)[None]
     model.eval()
     try:
-        with _watched(model, seen), attention_implementation(model, CACHED), passing(model, observer=seen.computed):
+        with (
+            _watched(model, seen),
+            attention_implementation(model, CACHED),
+            passing(model, observer=EveryLayer(seen.computed)),
+        ):
             decoder(input_ids=ids, position_ids=positions, use_cache=False)
     finally:
         model.train(training)
@@ -193,7 +216,7 @@ def _forward(model: PreTrainedModel, start: int) -> _SeenTensors:
 @contextmanager
 def _watched(model: PreTrainedModel, seen: _SeenTensors) -> Iterator[None]:
     hooks = [
-        layer.self_attn.register_forward_pre_hook(seen.given, with_kwargs=True) for layer in decoder_of(model).layers
+        attention.register_forward_pre_hook(seen.given, with_kwargs=True) for attention in attentions(model).values()
     ]
     try:
         yield

@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekv_pl.eviction.checkpointed_prefill import checkpointed_prefill
+from sparsekv_pl.eviction.chunking import chunk_bounds
 from sparsekv_pl.eviction.interface import Evicted, EvictedContext
 from sparsekv_pl.eviction.kept_memory import kept_memory
 from sparsekv_pl.eviction.limits import check_chunks, check_continuation
 from sparsekv_pl.eviction.local_gradients import LocalGradients
-from sparsekv_pl.eviction.prefill import chunk_bounds, continue_from
+from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.eviction.quantised_pairs import PairQuantisation
 from sparsekv_pl.eviction.quantised_prefill import QuantisedPrefill

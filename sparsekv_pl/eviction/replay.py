@@ -16,10 +16,12 @@ from kvpress import BasePress, ScorerPress
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsekv_pl.eviction.limits import check_rows, check_weights
+from sparsekv_pl.eviction.limits import check_rows, check_weights, check_window
+from sparsekv_pl.eviction.other_layers import forget, move
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.eviction.prefilled_cache import Prefilled, copy_cache
-from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.layer_kinds import attentions, evicted_layers
+from sparsekv_pl.presses.pressed_model import pressed
 from sparsekv_pl.presses.shared_work import shared_work
 from sparsekv_pl.presses.sync_free import no_waiting
 from sparsekv_pl.presses.traits import PressTraits, traits_of
@@ -48,9 +50,9 @@ class RecordedPrefill:
         self.context_ids = context_ids
         self.calls: list[_Call] = []
         self._scores: dict[tuple[int, int], tuple[ScorerPress, Tensor]] = {}
-        hooks = [
-            layer.self_attn.register_forward_hook(self._record, with_kwargs=True) for layer in decoder_of(model).layers
-        ]
+        found = attentions(model)
+        self.layers = evicted_layers(model.config)
+        hooks = [found[layer].register_forward_hook(self._record, with_kwargs=True) for layer in self.layers]
         try:
             with torch.no_grad():
                 self.cache = prefill(model, context_ids, None).cache
@@ -76,13 +78,17 @@ class RecordedPrefill:
         position = self.context_ids.shape[1]
         if press is not None and traits is not None:
             check_weights(self.model, traits)
+            check_window(self.model, position + 1)  # a token follows
             check_rows(traits, len(self.context_ids))
             shared = shared_work(self.model, traits)
-            with shared, self._scored_once(traits), no_waiting(traits), press(self.model):
+            with shared, self._scored_once(traits), no_waiting(traits), press(pressed(self.model)):
                 for call in self.calls:
                     kwargs = {**call.kwargs, "past_key_values": cache}
                     press.forward_hook(call.module, [], kwargs, call.output)
-            position = cache.get_seq_length() if traits.re_rotates else position
+            if traits.re_rotates:
+                whole, position = position, cache.get_seq_length(self.layers[0])
+                dropped = forget(self.model, cache, whole, self.layers)
+                move(self.model, cache, position, position - whole, dropped, None)
         return Prefilled(cache, position, [])
 
     @contextmanager

@@ -5,6 +5,8 @@ bfloat16 each rotation rounds, and so do its sines and cosines: a key differs fr
 rotation, 1 % after 10, 6 % after 100 and 56 % after 1,000 (mean of 6,144 random keys of 64 numbers; 0.03 % in float32).
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import rotate_half
@@ -16,10 +18,10 @@ class Rotation:
     Parameters
     ----------
     inv_freq
-        The model's RoPE frequencies, (D / 2,), in radians per position.
+        layer -> RoPE frequencies, (D / 2,), in radians per position.
     """
 
-    def __init__(self, inv_freq: Tensor) -> None:
+    def __init__(self, inv_freq: Mapping[int, Tensor]) -> None:
         self.inv_freq = inv_freq
         self.first: dict[int, Tensor] = {}
         """layer -> (B, K, S, D): the keys after the chunk that first kept them."""
@@ -33,15 +35,28 @@ class Rotation:
         keys before the eviction.
         """
         here = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3])
-        first, places = keys, here
+        return self._turned(layer, keys, kept, here, here)
+
+    def moved(self, layer: int, keys: Tensor, end: int, by: int, dropped: int = 0) -> Tensor:
+        """Return keys (B, K, S, D) moved by ``by`` positions, the last to ``end`` - 1, with one rotation of each.
+
+        They follow each other, and are those before less the first ``dropped``.
+        """
+        here = torch.arange(end - keys.shape[2], end, device=keys.device).expand(keys.shape[:3])
+        kept = torch.arange(dropped, dropped + keys.shape[2], device=keys.device).expand(keys.shape[:3])
+        return self._turned(layer, keys, kept, here, here - by)
+
+    def _turned(self, layer: int, keys: Tensor, kept: Tensor, here: Tensor, new: Tensor) -> Tensor:
+        """Turn keys to positions ``here``; those not held before are at positions ``new`` (both (B, K, S)) so far."""
+        first, places = keys, new
         if layer in self.first:
             held = self.places[layer].shape[-1]
             old, index = kept < held, kept.clamp(max=held - 1)
-            places = torch.where(old, self.places[layer].gather(-1, index), here)
+            places = torch.where(old, self.places[layer].gather(-1, index), new)
             index = index.unsqueeze(-1).expand_as(keys)
             first = torch.where(old.unsqueeze(-1), self.first[layer].gather(2, index), keys)
         self.first[layer], self.places[layer] = first, places
-        return turned(first, here - places, self.inv_freq)
+        return turned(first, here - places, self.inv_freq[layer])
 
 
 def turned(keys: Tensor, by: Tensor, inv_freq: Tensor) -> Tensor:

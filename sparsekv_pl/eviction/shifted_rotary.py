@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.layer_kinds import attentions, evicted_layers
+from sparsekv_pl.models.rotary import rotary_of
 
 
 @contextmanager
@@ -18,15 +19,16 @@ def queries_from(model: PreTrainedModel, position: int) -> Iterator[None]:
     if position == 0:
         yield
         return
-    decoder = decoder_of(model)
-    shifted = _ShiftedRotary(decoder.rotary_emb, position)
-    for layer in decoder.layers:
-        layer.self_attn.rotary_emb = shifted
+    rotary, found = rotary_of(model), attentions(model)
+    pressed = [found[layer] for layer in evicted_layers(model.config)]
+    shifted = _ShiftedRotary(rotary, position)
+    for attention in pressed:
+        attention.rotary_emb = shifted
     try:
         yield
     finally:
-        for layer in decoder.layers:
-            layer.self_attn.rotary_emb = decoder.rotary_emb
+        for attention in pressed:
+            attention.rotary_emb = rotary
 
 
 class _ShiftedRotary(nn.Module):
@@ -36,7 +38,7 @@ class _ShiftedRotary(nn.Module):
         super().__init__()
         self.rotary = rotary
         self.offset = offset
-        self.inv_freq = rotary.inv_freq
+        self.inv_freq: Tensor = rotary.inv_freq  # type: ignore[assignment]
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         return self.rotary(x, position_ids + self.offset)

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-"""Kinds of layers with a limited window -> the config setting with its number of tokens."""
+from sparsekv_pl.models.layer_kinds import FULL, WINDOWS, layer_kinds
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,9 @@ def cache_shape(config: PreTrainedConfig) -> CacheShape:
     if getattr(text, "kv_lora_rank", None):
         raise ValueError(f"{text.model_type} has multi-head latent attention, whose cache is not counted: plan another")
     heads = text.num_attention_heads
-    kinds = getattr(text, "layer_types", None)
-    if kinds is None:  # as in transformers' DynamicCache
-        limited = [kind for kind, name in WINDOWS.items() if getattr(text, name, None) is not None]
-        kinds = [limited[0] if limited else "full_attention"] * text.num_hidden_layers
+    kinds = layer_kinds(config)
     kinds = kinds[: len(kinds) - (getattr(text, "num_kv_shared_layers", None) or 0)]  # the last ones may share a cache
-    unknown = set(kinds) - {*WINDOWS, "full_attention"}
+    unknown = set(kinds) - {*WINDOWS, FULL}
     if unknown:
         raise ValueError(f"{text.model_type} has layers of kind {sorted(unknown)}, which are not counted: plan another")
     return CacheShape(

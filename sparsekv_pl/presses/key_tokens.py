@@ -76,7 +76,7 @@ class _PassTokenIds:
     handle: Any
 
     def __call__(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        if not any(_pressed(layer.self_attn) for layer in decoder.layers):
+        if not any(_pressed(layer.self_attn) for layer in decoder.layers if hasattr(layer, "self_attn")):
             self.handle.remove()
             return None
         ids = kwargs.get("input_ids", args[0] if args else None)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.layer_kinds import attentions
 from sparsekv_pl.presses.shadowed_method import shadowed
 from sparsekv_pl.presses.traits import PressTraits
 
@@ -26,8 +26,8 @@ def shared_work(model: PreTrainedModel, traits: PressTraits) -> Iterator[None]:
     """
     queries, rotations = _Queries(), _Rotations()
     with ExitStack() as stack:
-        for layer in decoder_of(model).layers:
-            projection = getattr(layer.self_attn, "q_proj", None)
+        for attention in attentions(model).values():
+            projection = getattr(attention, "q_proj", None)
             if projection is not None:
                 stack.enter_context(shadowed(projection, "forward", queries.project))
         for part in traits.parts:

@@ -67,6 +67,8 @@ class PressTraits:
     """Any selects by the question, which must stand at the end of the context."""
     while_generating: bool = False
     """Any evicts while tokens are generated, by settings of its own (kvpress's DecodingPress and its kin)."""
+    every_layer: bool = False
+    """It spreads its budget over all layers, or begins a context in layer 0, so that it must evict in every layer."""
     replayable: bool = False
     """All only read layers that have run; none runs the model itself (KVzipPress)."""
     window: int = 0
@@ -219,12 +221,12 @@ def table() -> dict[type, Row]:
         kvpress.CriticalKVPress: scorer(needs=("weights",)),
         kvpress.CURPress: scorer(),
         kvpress.DecodingPress: generating(),
-        kvpress.DMSPress: masking(takes_a_ratio=False),
-        kvpress.DuoAttentionPress: masking(takes_a_ratio=False),
+        kvpress.DMSPress: masking(takes_a_ratio=False, every_layer=True),
+        kvpress.DuoAttentionPress: masking(takes_a_ratio=False, every_layer=True),
         kvpress.EntropyGatedChunkKVPress: chunk_kv,
         kvpress.ExpectedAttentionPress: expected(same_at_every_ratio=True),
         kvpress.ExpectedAttentionStatsPress: expected(),
-        kvpress.FastKVzipPress: masking(needs=("hidden states",)),
+        kvpress.FastKVzipPress: masking(needs=("hidden states",), every_layer=True),
         kvpress.FinchPress: lambda press: PressTraits(
             needs=queries, re_rotates=press.rerotate_keys, needs_question=True
         ),
@@ -239,14 +241,16 @@ def table() -> dict[type, Row]:
             trainable=press.cross_scoring, order_only=True, same_at_every_ratio=True
         ),
         kvpress.LeverageScorePress: whole_context(needs=("keys",), shared_work="factorisation"),
-        kvpress.LUKVPress: masking(),
+        kvpress.LUKVPress: masking(every_layer=True),
         kvpress.MergingPress: wrapper(by_scores=True),
         kvpress.NonCausalAttnPress: whole_context(needs=queries),
         kvpress.ObservedAttentionPress: scorer(needs=("attention",), evicts_while_decoding=False),
         kvpress.PerLayerCompressionPress: no_ratio,
         kvpress.PrefillDecodingPress: generating(),
         # It would distribute its budget over layers again at every chunk.
-        kvpress.PyramidKVPress: scorer(needs=queries, works_in_chunks=False, same_at_every_ratio=True),
+        kvpress.PyramidKVPress: scorer(
+            needs=queries, works_in_chunks=False, same_at_every_ratio=True, every_layer=True
+        ),
         kvpress.QFilterPress: scorer(),
         kvpress.RandomPress: scorer(trainable=False),
         kvpress.RestoreKVPress: kvzip,

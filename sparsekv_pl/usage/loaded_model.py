@@ -10,9 +10,9 @@ import torch
 
 from sparsekv_pl.models.backbone import Backbone, causal_lm
 from sparsekv_pl.models.chat_frame import QUESTION_OPENING, chat_frame
-from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.models.encoding import Encoder
 from sparsekv_pl.models.gguf_checkpoint import EMBEDDED
+from sparsekv_pl.models.layer_kinds import attentions
 from sparsekv_pl.models.native_precision import AUTO, decide
 from sparsekv_pl.models.stop_tokens import stop_ids
 from sparsekv_pl.storage.fingerprint import folder_digest, model_digest
@@ -139,7 +139,7 @@ class LoadedModel:
     def computing(self) -> Iterator[None]:
         """Run forwards in the block: without gradients, in the precision of the weights, without an earlier masking."""
         dtype = getattr(torch, str(self.backbone.dtype))
-        for layer in decoder_of(self.model).layers:
-            layer.self_attn.masked_key_indices = None  # of a head-wise press that ran before
+        for attention in attentions(self.model).values():
+            attention.masked_key_indices = None  # type: ignore[assignment]  # of a head-wise press that ran before
         with torch.no_grad(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             yield

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsekv_pl.eviction.limits import check_rope, check_sliding_window, position_limit
+from sparsekv_pl.eviction.limits import check_rope, check_window, position_limit
 from sparsekv_pl.eviction.press_model_check import layers_not_turned
 from sparsekv_pl.eviction.rotation import turned
-from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.layer_kinds import evicted_layers, windows
+from sparsekv_pl.models.rotary import inv_freq_of
 from sparsekv_pl.usage.kept_context import LAYERS, KeptContext
 
 
@@ -30,9 +31,11 @@ def merged(model: PreTrainedModel, first: KeptContext, second: KeptContext, re_r
     """
     check_merge(model, first, second)
     tensors: dict[str, Tensor] = {}
+    limits, evicted, tokens = windows(model.config), evicted_layers(model.config), first.tokens + second.tokens
     for layer in range(first.layers):
-        pairs = _layer(model, first, second, layer, re_rotated)
-        tensors |= {f"{kind}.{layer}": tensor.contiguous() for kind, tensor in pairs}
+        pairs, window = _layer(model, first, second, layer, re_rotated and layer in evicted), limits[layer]
+        seen = None if window is None or layer in evicted else window.held(tokens)
+        tensors |= {f"{kind}.{layer}": _newest(kind, tensor, seen).contiguous() for kind, tensor in pairs}
     bounds = [*first.bounds, *((first.tokens + start, first.tokens + stop) for start, stop in second.bounds)]
     ids = torch.cat([first.ids, second.ids], dim=1)
     return KeptContext(ids, bounds, first.next_position + second.next_position, tensors)
@@ -40,7 +43,7 @@ def merged(model: PreTrainedModel, first: KeptContext, second: KeptContext, re_r
 
 def check_merge(model: PreTrainedModel, first: KeptContext, second: KeptContext) -> None:
     """Raise ``ValueError``, with the reason, if no positions or no rotation allow a merge."""
-    tokens, positions = first.tokens + second.tokens, first.next_position + second.next_position
+    positions = first.next_position + second.next_position
     limit = position_limit(model)
     if limit is not None and positions > limit:
         raise ValueError(
@@ -49,7 +52,7 @@ def check_merge(model: PreTrainedModel, first: KeptContext, second: KeptContext)
             "prefill them under a press that re-rotates keys (KeyRerotation(KeyDiff))"
         )
     try:
-        check_sliding_window(model, tokens)
+        check_window(model, positions + 1)  # a question follows
         check_rope(model, 1, 1, rotates=True)
     except ValueError as error:
         raise ValueError(f"merge: {str(error).partition(': ')[0]}. Prefill both documents together instead") from error
@@ -67,7 +70,7 @@ def _layer(
     own = [{kind: context.tensors.get(f"{kind}.{layer}") for kind in LAYERS} for context in (first, second)]
     (keys, values), (more_keys, more_values) = ((one["keys"], one["values"]) for one in own)
     assert keys is not None and values is not None and more_keys is not None and more_values is not None
-    inv_freq = decoder_of(model).rotary_emb.inv_freq
+    inv_freq = inv_freq_of(model, layer)
     places = [one["positions"] for one in own]
     if places[0] is not None and places[1] is not None:
         yield "positions", torch.cat([places[0], places[1] + first.tokens], dim=-1)
@@ -81,6 +84,13 @@ def _layer(
     yield "first", kept
     yield "places", at
     yield "keys", torch.cat([keys, turned(kept, here - at, inv_freq)[:, :, keys.shape[2] :]], dim=2)
+
+
+def _newest(kind: str, tensor: Tensor, seen: int | None) -> Tensor:
+    """Return the pairs of a layer with a window that later tokens see, the newest ``seen``; None for all."""
+    if seen is None or kind not in ("keys", "values"):
+        return tensor
+    return tensor[:, :, max(0, tensor.shape[2] - seen) :]
 
 
 def _as_first_kept(own: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, LlamaConfig, PreTrainedModel
 from transformers.integrations import sdpa_attention
 
 from sparsekv_pl.attention.evicted_attention import (
@@ -14,6 +14,7 @@ from sparsekv_pl.attention.evicted_attention import (
     cached_attention,
     lower_right_mask,
     one_query,
+    passing,
 )
 from tests.random_models import Build
 
@@ -37,7 +38,7 @@ def states(queries: int, keys: int, heads: int = 4, kv_heads: int = 2) -> tuple[
 
 
 def module() -> SimpleNamespace:
-    return SimpleNamespace(layer_idx=0, num_key_value_groups=2, is_causal=True)
+    return SimpleNamespace(layer_idx=0, config=LlamaConfig(num_hidden_layers=1), num_key_value_groups=2, is_causal=True)
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, visible_BHTS: Tensor) -> Tensor:
@@ -175,14 +176,17 @@ def test_padding_is_refused_and_a_mask_of_ones_is_not(random_model: Build) -> No
         hidden(model, CACHED, ids(CONTEXT), attention_mask=mask)
 
 
-def test_a_sliding_window_is_refused_where_it_would_hide_something() -> None:
+def test_what_a_window_hides_is_not_measured_as_if_it_were_seen() -> None:
     from transformers import MistralConfig, MistralForCausalLM
 
     config = MistralConfig(64, 32, 48, 1, num_attention_heads=4, num_key_value_heads=2, sliding_window=8)
-    model = MistralForCausalLM(config)
-    with pytest.raises(ValueError, match="looks back 8 tokens"):
-        hidden(model, CACHED, ids(9))
-    hidden(model, CACHED, ids(8))
+    model, layers = MistralForCausalLM(config), list[int]()
+    for asked in ({"observer": lambda layer, *_: layers.append(layer)}, {"selector": lambda *_: None}):
+        with passing(model, **asked):
+            hidden(model, CACHED, ids(8))
+            with pytest.raises(ValueError, match="look back 8 tokens only"):
+                hidden(model, CACHED, ids(9))
+    assert layers == [0]
 
 
 @pytest.mark.parametrize("masked", [None, "rows", "heads"])

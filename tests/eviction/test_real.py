@@ -19,10 +19,11 @@ from kvpress import (
     TOVAPress,
 )
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.attention.evicted_attention import attention_implementation
-from sparsekv_pl.eviction.prefill import chunk_bounds, continue_from, full_cache, prefill
+from sparsekv_pl.eviction.chunking import chunk_bounds
+from sparsekv_pl.eviction.prefill import continue_from, full_cache, prefill
 from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.caught_scores import catch_scores
@@ -205,14 +206,6 @@ def test_a_context_that_the_press_cannot_look_at_is_an_error(random_model: Build
     RealEviction(press).check(CONTEXT + 1)
     with pytest.raises(ValueError, match=f"window of {CONTEXT} tokens"):
         prefill(random_model(), ids()[0], press)
-
-
-def test_a_model_with_a_sliding_window_is_an_error() -> None:
-    config = Qwen3Config(64, 32, 48, 2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
-    config = Qwen3Config(**config.to_dict() | {"use_sliding_window": True, "sliding_window": 8, "layer_types": None})
-    config.layer_types = ["full_attention", "sliding_attention"]
-    with pytest.raises(ValueError, match="sliding window of 8"):
-        evict(Qwen3ForCausalLM(config), KnormPress())
 
 
 def test_pairs_that_a_press_hides_do_not_count_as_kept(random_model: Build) -> None:

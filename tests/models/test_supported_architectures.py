@@ -40,6 +40,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 128,
 }
 NARROW = {"head_dim": 8}
+SLIDING = {"sliding_window": 64, "sliding_window_pattern": 2}
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 1, "moe_intermediate_size": 16}
 MADE: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)),
@@ -50,7 +51,7 @@ MADE: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "gpt-oss": lambda: hf.GptOssForCausalLM(hf.GptOssConfig(**SIZES | NARROW, num_local_experts=2)),
     "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**SIZES)),
     "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)),
-    "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**SIZES | NARROW, sliding_window=64)),
+    "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**SIZES | NARROW | SLIDING)),
     "smollm3": lambda: hf.SmolLM3ForCausalLM(hf.SmolLM3Config(**SIZES)),
     "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**SIZES)),
     "phi3": lambda: hf.Phi3ForCausalLM(
@@ -141,13 +142,18 @@ FITS: dict[str, list[BasePress]] = {
         LeverageScorePress(),
     ],
     "qwen3": [ExpectedAttentionPress(), KeyRerotationPress(SnapKVPress()), TOVAPress()],
-    "gemma3": [KeyDiffPress(), SnapKVPress(), TOVAPress()],
+    "gemma3": [
+        KeyDiffPress(),
+        SnapKVPress(),
+        TOVAPress(),
+        ExpectedAttentionPress(),
+        KeyRerotationPress(KeyDiffPress()),
+    ],
     "smollm3": [KeyDiffPress()],
     "olmo2": [KeyRerotationPress(KeyDiffPress())],
     "phi3": [KeyDiffPress(), AdaptiveBlockDropoutPress()],
 }
 UNFIT: dict[str, list[BasePress]] = {
-    "gemma3": [ExpectedAttentionPress(), KeyRerotationPress(KeyDiffPress())],
     "smollm3": [KeyRerotationPress(KeyDiffPress()), ExpectedAttentionPress(), AdaKVPress(SnapKVPress())],
     "olmo2": [SnapKVPress(), ExpectedAttentionPress()],
     "phi3": [SnapKVPress(), ExpectedAttentionPress(), KeyRerotationPress(KeyDiffPress())],

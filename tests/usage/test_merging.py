@@ -110,7 +110,7 @@ def _kept(network: PreTrainedModel) -> KeptContext:
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "RoPE of type 'dynamic'"),
         (
             {"sliding_window": 30, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2},
-            "sliding window",
+            "window of 30",
         ),
     ],
     ids=["dynamic RoPE", "sliding window"],

@@ -1,0 +1,25 @@
+"""The chunks that a context is cut into, and how many pairs stay after each."""
+
+from itertools import pairwise
+
+
+def chunk_bounds(tokens: int, chunk_tokens: int | None) -> list[tuple[int, int]]:
+    """Cut ``tokens`` into the fewest chunks of at most ``chunk_tokens``; return (start, stop) of each.
+
+    Their lengths differ by at most one token. None makes one chunk.
+    """
+    count = 1 if chunk_tokens is None else -(-tokens // chunk_tokens)
+    edges = [tokens * i // count for i in range(count + 1)]
+    return list(pairwise(edges))
+
+
+def staying(held: int, seen: int, ratio: float, budget: int | None) -> int:
+    """Return how many of ``held`` pairs stay: ``seen * (1 - ratio)``, at most ``budget`` and at least 1."""
+    return max(1, min(int(seen * (1 - ratio)), held, budget or held))
+
+
+def chunk_ratio(held: int, seen: int, ratio: float, budget: int | None) -> float:
+    """Return the ratio at which kvpress keeps ``staying`` of the ``held`` pairs."""
+    target = staying(held, seen, ratio, budget)
+    # kvpress rounds held * (1 - ratio) down: half a pair more is safe.
+    return 0.0 if target >= held else 1 - (target + 0.5) / held

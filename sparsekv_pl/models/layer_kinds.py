@@ -1,0 +1,95 @@
+"""Kinds of decoder layers: full attention, attention within a window, and layers without keys and values.
+
+Presses evict in layers with full attention. The others forget by themselves: their caches stay as they are.
+"""
+
+from typing import NamedTuple
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from sparsekv_pl.models.decoder import decoder_of
+
+FULL = "full_attention"
+WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+"""Kinds of layers with a limited window -> the config setting with its number of tokens."""
+
+
+class Window(NamedTuple):
+    """The keys that a query of a layer may see besides its own."""
+
+    tokens: int
+    """Number of tokens, the query's own included."""
+    chunked: bool
+    """True: a query sees its own chunk of ``tokens`` tokens, counted from position 0. False: the last ``tokens``."""
+
+    def held(self, seen: int) -> int:
+        """Return how many of the newest pairs may still be seen by tokens that follow the first ``seen`` ones.
+
+        Chunks start at the first pair held, so that the pairs' order tells their chunks.
+        """
+        if self.chunked:
+            return (seen - 1) % self.tokens + 1
+        return min(seen, self.tokens - 1)
+
+
+def layer_kinds(config: PreTrainedConfig) -> list[str]:
+    """Return the kind of each layer of ``config``'s decoder, as in transformers' DynamicCache."""
+    text = config.get_text_config(decoder=True)
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        limited = [kind for kind, name in WINDOWS.items() if getattr(text, name, None) is not None]
+        kinds = [limited[0] if limited else FULL] * text.num_hidden_layers
+    return list(kinds)
+
+
+def windows(config: PreTrainedConfig) -> list[Window | None]:
+    """Return the window of each layer; None for one without."""
+    text = config.get_text_config(decoder=True)
+    found = ((kind, getattr(text, WINDOWS.get(kind, ""), None)) for kind in layer_kinds(config))
+    return [None if tokens is None else Window(tokens, kind == "chunked_attention") for kind, tokens in found]
+
+
+def evicted_layers(config: PreTrainedConfig) -> list[int]:
+    """Return the layers in which presses evict: those with full attention; if there is none, those with a window.
+
+    A window that no token has left yet is full attention: see ``windowed_alone``.
+    """
+    kinds = layer_kinds(config)
+    full = [layer for layer, kind in enumerate(kinds) if kind == FULL]
+    return full or [layer for layer, window in enumerate(windows(config)) if window is not None]
+
+
+def windowed_alone(config: PreTrainedConfig) -> int | None:
+    """Return the smallest window, in tokens, of a model without full attention; None for other models."""
+    found = [window.tokens for window in windows(config) if window is not None]
+    return min(found) if found and FULL not in layer_kinds(config) else None
+
+
+def attentions(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """Return layer -> attention module of ``model``'s decoder; layers without attention are left out."""
+    layers = enumerate(decoder_of(model).layers)
+    return {index: layer.self_attn for index, layer in layers if hasattr(layer, "self_attn")}
+
+
+def others_line(model: PreTrainedModel) -> str:
+    """Describe in one line the layers in which nothing is evicted; empty if there are none."""
+    kinds, evicted = layer_kinds(model.config), evicted_layers(model.config)
+    others = [index for index in range(len(kinds)) if index not in evicted]
+    if not others:
+        return ""
+    limits = windows(model.config)
+    parts = []
+    for what in dict.fromkeys((kinds[index], limits[index]) for index in others):
+        count = sum((kinds[index], limits[index]) == what for index in others)
+        parts.append(f"{count} have {_described(*what)}")
+    return (
+        f"{type(model).__name__}: presses evict in the {len(evicted)} of {len(kinds)} layers with full attention; "
+        f"{', '.join(parts)} and keep their caches, whose bytes are counted too"
+    )
+
+
+def _described(kind: str, window: Window | None) -> str:
+    if window is None:
+        return f"no attention ({kind})"
+    return f"{'chunks' if window.chunked else 'a window'} of {window.tokens:,} tokens"

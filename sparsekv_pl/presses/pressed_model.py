@@ -1,0 +1,43 @@
+"""The model as presses see it: its layers with full attention alone, and their rotary embedding."""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.layer_kinds import evicted_layers
+from sparsekv_pl.models.rotary import rotary_of
+
+
+def pressed(model: PreTrainedModel) -> Any:
+    """Return what a press's ``__call__`` gets in place of ``model``, so that it evicts in ``evicted_layers`` alone.
+
+    kvpress walks through ``model.model.layers`` and gives each attention ``model.model.rotary_emb``. That would evict
+    in every layer, and hand out a rotary embedding without frequencies where they differ by layer type (Gemma 3).
+    """
+    decoder, evicted = decoder_of(model), evicted_layers(model.config)
+    rotary = rotary_of(model)
+    if len(evicted) == len(decoder.layers) and rotary is decoder.rotary_emb and model.model is decoder:
+        return model
+    return _Shown(model, model=_Shown(decoder, layers=[decoder.layers[layer] for layer in evicted], rotary_emb=rotary))
+
+
+class _Shown:
+    """A module with some attributes replaced; ``isinstance`` and calls see the module itself, and so does its name."""
+
+    def __new__(cls, module: nn.Module, **_: Any) -> "_Shown":
+        return object.__new__(type(type(module).__name__, (cls,), {}))
+
+    def __init__(self, module: nn.Module, **instead: Any) -> None:
+        vars(self).update(instead, _module=module)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(vars(self)["_module"])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_module"], name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return vars(self)["_module"](*args, **kwargs)
