@@ -26,6 +26,7 @@ from sparsekv_pl.models.backbone import adapter_off, causal_lm
 from sparsekv_pl.models.batch import Batch
 from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.models.head import head_of
+from sparsekv_pl.models.layer_kinds import evicted_layers
 from sparsekv_pl.models.lora import Lora, inject_lora
 from sparsekv_pl.models.quantisation import four_bit, keep_unpacked
 from sparsekv_pl.models.supported_architectures import check_computed
@@ -131,8 +132,9 @@ def analyses(model: PreTrainedModel) -> Differences:
     with own_attention(model), attention_weights(model) as weights:
         decoder_of(model)(input_ids=ids, use_cache=False)
     assert weights
-    assert set(observer.layers) == set(weights)
-    return Differences(max(relative(observer.layers[layer].by_key, weights[layer].sum(2)) for layer in weights))
+    assert set(observer.layers) == set(weights) & set(evicted_layers(model.config))
+    layers = observer.layers.items()
+    return Differences(max(relative(measured.by_key, weights[layer].sum(2)) for layer, measured in layers))
 
 
 def quantised(model: PreTrainedModel, folder: Path) -> Differences:

@@ -13,7 +13,7 @@ from tests.architectures import architecture
 PAGE = Path(__file__).parents[1] / "docs/architectures.md"
 REASONS = {
     "attention": "attention is computed here",
-    "window": r"sliding window|looks back",
+    "window": "window of 48 through which every layer",
     "layers": r"have no attention \(self_attn\)",
 }
 """Reason of a refusal on the page -> the pattern of its message."""

@@ -1,6 +1,6 @@
 """Kept pairs in few bits: which numbers share a scale, what stays whole, and how many bytes that takes."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,13 +95,15 @@ class PackedPairs:
         return self.keys.nbytes + self.values.nbytes + self.newest_keys.nbytes + self.newest_values.nbytes
 
 
-def quantise(cache: DynamicCache, settings: PairQuantisation) -> list[PackedPairs]:
-    """Replace every pair of ``cache`` by its rounded numbers; return the layers packed.
+def quantise(cache: DynamicCache, settings: PairQuantisation, only: Collection[int] | None = None) -> list[PackedPairs]:
+    """Replace every pair of ``cache``, or of ``only`` some layers, by its rounded numbers; return the layers packed.
 
     Gradients pass through the rounding unchanged (the straight-through estimator, https://arxiv.org/abs/1308.3432).
     """
     layers = []
-    for layer in cache.layers:
+    for index, layer in enumerate(cache.layers):
+        if only is not None and index not in only:
+            continue
         assert layer.keys is not None and layer.values is not None
         layers.append(PackedPairs.of(layer.keys, layer.values, settings))
         rounded = layers[-1].unpacked()

@@ -14,7 +14,7 @@ class QuantisedPrefill(ChunkedPrefill):
     """``ChunkedPrefill`` that stores what stays in few bits: a chunk reads the rounded pairs of the chunks before it.
 
     Pairs that an earlier chunk rounded are rounded again with the new ones, as groups change. Keys that a press
-    re-rotates are turned from their rounded form.
+    re-rotates are turned from their rounded form. Layers in which presses do not evict (windows) stay whole.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ class QuantisedPrefill(ChunkedPrefill):
 
     quantisation: PairQuantisation | None = None
     packed: list[PackedPairs] = field(default_factory=list, init=False, repr=False)
-    """The layers after the last chunk; empty without quantisation."""
+    """The layers that presses evict from, after the last chunk; empty without quantisation."""
 
     def __post_init__(self) -> None:
         residual = 0 if self.quantisation is None else self.quantisation.residual
@@ -49,11 +49,12 @@ class QuantisedPrefill(ChunkedPrefill):
         super().advance(chunk_ids)
         if self.quantisation is None:
             return
-        self.packed = quantise(self.cache, self.quantisation)
+        self.packed = quantise(self.cache, self.quantisation, self.layers)
         rotation = None if self.traits is None else self.tracker.rotation
         if rotation is not None:  # its keys as first kept are not rounded
-            rotation.first.clear()
-            rotation.places.clear()
+            for layer in self.layers:
+                rotation.first.pop(layer, None)
+                rotation.places.pop(layer, None)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from ``state``, whose pairs are rounded."""
