@@ -217,7 +217,7 @@ class LongContextModule(MeasuringModule):
             "length": tokens,
             **self.columns(variant, condition, self.press),
             "kept_pairs": found.kept_pairs,
-            "kv_bytes": found.kv_bytes if packed is None else quantised_bytes(prefilled.cache, packed),
+            "kv_bytes": found.kv_bytes if packed is None else quantised_bytes(prefilled.cache, packed, filling.layers),
             "freed": found.freed,
             **costs,
         }

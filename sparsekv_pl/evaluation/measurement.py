@@ -30,6 +30,7 @@ from sparsekv_pl.eviction.replay import RecordedPrefill
 from sparsekv_pl.metrics.retrieval import retrieval_scores
 from sparsekv_pl.models.batch import TEXT, CaseBatch
 from sparsekv_pl.models.head import head_of
+from sparsekv_pl.models.layer_kinds import evicted_layers
 from sparsekv_pl.models.seeding import globally_seeded
 from sparsekv_pl.models.stop_tokens import stop_ids
 from sparsekv_pl.presses.nesting import press_name
@@ -85,7 +86,7 @@ class Measurement:
         with_stability: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.batch = model, tokenizer, batch
-        self.with_stability = with_stability
+        self.with_stability, self._layers = with_stability, evicted_layers(model.config)
         self.ahead: Sequence[Point] = ()
         """Points that will be measured next, in this order: their answers are decoded together."""
         self._answered: dict[str, list[Record]] = {}
@@ -143,7 +144,7 @@ class Measurement:
     def _left(self, point: Point, prefilled: Prefilled) -> Record:
         """The KV pairs and bytes left by an eviction, per case."""
         found, packed = kept_memory(self.model, prefilled.cache), point.quantisation
-        total = found.kv_bytes if packed is None else quantised_bytes(prefilled.cache, packed)
+        total = found.kv_bytes if packed is None else quantised_bytes(prefilled.cache, packed, self._layers)
         kv_bytes = total // len(self.batch["cases"])
         return {"kept_pairs": found.kept_pairs, "kv_bytes": kv_bytes, "freed": found.freed}
 
@@ -232,16 +233,14 @@ class Measurement:
 
     def row(self, row: int) -> "Measurement":
         """The measurement of one of the batch's rows alone."""
-        batch: Any = self.batch
-        alone: Any = {name: values[row : row + 1] for name, values in batch.items()}
+        alone: Any = {name: values[row : row + 1] for name, values in dict[str, Any](self.batch).items()}
         return Measurement(self.model, self.tokenizer, alone, with_stability=False)  # it compares replays
 
     def prefilled(self, point: Point) -> tuple[Prefilled, dict[str, float]]:
         """The context's cache after the point's eviction, and the seconds of prefill and eviction."""
         packed = point.quantisation
         if point.chunk_tokens is not None or (packed is not None and packed.residual):  # which needs their order
-            context = self.batch["context_ids"]
-            settings = (self.model, point.press, context.shape[1], point.chunk_tokens)
+            settings = (self.model, point.press, (context := self.batch["context_ids"]).shape[1], point.chunk_tokens)
             with self._draws(point):
                 prefilled, seconds = timed(lambda: QuantisedPrefill(*settings, quantisation=packed).run(context))
             return prefilled, {"prefill_seconds": seconds, "eviction_seconds": 0.0}
@@ -251,7 +250,7 @@ class Measurement:
         with self._draws(point), foreseen(oracles, self._continuation_mass) if oracles else nullcontext():
             prefilled, evicting = timed(lambda: recorded.evicted(press))
         if packed is not None:
-            quantise(prefilled.cache, packed)
+            quantise(prefilled.cache, packed, self._layers)
         return prefilled, {"prefill_seconds": seconds, "eviction_seconds": evicting}
 
     def answers(self, prefilled: Prefilled) -> list[Record]:

@@ -1,6 +1,6 @@
 """Kept pairs in few bits: which numbers share a scale, what stays whole, and how many bytes that takes."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -111,14 +111,18 @@ def quantise(cache: DynamicCache, settings: PairQuantisation, only: Collection[i
     return layers
 
 
-def quantised_bytes(cache: DynamicCache, settings: PairQuantisation) -> int:
-    """Return the bytes that the pairs of ``cache`` take packed: codes, scales, minima and whole pairs, all rows."""
-    return sum(_bytes(part, settings) for part in _parts(cache))
+def quantised_bytes(cache: DynamicCache, settings: PairQuantisation, only: Collection[int] | None = None) -> int:
+    """Return the bytes that the pairs of ``cache`` take packed: codes, scales, minima and whole pairs, all rows.
 
-
-def _parts(cache: DynamicCache) -> Sequence[tuple[Tensor, int]]:
-    keys = [(layer.keys, PAIRS) for layer in cache.layers if layer.keys is not None]
-    return keys + [(layer.values, CHANNELS) for layer in cache.layers if layer.values is not None]
+    Layers that are not among ``only`` are whole.
+    """
+    total = 0
+    for index, layer in enumerate(cache.layers):
+        for numbers, along in ((layer.keys, PAIRS), (layer.values, CHANNELS)):
+            if numbers is not None:
+                whole = only is not None and index not in only
+                total += numbers.nbytes if whole else _bytes((numbers, along), settings)
+    return total
 
 
 def _bytes(part: tuple[Tensor, int], settings: PairQuantisation) -> int:
