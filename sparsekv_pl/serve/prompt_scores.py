@@ -6,6 +6,7 @@ import torch
 
 from sparsekv_pl.eviction.limits import check_continuation
 from sparsekv_pl.eviction.prefill import continue_from
+from sparsekv_pl.models.head import head_of
 from sparsekv_pl.serve.prompts import SplitPrompt
 from sparsekv_pl.usage.kept_context import KeptContext
 from sparsekv_pl.usage.loaded_model import LoadedModel
@@ -40,7 +41,7 @@ def prompt_scores(
     """
     check_continuation(model.model, kept.next_position, len(prompt.question))
     ids = torch.tensor([prompt.question], device=model.device)
-    head = model.model.get_output_embeddings().weight.float()
+    head = head_of(model.model).to(torch.float32)
     log_probs: list[float | None] = [None] * (len(prompt.document) + 1)
     tops: list[dict[int, float] | None] = [None] * len(log_probs)
     with model.computing():
@@ -48,7 +49,7 @@ def prompt_scores(
     following = prompt.question[1:]
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(hidden), ROWS):
-            found = (hidden[start : start + ROWS].float() @ head.T).log_softmax(-1)
+            found = head.logits(hidden[start : start + ROWS].float()).log_softmax(-1)
             best = found.topk(max(1, top), dim=-1)
             if start + ROWS >= len(hidden) and new_tokens:
                 following = [*following, int(best.indices[-1, 0])]

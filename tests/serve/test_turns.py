@@ -1,5 +1,6 @@
 """Many requests: in turn, at most so many, stopped when nobody waits, and all answered when the server drains."""
 
+import asyncio
 import signal
 import threading
 import time
@@ -10,8 +11,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from kvpress import KnormPress
 
-from sparsekv_pl.serve.turns import ModelTurn
+from sparsekv_pl.serve.turns import Cancelled, ModelTurn
+from sparsekv_pl.usage.context_cache import ContextCache
 from tests.serve.conftest import RunningServer, running
 from tests.usage.cache_cases import DOCUMENT, QUESTIONS
 
@@ -148,3 +151,22 @@ def test_a_server_that_is_stopped_answers_what_is_under_way(
             assert all(isinstance(one.exception(), openai.APIError) for one in waiting)
         server.thread.join(SECONDS)
         assert not server.thread.is_alive()
+
+
+def test_reading_that_is_broken_off_leaves_nothing_behind(serve: Serve) -> None:
+    server = serve(*EVICTED)
+    documents, ids = server.served.documents, server.served.model.encoder.start(DOCUMENT + "Once more.")
+    before = dict(documents.kept)
+    turn = ModelTurn(asyncio.new_event_loop())
+
+    def report(read: int, tokens: int) -> None:
+        assert 0 < read < tokens
+        turn.cancel()
+        turn.check()
+
+    with pytest.raises(Cancelled):
+        documents.context(ids, report)
+    assert documents.kept == before
+    cache, reused = documents.context(ids)
+    assert not reused
+    assert cache.ask("Who?") == ContextCache.prefill(cache.model, ids, KnormPress(0.5)).ask("Who?")
