@@ -46,6 +46,9 @@ class Evicted:
     chunks: Tensor | None = None
     """(B, C, E), the hidden states of the context's last C tokens, all chunks but the first; None unless
     ``Request.chunks``."""
+    full_cache: Tensor | None = None
+    """(B, T, E), the continuation's hidden states after the cache as it was before the eviction; None unless
+    ``Request.full_cache``."""
 
 
 @dataclass

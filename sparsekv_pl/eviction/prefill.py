@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from kvpress import BasePress
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.attention.evicted_attention import CACHED, attention_implementation
@@ -30,7 +30,9 @@ from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.eviction.request import NOTHING, Request
 from sparsekv_pl.eviction.shifted_rotary import queries_from
 from sparsekv_pl.eviction.skipped_mlp import last_mlp_for
+from sparsekv_pl.eviction.uncut_cache import uncut_cache
 from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.devices import layer_device
 from sparsekv_pl.models.layer_kinds import attentions, evicted_layers
 from sparsekv_pl.models.rotary import inv_freq_of
 from sparsekv_pl.presses.key_tokens import TOKEN_IDS
@@ -61,8 +63,8 @@ class ChunkedPrefill:
     budget
         Most KV pairs per head that stay after a chunk, in tokens; None sets no limit.
     request
-        Keep the press's scores and the hidden states of chunks after the first (results, not part of ``state_dict``);
-        track kept keys' positions also in a single chunk: see ``Prefilled``.
+        The results to keep (they are no part of ``state_dict``), and whether kept keys' positions are tracked also in a
+        single chunk: see ``Prefilled``.
     local
         Whether gradients stay in the layer: see ``LocalGradients``.
     earlier
@@ -111,6 +113,7 @@ class ChunkedPrefill:
             check_window(model, self._positions() + 1)  # a token follows
         self.cache = DynamicCache()
         self.hidden: list[Tensor] = []
+        self.uncut: DynamicCache | None = None
         self.chunks_done = 0
 
     @property
@@ -140,7 +143,8 @@ class ChunkedPrefill:
         apart = layers_apart(self.model) if self.local else nullcontext()
         read = self.request.chunks and start > 0
         computed = last_mlp_for(self.model, stop - start if read else 0)
-        with self._evicting(held, start, stop), rotated, computed, apart:
+        whole = uncut_cache(self.model) if self.request.full_cache else nullcontext()
+        with whole as self.uncut, self._evicting(held, start, stop), rotated, computed, apart:
             hidden = continue_from(self.model, chunk_ids, self.cache, position, **keywords)
         dropped = forget(self.model, self.cache, stop, () if self.traits is None else self.layers)
         if self.rotates:
@@ -158,8 +162,8 @@ class ChunkedPrefill:
     def result(self) -> Prefilled:
         """Return the cache after the last chunk, with the press's results."""
         assert not self.chunks_left
-        if self.local:
-            detach(self.cache)
+        for cache in filter(None, (self.cache, self.uncut) if self.local else ()):
+            detach(cache)
         position = self._held() if self.rotates else self.seen
         if self.traits is None:
             return Prefilled(self.cache, position, [])
@@ -169,8 +173,8 @@ class ChunkedPrefill:
                     f"{self.traits.name} fades out {weights.shape[2]} keys, of which another press left "
                     f"{self.cache.get_seq_length(layer)}: take the fading press alone"
                 )
-        tracker = self.tracker
-        return Prefilled(self.cache, position, tracker.selections, self.press_context, self.hidden, tracker.positions)
+        found, positions = self.tracker.selections, self.tracker.positions
+        return Prefilled(self.cache, position, found, self.press_context, self.hidden, positions, self.uncut)
 
     def _held(self) -> int:
         """Return the number of pairs per head in the first layer that presses evict from."""
@@ -287,9 +291,3 @@ def continue_from(
             **({TOKEN_IDS: input_ids} | attention),
         )
     return output.last_hidden_state
-
-
-def layer_device(layer: nn.Module) -> torch.device:
-    """Return the device where a layer computes: accelerate's hook has it if the weights are elsewhere (offload)."""
-    hook = getattr(layer, "_hf_hook", None)
-    return torch.device(getattr(hook, "execution_device", None) or next(layer.parameters()).device)

@@ -25,6 +25,8 @@ class Prefilled:
     """(B, c, E) of each chunk after the first; empty unless requested."""
     positions: dict[int, Tensor] = field(default_factory=dict)
     """layer -> (B, K, S) int64, the context positions of the kept keys; empty if they were not tracked."""
+    uncut: DynamicCache | None = None
+    """The cache as it was before the eviction of a single chunk; None unless requested."""
 
     @property
     def mean_weight(self) -> float:

@@ -77,6 +77,12 @@ class RealEviction:
                 f"the chunks objective supervises chunks after the first, and a context of {context_tokens} tokens is "
                 f"one chunk (chunk_tokens={self.chunk_tokens}): lower chunk_tokens, or leave the objective out"
             )
+        if request.full_cache and (len(bounds) > 1 or self.checkpoint):
+            raise ValueError(
+                "the full_cache objective continues the cache as it was before the eviction, which a context has in "
+                f"one chunk without checkpoint; here chunk_tokens is {self.chunk_tokens} of {context_tokens} tokens "
+                f"and checkpoint {str(self.checkpoint).lower()}: change these, or leave the objective out"
+            )
 
     def __call__(
         self,
@@ -98,11 +104,12 @@ class RealEviction:
         prefilled = checkpointed_prefill(filling, context_ids) if self.checkpoint else filling.run(context_ids)
         kept = kept_memory(model, prefilled.cache).kept_pairs * prefilled.mean_weight
         context = evicted_context(model, prefilled, context_ids) if request.contexts else None
+        full = None if prefilled.uncut is None else continue_from(model, continuation_ids, prefilled.uncut, tokens)
         hidden = continued(model, prefilled, continuation_ids)
         losses = {} if prefilled.press_context is None else prefilled.press_context.losses
         means = {name: stacked(terms).mean() for name, terms in losses.items()}
         chunks = torch.cat(prefilled.hidden, dim=1) if prefilled.hidden else None
-        return Evicted(hidden, kept / tokens, prefilled.selections, means, context, chunks)
+        return Evicted(hidden, kept / tokens, prefilled.selections, means, context, chunks, full)
 
 
 def continued(model: PreTrainedModel, prefilled: Prefilled, ids: Tensor) -> Tensor:

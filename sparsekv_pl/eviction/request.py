@@ -19,6 +19,8 @@ class Request:
     """The loss terms that presses ask to add (SparseRegPress)."""
     chunks: bool = False
     """The hidden states of a context's chunks after the first, which read the evicted cache, and the teacher's."""
+    full_cache: bool = False
+    """The student's hidden states after the cache as it was before the eviction."""
     layers: frozenset[LayerOutput] = frozenset()
     """Layer outputs of student and teacher, by kind."""
 
@@ -29,6 +31,7 @@ class Request:
             self.contexts or other.contexts,
             self.press_losses or other.press_losses,
             self.chunks or other.chunks,
+            self.full_cache or other.full_cache,
             self.layers | other.layers,
         )
 

@@ -1,9 +1,9 @@
-"""Move tensors between devices: from layers on several devices, and from the host."""
+"""Where layers compute, and tensors that move between devices."""
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def stacked(layers: Sequence[Tensor], dim: int = 0) -> Tensor:
@@ -16,3 +16,9 @@ def sent(values: Tensor, device: torch.device) -> Tensor:
     if values.device.type == "cpu" and device.type == "cuda":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
+
+
+def layer_device(layer: nn.Module) -> torch.device:
+    """Return the device where a layer computes: accelerate's hook has it if the weights are elsewhere (offload)."""
+    hook = getattr(layer, "_hf_hook", None)
+    return torch.device(getattr(hook, "execution_device", None) or next(layer.parameters()).device)

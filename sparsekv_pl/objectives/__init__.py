@@ -3,6 +3,7 @@
 from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.objectives.chunks import Chunks
 from sparsekv_pl.objectives.eit import EIT
+from sparsekv_pl.objectives.full_cache import FullCache
 from sparsekv_pl.objectives.layerwise import Layerwise
 from sparsekv_pl.objectives.lm import LM, SparseLM
 from sparsekv_pl.objectives.mixed import Mixed
@@ -14,6 +15,7 @@ __all__ = [
     "EIT",
     "LM",
     "Chunks",
+    "FullCache",
     "Layerwise",
     "Mixed",
     "Objective",

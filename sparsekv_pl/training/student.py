@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -69,17 +69,21 @@ class Student:
         with _layers(self._network, kinds, labels) as student_layers:
             evicted = self.evict(batch, compression_ratio, step, request)
         context_teacher, teacher = (None, None) if teacher is None else (teacher[:, :before], teacher[:, before:])
-        view = StudentView(
+        tokens = StudentView(
             hidden_NE=evicted.hidden[places],
             labels_N=labels[rows, columns + 1],
             head=self.head,
             teacher_NE=None if teacher is None else teacher[places],
             teacher_head=self.teacher.head,
+        )
+        view = replace(
+            tokens,
             selections=[] if mass is None else with_mass(evicted.selections, mass.mass),
             layers={kind: (_rows(student_layers[kind], places), _rows(teacher_layers[kind], places)) for kind in kinds},
             press_losses=evicted.losses,
             contexts=[] if evicted.context is None else [evicted.context],
             chunks=None if evicted.chunks is None else self._chunks(batch, evicted.chunks, context_teacher),
+            full_cache=None if evicted.full_cache is None else replace(tokens, hidden_NE=evicted.full_cache[places]),
         )
         return view, evicted.kept_share
 

@@ -9,11 +9,12 @@ import torch
 from kvpress import BasePress
 
 from sparsekv_pl.eviction.limits import check_positions
-from sparsekv_pl.eviction.prefill import ChunkedPrefill, layer_device
+from sparsekv_pl.eviction.prefill import ChunkedPrefill
 from sparsekv_pl.eviction.press_model_check import check_press
 from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.devices import layer_device
 from sparsekv_pl.models.memory_planner import Plan, plan
 from sparsekv_pl.models.seeding import globally_seeded
 from sparsekv_pl.usage.answers import greedy_answers
