@@ -2,9 +2,9 @@
 
 import torch
 
-from sparsekv_pl.eviction.prefill import layer_device
 from sparsekv_pl.models.cache_shape import cache_shape
 from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.devices import layer_device
 from sparsekv_pl.usage.kept_context import KeptContext
 from sparsekv_pl.usage.loaded_model import LoadedModel
 
