@@ -22,6 +22,7 @@ from sparsekv_pl.training.eit_module import EITModule
 from sparsekv_pl.training.student import Student
 from sparsekv_pl.training.teacher import Teacher
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw
+from tests.windowed_models import windowed_model
 
 Build = Callable[..., PreTrainedModel]
 CONTEXT, CONTINUATION, RATIO = 30, 8, 0.5
@@ -69,6 +70,16 @@ def test_values_and_gradients_equal_those_of_a_pass_without_a_press(press: Any, 
     for name, parameter in own.model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_window_limits_the_whole_cache_too() -> None:
+    own, data = student(windowed_model("gemma3"), FullCache()), batch()
+    view, _ = own.view(data, RATIO, 0)
+    assert view.full_cache is not None
+    with torch.no_grad():
+        ids = torch.cat([data["context_ids"], data["continuation_ids"]], 1)
+        hidden = own.model.get_decoder()(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(view.full_cache.hidden_NE, hidden[:, CONTEXT:-1].flatten(0, 1), rtol=1e-4, atol=1e-5)
 
 
 def test_the_pass_under_eviction_stays_what_it_was(random_model: Build) -> None:
