@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from sparsekv_pl.attention.online_softmax import block_sums
+from sparsekv_pl.attention.softmax_rule import PLAIN, KnowsRules, SoftmaxRule
 from sparsekv_pl.models.devices import stacked
 
 
-class HotBlocks:
+class HotBlocks(KnowsRules):
     """An ``Observer`` (evicted_attention.py) that sums the last token's attention over blocks of the context.
 
     Pass it as ``observer=`` to a forward that runs with our attention, for instance
@@ -22,14 +23,21 @@ class HotBlocks:
         self.context_tokens, self.block_size = context_tokens, block_size
         self.layers: dict[int, Tensor] = {}
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG002
+    def __call__(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,  # noqa: ARG002
+        rule: SoftmaxRule = PLAIN,
+    ) -> None:
         """Measure one layer: the last query of (B, H, T, D) over the keys (B, K, S, D).
 
         Raises ``ValueError`` if this layer was measured before, or there are fewer keys than the context has tokens.
         """
         if layer in self.layers:
             raise ValueError(f"layer {layer} was measured already: use a new HotBlocks for every pass")
-        self.layers[layer] = block_mass(query[:, :, -1], key, self.context_tokens, self.block_size)
+        self.layers[layer] = block_mass(query[:, :, -1], key, self.context_tokens, self.block_size, rule)
 
     @property
     def mass(self) -> Tensor:
@@ -38,8 +46,8 @@ class HotBlocks:
 
 
 @torch.no_grad()
-def block_mass(query: Tensor, key: Tensor, context_tokens: int, block_size: int) -> Tensor:
-    """Sum softmax(query key^T / sqrt(D)) over all S keys by block of the context: (B, H, N) float32.
+def block_mass(query: Tensor, key: Tensor, context_tokens: int, block_size: int, rule: SoftmaxRule = PLAIN) -> Tensor:
+    """Sum softmax(query key^T / sqrt(D)) under ``rule`` over all S keys by block of the context: (B, H, N) float32.
 
     ``query`` (B, H, D) is the newest token's; ``key`` is (B, K, S, D), H a multiple of K. N blocks of ``block_size``
     keys cover the first ``context_tokens`` keys. Raises ``ValueError`` if there are fewer keys than that.
@@ -49,5 +57,5 @@ def block_mass(query: Tensor, key: Tensor, context_tokens: int, block_size: int)
         raise ValueError(f"there are {keys} keys but the context has {context_tokens} tokens: nothing may be evicted")
     with torch.autocast(query.device.type, enabled=False):  # autocast would round the products to 16 bits
         grouped = query.float().view(batch, kv_heads, -1, dim) * dim**-0.5
-        attention = (grouped @ key.float().transpose(2, 3)).softmax(-1).view(batch, heads, keys)
-    return block_sums(attention[..., :context_tokens], block_size)
+        logits = rule.logits((grouped @ key.float().transpose(2, 3)).view(batch, heads, 1, keys))
+    return block_sums(rule.weights(logits)[:, :, 0, :context_tokens], block_size)

@@ -22,6 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from sparsekv_pl.attention.block_sparse import block_sparse_attention
 from sparsekv_pl.attention.blocks import Selector
+from sparsekv_pl.attention.softmax_rule import KnowsRules, SoftmaxRule, attention_by_rule, check_plain
 from sparsekv_pl.attention.windows import window_mask
 from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.models.layer_kinds import Window, evicted_layers, windows
@@ -32,16 +33,20 @@ CACHED = "sparsekv_cached"
 Observer = Callable[[int, Tensor, Tensor, Tensor], None]
 """Takes layer_idx, queries (B, H, T, D), keys and values (B, K, S, D) after RoPE; S counts cache and new tokens.
 
-Logits are dot products over sqrt(D): if a model has another factor, the queries are scaled accordingly."""
+Logits are dot products over sqrt(D): if a model has another factor, the queries are scaled accordingly. Weights are
+their softmax; under another rule (softmax_rule.py), an observer that ``KnowsRules`` gets it, and others are refused."""
 
 
 @dataclass(frozen=True)
-class EveryLayer:
-    """An observer that also gets the layers in which nothing is evicted; a window may hold the newest keys alone."""
+class EveryLayer(KnowsRules):
+    """An observer that also gets the layers in which nothing is evicted; a window may hold the newest keys alone.
+
+    Of queries and keys only: it gets no rule.
+    """
 
     observer: Observer
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *_: SoftmaxRule) -> None:
         self.observer(layer, query, key, value)
 
 
@@ -113,15 +118,17 @@ def cached_attention(
     window = windows(module.config)[layer]  # type: ignore[arg-type]
     near = None if window is None else window_mask(window, query.shape[2], key.shape[2], key.device, newest_visible)
     shown = _scaled_as_usual(query, kwargs.get("scaling"))
-    if isinstance(observer, EveryLayer):
-        observer(layer, shown, key, value)
-    elif observer is not None and layer in evicted_layers(module.config):  # type: ignore[arg-type]
-        _check_far(window, near)
-        observer(layer, shown, key, value)
+    rule = SoftmaxRule(kwargs.get("softcap"), kwargs.get("s_aux"))
+    every = isinstance(observer, EveryLayer)
+    if observer is not None and (every or layer in evicted_layers(module.config)):  # type: ignore[arg-type]
+        if not every:
+            _check_far(window, near)
+        _show(observer, rule, layer, shown, key, value)
     if selector is not None:
         _check_far(window, near)
     blocks = None if selector is None else selector(layer, shown, key)
     if blocks is not None:
+        check_plain(rule, "block-sparse attention")
         _check_unmasked(module, newest_visible)
         return block_sparse_attention(query, key, value, blocks, kwargs.get("scaling")).transpose(1, 2), None
     queries, keys = query.shape[2], key.shape[2]
@@ -141,11 +148,24 @@ def cached_attention(
         mask = visible if mask is None else visible & mask
     if key_log_weights and layer in key_log_weights:
         mask = _weighted(key_log_weights[layer], mask, query, key)
+    if not rule.plain:
+        settings = {name: kwargs[name] for name in ("scaling", "dropout") if name in kwargs}
+        return attention_by_rule(query, key, value, mask, rule, **settings), None
     if queries == 1 and query.device.type == "cpu" and not torch.is_grad_enabled() and not key_log_weights:
         return one_query(query, key, value, mask, kwargs.get("scaling")), None
     if query.device.type == "cpu" and mask is not None and mask.dtype == torch.bool:
         return _masked(query, key, value, mask, **kwargs), None
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def _show(observer: Observer, rule: SoftmaxRule, layer: int, *states: Tensor) -> None:
+    """Let ``observer`` see a layer. Raises ``ValueError`` if it does not know the layer's rule."""
+    if rule.plain:
+        observer(layer, *states)
+        return
+    if not isinstance(observer, KnowsRules):
+        check_plain(rule, type(observer).__name__)
+    observer(layer, *states, rule)  # type: ignore[call-arg]
 
 
 def _masked(

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsekv_pl.attention.softmax_rule import PLAIN, SoftmaxRule
+
 HIDDEN = -1e30
 """The logit of a key that a query cannot see; finite, so that 0 * log 0 is 0 and not NaN."""
 
@@ -40,10 +42,14 @@ class Tile(NamedTuple):
 class Strip:
     """Consecutive queries (G, Q, D) of a group of G heads, the first at ``position``, over one KV head's keys (S, D).
 
-    ``scaling`` is for base e.
+    ``scaling`` and ``rule``, whose sinks are the group's (G,), are for base e.
     """
 
-    def __init__(self, query: Tensor, keys: Tensor, position: int, scaling: float) -> None:
+    def __init__(self, query: Tensor, keys: Tensor, position: int, scaling: float, rule: SoftmaxRule = PLAIN) -> None:
+        self.rule = SoftmaxRule(
+            None if rule.cap is None else rule.cap * BITS_PER_NAT,
+            None if rule.sinks is None else rule.sinks.float() * BITS_PER_NAT,
+        )
         self.query = query.float() * (scaling * BITS_PER_NAT)
         self.keys, self.position = keys, position
         self.seen = position + query.shape[1]
@@ -52,7 +58,7 @@ class Strip:
     def tile(self, start: int, stop: int, block_size: int) -> Tile:
         """Compute the tile of keys start..stop. Hidden keys weigh 0; if a query sees none of them, all weigh 1."""
         flat = self.query.flatten(0, 1) @ self.keys[start:stop].T
-        logits = flat.view(*self.query.shape[:2], -1)
+        logits = self.rule.logits(flat.view(*self.query.shape[:2], -1))
         if stop > self.position:
             since = max(start, self.position)
             later = torch.arange(since, stop, device=flat.device) > self.positions[:, None]
@@ -65,6 +71,8 @@ class Strip:
         """Yield every tile that a query sees, and log2 of the factor (G, Q) that makes its weights probabilities."""
         bounds = [(start, min(start + step, self.seen)) for start in range(0, self.seen, step)]
         peak, mass = self.query.new_full(self.query.shape[:2], HIDDEN), self.query.new_zeros(self.query.shape[:2])
+        if self.rule.sinks is not None:  # a key that every query sees first
+            peak, mass = self.rule.sinks[:, None].expand_as(peak), torch.ones_like(mass)
         for start, stop in bounds:
             tile = self.tile(start, stop, block_size)
             higher = torch.maximum(peak, tile.peak)

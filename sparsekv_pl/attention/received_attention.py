@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from sparsekv_pl.attention.blocks import check_shapes
+from sparsekv_pl.attention.softmax_rule import PLAIN, KnowsRules, SoftmaxRule
 
 STRIP_QUERIES = 64
 STRIP_FLOATS = 2**24
@@ -58,7 +59,7 @@ def distance_edges(keys: int) -> list[int]:
     return edges
 
 
-class ReceivedAttention:
+class ReceivedAttention(KnowsRules):
     """An ``Observer`` (evicted_attention.py) of the attention that every layer's keys receive in one full-cache pass.
 
     Afterwards ``layers[layer]`` is that layer's ``Received``. Each pass needs its own observer. ``groups`` (B, S) int64
@@ -69,16 +70,23 @@ class ReceivedAttention:
         self.groups, self.count = groups, count
         self.layers: dict[int, Received] = {}
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG002
+    def __call__(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,  # noqa: ARG002
+        rule: SoftmaxRule = PLAIN,
+    ) -> None:
         """Measure one layer. Raises ``ValueError`` if it was measured before."""
         if layer in self.layers:
             raise ValueError(f"layer {layer} was observed already: take a new ReceivedAttention for every pass")
-        self.layers[layer] = received_attention(query, key, self.groups, self.count)
+        self.layers[layer] = received_attention(query, key, self.groups, self.count, rule)
 
 
 @torch.no_grad()
-def received_attention(query: Tensor, key: Tensor, groups: Tensor, count: int) -> Received:
-    """Measure the attention that keys receive under softmax(query key^T / sqrt(D)), causal, in float32.
+def received_attention(query: Tensor, key: Tensor, groups: Tensor, count: int, rule: SoftmaxRule = PLAIN) -> Received:
+    """Measure the attention that keys receive under softmax(query key^T / sqrt(D)) and ``rule``, causal, in float32.
 
     ``query`` (B, H, T, D) has the last T of the S positions of ``key`` (B, K, S, D), any dtype, H a multiple of K; the
     query heads of a group are neighbours. Rows are not padded. ``groups`` and ``count`` are those of
@@ -97,8 +105,8 @@ def received_attention(query: Tensor, key: Tensor, groups: Tensor, count: int) -
         for start, stop in _strips(queries, batch * heads * seen):
             first, end = seen - queries + start, seen - queries + stop
             logits = (grouped[..., start:stop, :] @ keys[..., :end]).view(batch, heads, stop - start, end)
-            logits.masked_fill_(~_visible(first, end, key.device), -torch.inf)
-            _add(logits.softmax(-1), first, members, total)
+            logits = rule.logits(logits).masked_fill_(~_visible(first, end, key.device), -torch.inf)
+            _add(rule.weights(logits), first, members, total)
     return total
 
 

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from sparsekv_pl.attention.blocks import check_shapes
 from sparsekv_pl.attention.online_softmax import BITS_PER_NAT, Strip, block_sums
+from sparsekv_pl.attention.softmax_rule import PLAIN, KnowsRules, SoftmaxRule
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class LayerStatistics:
         return block_sums(self.received, block_size)
 
 
-class AttentionStatistics:
+class AttentionStatistics(KnowsRules):
     """An ``Observer`` (evicted_attention.py) of the attention statistics of one full-cache pass, also in chunks.
 
     Pass it as ``observer=`` to a forward with this project's attention, for example
@@ -112,7 +113,14 @@ class AttentionStatistics:
         self.settings, self.tokens = settings or StatisticsSettings(), tokens
         self.layers: dict[int, LayerStatistics] = {}
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG002
+    def __call__(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,  # noqa: ARG002
+        rule: SoftmaxRule = PLAIN,
+    ) -> None:
         """Measure one layer: ``query`` (B, H, T, D) has the last T of the S positions of ``key`` (B, K, S, D).
 
         Raises ``ValueError`` if this layer was measured before and these queries are not the next ones, or if a window
@@ -123,7 +131,7 @@ class AttentionStatistics:
         if before is not None:
             self._check_following(layer, before, queries, seen)
         tokens = None if self.tokens is None else self.tokens[:, :seen].to(key.device)
-        measured = attention_statistics(query, key, self.settings, tokens=tokens)
+        measured = attention_statistics(query, key, self.settings, tokens=tokens, rule=rule)
         if before is not None and self.settings.window is None:
             measured = before.followed_by(measured)
         self.layers[layer] = measured
@@ -143,9 +151,14 @@ class AttentionStatistics:
 
 @torch.no_grad()
 def attention_statistics(
-    query: Tensor, key: Tensor, settings: StatisticsSettings | None = None, *, tokens: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    settings: StatisticsSettings | None = None,
+    *,
+    tokens: Tensor | None = None,
+    rule: SoftmaxRule = PLAIN,
 ) -> LayerStatistics:
-    """Compute statistics of softmax(query key^T / sqrt(D)), causal, in float32.
+    """Compute statistics of softmax(query key^T / sqrt(D)) under ``rule``, causal, in float32.
 
     ``query`` (B, H, T, D) has the last T of the S positions of ``key`` (B, K, S, D), any dtype, H a multiple of K; the
     query heads of a group are neighbours. ``tokens`` are those of ``AttentionStatistics``. Raises ``ValueError`` if
@@ -164,7 +177,8 @@ def attention_statistics(
             group = slice(kv_head * heads // kv_heads, (kv_head + 1) * heads // kv_heads)
             keys, own = key[row, kv_head].float(), query[row, group, queries - observed :]
             marked = None if tokens is None else tokens[row].float()
-            _measure_group(own, keys, marked, scaling, settings, received[row, group], per_query[:, row, group])
+            ruled = rule if rule.sinks is None else rule._replace(sinks=rule.sinks[group])
+            _measure_group(own, keys, marked, scaling, ruled, settings, received[row, group], per_query[:, row, group])
     entropy, coverage, sparsity, share = per_query
     return LayerStatistics(received, entropy, coverage, sparsity, None if tokens is None else share)
 
@@ -174,6 +188,7 @@ def _measure_group(
     keys: Tensor,
     tokens: Tensor | None,
     scaling: float,
+    rule: SoftmaxRule,
     settings: StatisticsSettings,
     received: Tensor,
     per_query: Tensor,
@@ -183,7 +198,7 @@ def _measure_group(
     key_step = min(_whole_blocks(settings.key_tile, settings.block_size), seen)
     step = _whole_blocks(max(settings.query_tile * settings.key_tile // key_step, 1), block)
     for start in range(0, observed, step):
-        strip = Strip(query[:, start : start + step], keys, seen - observed + start, scaling)
+        strip = Strip(query[:, start : start + step], keys, seen - observed + start, scaling, rule)
         per_query[..., start : start + step] = _measure(strip, tokens, settings, received)
 
 

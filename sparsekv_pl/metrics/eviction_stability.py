@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from sparsekv_pl.attention.softmax_rule import PLAIN, KnowsRules, SoftmaxRule
 from sparsekv_pl.models.devices import stacked
 
 
-class ContextImportance:
+class ContextImportance(KnowsRules):
     """An ``Observer`` (evicted_attention.py) of one full-cache continuation pass.
 
     ``importance[layer]`` is (B, K, T, L) float32: the attention that each of T continuation tokens pays to each of L
@@ -39,7 +40,14 @@ class ContextImportance:
         self.importance: dict[int, Tensor] = {}
 
     @torch.no_grad()
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG002
+    def __call__(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,  # noqa: ARG002
+        rule: SoftmaxRule = PLAIN,
+    ) -> None:
         """Add one layer: ``query`` (B, H, T, D) of the continuation, ``key`` (B, K, L + T, D) of all tokens.
 
         Raises
@@ -57,10 +65,10 @@ class ContextImportance:
         with torch.autocast(query.device.type, enabled=False):  # it would round the products to 16 bits
             grouped = query.float().reshape(batch, kv_heads, -1, dim)
             logits = grouped @ key.float().transpose(2, 3) * (dim**-0.5 if self.scaling is None else self.scaling)
-        logits = logits.view(batch, kv_heads, heads // kv_heads, steps, seen)
+        logits = rule.logits(logits.view(batch, heads, steps, seen))
         visible = torch.ones(steps, seen, dtype=torch.bool, device=key.device).tril(self.context_tokens)
-        attention = logits.masked_fill_(~visible, -torch.inf).softmax(-1)
-        self.importance[layer] = attention[..., : self.context_tokens].mean(2)
+        attention = rule.weights(logits.masked_fill_(~visible, -torch.inf))[..., : self.context_tokens]
+        self.importance[layer] = attention.unflatten(1, (kv_heads, -1)).mean(2)
 
 
 def retained_importance(importance: Tensor, kept: Tensor) -> Tensor:

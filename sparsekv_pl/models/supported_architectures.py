@@ -1,6 +1,7 @@
 """Check that a model's attention is of the kind that this project computes itself.
 
-Attention is a softmax over scaled products of queries and keys. Every head is computed: see head.py.
+Attention is a softmax over scaled products of queries and keys, also with a cap or sinks (attention/softmax_rule.py).
+Every head is computed (head.py).
 """
 
 import sys
@@ -11,23 +12,13 @@ from transformers import PreTrainedModel
 
 from sparsekv_pl.models.decoder import decoder_of
 
-ATTENTION_SETTINGS: dict[str, float | None] = {"attn_logit_softcapping": None}  # Gemma 2, VaultGemma
-"""Config settings that change attention -> their neutral values."""
-
 
 def check_computed(model: PreTrainedModel) -> None:
     """Raise ``ValueError`` if ``model``'s attention computes more than this project does.
 
-    Ignoring a scale or a cap would give the losses, perplexities and answers of another model.
+    Ignoring it would give the losses, perplexities and answers of another model.
     """
-    config = model.config.get_text_config()
-    found = {
-        f"config.{name}={getattr(config, name)}"
-        for name, neutral in ATTENTION_SETTINGS.items()
-        if getattr(config, name, neutral) not in (neutral, None)
-    }
-    if any(name.rpartition(".")[2] == "sinks" for name, _ in model.named_parameters()):
-        found.add("learnt attention sinks (sinks)")
+    found = set()
     if any(
         hasattr(layer, "mamba") and hasattr(layer, "self_attn") for layer in getattr(decoder_of(model), "layers", [])
     ):

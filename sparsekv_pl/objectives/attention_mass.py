@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from sparsekv_pl.attention.softmax_rule import PLAIN, KnowsRules, SoftmaxRule
 from sparsekv_pl.eviction.interface import Selection
 from sparsekv_pl.models.batch import Supervised
 
@@ -14,7 +15,7 @@ def with_mass(selections: Iterable[Selection], mass: dict[int, Tensor]) -> list[
     return [(selection, mass[selection.layer]) for selection in selections]
 
 
-class AttentionMass:
+class AttentionMass(KnowsRules):
     """An ``Observer`` (evicted_attention.py) of the attention that supervised rows pay to the context, per layer.
 
     Only the rows of supervised positions are computed, never the full attention matrix. ``mass[layer]`` is (B, K, L)
@@ -38,7 +39,14 @@ class AttentionMass:
         self.mass: dict[int, Tensor] = {}
 
     @torch.no_grad()
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:  # noqa: ARG002
+    def __call__(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,  # noqa: ARG002
+        rule: SoftmaxRule = PLAIN,
+    ) -> None:
         """Add one layer: ``query`` (B, H, T, D) has the last T of the S positions of ``key`` (B, K, S, D)."""
         batch, heads, tokens, dim = query.shape
         kv_heads, seen = key.shape[1], key.shape[2]
@@ -47,6 +55,6 @@ class AttentionMass:
         grouped = picked.reshape(batch, kv_heads, heads // kv_heads * rows.shape[1], dim)
         logits = (grouped @ key.transpose(2, 3)).float() / dim**0.5
         future = torch.arange(seen, device=key.device) > self.rows[..., None]
-        logits = logits.view(batch, heads, -1, seen).masked_fill(future[:, None], float("-inf"))
-        attention = logits.softmax(-1)[..., : self.context_tokens] * self.weights[:, None, :, None]
+        logits = rule.logits(logits.view(batch, heads, -1, seen)).masked_fill(future[:, None], float("-inf"))
+        attention = rule.weights(logits)[..., : self.context_tokens] * self.weights[:, None, :, None]
         self.mass[layer] = attention.sum(2).view(batch, kv_heads, -1, self.context_tokens).mean(2)

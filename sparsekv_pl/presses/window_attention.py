@@ -8,6 +8,7 @@ from kvpress.utils import get_prerope_query_states
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import rotate_half
 
+from sparsekv_pl.attention.softmax_rule import rule_of
 from sparsekv_pl.presses.key_tokens import first_key, real_keys
 
 
@@ -34,12 +35,12 @@ def window_attention(
     query = _queries(module, hidden_states, at_token.clamp(min=0), keys, kwargs)
     heads, dim = query.shape[1], query.shape[3]
     kv_heads = keys.shape[1]
-    exact = torch.promote_types(keys.dtype, torch.float32)
+    exact, rule = torch.promote_types(keys.dtype, torch.float32), rule_of(module)
     with torch.autocast(keys.device.type, enabled=False):
         grouped = query.to(exact).view(batch, kv_heads, heads // kv_heads * window, dim)
         logits = (grouped @ keys.to(exact).transpose(2, 3)).view(batch, heads, window, seen)
-        logits = logits * float(getattr(module, "scaling", dim**-0.5))
-        attention = logits.masked_fill(hidden[:, None], torch.finfo(exact).min).softmax(-1)
+        logits = rule.logits(logits * float(getattr(module, "scaling", dim**-0.5)))
+        attention = rule.weights(logits.masked_fill(hidden[:, None], torch.finfo(exact).min))
     return attention if real is None else attention.masked_fill(hidden[:, None], 0)
 
 

@@ -25,7 +25,7 @@ from sparsekv_pl.eviction.prefill import full_cache
 from sparsekv_pl.eviction.press_model_check import check_press
 from sparsekv_pl.models.backbone import Backbone, check_vocabulary
 from sparsekv_pl.models.head import CAPS, FACTORS, head_of
-from sparsekv_pl.models.supported_architectures import ATTENTION_SETTINGS, check_computed
+from sparsekv_pl.models.supported_architectures import check_computed
 from sparsekv_pl.presses.adaptive_block_dropout import AdaptiveBlockDropoutPress
 
 SIZES: dict[str, Any] = {
@@ -84,8 +84,6 @@ def made(name: str) -> hf.PreTrainedModel:
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("gemma2", "config.attn_logit_softcapping=50.0"),
-        ("gpt-oss", "learnt attention sinks"),
         ("bloom", "an attention of its own"),
     ],
 )
@@ -117,7 +115,7 @@ def test_every_scale_and_cap_of_transformers_is_in_the_table() -> None:
         found |= set(re.findall(r"\n +(cap = self.config.\w+)", text))
         found |= set(re.findall(r"softcap=(self\.\w+)", text))
     elsewhere = ("tanh(logits / cap)", "softcap_val", "logits_mask", "temperature")  # RecurrentGemma's cap; encoders
-    names = (*FACTORS, *CAPS, *ATTENTION_SETTINGS, *elsewhere)
+    names = (*FACTORS, *CAPS, "attn_logit_softcapping", *elsewhere)
     unknown = [line for line in found if not any(name in line for name in names)]
     assert found
     assert not unknown
