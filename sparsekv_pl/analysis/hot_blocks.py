@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from sparsekv_pl.attention.online_softmax import block_sums
-from sparsekv_pl.attention.softmax_rule import PLAIN, KnowsRules, SoftmaxRule
 from sparsekv_pl.models.devices import stacked
+from sparsekv_pl.models.softmax_rule import PLAIN, KnowsRules, SoftmaxRule
 
 
 class HotBlocks(KnowsRules):

@@ -20,12 +20,14 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
+from sparsekv_pl.attention.attention_by_rule import attention_by_rule
 from sparsekv_pl.attention.block_sparse import block_sparse_attention
 from sparsekv_pl.attention.blocks import Selector
-from sparsekv_pl.attention.softmax_rule import KnowsRules, SoftmaxRule, attention_by_rule, check_plain
+from sparsekv_pl.attention.one_query import one_query
 from sparsekv_pl.attention.windows import window_mask
 from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.models.layer_kinds import Window, evicted_layers, windows
+from sparsekv_pl.models.softmax_rule import KnowsRules, SoftmaxRule, check_plain
 
 CACHED = "sparsekv_cached"
 """The name under which transformers finds this attention."""
@@ -227,23 +229,6 @@ def _check_unmasked(module: nn.Module, newest_visible: Tensor | None) -> None:
             "block-sparse attention takes neither padded rows nor a head-wise press: use batches of one row "
             "(data.batch_size=1) and another press"
         )
-
-
-def one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    """Attend with one new token per row (B, H, 1, D), in float32 and without repeating KV heads; return (B, 1, H, D).
-
-    On CPUs PyTorch's kernel takes several times as long for a single query in bfloat16: see docs/log/speed.md.
-    """
-    batch, heads, _, dim = query.shape
-    kv_heads = key.shape[1]
-    with torch.autocast(query.device.type, enabled=False):
-        grouped = query.float().view(batch, kv_heads, -1, dim) * (dim**-0.5 if scaling is None else scaling)
-        scores = grouped @ key.float().transpose(2, 3)
-        if mask is not None:
-            visible = mask.expand(batch, heads, 1, -1).reshape(scores.shape)
-            scores = scores.masked_fill(~visible, -torch.inf)
-        attended = scores.softmax(-1) @ value.float()
-    return attended.view(batch, 1, heads, dim).to(query.dtype)
 
 
 def _without(masked: Sequence[Tensor], query: Tensor, key: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekv_pl.attention.softmax_rule import PLAIN, SoftmaxRule
+from sparsekv_pl.models.softmax_rule import PLAIN, SoftmaxRule
 
 HIDDEN = -1e30
 """The logit of a key that a query cannot see; finite, so that 0 * log 0 is 0 and not NaN."""

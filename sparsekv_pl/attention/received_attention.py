@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from sparsekv_pl.attention.blocks import check_shapes
-from sparsekv_pl.attention.softmax_rule import PLAIN, KnowsRules, SoftmaxRule
+from sparsekv_pl.models.softmax_rule import PLAIN, KnowsRules, SoftmaxRule
 
 STRIP_QUERIES = 64
 STRIP_FLOATS = 2**24

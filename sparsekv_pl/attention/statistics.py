@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from sparsekv_pl.attention.blocks import check_shapes
 from sparsekv_pl.attention.online_softmax import BITS_PER_NAT, Strip, block_sums
-from sparsekv_pl.attention.softmax_rule import PLAIN, KnowsRules, SoftmaxRule
+from sparsekv_pl.models.softmax_rule import PLAIN, KnowsRules, SoftmaxRule
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sparsekv_pl.attention.softmax_rule import PLAIN, KnowsRules, SoftmaxRule
 from sparsekv_pl.models.devices import stacked
+from sparsekv_pl.models.softmax_rule import PLAIN, KnowsRules, SoftmaxRule
 
 
 class ContextImportance(KnowsRules):

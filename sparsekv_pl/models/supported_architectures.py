@@ -1,6 +1,6 @@
 """Check that a model's attention is of the kind that this project computes itself.
 
-Attention is a softmax over scaled products of queries and keys, also with a cap or sinks (attention/softmax_rule.py).
+Attention is a softmax over scaled products of queries and keys, also with a cap or sinks (models/softmax_rule.py).
 Every head is computed (head.py).
 """
 

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from sparsekv_pl.attention.softmax_rule import PLAIN, KnowsRules, SoftmaxRule
 from sparsekv_pl.eviction.interface import Selection
 from sparsekv_pl.models.batch import Supervised
+from sparsekv_pl.models.softmax_rule import PLAIN, KnowsRules, SoftmaxRule
 
 
 def with_mass(selections: Iterable[Selection], mass: dict[int, Tensor]) -> list[tuple[Selection, Tensor]]:

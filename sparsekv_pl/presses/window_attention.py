@@ -8,7 +8,7 @@ from kvpress.utils import get_prerope_query_states
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import rotate_half
 
-from sparsekv_pl.attention.softmax_rule import rule_of
+from sparsekv_pl.models.softmax_rule import rule_of
 from sparsekv_pl.presses.key_tokens import first_key, real_keys
 
 

@@ -13,9 +13,9 @@ from sparsekv_pl.attention.evicted_attention import (
     attention_implementation,
     cached_attention,
     lower_right_mask,
-    one_query,
     passing,
 )
+from sparsekv_pl.attention.one_query import one_query
 from tests.random_models import Build
 
 CONTEXT, CONTINUATION = 20, 6

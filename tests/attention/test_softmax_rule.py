@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.analysis.hot_blocks import HotBlocks
-from sparsekv_pl.attention import softmax_rule
+from sparsekv_pl.attention import attention_by_rule as ruled
+from sparsekv_pl.attention.attention_by_rule import attention_by_rule
 from sparsekv_pl.attention.blocks import Blocks
 from sparsekv_pl.attention.evicted_attention import lower_right_mask
 from sparsekv_pl.attention.received_attention import ReceivedAttention
-from sparsekv_pl.attention.softmax_rule import SoftmaxRule, attention_by_rule
 from sparsekv_pl.attention.statistics import AttentionStatistics, StatisticsSettings
 from sparsekv_pl.eviction.decoding import greedy
 from sparsekv_pl.eviction.dropout import KVDropout
@@ -22,6 +22,7 @@ from sparsekv_pl.metrics.eviction_stability import ContextImportance
 from sparsekv_pl.models.anchors import Anchors, AnchorTable
 from sparsekv_pl.models.batch import Supervised
 from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.softmax_rule import SoftmaxRule
 from sparsekv_pl.objectives.attention_mass import AttentionMass
 from sparsekv_pl.presses.window_attention import window_attention
 from tests.architecture_abilities import attention_weights, numbers, own_attention
@@ -53,7 +54,7 @@ def test_values_and_gradients_are_those_of_dense_code(
     name: str, floats: int, masked: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one strip, and in strips of two queries that are computed again for backward."""
-    monkeypatch.setattr(softmax_rule, "STRIP_FLOATS", floats)
+    monkeypatch.setattr(ruled, "STRIP_FLOATS", floats)
     cap, with_sinks = RULES[name]
     generator = torch.Generator().manual_seed(0)
     shapes = (HEADS, QUERIES), (KV_HEADS, KEYS), (KV_HEADS, KEYS)

@@ -1,65 +1,13 @@
-"""Softmax rules: what a model does between the products of queries and keys and its attention weights.
-
-Gemma 2 caps the products (https://arxiv.org/abs/2408.00118, section 2). GPT-OSS has a learnt sink per head, a logit that
-takes a share of the softmax and has no value (https://arxiv.org/abs/2309.17453).
-"""
-
-from typing import Any, NamedTuple
+"""Attention under a rule other than the usual softmax (models/softmax_rule.py), in strips of queries."""
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sparsekv_pl.models.softmax_rule import SoftmaxRule
+
 STRIP_FLOATS = 2**24
 """Limit of a strip's B * H * Q * S logits; it has at least one query."""
-
-
-class SoftmaxRule(NamedTuple):
-    """Weights are the softmax over the logits ``cap * tanh(products / cap)`` and, if there is one, the head's sink."""
-
-    cap: float | None = None
-    sinks: Tensor | None = None
-    """(H,), logits; they take a share of the softmax, so that the weights of the keys sum to less than 1."""
-
-    @property
-    def plain(self) -> bool:
-        """Whether this is the usual softmax."""
-        return self.cap is None and self.sinks is None
-
-    def logits(self, products: Tensor) -> Tensor:
-        """Cap scaled dot products."""
-        return products if self.cap is None else (products / self.cap).tanh() * self.cap
-
-    def weights(self, logits: Tensor) -> Tensor:
-        """Normalise logits (B, H, T, S), -inf where hidden, to weights of the same shape."""
-        if self.sinks is None:
-            return logits.softmax(-1)
-        sinks = self.sinks.to(logits.dtype)[:, None, None].expand(*logits.shape[:-1], 1)
-        return torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
-
-
-PLAIN = SoftmaxRule()
-
-
-class KnowsRules:
-    """The base of observers (evicted_attention.py) that take a layer's ``SoftmaxRule`` as a fifth argument."""
-
-
-def rule_of(module: nn.Module) -> SoftmaxRule:
-    """Return the rule of an attention layer."""
-    cap: Any = getattr(module, "attn_logit_softcapping", None)
-    sinks: Any = getattr(module, "sinks", None)
-    return SoftmaxRule(cap, sinks)
-
-
-def check_plain(rule: SoftmaxRule, what: str) -> None:
-    """Raise ``ValueError`` if ``what`` would be computed under another rule than the usual softmax."""
-    if not rule.plain:
-        named = "caps the products of queries and keys" if rule.cap is not None else "has learnt attention sinks"
-        raise ValueError(
-            f"{what} is computed under the usual softmax, and this model {named}: use another model, or an analysis "
-            "that knows them (attention statistics, anchors, oracle blocks)"
-        )
 
 
 def attention_by_rule(
