@@ -84,7 +84,7 @@ class Backbone:
             self._check_sharded(trainable)
         self._decide_dtype(trainable)
         disable_progress_bar()  # transformers' loading bar writes a line per tensor into logs
-        source = resolve(self.pretrained, self.cache_dir)
+        source = self.source()
         tokenizer = self._tokenizer(source)
         model = self._skeleton(source) if self.sharded else self._model(source, trainable)
         check_vocabulary(model, tokenizer, self.pretrained)
@@ -129,9 +129,13 @@ class Backbone:
             config = cached_file(self.pretrained, "config.json", revision=self.revision, local_files_only=True)
         return Path(str(config)).parent
 
+    def source(self) -> str:
+        """Return the hub id or folder that the model is loaded from; GGUF files are converted once."""
+        return resolve(self.pretrained, self.cache_dir)
+
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer without the model."""
-        return self._tokenizer(resolve(self.pretrained, self.cache_dir))
+        return self._tokenizer(self.source())
 
     def _decide_dtype(self, trainable: bool) -> None:
         if self.dtype == AUTO:

