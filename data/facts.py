@@ -182,6 +182,10 @@ KINDS: tuple[Kind, ...] = (
 )
 
 
+SPENT = 1_000
+"""Draws in a row without another value, after which a kind counts as used up; its last value takes a few dozen."""
+
+
 def draw_subject(rng: random.Random, split: Split) -> str:
     """Draw a subject from the split's names: a facility, a project, a person or a person's possession."""
     form = rng.randrange(4)
@@ -226,13 +230,20 @@ def draw_fact(rng: random.Random, split: Split, kind: Kind | None = None) -> Fac
 
 
 def draw_facts(rng: random.Random, split: Split, count: int) -> list[Fact]:
-    """Draw ``count`` facts with distinct subjects and values; half of the time all are of one kind, which is harder."""
+    """Draw ``count`` facts with distinct subjects and values; half of the time all are of one kind, which is harder.
+
+    Once that kind has no more values (there are twelve held-out objects), the rest are of any kind.
+    """
     facts = [draw_fact(rng, split)]
     kind = {kind.name: kind for kind in KINDS}[facts[0].kind] if rng.random() < 0.5 else None
+    failed = 0
     while len(facts) < count:
         fact = draw_fact(rng, split, kind)
         if all(fact.subject != other.subject and fact.value != other.value for other in facts):
             facts.append(fact)
+            failed = 0
+        elif (failed := failed + 1) == SPENT and kind is not None:
+            kind, failed = None, 0
     return facts
 
 

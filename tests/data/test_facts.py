@@ -169,3 +169,11 @@ def test_what_does_not_fit_is_said(tokenizer, documents):
         _case(tokenizer, documents, depth=-0.1)
     with pytest.raises(ValueError, match="needles is 0"):
         Facts(0)
+
+
+def test_a_kind_whose_values_are_used_up_is_followed_by_others() -> None:
+    """Twelve objects are held out: twenty facts of that kind alone would be drawn for ever."""
+    facts = draw_facts(random.Random(0), "held_out", 20)
+    kinds = [fact.kind for fact in facts]
+    assert kinds.count(kinds[0]) >= 12 and len(set(kinds)) > 2
+    assert len({fact.value for fact in facts}) == len({fact.subject for fact in facts}) == 20
