@@ -66,12 +66,15 @@ class Distractors(QuestionKind):
     inserts = True
     wordings: ClassVar[Wordings] = {split: (*ONE[split], *SEVERAL_VALUES[split], *SEVERAL_KEYS[split]) for split in ONE}
 
+    def __init__(self, keys: tuple[int, int] = KEYS, one: bool = False) -> None:
+        self.keys, self.one = keys, one
+
     def ask(self, passage: Passage, rng: random.Random, split: Split, depth: float | None = None) -> Asked:  # noqa: ARG002
         """See ``QuestionKind.ask``."""
-        keys = _keys(rng, split)
+        keys = _keys(rng, split, self.keys)
         numbers = _numbers(rng, len(keys) + VALUES[1])
         told = [(key, numbers.pop()) for key in keys]
-        form = rng.choice((ONE, SEVERAL_VALUES, SEVERAL_KEYS))
+        form = ONE if self.one else rng.choice((ONE, SEVERAL_VALUES, SEVERAL_KEYS))
         asked = keys[: ASKED if form is SEVERAL_KEYS else 1]
         if form is SEVERAL_VALUES:
             told += [(keys[0], numbers.pop()) for _ in range(rng.randint(*VALUES) - 1)]
@@ -84,9 +87,11 @@ class Distractors(QuestionKind):
         return Asked(turn, tuple(hidden), tuple(keys))
 
 
-def _keys(rng: random.Random, split: Split) -> list[str]:
+def _keys(rng: random.Random, split: Split, counts: tuple[int, int]) -> list[str]:
     """Draw different keys that share most of their letters, in random order."""
-    count, form = rng.randint(*KEYS), rng.randrange(3)
+    count, form = rng.randint(*counts), rng.randrange(3)
+    if count > KEYS[1] and form == 1:  # a split has too few kinds of buildings
+        form = rng.choice((0, 2))
     if form == 0:
         noun, numbers = rng.choice(NUMBERED[split]), _numbers(rng, count, digits=3)
         return [f"{noun} {number}" for number in numbers]

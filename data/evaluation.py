@@ -46,7 +46,9 @@ class EvaluationData(TokenizedData):
     seeds
         Seeds; every cell of the sweep is made with each.
     cases_per_cell
-        Cases of each task, length, depth and seed; tasks without a depth have as many per length and seed.
+        Cases of each task, length, depth and seed.
+    cases_without_depth
+        Cases of each length and seed of tasks without a depth; null: as many as ``cases_per_cell``.
     windows
         Text windows of each length, spread evenly over the text; 0 for none.
     continuation_tokens
@@ -70,9 +72,12 @@ class EvaluationData(TokenizedData):
         continuation_tokens: int = 64,
         batch_size: int = 8,
         query_aware: bool = False,
+        cases_without_depth: int | None = None,
     ) -> None:
         super().__init__()
-        for name, bound in {"cases_per_cell": 0, "windows": 0, "continuation_tokens": 2, "batch_size": 1}.items():
+        cases_without_depth = cases_per_cell if cases_without_depth is None else cases_without_depth
+        least = {"cases_per_cell": 0, "cases_without_depth": 0, "windows": 0, "continuation_tokens": 2, "batch_size": 1}
+        for name, bound in least.items():
             if locals()[name] < bound:
                 raise ValueError(f"{name} is {locals()[name]}: give at least {bound}")
         self.text = text or EmbeddedText()
@@ -81,6 +86,7 @@ class EvaluationData(TokenizedData):
         self.lengths, self.depths, self.seeds = list(lengths), list(depths), list(seeds)
         self.cases_per_cell, self.windows, self.continuation_tokens = cases_per_cell, windows, continuation_tokens
         self.batch_size, self.query_aware = batch_size, query_aware
+        self.cases_without_depth = cases_without_depth
         self.has_text = windows > 0
         self._check()
 
@@ -167,7 +173,7 @@ class EvaluationData(TokenizedData):
 
     def _retrieval_cases(self, task: CaseTask, length: int) -> Iterator[MakeCase]:
         """Yield the makers of cases; depths vary fastest, so that an interrupted run has covered all of them."""
-        for number in range(self.cases_per_cell):
+        for number in range(self.cases_per_cell if task.uses_depth else self.cases_without_depth):
             for seed in self.seeds:
                 for depth in self.depths if task.uses_depth else [None]:
                     yield partial(self._retrieval_case, task, length, depth, seed, number)

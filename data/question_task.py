@@ -4,6 +4,7 @@ import random
 
 from data.asked_context import NothingToAsk, asked_context
 from data.cases import Case, CaseTask, Frame
+from data.distractors import Distractors
 from data.fact_task import ANSWER_SLACK
 from data.needle_placement import checked_depth
 from data.packing import Tokens
@@ -19,6 +20,7 @@ QUERY_TOKENS = 128
 """Most tokens of a question that the press sees; others are drawn again."""
 ASKED_KINDS: dict[str, QuestionKind] = {
     **{name: kind for name, kind in QUESTION_KINDS.items() if name != "facts"},
+    "distractors_8": Distractors((8, 8), one=True),
     "unseen": UnseenFacts(),
     **{f"unseen_{name}": UnseenFacts(name) for name in UNSEEN_KINDS},
 }
@@ -32,9 +34,10 @@ class QuestionTask(CaseTask):
     ----------
     kind
         "quotes", "cloze", "neighbours", "order", "speakers", "told" or "distractors": kinds that training can ask too,
-        in other words (see data/question_kinds.py). "unseen": facts of kinds that training never asks for, one of the
-        seven drawn for each case; "unseen_trade", "unseen_colour", "unseen_spot", "unseen_reason",
-        "unseen_definition", "unseen_code_line" and "unseen_day" ask for one of them. It is the task's name.
+        in other words (see data/question_kinds.py). "distractors_8": one of eight nearly equal keys. "unseen": facts
+        of kinds that training never asks for, one of the seven drawn for each case; "unseen_trade", "unseen_colour",
+        "unseen_spot", "unseen_reason", "unseen_definition", "unseen_code_line" and "unseen_day" ask for one of them.
+        It is the task's name.
     """
 
     def __init__(self, kind: str) -> None:

@@ -14,6 +14,15 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 ABLATIONS = CONFIGS / "train" / "ablations"
 SMALL = CONFIGS / "train" / "small.yaml"
+OVER = {
+    CONFIGS / "train" / "robust_8b.yaml": CONFIGS / "train" / "robust.yaml",
+    CONFIGS / "evaluate" / "robust_64k.yaml": CONFIGS / "evaluate" / "million.yaml",
+    **{
+        CONFIGS / "evaluate" / f"robust_{name}.yaml": CONFIGS / "evaluate" / "robust.yaml"
+        for name in ("lengths", "ruler", "distractors")
+    },
+}
+"""Files that go over one other file."""
 
 NO_CLASS = ["nonsense", "kvpress.NoSuchPress", "os.path.join", "datetime.datetime", "no.such.module.Class", ""]
 NO_SETTINGS: list[Any] = ["many", [1, 2], True, 3.7, -7, math.nan, None, [None]]
@@ -44,6 +53,8 @@ def shipped() -> Iterator[tuple[Path, tuple[Path, ...]]]:
             yield path, below
         elif path == SMALL:
             yield path, (CONFIGS / "train" / "mixed_8b.yaml",)
+        elif path in OVER:
+            yield path, (OVER[path],)
         elif path.parent.name not in ("lm_eval_tasks", "cluster"):
             yield path, ()
 

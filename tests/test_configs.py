@@ -9,11 +9,13 @@ import yaml
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from benchmarks.ablations import configs_of, names
+from data.mixed_text import MixedText
 from data.mixture import EvictionData
 from data.text import EmbeddedText
 from evaluate import EvaluateCommandLine
 from sparsekv_pl.cli.command_line import CommandLine
 from sparsekv_pl.models.native_precision import decide
+from tests.config_cases import OVER
 from tests.processes import Started
 from train import TrainCommandLine
 
@@ -23,7 +25,8 @@ SMALL = TRAIN / "small.yaml"
 """Goes over the configs that need a GPU and a hub, and makes each its small twin."""
 FSDP = TRAIN / "fsdp.yaml"
 """Goes over a training config too, and shares its model out over eight GPUs."""
-OVERLAYS = {SMALL, FSDP, TRAIN / "qlora.yaml", *(TRAIN / "ablations").glob("*.yaml")}
+ROBUST_8B = TRAIN / "robust_8b.yaml"
+OVERLAYS = {SMALL, FSDP, TRAIN / "qlora.yaml", *OVER, *(TRAIN / "ablations").glob("*.yaml")}
 CONFIGS = sorted(
     path for path in set((ROOT / "configs").rglob("*.yaml")) - OVERLAYS if path.parent.name != "lm_eval_tasks"
 )
@@ -72,6 +75,45 @@ def test_a_training_is_sharded_over_as_many_ranks_as_share_the_data(tiny_models:
     assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (made.trainer.world_size, 1)
     assert made.trainer.world_size == 8
     assert all(parameter.is_meta for parameter in made.model.parameters())
+
+
+@pytest.mark.parametrize("path", [path for path in OVER if path != ROBUST_8B], ids=lambda path: path.stem)
+@pytest.mark.usefixtures("elsewhere")
+def test_every_overlay_of_an_evaluation_changes_what_it_goes_over(
+    path: Path, tiny_models: dict[str, str], adapter: str
+) -> None:
+    arguments = [f"--model.backbone.pretrained={tiny_models['llama']}", f"--model.backbone.adapter={adapter}"]
+    made = instantiate(OVER[path], *arguments, over=[path])
+    assert made.model.output == Path("output", "robust", yaml.safe_load(path.read_text())["report"])
+    assert not getattr(made.model, "card", False), "the card keeps the table of robust.yaml"
+    if path.stem == "robust_64k":
+        assert (made.model.budget, made.datamodule.lengths, len(made.datamodule.depths)) == (2048, [64_000], 10)
+        return
+    asked = made.datamodule.cases_per_cell * len(made.datamodule.depths)
+    assert asked == 100
+    assert made.datamodule.cases_without_depth == (100 if path.stem == "robust_ruler" else 10)
+
+
+@pytest.mark.parametrize(
+    ("over", "extra"),
+    [
+        ([], []),
+        (["qlora.yaml"], ["--data.context_tokens=2048", "--model.backbone.load_in_4bit=false"]),
+        (["fsdp.yaml"], ["--trainer.accelerator=cpu", "--trainer.accumulate_grad_batches=1"]),
+    ],
+)
+@pytest.mark.usefixtures("elsewhere")
+def test_the_8b_recipe_has_the_presses_of_the_robust_one_on_one_gpu_in_4_bits_and_sharded(
+    over: list[str], extra: list[str], tiny_models: dict[str, str]
+) -> None:
+    pretrained = f"--model.backbone.pretrained={tiny_models['llama']}"
+    made = instantiate(OVER[ROBUST_8B], pretrained, *extra, over=[ROBUST_8B, *(TRAIN / name for name in over)])
+    small = instantiate(OVER[ROBUST_8B], pretrained)
+    check_training(made)
+    assert made.model.eviction.press.presses == small.model.eviction.press.presses
+    assert made.model.objective == small.model.objective
+    assert isinstance(made.datamodule.text, MixedText)
+    assert made.trainer.world_size * made.trainer.accumulate_grad_batches * made.datamodule.batch_size == 8
 
 
 @pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)

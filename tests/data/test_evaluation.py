@@ -1,6 +1,7 @@
 """Held-out cases: exact, grouped, lazy, and independent of the other cases."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from data.evaluation import EvaluationData
 from data.fact_task import Facts
 from data.mixture import EvictionData
 from data.packing import split_tokens, spread_windows
+from data.ruler import FrequentWords
 from data.text import Splits
 from sparsekv_pl.models.batch import CaseInfo
 from sparsekv_pl.models.encoding import Encoder
@@ -241,3 +243,15 @@ def test_what_does_not_fit_is_said_before_anything_is_measured(make, options, me
 def test_needs_a_tokenizer():
     with pytest.raises(ValueError, match="EvaluationData has no tokenizer"):
         EvaluationData().setup()
+
+
+def test_tasks_without_a_depth_can_have_as_many_cases_as_others(make):
+    tasks = [Facts(), FrequentWords()]
+    for given, expected in ((None, 2), (6, 6)):
+        data = make(tasks=tasks, windows=0, lengths=[600], cases_without_depth=given)
+        cases = [case for batch in data.test_dataloader() for case in batch["cases"]]
+        counts = Counter(case.task for case in cases)
+        assert counts == {"facts": 2 * 3, "fwe": expected}
+        assert len({case.id for case in cases}) == len(cases)
+    with pytest.raises(ValueError, match="cases_without_depth is -1: give at least 0"):
+        make(cases_without_depth=-1)

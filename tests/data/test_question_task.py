@@ -1,15 +1,18 @@
 """Evaluation tasks of questions: exact lengths, the frame of kvpress, held-out words, and what the press may see."""
 
 import random
+from difflib import SequenceMatcher
 from functools import cache
 from typing import Any
 
 import pytest
 
 from data.cases import Case, Frame
+from data.distractors import Distractors
 from data.evaluation import EvaluationData
 from data.fact_task import ANSWER_SLACK
 from data.packing import Tokens, take_tokens
+from data.passage import Passage
 from data.question_kinds import QUESTION_KINDS
 from data.question_task import ASKED_KINDS, QUERY_TOKENS, QuestionTask
 from data.text import Document
@@ -90,7 +93,22 @@ def test_what_cannot_be_asked_is_said(tokenizer: Any) -> None:
 
 
 def test_every_kind_has_a_task() -> None:
-    assert set(ASKED_KINDS) == (set(QUESTION_KINDS) - {"facts"}) | {"unseen"} | {
+    assert set(ASKED_KINDS) == (set(QUESTION_KINDS) - {"facts"}) | {"distractors_8", "unseen"} | {
         f"unseen_{name}" for name in UNSEEN_KINDS
     }
     assert QUERY_TOKENS < 256
+
+
+def test_eight_keys_differ_in_little_and_one_is_asked_for() -> None:
+    shared = []
+    for seed in range(12):
+        rng = random.Random(seed)
+        asked = Distractors((8, 8), one=True).ask(Passage(), rng, "held_out")
+        assert asked is not None
+        assert len(asked.hidden) == len(set(asked.hidden)) == 8
+        assert len(asked.turn.answers) == 1
+        assert sum(asked.turn.answers[0] in text for text in asked.hidden) == 1
+        shared.append(min(SequenceMatcher(None, asked.hidden[0], other).ratio() for other in asked.hidden[1:]))
+    assert min(shared) > 0.7
+    plain = [Distractors().ask(Passage(), random.Random(seed), "train") for seed in range(20)]
+    assert {len(one.hidden) for one in plain if one} <= {3, 4, 5, 6}
