@@ -14,9 +14,11 @@ def main(asked: Namespace) -> None:
 
     cache = cache_for(asked)
     planned = cache.plan()
+    whole = " with whole pairs" * (cache.origin.quantisation is not None)
     say(
         f"{cache.tokens:,} tokens read, {cache.kept_pairs:,.0f} pairs a head kept ({cache.origin}): "
-        f"{_mib(cache.kv_bytes)}, planned {_mib(planned.kv_bytes_kept)}, without eviction {_mib(planned.kv_bytes_full)}"
+        f"{_mib(cache.kv_bytes)}, planned{whole} {_mib(planned.kv_bytes_kept)}, without eviction "
+        f"{_mib(planned.kv_bytes_full)}"
     )
     if asked.save is not None:
         cache.save(asked.save)

@@ -37,6 +37,8 @@ def parsed(given: Sequence[str] | None = None) -> argparse.Namespace:
 
     add_model(parser)
     add_eviction(parser, "eviction, for a text")
+    group = parser.add_argument_group("storage, for a text")
+    group.add_argument("--bits", type=int, choices=[8, 4, 2], help="of each kept number; default: the model's own")
 
     group = parser.add_argument_group("more text")
     more: dict[str, Any] = {"metavar": "FILE", "action": "append", "default": []}
@@ -56,7 +58,7 @@ def parsed(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _checked(parser: LineParser, asked: argparse.Namespace) -> argparse.Namespace:
     """Refuse, before anything is imported or loaded, what cannot go together."""
-    evicts = ("press", "compression_ratio", "budget", "chunk_tokens")
+    evicts = ("press", "compression_ratio", "budget", "chunk_tokens", "bits")
     given = [f"--{name}" for name in evicts if getattr(asked, name) is not None]
     if asked.document.endswith(".safetensors") and given:
         parser.error(f"{asked.document} is evicted already: leave {', '.join(given)} out")

@@ -5,11 +5,13 @@ from argparse import Namespace
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from kvpress import BasePress
 
 from sparsekv_pl.cli.chosen_model import chosen_backbone, chosen_press
 from sparsekv_pl.evaluation.prefill_progress import PrefillProgress
+from sparsekv_pl.eviction.quantised_pairs import PairQuantisation
 from sparsekv_pl.reporting.console import console
 from sparsekv_pl.usage.cache_file import SUFFIX, made_by
 from sparsekv_pl.usage.context_cache import ContextCache
@@ -34,7 +36,8 @@ def cache_for(asked: Namespace) -> ContextCache:
     if _is_cache(asked.document):
         cache = ContextCache.load(asked.document, model)
     else:
-        cache = _read(model, texts[asked.document], press, asked.chunk_tokens, asked.budget)
+        packed = None if asked.bits is None else PairQuantisation(asked.bits)
+        cache = _read(model, texts[asked.document], press, asked.chunk_tokens, asked.budget, packed)
     for name in asked.append:
         cache = _grown(cache, texts[name])
     for name in asked.merge:
@@ -43,9 +46,14 @@ def cache_for(asked: Namespace) -> ContextCache:
 
 
 def _read(
-    model: LoadedModel, text: str, press: BasePress | None, chunk_tokens: int | None, budget: int | None
+    model: LoadedModel,
+    text: str,
+    press: BasePress | None,
+    chunk_tokens: int | None,
+    budget: int | None,
+    packed: PairQuantisation | None,
 ) -> ContextCache:
-    settings = {"chunk_tokens": chunk_tokens, "budget": budget}
+    settings: dict[str, Any] = {"chunk_tokens": chunk_tokens, "budget": budget, "quantisation": packed}
     return _watched(0, lambda report: ContextCache.prefill(model, text, press, report=report, **settings))
 
 
@@ -54,7 +62,7 @@ def _read_like(cache: ContextCache, text: str) -> ContextCache:
     origin = cache.origin
     if cache.press is None and origin.press is not None:
         raise ValueError(f"--merge: {origin.press} cannot be made from a file, so give a cache that it evicted")
-    return _read(cache.model, text, cache.press, origin.chunk_tokens, origin.budget)
+    return _read(cache.model, text, cache.press, origin.chunk_tokens, origin.budget, origin.quantisation)
 
 
 def _grown(cache: ContextCache, text: str) -> ContextCache:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,8 @@ def read_cache(path: Path) -> tuple[ModelIdentity, CacheOrigin, KeptContext]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
         if about["checksum"] != checksum_of(tensors):
             raise KeyError("its checksum is another")
-        return ModelIdentity(**about["model"]), CacheOrigin(**about["eviction"]), _kept(about, tensors)
+        origin = CacheOrigin.read(about["eviction"])
+        return ModelIdentity(**about["model"]), origin, replace(_kept(about, tensors), quantisation=origin.quantisation)
 
 
 def _about(path: Path) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """What made a cache, besides its model and its tokens: the press with its settings, chunks and budget."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from kvpress import BasePress
 
+from sparsekv_pl.eviction.quantised_pairs import PairQuantisation
 from sparsekv_pl.presses.nesting import press_name
 from sparsekv_pl.presses.press_text import press_from, press_text
 from sparsekv_pl.presses.ratio import compression_ratio_of
@@ -26,9 +29,23 @@ class CacheOrigin:
     budget: int | None = None
     fixed: str = ""
     """Why nothing can be appended; empty if something can."""
+    quantisation: PairQuantisation | None = None
+    """How the pairs are stored; None if they are whole."""
 
     @classmethod
-    def of(cls, press: BasePress | None, chunk_tokens: int | None, budget: int | None) -> "CacheOrigin":
+    def read(cls, saved: Mapping[str, Any]) -> "CacheOrigin":
+        """Return the settings that a file holds; raise ``TypeError`` for others."""
+        packed = saved.get("quantisation")
+        return cls(**{**saved, "quantisation": None if packed is None else PairQuantisation(**packed)})
+
+    @classmethod
+    def of(
+        cls,
+        press: BasePress | None,
+        chunk_tokens: int | None,
+        budget: int | None,
+        quantisation: PairQuantisation | None = None,
+    ) -> "CacheOrigin":
         """Describe an eviction.
 
         Raises
@@ -42,7 +59,7 @@ class CacheOrigin:
         if press is None:
             if budget is not None:
                 raise ValueError(f"budget={budget} needs a press that evicts: name one, or leave the budget out")
-            return cls(chunk_tokens=chunk_tokens)
+            return cls(chunk_tokens=chunk_tokens, quantisation=quantisation)
         return cls(
             press=_text(press),
             name=press_name(press),
@@ -50,10 +67,22 @@ class CacheOrigin:
             re_rotated=traits_of(press).re_rotates,
             chunk_tokens=chunk_tokens,
             budget=budget,
+            quantisation=quantisation,
         )
 
     def __str__(self) -> str:
-        return self.name if self.compression_ratio is None else f"{self.name} {self.compression_ratio:g}"
+        name = self.name if self.compression_ratio is None else f"{self.name} {self.compression_ratio:g}"
+        return name if self.quantisation is None else f"{name}, {self.quantisation}"
+
+    def merged(self, theirs: "CacheOrigin") -> "CacheOrigin":
+        """Return the settings of a cache merged from these and ``theirs``."""
+        if self == theirs or self.fixed:
+            return self
+        return replace(
+            self,
+            fixed=f"this cache was merged from {self} and {theirs}, evicted in different ways, so it is open how to "
+            "evict from both: append before merging",
+        )
 
     def press_again(self, given: BasePress | None) -> BasePress | None:
         """Return the press that evicts what is appended; None for the full cache, or if it is not known.

@@ -11,6 +11,8 @@ from kvpress import BasePress
 from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.eviction.prefill import ChunkedPrefill
 from sparsekv_pl.eviction.press_model_check import check_press
+from sparsekv_pl.eviction.quantised_pairs import PairQuantisation
+from sparsekv_pl.eviction.quantised_prefill import QuantisedPrefill
 from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.models.decoder import decoder_of
@@ -62,6 +64,7 @@ class ContextCache:
         *,
         chunk_tokens: int | None = None,
         budget: int | None = None,
+        quantisation: PairQuantisation | None = None,
         report: Report | None = None,
     ) -> "ContextCache":
         """Read ``document`` once and evict.
@@ -78,6 +81,8 @@ class ContextCache:
             Most tokens of a chunk, after each of which the press evicts; None reads the document in one chunk.
         budget
             Most KV pairs per head that stay, in tokens; None: the press's ratio alone decides.
+        quantisation
+            Bits in which the kept pairs are stored, here and in a file; None keeps them whole.
         report
             Called with the tokens read so far and all tokens, after every layer of a chunk.
 
@@ -89,12 +94,13 @@ class ContextCache:
         model = LoadedModel(model) if isinstance(model, Backbone) else model
         check_usable(press)
         check_press(model.model, press)
-        origin = CacheOrigin.of(press, chunk_tokens, budget)
+        origin = CacheOrigin.of(press, chunk_tokens, budget, quantisation)
         ids = [*model.prefix_ids, *model.encoder.encode(document)] if isinstance(document, str) else list(document)
         if not document or not ids:
             raise ValueError("the document is empty: give some text")
         read = torch.tensor([ids])
-        filling = ChunkedPrefill(model.model, press, len(ids), chunk_tokens, budget, POSITIONS)
+        settings = (chunk_tokens, budget, POSITIONS)
+        filling = QuantisedPrefill(model.model, press, len(ids), *settings, quantisation=quantisation)
         return cls(model, press, origin, _run(model, filling, read, report))
 
     @classmethod
@@ -119,8 +125,7 @@ class ContextCache:
         tensors = {
             name: tensor.to(layer_device(layers[int(name.partition(".")[2])])) for name, tensor in kept.tensors.items()
         }
-        kept = KeptContext(kept.ids, kept.bounds, kept.next_position, tensors)
-        return cls(model, press, origin, kept)
+        return cls(model, press, origin, replace(kept, tensors=tensors))
 
     def save(self, path: str | Path) -> None:
         """Write the cache to a ``.safetensors`` file, whole or not at all, with what made it."""
@@ -204,7 +209,8 @@ class ContextCache:
         kept, model = self.kept, self.model.model
         read = torch.cat([kept.ids, torch.tensor([new])], dim=1)
         settings = (self.origin.chunk_tokens, self.origin.budget, POSITIONS)
-        filling = ChunkedPrefill(model, self.press, read.shape[1], *settings, earlier=kept.bounds)
+        earlier, packed = kept.bounds, kept.quantisation
+        filling = QuantisedPrefill(model, self.press, read.shape[1], *settings, earlier=earlier, quantisation=packed)
         if filling.rotates:  # a merged cache may hold more than its chunks would
             start, stop = filling.bounds[len(kept.bounds)]
             check_positions(model, kept.next_position + stop - start, read.shape[1], rotates=True)
@@ -223,15 +229,9 @@ class ContextCache:
             With the reason: another model or adapter, a model whose keys cannot be turned, no positions for both.
         """
         self.model.identity.check(other.model.identity, "merge: the other cache")
-        mine, theirs = self.origin, other.origin
-        kept = merged(self.model.model, self.kept, other.kept, mine.re_rotated and theirs.re_rotated)
-        if mine != theirs and not mine.fixed:
-            mine = replace(
-                mine,
-                fixed=f"this cache was merged from {mine} and {theirs}, evicted in different ways, so it is open how "
-                "to evict from both: append before merging",
-            )
-        return ContextCache(self.model, self.press, mine, kept)
+        both = self.origin.re_rotated and other.origin.re_rotated
+        kept = merged(self.model.model, self.kept, other.kept, both)
+        return ContextCache(self.model, self.press, self.origin.merged(other.origin), kept)
 
     @property
     def tokens(self) -> int:
@@ -249,7 +249,7 @@ class ContextCache:
         return self.kept.kv_bytes
 
     def plan(self) -> Plan:
-        """Return the planner's estimate for this document: bytes with and without eviction, from the config alone."""
+        """Return the planner's estimate for this document, from the config alone: bytes of whole pairs."""
         return plan(
             self.model.model.config,
             self.tokens,

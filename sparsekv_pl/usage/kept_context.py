@@ -2,17 +2,24 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from transformers import DynamicCache
 
+from sparsekv_pl.eviction.packed_codes import PackedCodes
 from sparsekv_pl.eviction.prefill import ChunkedPrefill
 from sparsekv_pl.eviction.prefilled_cache import Prefilled
+from sparsekv_pl.eviction.quantised_pairs import PackedPairs, PairQuantisation
+from sparsekv_pl.eviction.quantised_prefill import QuantisedPrefill
 
-LAYERS = ("keys", "values", "positions", "first", "places")
-"""Kinds of tensors, by layer: pairs (1, K, S, D), the kept keys' context positions (1, K, S), and for re-rotated keys
-those as first kept (1, K, S, D) and their positions then (1, K, S)."""
+PAIRS = ("keys", "values")
+CODES = ("codes", "steps", "least")
+PACKED = tuple(f"{pair}_{part}" for pair in PAIRS for part in CODES)
+LAYERS = (*PAIRS, *PACKED, "positions", "first", "places")
+"""Kinds of tensors, by layer: pairs (1, K, S, D), of which quantised ones are ``PackedCodes`` and only the newest are
+whole; the kept keys' context positions (1, K, S); and for re-rotated keys those as first kept (1, K, S, D) and their
+positions then (1, K, S)."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,8 @@ class KeptContext:
     """RoPE position of the first token that follows."""
     tensors: Mapping[str, Tensor]
     """"keys.0", "values.0" ... by ``LAYERS``; positions only where the press's scores say what it kept."""
+    quantisation: PairQuantisation | None = None
+    """How the pairs are stored; None if all are whole."""
 
     @classmethod
     def of(cls, filling: ChunkedPrefill, ids: Tensor) -> "KeptContext":
@@ -34,7 +43,9 @@ class KeptContext:
         prefilled, state = filling.result(), filling.state_dict()
         assert not any(name.startswith("log_weights") for name in state)  # presses fade pairs out in training alone
         tensors = {name: state[name].contiguous() for name in state if name.partition(".")[0] in LAYERS}
-        return cls(ids.cpu(), tuple(filling.bounds), prefilled.next_position, tensors)
+        kept = cls(ids.cpu(), tuple(filling.bounds), prefilled.next_position, tensors)
+        packed = filling.packed if isinstance(filling, QuantisedPrefill) else []
+        return kept._holding(packed) if packed else kept
 
     @property
     def tokens(self) -> int:
@@ -49,12 +60,12 @@ class KeptContext:
     @property
     def kept_pairs(self) -> float:
         """KV pairs per head, a mean over layers."""
-        return sum(keys.shape[2] for keys in self.each("keys")) / self.layers
+        return sum(keys.shape[2] for kind in ("keys", "keys_codes") for keys in self.each(kind)) / self.layers
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of keys and values."""
-        return sum(tensor.nbytes for kind in ("keys", "values") for tensor in self.each(kind))
+        """Bytes of keys and values; of quantised ones with their scales and minima."""
+        return sum(tensor.nbytes for kind in (*PAIRS, *PACKED) for tensor in self.each(kind))
 
     @property
     def tokens_sha256(self) -> str:
@@ -69,13 +80,48 @@ class KeptContext:
     def prefilled(self, rows: int) -> Prefilled:
         """Return a cache of ``rows`` equal rows to be continued; this context stays as it is."""
         cache = DynamicCache()
-        for layer, (keys, values) in enumerate(zip(self.each("keys"), self.each("values"), strict=True)):
+        for layer in range(self.layers):
+            keys, values = self.pairs(layer)
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)  # copies
         return Prefilled(cache, self.next_position, [])
+
+    def pairs(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return a layer's keys and values (1, K, S, D) as attention reads them."""
+        keys, values = (self.tensors[f"{pair}.{layer}"] for pair in PAIRS)
+        if self.quantisation is None:
+            return keys, values
+        of_keys, of_values = (
+            PackedCodes(*(self.tensors[f"{pair}_{part}.{layer}"] for part in CODES)) for pair in PAIRS
+        )
+        return PackedPairs(self.quantisation, of_keys, of_values, keys, values).unpacked()
+
+    def whole(self) -> "KeptContext":
+        """Return this context with pairs as attention reads them."""
+        if self.quantisation is None:
+            return self
+        tensors = {name: one for name, one in self.tensors.items() if name.partition(".")[0] not in PACKED}
+        for layer in range(self.layers):
+            tensors |= {f"{pair}.{layer}": part for pair, part in zip(PAIRS, self.pairs(layer), strict=True)}
+        return replace(self, tensors=tensors, quantisation=None)
+
+    def packed(self, quantisation: PairQuantisation | None) -> "KeptContext":
+        """Return this context, whose pairs are whole, stored in this way."""
+        if quantisation is None:
+            return self
+        return self._holding([PackedPairs.of(*self.pairs(layer), quantisation) for layer in range(self.layers)])
+
+    def _holding(self, packed: Sequence[PackedPairs]) -> "KeptContext":
+        """Return this context with its pairs as ``packed``, layer by layer."""
+        tensors = dict(self.tensors)
+        for layer, one in enumerate(packed):
+            tensors |= {f"keys.{layer}": one.newest_keys, f"values.{layer}": one.newest_values}
+            for pair, codes in zip(PAIRS, (one.keys, one.values), strict=True):
+                tensors |= {f"{pair}_{part}.{layer}": getattr(codes, part) for part in CODES}
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        return replace(self, tensors=tensors, quantisation=packed[0].settings)
 
     def resume(self, filling: ChunkedPrefill) -> None:
         """Load this context into a prefill whose ``earlier`` chunks are ``bounds``."""
         device = self.tensors["keys.0"].device
-        filling.load_state_dict(
-            {**self.tensors, "chunks_done": self.ids.new_tensor(len(self.bounds)), "token_ids": self.ids.to(device)}
-        )
+        done = {"chunks_done": self.ids.new_tensor(len(self.bounds)), "token_ids": self.ids.to(device)}
+        filling.load_state_dict({**self.whole().tensors, **done})

@@ -22,6 +22,8 @@ from sparsekv_pl.usage.kept_context import LAYERS, KeptContext
 def merged(model: PreTrainedModel, first: KeptContext, second: KeptContext, re_rotated: bool) -> KeptContext:
     """Return ``first`` followed by ``second``, in one rotation of each key of ``second``.
 
+    Quantised pairs are rounded again, as turned keys and shared groups have other scales.
+
     ``re_rotated`` says that both presses re-rotated their keys, which then stay at 0..S-1 in every layer.
 
     Raises
@@ -30,6 +32,7 @@ def merged(model: PreTrainedModel, first: KeptContext, second: KeptContext, re_r
         If the model's keys cannot be turned, or there are no positions for both.
     """
     check_merge(model, first, second)
+    quantisation, first, second = first.quantisation, first.whole(), second.whole()
     tensors: dict[str, Tensor] = {}
     limits, evicted, tokens = windows(model.config), evicted_layers(model.config), first.tokens + second.tokens
     for layer in range(first.layers):
@@ -38,11 +41,18 @@ def merged(model: PreTrainedModel, first: KeptContext, second: KeptContext, re_r
         tensors |= {f"{kind}.{layer}": _newest(kind, tensor, seen).contiguous() for kind, tensor in pairs}
     bounds = [*first.bounds, *((first.tokens + start, first.tokens + stop) for start, stop in second.bounds)]
     ids = torch.cat([first.ids, second.ids], dim=1)
-    return KeptContext(ids, bounds, first.next_position + second.next_position, tensors)
+    both = KeptContext(ids, bounds, first.next_position + second.next_position, tensors)
+    return both.packed(quantisation)
 
 
 def check_merge(model: PreTrainedModel, first: KeptContext, second: KeptContext) -> None:
     """Raise ``ValueError``, with the reason, if no positions or no rotation allow a merge."""
+    if first.quantisation != second.quantisation:
+        stored = [str(one.quantisation or "whole") for one in (first, second)]
+        raise ValueError(
+            f"merge: the first cache has its pairs {stored[0]}, the second {stored[1]}: prefill both with the same "
+            "quantisation"
+        )
     positions = first.next_position + second.next_position
     limit = position_limit(model)
     if limit is not None and positions > limit:

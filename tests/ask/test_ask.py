@@ -61,6 +61,9 @@ def test_a_document_is_asked_saved_and_asked_again(shell: Shell) -> None:
     assert shell("river.safetensors", stdin="\n".join([*QUESTIONS, "", ""]))[0] == answers
     assert shell("river.safetensors", *QUESTIONS, "--together")[0] == answers
     assert shell("-", *QUESTIONS, *EVICTED, stdin=DOCUMENT)[0] == answers
+    _, rest = shell("river.txt", QUESTIONS[0], *EVICTED, "--bits", "4", "--save", "small.safetensors")
+    assert "(Knorm 0.5, 4 bits)" in rest and f"planned with whole pairs {kept} MiB" in rest
+    assert Path("small.safetensors").stat().st_size < Path("river.safetensors").stat().st_size / 2
 
 
 def test_more_text_is_appended_and_merged(shell: Shell) -> None:
