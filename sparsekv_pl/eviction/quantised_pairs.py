@@ -95,18 +95,20 @@ class PackedPairs:
         return self.keys.nbytes + self.values.nbytes + self.newest_keys.nbytes + self.newest_values.nbytes
 
 
-def quantise(cache: DynamicCache, settings: PairQuantisation, only: Collection[int] | None = None) -> list[PackedPairs]:
-    """Replace every pair of ``cache``, or of ``only`` some layers, by its rounded numbers; return the layers packed.
+def quantise(
+    cache: DynamicCache, settings: PairQuantisation, only: Collection[int] | None = None
+) -> dict[int, PackedPairs]:
+    """Replace every pair of ``cache``, or of ``only`` some layers, by its rounded numbers; return those layers packed.
 
     Gradients pass through the rounding unchanged (the straight-through estimator, https://arxiv.org/abs/1308.3432).
     """
-    layers = []
+    layers: dict[int, PackedPairs] = {}
     for index, layer in enumerate(cache.layers):
         if only is not None and index not in only:
             continue
         assert layer.keys is not None and layer.values is not None
-        layers.append(PackedPairs.of(layer.keys, layer.values, settings))
-        rounded = layers[-1].unpacked()
+        layers[index] = PackedPairs.of(layer.keys, layer.values, settings)
+        rounded = layers[index].unpacked()
         layer.keys, layer.values = map(_straight_through, (layer.keys, layer.values), rounded)
     return layers
 

@@ -28,8 +28,8 @@ class QuantisedPrefill(ChunkedPrefill):
     """
 
     quantisation: PairQuantisation | None = None
-    packed: list[PackedPairs] = field(default_factory=list, init=False, repr=False)
-    """The layers that presses evict from, after the last chunk; empty without quantisation."""
+    packed: dict[int, PackedPairs] = field(default_factory=dict, init=False, repr=False)
+    """layer -> its pairs after the last chunk, where presses evict; empty without quantisation."""
 
     def __post_init__(self) -> None:
         residual = 0 if self.quantisation is None else self.quantisation.residual
@@ -59,4 +59,4 @@ class QuantisedPrefill(ChunkedPrefill):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from ``state``, whose pairs are rounded."""
         super().load_state_dict(state)
-        self.packed = []
+        self.packed = {}

@@ -35,7 +35,7 @@ class KeptContext:
     tensors: Mapping[str, Tensor]
     """"keys.0", "values.0" ... by ``LAYERS``; positions only where the press's scores say what it kept."""
     quantisation: PairQuantisation | None = None
-    """How the pairs are stored; None if all are whole."""
+    """How the pairs are stored in layers that presses evict from; None if all are whole."""
 
     @classmethod
     def of(cls, filling: ChunkedPrefill, ids: Tensor) -> "KeptContext":
@@ -44,7 +44,7 @@ class KeptContext:
         assert not any(name.startswith("log_weights") for name in state)  # presses fade pairs out in training alone
         tensors = {name: state[name].contiguous() for name in state if name.partition(".")[0] in LAYERS}
         kept = cls(ids.cpu(), tuple(filling.bounds), prefilled.next_position, tensors)
-        packed = filling.packed if isinstance(filling, QuantisedPrefill) else []
+        packed = filling.packed if isinstance(filling, QuantisedPrefill) else {}
         return kept._holding(packed) if packed else kept
 
     @property
@@ -56,6 +56,11 @@ class KeptContext:
     def layers(self) -> int:
         """Number of layers with a cache."""
         return sum(name.startswith("keys.") for name in self.tensors)
+
+    @property
+    def packed_layers(self) -> list[int]:
+        """The layers with quantised pairs."""
+        return [layer for layer in range(self.layers) if f"keys_codes.{layer}" in self.tensors]
 
     @property
     def kept_pairs(self) -> float:
@@ -88,7 +93,7 @@ class KeptContext:
     def pairs(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return a layer's keys and values (1, K, S, D) as attention reads them."""
         keys, values = (self.tensors[f"{pair}.{layer}"] for pair in PAIRS)
-        if self.quantisation is None:
+        if self.quantisation is None or layer not in self.packed_layers:
             return keys, values
         of_keys, of_values = (
             PackedCodes(*(self.tensors[f"{pair}_{part}.{layer}"] for part in CODES)) for pair in PAIRS
@@ -104,21 +109,22 @@ class KeptContext:
             tensors |= {f"{pair}.{layer}": part for pair, part in zip(PAIRS, self.pairs(layer), strict=True)}
         return replace(self, tensors=tensors, quantisation=None)
 
-    def packed(self, quantisation: PairQuantisation | None) -> "KeptContext":
-        """Return this context, whose pairs are whole, stored in this way."""
-        if quantisation is None:
+    def stored_like(self, other: "KeptContext") -> "KeptContext":
+        """Return this context, whose pairs are whole, stored as those of ``other``."""
+        how = other.quantisation
+        if how is None:
             return self
-        return self._holding([PackedPairs.of(*self.pairs(layer), quantisation) for layer in range(self.layers)])
+        return self._holding({layer: PackedPairs.of(*self.pairs(layer), how) for layer in other.packed_layers})
 
-    def _holding(self, packed: Sequence[PackedPairs]) -> "KeptContext":
-        """Return this context with its pairs as ``packed``, layer by layer."""
+    def _holding(self, packed: Mapping[int, PackedPairs]) -> "KeptContext":
+        """Return this context with the pairs of some layers as ``packed``."""
         tensors = dict(self.tensors)
-        for layer, one in enumerate(packed):
+        for layer, one in packed.items():
             tensors |= {f"keys.{layer}": one.newest_keys, f"values.{layer}": one.newest_values}
             for pair, codes in zip(PAIRS, (one.keys, one.values), strict=True):
                 tensors |= {f"{pair}_{part}.{layer}": getattr(codes, part) for part in CODES}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        return replace(self, tensors=tensors, quantisation=packed[0].settings)
+        return replace(self, tensors=tensors, quantisation=next(iter(packed.values())).settings)
 
     def resume(self, filling: ChunkedPrefill) -> None:
         """Load this context into a prefill whose ``earlier`` chunks are ``bounds``."""

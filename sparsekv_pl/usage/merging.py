@@ -32,7 +32,7 @@ def merged(model: PreTrainedModel, first: KeptContext, second: KeptContext, re_r
         If the model's keys cannot be turned, or there are no positions for both.
     """
     check_merge(model, first, second)
-    quantisation, first, second = first.quantisation, first.whole(), second.whole()
+    stored, first, second = first, first.whole(), second.whole()
     tensors: dict[str, Tensor] = {}
     limits, evicted, tokens = windows(model.config), evicted_layers(model.config), first.tokens + second.tokens
     for layer in range(first.layers):
@@ -42,16 +42,15 @@ def merged(model: PreTrainedModel, first: KeptContext, second: KeptContext, re_r
     bounds = [*first.bounds, *((first.tokens + start, first.tokens + stop) for start, stop in second.bounds)]
     ids = torch.cat([first.ids, second.ids], dim=1)
     both = KeptContext(ids, bounds, first.next_position + second.next_position, tensors)
-    return both.packed(quantisation)
+    return both.stored_like(stored)
 
 
 def check_merge(model: PreTrainedModel, first: KeptContext, second: KeptContext) -> None:
     """Raise ``ValueError``, with the reason, if no positions or no rotation allow a merge."""
     if first.quantisation != second.quantisation:
-        stored = [str(one.quantisation or "whole") for one in (first, second)]
+        mine, theirs = (str(one.quantisation or "whole") for one in (first, second))
         raise ValueError(
-            f"merge: the first cache has its pairs {stored[0]}, the second {stored[1]}: prefill both with the same "
-            "quantisation"
+            f"merge: the first cache has its pairs {mine}, the second {theirs}: prefill both with the same quantisation"
         )
     positions = first.next_position + second.next_position
     limit = position_limit(model)

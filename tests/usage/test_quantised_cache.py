@@ -14,6 +14,7 @@ from sparsekv_pl.usage.context_cache import ContextCache
 from sparsekv_pl.usage.kept_context import PACKED, KeptContext
 from sparsekv_pl.usage.loaded_model import LoadedModel
 from tests.eviction.slow_rounding import slowly_rounded
+from tests.random_models import Build
 from tests.usage.cache_cases import DOCUMENT, MORE, NEW, QUESTIONS, bits, document_ids
 
 FOUR = PairQuantisation(4, group=16, residual=3)
@@ -62,6 +63,22 @@ def test_it_is_saved_loaded_and_appended_to_bit_for_bit(model: LoadedModel, pres
         filling.run(ids)
     expected = bits(ContextCache(model, press, cache.origin, KeptContext.of(filling, ids)))
     assert bits(loaded.append(MORE)) == expected
+
+
+def test_layers_with_a_window_stay_whole(random_model: Build) -> None:
+    network = random_model(
+        layer_types=["sliding_attention", "full_attention"], sliding_window=8, use_sliding_window=True
+    )
+    ids = torch.arange(40)[None]
+    filling = QuantisedPrefill(network, KnormPress(0.5), 40, quantisation=PairQuantisation(4))
+    with torch.no_grad():
+        cache = filling.run(ids).cache
+    kept = KeptContext.of(filling, ids)
+    windowed = sum(part.nbytes for part in kept.pairs(0))
+    assert kept.packed_layers == [1] and kept.kv_bytes == windowed + filling.packed[1].nbytes
+    for layer, own in enumerate(cache.layers):
+        assert own.keys is not None and torch.equal(kept.pairs(layer)[0], own.keys)
+    assert kept.whole().stored_like(kept).kv_bytes == kept.kv_bytes
 
 
 def test_two_are_merged_if_they_are_stored_alike(model: LoadedModel) -> None:
