@@ -72,11 +72,27 @@ def test_ci_runs_every_check_on_the_oldest_and_the_newest_python() -> None:
     """Those that the dependencies allow; the Makefile refuses others."""
     allowed = SpecifierSet(PROJECT["project"]["requires-python"])
     versions = [f"3.{minor}" for minor in range(9, 20) if allowed.contains(f"3.{minor}")]
-    (job,) = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"].values()
+    job = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["checks"]
     assert job["strategy"]["matrix"]["python"] == [versions[0], versions[-1]]
     assert job["steps"][-1] == {"run": ".ci/run"}
     accepted = re.search(r"sys.version_info\[:2\] in (\(.*?\)\))", (ROOT / "Makefile").read_text())
     assert accepted and list(ast.literal_eval(accepted[1])) == [tuple(map(int, v.split("."))) for v in versions]
+
+
+def test_ci_walks_the_architectures_under_the_newer_transformers_that_the_page_names() -> None:
+    """It is beyond kvpress's own bound, so it is installed past pip's resolver."""
+    *_, installs, tests = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["newer-transformers"][
+        "steps"
+    ]
+    pins = re.findall(r"(\w+)==([\d.]+)", installs["run"])
+    page = (ROOT / "docs/architectures.md").read_text()
+    assert [name for name, _ in pins] == ["transformers", "tokenizers"]
+    assert re.findall(r"pip install --no-deps .*", page)[0].replace('"', "") in installs["run"]
+    (bound,) = [require for require in PROJECT["project"]["dependencies"] if require.startswith("transformers")]
+    assert not SpecifierSet(bound.removeprefix("transformers")).contains(pins[0][1])
+    files = re.findall(r"tests/\S+\.py", tests["run"])
+    assert "tests/test_architecture_table.py" in files
+    assert all((ROOT / file).exists() for file in files)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.models.head import head_of
 from sparsekv_pl.models.layer_kinds import evicted_layers
+from sparsekv_pl.presses.cache_keyword import renamed
 from sparsekv_pl.presses.pressed_model import pressed
 from sparsekv_pl.presses.ratio import set_compression_ratio
+from sparsekv_pl.presses.shadowed_method import shadowed
 from sparsekv_pl.presses.traits import traits_of
 
 
@@ -88,7 +90,7 @@ def read_while_evicting(
     set_compression_ratio(press, 0.0)  # DecodingPress sets its own
     evicting = DecodingPress(press, compression_interval=interval, target_size=budget)
     hidden = []
-    with evicting(pressed(model)):
+    with shadowed(evicting, "forward_hook", renamed), evicting(pressed(model)):
         for step in range(continuation_ids.shape[1]):
             token, position = continuation_ids[:, step : step + 1], prefilled.next_position + step
             hidden.append(continue_from(model, token, prefilled.cache, position, decoding=True))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.models.layer_kinds import attentions
+from sparsekv_pl.presses.cache_keyword import with_cache
 
 
 @contextmanager
@@ -21,7 +22,7 @@ def uncut_cache(model: PreTrainedModel) -> Iterator[DynamicCache]:
     def keep(module: nn.Module, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
         index = module.layer_idx
         assert isinstance(index, int)
-        layer = kwargs["past_key_values"].layers[index]
+        layer = with_cache(kwargs)["past_key_values"].layers[index]
         keys: Tensor = layer.keys
         whole.update(keys, layer.values, index)
 

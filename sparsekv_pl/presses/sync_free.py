@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
+from sparsekv_pl.presses.cache_keyword import with_cache
 from sparsekv_pl.presses.traits import PressTraits
 
 
@@ -66,4 +67,4 @@ def no_waiting(traits: PressTraits) -> Iterator[None]:
 
 def _hook(press: BasePress, module: nn.Module, inputs: Any, kwargs: dict[str, Any], output: Any) -> Any:
     with no_waiting_on(kwargs["hidden_states"].device):
-        return type(press).forward_hook(press, module, inputs, kwargs, output)
+        return type(press).forward_hook(press, module, inputs, with_cache(kwargs), output)

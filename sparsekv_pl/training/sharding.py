@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from sparsekv_pl.models.backbone import Backbone, causal_lm
 from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.presses.cache_keyword import with_cache
 
 STEPS = ("training_step", "validation_step")
 
@@ -172,7 +173,7 @@ def _tie_cache_to_output(layer: nn.Module, _: Any, kwargs: Mapping[str, Any], ou
     A layer gathers its weights for backward when the gradient of its output arrives. In a context's pass the last
     layer's output is unused, and only its keys and values get gradients, which would meet freed weights.
     """
-    cache = kwargs.get("past_key_values")
+    cache = with_cache(kwargs).get("past_key_values")
     hidden = output if isinstance(output, Tensor) else output[0]
     if cache is None or not hidden.requires_grad:
         return
