@@ -18,6 +18,7 @@ from sparsekv_pl.attention.evicted_attention import attention_implementation
 from sparsekv_pl.attention.received_attention import ReceivedAttention
 from sparsekv_pl.evaluation.perplexity_and_kl import FullCacheReading
 from sparsekv_pl.eviction.decoding import greedy
+from sparsekv_pl.eviction.kept_memory import kept_memory
 from sparsekv_pl.eviction.prefill import ChunkedPrefill, continue_from
 from sparsekv_pl.eviction.press_model_check import check_press
 from sparsekv_pl.eviction.real import RealEviction
@@ -96,8 +97,7 @@ def evaluate(model: PreTrainedModel) -> Differences:
     differences = Differences(relative(torch.tensor(sum(row["nll"] for row in reading.scores(hidden))), expected))
     press = KeyDiffPress(compression_ratio=0.5)
     evicted = recorded.evicted(press)
-    shorter = [layer.get_seq_length() for layer in evicted.cache.layers]
-    assert min(shorter) == CONTEXT // 2
+    assert kept_memory(model, evicted.cache).kept_pairs == CONTEXT // 2
     most = [ANSWER] * len(context)
     assert greedy(model, full.copy(), continuation, torch.tensor(lengths), most) == answers
     assert all(len(answer) == ANSWER for answer in greedy(model, evicted, continuation, torch.tensor(lengths), most))
@@ -117,7 +117,7 @@ def long_context(model: PreTrainedModel) -> Differences:
         expected = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state[:, LONG:]
     filling = ChunkedPrefill(model, KeyDiffPress(compression_ratio=0.5), LONG, CHUNK, BUDGET)
     pressed = filling.run(context)
-    assert min(layer.get_seq_length() for layer in pressed.cache.layers) == BUDGET
+    assert kept_memory(model, pressed.cache).kept_pairs == BUDGET
     assert continue_from(model, continuation, pressed.cache, pressed.next_position).isfinite().all()
     return Differences(relative(hidden, expected))
 

@@ -14,7 +14,6 @@ PAGE = Path(__file__).parents[1] / "docs/architectures.md"
 REASONS = {
     "attention": "attention is computed here",
     "window": "window of 48 through which every layer",
-    "layers": r"have no attention \(self_attn\)",
 }
 """Reason of a refusal on the page -> the pattern of its message."""
 

@@ -1,4 +1,4 @@
-"""Random models some of whose layers have a window, with what each computes by itself as a reference."""
+"""Random models some of whose layers have a window, or no attention."""
 
 from collections.abc import Callable
 from typing import Any
@@ -41,6 +41,18 @@ MADE: dict[str, Callable[[], hf.PreTrainedModel]] = {
             attention_chunk_size=WINDOW,
             layer_types=["chunked_attention", "full_attention"] * 2,
             rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        )
+    ),
+    "lfm2": lambda: hf.Lfm2ForCausalLM(hf.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"] * 2)),
+    "qwen3-next": lambda: hf.Qwen3NextForCausalLM(
+        hf.Qwen3NextConfig(
+            **SIZES,
+            layer_types=["linear_attention", "full_attention"] * 2,
+            linear_num_key_heads=2,
+            linear_num_value_heads=2,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            mlp_only_layers=list(range(4)),
         )
     ),
 }

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 from sparsekv_pl.evaluation.measurement import Measurement
 from sparsekv_pl.evaluation.points import Point
+from sparsekv_pl.eviction.cache_layers import mapped
 from sparsekv_pl.eviction.decoding import greedy
 from sparsekv_pl.eviction.kept_positions import Masked, kept_positions, masked_keys
 from sparsekv_pl.eviction.prefill import continue_from
@@ -114,11 +115,7 @@ def _mass(measurement: Measurement, row: int) -> Tensor:
 
 def _row_of(cache: DynamicCache, row: int) -> DynamicCache:
     """Copy one row of a cache."""
-    copied = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        assert layer.keys is not None and layer.values is not None
-        copied.update(layer.keys[row : row + 1].clone(), layer.values[row : row + 1].clone(), index)
-    return copied
+    return mapped(cache, lambda tensor: tensor[row : row + 1].clone())
 
 
 def _masked_of(masked: Masked | None, row: int) -> Masked | None:

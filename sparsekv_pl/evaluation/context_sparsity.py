@@ -36,13 +36,13 @@ def attention_sparsity(
 
     Returns
     -------
-    Measure -> (layers, H): means over all queries.
+    Measure -> (layers, H): means over all queries, in the layers in which presses evict.
     """
     anchors = Anchors(recent=0).mask(context_ids, tokenizer)
     statistics = AttentionStatistics(tokens=anchors)
     continue_from(model, context_ids, DynamicCache(), 0, observer=statistics)
-    layers = statistics.layers
+    layers = [statistics.layers[layer] for layer in sorted(statistics.layers)]
     metric = AttentionSparsity(len(layers), layers[0].entropy.shape[1]).to(context_ids.device)
-    for layer, measured in layers.items():
+    for layer, measured in enumerate(layers):
         metric.update(layer, measured)
     return {name: values.tolist() for name, values in metric.compute().items()}

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from sparsekv_pl.eviction.cache_layers import CarriedState
 from sparsekv_pl.eviction.kept_positions import Masked, masked_keys
 from sparsekv_pl.eviction.other_layers import check_window_left
 from sparsekv_pl.eviction.prefill import continue_from
@@ -69,7 +70,7 @@ class Answering:
         rows = torch.arange(len(questions), device=questions.device)
         longest = int((lengths + torch.tensor(most, device=lengths.device)).max()) - 1
         check_window_left(model, prefilled.cache, prefilled.next_position, longest)
-        hidden = continue_from(model, questions, prefilled.cache, prefilled.next_position)
+        hidden = continue_from(model, questions, prefilled.cache, prefilled.next_position, lengths=lengths)
         self.last = hidden[rows, lengths - 1]
         """(B, E), hidden states of each question's last token."""
         self.most = most
@@ -80,7 +81,10 @@ class Answering:
         """(places,), positions of the next tokens."""
         self.visible = torch.arange(questions.shape[1], device=lengths.device) < lengths[:, None]
         self.masked = masked_keys(model)
-        self._layers = [_RowsLayer.of(layer, max(most) - 1) for layer in prefilled.cache.layers]
+        layers = list(enumerate(prefilled.cache.layers))
+        states = {index: layer.states for index, layer in layers if isinstance(layer, CarriedState)}
+        self._states = states
+        self._layers = {index: _RowsLayer.of(own, max(most) - 1) for index, own in layers if index not in states}
         self.seconds = 0.0
         """Seconds that the answers' attention to this cache took; on a GPU, the time until it was queued."""
 
@@ -89,8 +93,9 @@ class Answering:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values, including the room allocated for answers."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers)
+        """Bytes of keys and values, including the room allocated for answers, and of states."""
+        states = sum(tensor.nbytes for own in self._states.values() for tensor in own.values())
+        return states + sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers.values())
 
     def append(self, tokens: Sequence[int], stop_ids: Collection[int], enough: Enough | None = None) -> list[int]:
         """Append one token to the answer in each place; return the former places of the rows that continue.
@@ -119,14 +124,21 @@ class Answering:
         """Append a layer's newest pairs (places, K, 1, D) and return all its keys and values (places, K, S, D)."""
         return self._layers[layer].joined(key, value)
 
+    def carried(self, layer: int) -> dict[str, Tensor]:
+        """Return the states (places, ...) of a layer without attention."""
+        return self._states[layer]
+
     def _leave(self, place: int) -> None:
         last = len(self.places) - 1
         if place != last:
             self.places[place] = self.places[last]
             for values in (self.positions, self.visible):
                 values[place] = values[last]
-            for layer in self._layers:
+            for layer in self._layers.values():
                 layer.move(last, place)
+            for own in self._states.values():
+                for state in own.values():
+                    state[place] = state[last]
         self.places.pop()
         self.positions, self.visible = self.positions[:last], self.visible[:last]
         self.masked = [None if masked is None else _moved(masked, last, place) for masked in self.masked]

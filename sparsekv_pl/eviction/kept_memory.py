@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from transformers import DynamicCache, PreTrainedModel
 
+from sparsekv_pl.eviction.cache_layers import tensors_of
 from sparsekv_pl.eviction.kept_positions import masked_keys
 from sparsekv_pl.models.layer_kinds import evicted_layers
 
@@ -15,7 +16,7 @@ class KeptMemory:
     kept_pairs: float
     """KV pairs that attention can still see, a mean over rows, KV heads and the layers in which presses evict."""
     kv_bytes: int
-    """Bytes that the keys and values of all layers hold in memory, all rows together."""
+    """Bytes that the keys, values and states of all layers hold in memory, all rows together."""
     freed: bool
     """False where a head-wise press hides pairs that stay in memory."""
 
@@ -24,11 +25,11 @@ def kept_memory(model: PreTrainedModel, cache: DynamicCache) -> KeptMemory:
     """Measure ``cache``, just evicted under ``model``; shared storage is counted once."""
     storages, pairs, heads = {}, 0, 0
     for index, layer in enumerate(cache.layers):
-        assert layer.keys is not None and layer.values is not None
         if index in evicted_layers(model.config):
+            assert layer.keys is not None
             rows = layer.keys.shape[0] * layer.keys.shape[1]
             heads, pairs = heads + rows, pairs + rows * layer.keys.shape[2]
-        for tensor in (layer.keys, layer.values):
+        for tensor in tensors_of(layer).values():
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     hidden = sum(len(mask[0]) for mask in masked_keys(model) if mask is not None)
     return KeptMemory((pairs - hidden) / heads, sum(storages.values()), hidden == 0)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from sparsekv_pl.eviction.cache_layers import mapped
 from sparsekv_pl.models.decoder import decoder_of
 
 
@@ -60,10 +61,8 @@ def layers_apart(model: PreTrainedModel) -> Iterator[None]:
 
 
 def detach(cache: DynamicCache) -> None:
-    """Detach the keys and values that ``cache`` holds."""
-    for layer in cache.layers:
-        assert layer.keys is not None and layer.values is not None
-        layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+    """Detach the keys, values and states that ``cache`` holds."""
+    cache.layers = mapped(cache, Tensor.detach).layers
 
 
 def _without_history(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

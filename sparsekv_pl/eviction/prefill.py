@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.attention.evicted_attention import CACHED, attention_implementation
+from sparsekv_pl.eviction.cache_layers import CARRIED, PAIRS, cache_of, tensors_of
 from sparsekv_pl.eviction.chunking import chunk_bounds, chunk_ratio, staying
 from sparsekv_pl.eviction.limits import (
     check_chunks,
@@ -23,6 +24,7 @@ from sparsekv_pl.eviction.limits import (
     check_weights,
     check_window,
 )
+from sparsekv_pl.eviction.linear_layers import carrying
 from sparsekv_pl.eviction.local_gradients import detach, layers_apart
 from sparsekv_pl.eviction.other_layers import check_window_left, forget, move
 from sparsekv_pl.eviction.position_tracker import PositionTracker
@@ -187,8 +189,7 @@ class ChunkedPrefill:
         """
         state = {} if self.traits is None else self.tracker.state_dict()
         for index, layer in enumerate(self.cache.layers):
-            assert layer.keys is not None and layer.values is not None
-            state |= {f"keys.{index}": layer.keys, f"values.{index}": layer.values}
+            state |= {f"{name}.{index}": tensor for name, tensor in tensors_of(layer).items()}
         if self.press_context is not None and self.press_context.token_ids is not None:
             state["token_ids"] = self.press_context.token_ids
         return state | {"chunks_done": torch.tensor(self.chunks_done)}
@@ -196,13 +197,18 @@ class ChunkedPrefill:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from ``state``, taken from a prefill with the same arguments."""
         decoder = decoder_of(self.model)
-        self.cache = DynamicCache()
-        for index, layer in enumerate(decoder.layers):
-            if f"keys.{index}" in state:
-                keys, values = (state[f"{name}.{index}"].to(layer_device(layer)) for name in ("keys", "values"))
-                self.cache.update(keys, values, index)
+        own = [
+            {name: state[f"{name}.{index}"] for name in (*PAIRS, *CARRIED) if f"{name}.{index}" in state}
+            for index in range(len(decoder.layers))
+        ]
+        places = [layer_device(layer) for layer in decoder.layers]
+        self.cache = cache_of(
+            {name: tensor.to(place) for name, tensor in tensors.items()}
+            for tensors, place in zip(own, places, strict=True)
+            if tensors
+        )
         if self.traits is not None:
-            self.tracker.load_state_dict(state, [layer_device(layer) for layer in decoder.layers])
+            self.tracker.load_state_dict(state, places)
         if self.press_context is not None:
             self.press_context.token_ids = state.get("token_ids")
         self.chunks_done = int(state["chunks_done"])
@@ -268,18 +274,21 @@ def continue_from(
     position: int | Tensor,
     *,
     decoding: bool = False,
+    lengths: Tensor | None = None,
     **attention: Any,
 ) -> Tensor:
     """Run tokens (B, T) after ``cache``, appending their pairs to it; return their hidden states (B, T, E).
 
     ``position`` is the first token's: one number for all rows, or (B,). ``decoding`` marks the forward as no prefill,
-    so presses do not evict; ``attention`` are keywords of ``cached_attention``.
+    so presses do not evict. ``lengths`` (B,) are the rows' tokens before their padding on the right, which only layers
+    without attention need; ``attention`` are keywords of ``cached_attention``.
     """
     count, first = input_ids.shape[1], position.view(-1, 1) if isinstance(position, Tensor) else position
     if isinstance(position, int):
         check_window_left(model, cache, position, count)
     places = torch.arange(count, device=input_ids.device) + first
-    with attention_implementation(model, CACHED):
+    carried = carrying(model, cache, attention.get("caches"), lengths)
+    with attention_implementation(model, CACHED), carried:
         output = decoder_of(model)(
             input_ids=input_ids,
             past_key_values=cache,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 from transformers import DynamicCache
 
+from sparsekv_pl.eviction.cache_layers import mapped
 from sparsekv_pl.eviction.interface import Selection
 from sparsekv_pl.models.devices import stacked
 from sparsekv_pl.presses.press_context import PressContext
@@ -42,17 +43,9 @@ class Prefilled:
 
     def branch(self) -> "Prefilled":
         """Return a copy for a continuation in training: it shares memory with this one and passes gradients to it."""
-        cache = DynamicCache()
-        for index, layer in enumerate(self.cache.layers):
-            assert layer.keys is not None and layer.values is not None
-            cache.update(layer.keys, layer.values, index)
-        return replace(self, cache=cache)
+        return replace(self, cache=mapped(self.cache, lambda tensor: tensor))
 
 
 def copy_cache(cache: DynamicCache) -> DynamicCache:
-    """Return a cache with clones of the same keys and values."""
-    copied = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        assert layer.keys is not None and layer.values is not None
-        copied.update(layer.keys.clone(), layer.values.clone(), index)
-    return copied
+    """Return a cache with clones of the same tensors."""
+    return mapped(cache, Tensor.clone)

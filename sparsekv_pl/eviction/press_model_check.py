@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 from sparsekv_pl.attention.evicted_attention import CACHED, EveryLayer, attention_implementation, passing
 from sparsekv_pl.eviction.rotation import turned
 from sparsekv_pl.models.decoder import decoder_of
-from sparsekv_pl.models.layer_kinds import attentions, evicted_layers, layer_kinds
+from sparsekv_pl.models.layer_kinds import attentions, evicted_layers, layer_kinds, linear_layers
 from sparsekv_pl.models.rotary import inv_freq_of, rotary_of
 from sparsekv_pl.models.seeding import generator_for
 from sparsekv_pl.presses.traits import Need, PressTraits, traits_of
@@ -123,7 +123,8 @@ def _left_alone(model: PreTrainedModel) -> list[int]:
 
 def _without_attention(model: PreTrainedModel) -> list[int]:
     layers = list(getattr(decoder_of(model), "layers", [None]))
-    return [number for number, layer in enumerate(layers) if not hasattr(layer, "self_attn")]
+    carried = linear_layers(model)
+    return [index for index, layer in enumerate(layers) if not hasattr(layer, "self_attn") and index not in carried]
 
 
 def _wrong_in(check: Check, model: PreTrainedModel, seen: list[_SeenTensors]) -> str:

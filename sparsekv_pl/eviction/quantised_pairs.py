@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from sparsekv_pl.eviction.cache_layers import tensors_of
 from sparsekv_pl.eviction.packed_codes import PackedCodes, packed, packed_bytes
 
 BITS = (8, 4, 2)
@@ -120,10 +121,10 @@ def quantised_bytes(cache: DynamicCache, settings: PairQuantisation, only: Colle
     """
     total = 0
     for index, layer in enumerate(cache.layers):
-        for numbers, along in ((layer.keys, PAIRS), (layer.values, CHANNELS)):
-            if numbers is not None:
-                whole = only is not None and index not in only
-                total += numbers.nbytes if whole else _bytes((numbers, along), settings)
+        for name, numbers in tensors_of(layer).items():
+            whole = only is not None and index not in only
+            along = PAIRS if name == "keys" else CHANNELS
+            total += numbers.nbytes if whole else _bytes((numbers, along), settings)
     return total
 
 

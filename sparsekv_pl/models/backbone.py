@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from sparsekv_pl.models.gguf_checkpoint import EMBEDDED, convert, embedded_gguf
+from sparsekv_pl.models.layer_kinds import others_line
 from sparsekv_pl.models.lora import Lora, inject_lora, load_adapter
 from sparsekv_pl.models.native_precision import AUTO, AskedDtype, decide
 from sparsekv_pl.models.placement import Placement, settle
@@ -89,6 +90,8 @@ class Backbone:
         model = self._skeleton(source) if self.sharded else self._model(source, trainable)
         check_vocabulary(model, tokenizer, self.pretrained)
         check_computed(model)
+        if line := others_line(model):
+            rank_zero_info(line)
         if self.adapter is not None:
             check_base(Path(self.adapter).expanduser(), self.pretrained, Path(source), self.files)
             return load_adapter(model, self.adapter, trainable), tokenizer

@@ -1,10 +1,26 @@
 """The size of a model's KV cache, from its config alone."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedConfig
 
-from sparsekv_pl.models.layer_kinds import FULL, WINDOWS, layer_kinds
+from sparsekv_pl.models.layer_kinds import FULL, WINDOWS, Window, evicted_layers, layer_kinds, windows
+
+
+def _convolution(text: Any) -> tuple[int, int]:
+    return text.hidden_size * (text.conv_L_cache - 1), 0
+
+
+def _delta_net(text: Any) -> tuple[int, int]:
+    heads, keys, values = text.linear_num_value_heads, text.linear_key_head_dim, text.linear_value_head_dim
+    channels = 2 * text.linear_num_key_heads * keys + heads * values
+    return channels * (text.linear_conv_kernel_dim - 1), heads * keys * values
+
+
+STATES: dict[str, Callable[[Any], tuple[int, int]]] = {"conv": _convolution, "linear_attention": _delta_net}
+"""Kinds of layers without attention (LFM2; Qwen3-Next) -> the numbers of their states: convolved inputs, recurrent."""
 
 
 @dataclass(frozen=True)
@@ -15,19 +31,46 @@ class CacheShape:
     """K, KV heads per layer."""
     head_dim: int
     """D, dimension of a head."""
-    windows: tuple[int | None, ...]
-    """Per layer, the window in tokens; None for unlimited."""
+    windows: tuple[Window | None, ...]
+    """Per layer with keys and values, its window; None for unlimited."""
+    evicted: int
+    """Number of layers in which presses evict."""
+    convolved: int
+    """Numbers of a row's states of convolutions, in all layers without attention."""
+    recurrent: int
+    """Numbers of a row's states of linear attention, which are float32."""
 
     @property
     def pair_bytes(self) -> int:
         """Count of numbers (not bytes: multiply by the item size) in one token's key and value in one layer."""
         return 2 * self.kv_heads * self.head_dim
 
+    def pairs(self, tokens: int, kept: int | None, chunk: int = 0) -> int:
+        """Return the pairs per head, of all layers, after a prefill of ``tokens`` tokens that leaves ``kept``.
+
+        None: nothing is evicted. Layers in which presses do not evict hold what later tokens see; with ``chunk``, also
+        the last so many tokens, of which they have not forgotten any yet.
+        """
+        alone = all(window is not None for window in self.windows)
+        held = 0
+        for window in self.windows:
+            if kept is not None and (window is None or alone):
+                held += kept
+            elif window is None:
+                held += tokens
+            else:
+                held += min(tokens, window.tokens - 1 + chunk) if chunk else window.held(tokens)
+        return held
+
+    def state_bytes(self, itemsize: int) -> int:
+        """Return the bytes of a row's states in layers without attention."""
+        return self.convolved * itemsize + self.recurrent * 4
+
 
 def cache_shape(config: PreTrainedConfig) -> CacheShape:
     """Read the cache's shape from ``config``, in which the decoder's config may be nested.
 
-    Raises ``ValueError`` for layers without plain keys and values: latent attention, state spaces.
+    Raises ``ValueError`` for latent attention and for layers whose state is not counted: state spaces.
     """
     text = config.get_text_config(decoder=True)
     if getattr(text, "kv_lora_rank", None):
@@ -35,13 +78,16 @@ def cache_shape(config: PreTrainedConfig) -> CacheShape:
     heads = text.num_attention_heads
     kinds = layer_kinds(config)
     kinds = kinds[: len(kinds) - (getattr(text, "num_kv_shared_layers", None) or 0)]  # the last ones may share a cache
-    unknown = set(kinds) - {*WINDOWS, FULL}
+    unknown = set(kinds) - {*WINDOWS, FULL, *STATES}
     if unknown:
         raise ValueError(f"{text.model_type} has layers of kind {sorted(unknown)}, which are not counted: plan another")
     return CacheShape(
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        windows=tuple(getattr(text, WINDOWS[kind]) if kind in WINDOWS else None for kind in kinds),
+        windows=tuple(window for window, kind in zip(windows(config), kinds, strict=False) if kind not in STATES),
+        evicted=len(evicted_layers(config)),
+        convolved=sum(STATES[kind](text)[0] for kind in kinds if kind in STATES),
+        recurrent=sum(STATES[kind](text)[1] for kind in kinds if kind in STATES),
     )
 
 
@@ -49,12 +95,3 @@ def kept_pairs(tokens: int, compression_ratio: float | None, budget: int | None)
     """Return the KV pairs per head that ``prefill`` keeps of ``tokens``, with the same rounding."""
     kept = int(tokens * (1 - (compression_ratio or 0.0)))
     return max(1, min(kept, budget or tokens))
-
-
-def windowed_pairs(tokens: int, chunk: int, window: int | None) -> int:
-    """Return the KV pairs per head that transformers' cache has allocated after the last chunk, for ``window``.
-
-    It keeps window - 1 tokens as a view into the last chunk's tensor, whose memory is not freed before the next
-    forward.
-    """
-    return tokens if window is None else min(tokens, window - 1 + chunk)

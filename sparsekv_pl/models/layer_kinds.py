@@ -3,7 +3,7 @@
 Presses evict in layers with full attention. The others forget by themselves: their caches stay as they are.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -72,6 +72,22 @@ def attentions(model: PreTrainedModel) -> dict[int, nn.Module]:
     return {index: layer.self_attn for index, layer in layers if hasattr(layer, "self_attn")}
 
 
+def linear_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """Return layer -> the module in place of an attention, of kinds whose state is carried over chunks and tokens.
+
+    Those are the short convolutions of LFM2 and the gated delta nets of Qwen3-Next and Qwen3.5.
+    """
+    found = dict[int, nn.Module]()
+    for index, layer in enumerate(getattr(decoder_of(model), "layers", [])):
+        convolution: Any = getattr(layer, "conv", None)
+        linear: Any = getattr(layer, "linear_attn", None)
+        if hasattr(convolution, "slow_forward") and hasattr(convolution, "L_cache"):
+            found[index] = convolution
+        elif hasattr(linear, "chunk_gated_delta_rule") and hasattr(linear, "conv1d"):
+            found[index] = linear
+    return found
+
+
 def others_line(model: PreTrainedModel) -> str:
     """Describe in one line the layers in which nothing is evicted; empty if there are none."""
     kinds, evicted = layer_kinds(model.config), evicted_layers(model.config)
@@ -91,5 +107,5 @@ def others_line(model: PreTrainedModel) -> str:
 
 def _described(kind: str, window: Window | None) -> str:
     if window is None:
-        return f"no attention ({kind})"
+        return f"no attention but a state ({kind})"
     return f"{'chunks' if window.chunked else 'a window'} of {window.tokens:,} tokens"

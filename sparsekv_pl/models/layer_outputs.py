@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.layer_kinds import attentions, linear_layers
 
 LayerOutput = Literal["hidden", "attention"]
-"""The residual stream after a layer, or the layer's attention output before it is added to that stream."""
+"""The residual stream after a layer, or the output of its attention (or what it has instead) before the addition."""
 
 
 @contextmanager
@@ -27,7 +28,8 @@ def layer_outputs(model: PreTrainedModel, kind: LayerOutput, last: int | None = 
         outputs[layer] = hidden if last is None or hidden.shape[1] <= last else hidden[:, -last:].clone()
 
     layers = decoder_of(model).layers
-    watched = [layer if kind == "hidden" else layer.self_attn for layer in layers]
+    mixers = attentions(model) | linear_layers(model)
+    watched = list(layers) if kind == "hidden" else [mixers[index] for index in range(len(layers))]
     hooks = [module.register_forward_hook(partial(record, index)) for index, module in enumerate(watched)]
     try:
         yield outputs

@@ -6,8 +6,9 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from sparsekv_pl.models.backbone import resolve
-from sparsekv_pl.models.cache_shape import CacheShape, cache_shape, kept_pairs, windowed_pairs
+from sparsekv_pl.models.cache_shape import CacheShape, cache_shape, kept_pairs
 from sparsekv_pl.models.compression_ratio import check_compression_ratio
+from sparsekv_pl.models.layer_kinds import layer_kinds, windowed_alone
 from sparsekv_pl.models.native_precision import AUTO, AskedDtype, decide
 from sparsekv_pl.models.placement import in_bytes
 from sparsekv_pl.models.quantisation import (
@@ -37,11 +38,9 @@ class Plan:
     parameters: int
     weight_bytes: int
     kv_bytes_per_token: int
-    """Bytes per token of all layers and KV heads, for one row."""
+    """Bytes per token of all layers and KV heads, for one row; layers with a window forget them again."""
     kv_bytes_full: int
-    """Cache without eviction if every layer keeps every token, as this project's prefill does."""
-    kv_bytes_windowed: int
-    """Cache without eviction in transformers' own cache, where layers with a window drop tokens outside it."""
+    """Cache without eviction; layers with a window drop tokens outside it."""
     kv_bytes_kept: int
     """Cache after eviction; equal to ``kv_bytes_full`` without eviction."""
     kv_bytes_peak: int
@@ -70,8 +69,6 @@ class Plan:
             f"weights {gib(self.weight_bytes)}",
             f"KV cache without eviction {gib(self.kv_bytes_full)}, {self.kv_bytes_per_token / 1024:,.1f} KiB a token",
         ]
-        if self.kv_bytes_windowed != self.kv_bytes_full:
-            lines.append(f"  {gib(self.kv_bytes_windowed)} if layers with a window forget what they no longer see")
         if self.kv_bytes_kept != self.kv_bytes_full:
             share = self.kv_bytes_kept / self.kv_bytes_full
             lines.append(f"KV cache after eviction {gib(self.kv_bytes_kept)} ({share:.2%} of it)")
@@ -134,9 +131,9 @@ def plan(
     model = skeleton(config, torch_dtype, four_bit(config, torch_dtype) if quantised else None)
     shape, chunk = cache_shape(config), -(-tokens // -(-tokens // (chunk_tokens or tokens)))
     kept = kept_pairs(tokens, compression_ratio, budget)
-    pair = batch * shape.pair_bytes * torch_dtype.itemsize
-    layers = len(shape.windows)
-    largest = min(kept + chunk, tokens)
+    left = None if compression_ratio is None and budget is None else kept
+    pair, states = batch * shape.pair_bytes * torch_dtype.itemsize, batch * shape.state_bytes(torch_dtype.itemsize)
+    layers, largest = len(shape.windows), min(kept + chunk, tokens)
     limit, memory = _memory(memory_limit)
     planned = Plan(
         name=pretrained if isinstance(pretrained, str) else type(pretrained).__name__,
@@ -147,10 +144,9 @@ def plan(
         parameters=parameter_count(model),
         weight_bytes=weight_bytes(model),
         kv_bytes_per_token=layers * pair // batch,
-        kv_bytes_full=layers * tokens * pair,
-        kv_bytes_windowed=sum(windowed_pairs(tokens, chunk, window) for window in shape.windows) * pair,
-        kv_bytes_kept=layers * kept * pair,
-        kv_bytes_peak=((layers - 1) * kept + largest) * pair,
+        kv_bytes_full=shape.pairs(tokens, None) * pair + states,
+        kv_bytes_kept=shape.pairs(tokens, left) * pair + states,
+        kv_bytes_peak=(shape.pairs(tokens, left, chunk) + largest - kept) * pair + states,
         activation_bytes=_activation_bytes(config, shape, batch * chunk, largest, torch_dtype.itemsize)
         + largest * pair,
         memory_limit=limit,
@@ -189,11 +185,13 @@ def _judge(
             f"{positions:,} positions are beyond the {trained:,} that the model was trained for: use a press "
             "that re-rotates keys (KeyRerotationPress) with a budget below that"
         )
-    windows = {window for window in shape.windows if window is not None}
-    if windows and largest > min(windows):
-        warn(
-            f"some layers look back {min(windows):,} tokens only: attention over an evicted cache refuses more, and up "
-            f"to {largest:,} pairs are held here; keep budget + chunk_tokens within that"
+    alone, total = windowed_alone(config), len(layer_kinds(config))
+    if alone is not None and planned.kv_bytes_kept != planned.kv_bytes_full and positions >= alone:
+        warn(f"every layer looks back {alone:,} tokens only: no press evicts from longer texts")
+    elif alone is None and shape.evicted < total:
+        planned.notes.append(
+            f"presses evict in {shape.evicted} of {total} layers, those with full attention; the others keep their own "
+            "caches, which are counted"
         )
     if fused:
         warn(

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from sparsekv_pl.models.backbone import Backbone, causal_lm
 from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.layer_kinds import linear_layers
 from sparsekv_pl.presses.cache_keyword import with_cache
 
 STEPS = ("training_step", "validation_step")
@@ -122,6 +123,11 @@ def _check_module(module: Any) -> None:
         raise ValueError(
             "local_gradients leave layers without a gradient of their output, at which sharded weights are gathered "
             "again for backward: set eviction.local_gradients=null, or train under DDP with backbone.sharded=false"
+        )
+    if linear := linear_layers(causal_lm(module.model)):
+        raise ValueError(
+            f"layers {list(linear)} of this model have no attention, and sharded weights are gathered for backward by the "
+            "gradients of keys and values: train it under DDP with backbone.sharded=false"
         )
     data = getattr(module.trainer, "datamodule", None)
     if len(getattr(data, "context_lengths", [0])) > 1:

@@ -43,6 +43,7 @@ def write_cache(path: Path, model: ModelIdentity, origin: CacheOrigin, kept: Kep
         "tokens": kept.tokens,
         "tokens_sha256": kept.tokens_sha256,
         "kept_pairs": kept.kept_pairs,
+        "evicted_layers": list(kept.evicted),
         "kv_bytes": kept.kv_bytes,
         "checksum": checksum_of(tensors),
     }
@@ -108,7 +109,8 @@ def _kept(about: dict[str, Any], tensors: dict[str, Tensor]) -> KeptContext:
     ids = tensors.pop(TOKENS).long()
     unknown = [name for name in tensors if name.partition(".")[0] not in LAYERS]
     bounds = tuple((int(start), int(stop)) for start, stop in about["bounds"])
-    kept = KeptContext(ids, bounds, int(about["next_position"]), tensors)
+    evicted = tuple(about.get("evicted_layers", ()))
+    kept = KeptContext(ids, bounds, int(about["next_position"]), tensors, evicted=evicted)
     if unknown or kept.tokens_sha256 != about["tokens_sha256"] or bounds[-1][1] != kept.tokens:
         raise KeyError(f"its tokens are not those that it names {unknown}")
     return kept

@@ -240,12 +240,12 @@ class ContextCache:
 
     @property
     def kept_pairs(self) -> float:
-        """KV pairs per head that stayed, a mean over layers."""
+        """KV pairs per head that stayed, a mean over the layers in which presses evict."""
         return self.kept.kept_pairs
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the keys and values that stayed."""
+        """Bytes of what stayed in all layers."""
         return self.kept.kv_bytes
 
     def plan(self) -> Plan:

@@ -21,7 +21,8 @@ def empty_context(model: LoadedModel) -> KeptContext:
             dtype=getattr(torch, str(model.backbone.dtype)),
             device=layer_device(layer),
         )
-        for number, layer in enumerate(decoder_of(model.model).layers[: len(shape.windows)])
+        for number, layer in enumerate(decoder_of(model.model).layers)
+        if hasattr(layer, "self_attn")
         for kind in ("keys", "values")
     }
     return KeptContext(torch.empty(1, 0, dtype=torch.long), (), 0, tensors)

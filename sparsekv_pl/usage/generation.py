@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparsekv_pl.attention.evicted_attention import CACHED, attention_implementation
 from sparsekv_pl.eviction.limits import check_continuation
 from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.layer_kinds import linear_layers
 from sparsekv_pl.usage.kept_context import KeptContext
 from sparsekv_pl.usage.loaded_model import LoadedModel
 
@@ -53,6 +54,11 @@ def generate(model: LoadedModel, kept: KeptContext, rows: Sequence[Sequence[int]
         For a setting that cannot be met, and if the answers would end beyond the model's positions.
     """
     config = settings.get("generation_config") or model.model.generation_config
+    if linear_layers(model.model):
+        raise ValueError(
+            f"generate: {type(model.model).__name__} has layers without attention, whose state transformers continues "
+            "by its own cache alone: use ask"
+        )
     _check(settings, config)
     if not any(settings.get(name) for name in ("max_new_tokens", "max_length", "generation_config")):
         settings = settings | {"max_new_tokens": NEW_TOKENS}

@@ -5,21 +5,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
-from transformers import DynamicCache
 
+from sparsekv_pl.eviction.cache_layers import CARRIED, PAIRS, cache_of
 from sparsekv_pl.eviction.packed_codes import PackedCodes
 from sparsekv_pl.eviction.prefill import ChunkedPrefill
 from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.eviction.quantised_pairs import PackedPairs, PairQuantisation
 from sparsekv_pl.eviction.quantised_prefill import QuantisedPrefill
 
-PAIRS = ("keys", "values")
 CODES = ("codes", "steps", "least")
 PACKED = tuple(f"{pair}_{part}" for pair in PAIRS for part in CODES)
-LAYERS = (*PAIRS, *PACKED, "positions", "first", "places")
+LAYERS = (*PAIRS, *PACKED, "positions", "first", "places", *CARRIED)
 """Kinds of tensors, by layer: pairs (1, K, S, D), of which quantised ones are ``PackedCodes`` and only the newest are
-whole; the kept keys' context positions (1, K, S); and for re-rotated keys those as first kept (1, K, S, D) and their
-positions then (1, K, S)."""
+whole; the kept keys' context positions (1, K, S); for re-rotated keys those as first kept (1, K, S, D) and their
+positions then (1, K, S); and the states of layers without attention."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,8 @@ class KeptContext:
     """"keys.0", "values.0" ... by ``LAYERS``; positions only where the press's scores say what it kept."""
     quantisation: PairQuantisation | None = None
     """How the pairs are stored in layers that presses evict from; None if all are whole."""
+    evicted: Sequence[int] = ()
+    """The layers in which presses evict; empty for all."""
 
     @classmethod
     def of(cls, filling: ChunkedPrefill, ids: Tensor) -> "KeptContext":
@@ -43,7 +44,8 @@ class KeptContext:
         prefilled, state = filling.result(), filling.state_dict()
         assert not any(name.startswith("log_weights") for name in state)  # presses fade pairs out in training alone
         tensors = {name: state[name].contiguous() for name in state if name.partition(".")[0] in LAYERS}
-        kept = cls(ids.cpu(), tuple(filling.bounds), prefilled.next_position, tensors)
+        read, evicted = tuple(filling.bounds), tuple(filling.layers)
+        kept = cls(ids.cpu(), read, prefilled.next_position, tensors, evicted=evicted)
         packed = filling.packed if isinstance(filling, QuantisedPrefill) else {}
         return kept._holding(packed) if packed else kept
 
@@ -55,7 +57,7 @@ class KeptContext:
     @property
     def layers(self) -> int:
         """Number of layers with a cache."""
-        return sum(name.startswith("keys.") for name in self.tensors)
+        return 1 + max(int(name.partition(".")[2]) for name in self.tensors)
 
     @property
     def packed_layers(self) -> list[int]:
@@ -64,13 +66,15 @@ class KeptContext:
 
     @property
     def kept_pairs(self) -> float:
-        """KV pairs per head, a mean over layers."""
-        return sum(keys.shape[2] for kind in ("keys", "keys_codes") for keys in self.each(kind)) / self.layers
+        """KV pairs per head, a mean over the layers in which presses evict."""
+        layers = self.evicted or range(self.layers)
+        names = [f"{kind}.{layer}" for kind in ("keys", "keys_codes") for layer in layers]
+        return sum(self.tensors[name].shape[2] for name in names if name in self.tensors) / len(layers)
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of keys and values; of quantised ones with their scales and minima."""
-        return sum(tensor.nbytes for kind in (*PAIRS, *PACKED) for tensor in self.each(kind))
+        """Bytes of keys, values and states of all layers; of quantised ones with their scales and minima."""
+        return sum(tensor.nbytes for kind in (*PAIRS, *PACKED, *CARRIED) for tensor in self.each(kind))
 
     @property
     def tokens_sha256(self) -> str:
@@ -84,11 +88,14 @@ class KeptContext:
 
     def prefilled(self, rows: int) -> Prefilled:
         """Return a cache of ``rows`` equal rows to be continued; this context stays as it is."""
-        cache = DynamicCache()
+        own: list[dict[str, Tensor]] = []
         for layer in range(self.layers):
-            keys, values = self.pairs(layer)
-            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)  # copies
-        return Prefilled(cache, self.next_position, [])
+            states = {name: self.tensors.get(f"{name}.{layer}") for name in CARRIED}
+            own.append({name: one.repeat_interleave(rows, 0) for name, one in states.items() if one is not None})
+            if f"keys.{layer}" in self.tensors:
+                pairs = zip(PAIRS, self.pairs(layer), strict=True)
+                own[layer] |= {name: one.expand(rows, -1, -1, -1) for name, one in pairs}  # copied by the cache
+        return Prefilled(cache_of(own), self.next_position, [])
 
     def pairs(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return a layer's keys and values (1, K, S, D) as attention reads them."""
@@ -105,7 +112,7 @@ class KeptContext:
         if self.quantisation is None:
             return self
         tensors = {name: one for name, one in self.tensors.items() if name.partition(".")[0] not in PACKED}
-        for layer in range(self.layers):
+        for layer in self.packed_layers:
             tensors |= {f"{pair}.{layer}": part for pair, part in zip(PAIRS, self.pairs(layer), strict=True)}
         return replace(self, tensors=tensors, quantisation=None)
 
@@ -128,6 +135,6 @@ class KeptContext:
 
     def resume(self, filling: ChunkedPrefill) -> None:
         """Load this context into a prefill whose ``earlier`` chunks are ``bounds``."""
-        device = self.tensors["keys.0"].device
+        device = next(iter(self.tensors.values())).device
         done = {"chunks_done": self.ids.new_tensor(len(self.bounds)), "token_ids": self.ids.to(device)}
         filling.load_state_dict({**self.whole().tensors, **done})

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from sparsekv_pl.eviction.limits import check_rope, check_window, position_limit
 from sparsekv_pl.eviction.press_model_check import layers_not_turned
 from sparsekv_pl.eviction.rotation import turned
-from sparsekv_pl.models.layer_kinds import evicted_layers, windows
+from sparsekv_pl.models.layer_kinds import evicted_layers, linear_layers, windows
 from sparsekv_pl.models.rotary import inv_freq_of
 from sparsekv_pl.usage.kept_context import LAYERS, KeptContext
 
@@ -41,8 +41,8 @@ def merged(model: PreTrainedModel, first: KeptContext, second: KeptContext, re_r
         tensors |= {f"{kind}.{layer}": _newest(kind, tensor, seen).contiguous() for kind, tensor in pairs}
     bounds = [*first.bounds, *((first.tokens + start, first.tokens + stop) for start, stop in second.bounds)]
     ids = torch.cat([first.ids, second.ids], dim=1)
-    both = KeptContext(ids, bounds, first.next_position + second.next_position, tensors)
-    return both.stored_like(stored)
+    position = first.next_position + second.next_position
+    return KeptContext(ids, bounds, position, tensors, evicted=first.evicted).stored_like(stored)
 
 
 def check_merge(model: PreTrainedModel, first: KeptContext, second: KeptContext) -> None:
@@ -53,6 +53,11 @@ def check_merge(model: PreTrainedModel, first: KeptContext, second: KeptContext)
             f"merge: the first cache has its pairs {mine}, the second {theirs}: prefill both with the same quantisation"
         )
     positions = first.next_position + second.next_position
+    if linear_layers(model):
+        raise ValueError(
+            f"merge: {type(model).__name__} has layers {list(linear_layers(model))} without attention, whose state "
+            "after both documents does not follow from their states. Prefill both documents together instead"
+        )
     limit = position_limit(model)
     if limit is not None and positions > limit:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Eviction in models with windows: in the layers with full attention alone, the others as the model has them."""
+"""Eviction in models with windows or linear layers: in full attention alone, the others as the model has them."""
 
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.attention.evicted_attention import attention_implementation
 from sparsekv_pl.eviction.answering import Answering
+from sparsekv_pl.eviction.cache_layers import tensors_of
 from sparsekv_pl.eviction.chunking import chunk_bounds
 from sparsekv_pl.eviction.decoding import greedy, greedy_together, read_while_evicting
 from sparsekv_pl.eviction.kept_memory import kept_memory
@@ -36,7 +37,9 @@ from sparsekv_pl.presses.nesting import press_name
 from tests.windowed_models import WINDOW, ids, windowed_model
 
 CONTEXT, CONTINUATION = 40, 8
-MIXED = ["gemma3", "qwen2", "llama4"]
+MIXED = ["gemma3", "qwen2", "llama4", "lfm2", "qwen3-next"]
+NOT_TURNED = ("llama4", "qwen3-next")
+"""Keys that RoPE does not turn whole, as Llama's."""
 ALONE = ["mistral", "phi3"]
 
 mixed = pytest.mark.parametrize("kind", MIXED)
@@ -117,8 +120,8 @@ def test_evicted_training_equals_explicit_masks_in_values_and_gradients(
     evicted = RealEviction(press, chunk, checkpoint=checkpoint)(model, *text(), compression_ratio=0.5, step=0)
     expected = masked(model, press, 0.5, chunk)
     assert evicted.kept_share == 0.5
-    torch.testing.assert_close(evicted.hidden, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(gradients(model, evicted.hidden), gradients(model, expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(evicted.hidden, expected, rtol=1e-4, atol=1e-4)  # some modules compute in float32
+    torch.testing.assert_close(gradients(model, evicted.hidden), gradients(model, expected), rtol=1e-3, atol=1e-3)
 
 
 @mixed
@@ -126,17 +129,20 @@ def test_evicted_training_equals_explicit_masks_in_values_and_gradients(
 def test_only_full_layers_are_evicted_from_and_all_bytes_count(kind: str) -> None:
     model, press = windowed_model(kind), KnormPress(0.5)
     prefilled = prefill(model, text()[0], press)
-    lengths = [layer.keys.shape[2] for layer in prefilled.cache.layers]
+    lengths = [layer.get_seq_length() for layer in prefilled.cache.layers]
     evicted = evicted_layers(model.config)
     assert [lengths[layer] for layer in evicted] == [CONTEXT // 2] * 2
-    windowed = (CONTEXT - 1) % WINDOW + 1 if kind == "llama4" else WINDOW - 1
-    assert sorted(lengths) == [windowed] * 2 + [CONTEXT // 2] * 2
+    held = {"llama4": (CONTEXT - 1) % WINDOW + 1, "lfm2": 0, "qwen3-next": 0}.get(kind, WINDOW - 1)
+    assert sorted(lengths) == [held] * 2 + [CONTEXT // 2] * 2
     found = kept_memory(model, prefilled.cache)
     assert found.kept_pairs == CONTEXT // 2
-    assert found.kv_bytes == sum(lengths) * 2 * 2 * 2 * 8 * 4  # rows, keys and values, heads, numbers, bytes
+    # Convolutions of 32 channels keep 2 inputs; of 48 channels, 3, beside the states of 2 heads of 8 x 8.
+    states = {"lfm2": 2 * 32 * 2, "qwen3-next": 2 * (48 * 3 + 2 * 8 * 8)}.get(kind, 0)
+    assert found.kv_bytes == 2 * 4 * (states + sum(lengths) * 2 * 2 * 8)  # keys and values, heads, numbers
+    other = {"llama4": "chunks of 12", "lfm2": "no attention but a state (conv)", "qwen3-next": "no attention"}
     line = others_line(model)
     assert "\n" not in line
-    assert f"in the 2 of 4 layers with full attention; 2 have {'chunks' if kind == 'llama4' else 'a window'} of" in line
+    assert f"in the 2 of 4 layers with full attention; 2 have {other.get(kind, 'a window of 12')}" in line
 
 
 @mixed
@@ -145,8 +151,10 @@ def test_a_shared_prefill_is_each_press_s_own(kind: str) -> None:
     model, (context, continuation) = windowed_model(kind), text()
     recorded = RecordedPrefill(model, context)
     presses: list[BasePress] = [KeyDiffPress(0.5), AdaKVPress(KnormPress(0.5)), KnormPress(0.9)]
-    if kind != "llama4":
-        presses += [KeyRerotationPress(KeyDiffPress(0.5)), SnapKVPress(0.7, window_size=4)]
+    if kind not in NOT_TURNED:
+        presses.append(KeyRerotationPress(KeyDiffPress(0.5)))
+    if kind in ("gemma3", "qwen2"):
+        presses.append(SnapKVPress(0.7, window_size=4))
     for press in [*presses, None, *presses]:
         check_press(model, press)
         shared = recorded.evicted(press)
@@ -161,7 +169,7 @@ def test_a_shared_prefill_is_each_press_s_own(kind: str) -> None:
 @torch.no_grad()
 def test_an_interrupted_prefill_goes_on_where_it_was(kind: str) -> None:
     model, (context, continuation) = windowed_model(kind), text()
-    press = KeyDiffPress(0.5) if kind == "llama4" else KeyRerotationPress(KeyDiffPress(0.5))
+    press = KeyDiffPress(0.5) if kind in NOT_TURNED else KeyRerotationPress(KeyDiffPress(0.5))
     check_press(model, press)
     whole, first, second = (ChunkedPrefill(model, press, CONTEXT, 9) for _ in range(3))
     whole.run(context)
@@ -171,7 +179,8 @@ def test_an_interrupted_prefill_goes_on_where_it_was(kind: str) -> None:
     for start, stop in second.bounds[2:]:
         second.advance(context[:, start:stop])
     for one, other in zip(whole.cache.layers, second.cache.layers, strict=True):
-        assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
+        there, here = tensors_of(one), tensors_of(other)
+        assert there and all(torch.equal(there[name], here[name]) for name in there)
     results = whole.result(), second.result()
     hidden = [continue_from(model, continuation, one.cache, one.next_position) for one in results]
     assert torch.equal(*hidden)
@@ -225,8 +234,8 @@ def test_decoding_evicts_in_full_layers_alone(kind: str) -> None:
     prefilled = prefill(model, context, None)
     hidden = read_while_evicting(model, prefilled, continuation, KnormPress(), budget=64, interval=4)
     whole = own(model, torch.cat([context, continuation], 1))[:, CONTEXT:]
-    torch.testing.assert_close(hidden[:, :23], whole[:, :23], rtol=1e-4, atol=1e-4)  # nothing was over the budget yet
-    lengths = [layer.keys.shape[2] for layer in prefilled.cache.layers]
+    torch.testing.assert_close(hidden[:, :23], whole[:, :23], rtol=1e-3, atol=1e-3)  # nothing was over the budget yet
+    lengths = [layer.get_seq_length() for layer in prefilled.cache.layers]
     assert all(64 <= lengths[layer] <= 68 for layer in evicted_layers(model.config))
     assert min(lengths) < WINDOW
 

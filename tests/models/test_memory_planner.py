@@ -1,24 +1,24 @@
 """The plan against real allocations: caches after a forward, weights after a load; and its warnings."""
 
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from kvpress import KnormPress
 from transformers import (
-    DynamicCache,
     Llama4ForCausalLM,
     LlamaConfig,
     MistralConfig,
     MistralForCausalLM,
 )
 
+from sparsekv_pl.eviction.kept_memory import kept_memory
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.models import memory_planner as planner
 from sparsekv_pl.models.memory_planner import plan
 from tests.models.planner_cases import cache_bytes, random_ids, tiny_llama4
 from tests.tiny_training import MakeBackbone
+from tests.windowed_models import ids, windowed_model
 
 # --- the cache ---
 
@@ -56,15 +56,17 @@ def test_sliding_and_chunked_layers_forget(tokens: int, chunk: int | None) -> No
     settings: dict[str, Any] = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     sliding = MistralConfig(**settings, num_attention_heads=4, num_key_value_heads=2, sliding_window=32)
     torch.manual_seed(0)
-    for model in (MistralForCausalLM(sliding), Llama4ForCausalLM(tiny_llama4())):
-        cache = DynamicCache(config=model.config)
-        edges = [tokens * i // -(-tokens // (chunk or tokens)) for i in range(-(-tokens // (chunk or tokens)) + 1)]
+    models = [MistralForCausalLM(sliding), Llama4ForCausalLM(tiny_llama4())]
+    for model in (*models, windowed_model("gemma3"), windowed_model("lfm2"), windowed_model("qwen3-next")):
+        press = None if model is models[0] else KnormPress(0.5)
         with torch.no_grad():
-            for start, stop in pairwise(edges):
-                model(random_ids(1, tokens)[:, start:stop], past_key_values=cache)
+            whole, left = (prefill(model, ids(tokens), one, chunk).cache for one in (None, press))
         planned = plan(model.config, tokens, dtype="float32", chunk_tokens=chunk)
-        assert planned.kv_bytes_windowed == cache_bytes(cache)
-        assert planned.kv_bytes_full == tokens * len(cache.layers) * 2 * 2 * 16 * 4
+        assert planned.kv_bytes_full == kept_memory(model, whole).kv_bytes
+        if press is not None:
+            planned = plan(model.config, tokens, dtype="float32", chunk_tokens=chunk, compression_ratio=0.5)
+            assert any("presses evict in 2 of 4 layers" in line for line in planned.lines()) or model is models[1]
+        assert planned.kv_bytes_kept == kept_memory(model, left).kv_bytes <= planned.kv_bytes_peak
 
 
 def test_head_dim_is_derived_where_it_is_not_given() -> None:
@@ -78,8 +80,8 @@ def test_head_dim_is_derived_where_it_is_not_given() -> None:
 
 def test_caches_that_are_not_keys_and_values_are_refused() -> None:
     config = LlamaConfig(num_hidden_layers=2)
-    config.layer_types = ["linear_attention", "full_attention"]
-    with pytest.raises(ValueError, match=r"llama has layers of kind \['linear_attention'\]"):
+    config.layer_types = ["mamba", "full_attention"]
+    with pytest.raises(ValueError, match=r"llama has layers of kind \['mamba'\]"):
         plan(config, 100)
     config = LlamaConfig(num_hidden_layers=2)
     config.kv_lora_rank = 512

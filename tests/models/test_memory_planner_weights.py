@@ -88,9 +88,7 @@ def test_llama_4_scout_at_ten_million_tokens() -> None:
     assert planned.parameters == 107_769_861_120  # 109 B with the vision tower, which a causal LM leaves out
     assert planned.weight_bytes == pytest.approx(2 * 107.77e9, rel=1e-4)
     assert planned.kv_bytes_per_token == 48 * 2 * 8 * 128 * 2 == 196_608
-    assert planned.kv_bytes_full == 1_966_080_000_000  # 1,831 GiB
-    chunked = plan(scout(), 10_000_000, chunk_tokens=8192)
-    assert chunked.kv_bytes_windowed == pytest.approx(12 / 48 * 1_966_080_000_000, rel=0.01)  # 12 layers look at all
+    assert planned.kv_bytes_full == pytest.approx(12 / 48 * 1_966_080_000_000, rel=0.01)  # 12 layers look at all
     assert not any("positions" in warning for warning in planned.warnings)
     assert any("beyond the 10,485,760" in warning for warning in plan(scout(), 11_000_000).warnings)
 
@@ -103,11 +101,11 @@ def test_llama_4_scout_with_a_budget_stays_flat() -> None:
         "memory_limit": "80GiB",
     }
     million, ten = (plan(scout(), tokens, **settings) for tokens in (1_000_000, 10_000_000))
-    assert million.kv_bytes_kept == ten.kv_bytes_kept == 4096 * 196_608
-    assert ten.kv_bytes_peak - ten.kv_bytes_kept <= 4096 * 196_608 // 48
+    for planned, own in ((million, 1_000_000 % 8192), (ten, 10_000_000 % 8192)):  # the chunk of the last token
+        assert planned.kv_bytes_kept == (12 * 4096 + 36 * own) * 196_608 // 48
     assert ten.total_bytes == pytest.approx(million.total_bytes, rel=0.001)
     assert ten.prefill_seconds == 5000
-    assert not any("look back" in warning for warning in ten.warnings)
+    assert not any("look" in warning for warning in ten.warnings)
     assert any("the weights alone (201 GiB) exceed 80.0 GiB (given)" in warning for warning in ten.warnings)
 
 

@@ -27,6 +27,7 @@ from sparsekv_pl.models.backbone import Backbone, check_vocabulary
 from sparsekv_pl.models.head import CAPS, FACTORS, head_of
 from sparsekv_pl.models.supported_architectures import check_computed
 from sparsekv_pl.presses.adaptive_block_dropout import AdaptiveBlockDropoutPress
+from tests.architectures import LLAMA3, YARN
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -44,6 +45,8 @@ SLIDING = {"sliding_window": 64, "sliding_window_pattern": 2}
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 1, "moe_intermediate_size": 16}
 MADE: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)),
+    "yarn": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**SIZES | NARROW, rope_parameters=YARN)),
+    "llama3": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, rope_parameters=LLAMA3)),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**SIZES | NARROW)),
     "granite": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**SIZES, logits_scaling=8.0)),
     "cohere": lambda: hf.CohereForCausalLM(hf.CohereConfig(**SIZES)),
@@ -150,13 +153,17 @@ FITS: dict[str, list[BasePress]] = {
     "smollm3": [KeyDiffPress()],
     "olmo2": [KeyRerotationPress(KeyDiffPress())],
     "phi3": [KeyDiffPress(), AdaptiveBlockDropoutPress()],
+    "lfm2": [KeyDiffPress(), KeyRerotationPress(KeyDiffPress())],
+    "qwen3-next": [KeyDiffPress()],
+    "yarn": [ExpectedAttentionPress(), KeyRerotationPress(SnapKVPress()), TOVAPress()],
+    "llama3": [ExpectedAttentionPress(), KeyRerotationPress(SnapKVPress()), TOVAPress()],
 }
 UNFIT: dict[str, list[BasePress]] = {
     "smollm3": [KeyRerotationPress(KeyDiffPress()), ExpectedAttentionPress(), AdaKVPress(SnapKVPress())],
     "olmo2": [SnapKVPress(), ExpectedAttentionPress()],
     "phi3": [SnapKVPress(), ExpectedAttentionPress(), KeyRerotationPress(KeyDiffPress())],
-    "lfm2": [ExpectedAttentionPress(), KeyRerotationPress(KeyDiffPress()), KeyDiffPress()],
-    "qwen3-next": [ExpectedAttentionPress(), KeyRerotationPress(KeyDiffPress()), KeyDiffPress()],
+    "lfm2": [ExpectedAttentionPress(), SnapKVPress()],  # kvpress does not know its norm of queries
+    "qwen3-next": [ExpectedAttentionPress(), KeyRerotationPress(KeyDiffPress()), SnapKVPress()],
 }
 
 
