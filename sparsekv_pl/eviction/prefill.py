@@ -106,13 +106,11 @@ class ChunkedPrefill:
                 self.ratio = self.deciding.press.compression_ratio
                 set_compression_ratio(self.deciding.press, self.ratio)  # raises here where there is none to set
             inv_freq = {layer: inv_freq_of(model, layer) for layer in attentions(model)} if self.rotates else None
-            many = len(self.bounds) > 1
-            tracker = self.tracker = PositionTracker(self.traits, request, many, self.layers, inv_freq)
+            tracker = self.tracker = PositionTracker(self.traits, request, len(self.bounds) > 1, self.layers, inv_freq)
             self.press_context = PressContext(positions=tracker.positions, key_log_weights=tracker.log_weights)
+            check_window(model, self._positions() + 1)  # a token follows
         check_rope(model, self.bounds[0][1], tokens, self.rotates)
         check_positions(model, self._positions(), tokens, self.rotates)
-        if self.traits is not None:
-            check_window(model, self._positions() + 1)  # a token follows
         self.cache = DynamicCache()
         self.hidden: list[Tensor] = []
         self.uncut: DynamicCache | None = None

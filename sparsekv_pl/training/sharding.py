@@ -126,8 +126,8 @@ def _check_module(module: Any) -> None:
         )
     if linear := linear_layers(causal_lm(module.model)):
         raise ValueError(
-            f"layers {list(linear)} of this model have no attention, and sharded weights are gathered for backward by the "
-            "gradients of keys and values: train it under DDP with backbone.sharded=false"
+            f"layers {list(linear)} of this model have no attention, and sharded weights are gathered for backward by "
+            "the gradients of keys and values: train it under DDP with backbone.sharded=false"
         )
     data = getattr(module.trainer, "datamodule", None)
     if len(getattr(data, "context_lengths", [0])) > 1:

@@ -121,7 +121,8 @@ def test_evicted_training_equals_explicit_masks_in_values_and_gradients(
     expected = masked(model, press, 0.5, chunk)
     assert evicted.kept_share == 0.5
     torch.testing.assert_close(evicted.hidden, expected, rtol=1e-4, atol=1e-4)  # some modules compute in float32
-    torch.testing.assert_close(gradients(model, evicted.hidden), gradients(model, expected), rtol=1e-3, atol=1e-3)
+    found, references = (torch.cat([one.flatten() for one in gradients(model, h)]) for h in (evicted.hidden, expected))
+    assert (found - references).norm() / references.norm() < (1e-3 if kind == "qwen3-next" else 1e-5)
 
 
 @mixed
