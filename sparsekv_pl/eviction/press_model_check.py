@@ -68,7 +68,7 @@ def check_press(model: PreTrainedModel, press: BasePress | None, foresight: bool
         )
     others, without = _left_alone(model), _without_attention(model)
     for part in traits.parts if others else ():
-        if part.every_layer or not (part.replayable or part.decides == "drawn"):
+        if part.every_layer:
             raise ValueError(
                 f"{part.name} needs every layer of a model, and {type(model).__name__} has others than full attention, "
                 f"in layers {_few(others)}: take a press that evicts layer by layer (KeyDiffPress, SnapKVPress)"

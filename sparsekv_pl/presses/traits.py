@@ -68,7 +68,7 @@ class PressTraits:
     while_generating: bool = False
     """Any evicts while tokens are generated, by settings of its own (kvpress's DecodingPress and its kin)."""
     every_layer: bool = False
-    """It spreads its budget over all layers, or begins a context in layer 0, so that it must evict in every layer."""
+    """It spreads its budget over all layers, walks through all, or begins a context in layer 0."""
     replayable: bool = False
     """All only read layers that have run; none runs the model itself (KVzipPress)."""
     window: int = 0
@@ -204,7 +204,7 @@ def table() -> dict[type, Row]:
     no_ratio = wrapper(takes_a_ratio=False)
     generating = partial(wrapper, takes_a_ratio=False, while_generating=True)
     expected = partial(scorer, needs=("rotary", *queries), shared_work="mean rotation")
-    kvzip = masking(needs=(*queries, "weights"))
+    kvzip = masking(needs=(*queries, "weights"), every_layer=True)
     return {
         BasePress: PressTraits(needs=("hidden states",)),
         ScorerPress: scorer(needs=("hidden states",)),
@@ -233,7 +233,9 @@ def table() -> dict[type, Row]:
         kvpress.KeyDiffPress: scorer(same_at_every_ratio=True),
         kvpress.KeyRerotationPress: wrapper(by_scores=True, in_order=True, re_rotates=True),
         kvpress.KnormPress: scorer(same_at_every_ratio=True),
-        kvpress.KVComposePress: lambda press: PressTraits(needs=("attention",), head_wise=not press.structured),
+        kvpress.KVComposePress: lambda press: PressTraits(
+            needs=("attention",), head_wise=not press.structured, every_layer=True
+        ),
         kvpress.KVgradPress: kvzip,
         kvpress.KVzapPress: scorer(needs=("hidden states",)),
         kvpress.KVzipPress: kvzip,

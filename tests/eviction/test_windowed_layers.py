@@ -32,7 +32,7 @@ from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.eviction.replay import RecordedPrefill
 from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.models.layer_kinds import evicted_layers, others_line
-from sparsekv_pl.presses import EvictionAugPress
+from sparsekv_pl.presses import EvictionAugPress, SparseRegPress
 from sparsekv_pl.presses.nesting import press_name
 from tests.windowed_models import WINDOW, ids, windowed_model
 
@@ -267,7 +267,8 @@ def test_presses_that_need_every_layer_are_refused_by_name(press: BasePress) -> 
 
 
 def test_a_drawn_press_evicts_where_those_inside_do() -> None:
-    check_press(windowed_model("gemma3"), EvictionAugPress([KeyDiffPress(), SnapKVPress(window_size=4)]))
+    for press in (EvictionAugPress([KeyDiffPress(), SnapKVPress(window_size=4)]), SparseRegPress(KeyDiffPress())):
+        check_press(windowed_model("gemma3"), press)
     with pytest.raises(ValueError, match="KVzip needs every layer"):
         check_press(windowed_model("gemma3"), EvictionAugPress([KeyDiffPress(), KVzipPress()]))
 
