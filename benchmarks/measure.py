@@ -38,10 +38,15 @@ def peak_memory(script: str | Path, function: str, *args: object) -> int:
     return int(finished.stdout.splitlines()[-1])
 
 
-def paired_times(step: Callable[[], object], reference: Callable[[], object], rounds: int = 3) -> Ratio:
+def paired_times(
+    step: Callable[[], object],
+    reference: Callable[[], object],
+    rounds: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Ratio:
     """Time of ``step`` over that of ``reference``, after a warm-up and in turn, so that other load slows both."""
     seconds(step), seconds(reference)
-    ratios = [seconds(step) / seconds(reference) for _ in range(rounds)]
+    ratios = [seconds(step, clock) / seconds(reference, clock) for _ in range(rounds)]
     return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
 
@@ -67,11 +72,11 @@ def report(
     print(json.dumps(result))
 
 
-def seconds(step: Callable[[], object]) -> float:
+def seconds(step: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
     """Duration of ``step`` in seconds."""
-    start = time.perf_counter()
+    start = clock()
     step()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _memory_status(field: str) -> int:
