@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from sparsekv_pl.eviction.cache_layers import state_in
 from sparsekv_pl.models.layer_kinds import linear_layers
@@ -120,7 +120,7 @@ def _slowly(module: Any, _: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _without_cache(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, kwargs | {name: None for name in ("past_key_values", "cache_params") if name in kwargs}
+    return args, {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
 
 
 @contextmanager
