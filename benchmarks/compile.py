@@ -58,10 +58,12 @@ def selection_loss(compiled: bool) -> Step:
     scores = torch.rand(30, 4, 3, 1_024, generator=generator, requires_grad=True)
     mass = torch.rand(30, 4, 3, 1_024, generator=generator)
     loss = SelectionLoss()
-    heads = torch.compile(loss._heads, dynamic=True) if compiled else loss._heads
+    parts = {name: getattr(loss, name) for name in ("_target", "_heads")}
+    if compiled:
+        parts = {name: torch.compile(part, dynamic=True) for name, part in parts.items()}
 
     def step() -> None:
-        with patch.object(loss, "_heads", heads):
+        with patch.multiple(loss, **parts):
             pairs = [(Selection(i, "SnapKV", scores[i]), mass[i]) for i in range(30)]
             loss(pairs)["SnapKV"].backward()
 

@@ -13,6 +13,7 @@ from typing_extensions import override
 from callbacks.progress import StepsBar
 from sparsekv_pl.evaluation.pace import LINE_SECONDS, Pace, duration
 from sparsekv_pl.models.batch import tokens_read
+from sparsekv_pl.reporting.logged_terms import KEPT, MOST
 
 
 def progress() -> ProgressBar:
@@ -142,8 +143,6 @@ def _shown(metrics: Mapping[str, Tensor], prefix: str) -> list[str]:
 
     The most that could be kept of a press's attention follows what it keeps: "kept_mass/KeyDiff 0.61 of 0.93".
     """
-    from sparsekv_pl.objectives.selection_loss import KEPT, MOST
-
     own = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
     most = {name: own.pop(name) for name in [*own] if name.startswith(f"{MOST}/")}
     limits = {name.replace(MOST, KEPT, 1): f" of {value:.4g}" for name, value in most.items()}

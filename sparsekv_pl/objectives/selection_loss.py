@@ -15,11 +15,23 @@ from sparsekv_pl.objectives.kept_mass import KeptMass, kept_shares
 from sparsekv_pl.objectives.objective import Objective, StudentView
 from sparsekv_pl.objectives.rank_means import rank_share
 from sparsekv_pl.objectives.score_alignment import TINY, cross_entropy, evictable_keys, key_logits, ranking
+from sparsekv_pl.reporting.logged_terms import KEPT, MOST
 
 Form = Literal["cross_entropy", "ranking"]
 Heads = Literal["mass", "equal"]
-KEPT, MOST = "kept_mass", "kept_mass_most"
-"""Beginnings of the names of logged terms; the press follows."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the teacher's attention asks of one selection, without gradients."""
+
+    selection: Selection
+    shares: Tensor
+    """(B, K, S) float32, each evictable key's share of the head's attention to evictable keys; 0 elsewhere."""
+    evictable: Tensor
+    """(B, K, S) bool, the keys that the scores select."""
+    weights: Tensor
+    """(B, K), the head's weight in the loss."""
 
 
 @dataclass
@@ -75,10 +87,12 @@ class SelectionLoss:
             raise ValueError(f"layer_weights={weights}: give a number of at least 0 per layer, not all 0, or null")
 
     def __call__(self, selections: Iterable[tuple[Selection, Tensor]]) -> dict[str, Tensor]:
-        """Return each press's scalar loss by name, differentiable with respect to its scores.
+        """Return ``losses`` of the selections, each with the teacher's mass (B, K, L) in its layer."""
+        return self.losses(self.targets(selections))
 
-        Each selection comes with the teacher's mass (B, K, L) in its layer (``AttentionMass``).
-        Scores without a gradient (of a random press, for example) are left out, so the result may be empty.
+    @torch.no_grad()
+    def targets(self, selections: Iterable[tuple[Selection, Tensor]]) -> list[Target]:
+        """Return the target of each selection, which comes with the teacher's mass (B, K, L) in its layer.
 
         Raises
         ------
@@ -87,12 +101,28 @@ class SelectionLoss:
         """
         pairs = list(selections)
         self._check_layers(pairs)
+        return [self._target(selection, mass_BKL) for selection, mass_BKL in pairs]
+
+    def losses(self, targets: Iterable[Target]) -> dict[str, Tensor]:
+        """Return each press's scalar loss by name, differentiable with respect to its scores.
+
+        Scores without a gradient (of a random press, for example) are left out, so the result may be empty.
+        """
         terms: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        for selection, mass_BKL in pairs:
-            if selection.scores.requires_grad:
-                losses, weights = self._heads(selection, mass_BKL)
-                terms.setdefault(selection.press, []).append((losses.flatten(), weights.flatten()))
+        for target in targets:
+            if target.selection.scores.requires_grad:
+                found = self._heads(target).flatten(), target.weights.flatten()
+                terms.setdefault(target.selection.press, []).append(found)
         return {press: _mean(*map(torch.cat, zip(*found, strict=True))) for press, found in terms.items()}
+
+    @torch.no_grad()
+    def kept_mass(self, targets: Iterable[Target]) -> Iterator[KeptMass]:
+        """Yield the attention that each selection keeps, of the same keys and heads as the loss; gradients or not."""
+        for target in targets:
+            selection = target.selection
+            kept = selection.scores.shape[-1] if selection.kept is None else selection.kept
+            shares = kept_shares(target.shares, selection.scores, target.evictable, kept)
+            yield KeptMass(selection.layer, selection.press, *shares, target.weights)
 
     def _check_layers(self, pairs: list[tuple[Selection, Tensor]]) -> None:
         layers = 1 + max((selection.layer for selection, _ in pairs), default=-1)
@@ -101,29 +131,16 @@ class SelectionLoss:
                 f"layer_weights has {len(self.layer_weights)} numbers and the model {layers} layers: give one per layer"
             )
 
-    @torch.no_grad()
-    def kept_mass(self, selections: Iterable[tuple[Selection, Tensor]]) -> Iterator[KeptMass]:
-        """Yield the attention that each selection keeps, of the same keys and heads as the loss; gradients or not."""
-        for selection, mass_BKL in selections:
-            target, evictable, weights = self._target(selection, mass_BKL)
-            kept = selection.scores.shape[-1] if selection.kept is None else selection.kept
-            shares = kept_shares(target, selection.scores, evictable, kept)
-            yield KeptMass(selection.layer, selection.press, *shares, weights)
-
-    def _heads(self, selection: Selection, mass_BKL: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss and the weight of each head, both (B, K)."""
-        scores = selection.scores.float()
-        target, evictable, weights = self._target(selection, mass_BKL)
+    def _heads(self, target: Target) -> Tensor:
+        """Return the loss of each head, (B, K)."""
+        selection, evictable = target.selection, target.evictable
         standardise = self.form == "ranking" or selection.order_only
-        logits = key_logits(scores, evictable, self.temperature, standardise)
+        logits = key_logits(selection.scores.float(), evictable, self.temperature, standardise)
         if self.form == "ranking":
-            losses = ranking(logits, target, evictable, self.top_share)
-        else:
-            losses = cross_entropy(logits, target, evictable)
-        return losses, weights
+            return ranking(logits, target.shares, evictable, self.top_share)
+        return cross_entropy(logits, target.shares, evictable)
 
-    def _target(self, selection: Selection, mass_BKL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the teacher's share of each evictable key, those keys, both (B, K, S), and the heads' weights."""
+    def _target(self, selection: Selection, mass_BKL: Tensor) -> Target:
         evictable = evictable_keys(selection.scores.float(), self.sinks, selection.positions)
         if selection.positions is not None:
             mass_BKL = mass_BKL.gather(-1, selection.positions)
@@ -131,7 +148,7 @@ class SelectionLoss:
         total = mass.sum(-1)
         weights = total if self.heads == "mass" else torch.ones_like(total)
         weights = weights * (1.0 if self.layer_weights is None else self.layer_weights[selection.layer])
-        return mass / total.unsqueeze(-1).clamp(min=TINY), evictable, weights
+        return Target(selection, mass / total.unsqueeze(-1).clamp(min=TINY), evictable, weights)
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:
@@ -165,25 +182,28 @@ class SelectionObjective(Objective):
             raise ValueError(f"SelectionObjective.{error}") from None
 
     def __call__(self, view: StudentView) -> dict[str, Tensor]:
-        losses = self.selection_loss(view.selections)
-        logs = {f"selection/{press}": loss.detach() for press, loss in losses.items()}
-        logs |= self._kept_mass(view)
+        loss = self.selection_loss
+        targets = loss.targets(view.selections)
+        losses = loss.losses(targets)
+        logs = {f"selection/{press}": value.detach() for press, value in losses.items()}
+        logs |= _by_press(loss.kept_mass(targets))
         if not losses:  # a press without trainable scores was drawn at this step
             return {"loss": 0 * view.hidden_NE.sum(), **logs}  # backward needs a graph
         return {"loss": torch.stack(list(losses.values())).mean(), **logs}
-
-    def _kept_mass(self, view: StudentView) -> dict[str, Tensor]:
-        """Return, by press, the attention that its selection keeps and the most that its budget could keep."""
-        parts: dict[str, list[Tensor]] = {}
-        for one in self.selection_loss.kept_mass(view.selections):
-            parts.setdefault(one.press, []).append(torch.stack([one.kept, one.most, one.weights]).flatten(1))
-        logs = {}
-        for press, found in parts.items():
-            *shares, weights = torch.cat(found, dim=1)
-            logs[f"{KEPT}/{press}"], logs[f"{MOST}/{press}"] = _mean(torch.stack(shares), weights)
-        return logs
 
     @property
     @override
     def selection_loss(self) -> SelectionLoss:
         return SelectionLoss(self.sinks, self.heads, self.form, self.temperature, self.top_share, self.layer_weights)
+
+
+def _by_press(found: Iterable[KeptMass]) -> dict[str, Tensor]:
+    """Return, by press, the attention that its selection keeps and the most that its budget could keep."""
+    parts: dict[str, list[Tensor]] = {}
+    for one in found:
+        parts.setdefault(one.press, []).append(torch.stack([one.kept, one.most, one.weights]).flatten(1))
+    logs = {}
+    for press, own in parts.items():
+        *shares, weights = torch.cat(own, dim=1)
+        logs[f"{KEPT}/{press}"], logs[f"{MOST}/{press}"] = _mean(torch.stack(shares), weights)
+    return logs

@@ -8,9 +8,9 @@ import torch
 from kvpress import BasePress
 from torch import Tensor
 
-from sparsekv_pl.objectives.selection_loss import KEPT, MOST
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.nesting import presses_in
+from sparsekv_pl.reporting.logged_terms import KEPT, MOST
 
 STATE = "press_distances"
 """Checkpoint key of the distances."""

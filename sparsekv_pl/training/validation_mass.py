@@ -13,9 +13,9 @@ from sparsekv_pl.models.batch import Batch, supervised_in
 from sparsekv_pl.models.cache_shape import cache_shape
 from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.objectives.attention_mass import AttentionMass, with_mass
-from sparsekv_pl.objectives.selection_loss import KEPT, MOST
 from sparsekv_pl.presses.nesting import press_name, scorers_in
 from sparsekv_pl.reporting import sparsity_figure
+from sparsekv_pl.reporting.logged_terms import KEPT, MOST
 from sparsekv_pl.reporting.loggers import log_picture
 from sparsekv_pl.reporting.plots import pixels
 from sparsekv_pl.training.student import Student
@@ -51,7 +51,8 @@ class ValidationMass(nn.Module):
             return
         mass = AttentionMass(supervised_in(batch), batch["context_ids"].shape[1])
         self.student.teacher(batch["context_ids"], batch["continuation_ids"], mass)
-        for one in () if again else self.loss.kept_mass(with_mass(selections, mass.mass)):
+        targets = self.loss.targets(() if again else with_mass(selections, mass.mass))
+        for one in self.loss.kept_mass(targets):
             self.metrics[one.press].update(one.layer, one.kept, one.most, one.weights)  # type: ignore[operator]
 
     def log(self, module: "LightningModule") -> None:

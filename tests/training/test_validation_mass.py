@@ -41,7 +41,7 @@ def test_it_is_what_training_logs_at_the_same_ratio(
     with torch.no_grad():
         for place, batch in enumerate(data.val_dataloader()):
             view, _ = module.student.view(batch, RATIO, place)
-            for one in loss.kept_mass(view.selections):
+            for one in loss.kept_mass(loss.targets(view.selections)):
                 parts = torch.stack([one.kept * one.weights, one.most * one.weights, one.weights])
                 sums[one.press] = sums.get(one.press, 0) + parts.flatten(1).double().sum(1)
     assert len(sums) == 1 + isinstance(eviction.press, EvictionAugPress)
