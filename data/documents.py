@@ -2,7 +2,8 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 log = logging.getLogger(__name__)
@@ -136,3 +137,12 @@ class Skipped:
                 f"{self.source}: {self.in_a_row} documents in a row cannot be used, the last is {document_id}: {why}. "
                 "Check text_field and the source, or raise skip_limit"
             )
+
+
+def check_files(owner: str, paths: Sequence[str]) -> None:
+    """Raise ``ValueError`` if ``owner``, a class, got no paths, or a path that does not exist."""
+    if not paths:
+        raise ValueError(f"{owner} got an empty list of paths: name at least one file")
+    for path in paths:
+        if not Path(path).expanduser().exists():
+            raise ValueError(f"{path}: not readable (there is no such file). Check the path")

@@ -26,7 +26,7 @@ class OwnQuestion(QuestionSource):
     Raises
     ------
     ValueError
-        If path or question is empty.
+        If path or question is empty, or there is no such file.
     """
 
     path: str
@@ -38,10 +38,11 @@ class OwnQuestion(QuestionSource):
         for name in ("path", "question"):
             if not getattr(self, name).strip():
                 raise ValueError(f'{name} is empty: give both, as in make demo TEXT=my.txt QUESTION="Who came?"')
+        self.text = LocalText([self.path])
 
     def samples(self, frame: Frame, max_tokens: int) -> Iterator[Question]:  # noqa: ARG002
-        """Yield the question; ``ValueError`` for a file that is missing or no text."""
-        for document in LocalText([self.path]).documents():
+        """Yield the question; ``ValueError`` for a file that is no text."""
+        for document in self.text.documents():
             yield Question(
                 id=self.path,
                 document=document.text,

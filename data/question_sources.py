@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cases import Frame
-from data.documents import BOM
+from data.documents import BOM, check_files
 from data.facts import Fact, draw_facts
 from data.needle_placement import stretch
 from data.needles import filler_room, needle_ids
@@ -145,6 +145,11 @@ class LocalQuestions(QuestionSource):
         Keys, or paths such as "document.text" and "answers[0].text". The answer is a string or a list of strings.
     answer_prefix
         The beginning of the answer, given to the model: the attention of its last token is measured.
+
+    Raises
+    ------
+    ValueError
+        If there are no paths, or one of them does not exist.
     """
 
     paths: list[str]
@@ -153,10 +158,11 @@ class LocalQuestions(QuestionSource):
     answer_field: str = "answer"
     answer_prefix: str = "The answer is"
 
+    def __post_init__(self) -> None:
+        check_files("LocalQuestions", self.paths)
+
     def samples(self, frame: Frame, max_tokens: int) -> Iterator[Question]:  # noqa: ARG002
         """Yield the questions; ``ValueError`` names the file and the line that is missing or broken."""
-        if not self.paths:
-            raise ValueError("LocalQuestions got an empty list of paths: name at least one file")
         fields = self.document_field, self.question_field, self.answer_field
         for path in (Path(path).expanduser() for path in self.paths):
             try:

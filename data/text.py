@@ -10,7 +10,7 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
-from data.documents import BOM, Document, DocumentBlocks, Skipped, SourceFailed, TextSource
+from data.documents import BOM, Document, DocumentBlocks, Skipped, SourceFailed, TextSource, check_files
 from data.facts import Split
 from data.hub_stream import HubBlocks, python_value, table_documents
 from data.retries import Retries, file_read
@@ -84,6 +84,11 @@ class LocalText(TextSource):
         Also skip and count JSONL lines that are no JSON objects in UTF-8, instead of stopping.
     skip_limit
         Most unusable documents in a row; more stop the run.
+
+    Raises
+    ------
+    ValueError
+        If there are no paths, or one of them does not exist.
     """
 
     paths: list[str]
@@ -92,10 +97,11 @@ class LocalText(TextSource):
     skip_limit: int = field(default=100, compare=False)
     skipped: int = field(default=0, init=False, compare=False)
 
+    def __post_init__(self) -> None:
+        check_files("LocalText", self.paths)
+
     def documents(self) -> Iterator[Document]:
-        """Yield the documents; ``ValueError`` names a missing, empty, broken or unknown file, and the line."""
-        if not self.paths:
-            raise ValueError("LocalText got an empty list of paths: name at least one file")
+        """Yield the documents; ``ValueError`` names an empty, broken or unknown file, and the line."""
         readers = {".txt": self._text, ".jsonl": self._json_lines, ".json": self._json_lines, ".parquet": self._parquet}
         self.skipped = 0
         for path in (Path(path).expanduser() for path in self.paths):

@@ -1,7 +1,9 @@
 """The command line of ``python -m sparsekv_pl.ask``. It imports nothing heavy, so that --help is there at once."""
 
 import argparse
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from sparsekv_pl.cli.model_arguments import LineParser, add_eviction, add_model, check_eviction
@@ -67,6 +69,8 @@ def _checked(parser: LineParser, asked: argparse.Namespace) -> argparse.Namespac
         parser.error("the document comes from stdin, so give questions on the command line, or --save")
     if asked.save is not None and not asked.save.endswith(".safetensors"):
         parser.error(f"--save {asked.save}: a cache is a .safetensors file")
+    if asked.save is not None and (refusing := _unwritable(Path(asked.save).expanduser())):
+        parser.error(f"--save {asked.save}: {refusing} cannot be written: give another place")
     if asked.temperature is not None and asked.temperature <= 0:
         parser.error(f"--temperature {asked.temperature} must be above 0; leave it out for the most likely answer")
     if asked.top_p is not None and not 0 < asked.top_p <= 1:
@@ -76,3 +80,10 @@ def _checked(parser: LineParser, asked: argparse.Namespace) -> argparse.Namespac
     if asked.max_new_tokens < 1:
         parser.error(f"--max_new_tokens {asked.max_new_tokens} must be at least 1")
     return asked
+
+
+def _unwritable(path: Path) -> Path | None:
+    """Return the existing part of ``path`` that keeps a file from being written there; None if nothing does."""
+    place = next(part for part in (path.absolute(), *path.absolute().parents) if part.exists())
+    fits = place.is_dir() != (place == path.absolute())
+    return None if fits and os.access(place, os.W_OK) else place

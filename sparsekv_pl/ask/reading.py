@@ -14,9 +14,11 @@ from sparsekv_pl.evaluation.prefill_progress import PrefillProgress
 from sparsekv_pl.eviction.quantised_pairs import PairQuantisation
 from sparsekv_pl.reporting.console import console
 from sparsekv_pl.usage.cache_file import SUFFIX, made_by
+from sparsekv_pl.usage.cache_origin import CacheOrigin
 from sparsekv_pl.usage.context_cache import ContextCache
 from sparsekv_pl.usage.loaded_model import LoadedModel, check_before_loading
 from sparsekv_pl.usage.reading_progress import Report
+from sparsekv_pl.usage.usable_press import check_appendable
 
 
 def cache_for(asked: Namespace) -> ContextCache:
@@ -28,6 +30,7 @@ def cache_for(asked: Namespace) -> ContextCache:
         For an unknown or unfit press, a text or cache that cannot be read, and a model that does not belong to it.
     """
     press = chosen_press(asked)
+    _check(asked, press)
     texts = {name: _text(name) for name in [asked.document, *asked.append, *asked.merge] if not _is_cache(name)}
     backbone = chosen_backbone(asked)
     for name in filter(_is_cache, (asked.document, *asked.merge)):
@@ -43,6 +46,15 @@ def cache_for(asked: Namespace) -> ContextCache:
     for name in asked.merge:
         cache = cache.merge(ContextCache.load(name, model) if _is_cache(name) else _read_like(cache, texts[name]))
     return cache
+
+
+def _check(asked: Namespace, press: BasePress | None) -> None:
+    """Refuse what the eviction of a text cannot do, before the model is loaded."""
+    if _is_cache(asked.document):
+        return
+    origin = CacheOrigin.of(press, asked.chunk_tokens, asked.budget)
+    if asked.append:
+        check_appendable(press, origin)
 
 
 def _read(

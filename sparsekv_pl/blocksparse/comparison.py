@@ -81,15 +81,20 @@ class BlockComparison(Analysis):
         _check({"top_k_blocks": [top_k_blocks], "budgets": budgets, "pass_budgets": pass_budgets}, threshold, dampings)
         for damping in dampings:  # raises for invalid settings before the model is loaded
             SketchWalk(block_size, sketch_dim, exponent, dense_layers, damping, seed)
+        found = None if gates is None else _gates(Path(gates).expanduser(), block_size)
         super().__init__(backbone, output or "output/compare")
-        if gates is not None:
-            check_gates(Path(gates).expanduser(), backbone.pretrained, backbone.files)
+        self.gates = found  # a submodule: it moves to the device with this module
+        self.gates_digest: str | None = None
+        if gates is not None and found is not None:
+            folder = Path(gates).expanduser()
+            check_gates(folder, backbone.pretrained, backbone.files)
+            found.check(self.causal_lm)
+            self.gates_digest = folder_digest(folder)
         layers = self.causal_lm.config.get_text_config().num_hidden_layers
         first = min(dense_layers, layers - 1)
         drawn = sorted({first, (first + layers) // 2, layers - 1}) if picture_layers is None else list(picture_layers)
         if any(not 0 <= layer < layers for layer in drawn):
             raise ValueError(f"picture_layers has {drawn}, but the model has layers 0 to {layers - 1}")
-        self.gates_folder = gates
         self.sketch: dict[str, Any] = {
             "sketch_dim": sketch_dim,
             "exponent": exponent,
@@ -110,10 +115,9 @@ class BlockComparison(Analysis):
         }
 
     def setup(self, stage: str) -> None:
-        """Check batch size and context lengths, and load the gates.
+        """Check batch size and context lengths.
 
-        Raises ``ValueError`` for a batch size other than 1, contexts with no more than ``top_k_blocks`` blocks, or
-        unusable gates.
+        Raises ``ValueError`` for a batch size other than 1, or contexts with no more than ``top_k_blocks`` blocks.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if getattr(data, "batch_size", 1) != 1:
@@ -125,7 +129,6 @@ class BlockComparison(Analysis):
                     f"a context of {length} tokens has no more than top_k_blocks={top_k} blocks of "
                     f"{block_size}: there is nothing to choose. Use longer contexts or fewer blocks"
                 )
-        self.gates = self._gates()  # a submodule: it moves to the device with this module
         threshold = self.settings["threshold"]
         self.methods = block_methods(self.gates, block_size=block_size, threshold=threshold, **self.sketch)
         for method in self.methods:
@@ -160,25 +163,21 @@ class BlockComparison(Analysis):
         show(*lines)
         return paths
 
-    def _gates(self) -> AttentionGates | None:
-        self.gates_digest: str | None = None
-        if self.gates_folder is None:
-            return None
-        folder = Path(self.gates_folder).expanduser()
-        if not folder.is_dir():
-            raise ValueError(
-                f"gates={folder}: there is no such folder. Train gates first (python train.py fit --config "
-                "configs/train/gate.yaml), or compare without a gate (--model.gates null)"
-            )
-        gates = AttentionGates.load(folder)
-        if gates.shape.block_size != self.settings["block_size"]:
-            raise ValueError(
-                f"block_size={self.settings['block_size']}, but the gates of {folder} were trained for blocks of "
-                f"{gates.shape.block_size} tokens: give their block_size"
-            )
-        gates.check(self.causal_lm)
-        self.gates_digest = folder_digest(folder)
-        return gates.eval()
+
+def _gates(folder: Path, block_size: int) -> AttentionGates:
+    """Load the gates in ``folder``. Raises ``ValueError`` if there are none, or they are for other blocks."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"gates={folder}: there is no such folder. Train gates first (python train.py fit --config "
+            "configs/train/gate.yaml), or compare without a gate (--model.gates null)"
+        )
+    gates = AttentionGates.load(folder)
+    if gates.shape.block_size != block_size:
+        raise ValueError(
+            f"block_size={block_size}, but the gates of {folder} were trained for blocks of "
+            f"{gates.shape.block_size} tokens: give their block_size"
+        )
+    return gates.eval()
 
 
 def _check(blocks: dict[str, Sequence[int]], threshold: float, dampings: Sequence[float]) -> None:

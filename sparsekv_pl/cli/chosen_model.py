@@ -4,6 +4,7 @@ from argparse import Namespace
 
 from kvpress import BasePress
 
+from sparsekv_pl.eviction.press_model_check import check_press_alone
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.presses.press_text import press_from
 from sparsekv_pl.presses.ratio import set_compression_ratio
@@ -30,6 +31,7 @@ def chosen_press(asked: Namespace) -> BasePress | None:
         return None
     press = press_from(asked.press)
     check_usable(press)
+    check_press_alone(press)
     if asked.compression_ratio is not None:
         set_compression_ratio(press, asked.compression_ratio)
     if traits_of(press).takes_a_ratio and not press.compression_ratio and asked.budget is None:

@@ -105,17 +105,6 @@ class Parser(LightningArgumentParser):
             self.exit(2, f"error: {moved(plain(message))}\n")
         super().error(message, ex)
 
-    def instantiate(self, namespace: Namespace, *args: Any, **settings: Any) -> Namespace:
-        """Make the objects of ``namespace``, after filling in what follows from the run's name and length.
-
-        The saved configuration stays without these values, so that a later ``--name`` changes all of them.
-        """
-        if "trainer" in namespace:
-            namespace = namespace.clone()
-            fill_name(namespace)
-            fill_length(namespace)
-        return super().instantiate(namespace, *args, **settings)
-
 
 class CommandLine(LightningCLI):
     """LightningCLI limited to ``commands``. class_path chooses model and data, so --help imports neither."""
@@ -169,14 +158,36 @@ class CommandLine(LightningCLI):
         return settings
 
     def instantiate_classes(self) -> None:
-        """Make all objects. An error names the class that another package refused to make."""
+        """Make all objects. An error names the class that another package refused to make.
+
+        What follows from the run's name and length is filled in; the saved configuration stays without it, so that a
+        later ``--name`` changes all of it.
+        """
         self.parser.add_instantiator(explained, object)
+        settings = self.config.clone()
+        command = settings.get(self.subcommand or "", settings)
+        fill_name(command)
+        fill_length(command)
         with self._memory_explained():
-            super().instantiate_classes()
+            self._make(settings, command)
         if self.subcommand is not None and self.reports:
             output = getattr(self.model, "output", None)  # a user's own module may write nothing
             if output is not None and not cast(Any, self.trainer).fast_dev_run:
                 self.folders.claim("model.output", output, REPORT)
+
+    def _make(self, settings: Namespace, command: Namespace) -> None:
+        """Make all objects, the model last: what is wrong with the others is known before its weights are read.
+
+        ``command`` is the part of ``settings`` that holds the command's.
+        """
+        model = Namespace(model=command.pop("model"))
+        self.config_init = self.parser.instantiate(settings)
+        self.datamodule = self._get(self.config_init, "data")
+        self.trainer = self.instantiate_trainer()
+        if self.subcommand is not None:
+            model = Namespace({"subcommand": self.subcommand, self.subcommand: model})
+        self.model = self._get(self.parser.instantiate(model, instantiate_groups=False), "model")
+        self.config_init.get(self.subcommand or "", self.config_init)["model"] = self.model
 
     def instantiate_trainer(self, **settings: Any) -> Trainer:
         """Make the trainer. Lightning's refusal becomes a ``ValueError`` with the settings that it mentions."""

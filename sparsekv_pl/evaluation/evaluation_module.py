@@ -20,7 +20,7 @@ from sparsekv_pl.evaluation.points import Point, Setting, points_of
 from sparsekv_pl.evaluation.recalled_words import RECENT_TOKENS
 from sparsekv_pl.evaluation.view_pages import ViewedCases, view_pages
 from sparsekv_pl.eviction.limits import check_positions
-from sparsekv_pl.eviction.press_model_check import check_press
+from sparsekv_pl.eviction.press_model_check import check_press, check_press_alone
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.models.batch import CaseBatch
 from sparsekv_pl.reporting import sparsity_figure, write_kvpress_layout
@@ -84,6 +84,8 @@ class EvaluationModule(MeasuringModule):
     ) -> None:
         self.viewed = ViewedCases(views, self.viewed_tokens)
         self.settings, self.points = settings, points_of(settings)
+        for setting in settings:
+            check_press_alone(setting.press, foresight=True)
         super().__init__(output or "output/evaluation", backbone)
         self.backbone: Backbone = backbone
         self.title, self.stability, self.sparsity, self.card = title, stability, sparsity, card

@@ -15,7 +15,7 @@ from sparsekv_pl.evaluation.lm_eval_records import case_records, score_records, 
 from sparsekv_pl.evaluation.lm_eval_tasks import named_files, task_manager
 from sparsekv_pl.evaluation.measuring_module import MeasuringModule, Piece
 from sparsekv_pl.evaluation.points import Point, Setting, points_of
-from sparsekv_pl.eviction.press_model_check import check_press
+from sparsekv_pl.eviction.press_model_check import check_press, check_press_alone
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.presses.ratio import set_compression_ratio
 from sparsekv_pl.reporting import summarised, write_run
@@ -38,8 +38,8 @@ class LMEvalModule(MeasuringModule):
     A task is code: its YAML file may name Python functions that lm_eval imports and runs (``!function``,
     ``custom_dataset``), and its templates may call Python. Set ``include_path`` only to folders that you have read.
     Tasks that run code written by the model (humaneval, mbpp) are refused. Data of hub tasks is downloaded. Raises
-    ``ValueError`` for a setting out of range, a missing folder or chat template, or a press that does not fit the
-    model.
+    ``ValueError`` for a setting out of range, an unknown task, a missing folder or chat template, or a press that does
+    not fit the model.
 
     Parameters
     ----------
@@ -86,23 +86,23 @@ class LMEvalModule(MeasuringModule):
         self.include_path = None if include_path is None else Path(include_path).expanduser()
         self.limit, self.num_fewshot, self.held_back = limit, num_fewshot, held_back
         self.apply_chat_template = apply_chat_template
-        self._check()
+        self._check(settings)
+        self.manager = task_manager(self.tasks, self.include_path)
+        if apply_chat_template and not backbone.load_tokenizer().chat_template:
+            raise ValueError(
+                f"the tokenizer of {backbone.pretrained} has no chat template: set apply_chat_template to false"
+            )
         super().__init__(output or "output/lm_eval", backbone)
         self.title = title
         for setting in settings:
             check_press(self.causal_lm, setting.press)
-        if apply_chat_template and not self.tokenizer.chat_template:
-            raise ValueError(
-                f"the tokenizer of {backbone.pretrained} has no chat template: set apply_chat_template to false"
-            )
         self.named: dict[str, list[str]] = {}
         """Task -> digests of the local files that its settings name."""
         self.work = list(product(self.points, tasks))
 
     def setup(self, stage: str) -> None:
-        """Find the tasks, and read the finished work. Raises ``ValueError`` for an unknown task."""
+        """Read the tasks' files and the finished work."""
         super().setup(stage)
-        self.manager = task_manager(self.tasks, self.include_path)
         self.named = {task: named_files(self.manager, task) for task in self.tasks}
 
     def test_dataloader(self) -> DataLoader[int]:
@@ -186,7 +186,9 @@ class LMEvalModule(MeasuringModule):
             lm_eval=metadata.version("lm_eval"),
         )
 
-    def _check(self) -> None:
+    def _check(self, settings: list[Setting]) -> None:
+        for setting in settings:
+            check_press_alone(setting.press)
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"tasks={self.tasks} must name at least one task, and none twice")
         if self.limit is not None and self.limit < 1:

@@ -22,7 +22,7 @@ from sparsekv_pl.eviction.interrupted_prefill import SavedState
 from sparsekv_pl.eviction.kept_memory import kept_memory
 from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.eviction.prefill import ChunkedPrefill
-from sparsekv_pl.eviction.press_model_check import check_press
+from sparsekv_pl.eviction.press_model_check import check_press, check_press_alone
 from sparsekv_pl.eviction.quantised_pairs import PairQuantisation, quantised_bytes
 from sparsekv_pl.eviction.quantised_prefill import QuantisedPrefill
 from sparsekv_pl.models.backbone import Backbone
@@ -105,6 +105,7 @@ class LongContextModule(MeasuringModule):
         if press is not None:
             check_compression_ratio("press.compression_ratio", compression_ratio_of(press))
             check_evicts(press)
+            check_press_alone(press)
         self.press, self.budget, self.chunk_tokens = press, budget, chunk_tokens
         self.press_settings = settings_of(press)  # before a prefill: it sets the ratio of each chunk
         self.phases, self.between = Phases(), ExitStack()

@@ -51,11 +51,9 @@ class _SeenTensors:
         self.query[layer], self.key[layer] = query, key
 
 
-@torch.no_grad()
-def check_press(model: PreTrainedModel, press: BasePress | None, foresight: bool = False) -> None:
-    """Raise ``ValueError`` if ``press``, or a press in it, would not reproduce ``model``'s queries or keys.
+def check_press_alone(press: BasePress | None, foresight: bool = False) -> None:
+    """Raise ``ValueError`` if ``press``, or a press in it, can evict in no model; called before one is loaded.
 
-    Called once the model is loaded. Models with weights on the meta device (sharded ones) are not checked.
     ``foresight`` is True where the continuation is known before the eviction.
     """
     if press is None:
@@ -66,6 +64,25 @@ def check_press(model: PreTrainedModel, press: BasePress | None, foresight: bool
             f"{traits.name} keeps what the continuation will attend to, which is unknown here: it is a ceiling to "
             "measure with EvaluationModule (configs/evaluate/retention.yaml). Take another press"
         )
+    for part in traits.parts:
+        if "attention" in part.needs:
+            raise ValueError(
+                f"{part.name} reads attention weights, an L x L matrix that nothing here computes: take a press that "
+                "computes the rows it needs (SnapKVPress, TOVAPress)"
+            )
+
+
+@torch.no_grad()
+def check_press(model: PreTrainedModel, press: BasePress | None, foresight: bool = False) -> None:
+    """Raise ``ValueError`` if ``press``, or a press in it, would not reproduce ``model``'s queries or keys.
+
+    ``foresight`` is that of ``check_press_alone``, which is asked too. Models with weights on the meta device (sharded
+    ones) are not checked.
+    """
+    check_press_alone(press, foresight)
+    if press is None:
+        return
+    traits = traits_of(press)
     others, without = _left_alone(model), _without_attention(model)
     for part in traits.parts if others else ():
         if part.every_layer:
@@ -78,12 +95,6 @@ def check_press(model: PreTrainedModel, press: BasePress | None, foresight: bool
             f"{traits.name} cannot evict in {type(model).__name__}: its layers {_few(without)} have no attention "
             "(self_attn), and presses of kvpress know no other layers. Choose a model with attention in every layer"
         )
-    for part in traits.parts:
-        if "attention" in part.needs:
-            raise ValueError(
-                f"{part.name} reads attention weights, an L x L matrix that nothing here computes: take a press that "
-                "computes the rows it needs (SnapKVPress, TOVAPress)"
-            )
     if any(parameter.is_meta for parameter in decoder_of(model).parameters()):
         return
     seen: list[_SeenTensors] = []

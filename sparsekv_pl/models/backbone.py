@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from sparsekv_pl.models.gguf_checkpoint import EMBEDDED, convert, embedded_gguf
 from sparsekv_pl.models.layer_kinds import others_line
-from sparsekv_pl.models.lora import Lora, inject_lora, load_adapter
+from sparsekv_pl.models.lora import Lora, adapter_settings, inject_lora, load_adapter
 from sparsekv_pl.models.native_precision import AUTO, AskedDtype, decide
 from sparsekv_pl.models.placement import Placement, settle
 from sparsekv_pl.models.quantisation import four_bit, keep_unpacked, skeleton, stored_quantisation
@@ -83,18 +83,23 @@ class Backbone:
             raise ValueError("load_in_4bit=true freezes the base weights: set lora, or load_in_4bit=false")
         if self.sharded:
             self._check_sharded(trainable)
+        adapter = None if self.adapter is None else adapter_settings(self.adapter)
         self._decide_dtype(trainable)
         disable_progress_bar()  # transformers' loading bar writes a line per tensor into logs
         source = self.source()
         tokenizer = self._tokenizer(source)
+        local = Path(source).exists()  # a hub model's files are known once it is loaded
+        if local:
+            self._check_base(source)
         model = self._skeleton(source) if self.sharded else self._model(source, trainable)
         check_vocabulary(model, tokenizer, self.pretrained)
         check_computed(model)
         if line := others_line(model):
             rank_zero_info(line)
-        if self.adapter is not None:
-            check_base(Path(self.adapter).expanduser(), self.pretrained, Path(source), self.files)
-            return load_adapter(model, self.adapter, trainable), tokenizer
+        if self.adapter is not None and adapter is not None:
+            if not local:
+                self._check_base(source)
+            return load_adapter(model, self.adapter, adapter, trainable), tokenizer
         if self.lora is not None and trainable:
             return inject_lora(model, self.lora, self.revision), tokenizer
         return model, tokenizer
@@ -185,6 +190,10 @@ class Backbone:
         if len(placed.get("device_map", {})) > 1:
             settle(model)
         return model
+
+    def _check_base(self, source: str) -> None:
+        if self.adapter is not None:
+            check_base(Path(self.adapter).expanduser(), self.pretrained, Path(source), self.files)
 
     def _check_sharded(self, trainable: bool) -> None:
         for name, clashes, instead in (

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -14,7 +15,10 @@ from transformers import PreTrainedModel
 from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.models.weight_match import check_adapter_keys, check_adapts, check_head
 
-WEIGHTS = "adapter_model.safetensors"
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass
@@ -108,18 +112,18 @@ def _beside(model: PreTrainedModel, decoder: torch.nn.Module, targets: Collectio
     return "|".join(rf"{re.escape(part)}(\..*)?" for part in sorted(parts)) or None
 
 
-def load_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> PreTrainedModel:
-    """Return ``model`` with the adapter in folder ``adapter``; its weights train if ``trainable``.
+def adapter_settings(adapter: str) -> "PeftConfig":
+    """Read the settings of the adapter in folder ``adapter``, and check all that can be checked without its model.
 
-    Raises ``ValueError`` if there is no adapter, if it is damaged or has numbers that are not finite, and if it would
-    have no effect or only a part of it.
+    Raises ``ValueError`` if there is no adapter, if it is damaged or has numbers that are not finite, and if it is of a
+    kind that would have no effect.
     """
-    from peft import PeftConfig, get_peft_model
-
-    from sparsekv_pl.models.cpu_kernels import quicken
+    from peft import PeftConfig
 
     folder = Path(adapter).expanduser()
-    for name in ("adapter_config.json", WEIGHTS):
+    if not folder.is_dir():
+        raise ValueError(f"adapter={adapter!r}: there is no such folder; give one that a training run exported")
+    for name in (SETTINGS, WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"adapter={adapter!r} has no {name}: give a folder that a training run exported")
     with _damage_named(adapter):
@@ -130,6 +134,20 @@ def load_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> PreTr
             f"adapter={adapter!r} is of type {config.peft_type}, which puts tokens before the prompt and changes no "
             "layer: the decoder alone is run here, so it would do nothing. Give a LoRA"
         )
+    return config
+
+
+def load_adapter(model: PreTrainedModel, adapter: str, config: "PeftConfig", trainable: bool) -> PreTrainedModel:
+    """Return ``model`` with the adapter in folder ``adapter``; its weights train if ``trainable``.
+
+    ``config`` is ``adapter_settings(adapter)``. Raises ``ValueError`` for weights that do not fit the model, and if the
+    adapter would have no effect or only a part of it.
+    """
+    from peft import get_peft_model
+
+    from sparsekv_pl.models.cpu_kernels import quicken
+
+    folder = Path(adapter).expanduser()
     config.inference_mode = not trainable
     config.base_model_name_or_path = None  # peft warns of a name that is not this machine's folder
     on_meta = model.device.type == "meta"
@@ -142,7 +160,7 @@ def load_adapter(model: PreTrainedModel, adapter: str, trainable: bool) -> PreTr
         quicken(adapted)
     check_adapts(model, adapter)
     check_head(model, f"adapter={adapter!r}")
-    return adapted
+    return adapted  # type: ignore[return-value]
 
 
 @contextmanager

@@ -75,8 +75,6 @@ def check_base(adapter: Path, pretrained: str, source: Path, files: Callable[[],
     If one is a folder and the other a hub name, it only warns: a copy of a hub model may have any name. ``files``
     returns the base's files, ``source`` is where they were loaded from (a GGUF file is converted first).
     """
-    if not (adapter / "adapter_config.json").exists():
-        return  # load_adapter raises
     trained_on = read_mapping(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
     summary = adapter / TRAINING_SUMMARY
     known = read_mapping(summary) if summary.exists() else {}

@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 from sparsekv_pl.eviction import Eviction
 from sparsekv_pl.eviction.dropout import KVDropout
 from sparsekv_pl.eviction.limits import check_full_cache, check_positions
-from sparsekv_pl.eviction.press_model_check import check_press
+from sparsekv_pl.eviction.press_model_check import check_press, check_press_alone
 from sparsekv_pl.eviction.request import NOTHING
 from sparsekv_pl.metrics import ContinuationPerplexity
 from sparsekv_pl.models.backbone import Backbone, causal_lm
@@ -91,6 +91,8 @@ class EITModule(LightningModule):
         check_compression_ratio("validation_compression_ratio", validation_compression_ratio)
         fit_together(self.objective, eviction)
         check_evicts_in_evaluation(validation_eviction or eviction)
+        for evicts in (eviction, validation_eviction):
+            check_press_alone(None if evicts is None else evicts.press)
         self.backbone = backbone
         self.eviction = eviction
         self.optimizer = optimizer

@@ -10,7 +10,7 @@ from kvpress import BasePress
 
 from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.eviction.prefill import ChunkedPrefill
-from sparsekv_pl.eviction.press_model_check import check_press
+from sparsekv_pl.eviction.press_model_check import check_press, check_press_alone
 from sparsekv_pl.eviction.quantised_pairs import PairQuantisation
 from sparsekv_pl.eviction.quantised_prefill import QuantisedPrefill
 from sparsekv_pl.eviction.request import Request
@@ -91,10 +91,11 @@ class ContextCache:
         ValueError
             For an empty document, one that is too long, and a press that cannot make a cache to keep.
         """
-        model = LoadedModel(model) if isinstance(model, Backbone) else model
         check_usable(press)
-        check_press(model.model, press)
+        check_press_alone(press)
         origin = CacheOrigin.of(press, chunk_tokens, budget, quantisation)
+        model = LoadedModel(model) if isinstance(model, Backbone) else model
+        check_press(model.model, press)
         ids = [*model.prefix_ids, *model.encoder.encode(document)] if isinstance(document, str) else list(document)
         if not document or not ids:
             raise ValueError("the document is empty: give some text")

@@ -12,6 +12,7 @@ import pytest
 from sparsekv_pl.ask.__main__ import main
 from sparsekv_pl.ask.arguments import parsed
 from sparsekv_pl.cli.command_line import run
+from sparsekv_pl.models.backbone import Backbone
 from tests.usage.cache_cases import DOCUMENT, MORE, QUESTIONS
 
 ROOT = Path(__file__).parents[2]
@@ -103,12 +104,17 @@ def test_sampling_follows_the_seed_and_stop_strings_end_answers(shell: Shell) ->
         ("river.txt Why? --together --top_p 0.5", "--together answers greedily"),
         ("river.txt Why? --max_new_tokens none", "invalid int value"),
         ("- ", "the document comes from stdin"),
-        ("river.txt Why? --adapter nowhere", "adapter='nowhere' has no adapter_config.json"),
+        ("river.txt Why? --adapter nowhere", "adapter='nowhere': there is no such folder"),
+        ("river.txt Why? --save dunes.txt/a.safetensors", "dunes.txt cannot be written: give another place"),
+        ("river.txt Why? --press Knorm --budget 0", "budget=0 must be at least 1"),
+        ("river.txt Why? --press ObservedAttention --compression_ratio 0.5", "reads attention weights"),
+        ("river.txt Why? --press Block(Knorm) --compression_ratio 0.5 --append dunes.txt", "looks at a whole context"),
         ("", "the following arguments are required: DOCUMENT"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(shell: Shell, given: str, message: str) -> None:
     Path("binary.txt").write_bytes(b"\xff\xfe")
+    shell.patch.setattr(Backbone, "_model", lambda *_, **__: pytest.fail("the model was loaded"))
     assert re.search(message, shell.refused(*shlex.split(given)))
 
 

@@ -10,7 +10,6 @@ import yaml
 from jsonargparse import Namespace
 
 from evaluate import EvaluateCommandLine
-from sparsekv_pl.cli import command_line as cli
 from sparsekv_pl.cli.command_line import CommandLine, run
 from train import TrainCommandLine
 
@@ -26,16 +25,12 @@ class Parsed(Exception):
 
 @pytest.fixture(autouse=True)
 def nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = cli.LightningArgumentParser.instantiate
-
-    def stop(self: Any, cfg: Namespace, **settings: Any) -> Namespace:
-        if "trainer" in cfg:
-            raise Parsed(cfg)
-        return whole(self, cfg, **settings)
+    def stop(_self: CommandLine, _settings: Namespace, command: Namespace) -> None:
+        raise Parsed(command)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["pytest"])
-    monkeypatch.setattr(cli.LightningArgumentParser, "instantiate", stop)
+    monkeypatch.setattr(CommandLine, "_make", stop)
 
 
 def line_of(config: str, *arguments: str) -> Callable[[], CommandLine]:

@@ -5,6 +5,7 @@ import logging
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -262,22 +263,17 @@ def test_bad_settings_are_refused_before_the_model_is_loaded(
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = Backbone.load
-
-    def plain(self: Backbone, **settings: Any) -> Any:
-        model, tokenizer = load(self, **settings)
-        tokenizer.chat_template = None
-        return model, tokenizer
-
-    monkeypatch.setattr(Backbone, "load", plain)
+    monkeypatch.setattr(Backbone, "load_tokenizer", lambda _: SimpleNamespace(chat_template=None))
+    monkeypatch.setattr(Backbone, "load", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="no chat template"):
         make(apply_chat_template=True)
 
 
-def test_an_unknown_task_is_refused_with_its_likes(make: Make, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_task_is_refused_with_its_likes(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lm_eval.tasks.manager.TaskIndex._iter_yaml_files", lambda root: sorted(root.glob("*.yaml")))
+    monkeypatch.setattr(Backbone, "load", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=r"task 'choise' is neither .* similar: choice"):
-        run(make(tasks=["choise"]))
+        make(tasks=["choise"])
 
 
 def test_more_than_one_device_is_refused(make: Make, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

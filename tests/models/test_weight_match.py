@@ -132,7 +132,7 @@ def test_an_adapter_of_another_base_is_refused(
 
 
 def test_the_fingerprint_in_the_base_s_name_is_enough(
-    export: Callable[..., str], tiny_models: dict[str, str], tmp_path: Path
+    export: Callable[..., str], tiny_models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = Path(export(peft.LoraConfig(**PROJECTIONS)))
     reference = base_reference(Backbone(pretrained=tiny_models["llama"]))
@@ -140,6 +140,7 @@ def test_the_fingerprint_in_the_base_s_name_is_enough(
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     moved = shutil.copytree(tiny_models["llama"], tmp_path / "moved")
     Backbone(pretrained=str(moved), dtype="float32", adapter=str(adapter)).load(trainable=False)
+    monkeypatch.setattr(Backbone, "_model", lambda *_: pytest.fail("the weights were read"))
     edit_tensors(moved / "model.safetensors", lambda tensors: {name: value + 1 for name, value in tensors.items()})
     with pytest.raises(ValueError, match=f"was trained on '{reference}', and pretrained='{moved}' has other weights"):
         Backbone(pretrained=str(moved), dtype="float32", adapter=str(adapter)).load(trainable=False)
