@@ -20,7 +20,7 @@ PAGES = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")})
 PRESENT = [page for page in PAGES if page not in HISTORY]
 README_LINES = 150
 COMMAND_LINES = {"train.py": TrainCommandLine, "evaluate.py": EvaluateCommandLine}
-COMMAND = re.compile(r"(?:^|\s)(python (?:-m )?[\w./]+.*|make [a-z]+)")
+COMMAND = re.compile(r"(?:^|\s)(python (?:-m )?[\w./]+.*|make [a-z]+(?: [A-Z]+=.*)?)")
 NAME = re.compile(r"^(?:sparsekv_pl|data|callbacks)(?:\.\w+)+$")
 FILE = re.compile(r"^(?:sparsekv_pl|data|callbacks|configs|tests|benchmarks|notebooks|docs)/[\w./*]*$")
 
@@ -128,6 +128,14 @@ def find_module(name: str) -> bool:
         return False
 
 
+def sources(module: str) -> str:
+    """The code of a module, or of a package's files."""
+    spec = find_spec(module)
+    assert spec is not None and spec.origin is not None, module
+    path = Path(spec.origin)
+    return "\n".join(file.read_text() for file in (path.parent.glob("*.py") if path.stem == "__init__" else [path]))
+
+
 @pytest.mark.parametrize("command", [command for command in STARTED if command not in PLAIN])
 def test_every_command_parses(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -143,17 +151,21 @@ def test_every_command_parses(
 
 
 def test_every_other_command_exists() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    """So do the options and the variables that it is given."""
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
     for command in PLAIN:
         assert all((ROOT / name).is_file() for name in re.findall(r"--config (\S+)", command)), command
     for command in COMMANDS.keys() - set(STARTED):
-        program, *words = command.split()
+        program, *words = shlex.split(command)
         if program == "make":
             assert words[0] in targets, command
-        elif words[0] == "-m":
-            assert find_module(words[1]), command
-        else:
-            assert (ROOT / words[0]).is_file(), command
+            for name in re.findall(r" ([A-Z]+)=", command):
+                assert re.search(rf"\$[$(]{name}\b", makefile), command
+            continue
+        source = sources(words[1]) if words[0] == "-m" else (ROOT / words[0]).read_text()
+        for option in (word.lstrip("-").partition("=")[0] for word in words[1:] if word.startswith("--")):
+            assert option == "help" or re.search(rf"\b{re.escape(option)}\b", source), (command, option)
 
 
 @pytest.mark.parametrize(

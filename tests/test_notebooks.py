@@ -1,4 +1,4 @@
-"""Both notebooks, executed top to bottom on a tiny model by this very interpreter."""
+"""Every notebook, executed top to bottom on a tiny model by this very interpreter."""
 
 import json
 import re
@@ -20,10 +20,19 @@ MACHINE = re.compile(r"/(?:home|root|Users|tmp|work|mnt|opt|usr|private|var)/|[A
 
 SMALL = {"CONTEXT_TOKENS": 96, "CONTINUATION_TOKENS": 16, "DEPTHS": [0.0, 1.0]}
 SIZES: dict[str, dict[str, Any]] = {
+    "own_model": SMALL | {"CASES_PER_DEPTH": 1, "TEXTS": 2, "RATIOS": [0.5]},
     "quickstart": SMALL | {"STEPS": 2, "BATCH_SIZE": 2, "CASES_PER_DEPTH": 1, "TEXTS": 2},
     "visualization": SMALL | {"LENGTHS": [96, 128], "CASES_PER_CELL": 1, "REPORT": "output/of-no-run"},
 }
 RESULTS = {
+    "own_model": """{
+        "presses": len(presses),
+        "records": len(records),
+        "rows": table.row_count,
+        "sizes": sizes.shape,
+        "accuracy": accuracy.shape,
+        "viewer": sorted({point["press"] for point in SHOWN["points"]}),
+    }""",
     "quickstart": """{
         "answers": len(answers),
         "records": len(records),
@@ -32,6 +41,7 @@ RESULTS = {
         "steps": len(losses),
         "adapter": Path(OUTPUT, "final", "adapter_model.safetensors").exists(),
         "gradient": gradient_norm > 0,
+        "viewer": [SHOWN["sides"], sorted({point["press"] for point in SHOWN["points"]})],
     }""",
     "visualization": """{
         "sparsity": sorted({np.shape(values) for values in sparsity.values()}),
@@ -43,7 +53,17 @@ RESULTS = {
         "pictures": [picture.name for picture in pictures],
     }""",
 }
+PRESSES = ["ExpectedAttention", "KeyDiff", "SnapKV"]
 EXPECTED: dict[str, Any] = {
+    # Two facts and two texts; the full cache and three presses at one ratio.
+    "own_model": {
+        "presses": 3,
+        "records": 16,
+        "rows": 4,
+        "sizes": [3, 2],
+        "accuracy": [4, 2],
+        "viewer": PRESSES,
+    },
     # Two facts and two texts at four points, base and trained; the full cache and three presses.
     "quickstart": {
         "answers": 2,
@@ -53,6 +73,7 @@ EXPECTED: dict[str, Any] = {
         "steps": 2,
         "adapter": True,
         "gradient": True,
+        "viewer": [["base", "trained"], PRESSES],
     },
     # Two layers of four query heads and two KV heads; half of 96 tokens; one KV head of one layer a row of `steps`.
     "visualization": {
@@ -65,22 +86,31 @@ EXPECTED: dict[str, Any] = {
         "pictures": ["curves.png", "needles-expectedattention.png", "needles-snapkv.png"],
     },
 }
-FIGURES = {"quickstart": 1, "visualization": 7}
+FIGURES = {"own_model": 1, "quickstart": 1, "visualization": 7}
+SHOWN = """
+import json, re
+from html import unescape
+SHOWN = re.search(r'srcdoc="([^"]*)"', viewer._repr_html_()) if "viewer" in globals() else None
+SHOWN = SHOWN and json.loads(re.search(r'id="data">(.*?)</script>', unescape(SHOWN[1]))[1])
+"""
+"""Reads the data of the viewer's page back from the frame."""
 
 
 def test_every_notebook_is_executed_here() -> None:
     assert {path.stem for path in NOTEBOOKS} == set(EXPECTED)
 
 
-@pytest.mark.parametrize(("name", "folder"), [("quickstart", "."), ("visualization", "notebooks")])
+@pytest.mark.parametrize(
+    ("name", "folder"), [("own_model", "notebooks"), ("quickstart", "."), ("visualization", "notebooks")]
+)
 def test_runs_from_top_to_bottom(
     name: str, folder: str, tiny_models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One from the checkout's root, one from its own folder."""
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-    settings = SIZES[name] | {"PRETRAINED": tiny_models["llama"], "OUTPUT": str(tmp_path / "output")}
-    override(notebook, settings)
-    notebook.cells.append(new_code_cell(f"import json\nprint(json.dumps({RESULTS[name]}))"))
+    output = {} if name == "own_model" else {"OUTPUT": str(tmp_path / "output")}
+    override(notebook, SIZES[name] | {"PRETRAINED": tiny_models["llama"]} | output)
+    notebook.cells.append(new_code_cell(f"{SHOWN}\nprint(json.dumps({RESULTS[name]}))"))
     # The kernel "python3" must be this interpreter, whatever is installed under that name.
     write_kernel_spec(tmp_path / "kernels" / "python3")
     for variable in ("JUPYTER_PATH", "IPYTHONDIR", "JUPYTER_CONFIG_DIR"):
@@ -91,6 +121,8 @@ def test_runs_from_top_to_bottom(
     figures = [cell for cell in notebook.cells if "figure" in cell.metadata.get("tags", [])]
     assert len(figures) == FIGURES[name]
     assert all(has_picture(cell) for cell in figures)
+    frames = [cell for cell in notebook.cells if "<iframe" in json.dumps(cell.get("outputs", []))]
+    assert [cell.source.splitlines()[-1] for cell in frames] == ([] if name == "visualization" else ["viewer"])
 
 
 def override(notebook: NotebookNode, settings: dict[str, Any]) -> None:

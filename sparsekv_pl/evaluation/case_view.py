@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekv_pl.evaluation.measurement import Measurement
 from sparsekv_pl.evaluation.points import Point
@@ -14,7 +14,7 @@ from sparsekv_pl.eviction.decoding import greedy
 from sparsekv_pl.eviction.kept_positions import Masked, kept_positions, masked_keys
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.eviction.prefilled_cache import Prefilled
-from sparsekv_pl.models.batch import IGNORE, Supervised
+from sparsekv_pl.models.batch import IGNORE, CaseInfo, Supervised
 from sparsekv_pl.models.layer_kinds import evicted_layers
 from sparsekv_pl.models.rotary import rotary_of
 from sparsekv_pl.objectives.attention_mass import AttentionMass
@@ -35,35 +35,44 @@ def case_views(measurement: Measurement, points: Sequence[Point], rows: Sequence
     ("unknown"), and, if the model is the ``teacher``, its packed attention mass ("mass").
     """
     batch = measurement.batch
-    records: list[Record] = []
-    for row in rows:
-        case, texts = batch["cases"][row], token_texts(measurement.tokenizer, batch["context_ids"][row].tolist())
-        marked = spans_of(texts, case.answers) if case.answer_span is None else [case.answer_span]
-        mass = _mass(measurement, row) if teacher else None
-        records.append(
-            {
-                "viewed": case.id,
-                "question": f"{case.question}{case.answer_prefix and ' ... '}{case.answer_prefix}".strip(),
-                "expected": list(case.answers),
-                "tokens": texts,
-                "marked": [list(span) for span in marked],
-                "kept": {},
-                "unknown": {},
-                "mass": None if mass is None else packed_masses(mass.cpu().numpy()),
-            }
-        )
+    records = [
+        case_record(measurement.tokenizer, batch["cases"][row], batch["context_ids"][row].tolist())
+        | ({"mass": packed_masses(teacher_mass(measurement, row).cpu().numpy())} if teacher else {})
+        for row in rows
+    ]
     for point in points:
         if point.press is None or point.decoding_interval is not None:
             continue
         try:
             for record, kept in zip(records, _kept(measurement, point, rows), strict=True):
-                record |= {"layers": kept.shape[0], "heads": kept.shape[1]}
-                record["kept"][point.name] = packed_bits(kept.cpu().numpy())
+                add_kept(record, point.name, kept)
         except Exception as error:  # a press of any kind may fail; its measurement has a line of its own in the report
             log.warning("the viewer leaves out %s: %s", point.condition, error)
             for record in records:
                 record["unknown"][str(point.condition)] = f"{type(error).__name__}: {error}"
     return records
+
+
+def case_record(tokenizer: PreTrainedTokenizerBase, case: CaseInfo, context_ids: list[int]) -> Record:
+    """Return the record of ``case_views`` without kept positions and without a mass."""
+    texts = token_texts(tokenizer, context_ids)
+    marked = spans_of(texts, case.answers) if case.answer_span is None else [case.answer_span]
+    return {
+        "viewed": case.id,
+        "question": f"{case.question}{case.answer_prefix and ' ... '}{case.answer_prefix}".strip(),
+        "expected": list(case.answers),
+        "tokens": texts,
+        "marked": [list(span) for span in marked],
+        "kept": {},
+        "unknown": {},
+        "mass": None,
+    }
+
+
+def add_kept(record: Record, name: str, kept: Tensor) -> None:
+    """Add the kept positions (layers, K, L) bool of the point ``name`` to a case's record."""
+    record |= {"layers": kept.shape[0], "heads": kept.shape[1]}
+    record["kept"][name] = packed_bits(kept.cpu().numpy())
 
 
 def _kept(measurement: Measurement, point: Point, rows: Sequence[int]) -> list[Tensor]:
@@ -73,26 +82,29 @@ def _kept(measurement: Measurement, point: Point, rows: Sequence[int]) -> list[T
     assert point.press is not None
     set_compression_ratio(point.press, point.compression_ratio)
     prefilled, _ = measurement.prefilled(point)
+    full, tokens = measurement.recorded.cache, measurement.batch["context_ids"].shape[1]
+    return [kept_in(measurement.model, full, prefilled, row, tokens) for row in rows]
+
+
+def kept_in(model: PreTrainedModel, full: DynamicCache, prefilled: Prefilled, row: int, tokens: int) -> Tensor:
+    """Return (layers, K, L) bool: True where ``prefilled``, just evicted, holds the pair of one row's token.
+
+    ``full`` is the cache of the same ``tokens`` before the eviction; it is looked at if positions were not tracked.
+    """
     if prefilled.positions:
-        context = measurement.batch["context_ids"]
-        return [_held(prefilled.positions, row, context.shape[1]) for row in rows]
-    model, masked = measurement.model, masked_keys(measurement.model)
-    found = []
-    for row in rows:
-        full, left = _row_of(measurement.recorded.cache, row), _row_of(prefilled.cache, row)
-        hidden = [_masked_of(one, row) for one in masked]
-        kept = kept_positions(full, left, hidden, rotary_of(model), evicted_layers(model.config))
-        found.append(torch.stack([layer[0].cpu() for layer in kept]))
-    return found
+        return held(prefilled.positions, row, tokens)
+    left, masked = _row_of(prefilled.cache, row), [_masked_of(one, row) for one in masked_keys(model)]
+    kept = kept_positions(_row_of(full, row), left, masked, rotary_of(model), evicted_layers(model.config))
+    return torch.stack([layer[0].cpu() for layer in kept])
 
 
-def _held(positions: dict[int, Tensor], row: int, tokens: int) -> Tensor:
+def held(positions: dict[int, Tensor], row: int, tokens: int) -> Tensor:
     """Turn layer -> positions (B, K, S) of a prefill in chunks into (layers, K, L) bool of one row."""
     kept = [positions[layer][row].cpu() for layer in sorted(positions)]
     return torch.stack([torch.zeros(len(own), tokens, dtype=torch.bool).scatter(1, own, True) for own in kept])
 
 
-def _mass(measurement: Measurement, row: int) -> Tensor:
+def teacher_mass(measurement: Measurement, row: int) -> Tensor:
     """Return the attention (layers, K, L) that the answer's predictions pay to the context, with the full cache.
 
     As in training (objectives/attention_mass.py), but the answer is the model's own; in plain text, the continuation.

@@ -18,7 +18,7 @@ from sparsekv_pl.evaluation.measurement import Measurement
 from sparsekv_pl.evaluation.measuring_module import MeasuringModule, Piece
 from sparsekv_pl.evaluation.points import Point, Setting, points_of
 from sparsekv_pl.evaluation.recalled_words import RECENT_TOKENS
-from sparsekv_pl.evaluation.view_pages import ViewedCases, view_pages
+from sparsekv_pl.evaluation.view_pages import VIEWED_TOKENS, ViewedCases, view_pages
 from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.eviction.press_model_check import check_press, check_press_alone
 from sparsekv_pl.models.backbone import Backbone
@@ -30,9 +30,6 @@ from sparsekv_pl.storage.records import Record
 set_parsing_settings(subclasses_enabled=[BasePress])
 
 log = logging.getLogger(__name__)
-
-VIEWED_TOKENS = 10_000
-"""Longest context, in tokens, that an evaluation links a viewer of."""
 
 
 class EvaluationModule(MeasuringModule):

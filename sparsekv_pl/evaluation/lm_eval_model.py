@@ -151,7 +151,7 @@ class PressedLM(HFLM):
         answers: dict[int, Scored] = {}
         done = ticking("Running loglikelihood requests", "requests", len(requests), disable_tqdm)
         for shared, numbers in sorted(groups.items(), key=lambda group: -len(group[0])):
-            prefilled, held, eviction = self._prefilled(shared)
+            prefilled, held, eviction = self.prefilled(shared)
             for number in numbers:
                 text, _, continuation = requests[number]
                 answers[number] = self._score(prefilled.copy(), held, continuation)
@@ -168,7 +168,7 @@ class PressedLM(HFLM):
         for (text,) in [request.args for request in requests]:
             total, self.evictions[text] = 0.0, []
             for context, piece in self._pieces(text):
-                prefilled, held, eviction = self._prefilled(context)
+                prefilled, held, eviction = self.prefilled(context)
                 total += self._score(prefilled, held, piece)[0]
                 self.evictions[text].append(eviction)
             totals.append(total)
@@ -215,7 +215,7 @@ class PressedLM(HFLM):
             for start in range(0, len(tokens), self.rolling_tokens):
                 yield context + tokens[:start], tokens[start : start + self.rolling_tokens]
 
-    def _prefilled(self, context: Sequence[int]) -> tuple[Prefilled, list[int], ContextEviction]:
+    def prefilled(self, context: Sequence[int]) -> tuple[Prefilled, list[int], ContextEviction]:
         """Prefill and evict a context; return the cache, the held-back tokens (not in it) and the outcome."""
         split = max(0, len(context) - self.held_back)
         seen, held = self._batch(context[:split]), list(context[split:])
@@ -243,7 +243,7 @@ class PressedLM(HFLM):
         return float(log_likelihood), bool((log_probs.argmax(-1) == labels).all())
 
     def _generate(self, text: str, context: list[int], until: list[str], max_tokens: int) -> str:
-        prefilled, newest, eviction = self._prefilled(context)
+        prefilled, newest, eviction = self.prefilled(context)
         self.evictions[text] = [eviction]
         lengths = torch.tensor([len(newest)], device=self.device)
 

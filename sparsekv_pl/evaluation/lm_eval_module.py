@@ -1,20 +1,22 @@
 """The LightningModule that runs lm-evaluation-harness's tasks under each press and ratio, base and trained."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from itertools import product, repeat
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import set_parsing_settings
 from kvpress import BasePress
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
-from sparsekv_pl.evaluation.lm_eval_records import case_records, score_records, table
+from sparsekv_pl.evaluation.lm_eval_records import case_name, case_records, score_records, table
 from sparsekv_pl.evaluation.lm_eval_tasks import named_files, task_manager
+from sparsekv_pl.evaluation.lm_eval_views import Sample, document_view, viewed_documents
 from sparsekv_pl.evaluation.measuring_module import MeasuringModule, Piece
 from sparsekv_pl.evaluation.points import Point, Setting, points_of
+from sparsekv_pl.evaluation.view_pages import VIEWED_TOKENS, check_views, view_pages
 from sparsekv_pl.eviction.press_model_check import check_press, check_press_alone
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.presses.ratio import set_compression_ratio
@@ -24,6 +26,9 @@ from sparsekv_pl.reporting.console import show
 from sparsekv_pl.reporting.loggers import log_scores
 from sparsekv_pl.storage.fingerprint import folder_digest
 from sparsekv_pl.storage.records import Record
+
+if TYPE_CHECKING:
+    from sparsekv_pl.evaluation.lm_eval_model import PressedLM
 
 set_parsing_settings(subclasses_enabled=[BasePress])
 
@@ -65,6 +70,10 @@ class LMEvalModule(MeasuringModule):
         Null: where the run's name says, else output/lm_eval.
     title
         Title of the report.
+    views
+        Number of documents that the report links an eviction viewer of, shared out over the tasks: which tokens each
+        press kept. Contexts of more than 10,000 tokens, and texts without a context (perplexity), have none. Finished
+        work keeps the documents with which it was measured.
     """
 
     one_process = "lm_eval tasks run on one device, not on {}: set trainer.devices to 1; use another run for the rest"
@@ -81,11 +90,13 @@ class LMEvalModule(MeasuringModule):
         held_back: int = 1,
         output: str | None = None,
         title: str = "lm-evaluation-harness under eviction",
+        views: int = 2,
     ) -> None:
         self.points, self.tasks = points_of(settings), tasks
         self.include_path = None if include_path is None else Path(include_path).expanduser()
         self.limit, self.num_fewshot, self.held_back = limit, num_fewshot, held_back
         self.apply_chat_template = apply_chat_template
+        check_views(views)
         self._check(settings)
         self.manager = task_manager(self.tasks, self.include_path)
         if apply_chat_template and not backbone.load_tokenizer().chat_template:
@@ -93,7 +104,8 @@ class LMEvalModule(MeasuringModule):
                 f"the tokenizer of {backbone.pretrained} has no chat template: set apply_chat_template to false"
             )
         super().__init__(output or "output/lm_eval", backbone)
-        self.title = title
+        self.backbone: Backbone = backbone
+        self.title, self.views = title, views
         for setting in settings:
             check_press(self.causal_lm, setting.press)
         self.named: dict[str, list[str]] = {}
@@ -126,13 +138,15 @@ class LMEvalModule(MeasuringModule):
         """Write the report and print the table."""
         scores = [record for record in records if "metric" in record]
         log_scores(self.loggers, {_name(score): score["value"] for score in scores if score["value"] is not None})
-        show(table(records))
+        show(table([record for record in records if "viewed" not in record]))
         # Reports pair cases that are right or wrong; tasks with other metrics (perplexity, F1) are only in the table.
         paired = [record for record in records if "exact" in record or "error" in record]
         if not paired:
             return []
         environment |= {"lm_eval": metadata.version("lm_eval"), "scores": scores}
-        return write_run(self.output, summarised(paired), self.training_summary, environment, self.title)
+        model = {"model": self.base["pretrained"], "adapter": self.backbone.adapter or "none"}
+        pages = view_pages(records, self.views, "What the cache kept", model)
+        return write_run(self.output, summarised(paired), self.training_summary, environment, self.title, None, pages)
 
     def _run(self, variant: str, point: Point, task: str) -> list[Record]:
         from lm_eval.evaluator import simple_evaluate
@@ -165,7 +179,11 @@ class LMEvalModule(MeasuringModule):
             )
         assert results is not None, "lm_eval returns results in the first process, and there is only one"
         samples = results.pop("samples")
-        records = [*score_records(results, lm.evictions), *case_records(samples, lm.evictions)]
+        most = -(-(self.views - self.tasks.index(task)) // len(self.tasks))
+        viewed = viewed_documents(lm, samples, most, VIEWED_TOKENS)
+        records = [*score_records(results, lm.evictions), *case_records(samples, lm.evictions, viewed)]
+        if point.quantisation is None:  # else it keeps the pairs of the point without
+            records += _views(lm, samples, viewed, point, variant == "base")
         tracker.save_results_aggregated(results, samples)
         for name, found in samples.items():
             tracker.save_results_samples(name, found)
@@ -207,6 +225,20 @@ class LMEvalModule(MeasuringModule):
                     f"{point.condition.press} has decoding_interval={point.decoding_interval}, but lm_eval tasks "
                     "evict before the answer: leave it out"
                 )
+
+
+def _views(
+    lm: "PressedLM",
+    samples: Mapping[str, Sequence[Sample]],
+    viewed: Mapping[tuple[str, int], list[int]],
+    point: Point,
+    teacher: bool,
+) -> Iterator[Record]:
+    """Yield the view of each chosen document, under the names that its filters have in reports."""
+    for (task, number), ids in viewed.items():
+        for sample in samples[task]:
+            if sample["doc_id"] == number:
+                yield document_view(lm, case_name(task, sample), sample, ids, point, teacher)
 
 
 def _name(record: Record) -> str:

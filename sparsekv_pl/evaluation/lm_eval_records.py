@@ -1,12 +1,13 @@
 """lm_eval's results as records and as the terminal's table."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Column, Table
 
+from sparsekv_pl.evaluation.lm_eval_views import answer_of
 from sparsekv_pl.storage.records import Record
 
 if TYPE_CHECKING:
@@ -48,16 +49,22 @@ def score_records(results: Mapping[str, Any], evictions: Evictions) -> Iterator[
                 }
 
 
-def case_records(samples: Mapping[str, Sequence[Mapping[str, Any]]], evictions: Evictions) -> Iterator[Record]:
-    """Yield a record per task, filter and document, with ``exact`` if the task has a metric of ``EXACT``."""
+def case_records(
+    samples: Mapping[str, Sequence[Mapping[str, Any]]],
+    evictions: Evictions,
+    viewed: Container[tuple[str, int]] = (),
+) -> Iterator[Record]:
+    """Yield a record per task, filter and document, with ``exact`` if the task has a metric of ``EXACT``.
+
+    Those of ``viewed`` documents also have the model's ``answer``.
+    """
     for task, documents in samples.items():
         for sample in documents:
             texts = {arguments[0] for arguments in sample["arguments"]}
             met = [eviction for text in texts for eviction in evictions.get(text, [])]
-            name = _task(task, sample["filter"])
             record: Record = {
-                "case": f"{name}/{sample['doc_id']}",
-                "task": name,
+                "case": case_name(task, sample),
+                "task": _task(task, sample["filter"]),
                 "length": round(fmean(eviction.tokens for eviction in met)) if met else 0,
                 "depth": None,
                 "seed": 0,
@@ -65,6 +72,8 @@ def case_records(samples: Mapping[str, Sequence[Mapping[str, Any]]], evictions: 
             right = [sample[metric] for metric in EXACT if isinstance(sample.get(metric), (int, float))]
             if right:
                 record["exact"] = float(right[0])
+            if (task, sample["doc_id"]) in viewed and (answer := answer_of(sample)):
+                record["answer"] = answer
             yield record
 
 
@@ -96,6 +105,11 @@ def _cell(record: Record | None) -> str:
         return f"failed: {record['error']}"
     spread = "" if record["stderr"] is None else f" ± {record['stderr']:.4f}"
     return "-" if record["value"] is None else f"{record['value']:.4f}{spread}"
+
+
+def case_name(task: str, sample: Mapping[str, Any]) -> str:
+    """A document's name in reports."""
+    return f"{_task(task, sample['filter'])}/{sample['doc_id']}"
 
 
 def _task(task: str, filtered: str) -> str:

@@ -12,16 +12,19 @@ from jsonargparse import set_parsing_settings
 from kvpress import BasePress
 
 from sparsekv_pl.evaluation.batch_keys import batch_of
+from sparsekv_pl.evaluation.case_view import add_kept, case_record, held
 from sparsekv_pl.evaluation.measurement import Measurement
 from sparsekv_pl.evaluation.measuring_module import MeasuringModule, Piece
 from sparsekv_pl.evaluation.points import check_evicts
 from sparsekv_pl.evaluation.prefill_progress import PrefillProgress
 from sparsekv_pl.evaluation.stop_signal import stop_signal
 from sparsekv_pl.evaluation.time_and_memory import Phases
+from sparsekv_pl.evaluation.view_pages import VIEWED_TOKENS, ViewedCases, view_pages
 from sparsekv_pl.eviction.interrupted_prefill import SavedState
 from sparsekv_pl.eviction.kept_memory import kept_memory
 from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.eviction.prefill import ChunkedPrefill
+from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.eviction.press_model_check import check_press, check_press_alone
 from sparsekv_pl.eviction.quantised_pairs import PairQuantisation, quantised_bytes
 from sparsekv_pl.eviction.quantised_prefill import QuantisedPrefill
@@ -77,6 +80,9 @@ class LongContextModule(MeasuringModule):
         Prefill speed assumed by the plan; null: the plan states no time.
     quantisation
         Bits in which the kept pairs are stored; null keeps them whole.
+    views
+        Number of questions that the report links an eviction viewer of: which tokens the press kept. Contexts of more
+        than 10,000 tokens, or of a single chunk, have none.
     """
 
     one_process = (
@@ -96,7 +102,9 @@ class LongContextModule(MeasuringModule):
         dry: bool = False,
         tokens_per_second: float | None = None,
         quantisation: PairQuantisation | None = None,
+        views: int = 2,
     ) -> None:
+        self.viewed = ViewedCases(views, VIEWED_TOKENS)
         for name, value in {"budget": budget, "chunk_tokens": chunk_tokens, "save_every": save_every}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
@@ -152,7 +160,10 @@ class LongContextModule(MeasuringModule):
 
     def write(self, records: list[Record], environment: dict[str, Any]) -> list[Path]:
         """Write the report and print the table."""
-        return self.report_cases(records, environment | {"device": str(self._input_device)})
+        model = {"model": self.base["pretrained"], "adapter": self.backbone.adapter or "none"}
+        pages = view_pages(records, self.viewed.count, "What the cache kept", model)
+        cases = [record for record in records if "case" in record]
+        return self.report_cases(cases, environment | {"device": str(self._input_device)}, pages=pages)
 
     @property
     def _input_device(self) -> torch.device:
@@ -227,7 +238,16 @@ class LongContextModule(MeasuringModule):
             answered = Measurement(self.causal_lm, self.tokenizer, self._row(batch, row)).answers(prefilled.copy())[0]
             about = {"case": case.id, "task": case.task, "depth": case.depth, "seed": case.seed}
             records.append(about | shared | answered)
-        return records
+        return records + self._views(batch, variant, condition, prefilled)
+
+    def _views(self, batch: CaseBatch, variant: str, condition: Condition, prefilled: Prefilled) -> list[Record]:
+        """Records as of ``case_views``, without a mass: the teacher's full cache was never made."""
+        ids, views = batch["context_ids"], []
+        for row in self.viewed.rows(batch) if prefilled.positions else ():
+            view = case_record(self.tokenizer, batch["cases"][row], ids[0].tolist())
+            add_kept(view, condition.name, held(prefilled.positions, 0, ids.shape[1]))
+            views.append({"variant": variant, **view})
+        return views
 
     def _row(self, batch: CaseBatch, row: int) -> CaseBatch:
         length = batch["continuation_lengths"][row : row + 1]

@@ -11,6 +11,15 @@ from sparsekv_pl.storage.records import Record
 from sparsekv_pl.viewer.compact_arrays import joined
 from sparsekv_pl.viewer.viewer_page import viewer_page
 
+VIEWED_TOKENS = 10_000
+"""Longest context, in tokens, that a report links a viewer of."""
+
+
+def check_views(count: int) -> None:
+    """Raise ``ValueError`` for fewer than 0 views."""
+    if count < 0:
+        raise ValueError(f"views is {count}: give a number of cases, 0 for none")
+
 
 class ViewedCases:
     """Chooses the first cases of a run, spread over the depths of their batch.
@@ -24,8 +33,7 @@ class ViewedCases:
     """
 
     def __init__(self, count: int, most_tokens: int | None) -> None:
-        if count < 0:
-            raise ValueError(f"views is {count}: give a number of cases, 0 for none")
+        check_views(count)
         self.count, self.most_tokens = count, most_tokens
         self._chosen: dict[tuple[str, ...], list[int]] = {}
 
@@ -67,7 +75,8 @@ def view_pages(
     views: dict[str, dict[str, Record]] = {}
     for record in records:
         if "viewed" in record:
-            views.setdefault(record["viewed"], {})[record["variant"]] = record
+            sides = views.setdefault(record["viewed"], {})
+            sides[record["variant"]] = _together(sides.get(record["variant"]), record)
     shown = {case: views[case] for case in sorted(views)[:count] if any(view["kept"] for view in views[case].values())}
     pages = {}
     for number, (case, view) in enumerate(shown.items(), 1):
@@ -76,6 +85,14 @@ def view_pages(
         content = page_content(view, answers, title, {**about, "case": case})
         pages[name] = (case, viewer_page(content))
     return pages
+
+
+def _together(view: Record | None, more: Record) -> Record:
+    """Join the records of one case and variant, which may have been measured point by point."""
+    if view is None:
+        return more
+    both = {name: {**view[name], **more[name]} for name in ("kept", "unknown")}
+    return {**view, **more, **both, "mass": view["mass"] or more["mass"]}
 
 
 def page_content(
@@ -122,11 +139,12 @@ def page_content(
 def is_right(record: Record) -> bool | None:
     """Whether a case was answered; None if no answer is expected.
 
-    An answer whose beginning the model was given must go on with the expected one, another must contain it.
+    An answer whose beginning the model was given must go on with the expected one, another must contain it, if that
+    was scored.
     """
     if "exact" not in record:
         return None
-    return bool(record["exact" if record["answer_prefix"] else "substring"] == 1)
+    return bool(record["exact" if record.get("answer_prefix") or "substring" not in record else "substring"] == 1)
 
 
 def _answers(own: Mapping[str, Record]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def refused(path: Path, *arguments: str) -> str:
 def test_every_model_is_among_them() -> None:
     assert MODELS.keys() == {
         *("EITModule", "GateDistillation", "EvaluationModule", "LMEvalModule", "LongContextModule", "EvictionViewer"),
-        *("AnchorAnalysis", "BlockComparison", "OracleBlocks", "TensorCollection"),
+        *("AnchorAnalysis", "AttentionStatisticsAnalysis", "BlockComparison", "OracleBlocks", "TensorCollection"),
     }
 
 

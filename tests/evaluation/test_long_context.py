@@ -1,5 +1,6 @@
 """Long contexts end to end: reading in chunks, stopping, resuming after a kill, planning, and answers."""
 
+import base64
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kvpress import BasePress, KeyDiffPress, KeyRerotationPress, KnormPress, RandomPress, SnapKVPress
@@ -53,7 +55,8 @@ def haystacks(**settings: Any) -> HaystackData:
 
 
 def without_times(module: LongContextModule) -> list[Record]:
-    return [{name: value for name, value in record.items() if name not in TIMES} for record in module.records]
+    cases = [record for record in module.records if "case" in record]
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in cases]
 
 
 @pytest.fixture
@@ -260,3 +263,30 @@ def test_the_question_must_fit_the_positions_too(
     module: LightningModule = LongContextModule(tiny_backbone(), None, None, CHUNK, str(tmp_path))
     with pytest.raises(ValueError, match=r"a context of 1020 tokens takes 1... positions"):
         tiny_trainer().test(module, haystacks(tokens=1020), verbose=False)
+
+
+def test_the_report_links_what_was_kept_of_a_context_that_a_page_can_show(
+    run: Callable[..., list[Record]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    viewed, pages = [], {}
+    whole = LongContextModule._views
+
+    def recording(module: LongContextModule, *given: Any) -> list[Record]:
+        viewed.append((whole(module, *given), given[-1].positions))
+        return viewed[-1][0]
+
+    monkeypatch.setattr(LongContextModule, "_views", recording)
+    monkeypatch.setattr(measuring, "write_run", lambda *given: pages.update(given[-1]) or [])
+    run(report=True)
+    ((views, positions),) = viewed
+    assert [view["viewed"] for view in views] == [label for label, _ in pages.values()] and len(views) == 2
+    for view in views:
+        (packed,) = view["kept"].values()
+        bits = np.unpackbits(np.frombuffer(base64.b64decode(packed), np.uint8))[: 2 * 2 * TOKENS].reshape(2, 2, TOKENS)
+        for layer, kept in positions.items():
+            assert [[*np.flatnonzero(row)] for row in bits[layer]] == kept[0].sort(-1).values.tolist()
+        assert view["marked"] and view["mass"] is None
+    pages.clear()
+    monkeypatch.setattr("sparsekv_pl.evaluation.long_context.VIEWED_TOKENS", TOKENS - 1)
+    run(report=True, output="another")
+    assert pages == {}
