@@ -266,7 +266,7 @@ def test_the_question_must_fit_the_positions_too(
 
 
 def test_the_report_links_what_was_kept_of_a_context_that_a_page_can_show(
-    run: Callable[..., list[Record]], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., list[Record]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     viewed, pages = [], {}
     whole = LongContextModule._views
@@ -288,5 +288,5 @@ def test_the_report_links_what_was_kept_of_a_context_that_a_page_can_show(
         assert view["marked"] and view["mass"] is None
     pages.clear()
     monkeypatch.setattr("sparsekv_pl.evaluation.long_context.VIEWED_TOKENS", TOKENS - 1)
-    run(report=True, output="another")
+    run(report=True, output=str(tmp_path / "another"))
     assert pages == {}
