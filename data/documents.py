@@ -145,4 +145,4 @@ def check_files(owner: str, paths: Sequence[str]) -> None:
         raise ValueError(f"{owner} got an empty list of paths: name at least one file")
     for path in paths:
         if not Path(path).expanduser().exists():
-            raise ValueError(f"{path}: not readable (there is no such file). Check the path")
+            raise ValueError(f"{owner}.paths has {path}: not readable (there is no such file). Check the path")

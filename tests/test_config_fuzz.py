@@ -41,6 +41,8 @@ def local(tiny_models: dict[str, str], tiny_adapter: Callable[..., str]) -> Any:
             backbone["adapter"] = folder
         if "tokenizer" in settings:
             settings["tokenizer"] = tiny_models["llama"]
+        if settings.get("gates") and "gates" not in path:
+            settings["gates"] = None
         if settings.get("include_path"):
             settings["include_path"] = str(ROOT / settings["include_path"])
         if (config.get("trainer") or {}).get("accelerator") == "gpu":
@@ -66,6 +68,8 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "test", test)
     monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(tmp_path)
+    Path("output").mkdir()
+    Path("output/moby-dick.jsonl").touch()  # configs/train/robust.yaml reads it
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 

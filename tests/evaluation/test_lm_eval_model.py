@@ -162,13 +162,13 @@ def test_rerotated_keys_are_continued_from_where_they_end(tiny: tuple[Any, Any])
     turned = PressedLM(*tiny, KeyRerotationPress(StreamingLLMPress(0.5)))
     plain = PressedLM(*tiny, StreamingLLMPress(0.5))
     assert loglikelihoods(turned, OPTIONS[:1]) != loglikelihoods(plain, OPTIONS[:1])
-    assert turned._prefilled(list(range(2, 43)))[0].next_position == 20
-    assert plain._prefilled(list(range(2, 43)))[0].next_position == 40
+    assert turned.prefilled(list(range(2, 43)))[0].next_position == 20
+    assert plain.prefilled(list(range(2, 43)))[0].next_position == 40
 
 
 def test_a_press_without_a_seed_draws_the_same_for_the_same_context(tiny: tuple[Any, Any]) -> None:
     first, again, other = (
-        PressedLM(*tiny, press=RandomPress(0.5))._prefilled(list(range(start, start + 40)))[0].cache.layers[0].keys
+        PressedLM(*tiny, press=RandomPress(0.5)).prefilled(list(range(start, start + 40)))[0].cache.layers[0].keys
         for start in (2, 2, 3)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)

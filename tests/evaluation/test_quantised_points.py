@@ -131,7 +131,7 @@ def test_tasks_of_lm_eval_are_answered_from_rounded_pairs(model: PreTrainedModel
     def score(**settings: Any) -> float:
         lm = PressedLM(model, tokenizer, KnormPress(0.5), **settings)
         context = tokenizer.encode("The committee met in the afternoon and said nothing about the harbour.")
-        prefilled, held, _ = lm._prefilled(context)
+        prefilled, held, _ = lm.prefilled(context)
         return lm._score(prefilled, held, [5, 6, 7])[0]
 
     assert score() == score(quantisation=None) != score(quantisation=PairQuantisation(2))
