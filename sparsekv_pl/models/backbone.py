@@ -89,8 +89,8 @@ class Backbone:
         source = self.source()
         tokenizer = self._tokenizer(source)
         local = Path(source).exists()  # a hub model's files are known once it is loaded
-        if local:
-            self._check_base(source)
+        if self.adapter is not None and local:
+            check_base(self.adapter, self.pretrained, Path(source), self.files)
         model = self._skeleton(source) if self.sharded else self._model(source, trainable)
         check_vocabulary(model, tokenizer, self.pretrained)
         check_computed(model)
@@ -98,7 +98,7 @@ class Backbone:
             rank_zero_info(line)
         if self.adapter is not None and adapter is not None:
             if not local:
-                self._check_base(source)
+                check_base(self.adapter, self.pretrained, Path(source), self.files)
             return load_adapter(model, self.adapter, adapter, trainable), tokenizer
         if self.lora is not None and trainable:
             return inject_lora(model, self.lora, self.revision), tokenizer
@@ -190,10 +190,6 @@ class Backbone:
         if len(placed.get("device_map", {})) > 1:
             settle(model)
         return model
-
-    def _check_base(self, source: str) -> None:
-        if self.adapter is not None:
-            check_base(Path(self.adapter).expanduser(), self.pretrained, Path(source), self.files)
 
     def _check_sharded(self, trainable: bool) -> None:
         for name, clashes, instead in (

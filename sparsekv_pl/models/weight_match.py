@@ -67,7 +67,7 @@ def check_head(model: PreTrainedModel, what: str) -> None:
         )
 
 
-def check_base(adapter: Path, pretrained: str, source: Path, files: Callable[[], Path]) -> None:
+def check_base(adapter: str, pretrained: str, source: Path, files: Callable[[], Path]) -> None:
     """Raise ``ValueError`` if the adapter in this folder was trained on another base than ``pretrained``.
 
     Bases are compared by content if the training run recorded its base's weights, by their fingerprint in the base's
@@ -75,8 +75,9 @@ def check_base(adapter: Path, pretrained: str, source: Path, files: Callable[[],
     If one is a folder and the other a hub name, it only warns: a copy of a hub model may have any name. ``files``
     returns the base's files, ``source`` is where they were loaded from (a GGUF file is converted first).
     """
-    trained_on = read_mapping(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
-    summary = adapter / TRAINING_SUMMARY
+    home = Path(adapter).expanduser()
+    trained_on = read_mapping(home / "adapter_config.json").get("base_model_name_or_path") or ""
+    summary = home / TRAINING_SUMMARY
     known = read_mapping(summary) if summary.exists() else {}
     name, digest = known.get("base", trained_on), known.get("base_weights")
     if digest is None and (fingerprint := FINGERPRINT.search(trained_on)):
@@ -94,7 +95,7 @@ def check_base(adapter: Path, pretrained: str, source: Path, files: Callable[[],
         same = trained_on == pretrained
     if not same:
         raise ValueError(
-            f"adapter={str(adapter)!r} was trained on {name!r}, and pretrained={pretrained!r} has other weights: give "
+            f"adapter={adapter!r} was trained on {name!r}, and pretrained={pretrained!r} has other weights: give "
             "the base that it was trained on"
         )
 

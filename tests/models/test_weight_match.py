@@ -150,9 +150,9 @@ def test_an_adapter_of_another_hub_model_is_refused_by_name(tmp_path: Path) -> N
     from sparsekv_pl.models.weight_match import check_base
 
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen3-8B"}')
-    check_base(tmp_path, "Qwen/Qwen3-8B", Path("Qwen/Qwen3-8B"), Path)
+    check_base(str(tmp_path), "Qwen/Qwen3-8B", Path("Qwen/Qwen3-8B"), Path)
     with pytest.raises(ValueError, match="trained on 'Qwen/Qwen3-8B', and pretrained='Qwen/Qwen3-4B'"):
-        check_base(tmp_path, "Qwen/Qwen3-4B", Path("Qwen/Qwen3-4B"), Path)
+        check_base(str(tmp_path), "Qwen/Qwen3-4B", Path("Qwen/Qwen3-4B"), Path)
 
 
 @pytest.mark.parametrize(
