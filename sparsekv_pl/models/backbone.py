@@ -76,8 +76,7 @@ class Backbone:
 
         Raises ``ValueError`` for a path that does not exist, an architecture that transformers does not know, an
         unsupported head or attention, weights that are missing or unused, a tokenizer whose ids exceed the embedding,
-        LoRA targets that the decoder does not have, an adapter of another base or without effect, an impossible
-        placement or sharding.
+        unknown LoRA targets, an adapter of another base or without effect, an impossible placement or sharding.
         """
         if trainable and self.load_in_4bit and self.lora is None and self.adapter is None:
             raise ValueError("load_in_4bit=true freezes the base weights: set lora, or load_in_4bit=false")
