@@ -84,6 +84,6 @@ def _checked(parser: LineParser, asked: argparse.Namespace) -> argparse.Namespac
 
 def _unwritable(path: Path) -> Path | None:
     """Return the existing part of ``path`` that keeps a file from being written there; None if nothing does."""
-    place = next(part for part in (path.absolute(), *path.absolute().parents) if part.exists())
+    place, *_ = (part for part in (path.absolute(), *path.absolute().parents) if part.exists())
     fits = place.is_dir() != (place == path.absolute())
     return None if fits and os.access(place, os.W_OK) else place
