@@ -108,7 +108,10 @@ def _chosen(places: Sequence[int], asked: Asked, rng: random.Random, depth: floa
     """Choose ascending places for the sentences, the answer's at the place nearest to ``depth``."""
     if depth is None:
         return sorted(rng.choices(places, k=len(asked.hidden)))
-    own, *_ = (i for i, sentence in enumerate(asked.hidden) if asked.turn.answers[0].lower() in sentence.lower())
+    answer = asked.turn.answers[0].lower()
+    own = next(
+        (i for i, sentence in enumerate(asked.hidden) if answer in sentence.lower()), 0
+    )  # 0: it must be computed
     place = min(places, key=lambda place: abs(place - depth * body))
     before = rng.choices([other for other in places if other <= place], k=own)
     after = rng.choices([other for other in places if other >= place], k=len(asked.hidden) - own - 1)

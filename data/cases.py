@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data.packing import Tokens
-from sparsekv_pl.models.batch import CaseInfo
+from sparsekv_pl.models.batch import IGNORE, CaseInfo
 from sparsekv_pl.models.chat_frame import chat_frame
 from sparsekv_pl.models.encoding import Encoder
 
@@ -36,6 +36,19 @@ class TrainingCase:
     document_ids: list[str]
     task: str
     """The kinds of its questions; "needle" for ``NeedleTask``."""
+
+
+def read_after(case: TrainingCase, tokens: int) -> TrainingCase:
+    """Move the last ``tokens`` tokens of a case's context behind the eviction, unsupervised, before its question."""
+    if not tokens:
+        return case
+    cut = len(case.context_ids) - tokens
+    return replace(
+        case,
+        context_ids=case.context_ids[:cut],
+        continuation_ids=[*case.context_ids[cut:], *case.continuation_ids],
+        labels=[*[IGNORE] * tokens, *case.labels],
+    )
 
 
 class Frame(Encoder):

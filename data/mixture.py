@@ -8,7 +8,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from data.asked_rows import check_room, validation_questions
-from data.cases import TrainingCase
+from data.cases import TrainingCase, read_after
 from data.collate import needle_batch, pad_id, text_batch
 from data.mixture_stream import MixtureStream, question_cases, training_needles
 from data.needles import NeedleTask
@@ -70,6 +70,10 @@ class EvictionData(TokenizedData):
     windows_per_document
         Most windows (a context and a continuation) that training takes of one document and epoch, from a place that is
         drawn; null takes all. A book has hundreds, which would follow each other.
+    read_tokens
+        Fewest and most tokens at the end of a question's context that are read after the eviction, unsupervised, before
+        the question; drawn for every batch, null for none. With ``RealEviction.decoding`` they are evicted from while
+        they are read, so what is asked for must be carried over them. ``context_tokens`` counts them.
 
     Raises
     ------
@@ -93,6 +97,7 @@ class EvictionData(TokenizedData):
         shortest_context: int | None = None,
         questions: dict[str, float] | None = None,
         windows_per_document: int | None = None,
+        read_tokens: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.questions = checked_weights(questions)
@@ -113,7 +118,13 @@ class EvictionData(TokenizedData):
             )
         if windows_per_document is not None and windows_per_document < 1:
             raise ValueError(f"windows_per_document is {windows_per_document}: give at least 1, or null for all")
-        self.windows_per_document = windows_per_document
+        shortest = context_tokens if shortest_context is None else shortest_context
+        if read_tokens is not None and not 0 <= read_tokens[0] <= read_tokens[1] < shortest:
+            raise ValueError(
+                f"read_tokens is {read_tokens}: give (fewest, most) with 0 <= fewest <= most, below the shortest "
+                f"context's {shortest} tokens, or null"
+            )
+        self.windows_per_document, self.read_tokens = windows_per_document, read_tokens
         self.text = text or EmbeddedText()
         self.splits = splits or Splits()
         self.context_tokens, self.continuation_tokens = context_tokens, continuation_tokens
@@ -126,6 +137,12 @@ class EvictionData(TokenizedData):
         """All possible context lengths, in tokens."""
         longest = self.context_tokens
         return range(longest if self.shortest_context is None else self.shortest_context, longest + 1)
+
+    @property
+    def evicted_lengths(self) -> range:
+        """All possible numbers of context tokens before the first eviction."""
+        moved = self.read_tokens[1] if self.read_tokens and self.retrieval_share else 0
+        return range(self.context_lengths[0] - moved, self.context_tokens + 1)
 
     def setup(self, stage: str | None = None) -> None:
         """Take the tokenizer. Raises ``ValueError`` if the trainer cannot train on a stream, or a fact has no room."""
@@ -175,6 +192,7 @@ class EvictionData(TokenizedData):
         else:
             task = NeedleTask(self.tokenizer, self.context_tokens, self.seed, "validation")
             cases = [task.case(i, text, depth=depth) for i, depth in enumerate(depths)]
+        cases = [read_after(case, self.read_tokens[1] if self.read_tokens else 0) for case in cases]
         pad, size = pad_id(self.tokenizer), self.batch_size
         batches = [text_batch(rows, self.continuation_tokens, pad) for rows in _groups(windows, size)]
         return batches + [needle_batch(rows, pad) for rows in _groups(cases, size)]

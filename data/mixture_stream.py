@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch.utils.data import IterableDataset, get_worker_info
 
 from data.asked_rows import AskedRows
+from data.cases import TrainingCase, read_after
 from data.collate import needle_batch, pad_id, text_batch
 from data.facts import Split
 from data.mixed_windows import MixedWindows
@@ -33,6 +34,7 @@ STREAM_SETTINGS = (
     "shortest_context",
     "questions",
     "windows_per_document",
+    "read_tokens",
 )
 """Settings that determine the training stream, besides the tokenizer and the numbers of ranks and workers."""
 
@@ -48,8 +50,9 @@ class MixtureStream(IterableDataset[Batch]):
         found: dict[str, Any] = {"ranks": self.ranks}
         for name in STREAM_SETTINGS:
             found |= flat_settings(name, getattr(self.data, name))
-        if self.data.windows_per_document is None:  # older checkpoints do not have it
-            del found["windows_per_document"]
+        for name in ("windows_per_document", "read_tokens"):
+            if getattr(self.data, name) is None:  # older checkpoints do not have it
+                del found[name]
         return found | tokenizer_settings(self.data.tokenizer)
 
     def __iter__(self) -> "MixtureIterator":
@@ -76,13 +79,16 @@ class MixtureIterator(Iterator[Batch]):
         first = (self.step * self.ranks + self.rank) * data.batch_size
         rows = range(first, first + data.batch_size)
         lengths = [random_for("length", data.seed, row).choice(data.context_lengths) for row in rows]
+        read = 0 if data.read_tokens is None else random_for("read", data.seed, self.step).randint(*data.read_tokens)
         self.step += self.workers
         if retrieval:
-            cases = zip(rows, windows, lengths, strict=True)
+            drawn = zip(rows, windows, lengths, strict=True)
+            cases: list[TrainingCase]
             if self.asked is not None:
-                return needle_batch([self.asked.case(*case) for case in cases], self.pad) | self._counted()
-            needles = [self.needles.case(row, text, context_tokens=length) for row, text, length in cases]
-            return needle_batch(needles, self.pad) | self._counted()
+                cases = [self.asked.case(*case) for case in drawn]
+            else:
+                cases = [self.needles.case(row, text, context_tokens=length) for row, text, length in drawn]
+            return needle_batch([read_after(case, read) for case in cases], self.pad) | self._counted()
         tokens = data.continuation_tokens
         encoder, spans = self.windows.encoder, [length + tokens for length in lengths]
         cut = [window_at(window, 0, span, tokens, encoder) for window, span in zip(windows, spans, strict=True)]

@@ -2,10 +2,14 @@
 
 from collections.abc import Mapping
 
+from data.assignments import Assignments
 from data.cloze import Cloze
+from data.copying import Copying
+from data.counting import Counting
 from data.distractors import Distractors
 from data.event_order import EventOrder
 from data.fact_questions import FactQuestions
+from data.listed_items import ListedItems
 from data.neighbours import Neighbours
 from data.question_kind import QuestionKind
 from data.quotes import Quotes
@@ -23,6 +27,10 @@ QUESTION_KINDS: dict[str, QuestionKind] = {
         Neighbours(),
         EventOrder(),
         Speakers(),
+        Copying(),
+        Counting(),
+        ListedItems(),
+        Assignments(),
     )
 }
 

@@ -33,11 +33,11 @@ class QuestionTask(CaseTask):
     Parameters
     ----------
     kind
-        "quotes", "cloze", "neighbours", "order", "speakers", "told" or "distractors": kinds that training can ask too,
-        in other words (see data/question_kinds.py). "distractors_8": one of eight nearly equal keys. "unseen": facts
-        of kinds that training never asks for, one of the seven drawn for each case; "unseen_trade", "unseen_colour",
-        "unseen_spot", "unseen_reason", "unseen_definition", "unseen_code_line" and "unseen_day" ask for one of them.
-        It is the task's name.
+        "quotes", "cloze", "neighbours", "order", "speakers", "told", "distractors", "copying", "counting", "list" or
+        "variables": kinds that training can ask too, in other words (see data/question_kinds.py). "distractors_8": one
+        of eight nearly equal keys. "unseen": facts of kinds that training never asks for, one of the seven drawn for
+        each case; "unseen_trade", "unseen_colour", "unseen_spot", "unseen_reason", "unseen_definition",
+        "unseen_code_line" and "unseen_day" ask for one of them. It is the task's name.
     """
 
     def __init__(self, kind: str) -> None:

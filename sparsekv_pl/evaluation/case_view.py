@@ -41,7 +41,7 @@ def case_views(measurement: Measurement, points: Sequence[Point], rows: Sequence
         for row in rows
     ]
     for point in points:
-        if point.press is None or point.decoding_interval is not None:
+        if point.press is None or point.decoding is not None:
             continue
         try:
             for record, kept in zip(records, _kept(measurement, point, rows), strict=True):

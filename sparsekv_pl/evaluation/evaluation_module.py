@@ -101,19 +101,8 @@ class EvaluationModule(MeasuringModule):
             check_positions(self.causal_lm, length, length, rotates=False)
             for setting in self.settings:
                 setting.check(length)
-        self._check_text()
         self._compare_splits()
         super().setup(stage)
-
-    def _check_text(self) -> None:
-        if getattr(self.trainer.datamodule, "has_text", True):  # type: ignore[attr-defined]
-            return
-        for point in self.points:
-            if point.decoding_interval is not None:
-                raise ValueError(
-                    f"{point.condition.press} has decoding_interval={point.decoding_interval}, and the data has no "
-                    "text to read while it evicts: set data.windows, or leave decoding_interval out"
-                )
 
     def _compare_splits(self) -> None:
         splits = getattr(self.trainer.datamodule, "splits", None)  # type: ignore[attr-defined]
@@ -134,9 +123,8 @@ class EvaluationModule(MeasuringModule):
         measurement = Measurement(self.causal_lm, self.tokenizer, batch, self.stability)
         if self.sparsity and measurement.is_text:
             yield self._sparsity_of(batch, variant)
-        points = [point for point in self.points if point.decoding_interval is None or measurement.is_text]
-        pieces = [self._piece(measurement, variant, point) for point in points]
-        measurement.ahead = [point for point, piece in zip(points, pieces, strict=True) if self.is_left(piece)]
+        pieces = [self._piece(measurement, variant, point) for point in self.points]
+        measurement.ahead = [point for point, piece in zip(self.points, pieces, strict=True) if self.is_left(piece)]
         yield from pieces
         if rows := self._viewed_rows(measurement):
             yield self._views_of(measurement, variant, rows)

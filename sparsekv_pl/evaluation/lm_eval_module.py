@@ -220,10 +220,10 @@ class LMEvalModule(MeasuringModule):
         if self.include_path is not None and not self.include_path.is_dir():
             raise ValueError(f"include_path={str(self.include_path)!r} is no folder: give one that holds task files")
         for point in self.points:
-            if point.decoding_interval is not None:
+            if point.decoding is not None:
                 raise ValueError(
-                    f"{point.condition.press} has decoding_interval={point.decoding_interval}, but lm_eval tasks "
-                    "evict before the answer: leave it out"
+                    f"{point.condition.press} has decoding={point.decoding}, but lm_eval tasks evict before the "
+                    "answer: leave it out"
                 )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekv_pl.evaluation.continuation_mass import continuation_mass
 from sparsekv_pl.evaluation.perplexity_and_kl import FullCacheReading
@@ -18,8 +18,9 @@ from sparsekv_pl.evaluation.points import Point
 from sparsekv_pl.evaluation.recalled_words import recalled_tokens
 from sparsekv_pl.evaluation.stability_probe import StabilityProbe
 from sparsekv_pl.evaluation.time_and_memory import Phases, timed
+from sparsekv_pl.evaluation.while_evicting import measured_while_evicting, rows_apart
 from sparsekv_pl.eviction.answering import Answering
-from sparsekv_pl.eviction.decoding import greedy_together, read_while_evicting
+from sparsekv_pl.eviction.decoding import greedy_together
 from sparsekv_pl.eviction.kept_memory import kept_memory
 from sparsekv_pl.eviction.limits import rope_changes
 from sparsekv_pl.eviction.prefill import continue_from
@@ -27,7 +28,7 @@ from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.eviction.quantised_pairs import quantise, quantised_bytes
 from sparsekv_pl.eviction.quantised_prefill import QuantisedPrefill
 from sparsekv_pl.eviction.replay import RecordedPrefill
-from sparsekv_pl.metrics.retrieval import retrieval_scores
+from sparsekv_pl.metrics.retrieval import answer_stretches, retrieval_scores
 from sparsekv_pl.models.batch import TEXT, CaseBatch
 from sparsekv_pl.models.head import head_of
 from sparsekv_pl.models.layer_kinds import evicted_layers
@@ -96,6 +97,8 @@ class Measurement:
         """Measure at ``point``; return a record per case."""
         if self.by_row(point):
             return [record for row in range(len(self.batch["cases"])) for record in self.row(row).at(point)]
+        if point.decoding is not None:
+            return measured_while_evicting(self, point)
         if not self.is_text:
             if point.name not in self._answered:
                 self._answered |= self._answers_from(point)
@@ -105,10 +108,8 @@ class Measurement:
         phases = Phases()
         with phases("point"):
             prefilled, costs = self.prefilled(point)
-            left = self._left(point, prefilled)
+            left = self.left(point, prefilled.cache)
             rows = self._read(point, prefilled)
-            if point.decoding_interval is not None:  # it evicted while reading
-                left = self._left(point, prefilled)
         if self.measures_stability(point):
             rows = [row | stable for row, stable in zip(rows, self._stable(point), strict=True)]
         return [costs | left | {"peak_bytes": phases.peak_bytes()} | row for row in rows]
@@ -121,7 +122,7 @@ class Measurement:
     def _stable(self, point: Point) -> list[Record]:
         assert point.press is not None
         try:
-            with self._draws(point):
+            with self.draws(point):
                 return self._stability.of(point.press)
         except ValueError as error:  # a press that merges or changes pairs has scores, but no stability
             log.warning("no stability of %s: %s", press_name(point.press), error)
@@ -133,18 +134,20 @@ class Measurement:
         return self.batch["cases"][0].task == TEXT
 
     def by_row(self, point: Point) -> bool:
-        """Whether rows are measured one by one: the press runs the model itself, which needs a batch of one row."""
-        return point.press is not None and not traits_of(point.press).replayable and len(self.batch["cases"]) > 1
+        """Whether rows are measured one by one: the press or ``point.decoding`` needs a batch of one row."""
+        if point.press is None or len(self.batch["cases"]) == 1:
+            return False
+        return not traits_of(point.press).replayable or rows_apart(self.batch, point)
 
-    def _draws(self, point: Point) -> AbstractContextManager[None]:
+    def draws(self, point: Point) -> AbstractContextManager[None]:
         """Seed a press that has no seed of its own: its draws are equal in every run, for base and trained."""
         cases = (case.id for case in self.batch["cases"])
         return globally_seeded("measured press", *cases, press_name(point.press), str(float(point.compression_ratio)))
 
-    def _left(self, point: Point, prefilled: Prefilled) -> Record:
+    def left(self, point: Point, cache: DynamicCache) -> Record:
         """The KV pairs and bytes left by an eviction, per case."""
-        found, packed = kept_memory(self.model, prefilled.cache), point.quantisation
-        total = found.kv_bytes if packed is None else quantised_bytes(prefilled.cache, packed, self._layers)
+        found, packed = kept_memory(self.model, cache), point.quantisation
+        total = found.kv_bytes if packed is None else quantised_bytes(cache, packed, self._layers)
         kv_bytes = total // len(self.batch["cases"])
         return {"kept_pairs": found.kept_pairs, "kv_bytes": kv_bytes, "freed": found.freed}
 
@@ -178,7 +181,7 @@ class Measurement:
         if point.name not in names or rope_changes(self.model):
             return []
         behind = self.ahead[names.index(point.name) + 1 :]
-        return [other for other in behind if other.decoding_interval is None and not self.by_row(other)]
+        return [other for other in behind if other.decoding is None and not self.by_row(other)]
 
     def _asked(self, point: Point, held: int = 0) -> _Asked:
         """Evict at ``point`` and read the questions, while ``held`` bytes of other points wait in memory."""
@@ -187,7 +190,7 @@ class Measurement:
         phases = Phases()
         with phases("point"):
             prefilled, costs = self.prefilled(point)
-            left = self._left(point, prefilled)
+            left = self.left(point, prefilled.cache)
             answering, seconds = timed(lambda: self._answering(prefilled))
         return _Asked(answering, costs | left, seconds, phases.peak_bytes() - held)
 
@@ -202,7 +205,7 @@ class Measurement:
         for name, one in asked.items():
             own = one.seconds + one.rows.seconds + (seconds - apart) * one.tokens / tokens
             peak = max(one.peak_bytes, phases.peak_bytes() - held + one.nbytes)
-            records[name] = [one.costs | {"peak_bytes": peak} | row for row in self._scored(one.rows.answers, own)]
+            records[name] = [one.costs | {"peak_bytes": peak} | row for row in self.scored(one.rows.answers, own)]
         return records
 
     @cached_property
@@ -219,7 +222,7 @@ class Measurement:
         return timed(lambda: RecordedPrefill(self.model, self.batch["context_ids"]))
 
     @cached_property
-    def _full(self) -> FullCacheReading:
+    def full(self) -> FullCacheReading:
         """The model's outputs for the continuation with the full cache."""
         full, ids = self.recorded.evicted(None), self.batch["continuation_ids"]
         hidden = continue_from(self.model, ids, full.cache, full.next_position)
@@ -241,14 +244,13 @@ class Measurement:
         packed = point.quantisation
         if point.chunk_tokens is not None or (packed is not None and packed.residual):  # which needs their order
             settings = (self.model, point.press, (context := self.batch["context_ids"]).shape[1], point.chunk_tokens)
-            with self._draws(point):
+            with self.draws(point):
                 prefilled, seconds = timed(lambda: QuantisedPrefill(*settings, quantisation=packed).run(context))
             return prefilled, {"prefill_seconds": seconds, "eviction_seconds": 0.0}
         recorded, seconds = self._recorded
-        press = None if point.decoding_interval is not None else point.press
-        oracles = oracles_in(press)
-        with self._draws(point), foreseen(oracles, self._continuation_mass) if oracles else nullcontext():
-            prefilled, evicting = timed(lambda: recorded.evicted(press))
+        oracles = oracles_in(point.press)
+        with self.draws(point), foreseen(oracles, self._continuation_mass) if oracles else nullcontext():
+            prefilled, evicting = timed(lambda: recorded.evicted(point.press))
         if packed is not None:
             quantise(prefilled.cache, packed, self._layers)
         return prefilled, {"prefill_seconds": seconds, "eviction_seconds": evicting}
@@ -257,18 +259,19 @@ class Measurement:
         """Answer the questions from a prefilled cache, which is used up; return the scored records."""
         rows, reading = timed(lambda: self._answering(prefilled))
         _, seconds = timed(lambda: greedy_together(self.model, [rows], self.stop_ids))
-        return self._scored(rows.answers, reading + seconds)
+        return self.scored(rows.answers, reading + seconds)
 
     def _answering(self, prefilled: Prefilled) -> Answering:
         batch = self.batch
         most = [case.max_new_tokens for case in batch["cases"]]
         return Answering(self.model, prefilled, batch["continuation_ids"], batch["continuation_lengths"], most)
 
-    def _scored(self, answers: list[list[int]], seconds: float) -> list[Record]:
+    def scored(self, answers: list[list[int]], seconds: float) -> list[Record]:
         """Records of the cases' answers, which took ``seconds`` together."""
         return [
             {
                 **(retrieval_scores(text, case.answers) if case.answers else {}),
+                **({"answer_stretches": parts} if (parts := answer_stretches(text, case.answers)) else {}),
                 "answer": text,
                 "answers": list(case.answers),
                 "question": case.question,
@@ -285,14 +288,10 @@ class Measurement:
         """Perplexity and KL of the continuation without its first token, predicted by the full cache."""
         ids = self.batch["continuation_ids"]
         if point.press is None:
-            hidden = self._full.hidden
-        elif point.decoding_interval is None:
-            hidden = continue_from(self.model, ids, prefilled.cache, prefilled.next_position)
+            hidden = self.full.hidden
         else:
-            budget = max(1, int(self.batch["context_ids"].shape[1] * (1 - point.compression_ratio)))
-            with self._draws(point):
-                hidden = read_while_evicting(self.model, prefilled, ids, point.press, budget, point.decoding_interval)
-        return self._full.scores(hidden)
+            hidden = continue_from(self.model, ids, prefilled.cache, prefilled.next_position)
+        return self.full.scores(hidden)
 
     @cached_property
     def stop_ids(self) -> set[int]:

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from sparsekv_pl.models.head import Head, as_head
-from sparsekv_pl.objectives.losses import CHUNK_TOKENS, distillation_loss, log_probabilities
+from sparsekv_pl.objectives.losses import distillation_loss, log_probabilities
 from sparsekv_pl.storage.records import Record
 
+STRETCH = 128
+"""Tokens of a continuation that are scored together; longer ones have the scores of each stretch too."""
 KEPT_FLOATS = 2**27
 """Most log-probabilities that are stored (half a gigabyte); with more, they are recomputed for each reading."""
 
@@ -37,21 +39,31 @@ class FullCacheReading:
 
     @torch.no_grad()
     def scores(self, hidden: Tensor) -> list[Record]:
-        """``reading_scores`` of each row of ``hidden`` (B, T, E), with the ``recalled_nll`` of ``recalled_tokens``."""
+        """``reading_scores`` of each row of ``hidden`` (B, T, E), with the ``recalled_nll`` of ``recalled_tokens``.
+
+        A continuation of more than ``STRETCH`` tokens also has ``text_stretches``: [tokens, nll] of each stretch.
+        """
         return [self._row(row, hidden[row]) for row in range(len(self.lengths))]
 
     def _row(self, row: int, hidden: Tensor) -> Record:
         sums = self.hidden.new_zeros(4, dtype=torch.float64)  # read once, because each read waits for the GPU
         recalled = torch.zeros_like(self.ids[row], dtype=torch.bool) if self.recalled is None else self.recalled[row]
+        stretches = []
         for start, stop in _chunks(self.lengths[row] - 1):
             log_q = log_probabilities(hidden[start:stop], self.head)
             labels = self.ids[row, start + 1 : stop + 1, None]
             own, told = -log_q.gather(-1, labels)[:, 0], recalled[start + 1 : stop + 1]
             log_p = self._log_p(row, start, stop)
             kl = log_q.neg_().add_(log_p).mul_(log_p.exp()).sum()
-            sums += torch.stack([own.sum(), kl, (own * told).sum(), told.sum().to(own.dtype)])
+            stretches.append(torch.stack([own.sum(), kl, (own * told).sum(), told.sum().to(own.dtype)]))
+            sums += stretches[-1]
         nll, divergence, recalled_nll, recalled_tokens = sums.tolist()
-        scores = {"nll": nll, "kl": max(0.0, divergence), "tokens": max(0, self.lengths[row] - 1)}
+        scores: Record = {"nll": nll, "kl": max(0.0, divergence), "tokens": max(0, self.lengths[row] - 1)}
+        if len(stretches) > 1:
+            counts = [stop - start for start, stop in _chunks(self.lengths[row] - 1)]
+            scores["text_stretches"] = [
+                list(pair) for pair in zip(counts, torch.stack(stretches)[:, 0].tolist(), strict=True)
+            ]
         if self.recalled is None:
             return scores
         return scores | {"recalled_nll": recalled_nll, "recalled_tokens": int(recalled_tokens)}
@@ -87,4 +99,4 @@ def reading_scores(hidden: Tensor, teacher: Tensor, head: Head | Tensor, ids: Te
 
 
 def _chunks(tokens: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + CHUNK_TOKENS, tokens)) for start in range(0, tokens, CHUNK_TOKENS))
+    return ((start, min(start + STRETCH, tokens)) for start in range(0, tokens, STRETCH))

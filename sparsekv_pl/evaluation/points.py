@@ -11,6 +11,7 @@ from sparsekv_pl.eviction.chunking import chunk_bounds
 from sparsekv_pl.eviction.limits import check_chunks
 from sparsekv_pl.eviction.quantised_pairs import PairQuantisation
 from sparsekv_pl.eviction.request import NOTHING
+from sparsekv_pl.eviction.while_decoding import Decoding
 from sparsekv_pl.models.compression_ratio import check_compression_ratio
 from sparsekv_pl.presses.nesting import press_name
 from sparsekv_pl.presses.ratio import set_compression_ratio, written_ratio
@@ -28,7 +29,7 @@ class Point:
     press: BasePress | None = None
     compression_ratio: float = 0.0
     chunk_tokens: int | None = None
-    decoding_interval: int | None = None
+    decoding: Decoding | None = None
     quantisation: PairQuantisation | None = None
 
     @property
@@ -40,8 +41,8 @@ class Point:
     @property
     def prefill(self) -> str:
         """When the press evicts: once after a dense prefill, after every chunk, or while tokens are decoded."""
-        if self.decoding_interval is not None:
-            return "decoding"
+        if self.decoding is not None:
+            return self.decoding.label
         return "dense" if self.chunk_tokens is None else f"chunks of {self.chunk_tokens}"
 
     @property
@@ -63,7 +64,7 @@ class Point:
         described = {
             "press": self._press_settings(),
             "chunk_tokens": self.chunk_tokens,
-            "decoding_interval": self.decoding_interval,
+            "decoding": None if self.decoding is None else asdict(self.decoding),
         }
         if self.quantisation is not None:  # the work done on whole pairs keeps its keys
             described["quantisation"] = asdict(self.quantisation)
@@ -89,9 +90,8 @@ class Setting:
     chunk_tokens
         Prefill in true chunks of at most this many tokens, evicting after each; null evicts once, after a dense
         prefill.
-    decoding_interval
-        Read text token by token and evict every so many tokens, instead of once before it. Questions are not measured
-        in this way: answers end before the first eviction.
+    decoding
+        Also evict while text and questions are read and answers written, every so many tokens: see ``Decoding``.
     quantisations
         Ways to store the kept pairs, each measured at every ratio: null leaves them whole, ``{bits: 4}`` rounds them.
         By default whole. At a ratio of 0 every pair is kept and rounded.
@@ -99,55 +99,44 @@ class Setting:
     Raises
     ------
     ValueError
-        For a ratio or number out of range, both intervals at once, quantisation while text is read, or a press that
-        evicts only in training.
+        For a ratio or number out of range, chunks or quantisation beside ``decoding``, or a press that evicts only in
+        training.
     """
 
     press: BasePress
     compression_ratios: list[float]
     chunk_tokens: int | None = None
-    decoding_interval: int | None = None
+    decoding: Decoding | None = None
     quantisations: list[PairQuantisation | None] | None = None
 
     def __post_init__(self) -> None:
         for ratio in self.compression_ratios:
             check_compression_ratio("compression_ratios", ratio)
-        for name in ("chunk_tokens", "decoding_interval"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1 token, or null")
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens={self.chunk_tokens} must be at least 1 token, or null")
         check_evicts(self.press)
         if written := written_ratio(self.press):
             log.warning("%s is ignored: compression_ratios sets the ratio", written)
-        if self.chunk_tokens is not None and self.decoding_interval is not None:
-            raise ValueError("a setting evicts in chunks or during decoding: set chunk_tokens or decoding_interval")
-        if self.decoding_interval is not None and any(self.quantisations or []):
+        if self.chunk_tokens is not None and self.decoding is not None:
+            raise ValueError("a setting evicts in chunks or during decoding: set chunk_tokens or decoding")
+        if self.decoding is not None and any(self.quantisations or []):
             raise ValueError(
-                f"decoding_interval={self.decoding_interval} evicts while text is read, and quantisations apply to a "
-                "context's pairs: leave one of them out"
+                f"decoding={self.decoding} evicts while tokens are read, and quantisations apply to a context's pairs: "
+                "leave one of them out"
             )
 
     def points(self) -> Iterator[Point]:
         """One point per ratio and quantisation."""
         for quantisation in self.quantisations or [None]:
             for ratio in self.compression_ratios:
-                yield Point(self.press, ratio, self.chunk_tokens, self.decoding_interval, quantisation)
+                yield Point(self.press, ratio, self.chunk_tokens, self.decoding, quantisation)
 
     def check(self, context_tokens: int) -> None:
         """Raise ``ValueError`` if the press cannot evict from contexts of this length (tokens) in this way."""
         traits = traits_of(self.press)
-        if self.decoding_interval is None:
-            check_chunks(traits, chunk_bounds(context_tokens, self.chunk_tokens), NOTHING)
-        elif traits.foresees:
-            raise ValueError(
-                f"{traits.name} sees the whole continuation, so it cannot evict while that is read: leave "
-                "decoding_interval out"
-            )
-        elif self.decoding_interval < traits.window:
-            raise ValueError(
-                f"decoding_interval={self.decoding_interval} is shorter than the window of {traits.name}, "
-                f"{traits.window} tokens: make it as long, or give the press a smaller window_size"
-            )
+        check_chunks(traits, chunk_bounds(context_tokens, self.chunk_tokens), NOTHING)
+        if self.decoding is not None:
+            self.decoding.check(traits)
 
 
 def check_evicts(press: BasePress) -> None:

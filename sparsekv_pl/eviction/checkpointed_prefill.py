@@ -26,8 +26,9 @@ Results = tuple[list[Selection], dict[str, list[Tensor]], list[Tensor]]
 
 
 def checkpointed_prefill(filling: ChunkedPrefill, context_ids: Tensor) -> Prefilled:
-    """Run ``filling`` over a context (B, L) without keeping activations; results and gradients equal ``filling.run``'s.
+    """Run the chunks that are left of ``filling`` over their tokens (B, L) without keeping activations.
 
+    Results and gradients equal ``filling.run``'s.
     Only the state is kept between two chunks; with a budget, its size is the same for every chunk. Backward costs one
     more forward. The press's settings and draws may change before backward runs; the model must not.
     """
@@ -45,9 +46,12 @@ def checkpointed_prefill(filling: ChunkedPrefill, context_ids: Tensor) -> Prefil
     losses = dict[str, list[Tensor]]()
     layout: Layout | None = None
     packed: list[Tensor] = []
-    for start, stop in filling.bounds:
+    first, left = filling.seen, filling.bounds[filling.chunks_done :]
+    if filling.chunks_done and left:
+        layout, packed = pack(filling.state_dict())
+    for start, stop in left:
         # The state goes in as tensors, not hidden in an object: autograd's hooks can then move it elsewhere.
-        arguments = layout, context_ids[:, start:stop], *packed
+        arguments = layout, context_ids[:, start - first : stop - first], *packed
         layout, packed, (selections, terms, hidden) = checkpoint(
             run, *arguments, use_reentrant=False, context_fn=contexts
         )
@@ -55,8 +59,9 @@ def checkpointed_prefill(filling: ChunkedPrefill, context_ids: Tensor) -> Prefil
         filling.hidden += hidden
         for name, values in terms.items():
             losses.setdefault(name, []).extend(values)
-    assert layout is not None and filling.press_context is not None
-    filling.load_state_dict(layout.unpack(packed))
+    assert filling.press_context is not None
+    if layout is not None:
+        filling.load_state_dict(layout.unpack(packed))
     filling.press_context.losses = losses
     return filling.result()
 

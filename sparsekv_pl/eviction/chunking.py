@@ -1,15 +1,16 @@
 """The chunks that a context is cut into, and how many pairs stay after each."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 
 def chunk_bounds(tokens: int, chunk_tokens: int | None) -> list[tuple[int, int]]:
     """Cut ``tokens`` into the fewest chunks of at most ``chunk_tokens``; return (start, stop) of each.
 
-    Their lengths differ by at most one token. None makes one chunk.
+    Their lengths differ by at most one token. None makes one chunk; no tokens make no chunk of a given length.
     """
     count = 1 if chunk_tokens is None else -(-tokens // chunk_tokens)
-    edges = [tokens * i // count for i in range(count + 1)]
+    edges = [tokens * i // max(1, count) for i in range(count + 1)]
     return list(pairwise(edges))
 
 
@@ -23,3 +24,17 @@ def chunk_ratio(held: int, seen: int, ratio: float, budget: int | None) -> float
     target = staying(held, seen, ratio, budget)
     # kvpress rounds held * (1 - ratio) down: half a pair more is safe.
     return 0.0 if target >= held else 1 - (target + 0.5) / held
+
+
+def most_positions(bounds: Sequence[tuple[int, int]], rotates: bool, ratio: float | None, budget: int | None) -> int:
+    """Return the largest number of RoPE positions in use at once in chunks of these ``bounds``.
+
+    ``rotates`` is True if kept keys are re-rotated; ``ratio`` is None if nothing is evicted between chunks.
+    """
+    if not rotates or ratio is None:
+        return bounds[-1][1]
+    held, most = 0, 0
+    for start, stop in bounds:
+        most = max(most, held + stop - start)
+        held = staying(held + stop - start, stop, ratio, budget)
+    return most

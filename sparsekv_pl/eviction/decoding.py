@@ -1,23 +1,15 @@
-"""Decoding after an eviction: greedy answers, and text read token by token while a press evicts."""
+"""Greedy answers after an eviction."""
 
 from collections.abc import Collection, Sequence
 
 import torch
-from kvpress import BasePress, DecodingPress
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.eviction.answering import Answering, Enough
-from sparsekv_pl.eviction.other_layers import forget
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.models.head import head_of
-from sparsekv_pl.models.layer_kinds import evicted_layers
-from sparsekv_pl.presses.cache_keyword import renamed
-from sparsekv_pl.presses.pressed_model import pressed
-from sparsekv_pl.presses.ratio import set_compression_ratio
-from sparsekv_pl.presses.shadowed_method import shadowed
-from sparsekv_pl.presses.traits import traits_of
 
 
 def greedy(
@@ -60,40 +52,3 @@ def greedy_together(
         if going:
             positions = torch.cat([one.next_positions() for one in going])
             last = continue_from(model, newest[:, None], DynamicCache(), positions, decoding=True, caches=going)[:, 0]
-
-
-@torch.no_grad()
-def read_while_evicting(
-    model: PreTrainedModel,
-    prefilled: Prefilled,
-    continuation_ids: Tensor,
-    press: BasePress,
-    budget: int,
-    interval: int,
-) -> Tensor:
-    """Read a continuation (B, T) one token at a time, as in generation; return its hidden states (B, T, E).
-
-    Every ``interval`` tokens ``press`` shrinks each layer's cache to ``budget`` pairs per head (kvpress's
-    DecodingPress).
-
-    Raises
-    ------
-    ValueError
-        If the press is no scorer, if its window is longer than ``interval``, or if ``budget`` is below 1.
-    """
-    traits = traits_of(press)
-    if not traits.evicts_while_decoding or traits.window > interval or budget < 1:
-        raise ValueError(
-            f"{traits.name} cannot evict every {interval} tokens down to {budget} during decoding: it must be a "
-            f"scorer, its window ({traits.window} tokens) at most the interval, and the budget at least 1"
-        )
-    set_compression_ratio(press, 0.0)  # DecodingPress sets its own
-    evicting = DecodingPress(press, compression_interval=interval, target_size=budget)
-    hidden = []
-    with shadowed(evicting, "forward_hook", renamed), evicting(pressed(model)):
-        for step in range(continuation_ids.shape[1]):
-            token, position = continuation_ids[:, step : step + 1], prefilled.next_position + step
-            hidden.append(continue_from(model, token, prefilled.cache, position, decoding=True))
-    end = prefilled.next_position + continuation_ids.shape[1]
-    forget(model, prefilled.cache, end, evicted_layers(model.config))
-    return torch.cat(hidden, dim=1)

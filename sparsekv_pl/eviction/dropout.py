@@ -84,6 +84,10 @@ class KVDropout:
         assert not (request.scores or request.contexts or request.press_losses)  # see fit_together
         self.anchors.check(context_tokens)
 
+    def later_evictions(self, context_tokens: int, continuation_tokens: int) -> Sequence[int]:  # noqa: ARG002
+        """Return nothing: continuation tokens come after the eviction and are never dropped."""
+        return ()
+
     def __call__(
         self,
         model: PreTrainedModel,

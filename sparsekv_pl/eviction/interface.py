@@ -1,6 +1,6 @@
 """The interface of all evictions, and the types that they return."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,6 +27,8 @@ class Selection:
     hardly differ, so its shares are nearly equal whatever was trained."""
     kept: int | None = None
     """KV pairs per head that the step's compression ratio leaves of these S; None: all."""
+    seen: int | None = None
+    """Tokens read when the press selected; None: the context's."""
 
 
 @dataclass
@@ -74,6 +76,9 @@ class Eviction(Protocol):
     def check(self, context_tokens: int, request: Request = NOTHING) -> None:
         """Raise ``ValueError`` if contexts of ``context_tokens`` tokens cannot be evicted or ``request`` not be met."""
 
+    def later_evictions(self, context_tokens: int, continuation_tokens: int) -> Sequence[int]:
+        """Return after how many tokens, the context's included, it evicts again while a continuation is read."""
+
     def __call__(
         self,
         model: PreTrainedModel,
@@ -84,7 +89,7 @@ class Eviction(Protocol):
         step: int,
         request: Request = NOTHING,
     ) -> Evicted:
-        """Run context (B, L) and continuation (B, T), evicting between the two.
+        """Run context (B, L) and continuation (B, T), evicting between the two and at ``later_evictions``.
 
         ``compression_ratio`` is the removed share, 0 <= r < 1; ``step`` seeds every draw; ``request`` names the
         results wanted besides hidden states.

@@ -98,8 +98,11 @@ def check_weights(model: PreTrainedModel, traits: PressTraits) -> None:
         )
 
 
-def check_chunks(traits: PressTraits, bounds: list[tuple[int, int]], request: Request) -> None:
-    """Raise ``ValueError`` if a press cannot run in chunks of these ``bounds``, or not with ``request``."""
+def check_chunks(traits: PressTraits, bounds: list[tuple[int, int]], request: Request, decoding: bool = False) -> None:
+    """Raise ``ValueError`` if a press cannot run in chunks of these ``bounds``, or not with ``request``.
+
+    ``decoding`` admits presses that evict again while tokens are decoded, though not in a prefill.
+    """
     shortest = min(stop - start for start, stop in bounds)
     if shortest <= traits.window:
         raise ValueError(
@@ -108,7 +111,8 @@ def check_chunks(traits: PressTraits, bounds: list[tuple[int, int]], request: Re
         )
     # The scores of a press that moves groups of pairs (ChunkKVPress) do not determine which pairs it kept.
     followed = all(candidate.by_scores or candidate.only_trains for candidate in traits.candidates)
-    if len(bounds) > 1 and not (traits.works_in_chunks and (followed or not request.scores)):
+    again = traits.works_in_chunks or (decoding and traits.evicts_while_decoding)
+    if len(bounds) > 1 and not (again and (followed or not request.scores)):
         raise ValueError(
             f"{traits.name} cannot evict from {len(bounds)} chunks: it masks KV pairs instead of removing them, "
             "or looks at the whole context at once. Use one chunk (chunk_tokens: null) or another press"

@@ -97,7 +97,7 @@ class PositionTracker:
                 )
             name, order_only = press_name(scored.scorer), id(scored.scorer) in self.order_only
             kept = self._budget(scored.scores.shape[-1])
-            self.selections.append(Selection(scored.layer, name, scored.scores, positions, order_only, kept))
+            self.selections.append(Selection(scored.layer, name, scored.scores, positions, order_only, kept, seen))
         if positions is not None and scored.scorer is self.selecting:
             self._restore_order(scored, positions, cache)
 

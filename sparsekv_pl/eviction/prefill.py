@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.attention.evicted_attention import CACHED, attention_implementation
 from sparsekv_pl.eviction.cache_layers import CARRIED, PAIRS, cache_of, tensors_of
-from sparsekv_pl.eviction.chunking import chunk_bounds, chunk_ratio, staying
+from sparsekv_pl.eviction.chunking import chunk_bounds, chunk_ratio, most_positions
 from sparsekv_pl.eviction.limits import (
     check_chunks,
     check_positions,
@@ -33,6 +33,7 @@ from sparsekv_pl.eviction.request import NOTHING, Request
 from sparsekv_pl.eviction.shifted_rotary import queries_from
 from sparsekv_pl.eviction.skipped_mlp import last_mlp_for
 from sparsekv_pl.eviction.uncut_cache import uncut_cache
+from sparsekv_pl.eviction.uneven_layers import ratio_by_layer
 from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.models.devices import layer_device
 from sparsekv_pl.models.layer_kinds import attentions, evicted_layers
@@ -72,6 +73,8 @@ class ChunkedPrefill:
     earlier
         Chunks that an earlier prefill has read, (start, stop) of each; its state must be loaded before the next one.
         They are the first of ``tokens``, and ``chunk_tokens`` cuts the rest.
+    decoding
+        The chunks after ``earlier`` continue the context (see ``Continuation``): their hidden states are kept.
 
     Raises
     ------
@@ -87,6 +90,7 @@ class ChunkedPrefill:
     request: Request = NOTHING
     local: bool = False
     earlier: Sequence[tuple[int, int]] = ()
+    decoding: bool = False
 
     def __post_init__(self) -> None:
         model, tokens, request = self.model, self.tokens, self.request
@@ -100,7 +104,7 @@ class ChunkedPrefill:
         self.press_context: PressContext | None = None
         self.layers = evicted_layers(model.config)
         if self.traits is not None and self.deciding is not None:
-            check_chunks(self.traits, self.bounds, request)
+            check_chunks(self.traits, self.bounds, request, self.decoding and not model.training)
             check_weights(model, self.traits)
             if len(self.bounds) > 1 or self.budget is not None:
                 self.ratio = self.deciding.press.compression_ratio
@@ -108,9 +112,11 @@ class ChunkedPrefill:
             inv_freq = {layer: inv_freq_of(model, layer) for layer in attentions(model)} if self.rotates else None
             tracker = self.tracker = PositionTracker(self.traits, request, len(self.bounds) > 1, self.layers, inv_freq)
             self.press_context = PressContext(positions=tracker.positions, key_log_weights=tracker.log_weights)
-            check_window(model, self._positions() + 1)  # a token follows
         check_rope(model, self.bounds[0][1], tokens, self.rotates)
-        check_positions(model, self._positions(), tokens, self.rotates)
+        positions = most_positions(self.bounds, self.rotates, self.ratio, self.budget)
+        check_positions(model, positions, tokens, self.rotates)
+        if self.traits is not None:
+            check_window(model, positions + 1)  # a token follows
         self.cache = DynamicCache()
         self.hidden: list[Tensor] = []
         self.uncut: DynamicCache | None = None
@@ -126,6 +132,11 @@ class ChunkedPrefill:
         """Chunks still to come."""
         return len(self.bounds) - self.chunks_done
 
+    @property
+    def next_position(self) -> int:
+        """RoPE position of the next token."""
+        return self._held() if self.rotates else self.seen
+
     def advance(self, chunk_ids: Tensor) -> None:
         """Run the next chunk (B, stop - start) and evict. After an exception the cache is invalid."""
         start, stop = self.bounds[self.chunks_done]
@@ -136,12 +147,11 @@ class ChunkedPrefill:
             )
         if self.traits is not None:
             check_rows(self.traits, len(chunk_ids))
-        held = self._held()
-        position = held if self.rotates else start
+        held, position = self._held(), self.next_position
         keywords = self._keywords(chunk_ids)
         rotated = queries_from(self.model, position if self.traits is not None else 0)
         apart = layers_apart(self.model) if self.local else nullcontext()
-        read = self.request.chunks and start > 0
+        read = self.decoding or (self.request.chunks and start > 0)
         computed = last_mlp_for(self.model, stop - start if read else 0)
         whole = uncut_cache(self.model) if self.request.full_cache else nullcontext()
         with whole as self.uncut, self._evicting(held, start, stop), rotated, computed, apart:
@@ -164,17 +174,16 @@ class ChunkedPrefill:
         assert not self.chunks_left
         for cache in filter(None, (self.cache, self.uncut) if self.local else ()):
             detach(cache)
-        position = self._held() if self.rotates else self.seen
         if self.traits is None:
-            return Prefilled(self.cache, position, [])
+            return Prefilled(self.cache, self.next_position, [])
         for layer, weights in self.tracker.log_weights.items():
             if weights.shape[2] != self.cache.get_seq_length(layer):
                 raise ValueError(
                     f"{self.traits.name} fades out {weights.shape[2]} keys, of which another press left "
                     f"{self.cache.get_seq_length(layer)}: take the fading press alone"
                 )
-        found, positions = self.tracker.selections, self.tracker.positions
-        return Prefilled(self.cache, position, found, self.press_context, self.hidden, positions, self.uncut)
+        results = self.tracker.selections, self.press_context, self.hidden, self.tracker.positions, self.uncut
+        return Prefilled(self.cache, self.next_position, *results)
 
     def _held(self) -> int:
         """Return the number of pairs per head in the first layer that presses evict from."""
@@ -233,18 +242,9 @@ class ChunkedPrefill:
         if self.deciding.only_trains and not self.model.training:  # also in wrappers that only ask for scores
             ratios += [(scorer, 0.0) for scorer in scorers_in(self.deciding.press)]
         shared, keeping = shared_work(self.model, self.traits), self.tracker(self.cache, stop)
-        with at_ratios(ratios), keeping, shared, no_waiting(self.traits), press(pressed(self.model)):
+        uneven = ratio_by_layer(self, start, stop) if self.decoding else nullcontext()
+        with at_ratios(ratios), uneven, keeping, shared, no_waiting(self.traits), press(pressed(self.model)):
             yield
-
-    def _positions(self) -> int:
-        """Return the largest number of RoPE positions in use at once."""
-        if not self.rotates or self.ratio is None:
-            return self.bounds[-1][1]
-        held, most = 0, 0
-        for start, stop in self.bounds:
-            most = max(most, held + stop - start)
-            held = staying(held + stop - start, stop, self.ratio, self.budget)
-        return most
 
 
 def prefill(

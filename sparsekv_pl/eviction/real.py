@@ -3,6 +3,7 @@
 Training (with gradients) and evaluation (without) both use ``ChunkedPrefill``, so the two cannot drift apart.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,15 +13,17 @@ from transformers import PreTrainedModel
 
 from sparsekv_pl.eviction.checkpointed_prefill import checkpointed_prefill
 from sparsekv_pl.eviction.chunking import chunk_bounds
+from sparsekv_pl.eviction.continuation import Continuation, continued
 from sparsekv_pl.eviction.interface import Evicted, EvictedContext
 from sparsekv_pl.eviction.kept_memory import kept_memory
-from sparsekv_pl.eviction.limits import check_chunks, check_continuation
+from sparsekv_pl.eviction.limits import check_chunks
 from sparsekv_pl.eviction.local_gradients import LocalGradients
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.eviction.quantised_pairs import PairQuantisation
 from sparsekv_pl.eviction.quantised_prefill import QuantisedPrefill
 from sparsekv_pl.eviction.request import NOTHING, Request
+from sparsekv_pl.eviction.while_decoding import Decoding
 from sparsekv_pl.models.devices import stacked
 from sparsekv_pl.presses.ratio import set_compression_ratio
 from sparsekv_pl.presses.step_draws import draw
@@ -48,6 +51,9 @@ class RealEviction:
     quantisation
         Bits in which the kept pairs are stored: what follows reads them rounded, and gradients pass through the
         rounding unchanged. Null keeps them whole.
+    decoding
+        Evict while the continuation is read too, so that each of its tokens is predicted from the cache that would
+        stand at that moment; null evicts between context and continuation alone.
 
     Raises
     ------
@@ -61,6 +67,7 @@ class RealEviction:
     checkpoint: bool = False
     local_gradients: LocalGradients | None = None
     quantisation: PairQuantisation | None = None
+    decoding: Decoding | None = None
 
     def __post_init__(self) -> None:
         for name in ("chunk_tokens", "budget"):
@@ -71,7 +78,10 @@ class RealEviction:
     def check(self, context_tokens: int, request: Request = NOTHING) -> None:
         """Raise ``ValueError`` if a chunk would be too short for the press, or the press cannot run in chunks."""
         bounds = chunk_bounds(context_tokens, self.chunk_tokens)
-        check_chunks(traits_of(self.press), bounds, request)
+        traits = traits_of(self.press)
+        check_chunks(traits, bounds, request)
+        if self.decoding is not None:
+            self.decoding.check(traits, request, training=True)
         if request.chunks and len(bounds) < 2:
             raise ValueError(
                 f"the chunks objective supervises chunks after the first, and a context of {context_tokens} tokens is "
@@ -83,6 +93,10 @@ class RealEviction:
                 f"one chunk without checkpoint; here chunk_tokens is {self.chunk_tokens} of {context_tokens} tokens "
                 f"and checkpoint {str(self.checkpoint).lower()}: change these, or leave the objective out"
             )
+
+    def later_evictions(self, context_tokens: int, continuation_tokens: int) -> Sequence[int]:
+        """Return after how many tokens it evicts again while a continuation is read: see ``Decoding.evictions``."""
+        return () if self.decoding is None else self.decoding.evictions(context_tokens, continuation_tokens)
 
     def __call__(
         self,
@@ -96,30 +110,42 @@ class RealEviction:
     ) -> Evicted:
         """Run context and continuation with an eviction between the two. See ``Eviction``."""
         draw(self.press, step)
-        set_compression_ratio(self.press, compression_ratio)
-        tokens = context_ids.shape[1]
+        decoding, tokens = self.decoding, context_ids.shape[1]
+        set_compression_ratio(self.press, compression_ratio if decoding is None or decoding.context else 0.0)
         local = self.local_gradients is not None and self.local_gradients.at(step, tokens)
-        settings = (self.chunk_tokens, self.budget, request, local)
+        follow = request if decoding is None else request | Request(contexts=True)
+        settings = (self.chunk_tokens, self.budget, follow, local)
         filling = QuantisedPrefill(model, self.press, tokens, *settings, quantisation=self.quantisation)
         prefilled = checkpointed_prefill(filling, context_ids) if self.checkpoint else filling.run(context_ids)
         kept = kept_memory(model, prefilled.cache).kept_pairs * prefilled.mean_weight
         context = evicted_context(model, prefilled, context_ids) if request.contexts else None
         full = None if prefilled.uncut is None else continue_from(model, continuation_ids, prefilled.uncut, tokens)
-        hidden = continued(model, prefilled, continuation_ids)
-        losses = {} if prefilled.press_context is None else prefilled.press_context.losses
-        means = {name: stacked(terms).mean() for name, terms in losses.items()}
-        chunks = torch.cat(prefilled.hidden, dim=1) if prefilled.hidden else None
-        return Evicted(hidden, kept / tokens, prefilled.selections, means, context, chunks, full)
+        evicted = [prefilled]
+        later = self.later_evictions(tokens, continuation_ids.shape[1])
+        if decoding is not None and later:
+            reading = Continuation(filling, decoding, compression_ratio, later[-1] - tokens)
+            hidden, last = reading.train(continuation_ids, self.checkpoint)
+            evicted.append(last)
+        else:
+            hidden = continued(model, prefilled, continuation_ids)
+        return Evicted(
+            hidden,
+            kept / tokens,
+            [selection for part in evicted for selection in part.selections],
+            _mean_losses(evicted),
+            context,
+            torch.cat(prefilled.hidden, dim=1) if prefilled.hidden else None,
+            full,
+        )
 
 
-def continued(model: PreTrainedModel, prefilled: Prefilled, ids: Tensor) -> Tensor:
-    """Run a continuation (B, T), appending its pairs to the cache; return its hidden states (B, T, E).
-
-    Raises ``ValueError`` if it ends beyond the model's last position.
-    """
-    check_continuation(model, prefilled.next_position, ids.shape[1])
-    weights = None if prefilled.press_context is None else prefilled.press_context.key_log_weights
-    return continue_from(model, ids, prefilled.cache, prefilled.next_position, key_log_weights=weights)
+def _mean_losses(evicted: Sequence[Prefilled]) -> dict[str, Tensor]:
+    """Return each press loss's mean over layers, chunks and evictions while the continuation is read."""
+    losses = dict[str, list[Tensor]]()
+    for part in evicted:
+        for name, terms in ({} if part.press_context is None else part.press_context.losses).items():
+            losses.setdefault(name, []).extend(terms)
+    return {name: stacked(terms).mean() for name, terms in losses.items()}
 
 
 def evicted_context(model: PreTrainedModel, prefilled: Prefilled, context_ids: Tensor) -> EvictedContext:

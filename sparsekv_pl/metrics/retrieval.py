@@ -7,6 +7,8 @@ from unicodedata import category, normalize
 
 from torchmetrics.functional.text import rouge_score, squad
 
+STRETCH = 32
+"""Words of a long answer that are scored together."""
 RETRIEVAL_SCORES = ("substring", "exact", "words", "f1", "rouge_l")
 
 # One to three digits with a full stop or bracket; a value of more digits at a sentence's end is no numbering.
@@ -76,6 +78,19 @@ def retrieval_scores(prediction: str, answers: Sequence[str]) -> dict[str, float
     }
 
 
+def words_in_place(prediction: str, answer: str) -> list[bool]:
+    """Return for each word of ``answer`` whether ``prediction`` has it at the same place; see ``retrieval_scores``."""
+    expected, said = _words(answer), _words(prediction)
+    return [place < len(said) and said[place] == word for place, word in enumerate(expected)]
+
+
+def answer_stretches(prediction: str, answers: Sequence[str]) -> list[list[int]]:
+    """Return [words, right ones] of each ``STRETCH`` words of one long answer, by ``words_in_place``; else nothing."""
+    right = words_in_place(prediction, answers[0]) if len(answers) == 1 else []
+    parts = [right[start : start + STRETCH] for start in range(0, len(right), STRETCH)]
+    return [[len(part), sum(part)] for part in parts] if len(parts) > 1 else []
+
+
 def _words(text: str) -> list[str]:
     """Split into words without case and outer punctuation; marks alone are no words."""
     return [word for part in _units(text) if (word := _without_outer_marks(part).casefold())]
@@ -126,10 +141,8 @@ class _Right(NamedTuple):
 
 
 def _right_words(prediction: str, answer: str) -> _Right:
-    expected = _words(answer)
-    said = _words(prediction)[: len(expected)]
-    share = sum(one == other for one, other in zip(said, expected, strict=False)) / len(expected)
-    return _Right(float(said == expected), share)
+    right = words_in_place(prediction, answer)
+    return _Right(float(all(right)), sum(right) / len(right))
 
 
 def _right_items(prediction: str, answers: Sequence[str]) -> _Right:

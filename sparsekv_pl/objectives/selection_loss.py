@@ -146,7 +146,7 @@ class SelectionLoss:
             mass_BKL = mass_BKL.gather(-1, selection.positions)
         mass = torch.where(evictable, mass_BKL, 0)
         total = mass.sum(-1)
-        weights = total if self.heads == "mass" else torch.ones_like(total)
+        weights = total if self.heads == "mass" else (total > 0).to(total)  # 0: no supervised token comes after
         weights = weights * (1.0 if self.layer_weights is None else self.layer_weights[selection.layer])
         return Target(selection, mass / total.unsqueeze(-1).clamp(min=TINY), evictable, weights)
 

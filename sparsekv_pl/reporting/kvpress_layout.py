@@ -102,7 +102,9 @@ def _press_name(press: str, prefill: str, stored: str = "") -> str:
     name += f"_{re.sub(r'[^a-z0-9]+', '_', stored)}" * bool(stored)
     if prefill == "dense" or press == FULL_CACHE:
         return name
-    return f"decoding_{name}" if prefill == "decoding" else f"{name}_{prefill.replace(' ', '_')}"
+    when, *how = prefill.split(", ")
+    parts = [when, name, *how] if when.endswith("decoding") else [name, prefill]
+    return "_".join(parts).replace(" ", "_")
 
 
 def _folder_name(config: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from kvpress import BasePress
 
-from sparsekv_pl.eviction.prefill import chunk_bounds
+from sparsekv_pl.eviction.chunking import chunk_bounds
 from sparsekv_pl.presses.traits import traits_of
 from sparsekv_pl.serve.server_metrics import ServerMetrics
 from sparsekv_pl.usage.cache_origin import CacheOrigin

@@ -151,7 +151,7 @@ class EITModule(LightningModule):
             causal_lm(self.model), reads, self.objective.request.teacher, bool(self.trainer.limit_val_batches)
         )
         for eviction, request in ((self.eviction, self.objective.request), (self.validation_student.eviction, NOTHING)):
-            for tokens in getattr(data, "context_lengths", [context_tokens]):
+            for tokens in getattr(data, "evicted_lengths", [context_tokens]):
                 eviction.check(tokens, request)
             candidates = () if eviction.press is None else traits_of(eviction.press).candidates
             if not candidates or not all(candidate.re_rotates for candidate in candidates):

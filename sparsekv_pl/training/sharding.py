@@ -129,6 +129,11 @@ def _check_module(module: Any) -> None:
             f"layers {list(linear)} of this model have no attention, and sharded weights are gathered for backward by "
             "the gradients of keys and values: train it under DDP with backbone.sharded=false"
         )
+    if getattr(module.eviction, "decoding", None) is not None:
+        raise ValueError(
+            "decoding runs a continuation in as many passes as it is long, which differs between ranks, while sharded "
+            "ranks must run the same passes: set eviction.decoding=null, or train under DDP with backbone.sharded=false"
+        )
     data = getattr(module.trainer, "datamodule", None)
     if len(getattr(data, "context_lengths", [0])) > 1:
         raise ValueError(

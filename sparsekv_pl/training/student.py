@@ -47,6 +47,11 @@ class Student:
             self._network, context, continuation, compression_ratio=compression_ratio, step=step, request=request
         )
 
+    def attention_mass(self, batch: Batch) -> AttentionMass:
+        """Return an observer of the teacher's attention to what the student's evictions select from."""
+        tokens, more = batch["context_ids"].shape[1], batch["continuation_ids"].shape[1]
+        return AttentionMass(supervised_in(batch), tokens, self.eviction.later_evictions(tokens, more))
+
     @property
     def head(self) -> Head:
         """The student's LM head."""
@@ -61,7 +66,7 @@ class Student:
         kinds = sorted(request.layers)
         supervised = supervised_in(batch)
         rows, columns = places = supervised.places()
-        mass = AttentionMass(supervised, batch["context_ids"].shape[1]) if request.scores else None
+        mass = self.attention_mass(batch) if request.scores else None
         teacher, teacher_layers, before = None, {}, batch["context_ids"].shape[1] if request.chunks else 0
         if request.teacher:
             with _layers(self.teacher.network, kinds, labels) as teacher_layers:
@@ -78,7 +83,7 @@ class Student:
         )
         view = replace(
             tokens,
-            selections=[] if mass is None else with_mass(evicted.selections, mass.mass),
+            selections=[] if mass is None else with_mass(evicted.selections, mass.mass, mass.later),
             layers={kind: (_rows(student_layers[kind], places), _rows(teacher_layers[kind], places)) for kind in kinds},
             press_losses=evicted.losses,
             contexts=[] if evicted.context is None else [evicted.context],

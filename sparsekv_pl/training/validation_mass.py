@@ -9,10 +9,10 @@ from sparsekv_pl.eviction.interface import Selection
 from sparsekv_pl.eviction.request import NOTHING, Request
 from sparsekv_pl.metrics import MassByHead
 from sparsekv_pl.models.backbone import causal_lm
-from sparsekv_pl.models.batch import Batch, supervised_in
+from sparsekv_pl.models.batch import Batch
 from sparsekv_pl.models.cache_shape import cache_shape
 from sparsekv_pl.models.decoder import decoder_of
-from sparsekv_pl.objectives.attention_mass import AttentionMass, with_mass
+from sparsekv_pl.objectives.attention_mass import with_mass
 from sparsekv_pl.presses.nesting import press_name, scorers_in
 from sparsekv_pl.reporting import sparsity_figure
 from sparsekv_pl.reporting.logged_terms import KEPT, MOST
@@ -49,9 +49,9 @@ class ValidationMass(nn.Module):
         """Add a batch of equally long contexts; one that comes ``again`` runs, for sharded models, and is not added."""
         if self.loss is None or not self.metrics:
             return
-        mass = AttentionMass(supervised_in(batch), batch["context_ids"].shape[1])
+        mass = self.student.attention_mass(batch)
         self.student.teacher(batch["context_ids"], batch["continuation_ids"], mass)
-        targets = self.loss.targets(() if again else with_mass(selections, mass.mass))
+        targets = self.loss.targets(() if again else with_mass(selections, mass.mass, mass.later))
         for one in self.loss.kept_mass(targets):
             self.metrics[one.press].update(one.layer, one.kept, one.most, one.weights)  # type: ignore[operator]
 

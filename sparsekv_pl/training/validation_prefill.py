@@ -7,9 +7,10 @@ from kvpress.utils import compute_n_kept
 from torch import Tensor
 
 from sparsekv_pl.eviction import Eviction
+from sparsekv_pl.eviction.continuation import continued
 from sparsekv_pl.eviction.interface import Selection
 from sparsekv_pl.eviction.prefill import full_cache
-from sparsekv_pl.eviction.real import RealEviction, continued
+from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.eviction.replay import RecordedPrefill
 from sparsekv_pl.eviction.request import NOTHING, Request
 from sparsekv_pl.models.backbone import causal_lm
@@ -71,5 +72,6 @@ def _is_replayable(eviction: Eviction, tokens: int) -> bool:
         isinstance(eviction, RealEviction)
         and (eviction.chunk_tokens is None or eviction.chunk_tokens >= tokens)
         and eviction.budget is None
+        and eviction.decoding is None
         and all(candidate.same_at_every_ratio for candidate in traits_of(eviction.press).candidates)
     )

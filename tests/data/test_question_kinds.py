@@ -81,12 +81,27 @@ def said_by(context: str, fields: dict[str, str], answer: str) -> None:
     assert f" {answer}: {fields['line']}" in context
 
 
+def copied(context: str, fields: dict[str, str], answer: str) -> None:
+    assert context.count(fields["quote"]) == 1
+    assert f"{fields['quote']} {answer}" in context
+    assert len(answer.split()) == int(fields["number"])
+
+
+def counted(context: str, fields: dict[str, str], answer: str) -> None:
+    first, second, *_ = numbers = [int(number) for number in answer.split(", ")]
+    assert numbers == list(range(first, numbers[-1] + 1, second - first)) and len(numbers) == int(fields["number"])
+    [told] = [sentence for sentence in re.split(r"[.!?]", context) if fields["who"] in sentence]
+    assert re.findall(r"\d+", told) == [str(first), str(second - first)]
+
+
 CHECKS: dict[str, Callable[[str, dict[str, str], str], None]] = {
     "quotes": quoted,
     "cloze": left_out_word,
     "neighbours": beside,
     "order": in_order,
     "speakers": said_by,
+    "copying": copied,
+    "counting": counted,
 }
 
 

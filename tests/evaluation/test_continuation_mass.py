@@ -21,6 +21,7 @@ from sparsekv_pl.eviction.kept_positions import kept_positions
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.eviction.replay import RecordedPrefill
+from sparsekv_pl.eviction.while_decoding import Decoding
 from sparsekv_pl.models.batch import TEXT, CaseBatch, CaseInfo
 from sparsekv_pl.objectives import LM
 from sparsekv_pl.presses import EvictionAugPress, OraclePress
@@ -161,4 +162,4 @@ def test_it_is_refused_where_no_continuation_is_known(
     with pytest.raises(ValueError, match="cannot evict from 2 chunks"):
         Setting(press, [0.5], chunk_tokens=24).check(48)
     with pytest.raises(ValueError, match="sees the whole continuation, so it cannot evict while that is read"):
-        Setting(press, [0.5], decoding_interval=24).check(48)
+        Setting(press, [0.5], decoding=Decoding(24)).check(48)

@@ -18,6 +18,7 @@ from data.text import Splits
 from sparsekv_pl.evaluation.evaluation_module import EvaluationModule
 from sparsekv_pl.evaluation.long_context import LongContextModule
 from sparsekv_pl.evaluation.points import Setting
+from sparsekv_pl.eviction.while_decoding import Decoding
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.block_dropout import BlockDropoutPress
 from sparsekv_pl.presses.nesting import press_name
@@ -28,17 +29,6 @@ from tests.tiny_training import MakeBackbone, MakeTrainer
 
 def settings() -> list[Setting]:
     return [Setting(SnapKVPress(window_size=8), [0.25, 0.75]), Setting(KnormPress(), [0.5])]
-
-
-def test_reading_while_evicting_needs_text(
-    tiny_backbone: MakeBackbone, tiny_trainer: MakeTrainer, tmp_path: Path
-) -> None:
-    from data.evaluation import EvaluationData
-
-    module = EvaluationModule(tiny_backbone(), [Setting(KnormPress(), [0.5], decoding_interval=8)], str(tmp_path))
-    with pytest.raises(ValueError, match=r"Knorm has decoding_interval=8, and the data has no text .*data\.windows"):
-        tiny_trainer().test(module, EvaluationData(lengths=[96], windows=0))
-    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize(
@@ -66,16 +56,18 @@ def test_a_ratio_outside_0_to_1_is_refused(ratio: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("press", "chunks", "interval", "message"),
+    ("settings", "message"),
     [
-        (KnormPress(), 0, None, "chunk_tokens=0"),
-        (KnormPress(), None, 0, "decoding_interval=0"),
-        (KnormPress(), 8, 8, "chunk_tokens or decoding_interval"),
+        ({"chunk_tokens": 0}, "chunk_tokens=0"),
+        ({"decoding": {"interval": 0}}, r"decoding\.interval=0"),
+        ({"decoding": {"interval": 8, "budget": 0}}, r"decoding\.budget=0"),
+        ({"chunk_tokens": 8, "decoding": {"interval": 8}}, "chunk_tokens or decoding"),
     ],
 )
-def test_bad_settings_are_refused(press: BasePress, chunks: int | None, interval: int | None, message: str) -> None:
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Setting(press, [0.5], chunks, interval)
+        decoding = settings.pop("decoding", None)
+        Setting(KnormPress(), [0.5], **settings, decoding=decoding and Decoding(**decoding))
 
 
 def test_settings_that_the_report_could_not_tell_apart_are_refused(tiny_backbone: MakeBackbone) -> None:
@@ -100,7 +92,8 @@ def test_a_context_longer_than_the_model_stops_before_measuring(
     [
         (Setting(SnapKVPress(window_size=96), [0.5]), "SnapKV looks at a window of 96"),
         (Setting(SnapKVPress(window_size=16), [0.5], chunk_tokens=12), "SnapKV looks at a window of 16"),
-        (Setting(SnapKVPress(window_size=16), [0.5], decoding_interval=8), "decoding_interval=8 is shorter"),
+        (Setting(SnapKVPress(window_size=16), [0.5], decoding=Decoding(16)), "interval=16 must be above the window"),
+        (Setting(AdaKVPress(KnormPress()), [0.5], decoding=Decoding(16)), "AdaKV.* cannot evict again and again"),
     ],
 )
 def test_contexts_shorter_than_a_window_stop_before_measuring(

@@ -15,6 +15,7 @@ from kvpress import BasePress, KnormPress, SnapKVPress, StreamingLLMPress, ThinK
 from sparsekv_pl.evaluation.lm_eval_model import PressedLM
 from sparsekv_pl.evaluation.lm_eval_module import LMEvalModule
 from sparsekv_pl.evaluation.points import Setting
+from sparsekv_pl.eviction.while_decoding import Decoding
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.storage.records import Record
 from tests.tiny_training import MakeAdapter, MakeBackbone, MakeTrainer
@@ -251,7 +252,7 @@ def test_contexts_too_short_for_the_press_are_counted(
         ({"num_fewshot": -1}, "num_fewshot=-1"),
         ({"held_back": 0}, "held_back=0"),
         ({"include_path": "nowhere"}, "include_path='nowhere'"),
-        ({"settings": [Setting(KnormPress(), [0.5], decoding_interval=8)]}, "decoding_interval=8"),
+        ({"settings": [Setting(KnormPress(), [0.5], decoding=Decoding(8))]}, r"decoding=Decoding\(interval=8"),
     ],
 )
 def test_bad_settings_are_refused_before_the_model_is_loaded(

@@ -15,6 +15,7 @@ from sparsekv_pl.evaluation.lm_eval_model import PressedLM
 from sparsekv_pl.evaluation.measurement import Measurement
 from sparsekv_pl.evaluation.points import Point, Setting
 from sparsekv_pl.eviction.quantised_pairs import PairQuantisation
+from sparsekv_pl.eviction.while_decoding import Decoding
 from sparsekv_pl.models.batch import TEXT
 from tests.evaluation.test_evaluation_module import batches
 from tests.evaluation.test_measurement import CONTEXT, LENGTHS, batch
@@ -121,8 +122,8 @@ def test_other_bits_are_other_work_and_the_report_finds_the_best_at_less_memory(
 
 
 def test_pairs_are_not_quantised_while_text_is_read() -> None:
-    with pytest.raises(ValueError, match=r"^decoding_interval=8 evicts while text is read[^\n]+$"):
-        Setting(KnormPress(), [0.5], decoding_interval=8, quantisations=[None, FOUR])
+    with pytest.raises(ValueError, match=r"^decoding=Decoding\(interval=8[^\n]+ evicts while tokens are read[^\n]+$"):
+        Setting(KnormPress(), [0.5], decoding=Decoding(8), quantisations=[None, FOUR])
 
 
 def test_tasks_of_lm_eval_are_answered_from_rounded_pairs(model: PreTrainedModel, tiny_models: dict[str, str]) -> None:

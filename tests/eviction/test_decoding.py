@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from kvpress import AdaKVPress, BasePress, DecodingPress, KeyRerotationPress, KnormPress, PyramidKVPress, SnapKVPress
+from kvpress import AdaKVPress, BasePress, KeyRerotationPress, KnormPress, PyramidKVPress, SnapKVPress
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from sparsekv_pl.eviction.decoding import greedy, read_while_evicting
-from sparsekv_pl.eviction.prefill import full_cache, prefill
+from sparsekv_pl.eviction.decoding import greedy
+from sparsekv_pl.eviction.prefill import prefill
 from tests.random_models import Build
 
 CONTEXT, NEW = 40, 6
@@ -100,52 +100,3 @@ def test_a_copy_is_continued_and_the_original_stays(random_model: Build, context
     answers = greedy(model, prefilled.copy(), questions, lengths, [NEW] * 3)
     assert greedy(model, prefilled.copy(), questions, lengths, [NEW] * 3) == answers
     assert all(torch.equal(layer.keys, keys) for layer, keys in zip(prefilled.cache.layers, before, strict=True))
-
-
-@torch.no_grad()
-def test_reading_without_pressure_is_reading(random_model: Build, context: Tensor, questions: Tensor) -> None:
-    model = random_model()
-    hidden = read_while_evicting(model, prefill(model, context, None), questions, KnormPress(), 10_000, interval=2)
-    torch.testing.assert_close(hidden, full_cache(model, context, questions))
-
-
-@torch.no_grad()
-def test_the_cache_is_held_to_its_budget_while_reading(random_model: Build, context: Tensor, questions: Tensor) -> None:
-    model, prefilled = random_model(), prefill(random_model(), context, None)
-    hidden = read_while_evicting(model, prefilled, questions, KnormPress(), 20, interval=3)
-    assert [prefilled.cache.get_seq_length(layer) for layer in (0, 1)] == [
-        21,
-        21,
-    ]  # 20 after the 6th token, and the 7th
-    full = full_cache(model, context, questions)
-    torch.testing.assert_close(hidden[:, :3], full[:, :3])  # evicted only after the third
-    assert (hidden[:, 3:] - full[:, 3:]).abs().max() > 1e-3
-
-
-@torch.no_grad()
-def test_reading_evicts_as_kvpress_decodes(random_model: Build, context: Tensor, questions: Tensor) -> None:
-    model, cache = random_model(), DynamicCache()
-    hidden = read_while_evicting(model, prefill(model, context, None), questions, KnormPress(), 20, interval=3)
-    model.model(context, past_key_values=cache)
-    reference = []
-    with DecodingPress(KnormPress(), compression_interval=3, target_size=20)(model):
-        for step in range(questions.shape[1]):
-            place = torch.tensor([[CONTEXT + step]])
-            output = model.model(
-                questions[:, step : step + 1], past_key_values=cache, position_ids=place, cache_position=place[0]
-            )
-            reference.append(output.last_hidden_state)
-    torch.testing.assert_close(hidden, torch.cat(reference, 1))
-
-
-@pytest.mark.parametrize(
-    ("press", "budget", "interval"),
-    [(SnapKVPress(window_size=8), 20, 4), (KeyRerotationPress(KnormPress()), 20, 4), (KnormPress(), 0, 4)],
-    ids=["window longer than the interval", "no scorer", "no budget"],
-)
-def test_what_cannot_evict_during_decoding_is_refused(
-    press: BasePress, budget: int, interval: int, random_model: Build, context: Tensor, questions: Tensor
-) -> None:
-    model = random_model()
-    with pytest.raises(ValueError, match="cannot evict every 4 tokens"):
-        read_while_evicting(model, prefill(model, context, None), questions, press, budget, interval)

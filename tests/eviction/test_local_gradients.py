@@ -10,10 +10,11 @@ from kvpress import BasePress, ExpectedAttentionPress, KeyDiffPress, SnapKVPress
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparsekv_pl.eviction.continuation import continued
 from sparsekv_pl.eviction.interface import Evicted
 from sparsekv_pl.eviction.local_gradients import LocalGradients
 from sparsekv_pl.eviction.prefill import ChunkedPrefill
-from sparsekv_pl.eviction.real import RealEviction, continued
+from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.objectives.selection_loss import SelectionLoss
 from sparsekv_pl.presses import EvictionAugPress

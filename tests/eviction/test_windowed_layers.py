@@ -24,13 +24,15 @@ from sparsekv_pl.attention.evicted_attention import attention_implementation
 from sparsekv_pl.eviction.answering import Answering
 from sparsekv_pl.eviction.cache_layers import tensors_of
 from sparsekv_pl.eviction.chunking import chunk_bounds
-from sparsekv_pl.eviction.decoding import greedy, greedy_together, read_while_evicting
+from sparsekv_pl.eviction.continuation import Continuation
+from sparsekv_pl.eviction.decoding import greedy, greedy_together
 from sparsekv_pl.eviction.kept_memory import kept_memory
 from sparsekv_pl.eviction.prefill import ChunkedPrefill, continue_from, full_cache, prefill
 from sparsekv_pl.eviction.press_model_check import check_press
 from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.eviction.replay import RecordedPrefill
 from sparsekv_pl.eviction.request import Request
+from sparsekv_pl.eviction.while_decoding import Decoding
 from sparsekv_pl.models.layer_kinds import evicted_layers, others_line
 from sparsekv_pl.presses import EvictionAugPress, SparseRegPress
 from sparsekv_pl.presses.nesting import press_name
@@ -232,11 +234,13 @@ def _slow_answer(model: PreTrainedModel, context: Tensor, press: BasePress, ques
 @torch.no_grad()
 def test_decoding_evicts_in_full_layers_alone(kind: str) -> None:
     model, (context, continuation) = windowed_model(kind), ids(CONTEXT + 30, 2).split([CONTEXT, 30], dim=1)
-    prefilled = prefill(model, context, None)
-    hidden = read_while_evicting(model, prefilled, continuation, KnormPress(), budget=64, interval=4)
+    filling = ChunkedPrefill(model, KnormPress(), CONTEXT, request=Request(contexts=True))
+    filling.run(context)
+    going = Continuation(filling, Decoding(4, budget=64, context=False), 0.0, 30)
+    hidden = going.read(continuation)
     whole = own(model, torch.cat([context, continuation], 1))[:, CONTEXT:]
     torch.testing.assert_close(hidden[:, :23], whole[:, :23], rtol=1e-3, atol=1e-3)  # nothing was over the budget yet
-    lengths = [layer.get_seq_length() for layer in prefilled.cache.layers]
+    lengths = [layer.get_seq_length() for layer in going.reading.cache.layers]
     assert all(64 <= lengths[layer] <= 68 for layer in evicted_layers(model.config))
     assert min(lengths) < WINDOW
 

@@ -9,9 +9,11 @@ from kvpress import KeyDiffPress
 from transformers import PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from sparsekv_pl.eviction.decoding import read_while_evicting
-from sparsekv_pl.eviction.prefill import prefill
+from sparsekv_pl.eviction.continuation import Continuation
+from sparsekv_pl.eviction.prefill import ChunkedPrefill, prefill
 from sparsekv_pl.eviction.replay import RecordedPrefill
+from sparsekv_pl.eviction.request import Request
+from sparsekv_pl.eviction.while_decoding import Decoding
 
 
 class Renamed(Qwen3Attention):
@@ -29,7 +31,9 @@ def test_a_layer_that_calls_its_cache_otherwise_is_evicted_alike(
 
     def kept(model: PreTrainedModel) -> list[torch.Tensor]:
         caches = [prefill(model, ids, KeyDiffPress(0.5), 16).cache, RecordedPrefill(model, ids).evicted(None).cache]
-        read = read_while_evicting(model, prefill(model, ids, KeyDiffPress(0.5)), ids, KeyDiffPress(), 16, 8)
+        filling = ChunkedPrefill(model, KeyDiffPress(0.5), ids.shape[1], request=Request(contexts=True))
+        filling.run(ids)
+        read = Continuation(filling, Decoding(8, budget=16), 0.5, ids.shape[1]).read(ids)
         return [read, *(layer.keys for cache in caches for layer in cache.layers)]
 
     model = random_model()

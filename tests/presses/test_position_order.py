@@ -8,9 +8,11 @@ from kvpress import BasePress, ComposedPress, KeyRerotationPress
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsekv_pl.eviction.decoding import read_while_evicting
+from sparsekv_pl.eviction.continuation import Continuation
 from sparsekv_pl.eviction.kept_positions import kept_positions
-from sparsekv_pl.eviction.prefill import prefill
+from sparsekv_pl.eviction.prefill import ChunkedPrefill, prefill
+from sparsekv_pl.eviction.request import Request
+from sparsekv_pl.eviction.while_decoding import Decoding
 from sparsekv_pl.models.anchors import Anchors
 from sparsekv_pl.presses import AnchorPress, BlockDropoutPress, SoftThresholdPress, VariableBlockPress
 from sparsekv_pl.presses.nesting import press_name
@@ -64,10 +66,12 @@ def test_in_evaluation_soft_threshold_protects_behind_another(model: PreTrainedM
 @pytest.mark.parametrize("press", [SoftThresholdPress(window_size=8), AnchorPress(anchors=PLACES)], ids=press_name)
 def test_the_first_and_the_newest_stay_while_tokens_are_decoded(model: PreTrainedModel, press: BasePress) -> None:
     model.eval()
-    start, more = prefill(model, ids(96), None), ids(120, 9)
-    read_while_evicting(model, start, more, press, budget=60, interval=40)
+    start, more = ChunkedPrefill(model, press, 96, request=Request(contexts=True)), ids(120, 9)
+    start.run(ids(96))
+    reading = Continuation(start, Decoding(40, budget=60, context=False), 0.0, 120)
+    reading.read(more)
     everything = prefill(model, torch.cat([ids(96), more], 1), None).cache.layers[0].keys
-    now = start.cache.layers[0].keys
+    now = reading.reading.cache.layers[0].keys
     torch.testing.assert_close(now[:, :, :4], everything[:, :, :4])
     torch.testing.assert_close(now[:, :, -8:], everything[:, :, -8:])
 

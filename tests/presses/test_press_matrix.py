@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from sparsekv_pl.eviction.continuation import continued
 from sparsekv_pl.eviction.kept_positions import masked_keys
 from sparsekv_pl.eviction.prefill import full_cache, prefill
-from sparsekv_pl.eviction.real import continued
 from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.presses.nesting import learnable

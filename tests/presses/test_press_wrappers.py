@@ -23,8 +23,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv_pl.cli.config_values import explained
-from sparsekv_pl.eviction.decoding import read_while_evicting
-from sparsekv_pl.eviction.prefill import prefill
+from sparsekv_pl.eviction.continuation import Continuation
+from sparsekv_pl.eviction.prefill import ChunkedPrefill
+from sparsekv_pl.eviction.request import Request
+from sparsekv_pl.eviction.while_decoding import Decoding
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.presses.ratio import set_compression_ratio
 from sparsekv_pl.presses.sparse_reg import SparseRegPress
@@ -67,12 +69,14 @@ def test_inside_wrappers(bench: MakeBench, case: PressCase, wrapper: str) -> Non
 def test_while_tokens_are_decoded(bench: MakeBench, case: PressCase) -> None:
     at = bench("llama", case)
     press, model = at.press(), at.model.eval()
-    start = prefill(model, at.text[:2, :64], None)
+    set_compression_ratio(press, 0.0)
+    start = ChunkedPrefill(model, press, 64, request=Request(contexts=True))
     with case.holds("Decoding"):
-        hidden = read_while_evicting(model, start, at.text[:2, 64:88], press, budget=40, interval=12)
-        assert hidden.isfinite().all()
+        start.run(at.text[:2, :64])
+        reading = Continuation(start, Decoding(12, budget=40, context=False), 0.5, 24)
+        assert reading.read(at.text[:2, 64:88]).isfinite().all()
         left = 40 if False in case.evicts_in else 88
-        assert [layer.keys.shape[2] for layer in start.cache.layers] == [left, left]
+        assert [layer.keys.shape[2] for layer in reading.reading.cache.layers] == [left, left]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

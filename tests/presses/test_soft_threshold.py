@@ -7,8 +7,9 @@ import torch
 from kvpress import ScorerPress
 from torch import Tensor
 
+from sparsekv_pl.eviction.continuation import continued
 from sparsekv_pl.eviction.prefill import full_cache, prefill
-from sparsekv_pl.eviction.real import RealEviction, continued
+from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.objectives import EIT
 from sparsekv_pl.presses.eviction_aug import EvictionAugPress
 from sparsekv_pl.presses.nesting import learnable

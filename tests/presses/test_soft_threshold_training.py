@@ -9,8 +9,9 @@ from kvpress import ComposedPress, KnormPress
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from sparsekv_pl.eviction.continuation import continued
 from sparsekv_pl.eviction.prefill import prefill
-from sparsekv_pl.eviction.real import RealEviction, continued
+from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.objectives import EIT
 from sparsekv_pl.objectives.selection_loss import SelectionLoss

@@ -14,6 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from callbacks.curriculum import Curriculum
 from sparsekv_pl.eviction.local_gradients import LocalGradients
 from sparsekv_pl.eviction.real import RealEviction
+from sparsekv_pl.eviction.while_decoding import Decoding
 from sparsekv_pl.models.placement import Placement
 from sparsekv_pl.schedules import Fixed
 from sparsekv_pl.training.eit_module import EITModule
@@ -96,21 +97,22 @@ def test_a_whole_model_on_every_rank_is_refused(mesh: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parameters", "lengths", "local", "message"),
+    ("parameters", "lengths", "settings", "message"),
     [
-        ({"temperature": torch.ones(1)}, range(96, 97), None, "SnapKVPress has parameters of its own"),
-        ({}, range(64, 97), None, "set data.shortest_context=null"),
-        ({}, range(96, 97), LocalGradients(), "set eviction.local_gradients=null"),
+        ({"temperature": torch.ones(1)}, range(96, 97), {}, "SnapKVPress has parameters of its own"),
+        ({}, range(64, 97), {}, "set data.shortest_context=null"),
+        ({}, range(96, 97), {"local_gradients": LocalGradients()}, "set eviction.local_gradients=null"),
+        ({}, range(96, 97), {"decoding": Decoding(80)}, "set eviction.decoding=null"),
     ],
 )
 def test_ranks_that_would_not_agree_are_refused(
-    mesh: Any, parameters: dict[str, Any], lengths: range, local: LocalGradients | None, message: str
+    mesh: Any, parameters: dict[str, Any], lengths: range, settings: dict[str, Any], message: str
 ) -> None:
     module = SimpleNamespace(
         backbone=SimpleNamespace(sharded=True),
         device_mesh=mesh(4, 1),
         press=SnapKVPress(),
-        eviction=RealEviction(SnapKVPress(), local_gradients=local),
+        eviction=RealEviction(SnapKVPress(), **settings),
         press_parameters=parameters,
         trainer=SimpleNamespace(datamodule=SimpleNamespace(context_lengths=lengths)),
     )

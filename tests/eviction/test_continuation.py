@@ -1,0 +1,319 @@
+"""Evicting while a continuation is read or written equals one token at a time, with an eviction every few tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from kvpress import (
+    BasePress,
+    DecodingPress,
+    ExpectedAttentionPress,
+    KeyDiffPress,
+    KeyRerotationPress,
+    KnormPress,
+    PrefillDecodingPress,
+    PyramidKVPress,
+    ScorerPress,
+    SnapKVPress,
+    StreamingLLMPress,
+)
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from callbacks.curriculum import Curriculum
+from sparsekv_pl.eviction.continuation import Continuation
+from sparsekv_pl.eviction.interface import Selection
+from sparsekv_pl.eviction.prefill import ChunkedPrefill, full_cache
+from sparsekv_pl.eviction.real import RealEviction
+from sparsekv_pl.eviction.request import Request
+from sparsekv_pl.eviction.while_decoding import Decoding
+from sparsekv_pl.models.batch import IGNORE, Supervised
+from sparsekv_pl.objectives.attention_mass import AttentionMass, with_mass
+from sparsekv_pl.objectives.selection_loss import SelectionLoss
+from sparsekv_pl.presses import EvictionAugPress
+from sparsekv_pl.presses.nesting import press_name
+from sparsekv_pl.presses.ratio import set_compression_ratio
+from sparsekv_pl.schedules import Fixed
+from sparsekv_pl.training.eit_module import EITModule
+from sparsekv_pl.training.teacher import Teacher
+from tests.random_models import Build
+from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw, mixed
+
+CONTEXT, CONTINUATION, INTERVAL, RATIO, ROWS = 30, 15, 4, 0.5, 2
+
+
+def ids(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Make distinct tokens: in the first layer equal ones have keys of one length, which Knorm cannot tell apart."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.stack([torch.randperm(64, generator=generator)[: CONTEXT + CONTINUATION] for _ in range(ROWS)])
+    return drawn[:, :CONTEXT], drawn[:, CONTEXT:]
+
+
+@dataclass
+class TokenByToken:
+    """The slow reference: transformers' own forward of one token, and an eviction after every ``interval`` tokens."""
+
+    model: PreTrainedModel
+    press: ScorerPress
+    interval: int
+    budgets: Any
+    """Maps the tokens read to the pairs that an eviction then leaves."""
+    cache: DynamicCache = field(default_factory=DynamicCache)
+    places: list[Tensor] = field(default_factory=list)
+    """(B, K, S) per layer, the positions of the kept pairs."""
+    selections: list[Selection] = field(default_factory=list)
+    seen: int = 0
+    since: list[list[dict[str, Any]]] = field(default_factory=list)
+    """Per layer, the keywords of the forwards since the last eviction."""
+
+    def run(self, tokens: Tensor) -> Tensor:
+        """Run (B, T) tokens in one forward, and evict if they end the context or an interval."""
+        layers = self.model.model.layers
+        self.since = self.since or [[] for _ in layers]
+        hooks = [
+            layer.self_attn.register_forward_pre_hook(lambda _m, _a, kw, of=of: of.append(kw), with_kwargs=True)
+            for layer, of in zip(layers, self.since, strict=True)
+        ]
+        positions = torch.arange(self.seen, self.seen + tokens.shape[1])[None]
+        hidden = self.model.model(tokens, past_key_values=self.cache, position_ids=positions).last_hidden_state
+        for hook in hooks:
+            hook.remove()
+        self.seen += tokens.shape[1]
+        if self.seen == CONTEXT or (self.seen > CONTEXT and (self.seen - CONTEXT) % self.interval == 0):
+            for index in range(len(layers)):
+                self.evict(index)
+            self.since = []
+        return hidden
+
+    def evict(self, index: int) -> None:
+        """Keep the highest scores of a layer's pairs, in the order of their positions."""
+        layer, calls = self.cache.layers[index], self.since[index]
+        new = sum(call["hidden_states"].shape[1] for call in calls)
+        fresh = torch.arange(self.seen - new, self.seen).expand(*layer.keys.shape[:2], -1)
+        places = torch.cat([self.places[index], fresh], -1) if len(self.places) > index else fresh
+        kept = min(self.budgets(self.seen), layer.keys.shape[2])
+        if kept < layer.keys.shape[2]:
+            self.press.compression_ratio = 1 - (kept + 0.5) / layer.keys.shape[2]  # StreamingLLM's scores depend on it
+            self.model.model.layers[index].self_attn.rotary_emb = self.rotary_from(self.seen - new)
+            scores = self.press.score(
+                self.model.model.layers[index].self_attn,
+                torch.cat([call["hidden_states"] for call in calls], 1),
+                layer.keys,
+                layer.values,
+                None,
+                {
+                    "position_embeddings": [
+                        torch.cat(part, 1) for part in zip(*(c["position_embeddings"] for c in calls), strict=True)
+                    ]
+                },
+            )
+            self.selections.append(Selection(index, press_name(self.press), scores, places, kept=kept, seen=self.seen))
+            order = scores.topk(kept, dim=-1).indices.sort(-1).values
+            where = order[..., None].expand(-1, -1, -1, layer.keys.shape[3])
+            layer.keys, layer.values = layer.keys.gather(2, where), layer.values.gather(2, where)
+            places = places.gather(-1, order)
+        self.places[index : index + 1] = [places]
+
+    def rotary_from(self, start: int) -> torch.nn.Module:
+        """Rotate from position ``start`` on: ExpectedAttention's future queries come after what was read."""
+        rotary = self.model.model.rotary_emb
+
+        class Shifted(torch.nn.Module):
+            def forward(self, x: Tensor, position_ids: Tensor) -> Any:
+                return rotary(x, position_ids + start)
+
+        return Shifted()
+
+    def read(self, context: Tensor, continuation: Tensor) -> Tensor:
+        """Read the context at once, then the continuation token by token; return its hidden states."""
+        self.run(context)
+        return torch.cat([self.run(continuation[:, place : place + 1]) for place in range(continuation.shape[1])], 1)
+
+
+def budgets(decoding: Decoding) -> Any:
+    half = int(CONTEXT * (1 - RATIO))
+
+    def of(seen: int) -> int:
+        if seen == CONTEXT:
+            return half if decoding.context else CONTEXT
+        return int(seen * (1 - RATIO)) if decoding.grows else (decoding.budget or half)
+
+    return of
+
+
+def later_masses(model: PreTrainedModel, labels: Tensor, ends: Sequence[int]) -> dict[int, dict[int, Tensor]]:
+    """layer -> end -> (B, K, end): eager attention of the supervised rows after ``end``, one mean per row."""
+    eager = model.__class__(model.config.__class__(**{**model.config.to_dict(), "attn_implementation": "eager"}))
+    eager.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        attentions = eager.eval()(torch.cat(ids(), 1), output_attentions=True).attentions
+    found: dict[int, dict[int, Tensor]] = {}
+    for layer, attention in enumerate(attentions):
+        grouped = attention.unflatten(1, (2, 2)).mean(2)  # (B, K, all, all)
+        for end in ends:
+            mass = torch.zeros(ROWS, 2, end)
+            for row in range(ROWS):
+                predicts = [CONTEXT + t - 1 for t in range(1, CONTINUATION) if labels[row, t] != IGNORE]
+                after = [place for place in predicts if place >= end]
+                if after:
+                    mass[row] = grouped[row, :, after, :end].mean(1)
+            found.setdefault(layer, {})[end] = mass
+    return found
+
+
+PRESSES = [
+    KnormPress(),
+    KeyDiffPress(),
+    SnapKVPress(window_size=3),
+    ExpectedAttentionPress(n_sink=2),
+    StreamingLLMPress(n_sink=2),
+]
+DECODINGS = [
+    Decoding(INTERVAL),
+    Decoding(INTERVAL, budget=9),
+    Decoding(INTERVAL, grows=True),
+    Decoding(INTERVAL, context=False),
+]
+WAYS = [(press, DECODINGS[0]) for press in PRESSES] + [(KnormPress(), decoding) for decoding in DECODINGS[1:]]
+
+
+def weights(shape: torch.Size) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5))
+
+
+def gradients(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("press", "decoding"), WAYS, ids=[f"{press_name(p)}, {d.label}" for p, d in WAYS])
+def test_training_equals_one_token_at_a_time_in_values_and_gradients(
+    random_model: Build, press: ScorerPress, decoding: Decoding
+) -> None:
+    model = random_model()
+    labels = ids()[1].clone()
+    labels[:, 0] = labels[0, 5:7] = labels[1, 8:] = IGNORE  # nothing is asked of row 1 after its last evictions
+    slow = TokenByToken(model, press, decoding.interval, budgets(decoding))
+    expected = slow.read(*ids())
+    ends = [CONTEXT, *range(CONTEXT + decoding.interval, CONTEXT + CONTINUATION, decoding.interval)]
+    masses = later_masses(model, labels, ends)
+    chosen = [(one, masses[one.layer][one.seen]) for one in slow.selections if one.seen in ends]
+    parts = (expected * weights(expected.shape)).sum(), SelectionLoss(sinks=2)(chosen).values()
+    wanted = gradients(model, parts[0] + 10 * sum(parts[1]))
+
+    for checkpoint in (False, True):
+        evicts = RealEviction(press, checkpoint=checkpoint, decoding=decoding)
+        evicted = evicts(model, *ids(), compression_ratio=RATIO, step=0, request=Request(scores=True))
+        torch.testing.assert_close(evicted.hidden, expected, rtol=1e-4, atol=1e-4)
+        mass = AttentionMass(Supervised.of(labels), CONTEXT, evicts.later_evictions(CONTEXT, CONTINUATION))
+        Teacher(model)(*ids(), mass)
+        pairs = with_mass([one for one in evicted.selections if one.kept < one.scores.shape[-1]], mass.mass, mass.later)
+        assert {(one.layer, one.seen) for one, _ in pairs} == {(one.layer, one.seen) for one, _ in chosen}
+        losses = SelectionLoss(sinks=2)(pairs)
+        torch.testing.assert_close(losses, SelectionLoss(sinks=2)(chosen), rtol=1e-4, atol=1e-5)
+        got = gradients(model, (evicted.hidden * weights(expected.shape)).sum() + 10 * sum(losses.values()))
+        assert got.keys() == wanted.keys()
+        for name, value in wanted.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def reading(model: PreTrainedModel, press: BasePress, decoding: Decoding, tokens: int) -> Continuation:
+    set_compression_ratio(press, RATIO if decoding.context else 0.0)
+    filling = ChunkedPrefill(model, press, CONTEXT, request=Request(contexts=True))
+    filling.run(ids()[0])
+    return Continuation(filling, decoding, RATIO, tokens)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("context", [False, True], ids=["DecodingPress", "PrefillDecodingPress"])
+def test_reading_evicts_as_kvpress_does_token_by_token(random_model: Build, context: bool) -> None:
+    model, more, cache, found = random_model(), ids()[1], DynamicCache(), []
+    press: Any = DecodingPress(KnormPress(), compression_interval=INTERVAL, target_size=15)
+    if context:
+        press = PrefillDecodingPress(KnormPress(RATIO), press)
+    with press(model):
+        model.model(ids()[0], past_key_values=cache, cache_position=torch.arange(CONTEXT))
+        for step in range(CONTINUATION):
+            place = torch.tensor([CONTEXT + step])
+            at = {"past_key_values": cache, "position_ids": place[None], "cache_position": place}
+            found.append(model.model(more[:, step : step + 1], **at).last_hidden_state)
+    now = reading(model, KnormPress(), Decoding(INTERVAL, budget=15, context=context), CONTINUATION)
+    torch.testing.assert_close(now.read(more), torch.cat(found, 1), rtol=1e-4, atol=1e-4)
+    assert [layer.keys.shape[2] for layer in now.reading.cache.layers] == [15 + CONTINUATION % INTERVAL] * 2
+
+
+@torch.no_grad()
+def test_memory_stays_flat_and_nothing_is_lost_without_pressure(random_model: Build) -> None:
+    model = random_model()
+    now = reading(model, KnormPress(), Decoding(4, budget=15), CONTINUATION)
+    now.read(ids()[1])
+    pair = now.kv_bytes[0][1] // 15
+    assert now.kv_bytes == [(tokens, 15 * pair) for tokens in range(0, 13, 4)]
+    growing = reading(model, KnormPress(), Decoding(4, grows=True), CONTINUATION)
+    growing.read(ids()[1])
+    assert [held // pair for _, held in growing.kv_bytes] == [(CONTEXT + read) // 2 for read in range(0, 13, 4)]
+    free = reading(model, KnormPress(), Decoding(4, budget=999, context=False), CONTINUATION)
+    torch.testing.assert_close(free.read(ids()[1]), full_cache(model, *ids()), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("interval", [1, 4, 100])
+def test_what_is_written_is_what_one_token_at_a_time_writes(random_model: Build, interval: int) -> None:
+    model, question, most = random_model(), ids()[1][:, :6], [17, 9]
+    decoding, head = Decoding(interval, budget=12), model.lm_head.weight
+    slow = TokenByToken(model, KnormPress(), interval, budgets(decoding))
+    last, expected = slow.read(ids()[0], question)[:, -1:], []
+    for _ in range(max(most)):
+        expected.append((last[:, -1] @ head.T).argmax(-1, keepdim=True))
+        last = slow.run(expected[-1])
+    rows = torch.cat(expected, 1).tolist()
+    assert len({token for row in rows for token in row}) > 3
+    written = reading(model, KnormPress(), decoding, question.shape[1] + max(most)).write(question, most)
+    assert written == [row[:count] for row, count in zip(rows, most, strict=True)]
+    stop = rows[0][5]
+    ended = reading(model, KnormPress(), decoding, question.shape[1] + max(most)).write(question, most, {stop})
+    assert ended == [row[: row.index(stop)] if stop in row else row for row in written]
+
+
+PASSING = [
+    KeyRerotationPress(KnormPress()),
+    PyramidKVPress(window_size=3),
+    EvictionAugPress([KnormPress(), SnapKVPress(window_size=3)], score_all=True),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("press", PASSING, ids=press_name)
+def test_presses_of_every_kind_evict_again(random_model: Build, press: BasePress) -> None:
+    now = reading(random_model(), press, Decoding(INTERVAL, budget=12), CONTINUATION)
+    assert now.read(ids()[1]).isfinite().all()
+    held = [layer.keys.shape[2] for layer in now.reading.cache.layers]
+    assert sum(held) <= 2 * (12 + CONTINUATION % INTERVAL + 1)
+
+
+@pytest.mark.parametrize(
+    ("press", "decoding", "request_", "named"),
+    [
+        (SnapKVPress(window_size=6), Decoding(6), Request(), r"decoding\.interval=6 must be above the window"),
+        (PyramidKVPress(window_size=2), Decoding(6), Request(), "PyramidKV cannot evict again and again in training"),
+        (KnormPress(), Decoding(6), Request(layers=frozenset({"hidden"})), "an objective over layers"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(press: BasePress, decoding: Decoding, request_: Request, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        RealEviction(press, decoding=decoding).check(CONTEXT, request_)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_it_trains_on_questions_whose_text_is_read_after_the_eviction(
+    checkpoint: bool, tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer
+) -> None:
+    eviction = RealEviction(KeyDiffPress(), checkpoint=checkpoint, decoding=Decoding(16))
+    module = EITModule(tiny_backbone(), eviction, mixed(), optimizer=adamw)
+    trainer = tiny_trainer(Curriculum(Fixed(RATIO)), max_steps=2)
+    trainer.fit(module, tiny_data(read_tokens=(20, 40), retrieval_share=1.0))
+    assert trainer.callback_metrics["train/selection/KeyDiff"] > 0
+    assert trainer.callback_metrics["train/kl"].isfinite()
