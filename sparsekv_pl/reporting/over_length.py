@@ -47,7 +47,7 @@ def _summed(records: Sequence[Stretches]) -> list[tuple[int, float, float]]:
     most = max(map(len, records), default=0)
     if not most:
         return []
-    longest = next(record for record in records if len(record) == most)
+    longest = max(records, key=len)
     each = -(-most // COLUMNS)
     found, end = [], 0
     for start in range(0, most, each):
