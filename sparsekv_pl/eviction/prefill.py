@@ -153,7 +153,7 @@ class ChunkedPrefill:
         apart = layers_apart(self.model) if self.local else nullcontext()
         read = self.decoding or (self.request.chunks and start > 0)
         computed = last_mlp_for(self.model, stop - start if read else 0)
-        whole = uncut_cache(self.model) if self.request.full_cache else nullcontext()
+        whole = uncut_cache(self.model, self.cache) if self.request.full_cache else nullcontext()
         with whole as self.uncut, self._evicting(held, start, stop), rotated, computed, apart:
             hidden = continue_from(self.model, chunk_ids, self.cache, position, **keywords)
         dropped = forget(self.model, self.cache, stop, () if self.traits is None else self.layers)

@@ -72,8 +72,9 @@ def test_values_and_gradients_equal_those_of_a_pass_without_a_press(press: Any, 
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_a_window_limits_the_whole_cache_too() -> None:
-    own, data = student(windowed_model("gemma3"), FullCache()), batch()
+@pytest.mark.parametrize("kind", ["gemma3", "lfm2"])
+def test_layers_that_no_press_cuts_are_part_of_the_whole_cache(kind: str) -> None:
+    own, data = student(windowed_model(kind), FullCache()), batch()
     view, _ = own.view(data, RATIO, 0)
     assert view.full_cache is not None
     with torch.no_grad():
