@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     from sparsekv_pl.models.anchors import Anchors
     from sparsekv_pl.models.backbone import Backbone
     from sparsekv_pl.models.lora import Lora
-    from sparsekv_pl.objectives import EIT, LM, Chunks, Layerwise, Mixed, Reconstruction, SelectionObjective, SparseLM
+    from sparsekv_pl.objectives import (
+        EIT,
+        LM,
+        Chunks,
+        FullCache,
+        Layerwise,
+        Mixed,
+        Reconstruction,
+        SelectionObjective,
+        SparseLM,
+    )
     from sparsekv_pl.presses import (
         AdaptiveBlockDropoutPress,
         AnchorPress,
@@ -51,6 +61,7 @@ __all__ = [
     "EvaluationModule",
     "EvictionAugPress",
     "Fixed",
+    "FullCache",
     "KVDropout",
     "Layerwise",
     "Linear",
@@ -86,7 +97,8 @@ _SOURCES = {
     "Setting": "evaluation.points",
     **dict.fromkeys(["Adaptive", "Cosine", "Fixed", "Linear", "Spread", "Step"], "schedules"),
     **dict.fromkeys(
-        ["EIT", "LM", "Chunks", "Layerwise", "Mixed", "Reconstruction", "SelectionObjective", "SparseLM"], "objectives"
+        ["EIT", "LM", "Chunks", "FullCache", "Layerwise", "Mixed", "Reconstruction", "SelectionObjective", "SparseLM"],
+        "objectives",
     ),
 }
 """The module of each exported name; names that are not listed are in ``presses``."""

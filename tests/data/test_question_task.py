@@ -52,7 +52,8 @@ def test_a_case_has_its_length_and_is_asked_in_held_out_words(
             asked = "" if query_aware else info.question
             assert chosen.decode(one.continuation_ids) == f"{asked}{frame.question_suffix}{info.answer_prefix}"
             shown = " ".join(context.split())
-            assert kind == "order" or all(answer.lower() in shown.lower() for answer in info.answers)
+            told = info.answers[0].split(", ")[:1] if kind == "counting" else info.answers
+            assert kind == "order" or all(answer.lower() in shown.lower() for answer in told)
             answer = " and ".join([", ".join(info.answers[:-1]), info.answers[-1]][len(info.answers) == 1 :])
             assert info.max_new_tokens == len(frame.encode(f" {answer}")) + ANSWER_SLACK
             assert retrieval_scores(f" {answer}", info.answers)["exact"] == 1

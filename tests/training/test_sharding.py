@@ -106,11 +106,17 @@ def test_a_whole_model_on_every_rank_is_refused(mesh: Any) -> None:
     ],
 )
 def test_ranks_that_would_not_agree_are_refused(
-    mesh: Any, parameters: dict[str, Any], lengths: range, settings: dict[str, Any], message: str
+    mesh: Any,
+    parameters: dict[str, Any],
+    lengths: range,
+    settings: dict[str, Any],
+    message: str,
+    tiny_backbone: MakeBackbone,
 ) -> None:
     module = SimpleNamespace(
         backbone=SimpleNamespace(sharded=True),
         device_mesh=mesh(4, 1),
+        model=tiny_backbone(sharded=True).load()[0],
         press=SnapKVPress(),
         eviction=RealEviction(SnapKVPress(), **settings),
         press_parameters=parameters,
