@@ -58,12 +58,15 @@ def test_without_a_press_loglikelihoods_are_hflms(tiny: tuple[Any, Any], max_len
     assert max_length or found[-1][1]
 
 
-def test_a_model_whose_logits_would_not_be_hflms_is_refused(tiny: tuple[Any, Any]) -> None:
+def test_scaled_logits_score_as_in_hflm(tiny: tuple[Any, Any]) -> None:
+    words = tiny[0].config.vocab_size
     config = GraniteConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, logits_scaling=8.0
+        vocab_size=words, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, logits_scaling=8.0
     )
-    with pytest.raises(ValueError, match=r"config\.logits_scaling=8\.0"):
-        PressedLM(GraniteForCausalLM(config), tiny[1])
+    model = GraniteForCausalLM(config).eval()
+    expected = loglikelihoods(HFLM(pretrained=model, tokenizer=tiny[1]), OPTIONS)
+    found = loglikelihoods(PressedLM(model, tiny[1]), OPTIONS)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
 
 
 def test_a_context_that_is_cut_is_reported(tiny: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
