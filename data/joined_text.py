@@ -27,7 +27,7 @@ class JoinedText(TextSource):
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise ValueError("JoinedText got an empty list of sources: name at least one")
+            raise ValueError("JoinedText.sources is []: name at least one source")
         for i, source in enumerate(self.sources):
             if isinstance(source, HubText) and source.streaming:
                 raise ValueError(

@@ -36,7 +36,7 @@ class MixedText(TextSource):
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise ValueError("MixedText got an empty list of sources: name at least one")
+            raise ValueError("MixedText.sources is []: name at least one source")
         if any(isinstance(source, MixedText) for source in self.sources):
             raise ValueError("MixedText.sources has a MixedText: name its sources and weights in one list")
         weights = [1.0] * len(self.sources) if self.weights is None else self.weights

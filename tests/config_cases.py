@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 ABLATIONS = CONFIGS / "train" / "ablations"
 SMALL = CONFIGS / "train" / "small.yaml"
+ROBUST = CONFIGS / "train" / "robust.yaml"
 OVER = {
-    CONFIGS / "train" / "robust_8b.yaml": CONFIGS / "train" / "robust.yaml",
+    CONFIGS / "train" / "robust_8b.yaml": ROBUST,
     CONFIGS / "evaluate" / "robust_64k.yaml": CONFIGS / "evaluate" / "million.yaml",
     **{
         CONFIGS / "evaluate" / f"robust_{name}.yaml": CONFIGS / "evaluate" / "robust.yaml"
@@ -44,6 +45,13 @@ class Case(NamedTuple):
     @property
     def names(self) -> list[str]:
         return [str(part) for part in self.path if isinstance(part, str) and part not in STRUCTURE]
+
+
+def make_text_files(config: Path) -> None:
+    """Make the text files that ``config`` names, empty, relative to the working folder."""
+    for name in re.findall(r"paths: \[(\S+)\]", config.read_text()):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
 
 
 def shipped() -> Iterator[tuple[Path, tuple[Path, ...]]]:

@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 
 from evaluate import EvaluateCommandLine
 from sparsekv_pl.cli.command_line import run
-from tests.config_cases import CONFIGS, ROOT, Case, cases, check, check_kept, replaced, wrong
+from tests.config_cases import CONFIGS, ROBUST, ROOT, Case, cases, check, check_kept, make_text_files, replaced, wrong
 from tests.processes import Started
 from train import TrainCommandLine
 
@@ -68,8 +68,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "test", test)
     monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(tmp_path)
-    Path("output").mkdir()
-    Path("output/moby-dick.jsonl").touch()  # configs/train/robust.yaml reads it
+    make_text_files(ROBUST)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
@@ -150,7 +149,7 @@ EXPLICIT = {
         ['--model.eviction.press={"class_path": "kvpress.SnapKVPress", "init_args": {"compression_ratio": 1.5}}'],
         r"SnapKVPress\(compression_ratio=1.5.* refused: Compression ratio must be between 0 and 1",
     ),
-    "adapter": (["--model.backbone.adapter=/nowhere"], "adapter='/nowhere' has no adapter_config.json"),
+    "adapter": (["--model.backbone.adapter=/nowhere"], "adapter='/nowhere': there is no such folder"),
 }
 """What is known only when an object is made."""
 

@@ -1,7 +1,6 @@
 """Every file under configs/ is parsed and instantiated; the quickstart's two commands run on a tiny model."""
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from data.text import EmbeddedText
 from evaluate import EvaluateCommandLine
 from sparsekv_pl.cli.command_line import CommandLine
 from sparsekv_pl.models.native_precision import decide
-from tests.config_cases import OVER
+from tests.config_cases import OVER, make_text_files
 from tests.processes import Started
 from train import TrainCommandLine
 
@@ -109,6 +108,7 @@ def test_the_8b_recipe_has_the_presses_of_the_robust_one_on_one_gpu_in_4_bits_an
 ) -> None:
     pretrained = f"--model.backbone.pretrained={tiny_models['llama']}"
     made = instantiate(OVER[ROBUST_8B], pretrained, *extra, over=[ROBUST_8B, *(TRAIN / name for name in over)])
+    make_text_files(OVER[ROBUST_8B])
     small = instantiate(OVER[ROBUST_8B], pretrained)
     check_training(made)
     assert made.model.eviction.press.presses == small.model.eviction.press.presses
@@ -157,9 +157,7 @@ def test_every_config_is_instantiated(path: Path, tiny_models: dict[str, str], a
         overrides += ["--model.backbone.load_in_4bit=false", "--model.backbone.placement=null"]
     if settings.get("gates"):
         overrides.append("--model.gates=null")
-    for name in re.findall(r"paths: \[(\S+)\]", path.read_text()):
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).touch()
+    make_text_files(path)
     if settings.get("include_path"):  # from the checkout; the test stands elsewhere
         overrides.append(f"--model.include_path={ROOT / settings['include_path']}")
     made = instantiate(path, *overrides)

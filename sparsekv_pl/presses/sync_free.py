@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
-from sparsekv_pl.presses.cache_keyword import with_cache
+from sparsekv_pl.models.cache_keyword import with_cache
 from sparsekv_pl.presses.traits import PressTraits
 
 

@@ -21,9 +21,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from sparsekv_pl.models.backbone import Backbone, causal_lm
+from sparsekv_pl.models.cache_keyword import with_cache
 from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.models.layer_kinds import linear_layers
-from sparsekv_pl.presses.cache_keyword import with_cache
 
 STEPS = ("training_step", "validation_step")
 

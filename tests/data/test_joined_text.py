@@ -39,7 +39,7 @@ def test_a_resume_sees_every_source(tmp_path: Path) -> None:
 
 
 def test_no_source_is_refused() -> None:
-    with pytest.raises(ValueError, match="empty list of sources: name at least one"):
+    with pytest.raises(ValueError, match=r"JoinedText\.sources is \[\]: name at least one source"):
         JoinedText([])
 
 

@@ -102,6 +102,15 @@ def test_a_report_links_its_cases_and_measures_them_once(
     assert "viewer" not in (tmp_path / "report.html").read_text() and not (tmp_path / "viewer.html").exists()
 
 
+def test_a_model_in_bfloat16_is_viewed_too(
+    tiny_backbone: MakeBackbone, tiny_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    module = EvaluationModule(tiny_backbone(dtype="bfloat16"), [Setting(KnormPress(), [0.5])], str(tmp_path))
+    tiny_trainer().test(module, DataLoader([batch()], batch_size=None), verbose=False)
+    views = [record for record in module.records if "viewed" in record]
+    assert len(views) == 2 and all(view["mass"] for view in views)
+
+
 def test_cases_are_chosen_once_and_spread_over_depths() -> None:
     chosen = ViewedCases(3, CONTEXT)
     assert chosen.rows(batch(CONTEXT + 1)) == [], "too long"
