@@ -17,6 +17,7 @@ from data.question_kind import QuestionKind
 from data.question_task import STRETCHES
 from sparsekv_pl.models.batch import CaseInfo
 from sparsekv_pl.models.chat_frame import QUESTION_OPENING
+from sparsekv_pl.models.seeding import random_for
 
 MADE: dict[str, Callable[[int], QuestionKind]] = {
     "copying": Copying.writing,
@@ -94,7 +95,7 @@ class Carry(CaseTask):
         read = length + self.tokens - round(self.tokens * self.written)
         room = read - len(frame.prefix_ids) - 32
         for _ in range(SETTLES):
-            asked = asked_context(frame, haystack, room, [self.kind], random.Random(seed), "held_out", depth)
+            asked = asked_context(frame, haystack, room, [self.kind], random_for("carried", seed), "held_out", depth)
             [turn] = asked.turns
             question = f"{QUESTION_OPENING}{turn.question}{frame.question_suffix}{turn.answer_prefix}"
             settled = read - len(frame.prefix_ids) - len(frame.encode(question))

@@ -25,6 +25,7 @@ from sparsekv_pl.evaluation.hosted_module import HostedModule
 from sparsekv_pl.evaluation.lm_eval_module import LMEvalModule
 from sparsekv_pl.evaluation.long_context import LongContextModule
 from sparsekv_pl.evaluation.points import Setting
+from sparsekv_pl.eviction.quantised_pairs import PairQuantisation
 from sparsekv_pl.models.anchors import Anchors
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.models.batch import CaseBatch, CaseInfo
@@ -47,11 +48,6 @@ class Kept:
 
 def keys_of(module: Any, *batches: Any) -> list[str]:
     return [piece.key for variant in module.variants for batch in batches for piece in module.pieces(batch, variant)]
-
-
-def gated(module: BlockComparison, batch: CaseBatch) -> list[str]:
-    module._gates()
-    return keys_of(module, batch)
 
 
 SETTINGS = [Setting(SnapKVPress(), [0.5])]
@@ -95,7 +91,7 @@ KEPT = [
             "apply_chat_template": True,
             "held_back": 2,
         },
-        REPORTS,
+        REPORTS | {"views"},  # finished work keeps the documents with which it was measured
     ),
     Kept(
         HostedModule,
@@ -117,8 +113,13 @@ KEPT = [
         LongContextModule,
         lambda module, batch: [module._key(batch, variant) for variant in module.variants],
         {"press": SnapKVPress()},
-        {"press": SnapKVPress(kernel_size=3), "budget": 5, "chunk_tokens": 7},
-        REPORTS | {"save_every", "dry", "tokens_per_second"},
+        {
+            "press": SnapKVPress(kernel_size=3),
+            "budget": 5,
+            "chunk_tokens": 7,
+            "quantisation": [PairQuantisation(4), PairQuantisation(8), PairQuantisation(4, residual=1)],
+        },
+        REPORTS | {"save_every", "dry", "tokens_per_second", "views"},
     ),
     Kept(AnchorAnalysis, keys_of, {}, {"carrying": 0.5}, {"output", "sinks", "threshold", "recent_mass"}),
     Kept(
@@ -136,7 +137,7 @@ KEPT = [
     Kept(OracleBlocks, keys_of, {}, {"block_size": 3}, {"output", "top_k", "layers", "heads"}),
     Kept(
         BlockComparison,
-        gated,
+        keys_of,
         {"output": "x"},
         {
             "block_size": 32,
@@ -195,6 +196,7 @@ def batch() -> CaseBatch:
 def test_a_module_keeps_results_by_every_setting_that_decides_them(
     kept: Kept, loaded: Backbone, batch: CaseBatch, tiny_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("sparsekv_pl.evaluation.lm_eval_module.task_manager", lambda *_: None)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"one")
     taken = inspect.signature(kept.kind).parameters
     backbone = {"backbone": replace(loaded, adapter=str(tmp_path))} if "backbone" in taken else {}
@@ -209,7 +211,7 @@ def test_a_module_keeps_results_by_every_setting_that_decides_them(
     first = keys()
     assert keys() == first
     for name, values in kept.decide.items():
-        several = isinstance(values, list) and type(values[0]) in (Anchors, HostedModel)
+        several = isinstance(values, list) and type(values[0]) in (Anchors, HostedModel, PairQuantisation)
         for value in values if several else [values]:
             assert keys(**{name: value}) - first, f"{name}={value!r} changed no key"
     for name in kept.do_not:
@@ -255,5 +257,5 @@ def test_other_gates_under_the_same_path_are_measured_again(
         gates.save(tmp_path)
         module = BlockComparison(loaded, "x", gates=str(tmp_path))
         module._trainer = tiny_trainer()
-        keys.append(gated(module, batch))
+        keys.append(keys_of(module, batch))
     assert keys[0] != keys[1]

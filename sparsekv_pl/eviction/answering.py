@@ -14,6 +14,7 @@ from sparsekv_pl.eviction.kept_positions import Masked, masked_keys
 from sparsekv_pl.eviction.other_layers import check_window_left
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.eviction.prefilled_cache import Prefilled
+from sparsekv_pl.models.layer_kinds import windowed_alone
 
 Enough = Callable[[list[int]], bool]
 """Takes an answer's token ids so far; returns True if no more are needed."""
@@ -68,8 +69,9 @@ class Answering:
     ) -> None:
         assert min(most) > 0, most
         rows = torch.arange(len(questions), device=questions.device)
-        longest = int((lengths + torch.tensor(most, device=lengths.device)).max()) - 1
-        check_window_left(model, prefilled.cache, prefilled.next_position, longest)
+        if windowed_alone(model.config) is not None:  # reading the lengths waits for the GPU
+            longest = max(map(sum, zip(lengths.tolist(), most, strict=True))) - 1
+            check_window_left(model, prefilled.cache, prefilled.next_position, longest)
         hidden = continue_from(model, questions, prefilled.cache, prefilled.next_position, lengths=lengths)
         self.last = hidden[rows, lengths - 1]
         """(B, E), hidden states of each question's last token."""

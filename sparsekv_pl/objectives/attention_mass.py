@@ -72,8 +72,11 @@ class AttentionMass(KnowsRules):
         """Add one layer: ``query`` (B, H, T, D) has the last T of the S positions of ``key`` (B, K, S, D)."""
         kv_heads, last = key.shape[1], self.ends[-1]
         parts = zip(self.rows.split(ROWS, dim=1), self.weights.split(ROWS, dim=2), strict=True)
-        means = sum(weights[:, None] @ self._attention(rows, query, key, rule)[..., :last] for rows, weights in parts)
-        assert isinstance(means, Tensor)
+        means = torch.zeros(*query.shape[:2], len(self.ends), last, dtype=torch.float32, device=query.device)
+        for rows, weights in parts:
+            attention = self._attention(rows, query, key, rule)[..., :last]
+            with torch.autocast(query.device.type, enabled=False):  # it would round the means to 16 bits
+                means += weights[:, None] @ attention
         grouped = means.unflatten(1, (kv_heads, -1)).mean(2)  # (B, K, evictions, last)
         self.mass[layer] = grouped[:, :, 0, : self.context_tokens]
         self.later[layer] = {end: grouped[:, :, place, :end] for place, end in enumerate(self.ends) if place}

@@ -27,7 +27,7 @@ def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kept", [True, False])
 def test_scores_are_those_of_the_loss(kept: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "CHUNK_TOKENS", 3)
+    monkeypatch.setattr(reading, "STRETCH", 3)
     if not kept:
         monkeypatch.setattr(reading, "KEPT_FLOATS", 0)
     hidden, full, head, ids = inputs(dtype)
@@ -35,7 +35,12 @@ def test_scores_are_those_of_the_loss(kept: bool, dtype: torch.dtype, monkeypatc
     for other in (hidden, full, hidden):
         for row, (scores, length) in enumerate(zip(compared.scores(other), LENGTHS, strict=True)):
             expected = reading_scores(other[row, :length], full[row, :length], head, ids[row, :length])
+            stretches = scores.pop("text_stretches", [])
             assert scores == pytest.approx(expected, rel=1e-5, abs=1e-6)
+            if length > 4:
+                parts = [slice(start, start + 4) for start in range(0, length - 1, 3)]
+                own = [reading_scores(other[row, part], full[row, part], head, ids[row, part]) for part in parts]
+                assert stretches == [[part["tokens"], pytest.approx(part["nll"], rel=1e-5)] for part in own]
     assert [record["kl"] for record in compared.scores(full)] == [0.0, 0.0, 0.0]
 
 

@@ -250,6 +250,7 @@ COMPARED = {
     "benchmarks/block_sparse.py": "both, side by side",
     "benchmarks/chunked_loss.py": "both, side by side",
     "benchmarks/kv_dropout.py": "both, side by side",
+    "benchmarks/kvpress_pipeline.py": "one for both sides, asked for; float32 otherwise",
     "benchmarks/quickstart_profile.py": "each, over its own products",
     "benchmarks/gpu_attention.py": "the reference in float32, the time in what GPUs of today train in",
     "benchmarks/gpu_models.py": "what GPUs of today train in",
