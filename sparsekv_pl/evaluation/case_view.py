@@ -122,7 +122,7 @@ def teacher_mass(measurement: Measurement, row: int) -> Tensor:
         labels = torch.cat([torch.full_like(labels, IGNORE), answered], dim=1)
     observer = AttentionMass(Supervised.of(labels), context)
     continue_from(model, read, full.cache, context, observer=observer)
-    return torch.stack([observer.mass[layer][0].float().cpu() for layer in sorted(observer.mass)])
+    return torch.stack([observer.mass[layer][0].cpu() for layer in sorted(observer.mass)])
 
 
 def _row_of(cache: DynamicCache, row: int) -> DynamicCache:
