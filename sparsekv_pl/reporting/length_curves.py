@@ -57,15 +57,14 @@ def length_figure(by_length: Mapping[int, Sequence[Row]]) -> "Figure | None":
 
 
 def _draw(axes: "Axes", rows: Mapping[int, Row], field: str) -> None:
-    for variant in VARIANTS:
-        curve = _curve(rows, field + variant)
-        if not len(curve):
-            continue
+    curves = {variant: _curve(rows, field + variant) for variant in VARIANTS}
+    drawn = {variant: curve for variant, curve in curves.items() if len(curve)}
+    for variant, curve in drawn.items():
         x, y, low, high = curve.T
         axes.plot(x, y, "-o", color=COLOURS[variant], markersize=3.5, linewidth=1.5, label=variant)
         axes.fill_between(x, low, high, color=COLOURS[variant], alpha=0.15, linewidth=0)
-        best = y[0]
-    axes.axhspan(best - HELD, best + HELD, color="0.5", alpha=0.12, linewidth=0, zorder=0)
+    for shortest in [curve[0, 1] for curve in drawn.values()][-1:]:
+        axes.axhspan(shortest - HELD, shortest + HELD, color="0.5", alpha=0.12, linewidth=0, zorder=0)
     axes.set_ylim(-0.03, max(1.03, *axes.get_ylim()))
 
 

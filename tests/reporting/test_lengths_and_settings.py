@@ -100,3 +100,11 @@ def test_one_length_or_one_setting_has_no_such_picture(make_records):
     assert length_figure(text.by_length) is None
     hosted = summarised([record | {"length": None} for record in make_records(tasks=("niah_single_2",))])
     assert hosted.by_length == {}
+
+
+def test_a_model_that_finds_nothing_has_a_picture_without_retention(make_records):
+    records = make_records(tasks=SETTINGS[:1], lengths=LENGTHS, seeds=2, ratios=(0.75,))
+    nothing = [record | {"exact": 0.0, "substring": 0.0} for record in records]
+    figure = length_figure(summarised(nothing).by_length)
+    assert [len(axes.get_lines()) for axes in figure.axes] == [2, 0, 0]
+    assert png(figure)
