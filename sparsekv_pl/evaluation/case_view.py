@@ -1,7 +1,7 @@
 """Measure what the viewer shows of a case: the positions that each press keeps, and the teacher's attention."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -82,19 +82,29 @@ def _kept(measurement: Measurement, point: Point, rows: Sequence[int]) -> list[T
     assert point.press is not None
     set_compression_ratio(point.press, point.compression_ratio)
     prefilled, _ = measurement.prefilled(point)
-    full, tokens = measurement.recorded.cache, measurement.batch["context_ids"].shape[1]
-    return [kept_in(measurement.model, full, prefilled, row, tokens) for row in rows]
+    tokens = measurement.batch["context_ids"].shape[1]
+    return kept_in(measurement.model, lambda: measurement.recorded.cache, prefilled, rows, tokens)
 
 
-def kept_in(model: PreTrainedModel, full: DynamicCache, prefilled: Prefilled, row: int, tokens: int) -> Tensor:
-    """Return (layers, K, L) bool: True where ``prefilled``, just evicted, holds the pair of one row's token.
+def kept_in(
+    model: PreTrainedModel, full: Callable[[], DynamicCache], prefilled: Prefilled, rows: Sequence[int], tokens: int
+) -> list[Tensor]:
+    """Return, for each of ``rows``, (layers, K, L) bool: True where ``prefilled``, just evicted, holds the pair.
 
-    ``full`` is the cache of the same ``tokens`` before the eviction; it is looked at if positions were not tracked.
+    ``full`` makes the cache of the same ``tokens`` before the eviction; it is called if positions were not tracked.
     """
     if prefilled.positions:
-        return held(prefilled.positions, row, tokens)
-    left, masked = _row_of(prefilled.cache, row), [_masked_of(one, row) for one in masked_keys(model)]
-    kept = kept_positions(_row_of(full, row), left, masked, rotary_of(model), evicted_layers(model.config))
+        return [held(prefilled.positions, row, tokens) for row in rows]
+    hidden = masked_keys(model)  # before ``full``, whose prefill forgets what a head-wise press hid
+    return [_compared(model, full(), prefilled.cache, hidden, row) for row in rows]
+
+
+def _compared(
+    model: PreTrainedModel, full: DynamicCache, left: DynamicCache, hidden: Sequence[Masked | None], row: int
+) -> Tensor:
+    masked = [_masked_of(one, row) for one in hidden]
+    layers = evicted_layers(model.config)
+    kept = kept_positions(_row_of(full, row), _row_of(left, row), masked, rotary_of(model), layers)
     return torch.stack([layer[0].cpu() for layer in kept])
 
 

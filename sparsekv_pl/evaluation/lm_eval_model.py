@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekv_pl.evaluation.pace import ticking
-from sparsekv_pl.eviction.chunking import chunk_bounds
+from sparsekv_pl.eviction.chunking import exceed_window
 from sparsekv_pl.eviction.decoding import greedy
 from sparsekv_pl.eviction.kept_memory import kept_memory
 from sparsekv_pl.eviction.prefill import continue_from
@@ -221,17 +221,13 @@ class PressedLM(HFLM):
         seen, held = self._batch(context[:split]), list(context[split:])
         if not split:
             return Prefilled(DynamicCache(), 0, []), held, ContextEviction(len(context), False, 0.0, True)
-        press = self.press if self._long_enough(split) else None
+        press = self.press if exceed_window(split, self.chunk_tokens, self.window) else None
         with globally_seeded("measured press", *row_numbers(seen), press_name(press)):  # for one without a seed
             settings = (self.model, press, split, self.chunk_tokens)
             prefilled = QuantisedPrefill(*settings, quantisation=self.quantisation).run(seen)
         left = kept_memory(self.model, prefilled.cache)
         eviction = ContextEviction(len(context), press is not None, left.kept_pairs, left.freed)
         return prefilled, held, eviction
-
-    def _long_enough(self, tokens: int) -> bool:
-        shortest = min(stop - start for start, stop in chunk_bounds(tokens, self.chunk_tokens))
-        return shortest > self.window
 
     def _score(self, prefilled: Prefilled, held: list[int], continuation: list[int]) -> Scored:
         ids = self._batch(held + continuation[:-1])

@@ -16,7 +16,7 @@ from sparsekv_pl.evaluation.lm_eval_tasks import named_files, task_manager
 from sparsekv_pl.evaluation.lm_eval_views import Sample, document_view, viewed_documents
 from sparsekv_pl.evaluation.measuring_module import MeasuringModule, Piece
 from sparsekv_pl.evaluation.points import Point, Setting, points_of
-from sparsekv_pl.evaluation.view_pages import VIEWED_TOKENS, check_views, view_pages
+from sparsekv_pl.evaluation.view_pages import VIEWED_TOKENS, check_views
 from sparsekv_pl.eviction.press_model_check import check_press, check_press_alone
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.presses.ratio import set_compression_ratio
@@ -144,8 +144,7 @@ class LMEvalModule(MeasuringModule):
         if not paired:
             return []
         environment |= {"lm_eval": metadata.version("lm_eval"), "scores": scores}
-        model = {"model": self.base["pretrained"], "adapter": self.backbone.adapter or "none"}
-        pages = view_pages(records, self.views, "What the cache kept", model)
+        pages = self.pages(records, self.views)
         return write_run(self.output, summarised(paired), self.training_summary, environment, self.title, None, pages)
 
     def _run(self, variant: str, point: Point, task: str) -> list[Record]:
@@ -236,9 +235,9 @@ def _views(
 ) -> Iterator[Record]:
     """Yield the view of each chosen document, under the names that its filters have in reports."""
     for (task, number), ids in viewed.items():
-        for sample in samples[task]:
-            if sample["doc_id"] == number:
-                yield document_view(lm, case_name(task, sample), sample, ids, point, teacher)
+        first, *others = (sample for sample in samples[task] if sample["doc_id"] == number)
+        view = document_view(lm, case_name(task, first), first, ids, point, teacher)
+        yield from (view, *(view | {"viewed": case_name(task, other)} for other in others))
 
 
 def _name(record: Record) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Column, Table
 
 from sparsekv_pl.evaluation.lm_eval_views import answer_of
+from sparsekv_pl.reporting.condition import Condition
 from sparsekv_pl.storage.records import Record
 
 if TYPE_CHECKING:
@@ -88,12 +89,13 @@ def table(records: Sequence[Record]) -> Table:
     rows: dict[tuple[str, ...], dict[str, Record]] = {}
     for record in records:
         if "case" not in record:
-            where = (record["press"], f"{record['compression_ratio']:g}", record["prefill"])
+            condition = Condition.of(record)
+            where = (condition.press, f"{condition.compression_ratio:g}", condition.way)
             rows.setdefault((record["task"], record.get("metric", ""), *where), {})[record["variant"]] = record
-    for (task, metric, press, ratio, prefill), found in rows.items():
+    for (task, metric, press, ratio, way), found in rows.items():
         measured = [record for record in found.values() if "metric" in record]
         counts = [str(measured[0]["n"]), f"{measured[0]['evicted']} of {measured[0]['contexts']}"] if measured else []
-        name = press if prefill == "dense" else f"{press}, {prefill}"
+        name = press if way == "dense" else f"{press}, {way}"
         shown.add_row(task, metric, name, ratio, *(_cell(found.get(variant)) for variant in variants), *counts)
     return shown
 

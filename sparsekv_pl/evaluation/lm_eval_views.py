@@ -37,12 +37,13 @@ def viewed_documents(
     model cannot read whole is another one, and one of more than ``most_tokens`` would make a large page.
     """
     chosen: dict[tuple[str, int], list[int]] = {}
-    for task, documents in samples.items():
-        for sample in documents:
-            ids = _context(lm, sample["arguments"][0])
-            most = min(most_tokens, lm.max_length - ANSWER_TOKENS)
-            if len(chosen) < count and lm.held_back < len(ids) <= most:
-                chosen.setdefault((task, sample["doc_id"]), ids)
+    most = min(most_tokens, lm.max_length - ANSWER_TOKENS)
+    for task, sample in ((task, sample) for task, documents in samples.items() for sample in documents):
+        if len(chosen) >= count:
+            break
+        ids = _context(lm, sample["arguments"][0])
+        if lm.held_back < len(ids) <= most:
+            chosen.setdefault((task, sample["doc_id"]), ids)
     return chosen
 
 
@@ -76,7 +77,8 @@ def document_view(lm: "PressedLM", case: str, sample: Sample, ids: list[int], po
         evicted, _, eviction = lm.prefilled(ids)
         if not eviction.evicted:
             raise ValueError(f"its window of {lm.window} tokens is longer than the context")
-        add_kept(record, point.name, kept_in(lm.model, prefill(lm.model, seen, None).cache, evicted, 0, split))
+        (kept,) = kept_in(lm.model, lambda: prefill(lm.model, seen, None).cache, evicted, [0], split)
+        add_kept(record, point.name, kept)
     except Exception as error:  # a press of any kind may fail; its measurement has a line of its own in the report
         log.warning("the viewer leaves out %s: %s", point.condition, error)
         record["unknown"][str(point.condition)] = f"{type(error).__name__}: {error}"

@@ -14,6 +14,7 @@ from kvpress import BasePress, KnormPress, SnapKVPress, StreamingLLMPress, ThinK
 
 from sparsekv_pl.evaluation.lm_eval_model import PressedLM
 from sparsekv_pl.evaluation.lm_eval_module import LMEvalModule
+from sparsekv_pl.evaluation.lm_eval_records import table
 from sparsekv_pl.evaluation.points import Setting
 from sparsekv_pl.eviction.while_decoding import Decoding
 from sparsekv_pl.models.backbone import Backbone
@@ -281,3 +282,11 @@ def test_more_than_one_device_is_refused(make: Make, run: Run, monkeypatch: pyte
     monkeypatch.setattr("lightning.pytorch.Trainer.world_size", 2)
     with pytest.raises(ValueError, match=r"trainer\.devices to 1"):
         run(make())
+
+
+def test_quantised_pairs_have_a_line_of_their_own() -> None:
+    counts = {"n": 1, "evicted": 1, "contexts": 1}
+    score = {"task": "choice", "metric": "acc", "variant": "base", "value": 0.5, "stderr": None, **counts}
+    whole = score | {"press": "Knorm", "compression_ratio": 0.5, "prefill": "dense"}
+    shown = table([whole, whole | {"stored": "4 bits"}])
+    assert [*shown.columns[2].cells] == ["Knorm", "Knorm, dense, 4 bits"]

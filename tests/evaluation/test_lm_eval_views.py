@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kvpress import KnormPress
+from kvpress import AdaKVPress, KnormPress
 
 from sparsekv_pl.evaluation.lm_eval_model import PressedLM
 from sparsekv_pl.evaluation.lm_eval_views import answer_of, document_view, expected_of, viewed_documents
@@ -97,3 +97,15 @@ def test_what_cannot_be_known_is_named(tiny: tuple[Any, Any]) -> None:
     lm.press, lm.window = KnormPress(0.5), 1000
     view = document_view(lm, "answer/0", ANSWER, lm.tok_encode(TEXT), point, teacher=True)
     assert list(view["unknown"].values()) == ["ValueError: its window of 1000 tokens is longer than the context"]
+
+
+def test_what_a_head_wise_press_hides_is_not_kept(tiny: tuple[Any, Any]) -> None:
+    press, held_back = AdaKVPress(KnormPress()), 5
+    point = Point(press, 0.5)
+    set_compression_ratio(press, point.compression_ratio)
+    lm = PressedLM(*tiny, press, held_back=held_back)
+    ids = lm.tok_encode(TEXT)
+    view = document_view(lm, "answer/0", ANSWER, ids, point, teacher=False)
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(view["kept"][point.name]), np.uint8))
+    tokens = len(ids) - held_back
+    assert bits[: 4 * tokens].sum() == pytest.approx(4 * tokens / 2, abs=4)
