@@ -12,10 +12,10 @@ from sparsekv_pl.attention.evicted_attention import (
     CACHED,
     attention_implementation,
     cached_attention,
-    lower_right_mask,
     passing,
 )
 from sparsekv_pl.attention.one_query import one_query
+from sparsekv_pl.attention.windows import lower_right_mask
 from tests.random_models import Build
 
 CONTEXT, CONTINUATION = 20, 6

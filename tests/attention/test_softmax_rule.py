@@ -12,9 +12,9 @@ from sparsekv_pl.analysis.hot_blocks import HotBlocks
 from sparsekv_pl.attention import attention_by_rule as ruled
 from sparsekv_pl.attention.attention_by_rule import attention_by_rule
 from sparsekv_pl.attention.blocks import Blocks
-from sparsekv_pl.attention.evicted_attention import lower_right_mask
 from sparsekv_pl.attention.received_attention import ReceivedAttention
 from sparsekv_pl.attention.statistics import AttentionStatistics, StatisticsSettings
+from sparsekv_pl.attention.windows import lower_right_mask
 from sparsekv_pl.eviction.decoding import greedy
 from sparsekv_pl.eviction.dropout import KVDropout
 from sparsekv_pl.eviction.prefill import continue_from, prefill

@@ -13,37 +13,14 @@ from callbacks.curriculum import Curriculum
 from sparsekv_pl.eviction.dropout import KVDropout
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.eviction.real import RealEviction
-from sparsekv_pl.models.batch import Batch
 from sparsekv_pl.objectives import EIT, LM, Chunks, Mixed, SelectionObjective
 from sparsekv_pl.schedules import Fixed
 from sparsekv_pl.training.eit_module import EITModule
-from sparsekv_pl.training.student import Student
-from sparsekv_pl.training.teacher import Teacher
+from tests.objectives.disturbed_student import CONTEXT, RATIO, batch, student
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw
 
 Build = Callable[..., PreTrainedModel]
-CONTEXT, CONTINUATION, CHUNK, RATIO = 30, 8, 10, 0.5
-
-
-def batch() -> Batch:
-    ids = torch.randint(0, 64, (2, CONTEXT + CONTINUATION), generator=torch.Generator().manual_seed(0))
-    context, continuation = ids[:, :CONTEXT], ids[:, CONTEXT:]
-    return Batch(
-        context_ids=context,
-        continuation_ids=continuation,
-        labels=continuation,
-        document_ids=["a", "b"],
-        tasks=["text", "text"],
-    )
-
-
-def student(make: Build, objective: Any, **settings: Any) -> Student:
-    model = make()
-    teacher = Teacher(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.05)
-    return Student(model, RealEviction(KnormPress(), CHUNK, **settings), teacher, objective)
+CHUNK = 10
 
 
 @torch.no_grad()
@@ -65,7 +42,7 @@ def by_hand(model: Any, context: Tensor) -> Tensor:
 def test_every_chunk_after_the_first_is_read_after_the_eviction_of_those_before(
     checkpoint: bool, random_model: Build
 ) -> None:
-    own, data = student(random_model, Chunks(), checkpoint=checkpoint), batch()
+    own, data = student(random_model(), Chunks(), chunk_tokens=CHUNK, checkpoint=checkpoint), batch()
     view, _ = own.view(data, RATIO, 0)
     assert view.chunks is not None and view.chunks.teacher_NE is not None
     hidden = by_hand(own.model, data["context_ids"])[:, :-1]
@@ -85,7 +62,9 @@ def test_every_chunk_after_the_first_is_read_after_the_eviction_of_those_before(
 def test_gradients_pass_through_what_earlier_chunks_left_also_when_chunks_run_again(random_model: Build) -> None:
     gradients = []
     for checkpoint in (False, True):
-        own = student(random_model, Mixed([LM(), Chunks(LM())], [1.0, 0.5]), checkpoint=checkpoint)
+        own = student(
+            random_model(), Mixed([LM(), Chunks(LM())], [1.0, 0.5]), chunk_tokens=CHUNK, checkpoint=checkpoint
+        )
         view, _ = own.view(batch(), RATIO, 0)
         own.objective(view)["loss"].backward()
         gradients.append({name: p.grad.clone() for name, p in own.model.named_parameters() if p.grad is not None})
@@ -93,7 +72,7 @@ def test_gradients_pass_through_what_earlier_chunks_left_also_when_chunks_run_ag
     assert plain.keys() == again.keys()
     for name, value in plain.items():
         torch.testing.assert_close(again[name], value, rtol=1e-4, atol=1e-6)
-    alone = student(random_model, LM())
+    alone = student(random_model(), LM(), chunk_tokens=CHUNK)
     view, _ = alone.view(batch(), RATIO, 0)
     assert view.chunks is None
     alone.objective(view)["loss"].backward()

@@ -14,38 +14,15 @@ from sparsekv_pl.eviction.dropout import KVDropout
 from sparsekv_pl.eviction.local_gradients import LocalGradients
 from sparsekv_pl.eviction.prefill import full_cache
 from sparsekv_pl.eviction.real import RealEviction
-from sparsekv_pl.models.batch import Batch
 from sparsekv_pl.objectives import EIT, LM, FullCache, Mixed, SelectionObjective
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.schedules import Fixed
 from sparsekv_pl.training.eit_module import EITModule
-from sparsekv_pl.training.student import Student
-from sparsekv_pl.training.teacher import Teacher
+from tests.objectives.disturbed_student import CONTEXT, RATIO, batch, student
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw
 from tests.windowed_models import windowed_model
 
 Build = Callable[..., PreTrainedModel]
-CONTEXT, CONTINUATION, RATIO = 30, 8, 0.5
-
-
-def batch() -> Batch:
-    ids = torch.randint(0, 64, (2, CONTEXT + CONTINUATION), generator=torch.Generator().manual_seed(0))
-    context, continuation = ids[:, :CONTEXT], ids[:, CONTEXT:]
-    return Batch(
-        context_ids=context,
-        continuation_ids=continuation,
-        labels=continuation,
-        document_ids=["a", "b"],
-        tasks=["text", "text"],
-    )
-
-
-def student(model: Any, objective: Any, press: Any = None, **settings: Any) -> Student:
-    teacher = Teacher(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.05)
-    return Student(model, RealEviction(press or KnormPress(), **settings), teacher, objective)
 
 
 @pytest.mark.parametrize(
