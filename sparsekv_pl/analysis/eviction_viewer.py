@@ -42,7 +42,7 @@ class EvictionViewer(EvaluationModule):
 
     def write(self, records: list[Record], environment: dict[str, Any]) -> list[Path]:
         """Write the pages, print base beside trained for each case, and say which page to open."""
-        pages = self.pages(records)
+        pages = self.pages(records, self.viewed.count)
         for case in dict.fromkeys(record["case"] for record in records if "case" in record):
             show(*side_by_side([record for record in records if record.get("case") == case]))
         paths = replace_all(self.output, {name: page for name, (_, page) in pages.items()})

@@ -23,14 +23,7 @@ class HotBlocks(KnowsRules):
         self.context_tokens, self.block_size = context_tokens, block_size
         self.layers: dict[int, Tensor] = {}
 
-    def __call__(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,  # noqa: ARG002
-        rule: SoftmaxRule = PLAIN,
-    ) -> None:
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: SoftmaxRule = PLAIN) -> None:  # noqa: ARG002
         """Measure one layer: the last query of (B, H, T, D) over the keys (B, K, S, D).
 
         Raises ``ValueError`` if this layer was measured before, or there are fewer keys than the context has tokens.

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sparsekv_pl.attention.windows import lower_right_mask
 from sparsekv_pl.models.softmax_rule import SoftmaxRule
 
 STRIP_FLOATS = 2**24
@@ -42,11 +43,11 @@ def attention_by_rule(
         stop = min(start + step, queries)
         seen = keys if mask is not None else keys - queries + stop
         rows = mask if mask is None or mask.shape[-2] == 1 else mask[..., start:stop, :]
-        strip = states[0][:, :, start:stop], states[1][:, :, :seen], states[2][:, :, :seen], rows, rule.sinks
+        strip = states[0][:, :, start:stop], states[1][:, :, :seen], states[2][:, :, :seen], rows, rule, dropout
         if torch.is_grad_enabled() and step < queries:
-            parts.append(checkpoint(_strip, *strip, rule.cap, dropout, use_reentrant=False))
+            parts.append(checkpoint(_strip, *strip, use_reentrant=False))
         else:
-            parts.append(_strip(*strip, rule.cap, dropout))
+            parts.append(_strip(*strip))
     return torch.cat(parts, dim=1).to(query.dtype)
 
 
@@ -55,18 +56,16 @@ def _strip(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    sinks: Tensor | None,
-    cap: float | None,
+    rule: SoftmaxRule,
     dropout: float,
 ) -> Tensor:
     """Attend with scaled queries (B, H, Q, D); return (B, Q, H, D)."""
     (batch, heads, queries, _), (kv_heads, keys) = query.shape, key.shape[1:3]
-    rule = SoftmaxRule(cap, sinks)
     products = query.reshape(batch, kv_heads, -1, query.shape[-1]) @ key.transpose(2, 3)
     logits = rule.logits(products.to(torch.promote_types(products.dtype, torch.float32)))
     logits = logits.view(batch, heads, queries, keys)
     if mask is None:
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+        mask = lower_right_mask(queries, keys, query.device)
     logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
     weights = nn.functional.dropout(rule.weights(logits).to(value.dtype), dropout, training=dropout > 0)
     attended = weights.view(batch, kv_heads, -1, keys) @ value

@@ -24,9 +24,9 @@ from sparsekv_pl.attention.attention_by_rule import attention_by_rule
 from sparsekv_pl.attention.block_sparse import block_sparse_attention
 from sparsekv_pl.attention.blocks import Selector
 from sparsekv_pl.attention.one_query import one_query
-from sparsekv_pl.attention.windows import window_mask
+from sparsekv_pl.attention.windows import lower_right_mask, window_mask
 from sparsekv_pl.models.decoder import decoder_of
-from sparsekv_pl.models.layer_kinds import Window, evicted_layers, windows
+from sparsekv_pl.models.layer_kinds import Window, evicted_layers, window_of
 from sparsekv_pl.models.softmax_rule import KnowsRules, SoftmaxRule, check_plain
 
 CACHED = "sparsekv_cached"
@@ -71,11 +71,6 @@ class RowCache(Protocol):
         ...
 
 
-def lower_right_mask(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Return (queries, keys) bool, True where visible: the last query sees all keys, the one before all but one."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-
-
 def cached_attention(
     module: nn.Module,
     query: Tensor,
@@ -117,7 +112,7 @@ def cached_attention(
     if caches is not None:
         looking = {"observer": observer, "selector": selector} | kwargs
         return _to_each_cache(caches, layer, module, query, key, value, **looking), None
-    window = windows(module.config)[layer]  # type: ignore[arg-type]
+    window = window_of(module.config, layer)  # type: ignore[arg-type]
     near = None if window is None else window_mask(window, query.shape[2], key.shape[2], key.device, newest_visible)
     shown = _scaled_as_usual(query, kwargs.get("scaling"))
     rule = SoftmaxRule(kwargs.get("softcap"), kwargs.get("s_aux"))

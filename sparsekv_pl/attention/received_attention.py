@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from sparsekv_pl.attention.blocks import check_shapes
+from sparsekv_pl.attention.windows import lower_right_mask
 from sparsekv_pl.models.softmax_rule import PLAIN, KnowsRules, SoftmaxRule
 
 STRIP_QUERIES = 64
@@ -70,14 +71,7 @@ class ReceivedAttention(KnowsRules):
         self.groups, self.count = groups, count
         self.layers: dict[int, Received] = {}
 
-    def __call__(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,  # noqa: ARG002
-        rule: SoftmaxRule = PLAIN,
-    ) -> None:
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: SoftmaxRule = PLAIN) -> None:  # noqa: ARG002
         """Measure one layer. Raises ``ValueError`` if it was measured before."""
         if layer in self.layers:
             raise ValueError(f"layer {layer} was observed already: take a new ReceivedAttention for every pass")
@@ -105,7 +99,7 @@ def received_attention(query: Tensor, key: Tensor, groups: Tensor, count: int, r
         for start, stop in _strips(queries, batch * heads * seen):
             first, end = seen - queries + start, seen - queries + stop
             logits = (grouped[..., start:stop, :] @ keys[..., :end]).view(batch, heads, stop - start, end)
-            logits = rule.logits(logits).masked_fill_(~_visible(first, end, key.device), -torch.inf)
+            logits = rule.logits(logits).masked_fill_(~lower_right_mask(end - first, end, key.device), -torch.inf)
             _add(rule.weights(logits), first, members, total)
     return total
 
@@ -118,7 +112,7 @@ def exposure(groups: Tensor, count: int) -> Exposure:
     last = _empty(batch, 1, seen, count, device)
     with torch.autocast(device.type, enabled=False):
         for first, end in _strips(seen, 2 * batch * seen):
-            pairs = _visible(first, end, device).float()
+            pairs = lower_right_mask(end - first, end, device).float()
             both = torch.stack([pairs, pairs / pairs.sum(-1, keepdim=True)])
             _add(both.expand(batch, -1, -1, -1), first, members, total)
         _add(torch.ones(batch, 1, 1, seen, dtype=torch.float32, device=device), seen - 1, members, last)
@@ -152,11 +146,6 @@ def _strips(queries: int, floats: int) -> Iterator[tuple[int, int]]:
     """Return (start, stop) of strips of queries, each query taking ``floats`` floats."""
     step = max(1, min(STRIP_QUERIES, STRIP_FLOATS // floats))
     return ((start, min(start + step, queries)) for start in range(0, queries, step))
-
-
-def _visible(first: int, end: int, device: torch.device) -> Tensor:
-    """Return the causal mask (end - first, end) bool of queries at positions ``first`` to ``end`` - 1."""
-    return torch.arange(end, device=device) <= torch.arange(first, end, device=device)[:, None]
 
 
 def _members(groups: Tensor, count: int) -> Tensor:

@@ -113,14 +113,7 @@ class AttentionStatistics(KnowsRules):
         self.settings, self.tokens = settings or StatisticsSettings(), tokens
         self.layers: dict[int, LayerStatistics] = {}
 
-    def __call__(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,  # noqa: ARG002
-        rule: SoftmaxRule = PLAIN,
-    ) -> None:
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: SoftmaxRule = PLAIN) -> None:  # noqa: ARG002
         """Measure one layer: ``query`` (B, H, T, D) has the last T of the S positions of ``key`` (B, K, S, D).
 
         Raises ``ValueError`` if this layer was measured before and these queries are not the next ones, or if a window

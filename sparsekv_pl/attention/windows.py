@@ -1,9 +1,14 @@
-"""What a query sees through its layer's window, over a cache that holds the newest keys alone."""
+"""What a query sees: the keys up to its own, and through a layer's window the newest of them alone."""
 
 import torch
 from torch import Tensor
 
 from sparsekv_pl.models.layer_kinds import Window
+
+
+def lower_right_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Return (queries, keys) bool, True where visible: the last query sees all keys, the one before all but one."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 def window_mask(

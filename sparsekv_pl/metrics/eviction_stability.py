@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from sparsekv_pl.attention.windows import lower_right_mask
 from sparsekv_pl.models.devices import stacked
 from sparsekv_pl.models.softmax_rule import PLAIN, KnowsRules, SoftmaxRule
 
@@ -40,14 +41,7 @@ class ContextImportance(KnowsRules):
         self.importance: dict[int, Tensor] = {}
 
     @torch.no_grad()
-    def __call__(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,  # noqa: ARG002
-        rule: SoftmaxRule = PLAIN,
-    ) -> None:
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: SoftmaxRule = PLAIN) -> None:  # noqa: ARG002
         """Add one layer: ``query`` (B, H, T, D) of the continuation, ``key`` (B, K, L + T, D) of all tokens.
 
         Raises
@@ -66,7 +60,7 @@ class ContextImportance(KnowsRules):
             grouped = query.float().reshape(batch, kv_heads, -1, dim)
             logits = grouped @ key.float().transpose(2, 3) * (dim**-0.5 if self.scaling is None else self.scaling)
         logits = rule.logits(logits.view(batch, heads, steps, seen))
-        visible = torch.ones(steps, seen, dtype=torch.bool, device=key.device).tril(self.context_tokens)
+        visible = lower_right_mask(steps, seen, key.device)
         attention = rule.weights(logits.masked_fill_(~visible, -torch.inf))[..., : self.context_tokens]
         self.importance[layer] = attention.unflatten(1, (kv_heads, -1)).mean(2)
 

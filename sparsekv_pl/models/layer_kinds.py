@@ -46,8 +46,17 @@ def layer_kinds(config: PreTrainedConfig) -> list[str]:
 def windows(config: PreTrainedConfig) -> list[Window | None]:
     """Return the window of each layer; None for one without."""
     text = config.get_text_config(decoder=True)
-    found = ((kind, getattr(text, WINDOWS.get(kind, ""), None)) for kind in layer_kinds(config))
-    return [None if tokens is None else Window(tokens, kind == "chunked_attention") for kind, tokens in found]
+    return [_window(text, kind) for kind in layer_kinds(config)]
+
+
+def window_of(config: PreTrainedConfig, layer: int) -> Window | None:
+    """Return the window of one layer; None for one without."""
+    return _window(config.get_text_config(decoder=True), layer_kinds(config)[layer])
+
+
+def _window(text: PreTrainedConfig, kind: str) -> Window | None:
+    tokens = getattr(text, WINDOWS[kind], None) if kind in WINDOWS else None
+    return None if tokens is None else Window(tokens, kind == "chunked_attention")
 
 
 def evicted_layers(config: PreTrainedConfig) -> list[int]:
@@ -58,6 +67,12 @@ def evicted_layers(config: PreTrainedConfig) -> list[int]:
     kinds = layer_kinds(config)
     full = [layer for layer, kind in enumerate(kinds) if kind == FULL]
     return full or [layer for layer, window in enumerate(windows(config)) if window is not None]
+
+
+def layers_left_alone(config: PreTrainedConfig) -> list[int]:
+    """Return the layers in which presses do not evict."""
+    evicted = evicted_layers(config)
+    return [layer for layer in range(len(layer_kinds(config))) if layer not in evicted]
 
 
 def windowed_alone(config: PreTrainedConfig) -> int | None:
@@ -91,7 +106,7 @@ def linear_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
 def others_line(model: PreTrainedModel) -> str:
     """Describe in one line the layers in which nothing is evicted; empty if there are none."""
     kinds, evicted = layer_kinds(model.config), evicted_layers(model.config)
-    others = [index for index in range(len(kinds)) if index not in evicted]
+    others = layers_left_alone(model.config)
     if not others:
         return ""
     limits = windows(model.config)

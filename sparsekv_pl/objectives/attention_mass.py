@@ -61,14 +61,7 @@ class AttentionMass(KnowsRules):
         self.later: Later = {}
 
     @torch.no_grad()
-    def __call__(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,  # noqa: ARG002
-        rule: SoftmaxRule = PLAIN,
-    ) -> None:
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: SoftmaxRule = PLAIN) -> None:  # noqa: ARG002
         """Add one layer: ``query`` (B, H, T, D) has the last T of the S positions of ``key`` (B, K, S, D)."""
         kv_heads, last = key.shape[1], self.ends[-1]
         parts = zip(self.rows.split(ROWS, dim=1), self.weights.split(ROWS, dim=2), strict=True)
