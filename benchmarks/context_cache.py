@@ -13,13 +13,12 @@ a second are those of the answers over all the time of a way.
 import argparse
 import random
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import truediv
 from statistics import fmean, median
 
 from kvpress import KeyDiffPress
-from measure import report
+from measure import report, seconds
 
 from data.facts import Fact, draw_facts
 from data.text import EmbeddedText
@@ -44,13 +43,6 @@ def document(model: LoadedModel, facts: list[Fact]) -> list[int]:
     return [*model.prefix_ids, *(token for part in parts for token in part)]
 
 
-def cpu_seconds(step: Callable[[], object]) -> float:
-    """CPU time of ``step`` in this process, all threads together."""
-    start = time.process_time()
-    step()
-    return time.process_time() - start
-
-
 @dataclass
 class Way:
     """A cache that is read and asked, and the CPU seconds that each took."""
@@ -64,7 +56,7 @@ class Way:
 
     def read(self, ids: list[int]) -> None:
         """Read the document and evict."""
-        self.reading.append(cpu_seconds(lambda: ContextCache.prefill(self.cache.model, ids, self.press)))
+        self.reading.append(seconds(lambda: ContextCache.prefill(self.cache.model, ids, self.press), time.process_time))
 
     def ask(self, fact: Fact) -> None:
         """Answer a question from the kept cache."""
@@ -82,12 +74,12 @@ class Way:
 
     def row(self, name: str, again: bool) -> dict[str, object]:
         """Return a line of the table."""
-        seconds = self.seconds(again)
+        spent = self.seconds(again)
         return {
             "way": f"{'prefilled before each' if again else 'kept cache'}, {name}",
-            "CPU time": f"{seconds:.1f} s",
-            "of it reading": f"{seconds - sum(self.asking):.1f} s",
-            "answer tokens a second": f"{self.tokens / seconds:.2f}",
+            "CPU time": f"{spent:.1f} s",
+            "of it reading": f"{spent - sum(self.asking):.1f} s",
+            "answer tokens a second": f"{self.tokens / spent:.2f}",
             "right": f"{self.right} of {QUESTIONS}",
             "tokens": f"{self.cache.tokens:,}",
             "pairs a head": f"{self.cache.kept_pairs:,.0f}",
@@ -111,7 +103,7 @@ def main() -> None:
         for way in (evicted, full):
             way.ask(fact)
     rows = [model.question_ids(fact.question, fact.answer_prefix) for fact in facts]
-    together = cpu_seconds(lambda: greedy_answers(model, evicted.cache.kept, rows, NEW_TOKENS))
+    together = seconds(lambda: greedy_answers(model, evicted.cache.kept, rows, NEW_TOKENS), time.process_time)
     ratios = {
         "kept over again, evicted": evicted.seconds(False) / evicted.seconds(True),
         "kept over again, full": full.seconds(False) / full.seconds(True),

@@ -13,7 +13,7 @@ SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "a
 
 
 class Assigned(NamedTuple):
-    """How a first value and a later one are told, and how the last name's value is asked for."""
+    """Sentences that give a first value and a later one, and how the last name's value is asked for."""
 
     first: str
     later: str
@@ -78,9 +78,9 @@ class Assignments(QuestionKind):
         names = _names(rng, split, 2 * count)
         chains = names[:count], names[count:]
         values = rng.sample(part(VALUES, split), 2)
-        told = [_told(form, chain, value) for chain, value in zip(chains, values, strict=True)]
+        stated = [_stated(form, chain, value) for chain, value in zip(chains, values, strict=True)]
         order = rng.sample([0, 1] * count, 2 * count)
-        merged = tuple(told[which].pop(0) for which in order)
+        merged = tuple(stated[which].pop(0) for which in order)
         return Asked(form.asking.turn([str(values[0])], ".", name=chains[0][-1]), merged, tuple(names))
 
 
@@ -91,7 +91,7 @@ def _names(rng: random.Random, split: Split, count: int) -> list[str]:
     return list(names)
 
 
-def _told(form: Assigned, names: list[str], value: int) -> list[str]:
+def _stated(form: Assigned, names: list[str], value: int) -> list[str]:
     later = zip(names[1:], names, strict=False)
     return [
         form.first.format(name=names[0], value=value),

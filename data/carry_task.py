@@ -9,13 +9,11 @@ from data.assignments import Assignments
 from data.cases import Case, CaseTask, Frame
 from data.copying import Copying
 from data.counting import Counting
-from data.fact_task import ANSWER_SLACK
 from data.listed_items import ListedItems
 from data.needle_placement import checked_depth
 from data.packing import Tokens
 from data.question_kind import QuestionKind
-from data.question_task import STRETCHES
-from sparsekv_pl.models.batch import CaseInfo
+from data.question_task import STRETCHES, asked_info
 from sparsekv_pl.models.chat_frame import QUESTION_OPENING
 from sparsekv_pl.models.seeding import random_for
 
@@ -77,14 +75,7 @@ class Carry(CaseTask):
             except NothingToAsk:
                 continue
             [turn] = asked.turns
-            info = CaseInfo(
-                id="",
-                task=self.name,
-                answers=turn.answers,
-                max_new_tokens=len(frame.encode(f" {turn.answer}")) + ANSWER_SLACK,
-                depth=depth,
-                document_ids=tuple(asked.document_ids),
-            )
+            info = asked_info(frame, self.name, asked, depth)
             case = frame.build(asked.ids, f"{QUESTION_OPENING}{turn.question}", turn.answer_prefix, info)
             read = [*case.context_ids[length:], *case.continuation_ids]
             return replace(case, context_ids=case.context_ids[:length], continuation_ids=read)

@@ -16,7 +16,7 @@ MOST_ITEMS = 20
 
 
 class Listed(NamedTuple):
-    """How one item is told, and how the list is asked for."""
+    """The sentence that gives one item, and how the list is asked for."""
 
     told: str
     asking: Asking

@@ -2,7 +2,7 @@
 
 import random
 
-from data.asked_context import NothingToAsk, asked_context
+from data.asked_context import AskedContext, NothingToAsk, asked_context
 from data.cases import Case, CaseTask, Frame
 from data.distractors import Distractors
 from data.fact_task import ANSWER_SLACK
@@ -25,6 +25,19 @@ ASKED_KINDS: dict[str, QuestionKind] = {
     **{f"unseen_{name}": UnseenFacts(name) for name in UNSEEN_KINDS},
 }
 """By the task's name. The facts of data/facts.py have a task of their own, data.fact_task.Facts."""
+
+
+def asked_info(frame: Frame, task: str, asked: AskedContext, depth: float) -> CaseInfo:
+    """Describe a case with one question."""
+    [turn] = asked.turns
+    return CaseInfo(
+        id="",
+        task=task,
+        answers=turn.answers,
+        max_new_tokens=len(frame.encode(f" {turn.answer}")) + ANSWER_SLACK,
+        depth=depth,
+        document_ids=tuple(asked.document_ids),
+    )
 
 
 class QuestionTask(CaseTask):
@@ -74,14 +87,7 @@ class QuestionTask(CaseTask):
                     continue
                 cut = frame.before_character(ids, end)
                 ids = [*ids[:cut], *[frame.line_end] * (end - cut)]
-            info = CaseInfo(
-                id="",
-                task=self.name,
-                answers=turn.answers,
-                max_new_tokens=len(frame.encode(f" {turn.answer}")) + ANSWER_SLACK,
-                depth=depth,
-                document_ids=tuple(asked.document_ids),
-            )
+            info = asked_info(frame, self.name, asked, depth)
             return frame.build(ids, question, turn.answer_prefix, info, query_aware)
         raise ValueError(
             f"task {self.name} found nothing to ask in {STRETCHES} stretches of the text at a length of {length} "

@@ -5,7 +5,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 
 from sparsekv_pl.models.seeding import seed_for
-from sparsekv_pl.usage.answers import Sampling, sampled_answer
+from sparsekv_pl.usage.answers import sampled_answer, sampling_of
 from sparsekv_pl.usage.context_cache import ContextCache
 
 
@@ -26,14 +26,10 @@ def answer_all(cache: ContextCache, asked: Namespace) -> None:
 
 
 def _answer(cache: ContextCache, asked: Namespace, question: str, number: int) -> None:
-    if asked.temperature is None and asked.top_p is None:
+    drawn = sampling_of(asked.temperature, asked.top_p, seed_for("ask", asked.seed, number))
+    if drawn is None:
         cache.ask(question, max_new_tokens=asked.max_new_tokens, stop=asked.stop, on_text=_show)
         return
-    drawn = Sampling(
-        temperature=1.0 if asked.temperature is None else asked.temperature,
-        top_p=1.0 if asked.top_p is None else asked.top_p,
-        seed=seed_for("ask", asked.seed, number),
-    )
     row = cache.model.question_ids(question)
     sampled_answer(cache.model, cache.kept, row, asked.max_new_tokens, drawn, stop=asked.stop, on_text=_show)
 

@@ -1,7 +1,7 @@
 """The LightningModule that measures a model under eviction, base and trained, on the same cases."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import repeat
 from pathlib import Path
@@ -18,7 +18,7 @@ from sparsekv_pl.evaluation.measurement import Measurement
 from sparsekv_pl.evaluation.measuring_module import MeasuringModule, Piece
 from sparsekv_pl.evaluation.points import Point, Setting, points_of
 from sparsekv_pl.evaluation.recalled_words import RECENT_TOKENS
-from sparsekv_pl.evaluation.view_pages import VIEWED_TOKENS, ViewedCases, view_pages
+from sparsekv_pl.evaluation.view_pages import VIEWED_TOKENS, ViewedCases
 from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.eviction.press_model_check import check_press, check_press_alone
 from sparsekv_pl.models.backbone import Backbone
@@ -135,7 +135,7 @@ class EvaluationModule(MeasuringModule):
         sparsity = self._sparsity([record for record in records if LABELS.keys() <= record.keys()])
         figures = {f"Attention sparsity, {variant}": sparsity_figure(means) for variant, means in sparsity.items()}
         card = self.card and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
-        paths = self.report_cases(cases, environment, figures, self.pages(records), card)
+        paths = self.report_cases(cases, environment, figures, self.pages(records, self.viewed.count), card)
         query_aware = bool(getattr(self.trainer.datamodule, "query_aware", False))  # type: ignore[attr-defined]
         model, trained = str(self.base["pretrained"]), self.backbone.adapter
         write_kvpress_layout(self.output / "kvpress", cases, model, trained, query_aware)
@@ -176,11 +176,6 @@ class EvaluationModule(MeasuringModule):
             columns=repeat({"variant": variant}),
             label=f"the viewer's cases, {variant}",
         )
-
-    def pages(self, records: Sequence[Record]) -> dict[str, tuple[str, bytes]]:
-        """The viewer's pages of a run's records: file name -> (case, page)."""
-        model = {"model": self.base["pretrained"], "adapter": self.backbone.adapter or "none"}
-        return view_pages(records, self.viewed.count, "What the cache kept", model)
 
     def _sparsity_of(self, batch: CaseBatch, variant: str) -> Piece:
         return Piece(

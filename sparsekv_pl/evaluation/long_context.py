@@ -19,14 +19,14 @@ from sparsekv_pl.evaluation.points import check_evicts
 from sparsekv_pl.evaluation.prefill_progress import PrefillProgress
 from sparsekv_pl.evaluation.stop_signal import stop_signal
 from sparsekv_pl.evaluation.time_and_memory import Phases
-from sparsekv_pl.evaluation.view_pages import VIEWED_TOKENS, ViewedCases, view_pages
+from sparsekv_pl.evaluation.view_pages import VIEWED_TOKENS, ViewedCases
 from sparsekv_pl.eviction.interrupted_prefill import SavedState
 from sparsekv_pl.eviction.kept_memory import kept_memory
 from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.eviction.prefill import ChunkedPrefill
 from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.eviction.press_model_check import check_press, check_press_alone
-from sparsekv_pl.eviction.quantised_pairs import PairQuantisation, quantised_bytes
+from sparsekv_pl.eviction.quantised_pairs import PairQuantisation
 from sparsekv_pl.eviction.quantised_prefill import QuantisedPrefill
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.models.batch import CaseBatch
@@ -160,8 +160,7 @@ class LongContextModule(MeasuringModule):
 
     def write(self, records: list[Record], environment: dict[str, Any]) -> list[Path]:
         """Write the report and print the table."""
-        model = {"model": self.base["pretrained"], "adapter": self.backbone.adapter or "none"}
-        pages = view_pages(records, self.viewed.count, "What the cache kept", model)
+        pages = self.pages(records, self.viewed.count)
         cases = [record for record in records if "case" in record]
         return self.report_cases(cases, environment | {"device": str(self._input_device)}, pages=pages)
 
@@ -222,14 +221,15 @@ class LongContextModule(MeasuringModule):
 
     def _answers(self, filling: ChunkedPrefill, batch: CaseBatch, variant: str, costs: Record) -> list[Record]:
         prefilled, tokens = filling.result(), batch["context_ids"].shape[1]
-        found, prefill = kept_memory(self.causal_lm, prefilled.cache), f"chunks of {self.chunk_tokens}"
-        packed, ratio = self.quantisation, round(1 - found.kept_pairs / tokens, 6)
+        packed, prefill = self.quantisation, f"chunks of {self.chunk_tokens}"
+        found = kept_memory(self.causal_lm, prefilled.cache, packed)
+        ratio = round(1 - found.kept_pairs / tokens, 6)
         condition = Condition(press_name(self.press), ratio, prefill, "" if packed is None else str(packed))
         shared = {
             "length": tokens,
             **self.columns(variant, condition, self.press),
             "kept_pairs": found.kept_pairs,
-            "kv_bytes": found.kv_bytes if packed is None else quantised_bytes(prefilled.cache, packed, filling.layers),
+            "kv_bytes": found.kv_bytes,
             "freed": found.freed,
             **costs,
         }

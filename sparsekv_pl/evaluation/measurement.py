@@ -25,7 +25,7 @@ from sparsekv_pl.eviction.kept_memory import kept_memory
 from sparsekv_pl.eviction.limits import rope_changes
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.eviction.prefilled_cache import Prefilled
-from sparsekv_pl.eviction.quantised_pairs import quantise, quantised_bytes
+from sparsekv_pl.eviction.quantised_pairs import quantise
 from sparsekv_pl.eviction.quantised_prefill import QuantisedPrefill
 from sparsekv_pl.eviction.replay import RecordedPrefill
 from sparsekv_pl.metrics.retrieval import answer_stretches, retrieval_scores
@@ -146,9 +146,8 @@ class Measurement:
 
     def left(self, point: Point, cache: DynamicCache) -> Record:
         """The KV pairs and bytes left by an eviction, per case."""
-        found, packed = kept_memory(self.model, cache), point.quantisation
-        total = found.kv_bytes if packed is None else quantised_bytes(cache, packed, self._layers)
-        kv_bytes = total // len(self.batch["cases"])
+        found = kept_memory(self.model, cache, point.quantisation)
+        kv_bytes = found.kv_bytes // len(self.batch["cases"])
         return {"kept_pairs": found.kept_pairs, "kv_bytes": kv_bytes, "freed": found.freed}
 
     def _answers_from(self, point: Point) -> dict[str, list[Record]]:

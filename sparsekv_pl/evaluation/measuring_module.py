@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from sparsekv_pl.evaluation.refused_callbacks import refuse_callbacks
 from sparsekv_pl.evaluation.run_output import RunOutput, piece_done
 from sparsekv_pl.evaluation.trained_adapter import seen_in_training, training_summary, variants_of
+from sparsekv_pl.evaluation.view_pages import view_pages
 from sparsekv_pl.models.backbone import Backbone, adapter_off, causal_lm
 from sparsekv_pl.models.native_precision import warn_of_emulation
 from sparsekv_pl.reporting import run_environment, summarised, terminal_table, write_run
@@ -181,6 +182,12 @@ class MeasuringModule(LightningModule, ABC):
         """The columns of every record measured under a condition."""
         seen = seen_in_training(press, self.training_summary)
         return {"variant": variant, **condition.columns(), "seen_in_training": seen}
+
+    def pages(self, records: Sequence[Record], count: int) -> dict[str, tuple[str, bytes]]:
+        """At most ``count`` viewer's pages of a run's records: file name -> (case, page)."""
+        assert self.backbone is not None
+        model = {"model": self.base["pretrained"], "adapter": self.backbone.adapter or "none"}
+        return view_pages(records, count, "What the cache kept", model)
 
     def report_cases(
         self,

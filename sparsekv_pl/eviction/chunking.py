@@ -14,6 +14,11 @@ def chunk_bounds(tokens: int, chunk_tokens: int | None) -> list[tuple[int, int]]
     return list(pairwise(edges))
 
 
+def exceed_window(tokens: int, chunk_tokens: int | None, window: int) -> bool:
+    """Return whether every chunk of ``tokens`` is longer than a press's ``window``, so that it can evict from each."""
+    return min(stop - start for start, stop in chunk_bounds(tokens, chunk_tokens)) > window
+
+
 def staying(held: int, seen: int, ratio: float, budget: int | None) -> int:
     """Return how many of ``held`` pairs stay: ``seen * (1 - ratio)``, at most ``budget`` and at least 1."""
     return max(1, min(int(seen * (1 - ratio)), held, budget or held))

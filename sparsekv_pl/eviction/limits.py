@@ -98,10 +98,21 @@ def check_weights(model: PreTrainedModel, traits: PressTraits) -> None:
         )
 
 
+def evicts_again(traits: PressTraits, request: Request, decoding: bool) -> bool:
+    """Return whether a press can evict from what it has evicted from before, and ``request`` be met there.
+
+    ``decoding`` admits presses that can while tokens are decoded, though not in a prefill.
+    """
+    # The scores of a press that moves groups of pairs (ChunkKVPress) do not determine which pairs it kept.
+    followed = all(candidate.by_scores or candidate.only_trains for candidate in traits.candidates)
+    again = traits.works_in_chunks or (decoding and traits.evicts_while_decoding)
+    return again and (followed or not request.scores)
+
+
 def check_chunks(traits: PressTraits, bounds: list[tuple[int, int]], request: Request, decoding: bool = False) -> None:
     """Raise ``ValueError`` if a press cannot run in chunks of these ``bounds``, or not with ``request``.
 
-    ``decoding`` admits presses that evict again while tokens are decoded, though not in a prefill.
+    ``decoding`` is that of ``evicts_again``.
     """
     shortest = min(stop - start for start, stop in bounds)
     if shortest <= traits.window:
@@ -109,10 +120,7 @@ def check_chunks(traits: PressTraits, bounds: list[tuple[int, int]], request: Re
             f"{traits.name} looks at a window of {traits.window} tokens but the context is run in chunks of {shortest}"
             ": use a longer context, longer chunks (chunk_tokens) or a smaller window_size (n_sink)"
         )
-    # The scores of a press that moves groups of pairs (ChunkKVPress) do not determine which pairs it kept.
-    followed = all(candidate.by_scores or candidate.only_trains for candidate in traits.candidates)
-    again = traits.works_in_chunks or (decoding and traits.evicts_while_decoding)
-    if len(bounds) > 1 and not (again and (followed or not request.scores)):
+    if len(bounds) > 1 and not evicts_again(traits, request, decoding):
         raise ValueError(
             f"{traits.name} cannot evict from {len(bounds)} chunks: it masks KV pairs instead of removing them, "
             "or looks at the whole context at once. Use one chunk (chunk_tokens: null) or another press"

@@ -60,9 +60,11 @@ def layers_apart(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def detach(cache: DynamicCache) -> None:
-    """Detach the keys, values and states that ``cache`` holds."""
-    cache.layers = mapped(cache, Tensor.detach).layers
+def detach(*caches: DynamicCache | None) -> None:
+    """Detach the keys, values and states that ``caches`` hold; None stands for a cache that was not asked for."""
+    for cache in caches:
+        if cache is not None:
+            cache.layers = mapped(cache, Tensor.detach).layers
 
 
 def _without_history(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

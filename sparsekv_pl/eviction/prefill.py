@@ -172,8 +172,8 @@ class ChunkedPrefill:
     def result(self) -> Prefilled:
         """Return the cache after the last chunk, with the press's results."""
         assert not self.chunks_left
-        for cache in filter(None, (self.cache, self.uncut) if self.local else ()):
-            detach(cache)
+        if self.local:
+            detach(self.cache, self.uncut)
         if self.traits is None:
             return Prefilled(self.cache, self.next_position, [])
         for layer, weights in self.tracker.log_weights.items():

@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 from sparsekv_pl.attention.evicted_attention import CACHED, EveryLayer, attention_implementation, passing
 from sparsekv_pl.eviction.rotation import turned
 from sparsekv_pl.models.decoder import decoder_of
-from sparsekv_pl.models.layer_kinds import attentions, evicted_layers, layer_kinds, linear_layers
+from sparsekv_pl.models.layer_kinds import attentions, evicted_layers, layers_left_alone, linear_layers
 from sparsekv_pl.models.rotary import inv_freq_of, rotary_of
 from sparsekv_pl.models.seeding import generator_for
 from sparsekv_pl.presses.traits import Need, PressTraits, traits_of
@@ -83,7 +83,7 @@ def check_press(model: PreTrainedModel, press: BasePress | None, foresight: bool
     if press is None:
         return
     traits = traits_of(press)
-    others, without = _left_alone(model), _without_attention(model)
+    others, without = layers_left_alone(model.config), _without_attention(model)
     for part in traits.parts if others else ():
         if part.every_layer:
             raise ValueError(
@@ -125,11 +125,6 @@ def _checks(traits: PressTraits) -> Iterator[tuple[str, Check]]:
     yield from (check for need, check in CHECKS.items() if need in traits.needs)
     if traits.re_rotates:
         yield "turns keys to other positions by the model's RoPE (rotary_emb)", _turn_error
-
-
-def _left_alone(model: PreTrainedModel) -> list[int]:
-    """Return the layers in which presses do not evict."""
-    return [layer for layer in range(len(layer_kinds(model.config))) if layer not in evicted_layers(model.config)]
 
 
 def _without_attention(model: PreTrainedModel) -> list[int]:

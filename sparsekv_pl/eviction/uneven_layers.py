@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from sparsekv_pl.eviction.chunking import chunk_ratio
-from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.layer_kinds import attentions
 
 if TYPE_CHECKING:
     from sparsekv_pl.eviction.prefill import ChunkedPrefill
@@ -28,7 +28,7 @@ def ratio_by_layer(filling: "ChunkedPrefill", start: int, stop: int) -> Iterator
         deciding.press.compression_ratio = chunk_ratio(held, stop, ratio, filling.budget)
 
     with ExitStack() as stack:
+        found = attentions(filling.model)
         for layer in filling.layers:
-            attention = decoder_of(filling.model).layers[layer].self_attn
-            stack.callback(attention.register_forward_pre_hook(partial(before, layer), with_kwargs=True).remove)
+            stack.callback(found[layer].register_forward_pre_hook(partial(before, layer), with_kwargs=True).remove)
         yield

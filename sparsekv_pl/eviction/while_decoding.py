@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from sparsekv_pl.eviction.limits import evicts_again
 from sparsekv_pl.eviction.request import NOTHING, Request
 from sparsekv_pl.presses.traits import PressTraits
 
@@ -49,9 +50,7 @@ class Decoding:
             raise ValueError(
                 f"{traits.name} sees the whole continuation, so it cannot evict while that is read: leave decoding out"
             )
-        followed = all(candidate.by_scores or candidate.only_trains for candidate in traits.candidates)
-        again = traits.works_in_chunks or (traits.evicts_while_decoding and not training)
-        if not again or not (followed or not request.scores):
+        if not evicts_again(traits, request, decoding=not training):
             raise ValueError(
                 f"{traits.name} cannot evict again and again{' in training' if training else ''}: it masks KV pairs "
                 "instead of removing them, or looks at the whole context at once. Leave decoding out, or take another "

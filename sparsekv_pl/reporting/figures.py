@@ -116,11 +116,8 @@ def _draw_curves(axes: Axes, rows: Sequence[Row], way: str, presses: list[str]) 
         own = [row for row in rows if row.condition.press == press and row.condition.way == way]
         start = [] if any(row.condition.compression_ratio == 0 for row in own) else full
         for variant in VARIANTS:
-            points = [
-                (row.condition.compression_ratio, score, *(getattr(row, f"{variant}_interval") or (np.nan, np.nan)))
-                for row in [*start, *own]
-                if own and (score := getattr(row, variant)) is not None
-            ]
+            shown = [*start, *own] if own else []
+            points = [p for row in shown if (p := row.point(row.condition.compression_ratio, variant))]
             if points:
                 x, y, low, high = np.array(sorted(points), dtype=float).T
                 look = _look(presses, press)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from sparsekv_pl.reporting.condition import FULL_CACHE, Condition, marked
 from sparsekv_pl.reporting.heatmaps import short_number
-from sparsekv_pl.reporting.plots import COLOURS, plain, plots_for
+from sparsekv_pl.reporting.plots import draw_band, plain, plots_for
 from sparsekv_pl.reporting.sorted_records import VARIANTS
 from sparsekv_pl.reporting.summary import Row, headline
 
@@ -60,21 +60,14 @@ def _draw(axes: "Axes", rows: Mapping[int, Row], field: str) -> None:
     curves = {variant: _curve(rows, field + variant) for variant in VARIANTS}
     drawn = {variant: curve for variant, curve in curves.items() if len(curve)}
     for variant, curve in drawn.items():
-        x, y, low, high = curve.T
-        axes.plot(x, y, "-o", color=COLOURS[variant], markersize=3.5, linewidth=1.5, label=variant)
-        axes.fill_between(x, low, high, color=COLOURS[variant], alpha=0.15, linewidth=0)
+        draw_band(axes, curve, variant)
     for shortest in [curve[0, 1] for curve in drawn.values()][-1:]:
         axes.axhspan(shortest - HELD, shortest + HELD, color="0.5", alpha=0.12, linewidth=0, zorder=0)
     axes.set_ylim(-0.03, max(1.03, *axes.get_ylim()))
 
 
 def _curve(rows: Mapping[int, Row], name: str) -> Curve:
-    points = [
-        (length, value, *(getattr(row, f"{name}_interval") or (np.nan, np.nan)))
-        for length, row in rows.items()
-        if (value := getattr(row, name)) is not None
-    ]
-    return np.array(points, dtype=float)
+    return np.array([point for length, row in rows.items() if (point := row.point(length, name))], dtype=float)
 
 
 def _name(axes: "Axes", condition: Condition, rows: Mapping[int, Row]) -> None:

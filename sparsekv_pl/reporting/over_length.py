@@ -11,6 +11,7 @@ from sparsekv_pl.storage.records import Record
 TITLE = "Over the length read and written"
 COLUMNS = 8
 """Most columns of a table; stretches beyond are joined, sizes between are left out."""
+HEADS = ["press", "ratio", "prefill", "variant"]
 Stretches = list[list[float]]
 """[units, sum of a score] of each stretch, in order."""
 
@@ -25,21 +26,31 @@ def over_length(measured: Measured) -> Section:
     return Section(TITLE, tables=found)
 
 
-def _by_stretch(measured: Measured, column: str, caption: str, score: Callable[[float, float], str]) -> Iterator[Table]:
+def _lines(measured: Measured) -> Iterator[tuple[str, list[tuple[list[str], list[Record]]]]]:
+    """Yield each task with the first cells and the records of its lines: a condition and a variant each."""
     for task in measured.tasks:
-        lines: list[tuple[list[str], list[tuple[float, float]]]] = []
-        ends: list[int] = []
-        for condition in measured.conditions if task != ALL_RETRIEVAL else ():
-            for variant, cases in measured.sides.get((condition, task), {}).items():
-                own = _summed([record[column] for record in cases.values() if column in record])
-                if own:
-                    cells = [marked(condition.press), f"{condition.compression_ratio:.2f}", condition.prefill, variant]
-                    lines.append((cells, [(units, total) for _, units, total in own]))
-                    ends = [end for end, _, _ in own]
-        if lines and len(ends) > 1:
+        if task != ALL_RETRIEVAL:
+            yield (
+                task,
+                [
+                    ([marked(one.press), f"{one.compression_ratio:.2f}", one.way, variant], list(cases.values()))
+                    for one in measured.conditions
+                    for variant, cases in measured.sides.get((one, task), {}).items()
+                ],
+            )
+
+
+def _by_stretch(measured: Measured, column: str, caption: str, score: Callable[[float, float], str]) -> Iterator[Table]:
+    for task, found in _lines(measured):
+        sums = [
+            (cells, _summed([record[column] for record in records if column in record])) for cells, records in found
+        ]
+        lines = [(cells, own) for cells, own in sums if own]
+        ends = [end for end, _, _ in lines[-1][1]] if lines else []
+        if len(ends) > 1:
             heads = [f"{first:,}-{last:,}" for first, last in zip([0, *ends], ends, strict=False)]
-            body = [[*cells, *(score(units, total) for units, total in sums)] for cells, sums in lines]
-            yield Table(["press", "ratio", "prefill", "variant", *heads], body, f"{task}: {caption}")
+            body = [[*cells, *(score(units, total) for _, units, total in own)] for cells, own in lines]
+            yield Table([*HEADS, *heads], body, f"{task}: {caption}")
 
 
 def _summed(records: Sequence[Stretches]) -> list[tuple[int, float, float]]:
@@ -58,19 +69,14 @@ def _summed(records: Sequence[Stretches]) -> list[tuple[int, float, float]]:
 
 
 def _sizes(measured: Measured) -> Iterator[Table]:
-    for task in measured.tasks:
-        lines: dict[tuple[str, ...], dict[int, float]] = {}
-        for condition in measured.conditions if task != ALL_RETRIEVAL else ():
-            for variant, cases in measured.sides.get((condition, task), {}).items():
-                held = _mean_sizes(list(cases.values()))
-                if held:
-                    cells = (marked(condition.press), f"{condition.compression_ratio:.2f}", condition.prefill, variant)
-                    lines[cells] = held
-        tokens = sorted(set().union(*lines.values())) if lines else []
+    for task, found in _lines(measured):
+        sizes = [(cells, _mean_sizes(records)) for cells, records in found]
+        lines = [(cells, held) for cells, held in sizes if held]
+        tokens = sorted({count for _, held in lines for count in held})
         shown = tokens[:: max(1, -(-len(tokens) // COLUMNS))]
         if len(shown) > 1:
-            heads = ["press", "ratio", "prefill", "variant", *(f"after {count:,}" for count in shown)]
-            body = [[*cells, *(_kib(held.get(count)) for count in shown)] for cells, held in lines.items()]
+            heads = [*HEADS, *(f"after {count:,}" for count in shown)]
+            body = [[*cells, *(_kib(held.get(count)) for count in shown)] for cells, held in lines]
             yield Table(heads, body, f"{task}: KiB of keys and values after so many tokens behind the context")
 
 

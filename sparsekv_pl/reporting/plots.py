@@ -48,6 +48,13 @@ def plain(axes: Axes, title: str = "") -> None:
     axes.tick_params(labelsize=8)
 
 
+def draw_band(axes: Axes, curve: NDArray[np.float64], variant: str) -> None:
+    """Draw a variant's ``curve`` (points, 4), x, value and the bounds of its interval, with its band."""
+    x, y, low, high = curve.T
+    axes.plot(x, y, "-o", color=COLOURS[variant], markersize=3.5, linewidth=1.5, label=variant)
+    axes.fill_between(x, low, high, color=COLOURS[variant], alpha=0.15, linewidth=0)
+
+
 def whole_numbers(*axes: Any, most: int = 10) -> None:
     """Put ticks of these axes (``axes.xaxis``, ``axes.yaxis``) on whole numbers, at most ``most``."""
     for axis in axes:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsekv_pl.reporting.condition import ORACLE, foresees
-from sparsekv_pl.reporting.plots import COLOURS
+from sparsekv_pl.reporting.plots import COLOURS, draw_band
 from sparsekv_pl.reporting.sorted_records import VARIANTS
 from sparsekv_pl.reporting.summary import Row, headline
 
@@ -58,10 +58,9 @@ def retention_figure(rows: Sequence[Row]) -> "Figure | None":
 def _draw(axes: "Axes", own: Sequence[Row], ceiling: Sequence[Row]) -> None:
     axes.axhline(1, color="0.8", linewidth=0.8, zorder=0)
     for variant in VARIANTS:
-        x, y, low, high = _curve(own, variant).T
-        if len(x) > 1:
-            axes.plot(x, y, "-o", color=COLOURS[variant], markersize=3.5, linewidth=1.5, label=variant)
-            axes.fill_between(x, low, high, color=COLOURS[variant], alpha=0.15, linewidth=0)
+        curve = _curve(own, variant)
+        if len(curve) > 1:
+            draw_band(axes, curve, variant)
         x, y, _, _ = _curve(ceiling, variant).T
         if len(x) > 1:
             axes.plot(x, y, "--", color=COLOURS[variant], linewidth=1.2, label=f"ceiling, {variant}")
@@ -71,12 +70,8 @@ def _draw(axes: "Axes", own: Sequence[Row], ceiling: Sequence[Row]) -> None:
 
 def _curve(rows: Sequence[Row], variant: str) -> Curve:
     """The variant's retentions by rising ratio, from the full cache's own, 1."""
-    name = f"retention_{variant}"
-    points = [
-        (row.condition.compression_ratio, value, *(getattr(row, f"{name}_interval") or (np.nan, np.nan)))
-        for row in rows
-        if (value := getattr(row, name)) is not None
-    ]
+    found = (row.point(row.condition.compression_ratio, f"retention_{variant}") for row in rows)
+    points = [point for point in found if point is not None]
     return np.array(sorted([(0.0, 1.0, 1.0, 1.0), *points]), dtype=float)
 
 

@@ -92,6 +92,11 @@ class Row:
         condition, besides = fields.pop("condition"), fields.pop("besides")
         return condition | fields | besides
 
+    def point(self, x: float, name: str) -> tuple[float, float, float, float] | None:
+        """``x``, the score ``name`` and the bounds of its interval (NaN without one), for curves; None without it."""
+        value = getattr(self, name)
+        return None if value is None else (x, value, *(getattr(self, f"{name}_interval") or (np.nan, np.nan)))
+
     def aliased(self) -> dict[str, Any]:
         """``flat`` with base and trained also under the names before and after, as in report.json."""
         flat = self.flat()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from kvpress import BasePress
 
-from sparsekv_pl.eviction.chunking import chunk_bounds
+from sparsekv_pl.eviction.chunking import exceed_window
 from sparsekv_pl.presses.traits import traits_of
 from sparsekv_pl.serve.server_metrics import ServerMetrics
 from sparsekv_pl.usage.cache_origin import CacheOrigin
@@ -97,7 +97,7 @@ class KeptDocuments:
 
     def _long_enough(self, tokens: int) -> bool:
         window = 0 if self.press is None else traits_of(self.press).window
-        return min(stop - start for start, stop in chunk_bounds(tokens, self.chunk_tokens)) > window
+        return exceed_window(tokens, self.chunk_tokens, window)
 
 
 def _key(ids: Sequence[int]) -> bytes:

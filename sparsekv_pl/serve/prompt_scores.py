@@ -54,8 +54,10 @@ def prompt_scores(
             if start + ROWS >= len(hidden) and new_tokens:
                 following = [*following, int(best.indices[-1, 0])]
             wanted = following[start : start + ROWS]
-            for row, token in enumerate(wanted):
-                log_probs.append(float(found[row, token]))
-                pairs = zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True)
-                tops.append(dict(pairs) | {token: float(found[row, token])})
+            labels = torch.tensor(wanted, dtype=torch.long, device=found.device)
+            own = found[: len(wanted)].gather(1, labels[:, None])[:, 0].tolist()
+            log_probs += own
+            likely = zip(best.indices.tolist(), best.values.tolist(), strict=True)  # the last row may have no token
+            for token, log_prob, (tokens, values) in zip(wanted, own, likely, strict=False):
+                tops.append(dict(zip(tokens, values, strict=True)) | {token: log_prob})
     return PromptScores([*prompt.document, prompt.question[0], *following], log_probs, tops)

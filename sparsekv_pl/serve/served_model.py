@@ -16,7 +16,7 @@ from sparsekv_pl.serve.request_fields import AskedFields, ChatFields, Completion
 from sparsekv_pl.serve.server_metrics import ServerMetrics
 from sparsekv_pl.serve.token_limits import TokenLimits
 from sparsekv_pl.serve.turns import ModelTurn
-from sparsekv_pl.usage.answers import AnswerGiven, Sampling, greedy_answers, sampled_answer
+from sparsekv_pl.usage.answers import AnswerGiven, greedy_answers, sampled_answer, sampling_of
 from sparsekv_pl.usage.context_cache import ContextCache
 
 COMPLETION_TOKENS = 16
@@ -145,7 +145,8 @@ class ServedModel:
         else:
             settings: dict[str, Any] = {"stop": asked.stops, "on_text": turn.tell if asked.stream else None}
             settings["on_token"] = on_token
-            drawn, row = _sampling(asked), prompt.question
+            seed = secrets.randbits(62) if asked.seed is None else asked.seed
+            drawn, row = sampling_of(asked.temperature, asked.top_p, seed), prompt.question
             if drawn is None:
                 (answer,) = greedy_answers(self.model, cache.kept, [row], new_tokens, **settings)
             else:
@@ -167,17 +168,6 @@ class ServedModel:
         self.metrics.prompt_tokens.inc(usage.prompt_tokens)
         self.metrics.reused_tokens.inc(usage.reused_tokens)
         self.metrics.completion_tokens.inc(usage.completion_tokens)
-
-
-def _sampling(asked: AskedFields) -> Sampling | None:
-    """Return how to draw; None for the most likely tokens, which is also what a request gets that says nothing."""
-    if asked.temperature == 0 or (asked.temperature is None and asked.top_p is None):
-        return None
-    return Sampling(
-        temperature=1.0 if asked.temperature is None else asked.temperature,
-        top_p=1.0 if asked.top_p is None else asked.top_p,
-        seed=secrets.randbits(62) if asked.seed is None else asked.seed,
-    )
 
 
 def _usage(cache: ContextCache, prompt: SplitPrompt, written: int, reused: bool) -> ReplyUsage:

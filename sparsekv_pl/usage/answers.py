@@ -40,6 +40,13 @@ class Sampling:
     seed: int = 0
 
 
+def sampling_of(temperature: float | None, top_p: float | None, seed: int) -> Sampling | None:
+    """Return how to draw; None for the most likely tokens, which are also taken if nothing is asked for."""
+    if temperature == 0 or (temperature is None and top_p is None):
+        return None
+    return Sampling(1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p, seed)
+
+
 def greedy_answers(
     model: LoadedModel,
     kept: KeptContext,

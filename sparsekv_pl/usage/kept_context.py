@@ -100,7 +100,7 @@ class KeptContext:
     def pairs(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return a layer's keys and values (1, K, S, D) as attention reads them."""
         keys, values = (self.tensors[f"{pair}.{layer}"] for pair in PAIRS)
-        if self.quantisation is None or layer not in self.packed_layers:
+        if self.quantisation is None or f"keys_codes.{layer}" not in self.tensors:
             return keys, values
         of_keys, of_values = (
             PackedCodes(*(self.tensors[f"{pair}_{part}.{layer}"] for part in CODES)) for pair in PAIRS
