@@ -182,7 +182,7 @@ def test_samples_run(
     monkeypatch.chdir(tmp_path)
     source = "\n".join(blocks(page.read_text(), "python"))
     for real, tiny in {
-        "output/quickstart/final": tiny_adapter(0),
+        "adapters/smollm2-135m-instruct": tiny_adapter(0),
         "smollm2-135m-instruct": tiny_models["llama"],
     }.items():
         source = source.replace(real, tiny)

@@ -15,9 +15,9 @@ The answers go to stdout as they arrive, everything else to stderr."""
 EXAMPLES = """\
 examples:
   python -m sparsekv_pl.ask README.md "What is a press?" --press KeyDiff --compression_ratio 0.75
-  python -m sparsekv_pl.ask README.md --adapter output/quickstart/final --press KeyDiff \\
+  python -m sparsekv_pl.ask README.md --adapter adapters/smollm2-135m-instruct --press KeyDiff \\
       --compression_ratio 0.75 --save readme.safetensors
-  python -m sparsekv_pl.ask readme.safetensors --adapter output/quickstart/final < questions.txt
+  python -m sparsekv_pl.ask readme.safetensors --adapter adapters/smollm2-135m-instruct < questions.txt
 
 Without questions they are read line by line from stdin; an empty line or Ctrl-D ends a dialogue.
 A press is written as in reports, with its settings: KeyDiff, "SnapKV(window_size=32)", "KeyRerotation(KeyDiff)".

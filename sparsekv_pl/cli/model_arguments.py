@@ -22,7 +22,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="the embedded model (default), a hub id, a folder or a .gguf file",
     )
     group.add_argument("--revision", help="git revision of a hub model")
-    group.add_argument("--adapter", metavar="FOLDER", help="a trained adapter, such as output/quickstart/final")
+    group.add_argument("--adapter", metavar="FOLDER", help="a trained adapter, such as adapters/smollm2-135m-instruct")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     group.add_argument("--dtype", default="auto", choices=dtypes, help="of the weights; auto: what is native here")
     group.add_argument("--load_in_4bit", action="store_true", help="quantise the weights to 4 bits (NF4)")

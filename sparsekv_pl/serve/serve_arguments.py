@@ -12,7 +12,7 @@ is not read again. The document is what stands before the last paragraph of the 
 
 EXAMPLES = """\
 examples:
-  python -m sparsekv_pl.serve --press KeyDiff --compression_ratio 0.75 --adapter output/quickstart/final
+  python -m sparsekv_pl.serve --press KeyDiff --compression_ratio 0.75 --adapter adapters/smollm2-135m-instruct
   python -m sparsekv_pl.serve --press "KeyRerotation(KeyDiff)" --compression_ratio 0.75 --max_prompt_tokens 30000
 
 Then: OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none"). Ctrl-C or SIGTERM lets requests under way end;
