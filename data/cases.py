@@ -3,7 +3,7 @@
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data.packing import Tokens
@@ -36,6 +36,8 @@ class TrainingCase:
     document_ids: list[str]
     task: str
     """The kinds of its questions; "needle" for ``NeedleTask``."""
+    turn_ends: tuple[int, ...] = field(default=(), kw_only=True)
+    """Tokens of the continuation after which a turn of its conversation ends."""
 
 
 def read_after(case: TrainingCase, tokens: int) -> TrainingCase:
@@ -103,6 +105,8 @@ class CaseTask(ABC):
 
     name: str
     """The task's name in records and reports."""
+    has_turns: bool = False
+    """Whether a case is a conversation of several turns."""
     uses_depth: bool = True
     """False if the task has no needle at a depth: ``case`` then ignores its ``depth``."""
 

@@ -53,6 +53,8 @@ def needle_batch(cases: Sequence[TrainingCase], pad: int) -> Batch:
     continuations = [len(case.continuation_ids) for case in cases]
     if min(continuations) < max(continuations):
         batch["continuation_lengths"] = continuations
+    if any(case.turn_ends for case in cases):
+        batch["turn_ends"] = [case.turn_ends for case in cases]
     return _with_lengths(batch, [len(case.context_ids) for case in cases])
 
 

@@ -88,6 +88,7 @@ class EvaluationData(TokenizedData):
         self.batch_size, self.query_aware = batch_size, query_aware
         self.cases_without_depth = cases_without_depth
         self.has_text = windows > 0
+        self.has_turns = any(task.has_turns for task in self.tasks)
         self._check()
 
     def _check(self) -> None:

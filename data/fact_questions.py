@@ -1,9 +1,11 @@
 """The facts of data/facts.py as a kind of question: each on its own line."""
 
 import random
+from functools import partial
 from typing import ClassVar
 
-from data.facts import SPLITS, Split, draw_fact
+from data.correction import Correction, corrected
+from data.facts import KINDS, SPLITS, Fact, Split, draw_fact
 from data.passage import Passage
 from data.question_kind import Asked, Asking, QuestionKind, Turn, Wordings
 from data.wordings import GENERIC_QUESTIONS, KIND_WORDINGS
@@ -24,6 +26,18 @@ class FactQuestions(QuestionKind):
 
     def ask(self, passage: Passage, rng: random.Random, split: Split, depth: float | None = None) -> Asked:  # noqa: ARG002
         """See ``QuestionKind.ask``."""
-        fact = draw_fact(rng, split)
-        turn = Turn(fact.question, fact.answer_prefix, (fact.value,))
-        return Asked(turn, (f"\n{fact.statement}\n",), (fact.subject,))
+        return _asked(draw_fact(rng, split))
+
+    def correct(self, rng: random.Random, split: Split) -> Correction:
+        """Draw a question about a fact that is told and then corrected."""
+        while True:
+            fact = draw_fact(rng, split)
+            [kind] = [kind for kind in KINDS if kind.name == fact.kind]
+            found = corrected(_asked(fact), partial(kind.value, rng, split), rng, split)
+            if found is not None:
+                return found
+
+
+def _asked(fact: Fact) -> Asked:
+    turn = Turn(fact.question, fact.answer_prefix, (fact.value,))
+    return Asked(turn, (f"\n{fact.statement}\n",), (fact.subject,))

@@ -10,7 +10,9 @@ from torch.utils.data import DataLoader
 from data.asked_rows import check_room, validation_questions
 from data.cases import TrainingCase, read_after
 from data.collate import needle_batch, pad_id, text_batch
-from data.mixture_stream import MixtureStream, question_cases, training_needles
+from data.conversation import turn_lengths
+from data.conversation_cases import checked_turns
+from data.mixture_stream import MixtureStream, conversation_cases, question_cases, training_needles
 from data.needles import NeedleTask
 from data.packing import split_tokens, spread_windows
 from data.question_kinds import checked_weights
@@ -74,6 +76,12 @@ class EvictionData(TokenizedData):
         Fewest and most tokens at the end of a question's context that are read after the eviction, unsupervised, before
         the question; drawn for every batch, null for none. With ``RealEviction.decoding`` they are evicted from while
         they are read, so what is asked for must be carried over them. ``context_tokens`` counts them.
+    turns
+        Fewest and most turns of a conversation, drawn for every batch; null asks single questions. The retrieval
+        batches are then conversations of ``context_tokens`` tokens: facts are told in one turn and asked for in a later
+        one, a third are corrected in between, and every answer is supervised in its turn. The first turn is the
+        context. Turns have drawn lengths, the same in all rows of a batch; ``RealEviction.decoding`` with the interval
+        "turn" evicts at their ends. ``questions`` then weights facts and told, and ``needles`` says nothing.
 
     Raises
     ------
@@ -98,9 +106,11 @@ class EvictionData(TokenizedData):
         questions: dict[str, float] | None = None,
         windows_per_document: int | None = None,
         read_tokens: tuple[int, int] | None = None,
+        turns: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.questions = checked_weights(questions)
+        checked_turns(turns, self.questions, {"shortest_context": shortest_context, "read_tokens": read_tokens})
         least = {"context_tokens": 1, "continuation_tokens": 2, "batch_size": 1, "num_workers": 0}
         least |= {"validation_windows": 0, "validation_needles": 0}
         given = locals()
@@ -124,7 +134,7 @@ class EvictionData(TokenizedData):
                 f"read_tokens is {read_tokens}: give (fewest, most) with 0 <= fewest <= most, below the shortest "
                 f"context's {shortest} tokens, or null"
             )
-        self.windows_per_document, self.read_tokens = windows_per_document, read_tokens
+        self.windows_per_document, self.read_tokens, self.turns = windows_per_document, read_tokens, turns
         self.text = text or EmbeddedText()
         self.splits = splits or Splits()
         self.context_tokens, self.continuation_tokens = context_tokens, continuation_tokens
@@ -141,14 +151,25 @@ class EvictionData(TokenizedData):
     @property
     def evicted_lengths(self) -> range:
         """All possible numbers of context tokens before the first eviction."""
-        moved = self.read_tokens[1] if self.read_tokens and self.retrieval_share else 0
-        return range(self.context_lengths[0] - moved, self.context_tokens + 1)
+        shortest = self.context_lengths[0]
+        if self.retrieval_share:
+            shortest -= self.read_tokens[1] if self.read_tokens else 0
+            shortest = self._shortest_turn if self.turns else shortest
+        return range(shortest, self.context_tokens + 1)
+
+    @property
+    def _shortest_turn(self) -> int:
+        assert self.turns is not None
+        return 3 * self.context_tokens // (4 * self.turns[1])
 
     def setup(self, stage: str | None = None) -> None:
         """Take the tokenizer. Raises ``ValueError`` if the trainer cannot train on a stream, or a fact has no room."""
         super().setup(stage)
         if stage == TrainerFn.FITTING and self.trainer is not None:
             without_epochs(self.trainer)
+        if self.retrieval_share and self.turns:
+            conversation_cases(self, "train").check_room([self._shortest_turn] * self.turns[1])
+            return
         if self.retrieval_share and self.questions:
             shortest = "context_tokens" if self.shortest_context is None else "shortest_context"
             check_room(question_cases(self, "train"), {shortest: self.context_lengths[0]})
@@ -187,7 +208,11 @@ class EvictionData(TokenizedData):
         windows = spread_windows(text, self.validation_windows, length, self.continuation_tokens, encoder)
         depths = [i % DEPTHS / (DEPTHS - 1) for i in range(self.validation_needles)]
         cases: list[TrainingCase]
-        if self.questions:
+        if self.turns:
+            lengths, before = turn_lengths(self.context_tokens, self.turns[1]), self.turns[1] - 2
+            maker = conversation_cases(self, "validation")
+            cases = [maker.case(i, text, lengths, (round(depth * before),)) for i, depth in enumerate(depths)]
+        elif self.questions:
             cases = validation_questions(question_cases(self, "validation"), text, depths)
         else:
             task = NeedleTask(self.tokenizer, self.context_tokens, self.seed, "validation")

@@ -8,6 +8,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from data.asked_rows import AskedRows
 from data.cases import TrainingCase, read_after
 from data.collate import needle_batch, pad_id, text_batch
+from data.conversation import turn_lengths
+from data.conversation_cases import ConversationCases
 from data.facts import Split
 from data.mixed_windows import MixedWindows
 from data.needles import NeedleTask
@@ -35,6 +37,7 @@ STREAM_SETTINGS = (
     "questions",
     "windows_per_document",
     "read_tokens",
+    "turns",
 )
 """Settings that determine the training stream, besides the tokenizer and the numbers of ranks and workers."""
 
@@ -50,7 +53,7 @@ class MixtureStream(IterableDataset[Batch]):
         found: dict[str, Any] = {"ranks": self.ranks}
         for name in STREAM_SETTINGS:
             found |= flat_settings(name, getattr(self.data, name))
-        for name in ("windows_per_document", "read_tokens"):
+        for name in ("windows_per_document", "read_tokens", "turns"):
             if getattr(self.data, name) is None:  # older checkpoints do not have it
                 del found[name]
         return found | tokenizer_settings(self.data.tokenizer)
@@ -70,7 +73,9 @@ class MixtureIterator(Iterator[Batch]):
         self.windows = training_windows(data, rank * workers + worker, ranks * workers)
         self.pad = pad_id(data.tokenizer)
         self.needles = training_needles(data)
-        self.asked = AskedRows(question_cases(data, "train"), self.windows) if data.questions else None
+        self.talks = conversation_cases(data, "train")
+        asks = data.questions and not data.turns
+        self.asked = AskedRows(question_cases(data, "train"), self.windows) if asks else None
 
     def __next__(self) -> Batch:
         data = self.data
@@ -80,7 +85,11 @@ class MixtureIterator(Iterator[Batch]):
         rows = range(first, first + data.batch_size)
         lengths = [random_for("length", data.seed, row).choice(data.context_lengths) for row in rows]
         read = 0 if data.read_tokens is None else random_for("read", data.seed, self.step).randint(*data.read_tokens)
+        turns = [] if data.turns is None else _turns(data.turns, data.context_tokens, data.seed, self.step)
         self.step += self.workers
+        if retrieval and turns:
+            talks = [self.talks.case(row, text, turns) for row, text in zip(rows, windows, strict=True)]
+            return needle_batch(talks, self.pad) | self._counted()
         if retrieval:
             drawn = zip(rows, windows, lengths, strict=True)
             cases: list[TrainingCase]
@@ -146,3 +155,14 @@ def question_cases(data: "EvictionData", split: Split) -> QuestionCases:
         split,
         supervise_stop=train,
     )
+
+
+def conversation_cases(data: "EvictionData", split: Split) -> ConversationCases:
+    """Make the conversations of several turns."""
+    return ConversationCases(data.tokenizer, data.questions, data.seed, split)
+
+
+def _turns(turns: tuple[int, int], tokens: int, seed: int, step: int) -> list[int]:
+    """Draw the lengths of a batch's turns."""
+    rng = random_for("turns", seed, step)
+    return turn_lengths(tokens, rng.randint(*turns), rng)

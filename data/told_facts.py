@@ -3,8 +3,10 @@
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
+from data.correction import Correction, corrected
 from data.facts import Split, draw_name, part
 from data.names import ADJECTIVES, WORDS
 from data.passage import Passage
@@ -120,7 +122,20 @@ class ToldFacts(QuestionKind):
 
     def ask(self, passage: Passage, rng: random.Random, split: Split, depth: float | None = None) -> Asked:  # noqa: ARG002
         """See ``QuestionKind.ask``."""
-        kind = self.kinds[rng.choice(list(self.kinds))]
+        return self._asked(self._drawn(rng), rng, split)
+
+    def correct(self, rng: random.Random, split: Split) -> Correction:
+        """Draw a question about a fact that is told and then corrected."""
+        while True:
+            kind = self._drawn(rng)
+            found = corrected(self._asked(kind, rng, split), partial(kind.values, rng, split), rng, split)
+            if found is not None:
+                return found
+
+    def _drawn(self, rng: random.Random) -> ToldKind:
+        return self.kinds[rng.choice(list(self.kinds))]
+
+    def _asked(self, kind: ToldKind, rng: random.Random, split: Split) -> Asked:
         who, other = draw_name(rng, split), draw_name(rng, split)
         value = kind.values(rng, split)
         while other == who or value in (who, other):

@@ -1,6 +1,7 @@
 """The data's part of a key of finished work: tokens and cases of a batch."""
 
 import hashlib
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -26,7 +27,9 @@ def batch_of(batch: CaseBatch, named: bool) -> dict[str, Any]:
     """
     ids = (batch["context_ids"], batch["continuation_ids"], batch["continuation_lengths"])
     cases = [[getattr(case, name) for name in (NAMED if named else ASKED)] for case in batch["cases"]]
-    return {"tokens": [[list(part.shape), _digest(part)] for part in ids], "cases": cases}
+    turns = [case.turns and asdict(case.turns) for case in batch["cases"]]
+    described: dict[str, Any] = {"turns": turns} if any(turns) else {}  # the work done on others keeps its keys
+    return described | {"tokens": [[list(part.shape), _digest(part)] for part in ids], "cases": cases}
 
 
 def _digest(tensor: Tensor) -> str:

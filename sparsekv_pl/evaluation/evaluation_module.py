@@ -21,6 +21,7 @@ from sparsekv_pl.evaluation.recalled_words import RECENT_TOKENS
 from sparsekv_pl.evaluation.view_pages import VIEWED_TOKENS, ViewedCases
 from sparsekv_pl.eviction.limits import check_positions
 from sparsekv_pl.eviction.press_model_check import check_press, check_press_alone
+from sparsekv_pl.eviction.while_decoding import check_turns
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.models.batch import CaseBatch
 from sparsekv_pl.reporting import sparsity_figure, write_kvpress_layout
@@ -97,7 +98,9 @@ class EvaluationModule(MeasuringModule):
         ValueError
             For a context that is too long for the model or does not fit a press.
         """
-        for length in getattr(self.trainer.datamodule, "lengths", []):  # type: ignore[attr-defined]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        check_turns((setting.decoding for setting in self.settings), getattr(data, "has_turns", False), "tasks")
+        for length in getattr(data, "lengths", []):
             check_positions(self.causal_lm, length, length, rotates=False)
             for setting in self.settings:
                 setting.check(length)

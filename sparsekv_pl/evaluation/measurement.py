@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from sparsekv_pl.evaluation.answer_columns import answer_columns
 from sparsekv_pl.evaluation.continuation_mass import continuation_mass
 from sparsekv_pl.evaluation.perplexity_and_kl import FullCacheReading
 from sparsekv_pl.evaluation.points import Point
@@ -28,7 +29,6 @@ from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.eviction.quantised_pairs import quantise
 from sparsekv_pl.eviction.quantised_prefill import QuantisedPrefill
 from sparsekv_pl.eviction.replay import RecordedPrefill
-from sparsekv_pl.metrics.retrieval import answer_stretches, retrieval_scores
 from sparsekv_pl.models.batch import TEXT, CaseBatch
 from sparsekv_pl.models.head import head_of
 from sparsekv_pl.models.layer_kinds import evicted_layers
@@ -268,17 +268,7 @@ class Measurement:
     def scored(self, answers: list[list[int]], seconds: float) -> list[Record]:
         """Records of the cases' answers, which took ``seconds`` together."""
         return [
-            {
-                **(retrieval_scores(text, case.answers) if case.answers else {}),
-                **({"answer_stretches": parts} if (parts := answer_stretches(text, case.answers)) else {}),
-                "answer": text,
-                "answers": list(case.answers),
-                "question": case.question,
-                "answer_prefix": case.answer_prefix,
-                "max_new_tokens": case.max_new_tokens,
-                "decode_seconds": seconds / len(answers),
-                "decode_tokens": len(answer),
-            }
+            answer_columns(case, text) | {"decode_seconds": seconds / len(answers), "decode_tokens": len(answer)}
             for case, answer in zip(self.batch["cases"], answers, strict=True)
             for text in [str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()]
         ]

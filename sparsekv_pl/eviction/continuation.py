@@ -1,12 +1,14 @@
 """A continuation of an evicted context: read in one piece, or read and written with an eviction every few tokens.
 
-Between two evictions nothing is removed, so tokens that run together see what each would see alone: a chunk of
-``Decoding.interval`` tokens with an eviction after it equals as many single tokens. Training, reading and writing all
+Between two evictions nothing is removed, so tokens that run together see what each would see alone: a chunk of an
+interval's or a turn's tokens with an eviction after it equals as many single tokens. Training, reading and writing all
 run these chunks through ``ChunkedPrefill``.
 """
 
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -35,7 +37,7 @@ def continued(model: PreTrainedModel, prefilled: Prefilled, ids: Tensor) -> Tens
 
 
 class Continuation:
-    """Tokens after a context, read or written, with an eviction after every ``decoding.interval`` of them.
+    """Tokens after a context, read or written, with an eviction after every ``decoding.interval`` or turn of them.
 
     Parameters
     ----------
@@ -46,6 +48,8 @@ class Continuation:
         When to evict, and the share that the press removes.
     tokens
         Most tokens of the continuation after which it may evict.
+    turn_ends
+        Tokens of the continuation after which a turn ends, rising.
 
     Raises
     ------
@@ -53,18 +57,25 @@ class Continuation:
         If the press cannot evict again, or context and continuation take more positions than the model has.
     """
 
-    def __init__(self, filling: ChunkedPrefill, decoding: Decoding, compression_ratio: float, tokens: int) -> None:
+    def __init__(
+        self,
+        filling: ChunkedPrefill,
+        decoding: Decoding,
+        compression_ratio: float,
+        tokens: int,
+        turn_ends: Sequence[int] = (),
+    ) -> None:
         assert filling.deciding is not None and filling.tracker.follow and not filling.chunks_left
-        self.model, self.interval = filling.model, decoding.interval
+        self.model, self.context_tokens = filling.model, filling.tokens
+        ends = decoding.ends(filling.tokens, tokens, turn_ends)
         set_compression_ratio(filling.deciding.press, compression_ratio if decoding.grows else 0.0)
         self.reading = replace(
             filling,
-            tokens=filling.tokens + tokens // decoding.interval * decoding.interval,
-            chunk_tokens=decoding.interval,
+            tokens=[filling.tokens, *ends][-1],
             budget=decoding.pairs(filling.tokens, compression_ratio),
             request=replace(filling.request, full_cache=False),
             local=False,
-            earlier=filling.bounds,
+            given=[*filling.bounds, *pairwise([filling.tokens, *ends])],
             decoding=True,
         )
         self.reading.load_state_dict(filling.state_dict())
@@ -93,15 +104,15 @@ class Continuation:
         """Read (B, T) tokens and decode greedily; return each row's new token ids, without the stop token.
 
         ``most`` has the most new tokens of each row, at least 1. New tokens are decoded one at a time; when an interval
-        is full, its tokens run again as one chunk, with the press.
+        is full, its tokens run again as one chunk, with the press. The answer ends the last turn: nothing is evicted.
         """
         answers: list[list[int]] = [[] for _ in most]
         going, unread = set(range(len(most))), ids
         while True:
-            while unread.shape[1] >= self.interval:
-                self._advance(unread[:, : self.interval])
-                unread = unread[:, self.interval :]
-            room = self.interval - unread.shape[1] if unread.shape[1] else 1
+            while unread.shape[1] >= (together := self._together):
+                self._advance(unread[:, :together])
+                unread = unread[:, together:]
+            room = together - unread.shape[1] if unread.shape[1] else 1
             wanted = [min(room, most[row] - len(answers[row])) if row in going else 1 for row in range(len(most))]
             said = self._decoded(unread, wanted, stop_ids)
             for row in sorted(going):
@@ -125,6 +136,13 @@ class Continuation:
             newest = head.logits(reading.hidden[-1][:, -1].float()).argmax(-1).tolist()
         return [[] if token in stop_ids else [token] for token in newest]
 
+    @property
+    def _together(self) -> int:
+        """Tokens up to the next eviction; without one, more than there can be."""
+        reading = self.reading
+        start, stop = reading.bounds[reading.chunks_done] if reading.chunks_left else (0, sys.maxsize)
+        return stop - start
+
     def _whole(self, ids: Tensor) -> int:
         """Tokens of ``ids`` (B, T) up to the last eviction."""
         whole = self.reading.tokens - self.reading.seen
@@ -132,13 +150,15 @@ class Continuation:
         return whole
 
     def _evict_from(self, ids: Tensor) -> Prefilled:
-        for start in range(0, ids.shape[1], self.interval):
-            self._advance(ids[:, start : start + self.interval])
+        while self.reading.chunks_left:
+            together = self._together
+            self._advance(ids[:, :together])
+            ids = ids[:, together:]
         return self.reading.result()
 
     def _advance(self, ids: Tensor) -> None:
         self.reading.advance(ids)
-        self.kv_bytes.append((self.kv_bytes[-1][0] + self.interval, self._held_bytes()))
+        self.kv_bytes.append((self.reading.seen - self.context_tokens, self._held_bytes()))
 
     def _with_rest(self, evicted: Prefilled, rest: Tensor) -> Tensor:
         return torch.cat([*evicted.hidden, *([continued(self.model, evicted, rest)] if rest.shape[1] else [])], dim=1)

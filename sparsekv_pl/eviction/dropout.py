@@ -84,7 +84,12 @@ class KVDropout:
         assert not (request.scores or request.contexts or request.press_losses)  # see fit_together
         self.anchors.check(context_tokens)
 
-    def later_evictions(self, context_tokens: int, continuation_tokens: int) -> Sequence[int]:  # noqa: ARG002
+    def later_evictions(
+        self,
+        context_tokens: int,  # noqa: ARG002
+        continuation_tokens: int,  # noqa: ARG002
+        turn_ends: Sequence[int] = (),  # noqa: ARG002
+    ) -> Sequence[int]:
         """Return nothing: continuation tokens come after the eviction and are never dropped."""
         return ()
 
@@ -97,6 +102,7 @@ class KVDropout:
         compression_ratio: float,
         step: int,
         request: Request = NOTHING,
+        turn_ends: Sequence[int] = (),  # noqa: ARG002
     ) -> Evicted:
         """Run context and continuation in one pass; see ``Eviction``.
 

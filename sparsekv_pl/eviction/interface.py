@@ -76,8 +76,13 @@ class Eviction(Protocol):
     def check(self, context_tokens: int, request: Request = NOTHING) -> None:
         """Raise ``ValueError`` if contexts of ``context_tokens`` tokens cannot be evicted or ``request`` not be met."""
 
-    def later_evictions(self, context_tokens: int, continuation_tokens: int) -> Sequence[int]:
-        """Return after how many tokens, the context's included, it evicts again while a continuation is read."""
+    def later_evictions(
+        self, context_tokens: int, continuation_tokens: int, turn_ends: Sequence[int] = ()
+    ) -> Sequence[int]:
+        """Return after how many tokens, the context's included, it evicts again while a continuation is read.
+
+        ``turn_ends`` are the tokens of the continuation after which a turn ends.
+        """
 
     def __call__(
         self,
@@ -88,10 +93,11 @@ class Eviction(Protocol):
         compression_ratio: float,
         step: int,
         request: Request = NOTHING,
+        turn_ends: Sequence[int] = (),
     ) -> Evicted:
         """Run context (B, L) and continuation (B, T), evicting between the two and at ``later_evictions``.
 
         ``compression_ratio`` is the removed share, 0 <= r < 1; ``step`` seeds every draw; ``request`` names the
-        results wanted besides hidden states.
+        results wanted besides hidden states; ``turn_ends`` are those of ``later_evictions``, equal in all rows.
         """
         ...

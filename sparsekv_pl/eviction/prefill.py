@@ -70,11 +70,11 @@ class ChunkedPrefill:
         single chunk: see ``Prefilled``.
     local
         Whether gradients stay in the layer: see ``LocalGradients``.
-    earlier
-        Chunks that an earlier prefill has read, (start, stop) of each; its state must be loaded before the next one.
-        They are the first of ``tokens``, and ``chunk_tokens`` cuts the rest.
+    given
+        The first chunks, (start, stop) of each; ``chunk_tokens`` cuts the rest of ``tokens``. If an earlier prefill has
+        read some of them, its state must be loaded before the next one.
     decoding
-        The chunks after ``earlier`` continue the context (see ``Continuation``): their hidden states are kept.
+        The chunks continue a context (see ``Continuation``): their hidden states are kept.
 
     Raises
     ------
@@ -89,14 +89,14 @@ class ChunkedPrefill:
     budget: int | None = None
     request: Request = NOTHING
     local: bool = False
-    earlier: Sequence[tuple[int, int]] = ()
+    given: Sequence[tuple[int, int]] = ()
     decoding: bool = False
 
     def __post_init__(self) -> None:
         model, tokens, request = self.model, self.tokens, self.request
-        read = self.earlier[-1][1] if self.earlier else 0
-        new = [(read + start, read + stop) for start, stop in chunk_bounds(tokens - read, self.chunk_tokens)]
-        self.bounds = [*self.earlier, *new]
+        cut = self.given[-1][1] if self.given else 0
+        rest = chunk_bounds(tokens - cut, self.chunk_tokens) if tokens > cut or not cut else []
+        self.bounds = [*self.given, *((cut + start, cut + stop) for start, stop in rest)]
         self.traits = None if self.press is None else traits_of(self.press)
         self.deciding = None if self.traits is None else self.traits.deciding
         self.rotates = self.deciding is not None and self.deciding.re_rotates

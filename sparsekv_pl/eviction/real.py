@@ -94,9 +94,12 @@ class RealEviction:
                 f"and checkpoint {str(self.checkpoint).lower()}: change these, or leave the objective out"
             )
 
-    def later_evictions(self, context_tokens: int, continuation_tokens: int) -> Sequence[int]:
+    def later_evictions(
+        self, context_tokens: int, continuation_tokens: int, turn_ends: Sequence[int] = ()
+    ) -> Sequence[int]:
         """Return after how many tokens it evicts again while a continuation is read: see ``Decoding.evictions``."""
-        return () if self.decoding is None else self.decoding.evictions(context_tokens, continuation_tokens)
+        decoding = self.decoding
+        return () if decoding is None else decoding.evictions(context_tokens, continuation_tokens, turn_ends)
 
     def __call__(
         self,
@@ -107,6 +110,7 @@ class RealEviction:
         compression_ratio: float,
         step: int,
         request: Request = NOTHING,
+        turn_ends: Sequence[int] = (),
     ) -> Evicted:
         """Run context and continuation with an eviction between the two. See ``Eviction``."""
         draw(self.press, step)
@@ -121,9 +125,9 @@ class RealEviction:
         context = evicted_context(model, prefilled, context_ids) if request.contexts else None
         full = None if prefilled.uncut is None else continue_from(model, continuation_ids, prefilled.uncut, tokens)
         evicted = [prefilled]
-        later = self.later_evictions(tokens, continuation_ids.shape[1])
+        later = self.later_evictions(tokens, continuation_ids.shape[1], turn_ends)
         if decoding is not None and later:
-            reading = Continuation(filling, decoding, compression_ratio, later[-1] - tokens)
+            reading = Continuation(filling, decoding, compression_ratio, later[-1] - tokens, turn_ends)
             hidden, last = reading.train(continuation_ids, self.checkpoint)
             evicted.append(last)
         else:

@@ -1,6 +1,8 @@
 """When a press evicts what is read or written after the context, and how much stays."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from sparsekv_pl.eviction.limits import evicts_again
 from sparsekv_pl.eviction.request import NOTHING, Request
@@ -9,14 +11,16 @@ from sparsekv_pl.presses.traits import PressTraits
 
 @dataclass(frozen=True)
 class Decoding:
-    """Eviction every ``interval`` tokens after the context, read and written ones alike.
+    """Eviction every ``interval`` tokens after the context, read and written ones alike, or after every turn.
 
-    The cache then never holds more than what the last eviction left and ``interval`` pairs.
+    The cache then never holds more than what the last eviction left and the pairs of an interval or turn.
 
     Parameters
     ----------
     interval
-        Tokens between two evictions, counted from the context's end; more than the press's window.
+        Tokens between two evictions, counted from the context's end; more than the press's window. "turn": the context
+        is a conversation's first turn, and every later turn is evicted from when its answer is over, before the next
+        question is known. What has no turns (plain text, single questions) is evicted from after the context alone.
     budget
         Most KV pairs per head that each of these evictions leaves, in tokens. Null: as many as the compression ratio
         leaves of the context.
@@ -33,7 +37,7 @@ class Decoding:
         If ``interval`` or ``budget`` is below 1.
     """
 
-    interval: int
+    interval: int | Literal["turn"]
     budget: int | None = None
     grows: bool = False
     context: bool = True
@@ -41,7 +45,7 @@ class Decoding:
     def __post_init__(self) -> None:
         for name in ("interval", "budget"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and value != "turn" and value < 1:
                 raise ValueError(f"decoding.{name}={value} must be at least 1 token")
 
     def check(self, traits: PressTraits, request: Request = NOTHING, training: bool = False) -> None:
@@ -56,7 +60,7 @@ class Decoding:
                 "instead of removing them, or looks at the whole context at once. Leave decoding out, or take another "
                 "press"
             )
-        if self.interval <= traits.window:
+        if self.interval != "turn" and self.interval <= traits.window:
             raise ValueError(
                 f"decoding.interval={self.interval} must be above the window of {traits.name}, {traits.window} tokens: "
                 "make it longer, or give the press a smaller window_size (n_sink)"
@@ -74,12 +78,22 @@ class Decoding:
         size = "" if self.budget is None else f" to {self.budget}"
         return f"{evicts}, every {self.interval}{size}{', growing' if self.grows else ''}"
 
-    def evictions(self, context_tokens: int, continuation_tokens: int) -> range:
-        """Return after how many tokens, the context's included, it evicts while a continuation is read.
+    @property
+    def by_turn(self) -> bool:
+        """Whether it evicts at the ends of turns, which the data gives."""
+        return self.interval == "turn"
 
-        Nothing is evicted after the continuation's last token.
+    def ends(self, context_tokens: int, tokens: int, turn_ends: Sequence[int] = ()) -> list[int]:
+        """Return after how many tokens, the context's included, it evicts in ``tokens`` tokens after the context.
+
+        ``turn_ends`` are the tokens after the context at which a turn ends.
         """
-        return range(context_tokens + self.interval, context_tokens + continuation_tokens, self.interval)
+        found = turn_ends if self.interval == "turn" else range(self.interval, tokens + 1, self.interval)
+        return [context_tokens + end for end in found if end <= tokens]
+
+    def evictions(self, context_tokens: int, continuation_tokens: int, turn_ends: Sequence[int] = ()) -> list[int]:
+        """Return the ``ends`` in a continuation that is read; nothing is evicted after its last token."""
+        return self.ends(context_tokens, continuation_tokens - 1, turn_ends)
 
     def pairs(self, context_tokens: int, compression_ratio: float) -> int | None:
         """Return the most KV pairs per head that each later eviction leaves; None if only the ratio decides."""
@@ -87,3 +101,12 @@ class Decoding:
             return self.budget
         left = max(1, int(context_tokens * (1 - compression_ratio)))
         return left if self.budget is None else self.budget
+
+
+def check_turns(decodings: Iterable[Decoding | None], has_turns: bool, setting: str) -> None:
+    """Raise ``ValueError`` if one of ``decodings`` evicts after turns and the data, by its ``setting``, has none."""
+    if not has_turns and any(decoding is not None and decoding.by_turn for decoding in decodings):
+        raise ValueError(
+            f"decoding.interval=turn evicts after the turns of a conversation, and data.{setting} makes none: have it "
+            "make some (data.conversation_task.Conversation in tasks, turns in training), or give interval a number"
+        )

@@ -58,6 +58,8 @@ class Batch(TypedDict):
     """(B, T) int64, padded on the right, where a causal model cannot see the padding."""
     continuation_lengths: NotRequired[list[int]]
     """Tokens of each row's continuation; if missing, every row has T."""
+    turn_ends: NotRequired[Sequence[Sequence[int]]]
+    """Tokens of each row's continuation after which a turn of its conversation ends, rising; if missing, none does."""
     labels: Tensor
     """(B, T) int64."""
     supervised: NotRequired[Supervised]
@@ -75,16 +77,17 @@ class Batch(TypedDict):
 def rows_of_equal_length(batch: Batch) -> Iterator[Batch]:
     """Split the batch into parts of equally long, unpadded contexts, so that each row computes what it would alone.
 
-    Shorter parts come first, rows within a part in the batch's order. A press's random draws depend on a row's tokens,
-    not on its part.
+    The rows of a part also have equal ``turn_ends``. Shorter parts come first, rows within a part in the batch's order.
+    A press's random draws depend on a row's tokens, not on its part.
     """
-    lengths = context_lengths(batch)
-    if set(lengths) == {batch["context_ids"].shape[1]}:
+    ends = [tuple(own) for own in batch.get("turn_ends", [()] * len(batch["labels"]))]
+    kinds = list(zip(context_lengths(batch), ends, strict=True))
+    if set(kinds) == {(batch["context_ids"].shape[1], ends[0])}:
         yield batch
         return
-    for length in sorted(set(lengths)):
-        rows = [row for row, own in enumerate(lengths) if own == length]
-        yield Batch(
+    for length, turns in sorted(set(kinds)):
+        rows = [row for row, own in enumerate(kinds) if own == (length, turns)]
+        part = Batch(
             context_ids=_rows(batch["context_ids"], rows)[:, :length],
             continuation_ids=_rows(batch["continuation_ids"], rows),
             labels=_rows(batch["labels"], rows),
@@ -92,11 +95,19 @@ def rows_of_equal_length(batch: Batch) -> Iterator[Batch]:
             document_ids=[batch["document_ids"][row] for row in rows],
             tasks=[batch["tasks"][row] for row in rows],
         )
+        if turns:
+            part["turn_ends"] = [turns] * len(rows)
+        yield part
 
 
 def supervised_in(batch: Batch) -> Supervised:
     """Return the batch's supervised positions, found in its labels if it has none."""
     return batch["supervised"] if "supervised" in batch else Supervised.of(batch["labels"])
+
+
+def turn_ends(part: Batch) -> tuple[int, ...]:
+    """Return the ``turn_ends`` that all rows of a part of ``rows_of_equal_length`` have."""
+    return tuple(part.get("turn_ends", [()])[0])
 
 
 def _rows(values: Tensor, rows: Sequence[int]) -> Tensor:
@@ -128,6 +139,23 @@ TEXT = "text"
 
 
 @dataclass
+class CaseTurns:
+    """The turns of a case that is a conversation, whose first turn is the context. Not frozen: see ``CaseInfo``."""
+
+    ends: tuple[int, ...]
+    """Tokens of the continuation after which a turn ends; the last turn ends with the question."""
+    since: int
+    """Turns between the one that told the answer, or corrected it, and the question: 1 is the turn before."""
+    outdated: str = ""
+    """The value before the correction, which is wrong; empty if there was none."""
+
+    @property
+    def asked_in(self) -> int:
+        """The turn that asks, counted from 1."""
+        return len(self.ends) + 1
+
+
+@dataclass
 class CaseInfo:
     """The description of one evaluation case, besides its tokens. Not frozen: Lightning moves it to devices."""
 
@@ -153,6 +181,8 @@ class CaseInfo:
     """The documents of the context."""
     answer_span: tuple[int, int] | None = None
     """Tokens [start, end) of the context that contain the answer; None if unknown."""
+    turns: CaseTurns | None = None
+    """The turns of a conversation; None for a single question or text."""
 
 
 class CaseBatch(TypedDict):

@@ -9,6 +9,7 @@ from sparsekv_pl.reporting.cost_tables import LEDGER_NOTE, STABILITY_NOTE, ledge
 from sparsekv_pl.reporting.intervals import Interval
 from sparsekv_pl.reporting.memory_points import MEMORY_NOTE, best_tables, memory_points
 from sparsekv_pl.reporting.over_length import over_length
+from sparsekv_pl.reporting.over_turns import over_turns
 from sparsekv_pl.reporting.page import Link, Section, Table, shorten
 from sparsekv_pl.reporting.ruler_settings import not_judged
 from sparsekv_pl.reporting.sorted_records import VARIANTS, Measured
@@ -65,6 +66,7 @@ def report_sections(
         Section("What the cache kept, token by token", paragraphs=[VIEWS_NOTE] if views else [], links=views),
         Section("Text", tables=_text(measured, text)),
         over_length(measured),
+        over_turns(measured),
         Section("How to read this", paragraphs=HOW_TO_READ),
         Section("At less memory", tables=best, paragraphs=[MEMORY_NOTE] if best else []),
         Section("Budget ledger", tables=ledger_tables(ledger), paragraphs=[LEDGER_NOTE] if ledger else []),

@@ -18,6 +18,7 @@ from sparsekv_pl.eviction.dropout import KVDropout
 from sparsekv_pl.eviction.limits import check_full_cache, check_positions
 from sparsekv_pl.eviction.press_model_check import check_press, check_press_alone
 from sparsekv_pl.eviction.request import NOTHING
+from sparsekv_pl.eviction.while_decoding import check_turns
 from sparsekv_pl.metrics import ContinuationPerplexity
 from sparsekv_pl.models.backbone import Backbone, causal_lm
 from sparsekv_pl.models.base_model import base_record
@@ -146,6 +147,8 @@ class EITModule(LightningModule):
         context_tokens = getattr(data, "context_tokens", None)
         if context_tokens is None:
             return
+        decodings = [getattr(one, "decoding", None) for one in (self.eviction, self.validation_student.eviction)]
+        check_turns(decodings, bool(getattr(data, "turns", None)), "turns")
         reads = context_tokens + getattr(data, "continuation_tokens", 0)
         check_full_cache(
             causal_lm(self.model), reads, self.objective.request.teacher, bool(self.trainer.limit_val_batches)

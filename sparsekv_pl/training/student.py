@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from sparsekv_pl.eviction import Evicted, Eviction
 from sparsekv_pl.eviction.request import NOTHING, Request
 from sparsekv_pl.models.backbone import causal_lm
-from sparsekv_pl.models.batch import Batch, rows_of_equal_length, supervised_in
+from sparsekv_pl.models.batch import Batch, rows_of_equal_length, supervised_in, turn_ends
 from sparsekv_pl.models.head import Head, head_of
 from sparsekv_pl.models.layer_outputs import LayerOutput, layer_outputs
 from sparsekv_pl.objectives import Objective, StudentView
@@ -44,13 +44,20 @@ class Student:
         """Run a batch of equally long contexts with an eviction between context and continuation."""
         context, continuation = batch["context_ids"], batch["continuation_ids"]
         return self.eviction(
-            self._network, context, continuation, compression_ratio=compression_ratio, step=step, request=request
+            self._network,
+            context,
+            continuation,
+            compression_ratio=compression_ratio,
+            step=step,
+            request=request,
+            turn_ends=turn_ends(batch),
         )
 
     def attention_mass(self, batch: Batch) -> AttentionMass:
         """Return an observer of the teacher's attention to what the student's evictions select from."""
         tokens, more = batch["context_ids"].shape[1], batch["continuation_ids"].shape[1]
-        return AttentionMass(supervised_in(batch), tokens, self.eviction.later_evictions(tokens, more))
+        later = self.eviction.later_evictions(tokens, more, turn_ends(batch))
+        return AttentionMass(supervised_in(batch), tokens, later)
 
     @property
     def head(self) -> Head:

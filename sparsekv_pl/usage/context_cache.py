@@ -210,8 +210,8 @@ class ContextCache:
         kept, model = self.kept, self.model.model
         read = torch.cat([kept.ids, torch.tensor([new])], dim=1)
         settings = (self.origin.chunk_tokens, self.origin.budget, POSITIONS)
-        earlier, packed = kept.bounds, kept.quantisation
-        filling = QuantisedPrefill(model, self.press, read.shape[1], *settings, earlier=earlier, quantisation=packed)
+        given, packed = kept.bounds, kept.quantisation
+        filling = QuantisedPrefill(model, self.press, read.shape[1], *settings, given=given, quantisation=packed)
         if filling.rotates:  # a merged cache may hold more than its chunks would
             start, stop = filling.bounds[len(kept.bounds)]
             check_positions(model, kept.next_position + stop - start, read.shape[1], rotates=True)

@@ -134,7 +134,7 @@ class KeptContext:
         return replace(self, tensors=tensors, quantisation=next(iter(packed.values())).settings)
 
     def resume(self, filling: ChunkedPrefill) -> None:
-        """Load this context into a prefill whose ``earlier`` chunks are ``bounds``."""
+        """Load this context into a prefill whose ``given`` chunks are ``bounds``."""
         device = next(iter(self.tensors.values())).device
         done = {"chunks_done": self.ids.new_tensor(len(self.bounds)), "token_ids": self.ids.to(device)}
         filling.load_state_dict({**self.whole().tensors, **done})
