@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from sparsekv_pl.reporting.condition import FULL_CACHE, Condition, marked
 from sparsekv_pl.reporting.intervals import wilson_interval
+from sparsekv_pl.reporting.over_length import HEADS
 from sparsekv_pl.reporting.page import Section, Table
 from sparsekv_pl.reporting.sorted_records import ALL_RETRIEVAL, Measured
 from sparsekv_pl.storage.records import Record
@@ -98,10 +99,10 @@ def _table(
 ) -> Iterator[Table]:
     if cases and heads:
         lines = [
-            [marked(one.press), f"{one.compression_ratio:.2f}", one.prefill, variant, *cells(one, records)]
+            [marked(one.press), f"{one.compression_ratio:.2f}", one.way, variant, *cells(one, records)]
             for (one, variant), records in cases.items()
         ]
-        yield Table(["press", "ratio", "prefill", "variant", *heads], lines, caption)
+        yield Table([*HEADS, *heads], lines, caption)
 
 
 def _share(scores: Sequence[float]) -> str:

@@ -17,6 +17,7 @@ from sparsekv_pl.reporting.retention_curves import retention_figure
 from sparsekv_pl.reporting.ruler_settings import ruler_figure
 from sparsekv_pl.reporting.sections import report_sections
 from sparsekv_pl.reporting.summary import Summary
+from sparsekv_pl.reporting.turn_curves import turns_figure
 
 
 def write_run(
@@ -75,6 +76,9 @@ def _figures(summary: Summary) -> Drawn:
     ruler = ruler_figure(summary.by_length)
     if ruler is not None:
         drawn["ruler.png"] = ("RULER by setting and press (needle accuracy in percent)", ruler)
+    turns = turns_figure(summary.measured)
+    if turns is not None:
+        drawn["turns.png"] = ("Right answers over the turns since a fact was told, by press", turns)
     curves = curves_figure(rows)
     if curves is not None:
         drawn["curves.png"] = ("Scores over compression", curves)

@@ -36,7 +36,18 @@ from sparsekv_pl.presses.ratio import set_compression_ratio
 from sparsekv_pl.schedules import Fixed
 from sparsekv_pl.training.eit_module import EITModule
 from sparsekv_pl.training.teacher import Teacher
-from tests.eviction.token_by_token import CONTEXT, CONTINUATION, INTERVAL, RATIO, ROWS, TokenByToken, budgets, ids
+from tests.eviction.token_by_token import (
+    CONTEXT,
+    CONTINUATION,
+    INTERVAL,
+    RATIO,
+    ROWS,
+    TURNS,
+    TokenByToken,
+    budgets,
+    ends_of,
+    ids,
+)
 from tests.random_models import Build
 from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, adamw, mixed
 
@@ -75,6 +86,11 @@ DECODINGS = [
     Decoding(INTERVAL, context=False),
 ]
 WAYS = [(press, DECODINGS[0]) for press in PRESSES] + [(KnormPress(), decoding) for decoding in DECODINGS[1:]]
+WAYS += [
+    (SnapKVPress(window_size=3), Decoding("turn")),
+    (KeyDiffPress(), Decoding("turn", budget=9)),
+    (KnormPress(), Decoding("turn", grows=True)),
+]
 
 
 def weights(shape: torch.Size) -> Tensor:
@@ -94,9 +110,9 @@ def test_training_equals_one_token_at_a_time_in_values_and_gradients(
     model = random_model()
     labels = ids()[1].clone()
     labels[:, 0] = labels[0, 5:7] = labels[1, 8:] = IGNORE  # nothing is asked of row 1 after its last evictions
-    slow = TokenByToken(model, press, decoding.interval, budgets(decoding))
+    slow = TokenByToken(model, press, ends_of(decoding), budgets(decoding))
     expected = slow.read(*ids())
-    ends = [CONTEXT, *range(CONTEXT + decoding.interval, CONTEXT + CONTINUATION, decoding.interval)]
+    ends = [end for end in range(CONTEXT + CONTINUATION) if end in slow.ends]
     masses = later_masses(model, labels, ends)
     chosen = [(one, masses[one.layer][one.seen]) for one in slow.selections if one.seen in ends]
     parts = (expected * weights(expected.shape)).sum(), SelectionLoss(sinks=2)(chosen).values()
@@ -104,9 +120,9 @@ def test_training_equals_one_token_at_a_time_in_values_and_gradients(
 
     for checkpoint in (False, True):
         evicts = RealEviction(press, checkpoint=checkpoint, decoding=decoding)
-        evicted = evicts(model, *ids(), compression_ratio=RATIO, step=0, request=Request(scores=True))
+        evicted = evicts(model, *ids(), compression_ratio=RATIO, step=0, request=Request(scores=True), turn_ends=TURNS)
         torch.testing.assert_close(evicted.hidden, expected, rtol=1e-4, atol=1e-4)
-        mass = AttentionMass(Supervised.of(labels), CONTEXT, evicts.later_evictions(CONTEXT, CONTINUATION))
+        mass = AttentionMass(Supervised.of(labels), CONTEXT, evicts.later_evictions(CONTEXT, CONTINUATION, TURNS))
         Teacher(model)(*ids(), mass)
         pairs = with_mass([one for one in evicted.selections if one.kept < one.scores.shape[-1]], mass.mass, mass.later)
         assert {(one.layer, one.seen) for one, _ in pairs} == {(one.layer, one.seen) for one, _ in chosen}
@@ -122,7 +138,7 @@ def reading(model: PreTrainedModel, press: BasePress, decoding: Decoding, tokens
     set_compression_ratio(press, RATIO if decoding.context else 0.0)
     filling = ChunkedPrefill(model, press, CONTEXT, request=Request(contexts=True))
     filling.run(ids()[0])
-    return Continuation(filling, decoding, RATIO, tokens)
+    return Continuation(filling, decoding, RATIO, tokens, TURNS)
 
 
 @torch.no_grad()
@@ -158,11 +174,11 @@ def test_memory_stays_flat_and_nothing_is_lost_without_pressure(random_model: Bu
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("interval", [1, 4, 100])
-def test_what_is_written_is_what_one_token_at_a_time_writes(random_model: Build, interval: int) -> None:
+@pytest.mark.parametrize("interval", [1, 4, 100, "turn"])
+def test_what_is_written_is_what_one_token_at_a_time_writes(random_model: Build, interval: Any) -> None:
     model, question, most = random_model(), ids()[1][:, :6], [17, 9]
     decoding, head = Decoding(interval, budget=12), model.lm_head.weight
-    slow = TokenByToken(model, KnormPress(), interval, budgets(decoding))
+    slow = TokenByToken(model, KnormPress(), ends_of(decoding), budgets(decoding))
     last, expected = slow.read(ids()[0], question)[:, -1:], []
     for _ in range(max(most)):
         expected.append((last[:, -1] @ head.T).argmax(-1, keepdim=True))

@@ -1,5 +1,7 @@
 """The slow reference of eviction while a continuation is read: transformers' own forward, one token at a time."""
 
+import sys
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +15,8 @@ from sparsekv_pl.eviction.while_decoding import Decoding
 from sparsekv_pl.presses.nesting import press_name
 
 CONTEXT, CONTINUATION, INTERVAL, RATIO, ROWS = 30, 15, 4, 0.5, 2
+TURNS = (5, 9)
+"""Tokens of the continuation after which a turn ends."""
 
 
 def ids(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -24,11 +28,12 @@ def ids(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class TokenByToken:
-    """Run contexts at once and continuations token by token, with an eviction after every ``interval`` tokens."""
+    """Run contexts at once and continuations token by token, with an eviction at each of ``ends``."""
 
     model: PreTrainedModel
     press: ScorerPress
-    interval: int
+    ends: Container[int]
+    """The tokens read, the context's included, after which it evicts."""
     budgets: Any
     """Maps the tokens read to the pairs that an eviction then leaves."""
     cache: DynamicCache = field(default_factory=DynamicCache)
@@ -40,7 +45,7 @@ class TokenByToken:
     """Per layer, the keywords of the forwards since the last eviction."""
 
     def run(self, tokens: Tensor) -> Tensor:
-        """Run (B, T) tokens in one forward, and evict if they end the context or an interval."""
+        """Run (B, T) tokens in one forward, and evict if they end there."""
         layers = self.model.model.layers
         self.since = self.since or [[] for _ in layers]
         hooks = [
@@ -52,7 +57,7 @@ class TokenByToken:
         for hook in hooks:
             hook.remove()
         self.seen += tokens.shape[1]
-        if self.seen == CONTEXT or (self.seen > CONTEXT and (self.seen - CONTEXT) % self.interval == 0):
+        if self.seen in self.ends:
             for index in range(len(layers)):
                 self.evict(index)
             self.since = []
@@ -101,6 +106,13 @@ class TokenByToken:
         """Read the context at once, then the continuation token by token; return its hidden states."""
         self.run(context)
         return torch.cat([self.run(continuation[:, place : place + 1]) for place in range(continuation.shape[1])], 1)
+
+
+def ends_of(decoding: Decoding) -> Container[int]:
+    """Return the context's end and, from there on, those of intervals or of ``TURNS``."""
+    if decoding.interval == "turn":
+        return {CONTEXT, *(CONTEXT + end for end in TURNS)}
+    return range(CONTEXT, sys.maxsize, decoding.interval)
 
 
 def budgets(decoding: Decoding) -> Any:

@@ -2,6 +2,7 @@
 
 from sparsekv_pl.reporting.over_turns import over_turns
 from sparsekv_pl.reporting.sorted_records import sorted_records
+from sparsekv_pl.reporting.turn_curves import turns_figure
 from sparsekv_pl.storage.records import Record
 
 
@@ -54,3 +55,6 @@ def test_distances_are_columns_of_their_own() -> None:
     records = [record(0, "base", 1.0), record(1, "base", 0.0, turn=6, turns_since=5)]
     [by_turn, by_distance, *_] = over_turns(sorted_records(records)).tables
     assert by_turn.header[4:] == ["turn 4", "turn 6"] and by_distance.header[4:] == ["1 before", "5 before"]
+    figure = turns_figure(sorted_records(records))
+    assert figure is not None and figure.axes[0].get_lines()[0].get_xydata().tolist() == [[1.0, 1.0], [5.0, 0.0]]
+    assert turns_figure(sorted_records(records[:1])) is None
