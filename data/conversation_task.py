@@ -71,6 +71,6 @@ class Conversation(CaseTask):
             max_new_tokens=len(frame.encode(f" {asked.turn.answer}")) + ANSWER_SLACK,
             depth=depth,
             document_ids=tuple(made.document_ids),
-            turns=CaseTurns(tuple(accumulate(lengths[1:])), self.turns - 1 - told, asked.outdated),
+            turns=CaseTurns(tuple(accumulate(lengths[1:-1])), self.turns - 1 - told, asked.outdated),
         )
         return Case(made.ids[:length], made.ids[length:], info)

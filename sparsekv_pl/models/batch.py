@@ -143,7 +143,7 @@ class CaseTurns:
     """The turns of a case that is a conversation, whose first turn is the context. Not frozen: see ``CaseInfo``."""
 
     ends: tuple[int, ...]
-    """Tokens of the continuation after which a turn ends; the last turn ends with the question."""
+    """Tokens of the continuation after which a turn ends. The turn that asks ends with the answer, so it has no end."""
     since: int
     """Turns between the one that told the answer, or corrected it, and the question: 1 is the turn before."""
     outdated: str = ""
@@ -152,7 +152,7 @@ class CaseTurns:
     @property
     def asked_in(self) -> int:
         """The turn that asks, counted from 1."""
-        return len(self.ends) + 1
+        return len(self.ends) + 2
 
 
 @dataclass

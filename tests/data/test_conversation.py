@@ -76,7 +76,7 @@ def test_a_case_s_depth_chooses_the_turn_that_tells_and_its_question_ends_the_la
             assert case == task.case(frame, text, TURN, depth, random.Random(3))
             turns = case.info.turns
             assert turns is not None and (turns.asked_in, turns.since) == (5, distance)
-            assert turns.ends == tuple(TURN * turn for turn in range(1, 5)) and len(case.continuation_ids) == 4 * TURN
+            assert turns.ends == tuple(TURN * turn for turn in range(1, 4)) and len(case.continuation_ids) == 4 * TURN
             said = cut(tokenizer, case.context_ids + case.continuation_ids, [TURN] * 5)
             [answer] = case.info.answers
             assert said[4].endswith(case.info.answer_prefix) and answer.lower() in said[4 - distance].lower()

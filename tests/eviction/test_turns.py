@@ -63,7 +63,7 @@ def test_rows_of_equal_turns_are_measured_together_and_their_bytes_stay_flat(tin
     context, asked = ids()
     turns = [TURNS, TURNS, (4,)]
     cases = [
-        CaseInfo(str(row), "turns-3", ("zebra",), max_new_tokens=4, turns=CaseTurns(ends, 1, "horse"))
+        CaseInfo(str(row), "turns-4", ("zebra",), max_new_tokens=4, turns=CaseTurns(ends, 1, "horse"))
         for row, ends in enumerate(turns)
     ]
     rows = [0, 1, 0]
@@ -82,9 +82,9 @@ def test_rows_of_equal_turns_are_measured_together_and_their_bytes_stay_flat(tin
     held = alone[0]["kv_bytes_over_turns"]
     assert len(held) == 3 and len({*held}) == 1 and len(alone[2]["kv_bytes_over_turns"]) == 2
     assert "kv_bytes_over_tokens" not in alone[0]
-    assert (alone[0]["turn"], alone[0]["turns_since"], alone[0]["stale"]) == (3, 1, 0.0)
+    assert (alone[0]["turn"], alone[0]["turns_since"], alone[0]["stale"]) == (4, 1, 0.0)
     [full] = {record["turn"] for record in whole.at(Point())[:2]}
-    assert full == 3
+    assert full == 4
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
