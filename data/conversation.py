@@ -45,7 +45,7 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class Conversation:
+class Transcript:
     """The tokens of a conversation of turns of exact lengths."""
 
     ids: list[int]
@@ -147,7 +147,7 @@ class Script:
         return (told,)
 
 
-def conversation(script: Script, text: Tokens, supervise_stop: bool = True) -> Conversation:
+def transcript(script: Script, text: Tokens, supervise_stop: bool = True) -> Transcript:
     """Write a drawn ``script`` down, with a stretch of ``text`` that goes on from turn to turn.
 
     ``supervise_stop`` puts labels on the answers' full stops too. Raises ``ValueError`` if the text is empty or too
@@ -165,7 +165,7 @@ def conversation(script: Script, text: Tokens, supervise_stop: bool = True) -> C
         ids += [*script.openings[turn], *user, *question, *answer, *stop]
         unasked = len(script.openings[turn]) + len(user) + len(question)
         labels += [*[IGNORE] * unasked, *answer, *(stop if supervise_stop else [IGNORE] * len(stop))]
-    return Conversation(ids, labels, script.exchanges, filler.document_ids)
+    return Transcript(ids, labels, script.exchanges, filler.document_ids)
 
 
 def turn_lengths(tokens: int, turns: int, rng: random.Random | None = None) -> list[int]:

@@ -5,7 +5,7 @@ from itertools import accumulate
 from typing import Any
 
 from data.cases import Frame, TrainingCase
-from data.conversation import TOLD, Script, conversation
+from data.conversation import TOLD, Script, transcript
 from data.fact_questions import FactQuestions
 from data.facts import Split
 from data.packing import Tokens
@@ -57,7 +57,7 @@ class ConversationCases:
 
         ``told_in`` are the turns that tell the last question's fact, counted from 0; None draws them.
         """
-        made = conversation(self._script("conversation", index, lengths, told_in), text, self.split == "train")
+        made = transcript(self._script("conversation", index, lengths, told_in), text, self.split == "train")
         first, *ends = accumulate(lengths)
         return TrainingCase(
             made.ids[:first],

@@ -4,7 +4,7 @@ import random
 from itertools import accumulate
 
 from data.cases import Case, CaseTask, Frame
-from data.conversation import TOLD, Script, conversation
+from data.conversation import TOLD, Script, transcript
 from data.fact_task import ANSWER_SLACK
 from data.needle_placement import checked_depth
 from data.packing import Tokens
@@ -59,13 +59,15 @@ class Conversation(CaseTask):
         lengths = [length] * self.turns
         script = Script(frame, lengths, dict.fromkeys(TOLD, 1.0), rng, "held_out", answered=False)
         script.draw((*before, told))
-        made = conversation(script, haystack)
+        made = transcript(script, haystack)
         asked = made.exchanges[self.turns - 1]
+        text = str(frame.tokenizer.decode(made.ids[len(frame.prefix_ids) :], skip_special_tokens=True))
+        before, question, _ = text.rpartition(asked.turn.question)
         info = CaseInfo(
             id="",
             task=self.name,
             answers=asked.turn.answers,
-            context=frame.tokenizer.decode(made.ids, skip_special_tokens=True).removesuffix(asked.turn.answer_prefix),
+            context=f"{before}{question}" or text,
             question=asked.turn.question,
             answer_prefix=asked.turn.answer_prefix,
             max_new_tokens=len(frame.encode(f" {asked.turn.answer}")) + ANSWER_SLACK,

@@ -8,7 +8,7 @@ import pytest
 
 from data.cases import Frame
 from data.collate import needle_batch
-from data.conversation import TOLD, Script, conversation, turn_lengths
+from data.conversation import TOLD, Script, transcript, turn_lengths
 from data.conversation_cases import ConversationCases
 from data.conversation_task import Conversation
 from data.correction import CORRECTIONS
@@ -44,7 +44,7 @@ def test_turns_are_as_long_as_asked_and_tell_facts_before_they_are_asked_for(
         lengths = turn_lengths(6 * TURN, 6, random.Random(seed))
         script = Script(Frame(own), lengths, KINDS, random.Random(seed), split)
         script.draw()
-        made = conversation(script, text)
+        made = transcript(script, text)
         assert len(made.ids) == len(made.labels) == sum(lengths) and 3 * TURN // 4 <= min(lengths) < max(lengths)
         turns = cut(own, made.ids, lengths)
         assert 5 in made.exchanges and 0 not in made.exchanges
@@ -82,7 +82,7 @@ def test_a_case_s_depth_chooses_the_turn_that_tells_and_its_question_ends_the_la
             assert said[4].endswith(case.info.answer_prefix) and answer.lower() in said[4 - distance].lower()
             assert bool(turns.outdated) == task.corrected
             assert not turns.outdated or any(turns.outdated.lower() in turn.lower() for turn in said[: 4 - distance])
-            assert "<eos>" not in case.info.context and case.info.context.rstrip().endswith("[assistant]")
+            assert "<eos>" not in case.info.context and case.info.context.endswith(case.info.question)
     assert (Conversation(5).name, Conversation(5, corrected=True).name) == ("turns-5", "turns-5-corrected")
 
 
