@@ -41,10 +41,8 @@ from sparsekv_pl.models.rotary import inv_freq_of
 from sparsekv_pl.presses.key_tokens import TOKEN_IDS
 from sparsekv_pl.presses.nesting import scorers_in
 from sparsekv_pl.presses.press_context import PRESS_CONTEXT, PressContext
-from sparsekv_pl.presses.pressed_model import pressed
+from sparsekv_pl.presses.pressed_model import applied
 from sparsekv_pl.presses.ratio import at_ratios, set_compression_ratio
-from sparsekv_pl.presses.shared_work import shared_work
-from sparsekv_pl.presses.sync_free import no_waiting
 from sparsekv_pl.presses.traits import traits_of
 
 
@@ -236,14 +234,13 @@ class ChunkedPrefill:
         if self.traits is None or self.deciding is None:
             yield
             return
-        press, ratios = self.traits.press, list[tuple[BasePress, float]]()
+        ratios = list[tuple[BasePress, float]]()
         if self.ratio is not None:
             ratios = [(self.deciding.press, chunk_ratio(held + stop - start, stop, self.ratio, self.budget))]
         if self.deciding.only_trains and not self.model.training:  # also in wrappers that only ask for scores
             ratios += [(scorer, 0.0) for scorer in scorers_in(self.deciding.press)]
-        shared, keeping = shared_work(self.model, self.traits), self.tracker(self.cache, stop)
         uneven = ratio_by_layer(self, start, stop) if self.decoding else nullcontext()
-        with at_ratios(ratios), uneven, keeping, shared, no_waiting(self.traits), press(pressed(self.model)):
+        with at_ratios(ratios), uneven, applied(self.model, self.traits, self.tracker(self.cache, stop)):
             yield
 
 

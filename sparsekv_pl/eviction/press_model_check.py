@@ -23,6 +23,7 @@ from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.models.layer_kinds import attentions, evicted_layers, layers_left_alone, linear_layers
 from sparsekv_pl.models.rotary import inv_freq_of, rotary_of
 from sparsekv_pl.models.seeding import generator_for
+from sparsekv_pl.presses.scores_by_rule import check_rule
 from sparsekv_pl.presses.traits import Need, PressTraits, traits_of
 
 TOKENS, SHIFT = 8, 5
@@ -95,6 +96,7 @@ def check_press(model: PreTrainedModel, press: BasePress | None, foresight: bool
             f"{traits.name} cannot evict in {type(model).__name__}: its layers {_few(without)} have no attention "
             "(self_attn), and presses of kvpress know no other layers. Choose a model with attention in every layer"
         )
+    check_rule(model, traits)
     if any(parameter.is_meta for parameter in decoder_of(model).parameters()):
         return
     seen: list[_SeenTensors] = []

@@ -5,8 +5,8 @@ run. So a context is run once, the inputs of each layer's hook are kept, and eve
 them. Scores that do not depend on the ratio are computed once for all ratios of a press.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,9 +21,8 @@ from sparsekv_pl.eviction.other_layers import forget, move
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.eviction.prefilled_cache import Prefilled, copy_cache
 from sparsekv_pl.models.layer_kinds import attentions, evicted_layers
-from sparsekv_pl.presses.pressed_model import pressed
-from sparsekv_pl.presses.shared_work import shared_work
-from sparsekv_pl.presses.sync_free import no_waiting
+from sparsekv_pl.presses.pressed_model import applied
+from sparsekv_pl.presses.shadowed_method import shadowed
 from sparsekv_pl.presses.traits import PressTraits, traits_of
 
 
@@ -80,8 +79,7 @@ class RecordedPrefill:
             check_weights(self.model, traits)
             check_window(self.model, position + 1)  # a token follows
             check_rows(traits, len(self.context_ids))
-            shared = shared_work(self.model, traits)
-            with shared, self._scored_once(traits), no_waiting(traits), press(pressed(self.model)):
+            with applied(self.model, traits, self._scored_once(traits)):
                 for call in self.calls:
                     kwargs = {**call.kwargs, "past_key_values": cache}
                     press.forward_hook(call.module, [], kwargs, call.output)
@@ -93,24 +91,28 @@ class RecordedPrefill:
 
     @contextmanager
     def _scored_once(self, traits: PressTraits) -> Iterator[None]:
-        scorers: list[Any] = [part.press for part in traits.parts if part.same_at_every_ratio]
-        for scorer in scorers:
-            scorer.score = partial(self._score, scorer)
-        try:
+        scorers: dict[int, Any] = {id(part.press): part.press for part in traits.parts if part.same_at_every_ratio}
+        with ExitStack() as stack:
+            for scorer in scorers.values():
+                stack.enter_context(shadowed(scorer, "score", partial(self._score, scorer)))
             yield
-        finally:
-            for scorer in scorers:
-                vars(scorer).pop("score", None)  # one object may be in a press twice
 
     def _score(
-        self, scorer: ScorerPress, module: nn.Module, hidden_states: Tensor, keys: Tensor, *args: Any, **kwargs: Any
+        self,
+        scorer: ScorerPress,
+        score: Callable[..., Tensor],
+        module: nn.Module,
+        hidden_states: Tensor,
+        keys: Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         whole = self.cache.layers[layer].keys
         assert whole is not None
         if keys.shape != whole.shape:  # BlockPress and similar presses pass parts of the keys
-            return type(scorer).score(scorer, module, hidden_states, keys, *args, **kwargs)
+            return score(module, hidden_states, keys, *args, **kwargs)
         key = (id(scorer), layer)
         if key not in self._scores:  # the scorer is kept too: a freed one's id could be reused
-            self._scores[key] = scorer, type(scorer).score(scorer, module, hidden_states, keys, *args, **kwargs)
+            self._scores[key] = scorer, score(module, hidden_states, keys, *args, **kwargs)
         return self._scores[key][1].clone()  # wrappers write into it

@@ -4,6 +4,7 @@ Gemma 2 caps the products (https://arxiv.org/abs/2408.00118, section 2). GPT-OSS
 that takes a share of the softmax and has no value (https://arxiv.org/abs/2309.17453).
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -48,11 +49,31 @@ def rule_of(module: nn.Module) -> SoftmaxRule:
     return SoftmaxRule(cap, sinks)
 
 
+def scaling_of(module: nn.Module) -> float:
+    """Return the factor of an attention layer's products of queries and keys."""
+    dim: Any = module.head_dim
+    return float(getattr(module, "scaling", dim**-0.5))
+
+
+def unusual(module: nn.Module) -> str:
+    """Describe in a few words how a layer's attention differs from the usual softmax; empty if it does not."""
+    described = _described(rule_of(module))
+    dim: Any = module.head_dim
+    if described or math.isclose(scaling_of(module), dim**-0.5, rel_tol=1e-6):
+        return described
+    return f"multiplies the products of queries and keys by {scaling_of(module):.4g}, not by 1 / sqrt({dim})"
+
+
 def check_plain(rule: SoftmaxRule, what: str) -> None:
     """Raise ``ValueError`` if ``what`` would be computed under another rule than the usual softmax."""
     if not rule.plain:
-        named = "caps the products of queries and keys" if rule.cap is not None else "has learnt attention sinks"
         raise ValueError(
-            f"{what} is computed under the usual softmax, and this model {named}: use another model, or an analysis "
-            "that knows them (attention statistics, anchors, oracle blocks)"
+            f"{what} is computed under the usual softmax, and this model {_described(rule)}: use another model, or an "
+            "analysis that knows them (attention statistics, anchors, oracle blocks)"
         )
+
+
+def _described(rule: SoftmaxRule) -> str:
+    if rule.cap is not None:
+        return "caps the products of queries and keys"
+    return "" if rule.sinks is None else "has learnt attention sinks"

@@ -1,7 +1,7 @@
 """Record the differentiable scores of any press while it selects."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ from kvpress import BasePress, ScorerPress
 from torch import Tensor, nn
 
 from sparsekv_pl.presses.nesting import scorers_in
+from sparsekv_pl.presses.shadowed_method import shadowed
 
 
 @dataclass
@@ -30,20 +31,21 @@ def catch_scores(press: BasePress) -> Iterator[list[CaughtScores]]:
     scores, so they get a copy.
     """
     caught: list[CaughtScores] = []
-    scorers = scorers_in(press)
-    for scorer in scorers:
-        scorer.score = partial(_score_and_record, scorer, caught)
-    try:
+    with ExitStack() as stack:
+        for scorer in {id(found): found for found in scorers_in(press)}.values():  # one object may be in a press twice
+            stack.enter_context(shadowed(scorer, "score", partial(_score_and_record, scorer, caught)))
         yield caught
-    finally:
-        for scorer in scorers:
-            vars(scorer).pop("score", None)
 
 
 def _score_and_record(
-    scorer: ScorerPress, caught: list[CaughtScores], module: nn.Module, *args: Any, **kwargs: Any
+    scorer: ScorerPress,
+    caught: list[CaughtScores],
+    score: Callable[..., Tensor],
+    module: nn.Module,
+    *args: Any,
+    **kwargs: Any,
 ) -> Tensor:
-    scores = type(scorer).score(scorer, module, *args, **kwargs)
+    scores = score(module, *args, **kwargs)
     caught.append(CaughtScores(int(module.layer_idx), scorer, scores))  # type: ignore[arg-type]
     return scores.clone()
 

@@ -1,5 +1,7 @@
-"""The model as presses see it: its layers with full attention alone, and their rotary embedding."""
+"""A press on a model, which it sees with its layers of full attention alone and their rotary embedding."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
@@ -8,6 +10,18 @@ from transformers import PreTrainedModel
 from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.models.layer_kinds import evicted_layers
 from sparsekv_pl.models.rotary import rotary_of
+from sparsekv_pl.presses.scores_by_rule import scores_by_rule
+from sparsekv_pl.presses.shared_work import shared_work
+from sparsekv_pl.presses.sync_free import no_waiting
+from sparsekv_pl.presses.traits import PressTraits
+
+
+@contextmanager
+def applied(model: PreTrainedModel, traits: PressTraits, watching: AbstractContextManager[Any]) -> Iterator[None]:
+    """Put the press of ``traits`` on ``model`` inside the block; ``watching`` sees the scores by which it selects."""
+    shared, ruled = shared_work(model, traits), scores_by_rule(model, traits)
+    with shared, ruled, watching, no_waiting(traits), traits.press(pressed(model)):
+        yield
 
 
 def pressed(model: PreTrainedModel) -> Any:

@@ -59,6 +59,9 @@ class PressTraits:
     """Its compression_ratio can be set, possibly by setting that of all inside."""
     decides: Literal["itself", "drawn", "inside"] = "itself"
     """Which press selects: this one, the inner press drawn for the step, or the inner press."""
+    attends: Literal["", "window", "expected", "by itself"] = ""
+    """Attention that this press computes without the model: the last queries' or ExpectedAttention's, which follow the
+    model's rule (presses/scores_by_rule.py), or another, which is refused where the model's is not the usual."""
     shared_work: Literal["", "mean rotation", "factorisation"] = ""
     """The part of its work that presses/shared_work.py replaces."""
     reads_tokens: bool = False
@@ -203,18 +206,19 @@ def table() -> dict[type, Row]:
     chunk_kv = wrapper(first_row_decides=True)
     no_ratio = wrapper(takes_a_ratio=False)
     generating = partial(wrapper, takes_a_ratio=False, while_generating=True)
-    expected = partial(scorer, needs=("rotary", *queries), shared_work="mean rotation")
-    kvzip = masking(needs=(*queries, "weights"), every_layer=True)
+    expected = partial(scorer, needs=("rotary", *queries), attends="expected", shared_work="mean rotation")
+    window = partial(scorer, needs=queries, attends="window", same_at_every_ratio=True)
+    kvzip = masking(needs=(*queries, "weights"), attends="by itself", every_layer=True)
     return {
         BasePress: PressTraits(needs=("hidden states",)),
         ScorerPress: scorer(needs=("hidden states",)),
         kvpress.AdaKVPress: masking(),
         kvpress.BlockPress: PressTraits(),
-        kvpress.CAMPress: generating(needs=queries),
+        kvpress.CAMPress: generating(needs=queries, attends="by itself"),
         kvpress.CapPress: scorer(needs=("rotary", *queries)),
         kvpress.ChunkKVPress: chunk_kv,
         kvpress.ChunkPress: PressTraits(),
-        kvpress.CompactorPress: whole_context(needs=(*queries, "keys")),
+        kvpress.CompactorPress: whole_context(needs=(*queries, "keys"), attends="by itself"),
         kvpress.ComposedPress: no_ratio,
         kvpress.CompressionRatioDecodingPress: generating(),
         kvpress.CriticalAdaKVPress: masking(needs=("weights",)),
@@ -222,13 +226,13 @@ def table() -> dict[type, Row]:
         kvpress.CURPress: scorer(),
         kvpress.DecodingPress: generating(),
         kvpress.DMSPress: masking(takes_a_ratio=False, every_layer=True),
-        kvpress.DuoAttentionPress: masking(takes_a_ratio=False, every_layer=True),
+        kvpress.DuoAttentionPress: masking(takes_a_ratio=False, attends="by itself", every_layer=True),
         kvpress.EntropyGatedChunkKVPress: chunk_kv,
         kvpress.ExpectedAttentionPress: expected(same_at_every_ratio=True),
         kvpress.ExpectedAttentionStatsPress: expected(),
         kvpress.FastKVzipPress: masking(needs=("hidden states",), every_layer=True),
         kvpress.FinchPress: lambda press: PressTraits(
-            needs=queries, re_rotates=press.rerotate_keys, needs_question=True
+            needs=queries, attends="window", re_rotates=press.rerotate_keys, needs_question=True
         ),
         kvpress.KeyDiffPress: scorer(same_at_every_ratio=True),
         kvpress.KeyRerotationPress: wrapper(by_scores=True, in_order=True, re_rotates=True),
@@ -245,22 +249,20 @@ def table() -> dict[type, Row]:
         kvpress.LeverageScorePress: whole_context(needs=("keys",), shared_work="factorisation"),
         kvpress.LUKVPress: masking(every_layer=True),
         kvpress.MergingPress: wrapper(by_scores=True),
-        kvpress.NonCausalAttnPress: whole_context(needs=queries),
+        kvpress.NonCausalAttnPress: whole_context(needs=queries, attends="by itself"),
         kvpress.ObservedAttentionPress: scorer(needs=("attention",), evicts_while_decoding=False),
         kvpress.PerLayerCompressionPress: no_ratio,
         kvpress.PrefillDecodingPress: generating(),
         # It would distribute its budget over layers again at every chunk.
-        kvpress.PyramidKVPress: scorer(
-            needs=queries, works_in_chunks=False, same_at_every_ratio=True, every_layer=True
-        ),
+        kvpress.PyramidKVPress: window(works_in_chunks=False, every_layer=True),
         kvpress.QFilterPress: scorer(),
         kvpress.RandomPress: scorer(trainable=False),
         kvpress.RestoreKVPress: kvzip,
-        kvpress.SimLayerKVPress: wrapper(takes_a_ratio=False, needs=queries),
-        kvpress.SnapKVPress: scorer(needs=queries, same_at_every_ratio=True),
+        kvpress.SimLayerKVPress: wrapper(takes_a_ratio=False, needs=queries, attends="by itself"),
+        kvpress.SnapKVPress: window(),
         kvpress.StreamingLLMPress: scorer(trainable=False),
         kvpress.ThinKPress: wrapper(takes_a_ratio=False, needs=queries),
-        kvpress.TOVAPress: scorer(needs=queries, same_at_every_ratio=True),
+        kvpress.TOVAPress: window(),
         InOrderPress: scorer(needs=("hidden states",), in_order=True),
         SpanDropoutPress: drops(),
         presses.AdaptiveBlockDropoutPress: drops(needs=("queries",)),

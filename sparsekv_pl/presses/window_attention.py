@@ -8,7 +8,7 @@ from kvpress.utils import get_prerope_query_states
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import rotate_half
 
-from sparsekv_pl.models.softmax_rule import rule_of
+from sparsekv_pl.models.softmax_rule import rule_of, scaling_of
 from sparsekv_pl.presses.key_tokens import first_key, real_keys
 
 
@@ -39,7 +39,7 @@ def window_attention(
     with torch.autocast(keys.device.type, enabled=False):
         grouped = query.to(exact).view(batch, kv_heads, heads // kv_heads * window, dim)
         logits = (grouped @ keys.to(exact).transpose(2, 3)).view(batch, heads, window, seen)
-        logits = rule.logits(logits * float(getattr(module, "scaling", dim**-0.5)))
+        logits = rule.logits(logits * scaling_of(module))
         attention = rule.weights(logits.masked_fill(hidden[:, None], torch.finfo(exact).min))
     return attention if real is None else attention.masked_fill(hidden[:, None], 0)
 
