@@ -128,7 +128,7 @@ class AnchorAnalysisCallback(pl.Callback):
         found = {
             "step": trainer.global_step,
             "scalars": probe_scalars(profile, self.sinks),
-            "layers": layer_table(profile, self.sinks),
+            "layers": layer_table(profile, self.sinks, sorted(observer.layers)),
         }
         self.measured.append(found)
         if trainer.is_global_zero:

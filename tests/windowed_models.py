@@ -1,6 +1,7 @@
 """Random models some of whose layers have a window, or no attention."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,6 +68,18 @@ def windowed_model(kind: str, seed: int = 0) -> hf.PreTrainedModel:
             if "norm" in name or "bias" in name:
                 parameter.uniform_(0.5, 1.5)
     return model
+
+
+def saved(kind: str, folder: Path, tokenizer: str) -> str:
+    """Save a model with the words of another folder's ``tokenizer``, and that beside it; return the folder."""
+    words = hf.AutoTokenizer.from_pretrained(tokenizer)
+    model = windowed_model(kind)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model.resize_token_embeddings(len(words), mean_resizing=False)
+    for part in (model, words):
+        part.save_pretrained(folder)
+    return str(folder)
 
 
 def ids(tokens: int, rows: int = 1, seed: int = 0) -> torch.Tensor:

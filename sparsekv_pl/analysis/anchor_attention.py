@@ -16,6 +16,7 @@ from sparsekv_pl.evaluation.model_analysis import Analysis
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.models.batch import CaseBatch
+from sparsekv_pl.models.layer_kinds import evicted_layers
 from sparsekv_pl.reporting.analysis_page import write_analysis
 from sparsekv_pl.reporting.console import show
 from sparsekv_pl.storage.records import Record, grouped
@@ -75,8 +76,9 @@ class AnchorAnalysis(Analysis):
 
     def write(self, records: list[Record], environment: dict[str, object]) -> list[Path]:
         """Write report, pictures and anchors.yaml; print the main figures; return the paths."""
+        layers = evicted_layers(self.causal_lm.config)
         summaries = {
-            variant: anchor_summary(AnchorProfile.of(found), self.sinks, self.threshold, self.recent_mass)
+            variant: anchor_summary(AnchorProfile.of(found), self.sinks, self.threshold, self.recent_mass, layers)
             for variant, found in grouped(records, "variant").items()
         }
         snippet = anchor_yaml(list(summaries.values())[-1]["rule"]["anchors"])

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from sparsekv_pl.reporting.heatmaps import sparsity_figure
-from sparsekv_pl.reporting.plots import COLOURS, STYLES, heat_map, plain, plots
+from sparsekv_pl.reporting.plots import COLOURS, STYLES, heat_map, layer_numbers, plain, plots
 
 Summary = Mapping[str, Any]
 
@@ -46,6 +46,7 @@ def layers_figure(layers: Mapping[str, Summary]) -> Figure:
         for axes, names in ((left, columns), (right, columns[1:])):
             axes.set_facecolor("0.8")
             axes.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=7)
+            layer_numbers(axes.yaxis, table.get("layers"))  # a callback's state of an older version has none
         left.set_ylabel("layer", fontsize=8)
     return figure
 
@@ -94,6 +95,7 @@ def positions_figure(summaries: Mapping[str, Summary]) -> Figure:
 def anchor_figures(summaries: Mapping[str, Summary], carrying: float) -> dict[str, tuple[str, Figure]]:
     """File name -> (caption, picture)."""
     layers = layers_figure({variant: summary["layers"] for variant, summary in summaries.items()})
+    numbers = next(iter(summaries.values()))["layers"]["layers"]
     types = "Attention per token, share of attention and times chance, by token type"
     distances = "Attention per token and cumulative share by distance from the query"
     heads = "Share of tokens that carry most of the attention, layer by head"
@@ -104,7 +106,7 @@ def anchor_figures(summaries: Mapping[str, Summary], carrying: float) -> dict[st
         "layers.png": ("Share of attention and times chance, layer by token type", layers),
         "distances.png": (distances, distances_figure(summaries)),
         "positions.png": ("Attention by absolute position, in multiples of chance", positions_figure(summaries)),
-        "heads.png": (heads, sparsity_figure(shares)),
+        "heads.png": (heads, sparsity_figure(shares, numbers=numbers)),
     }
 
 

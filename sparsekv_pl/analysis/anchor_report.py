@@ -46,8 +46,11 @@ def type_rows(profile: AnchorProfile, sinks: int) -> list[Summary]:
     return rows
 
 
-def layer_table(profile: AnchorProfile, sinks: int) -> Summary:
-    """Layer x (sinks, types without sinks): share of a layer's attention, and times chance (None: no such token)."""
+def layer_table(profile: AnchorProfile, sinks: int, layers: Sequence[int]) -> Summary:
+    """Layer x (sinks, types without sinks): share of a layer's attention, and times chance (None: no such token).
+
+    ``layers`` are the model's layers that the profile is of.
+    """
     first = profile.sinks(sinks)
     columns = [first, *(profile.types(name) & ~first for name in TYPES)]
     attention = np.stack([profile.by_layer(cells) for cells in columns], axis=1)
@@ -55,18 +58,21 @@ def layer_table(profile: AnchorProfile, sinks: int) -> Summary:
     with np.errstate(divide="ignore", invalid="ignore"):
         times = attention[:, 1:] / attention[:, 1:].sum(1, keepdims=True) / (tokens[1:] / tokens[1:].sum())
     return {
+        "layers": list(layers),
         "columns": ["sinks", *TYPES],
         "attention": attention.tolist(),
         "times_chance": [[value if np.isfinite(value) else None for value in line] for line in times.tolist()],
     }
 
 
-def anchor_summary(profile: AnchorProfile, sinks: int, threshold: float, recent_mass: float) -> Summary:
+def anchor_summary(
+    profile: AnchorProfile, sinks: int, threshold: float, recent_mass: float, layers: Sequence[int]
+) -> Summary:
     """The figures of a profile for the report, JSON-able."""
     return {
         "windows": len(profile.mass),
         "types": type_rows(profile, sinks),
-        "layers": layer_table(profile, sinks),
+        "layers": layer_table(profile, sinks, layers),
         "distances": _distances(profile, sinks),
         "positions": _positions(profile),
         "heads": {

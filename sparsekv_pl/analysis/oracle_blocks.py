@@ -15,6 +15,7 @@ from sparsekv_pl.evaluation.model_analysis import Analysis
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.models.batch import CaseBatch, CaseInfo
+from sparsekv_pl.models.layer_kinds import evicted_layers
 from sparsekv_pl.reporting.console import show
 from sparsekv_pl.storage.records import Record, rounded
 
@@ -43,7 +44,7 @@ class OracleBlocks(Analysis):
     top_k
         Number of hot blocks.
     layers
-        Layers to average over; null: all.
+        Layers to average over, of those with full attention; null: all of them.
     heads
         Query heads of each layer to average over; null: all.
     """
@@ -62,9 +63,10 @@ class OracleBlocks(Analysis):
                 raise ValueError(f"{name} is {value}: give at least 1")
         super().__init__(backbone, output or "output/oracle")
         config = self.causal_lm.config.get_text_config()
-        _check("layers", layers, config.num_hidden_layers)
-        _check("heads", heads, config.num_attention_heads)
-        self.block_size, self.choice = block_size, Choice(top_k, layers, heads)
+        measured = evicted_layers(config)
+        _check("layers", layers, measured)
+        _check("heads", heads, list(range(config.num_attention_heads)))
+        self.block_size, self.choice = block_size, Choice(top_k, layers, heads, measured)
         self.named = {"base": backbone.pretrained, "trained": f"{backbone.pretrained} + {backbone.adapter}"}
         self.quantisation = "4-bit (bitsandbytes)" if backbone.load_in_4bit else f"none ({backbone.dtype})"
 
@@ -128,6 +130,8 @@ def bm25_scores(question: str, texts: Sequence[str]) -> list[float]:
     return [float(score) for score in index.get_scores(asked)]
 
 
-def _check(name: str, chosen: list[int] | None, count: int) -> None:
-    if chosen is not None and (not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(count))):
-        raise ValueError(f"{name} is {chosen}: give some of 0 to {count - 1}, none twice, or null for all")
+def _check(name: str, chosen: list[int] | None, known: list[int]) -> None:
+    if chosen is not None and (not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(known)):
+        whole = known == list(range(len(known)))
+        some = f"0 to {known[-1]}" if whole else f"{', '.join(map(str, known))}, which have full attention"
+        raise ValueError(f"{name} is {chosen}: give some of {some}, none twice, or null for all")

@@ -10,7 +10,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike
 
 from sparsekv_pl.analysis.oracle_findings import ATTENTION, BM25, PLACE, SINKS, TARGETS, Sample
-from sparsekv_pl.reporting.plots import COLOURS, STYLES, bars, heat_map, plain, plots, whole_numbers
+from sparsekv_pl.reporting.plots import COLOURS, STYLES, bars, heat_map, layer_numbers, plain, plots, whole_numbers
 
 MOST_ROWS = 60
 """Most questions in one picture; only the first ones are drawn."""
@@ -104,7 +104,7 @@ def layers_figure(layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     plain(recall, "the answer's block is among the hottest")
     for axes, what in ((mass, "share"), (recall, "share of the questions")):
         axes.set(xlabel="layer", ylabel=what, ylim=(-0.02, 1.03))
-        whole_numbers(axes.xaxis)
+        layer_numbers(axes.xaxis, [row["layer"] for row in next(iter(layers.values()))])
         axes.legend(fontsize=7.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     return figure
 

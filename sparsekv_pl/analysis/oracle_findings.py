@@ -22,11 +22,19 @@ ATTENTION, BM25, PLACE = "attention", "BM25", "place alone"
 
 @dataclass(frozen=True)
 class Choice:
-    """The report's settings: the number of hot blocks, and the layers and heads to average over (None: all)."""
+    """The report's settings: the number of hot blocks, and the layers and heads to average over (None: all).
+
+    ``numbers`` are the model's layers that the records' rows are of, in order; None: 0, 1, 2, ...
+    """
 
     top_k: int = 5
     layers: list[int] | None = None
     heads: list[int] | None = None
+    numbers: list[int] | None = None
+
+    def number(self, row: int) -> int:
+        """Return the model's layer that a row of the records is of."""
+        return row if self.numbers is None else self.numbers[row]
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,8 @@ class Sample:
     def scores(self) -> Floats:
         """(N,) attention averaged over the chosen heads and layers."""
         layers = self.choice.layers
-        return (self.by_layer if layers is None else self.by_layer[layers]).mean(0)
+        chosen = [row for row in range(len(self.by_layer)) if layers is None or self.choice.number(row) in layers]
+        return self.by_layer[chosen].mean(0)
 
     @property
     def top(self) -> list[int]:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from sparsekv_pl.analysis.oracle_findings import (
     SINKS,
+    Choice,
     Floats,
     Sample,
     answer_rank,
@@ -22,8 +23,10 @@ from sparsekv_pl.reporting.intervals import wilson_interval
 
 def by_layer(samples: Sequence[Sample]) -> list[dict[str, Any]]:
     """Figures of hot blocks for each layer, averaged over the chosen heads."""
+    number = samples[0].choice.number
     return [
-        _layer(samples, [sample.by_layer[layer] for sample in samples]) for layer in range(len(samples[0].by_layer))
+        {"layer": number(row)} | _layer(samples, [sample.by_layer[row] for sample in samples])
+        for row in range(len(samples[0].by_layer))
     ]
 
 
@@ -57,17 +60,17 @@ def best_head(samples: Sequence[Sample]) -> dict[str, Any] | None:
     "all" is chosen and tested on the same questions, so it is too optimistic. "other_half" is chosen on every second
     question and tested on the others. None with fewer than four questions with a known answer block.
     """
-    ranks, top_k = _head_ranks(samples), samples[0].choice.top_k
+    ranks, choice = _head_ranks(samples), samples[0].choice
     if ranks is None or len(ranks) < 4:
         return None
-    return {"all": _tested(ranks, ranks, top_k), "other_half": _tested(ranks[::2], ranks[1::2], top_k)}
+    return {"all": _tested(ranks, ranks, choice), "other_half": _tested(ranks[::2], ranks[1::2], choice)}
 
 
-def _tested(chosen_on: NDArray[np.int64], tested_on: NDArray[np.int64], top_k: int) -> dict[str, Any]:
-    merit = (chosen_on <= top_k).mean(0) + 1e-3 * (1 / chosen_on).mean(0)  # ranks break ties
-    layer, head = (int(i) for i in np.unravel_index(merit.argmax(), merit.shape))
-    hits, cases = int((tested_on[:, layer, head] <= top_k).sum()), len(tested_on)
-    interval = wilson_interval(hits, cases)
+def _tested(chosen_on: NDArray[np.int64], tested_on: NDArray[np.int64], choice: Choice) -> dict[str, Any]:
+    merit = (chosen_on <= choice.top_k).mean(0) + 1e-3 * (1 / chosen_on).mean(0)  # ranks break ties
+    row, head = (int(i) for i in np.unravel_index(merit.argmax(), merit.shape))
+    hits, cases = int((tested_on[:, row, head] <= choice.top_k).sum()), len(tested_on)
+    interval, layer = wilson_interval(hits, cases), choice.number(row)
     return {"layer": layer, "head": head, "hits": hits, "cases": cases, "recall": hits / cases, "interval": interval}
 
 

@@ -192,6 +192,6 @@ def _figures(samples: Mapping[str, Sequence[Sample]], findings: Mapping[str, Any
         figures[f"samples{ending}.png"] = samples_figure(some)
         if (heads := head_recall(some)) is not None:
             figures[f"heads{ending}.png"] = sparsity_figure(
-                {f"recall of the answer's block without sink ({variant})": heads}
+                {f"recall of the answer's block without sink ({variant})": heads}, numbers=some[0].choice.numbers
             )
     return {name: (ALTS[name.split("_")[0].removesuffix(".png")], figure) for name, figure in figures.items()}

@@ -93,8 +93,8 @@ def layer_table(rows: Sequence[Mapping[str, Any]], variant: str, top_k: int) -> 
     for name in SINKS:
         heads += [f"{top_k} hottest, {name}", f"recall, {name}"]
     lines = []
-    for layer, row in enumerate(rows):
-        line = [str(layer), percent(row["sink_share"]), percent(row["beyond"])]
+    for row in rows:
+        line = [str(row["layer"]), percent(row["sink_share"]), percent(row["beyond"])]
         for name in SINKS:
             line += [percent(row[name]["top_share"]), counted(row[name]) if row[name]["cases"] else "-"]
         lines.append([*line, percent(row["without sink"].get("answer_share"))])

@@ -19,6 +19,7 @@ from sparsekv_pl.models.anchors import Anchors
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.models.batch import CaseBatch
 from sparsekv_pl.models.devices import stacked
+from sparsekv_pl.models.layer_kinds import evicted_layers
 from sparsekv_pl.reporting.analysis_page import write_analysis
 from sparsekv_pl.reporting.console import show
 from sparsekv_pl.storage.records import Record
@@ -80,7 +81,7 @@ class AttentionStatisticsAnalysis(Analysis):
 
     def write(self, records: list[Record], environment: dict[str, object]) -> list[Path]:
         """Write report, pictures, and the figures of all layers and heads as CSV; return the paths."""
-        summaries = summaries_of(records, self.statistics)
+        summaries = summaries_of(records, self.statistics, evicted_layers(self.causal_lm.config))
         self._print(summaries)
         figures = statistics_figures(summaries, self.statistics)
         return write_analysis(

@@ -27,8 +27,11 @@ def labels(settings: StatisticsSettings) -> dict[str, str]:
     }
 
 
-def summaries_of(records: Sequence[Record], settings: StatisticsSettings) -> list[Summary]:
-    """Means over windows for each task and length; base and trained must have the same windows."""
+def summaries_of(records: Sequence[Record], settings: StatisticsSettings, layers: Sequence[int]) -> list[Summary]:
+    """Means over windows for each task and length; base and trained must have the same windows.
+
+    ``layers`` are the model's layers that the records' rows are of.
+    """
     summaries = []
     for (task, length), some in sorted(grouped(records, "task", "length").items()):
         own = {
@@ -40,6 +43,7 @@ def summaries_of(records: Sequence[Record], settings: StatisticsSettings) -> lis
                 "task": task,
                 "length": length,
                 "windows": len(next(iter(own.values()))),
+                "layers": list(layers),
                 "variants": {variant: _means(found) for variant, found in own.items()},
                 "overall": [_overall(name, label, own) for name, label in labels(settings).items()],
                 "even_received": even_attention(length, settings).tolist(),
@@ -98,12 +102,10 @@ def statistics_files(summaries: Sequence[Summary]) -> dict[str, bytes]:
             what = {"task": summary["task"], "length": summary["length"], "variant": variant}
             for layer, head in np.ndindex(np.shape(means["measures"]["entropy"])):
                 values = {name: values[layer][head] for name, values in means["measures"].items()}
-                heads.append({**what, "layer": layer, "head": head, **values})
-            for layer, block in np.ndindex(np.shape(means["received"])):
-                even = summary["even_received"][block]
-                blocks.append(
-                    {**what, "layer": layer, "block": block, "share": means["received"][layer][block], "if_even": even}
-                )
+                heads.append({**what, "layer": summary["layers"][layer], "head": head, **values})
+            for layer, shares in zip(summary["layers"], means["received"], strict=True):
+                for block, (share, even) in enumerate(zip(shares, summary["even_received"], strict=True)):
+                    blocks.append({**what, "layer": layer, "block": block, "share": share, "if_even": even})
     return {"heads.csv": csv_bytes(heads), "received.csv": csv_bytes(blocks)}
 
 
@@ -149,10 +151,9 @@ def _layer_table(summary: Summary, settings: StatisticsSettings) -> Table:
         variant: {name: np.mean(means["measures"][name], axis=1) for name in named}
         for variant, means in summary["variants"].items()
     }
-    layers = len(next(iter(by_layer.values()))["entropy"])
     lines = [
-        [str(layer), *(" -> ".join(f"{means[name][layer]:.3g}" for means in by_layer.values()) for name in named)]
-        for layer in range(layers)
+        [str(layer), *(" -> ".join(f"{means[name][row]:.3g}" for means in by_layer.values()) for name in named)]
+        for row, layer in enumerate(summary["layers"])
     ]
     return Table(["layer", *named.values()], lines, f"By layer, means over heads; {' -> '.join(by_layer)}")
 

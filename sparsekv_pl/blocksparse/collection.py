@@ -180,7 +180,10 @@ def _figures(records: Sequence[Record]) -> dict[int, Figure]:
     for length, own in sorted(grouped(records, "seq_len").items()):
         layers = [some for _, some in sorted(grouped(own, "layer").items())]
         means = {name: [np.mean([record[name] for record in some], axis=0) for some in layers] for name in MEASURES}
-        figures[length] = sparsity_figure({name.replace("_", " "): np.array(grid) for name, grid in means.items()})
+        figures[length] = sparsity_figure(
+            {name.replace("_", " "): np.array(grid) for name, grid in means.items()},
+            numbers=sorted({record["layer"] for record in own}),
+        )
     return figures
 
 

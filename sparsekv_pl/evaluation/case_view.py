@@ -30,9 +30,10 @@ log = logging.getLogger(__name__)
 def case_views(measurement: Measurement, points: Sequence[Point], rows: Sequence[int], teacher: bool) -> list[Record]:
     """Measure some rows of a batch under every point that evicts from their contexts; return a record per row.
 
-    A record has the case's id ("viewed"), its tokens as texts, the tokens of its answer ("marked"), layers and KV
-    heads, by point's name the packed bits of the kept positions ("kept"), by condition why they are unknown
-    ("unknown"), and, if the model is the ``teacher``, its packed attention mass ("mass").
+    A record has the case's id ("viewed"), its tokens as texts, the tokens of its answer ("marked"), counts of layers
+    and KV heads, the model's numbers of these layers, by point's name the packed bits of the kept positions ("kept")
+    and the mean of pairs per layer and head, by condition why they are unknown ("unknown"), and, if the model is the
+    ``teacher``, its packed attention mass ("mass").
     """
     batch = measurement.batch
     records = [
@@ -45,7 +46,7 @@ def case_views(measurement: Measurement, points: Sequence[Point], rows: Sequence
             continue
         try:
             for record, kept in zip(records, _kept(measurement, point, rows), strict=True):
-                add_kept(record, point.name, kept)
+                add_kept(record, point.name, kept, evicted_layers(measurement.model.config))
         except Exception as error:  # a press of any kind may fail; its measurement has a line of its own in the report
             log.warning("the viewer leaves out %s: %s", point.condition, error)
             for record in records:
@@ -64,14 +65,16 @@ def case_record(tokenizer: PreTrainedTokenizerBase, case: CaseInfo, context_ids:
         "tokens": texts,
         "marked": [list(span) for span in marked],
         "kept": {},
+        "pairs": {},
         "unknown": {},
         "mass": None,
     }
 
 
-def add_kept(record: Record, name: str, kept: Tensor) -> None:
-    """Add the kept positions (layers, K, L) bool of the point ``name`` to a case's record."""
-    record |= {"layers": kept.shape[0], "heads": kept.shape[1]}
+def add_kept(record: Record, name: str, kept: Tensor, numbers: Sequence[int]) -> None:
+    """Add the kept positions (layers, K, L) bool of the point ``name``, in the model's layers ``numbers``."""
+    record |= {"layers": kept.shape[0], "heads": kept.shape[1], "numbers": list(numbers)}
+    record["pairs"][name] = float(kept.sum(-1).float().mean())
     record["kept"][name] = packed_bits(kept.cpu().numpy())
 
 

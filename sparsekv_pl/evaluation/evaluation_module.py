@@ -24,6 +24,7 @@ from sparsekv_pl.eviction.press_model_check import check_press, check_press_alon
 from sparsekv_pl.eviction.while_decoding import check_turns
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.models.batch import CaseBatch
+from sparsekv_pl.models.layer_kinds import evicted_layers
 from sparsekv_pl.reporting import sparsity_figure, write_kvpress_layout
 from sparsekv_pl.reporting.file_formats import json_bytes, replace_all
 from sparsekv_pl.storage.records import Record
@@ -136,13 +137,18 @@ class EvaluationModule(MeasuringModule):
         """Write the report, kvpress's layout and the sparsity of attention; print the table; return the paths."""
         cases = [record for record in records if "case" in record]
         sparsity = self._sparsity([record for record in records if LABELS.keys() <= record.keys()])
-        figures = {f"Attention sparsity, {variant}": sparsity_figure(means) for variant, means in sparsity.items()}
+        layers = evicted_layers(self.causal_lm.config)
+        figures = {
+            f"Attention sparsity, {variant}": sparsity_figure(means, numbers=layers)
+            for variant, means in sparsity.items()
+        }
         card = self.card and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
         paths = self.report_cases(cases, environment, figures, self.pages(records, self.viewed.count), card)
         query_aware = bool(getattr(self.trainer.datamodule, "query_aware", False))  # type: ignore[attr-defined]
         model, trained = str(self.base["pretrained"]), self.backbone.adapter
         write_kvpress_layout(self.output / "kvpress", cases, model, trained, query_aware)
-        return paths + (replace_all(self.output, {"sparsity.json": json_bytes(sparsity)}) if sparsity else [])
+        content = json_bytes(sparsity | {"layers": layers})
+        return paths + (replace_all(self.output, {"sparsity.json": content}) if sparsity else [])
 
     def _piece(self, measurement: Measurement, variant: str, point: Point) -> Piece:
         batch, unfit = measurement.batch, point.unfit()

@@ -11,6 +11,7 @@ from sparsekv_pl.evaluation.measurement import Measurement
 from sparsekv_pl.evaluation.points import Point
 from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.models.batch import CaseBatch, CaseInfo
+from sparsekv_pl.models.layer_kinds import evicted_layers
 from sparsekv_pl.storage.records import Record
 from sparsekv_pl.viewer.compact_arrays import packed_masses
 
@@ -78,7 +79,7 @@ def document_view(lm: "PressedLM", case: str, sample: Sample, ids: list[int], po
         if not eviction.evicted:
             raise ValueError(f"its window of {lm.window} tokens is longer than the context")
         (kept,) = kept_in(lm.model, lambda: prefill(lm.model, seen, None).cache, evicted, [0], split)
-        add_kept(record, point.name, kept)
+        add_kept(record, point.name, kept, evicted_layers(lm.model.config))
     except Exception as error:  # a press of any kind may fail; its measurement has a line of its own in the report
         log.warning("the viewer leaves out %s: %s", point.condition, error)
         record["unknown"][str(point.condition)] = f"{type(error).__name__}: {error}"

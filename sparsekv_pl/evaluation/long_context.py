@@ -245,7 +245,7 @@ class LongContextModule(MeasuringModule):
         ids, views = batch["context_ids"], []
         for row in self.viewed.rows(batch) if prefilled.positions else ():
             view = case_record(self.tokenizer, batch["cases"][row], ids[0].tolist())
-            add_kept(view, condition.name, held(prefilled.positions, 0, ids.shape[1]))
+            add_kept(view, condition.name, held(prefilled.positions, 0, ids.shape[1]), sorted(prefilled.positions))
             views.append({"variant": variant, **view})
         return views
 

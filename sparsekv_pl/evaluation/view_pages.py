@@ -91,7 +91,7 @@ def _together(view: Record | None, more: Record) -> Record:
     """Join the records of one case and variant, which may have been measured point by point."""
     if view is None:
         return more
-    both = {name: {**view[name], **more[name]} for name in ("kept", "unknown")}
+    both = {name: {**view.get(name, {}), **more.get(name, {})} for name in ("kept", "pairs", "unknown")}
     return {**view, **more, **both, "mass": view["mass"] or more["mass"]}
 
 
@@ -118,12 +118,15 @@ def page_content(
             name = f"{condition.press}, {condition.when}" if condition.when else condition.press
             point = {"press": name, "ratio": condition.compression_ratio, "answers": _answers(own)}
             places = {side: len(parts) + place for place, side in enumerate(kept)}
-            pairs = next((record["kept_pairs"] for record in own.values() if "kept_pairs" in record), None)
+            left = [view[side].get("pairs", {}).get(condition.name) for side in kept]
+            left += [record["kept_pairs"] for record in own.values() if "kept_pairs" in record]
+            pairs = next((number for number in left if number is not None), None)
             points.append(point | {"kept": places, "pairs": pairs})
             parts += kept.values()
     mass = view.get("base", {}).get("mass")
     shared = {name: any_view[name] for name in ("tokens", "marked", "layers", "heads", "question", "expected")}
     return shared | {
+        "numbers": any_view.get("numbers") or list(range(any_view["layers"])),
         "title": title,
         "about": [[name, str(value)] for name, value in about.items()],
         "sides": sides,

@@ -1,6 +1,7 @@
 """The layerwise objective: match the student's layer outputs to the teacher's, without logits."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -52,14 +53,17 @@ class Layerwise(Objective):
             raise ValueError(f"Layerwise.layer_weights={weights}: give none below 0 and at least one above")
         self.request = Request(teacher=True, layers=frozenset({self.match}))
 
+    def check_layers(self, layers: int, evicted: Sequence[int]) -> None:  # noqa: ARG002 - outputs of all are matched
+        """Raise ``ValueError`` if there is not one weight per layer of the model."""
+        if self.layer_weights is not None and len(self.layer_weights) != layers:
+            raise ValueError(
+                f"Layerwise.layer_weights has {len(self.layer_weights)} weights for the {layers} layers of this model: "
+                "give one for each"
+            )
+
     def __call__(self, view: StudentView) -> dict[str, Tensor]:
         student, teacher = view.layers[self.match]
         weights = [1.0] * len(student) if self.layer_weights is None else self.layer_weights
-        if len(weights) != len(student):
-            raise ValueError(
-                f"Layerwise.layer_weights has {len(weights)} weights for the {len(student)} layers of this model: give "
-                "one for each"
-            )
         first = view.hidden_NE.device  # layers may lie on several
         errors = torch.stack([relative_error(student[layer], teacher[layer]).to(first) for layer in sorted(student)])
         share = rank_share(errors.new_tensor(len(view.labels_N)))

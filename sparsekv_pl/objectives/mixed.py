@@ -1,7 +1,7 @@
 """A weighted sum of objectives."""
 
 import math
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
@@ -60,6 +60,11 @@ class Mixed(Objective):
         """Prepare all objectives with the model's tokenizer."""
         for objective in self.objectives:
             objective.prepare(tokenizer)
+
+    def check_layers(self, layers: int, evicted: Sequence[int]) -> None:
+        """Check the weights by layer of all objectives."""
+        for objective in self.objectives:
+            objective.check_layers(layers, evicted)
 
     def __call__(self, view: StudentView) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}

@@ -102,6 +102,12 @@ class Objective(ABC):
     def prepare(self, tokenizer: Any) -> None:  # noqa: B027 - most objectives do not need it
         """Prepare for the model's tokenizer; called once, before training."""
 
+    def check_layers(self, layers: int, evicted: Sequence[int]) -> None:  # noqa: B027 - most objectives do not need it
+        """Raise ``ValueError`` if weights by layer do not suit a model with ``layers`` layers; called before training.
+
+        ``evicted`` are those in which presses evict.
+        """
+
     @abstractmethod
     def __call__(self, view: StudentView) -> dict[str, Tensor]:
         """Return scalar terms by name: ``"loss"`` is minimised, the others are logged."""

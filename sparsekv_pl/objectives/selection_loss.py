@@ -1,7 +1,7 @@
 """The selection loss: align a press's scores with the teacher's attention to the context."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -57,7 +57,8 @@ class SelectionLoss:
         For "ranking": the fraction of a head's evictable keys in the top. Independent of the step's compression ratio,
         because scores also come from presses that were not drawn, and one order serves every ratio.
     layer_weights
-        One weight per layer, in order; equal if not given.
+        One weight per layer of the model, in order; equal if not given. Weights of layers in which presses do not
+        evict (windows) are not used.
 
     Raises
     ------
@@ -92,16 +93,8 @@ class SelectionLoss:
 
     @torch.no_grad()
     def targets(self, selections: Iterable[tuple[Selection, Tensor]]) -> list[Target]:
-        """Return the target of each selection, which comes with the teacher's mass (B, K, L) in its layer.
-
-        Raises
-        ------
-        ValueError
-            If ``layer_weights`` has not one weight per layer.
-        """
-        pairs = list(selections)
-        self._check_layers(pairs)
-        return [self._target(selection, mass_BKL) for selection, mass_BKL in pairs]
+        """Return the target of each selection, which comes with the teacher's mass (B, K, L) in its layer."""
+        return [self._target(selection, mass_BKL) for selection, mass_BKL in selections]
 
     def losses(self, targets: Iterable[Target]) -> dict[str, Tensor]:
         """Return each press's scalar loss by name, differentiable with respect to its scores.
@@ -123,13 +116,6 @@ class SelectionLoss:
             kept = selection.scores.shape[-1] if selection.kept is None else selection.kept
             shares = kept_shares(target.shares, selection.scores, target.evictable, kept)
             yield KeptMass(selection.layer, selection.press, *shares, target.weights)
-
-    def _check_layers(self, pairs: list[tuple[Selection, Tensor]]) -> None:
-        layers = 1 + max((selection.layer for selection, _ in pairs), default=-1)
-        if self.layer_weights is not None and layers and len(self.layer_weights) != layers:
-            raise ValueError(
-                f"layer_weights has {len(self.layer_weights)} numbers and the model {layers} layers: give one per layer"
-            )
 
     def _heads(self, target: Target) -> Tensor:
         """Return the loss of each head, (B, K)."""
@@ -190,6 +176,20 @@ class SelectionObjective(Objective):
         if not losses:  # a press without trainable scores was drawn at this step
             return {"loss": 0 * view.hidden_NE.sum(), **logs}  # backward needs a graph
         return {"loss": torch.stack(list(losses.values())).mean(), **logs}
+
+    def check_layers(self, layers: int, evicted: Sequence[int]) -> None:
+        """Raise ``ValueError`` if there is not one weight per layer of the model, or none above 0 where it evicts."""
+        weights = self.layer_weights
+        if weights is not None and len(weights) != layers:
+            raise ValueError(
+                f"SelectionObjective.layer_weights has {len(weights)} numbers and the model {layers} layers: give one "
+                "per layer"
+            )
+        if weights is not None and not any(weights[layer] for layer in evicted):
+            raise ValueError(
+                f"SelectionObjective.layer_weights={weights} is 0 in every layer that presses evict from, "
+                f"{', '.join(map(str, evicted))}: give one of them a weight above 0"
+            )
 
     @property
     @override

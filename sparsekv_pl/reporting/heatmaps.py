@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sparsekv_pl.models.batch import TEXT
 from sparsekv_pl.reporting.condition import Condition
-from sparsekv_pl.reporting.plots import heat_map, plots, plots_for, whole_numbers
+from sparsekv_pl.reporting.plots import heat_map, layer_numbers, plots, plots_for, whole_numbers
 from sparsekv_pl.reporting.sorted_records import ALL_RETRIEVAL, VARIANTS, Measured
 from sparsekv_pl.storage.records import Record
 
@@ -132,11 +132,13 @@ def _draw(axes: Axes, found: NDArray[np.float64], asked: NDArray[np.float64]) ->
     return image
 
 
-def sparsity_figure(measures: Mapping[str, ArrayLike], heads_are: str = "head") -> Figure:
+def sparsity_figure(
+    measures: Mapping[str, ArrayLike], heads_are: str = "head", numbers: Sequence[int] | None = None
+) -> Figure:
     """Draw heat maps of layer x head, one per measure, each with its own scale.
 
     ``measures`` is name with its unit ("effective support (tokens)") -> (layers, H); ``heads_are`` labels the axis of
-    heads.
+    heads. ``numbers`` are the model's layers that the rows are of; None: 0, 1, 2, ...
 
     Raises ``ValueError`` without measures, or for an array that is empty or not 2-D.
     """
@@ -150,7 +152,8 @@ def sparsity_figure(measures: Mapping[str, ArrayLike], heads_are: str = "head") 
         heat_map(axes, array, name, cmap="viridis")
         axes.set_xlabel(heads_are, fontsize=8)
         axes.set_ylabel("layer", fontsize=8)
-        whole_numbers(axes.xaxis, axes.yaxis, most=8)
+        whole_numbers(axes.xaxis, most=8)
+        layer_numbers(axes.yaxis, numbers, most=8)
     return figure
 
 

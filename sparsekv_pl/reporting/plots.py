@@ -1,6 +1,7 @@
 """What all pictures share: figures without pyplot, heat maps with a colour bar, plain axes, legends outside."""
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,13 @@ def whole_numbers(*axes: Any, most: int = 10) -> None:
     """Put ticks of these axes (``axes.xaxis``, ``axes.yaxis``) on whole numbers, at most ``most``."""
     for axis in axes:
         axis.set_major_locator(MaxNLocator(most, integer=True))
+
+
+def layer_numbers(axis: Any, layers: Sequence[int] | None, most: int = 10) -> None:
+    """Put ticks of ``axis`` on rows, labelled by the model's ``layers`` that they are of; None: 0, 1, 2, ..."""
+    whole_numbers(axis, most=most)
+    if layers is not None:
+        axis.set_major_formatter(lambda row, _: str(layers[int(row)]) if 0 <= row < len(layers) else "")
 
 
 def bars(points: ArrayLike, low: ArrayLike, high: ArrayLike) -> list[NDArray[np.float64]]:

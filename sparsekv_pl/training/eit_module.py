@@ -24,6 +24,7 @@ from sparsekv_pl.models.backbone import Backbone, causal_lm
 from sparsekv_pl.models.base_model import base_record
 from sparsekv_pl.models.batch import Batch, rows_of_equal_length, supervised_in
 from sparsekv_pl.models.compression_ratio import check_compression_ratio
+from sparsekv_pl.models.layer_kinds import evicted_layers, layer_kinds
 from sparsekv_pl.models.seeding import seed_for
 from sparsekv_pl.objectives import EIT, Objective, StudentView
 from sparsekv_pl.objectives.losses import token_nll
@@ -114,6 +115,8 @@ class EITModule(LightningModule):
             if isinstance(evicting, KVDropout):
                 evicting.tokenizer = self.tokenizer
         self.objective.prepare(self.tokenizer)
+        config = causal_lm(self.model).config
+        self.objective.check_layers(len(layer_kinds(config)), evicted_layers(config))
         self.student = Student(self.model, eviction, self.teacher, self.objective)
         self.validation_student = replace(self.student, eviction=validation_eviction or eviction)
         self.press_parameters = torch.nn.ParameterDict(learnable(self.press) if self.press is not None else {})

@@ -57,7 +57,7 @@ class KeptContext:
     @property
     def layers(self) -> int:
         """Number of layers with a cache."""
-        return 1 + max(int(name.partition(".")[2]) for name in self.tensors)
+        return 1 + max((int(name.partition(".")[2]) for name in self.tensors), default=-1)
 
     @property
     def packed_layers(self) -> list[int]:

@@ -45,7 +45,10 @@ def profile(punctuation: float, layers: int = 2) -> AnchorProfile:
 
 
 def summaries() -> dict[str, Any]:
-    return {name: anchor_summary(profile(weight), 4, 2.0, 0.5) for name, weight in (("base", 1.0), ("trained", 20.0))}
+    return {
+        name: anchor_summary(profile(weight), 4, 2.0, 0.5, [0, 1])
+        for name, weight in (("base", 1.0), ("trained", 20.0))
+    }
 
 
 def test_types_add_up_and_leave_the_sinks_out() -> None:
@@ -62,7 +65,7 @@ def test_types_add_up_and_leave_the_sinks_out() -> None:
 
 
 def test_layers_are_told_apart() -> None:
-    table = layer_table(profile(20.0), 4)
+    table = layer_table(profile(20.0), 4, [0, 1])
     attention, times = np.array(table["attention"]), np.array(table["times_chance"], float)
     np.testing.assert_allclose(attention.sum(1), 1, rtol=1e-4)
     place = table["columns"].index("punctuation")
@@ -72,7 +75,7 @@ def test_layers_are_told_apart() -> None:
 
 
 def test_a_summary_is_json_and_its_distances_are_all_there() -> None:
-    summary = json.loads(json.dumps(anchor_summary(profile(1.0), 4, 2.0, 0.5), allow_nan=False))
+    summary = json.loads(json.dumps(anchor_summary(profile(1.0), 4, 2.0, 0.5, [0, 1]), allow_nan=False))
     assert [(row["from"], row["to"]) for row in summary["distances"]][:4] == [(0, 1), (1, 2), (2, 4), (4, 8)]
     assert sum(row["all"]["attention"] for row in summary["distances"]) == pytest.approx(1)
     assert sum(row["attention"] for row in summary["positions"]) == pytest.approx(1, rel=1e-4)
@@ -83,7 +86,7 @@ def test_a_summary_is_json_and_its_distances_are_all_there() -> None:
 
 def test_the_rule_stands_beside_the_default_and_what_its_cost_buys() -> None:
     found = profile(20.0)
-    rule = anchor_summary(found, 4, 2.0, 0.5)["rule"]
+    rule = anchor_summary(found, 4, 2.0, 0.5, [0, 1])["rule"]
     chosen, default, nearest = rule["kept"]
     assert rule["anchors"]["punctuation"] and chosen["anchors"] == rule["anchors"]
     assert default["anchors"] == {"sinks": 4, "recent": 64, "special": True, "punctuation": True}

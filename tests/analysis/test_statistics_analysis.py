@@ -59,7 +59,9 @@ def test_means_are_those_of_eager_attention(
     data.tokenizer = analysis.tokenizer
     data.setup()
     batches = list(data.predict_dataloader())
-    (summary,) = summaries_of([{"variant": "base", **r} for b in batches for r in analysis.measure(b)], settings)
+    (summary,) = summaries_of(
+        [{"variant": "base", **r} for b in batches for r in analysis.measure(b)], settings, [0, 1]
+    )
     assert summary["windows"] == 4
     got = summary["variants"]["base"]
     ids, attention = eager(analysis, batches)
@@ -134,7 +136,7 @@ def test_tasks_and_lengths_have_summaries_of_their_own() -> None:
         }
 
     records = [record("text", 96, 0, 1.0), record("text", 64, 0, 4.0), record("text", 96, 1, 2.0)]
-    summaries = summaries_of([*records, record("facts", 96, 0, 8.0)], SETTINGS)
+    summaries = summaries_of([*records, record("facts", 96, 0, 8.0)], SETTINGS, [0, 1])
     found = [(s["task"], s["length"], s["windows"], s["overall"][0]["means"]["base"]) for s in summaries]
     assert found == [("facts", 96, 1, 8.0), ("text", 64, 1, 4.0), ("text", 96, 2, 1.5)]
     assert [len(s["variants"]["base"]["received"][0]) for s in summaries] == [5, 4, 5]

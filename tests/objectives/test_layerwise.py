@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsekv_pl.models.layer_outputs import LayerOutput
-from sparsekv_pl.objectives import Layerwise, StudentView
+from sparsekv_pl.objectives import Layerwise, Mixed, StudentView
 from sparsekv_pl.objectives.objective import LayerRows
 
 LAYERS, TOKENS, WIDTH = 3, 7, 5
@@ -101,4 +101,5 @@ def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
 
 def test_weights_for_another_number_of_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="2 weights for the 3 layers"):
-        Layerwise(layer_weights=[1.0, 2.0])(view(rows(0), rows(1)))
+        Mixed([Layerwise(layer_weights=[1.0, 2.0])]).check_layers(3, [0, 1, 2])
+    Layerwise(layer_weights=[1.0, 2.0, 0.0]).check_layers(3, [2])

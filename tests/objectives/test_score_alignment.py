@@ -5,14 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+from kvpress import SnapKVPress
 from torch import Tensor
 
 from sparsekv_pl.eviction.interface import Selection
-from sparsekv_pl.objectives import SelectionObjective
+from sparsekv_pl.eviction.real import RealEviction
+from sparsekv_pl.objectives import Mixed, SelectionObjective
 from sparsekv_pl.objectives.attention_mass import with_mass
 from sparsekv_pl.objectives.objective import StudentView
 from sparsekv_pl.objectives.score_alignment import evictable_keys, key_logits
 from sparsekv_pl.objectives.selection_loss import SelectionLoss
+from sparsekv_pl.training.eit_module import EITModule
+from tests.tiny_training import MakeBackbone
 
 SHAPE = (2, 2, 24)
 SINKS, WINDOW = 4, 3
@@ -181,12 +185,22 @@ def test_layers_count_by_their_weights(form: Any, heads: Any) -> None:
     assert not torch.isclose(weighted, equal)
 
 
-def test_layer_weights_must_be_as_many_as_the_layers() -> None:
-    pairs = with_mass([Selection(layer, "some", random(layer)) for layer in range(3)], {i: random(i) for i in range(3)})
-    for weights in ([1.0, 1.0], [1.0] * 4):
-        with pytest.raises(ValueError, match=rf"layer_weights has {len(weights)} numbers and the model 3 layers"):
-            SelectionLoss(layer_weights=weights)(pairs)
-    assert SelectionLoss(layer_weights=[1.0])([]) == {}
+def test_layer_weights_are_of_the_models_layers(tiny_backbone: MakeBackbone) -> None:
+    """Also of those in which nothing is evicted, of which a selection has no scores."""
+    for weights in ([1.0, 1.0], [1.0] * 5):
+        with pytest.raises(ValueError, match=rf"layer_weights has {len(weights)} numbers and the model 4 layers"):
+            Mixed([SelectionObjective(layer_weights=weights)]).check_layers(4, [0, 2])
+    with pytest.raises(ValueError, match="is 0 in every layer that presses evict from, 0, 2"):
+        SelectionObjective(layer_weights=[0.0, 1.0, 0.0, 1.0]).check_layers(4, [0, 2])
+    weighing = SelectionObjective(layer_weights=[1.0, 5.0, 2.0, 5.0])
+    weighing.check_layers(4, [0, 2])
+    masses = {layer: random(10 + layer) for layer in (0, 2)}
+    selections = [Selection(layer, "some", random(layer).requires_grad_()) for layer in (0, 2)]
+    dense = [Selection(place, "some", one.scores) for place, one in enumerate(selections)]
+    expected = SelectionLoss(layer_weights=[1.0, 2.0])(with_mass(dense, {0: masses[0], 1: masses[2]}))["some"]
+    torch.testing.assert_close(weighing.selection_loss(with_mass(selections, masses))["some"], expected)
+    with pytest.raises(ValueError, match="has 1 numbers and the model 2 layers"):
+        EITModule(tiny_backbone(), RealEviction(SnapKVPress()), SelectionObjective(layer_weights=[1.0]))
 
 
 @pytest.mark.parametrize(

@@ -32,15 +32,15 @@ class Viewer {
   }
 
   makeControls() {
-    const { sides, points, layers, heads } = this.content;
+    const { sides, points, heads, numbers } = this.content;
     const compared = sides.length > 1 ? [...sides, "difference"] : sides;
     this.radios(get("side"), "side", compared, (side) => side, this.state.side, (side) => { this.state.side = side; });
     const presses = [...new Set(points.map((point) => point.press))];
     presses.forEach((press) => get("press").append(make("option", press, { value: press })));
     get("press").onchange = () => this.choosePress(get("press").value);
-    for (const [id, count] of [["layer", layers], ["head", heads]]) {
+    for (const [id, names] of [["layer", numbers], ["head", [...Array(heads).keys()]]]) {
       get(id).append(make("option", "all", { value: "" }));
-      for (let i = 0; i < count; i++) get(id).append(make("option", String(i), { value: String(i) }));
+      names.forEach((name, i) => get(id).append(make("option", String(name), { value: String(i) })));
       get(id).onchange = () => this.choose(id, get(id).value === "" ? null : Number(get(id).value));
     }
     const measures = [...(this.marked.size ? ["answer"] : []), ...(this.kept.masses ? ["attention"] : []), "tokens"];
@@ -71,7 +71,7 @@ class Viewer {
   }
 
   makeHeads() {
-    const { layers, heads } = this.content;
+    const { layers, heads, numbers } = this.content;
     this.cells = [];
     const body = get("heads").appendChild(make("tbody"));
     for (let head = 0; head < heads; head++) {
@@ -86,7 +86,7 @@ class Viewer {
     }
     const foot = get("heads").appendChild(make("tfoot")).appendChild(make("tr"));
     foot.append(make("th", "layer", { scope: "row" }));
-    for (let layer = 0; layer < layers; layer++) foot.append(make("td", layer % 5 ? "" : String(layer)));
+    for (let layer = 0; layer < layers; layer++) foot.append(make("td", layers > 12 && layer % 5 ? "" : String(numbers[layer])));
     get("heads").onkeydown = (event) => this.moveCell(event);
   }
 
@@ -246,7 +246,7 @@ class Viewer {
   renderSummary() {
     const { content, state, chosen } = this;
     const where = state.layer === null && state.head === null ? "all layers and heads" :
-      `layer ${state.layer ?? "all"}, head ${state.head ?? "all"}`;
+      `layer ${content.numbers[state.layer] ?? "all"}, head ${state.head ?? "all"}`;
     const mean = (measure, side) => chosen.reduce((sum, index) => sum + this.headShare(measure, side, index), 0) / chosen.length;
     const parts = content.sides.map((side) => {
       if (!this.counts[side]) return `${side}: unknown`;
@@ -271,13 +271,13 @@ class Viewer {
   }
 
   renderHeads() {
-    const measure = get("measure").value, { heads } = this.content, { side, layer, head } = this.state;
+    const measure = get("measure").value, { heads, numbers } = this.content, { side, layer, head } = this.state;
     const drawn = this.cells.map((cell, index) => {
       const shares = this.shownSides.map((one) => this.headShare(measure, one, index));
       const own = [Math.floor(index / heads), index % heads];
       const shown = side === "difference" ? shares[1] - shares[0] : shares[0];
       shade(cell, shown);
-      const label = `layer ${own[0]}, head ${own[1]}: ${shares.map(percent).join(" against ")}`;
+      const label = `layer ${numbers[own[0]]}, head ${own[1]}: ${shares.map(percent).join(" against ")}`;
       cell.setAttribute("aria-label", label);
       cell.title = label;
       cell.setAttribute("aria-pressed", String(layer === own[0] && head === own[1]));
