@@ -21,7 +21,7 @@ MACHINE = re.compile(r"/(?:home|root|Users|tmp|work|mnt|opt|usr|private|var)/|[A
 SMALL = {"CONTEXT_TOKENS": 96, "CONTINUATION_TOKENS": 16, "DEPTHS": [0.0, 1.0]}
 SIZES: dict[str, dict[str, Any]] = {
     "own_model": SMALL | {"CASES_PER_DEPTH": 1, "TEXTS": 2, "RATIOS": [0.5]},
-    "quickstart": SMALL | {"STEPS": 2, "BATCH_SIZE": 2, "CASES_PER_DEPTH": 1, "TEXTS": 2},
+    "quickstart": SMALL | {"STEPS": 2, "BATCH_SIZE": 2, "CASES_PER_DEPTH": 1, "TEXTS": 2, "ADAPTER": None},
     "visualization": SMALL | {"LENGTHS": [96, 128], "CASES_PER_CELL": 1, "REPORT": "output/of-no-run"},
 }
 RESULTS = {
@@ -73,7 +73,7 @@ EXPECTED: dict[str, Any] = {
         "steps": 2,
         "adapter": True,
         "gradient": True,
-        "viewer": [["base", "trained"], PRESSES],
+        "viewer": [["base", "trained"], ["ExpectedAttention", "KeyDiff", "TOVA"]],
     },
     # Two layers of four query heads and two KV heads; half of 96 tokens; one KV head of one layer a row of `steps`.
     "visualization": {
