@@ -12,6 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
+from sparsekv_pl.serve.api_key import ApiKey
 from sparsekv_pl.serve.bounded_requests import BoundedRequests
 from sparsekv_pl.serve.prompts import SplitPrompt, chat_prompt, completion_prompt
 from sparsekv_pl.serve.refusals import Refusal, refusal_of
@@ -28,11 +29,11 @@ CLIENT_LEFT = 499
 """nginx's status code for a request whose client left; nobody reads it."""
 
 
-def application(served: ServedModel, turns: ModelTurns) -> FastAPI:
-    """Return the application; ``turns`` run its requests."""
+def application(served: ServedModel, turns: ModelTurns, key: ApiKey | None = None) -> FastAPI:
+    """Return the application; ``turns`` run its requests, of clients that send ``key``, if there is one."""
     app = FastAPI(title="sparsekv_pl", docs_url=None, redoc_url=None, openapi_url=None)
     most = BYTES_PER_TOKEN * served.limits.prompt + BYTES_BESIDES
-    app.add_middleware(BoundedRequests, most_bytes=most, metrics=served.metrics)
+    app.add_middleware(BoundedRequests, most_bytes=most, metrics=served.metrics, key=key)
     _refuse_in_openais_shape(app)
 
     @app.post("/v1/chat/completions")

@@ -1,15 +1,16 @@
-"""The outermost layer of the server: a body longer than a prompt can be is not read, and every reply is counted."""
+"""The outermost layer of the server: nothing is read without the key, nor beyond a prompt; every reply is counted."""
 
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sparsekv_pl.serve.api_key import ApiKey
 from sparsekv_pl.serve.refusals import Refusal
 from sparsekv_pl.serve.server_metrics import ServerMetrics
 
 
 class BoundedRequests:
-    """Refuses long bodies by their Content-Length, which must be given, and counts replies by endpoint and status.
+    """Refuses wrong keys, and long bodies by their Content-Length, which must be given; counts replies.
 
     Parameters
     ----------
@@ -18,11 +19,13 @@ class BoundedRequests:
     most_bytes
         The longest body.
     metrics
-        Counts replies.
+        Counts replies, by endpoint and status.
+    key
+        The key that clients must send; None asks for none.
     """
 
-    def __init__(self, app: ASGIApp, most_bytes: int, metrics: ServerMetrics) -> None:
-        self.app, self.most_bytes, self.metrics = app, most_bytes, metrics
+    def __init__(self, app: ASGIApp, most_bytes: int, metrics: ServerMetrics, key: ApiKey | None) -> None:
+        self.app, self.most_bytes, self.metrics, self.key = app, most_bytes, metrics, key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or refuse."""
@@ -41,9 +44,12 @@ class BoundedRequests:
         await answering(scope, receive, counted)
 
     def _refusal(self, scope: Scope) -> Refusal | None:
+        headers = dict(scope["headers"])
+        if self.key is not None and (refusal := self.key.refusal(scope["path"], headers)) is not None:
+            return refusal
         if scope["method"] != "POST":
             return None
-        length = dict(scope["headers"]).get(b"content-length", b"").decode("latin-1")
+        length = headers.get(b"content-length", b"").decode("latin-1")
         if not length.isdigit():
             return Refusal("the request has no Content-Length: send one", status=411)
         if int(length) > self.most_bytes:

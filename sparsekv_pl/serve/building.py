@@ -7,6 +7,7 @@ from fastapi import FastAPI
 
 from sparsekv_pl.cli.chosen_model import chosen_backbone, chosen_press
 from sparsekv_pl.eviction.press_model_check import check_press
+from sparsekv_pl.serve.api_key import ApiKey
 from sparsekv_pl.serve.application import application
 from sparsekv_pl.serve.kept_documents import KeptDocuments
 from sparsekv_pl.serve.served_model import ServedModel
@@ -32,7 +33,7 @@ def built(asked: Namespace) -> tuple[ServedModel, ModelTurns, FastAPI]:
         check_before_loading(backbone, made_by(Path(name).expanduser()), name)
     model = LoadedModel(backbone)
     check_press(model.model, press)
-    limits = TokenLimits.of(model, press, asked.max_prompt_tokens, asked.max_new_tokens)
+    limits = TokenLimits.of(model.model, press, asked.max_prompt_tokens, asked.max_new_tokens)
     metrics = ServerMetrics()
     most_bytes = int(asked.kept_mib * MIB)
     documents = KeptDocuments(model, press, asked.chunk_tokens, asked.budget, most_bytes, metrics)
@@ -42,4 +43,4 @@ def built(asked: Namespace) -> tuple[ServedModel, ModelTurns, FastAPI]:
     served = ServedModel(asked.name or (local.name if local.exists() else asked.pretrained), documents, limits, metrics)
     metrics.served.info({"model": served.name, "adapter": asked.adapter or "", "press": str(documents.origin)})
     turns = ModelTurns(asked.max_requests, metrics)
-    return served, turns, application(served, turns)
+    return served, turns, application(served, turns, None if asked.api_key is None else ApiKey(asked.api_key))

@@ -12,7 +12,7 @@ from sparsekv_pl.presses.traits import traits_of
 from sparsekv_pl.serve.server_metrics import ServerMetrics
 from sparsekv_pl.usage.cache_origin import CacheOrigin
 from sparsekv_pl.usage.context_cache import ContextCache
-from sparsekv_pl.usage.empty_context import empty_context
+from sparsekv_pl.usage.kept_context import KeptContext
 from sparsekv_pl.usage.loaded_model import LoadedModel
 from sparsekv_pl.usage.reading_progress import Report
 
@@ -55,7 +55,7 @@ class KeptDocuments:
             See ``ContextCache.prefill``.
         """
         if not ids:
-            return ContextCache(self.model, None, CacheOrigin(), empty_context(self.model)), False
+            return ContextCache(self.model, None, CacheOrigin(), KeptContext.empty()), False
         key = _key(ids)
         if key in self.kept:
             self.kept.move_to_end(key)

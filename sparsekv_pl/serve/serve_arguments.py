@@ -1,6 +1,7 @@
 """The command line of ``python -m sparsekv_pl.serve``. It imports nothing heavy, so that --help is there at once."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -16,7 +17,7 @@ examples:
   python -m sparsekv_pl.serve --press "KeyRerotation(KeyDiff)" --compression_ratio 0.75 --max_prompt_tokens 30000
 
 Then: OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none"). Ctrl-C or SIGTERM lets requests under way end;
-a second one stops at once. Nobody is asked for a key: --host 0.0.0.0 opens the server to the network as it is."""
+a second one stops at once. Without --api_key nobody is asked for a key: --host 0.0.0.0 then opens the server to all."""
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 """Packages of the extra ``serve``."""
@@ -36,6 +37,11 @@ def parsed(given: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)")
     group.add_argument("--port", type=int, default=8000, help="8000; 0 takes a free one, which is printed")
     group.add_argument("--name", help="the model's name at the endpoint; default: that of --pretrained")
+    group.add_argument(
+        "--api_key",
+        metavar="VARIABLE",
+        help="name of the environment variable with the key that clients must send; default: none is asked for",
+    )
     group.add_argument(
         "--document",
         metavar="FILE",
@@ -67,6 +73,9 @@ def _checked(parser: LineParser, asked: argparse.Namespace) -> argparse.Namespac
         parser.error(f"--kept_mib {asked.kept_mib} must be 0 or more")
     if not 0 <= asked.port < 65536:
         parser.error(f"--port {asked.port} must be 0 to 65535")
+    if asked.api_key is not None and not os.environ.get(asked.api_key, "").strip():
+        # What was given is not shown: it may be the key itself.
+        parser.error("--api_key names an environment variable that holds the key, and that one is not set: export it")
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         parser.error(f"{', '.join(missing)} is not installed: pip install --constraint constraints.txt '.[serve]'")

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparsekv_pl.eviction.limits import position_limit
-from sparsekv_pl.presses.traits import traits_of
 from sparsekv_pl.serve.kept_documents import KeptDocuments
 from sparsekv_pl.serve.prompt_scores import PromptScores, prompt_scores
 from sparsekv_pl.serve.prompts import SplitPrompt
@@ -64,8 +62,6 @@ class ServedModel:
     def __init__(self, name: str, documents: KeptDocuments, limits: TokenLimits, metrics: ServerMetrics) -> None:
         self.name, self.documents, self.limits, self.metrics = name, documents, limits, metrics
         self.model = documents.model
-        press = documents.press
-        self.positions = None if press is not None and traits_of(press).re_rotates else position_limit(self.model.model)
 
     def check_name(self, name: str) -> None:
         """Raise ``Refusal`` for another model's name."""
@@ -100,7 +96,8 @@ class ServedModel:
                 code="max_tokens_exceeded",
             )
         self._check_length(prompt, most or 1, param)
-        room = self.limits.answer if self.positions is None else self.positions + 1 - prompt.tokens
+        positions = self.limits.positions
+        room = self.limits.answer if positions is None else positions + 1 - prompt.tokens
         return most or min(self.limits.answer, room)
 
     def _echoed_tokens(self, asked: CompletionFields, most: int, prompt: SplitPrompt) -> int:
@@ -111,9 +108,10 @@ class ServedModel:
 
     def _check_length(self, prompt: SplitPrompt, answer: int, param: str) -> None:
         """Speak as OpenAI and vLLM do, whose words clients look for."""
-        beyond = self.positions is not None and prompt.tokens + answer - 1 > self.positions
+        positions = self.limits.positions
+        beyond = positions is not None and prompt.tokens + answer - 1 > positions
         if prompt.tokens > self.limits.prompt or beyond:
-            limit = self.limits.prompt if prompt.tokens > self.limits.prompt else self.positions
+            limit = self.limits.prompt if prompt.tokens > self.limits.prompt else positions
             raise Refusal(
                 f"This model's maximum context length is {limit} tokens here, and the request has {prompt.tokens} in "
                 f"the prompt and up to {answer} in the answer: shorten the document or {param}",

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from kvpress import BasePress
+from transformers import PreTrainedModel
 
 from sparsekv_pl.eviction.limits import position_limit
+from sparsekv_pl.models.layer_kinds import windowed_alone
 from sparsekv_pl.presses.traits import traits_of
-from sparsekv_pl.usage.loaded_model import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -15,28 +16,30 @@ class TokenLimits:
 
     prompt: int
     answer: int
+    positions: int | None = None
+    """Most positions of both together; None under a press that frees them, and where the config names none."""
 
     @classmethod
-    def of(cls, model: LoadedModel, press: BasePress | None, prompt: int | None, answer: int) -> "TokenLimits":
+    def of(cls, model: PreTrainedModel, press: BasePress | None, prompt: int | None, answer: int) -> "TokenLimits":
         """Limit prompts to the model's positions, or to ``prompt`` tokens, which only a re-rotating press may exceed.
+
+        Under a press, a model all of whose layers have a window has no positions beyond it.
 
         Raises ``ValueError`` for numbers that cannot be met.
         """
-        config = model.model.config.get_text_config()
-        positions = position_limit(model.model)
-        window = getattr(config, "sliding_window", None)
-        known = [each for each in (positions, window) if each is not None]
-        if prompt is None:
-            if not known:
-                raise ValueError("the model's config names no number of positions: give --max_prompt_tokens")
-            prompt = min(known)
+        window = None if press is None else windowed_alone(model.config)
+        most = min((each for each in (position_limit(model), window) if each is not None), default=None)
         rotates = press is not None and traits_of(press).re_rotates
-        if known and prompt > min(known) and not rotates:
+        if prompt is None:
+            if most is None:
+                raise ValueError("the model's config names no number of positions: give --max_prompt_tokens")
+            prompt = most
+        if most is not None and prompt > most and not rotates:
             raise ValueError(
-                f"--max_prompt_tokens {prompt} is more than this model reads ({min(known)}): lower it, or serve under "
-                "a press that re-rotates keys, such as KeyRerotation(KeyDiff)"
+                f"--max_prompt_tokens {prompt} is more than this model reads ({most}): lower it, or serve under a "
+                "press that re-rotates keys, such as KeyRerotation(KeyDiff)"
             )
         for name, value in {"--max_prompt_tokens": prompt, "--max_new_tokens": answer}.items():
             if value < 1:
                 raise ValueError(f"{name} {value} must be at least 1")
-        return cls(prompt, answer)
+        return cls(prompt, answer, None if rotates else most)

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from sparsekv_pl.eviction.cache_layers import CARRIED, PAIRS, cache_of
@@ -49,6 +50,11 @@ class KeptContext:
         packed = filling.packed if isinstance(filling, QuantisedPrefill) else {}
         return kept._holding(packed) if packed else kept
 
+    @classmethod
+    def empty(cls) -> "KeptContext":
+        """Return the context of no token: what is asked of it is a text by itself, read with its full cache."""
+        return cls(torch.empty(1, 0, dtype=torch.long), (), 0, {})
+
     @property
     def tokens(self) -> int:
         """L, the tokens that were read."""
@@ -69,7 +75,7 @@ class KeptContext:
         """KV pairs per head, a mean over the layers in which presses evict."""
         layers = self.evicted or range(self.layers)
         names = [f"{kind}.{layer}" for kind in ("keys", "keys_codes") for layer in layers]
-        return sum(self.tensors[name].shape[2] for name in names if name in self.tensors) / len(layers)
+        return sum(self.tensors[name].shape[2] for name in names if name in self.tensors) / max(1, len(layers))
 
     @property
     def kv_bytes(self) -> int:

@@ -134,15 +134,15 @@ def test_windows_alone_are_kept_whole_at_any_length_and_evicted_within_the_windo
 
 def test_what_such_models_cannot_do_is_refused_by_name(load: Load, tmp_path: Path) -> None:
     gemma, lfm, path = load("gemma3"), load("lfm2"), tmp_path / "kept.safetensors"
-    with pytest.raises(ValueError, match="PyramidKV needs every layer.* in layers 0, 2"):
+    with pytest.raises(ValueError, match=r"PyramidKV needs every layer.* in layers 0, 2"):
         ContextCache.prefill(gemma, DOCUMENT, PyramidKVPress(0.5, window_size=4))
     cache = ContextCache.prefill(lfm, DOCUMENT, KnormPress(0.5))
-    with pytest.raises(ValueError, match="generate: Lfm2ForCausalLM has layers without attention.* use ask"):
+    with pytest.raises(ValueError, match=r"generate: Lfm2ForCausalLM has layers without attention.* use ask"):
         cache.generate(QUESTIONS)
     with pytest.raises(ValueError, match=r"merge: Lfm2ForCausalLM has layers \[0, 2\] without attention"):
         cache.merge(cache)
     cache.save(path)
-    with pytest.raises(ValueError, match="was made by the model 'lfm2.*' .* this is 'gemma3"):
+    with pytest.raises(ValueError, match=r"was made by the model 'lfm2.*' .* this is 'gemma3"):
         ContextCache.load(path, gemma)
 
 
