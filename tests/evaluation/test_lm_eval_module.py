@@ -19,6 +19,7 @@ from sparsekv_pl.evaluation.points import Setting
 from sparsekv_pl.eviction.while_decoding import Decoding
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.storage.records import Record
+from tests.evaluation.lm_eval_cases import check_viewers
 from tests.tiny_training import MakeAdapter, MakeBackbone, MakeTrainer
 
 Make = Callable[..., LMEvalModule]
@@ -158,6 +159,7 @@ def test_every_task_is_scored_under_every_press_base_and_trained(
     [saved, *_] = kept.rglob("results_*.json")
     assert json.loads(saved.read_text())["results"].keys() <= {"choice", "answer", "read"}
     assert len(list(kept.rglob("samples_*.jsonl"))) == 3
+    check_viewers(tmp_path / "output", ["answer/0", "choice/0"])
 
 
 @pytest.mark.usefixtures("reported")

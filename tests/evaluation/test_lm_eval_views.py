@@ -85,8 +85,8 @@ def test_the_page_joins_what_each_point_kept_of_a_document(tiny: tuple[Any, Any]
     content = json.loads(re.search(rb'id="data">(.*?)</script>', page)[1])  # type: ignore[index]
     assert label == "answer/0" and content["mass"] and not content["missing"]
     assert [(point["press"], point["ratio"], point["pairs"]) for point in content["points"]] == [
-        ("Knorm", 0.5, None),
-        ("Knorm", 0.75, None),
+        ("Knorm", 0.5, int(0.5 * len(content["tokens"]))),
+        ("Knorm", 0.75, int(0.25 * len(content["tokens"]))),
     ]
     assert content["full"]["answers"]["base"] == {"text": "a road", "right": False}
 
