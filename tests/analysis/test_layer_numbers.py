@@ -110,7 +110,7 @@ def test_an_evaluation_and_its_viewer(
     monkeypatch.setattr(
         evaluation_module, "sparsity_figure", lambda *a, **k: figures.append(draw(*a, **k)) or figures[-1]
     )
-    module = EvaluationModule(windowed(), [Setting(KeyDiffPress(), [0.5])], str(tmp_path), views=1)
+    module = EvaluationModule(windowed(), [Setting(KeyDiffPress(), [0.5])], str(tmp_path), sparsity=True, views=1)
     tiny_trainer().test(module, tiny_cases(windows=1, cases_per_cell=1), verbose=False)
     assert json.loads((tmp_path / "sparsity.json").read_text())["layers"] == FULL
     check_axes(figures, 4)
