@@ -94,6 +94,7 @@ def test_a_context_longer_than_the_model_stops_before_measuring(
         (Setting(SnapKVPress(window_size=16), [0.5], chunk_tokens=12), "SnapKV looks at a window of 16"),
         (Setting(SnapKVPress(window_size=16), [0.5], decoding=Decoding(16)), "interval=16 must be above the window"),
         (Setting(AdaKVPress(KnormPress()), [0.5], decoding=Decoding(16)), "AdaKV.* cannot evict again and again"),
+        (Setting(KnormPress(), [0.5], decoding=Decoding("turn")), r"interval=turn .* data\.tasks makes none"),
     ],
 )
 def test_contexts_shorter_than_a_window_stop_before_measuring(
