@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from data.own_question import OwnQuestion
 from data.questions import QuestionData
 from sparsekv_pl.analysis.eviction_viewer import EvictionViewer
+from sparsekv_pl.evaluation.case_view import add_kept
 from sparsekv_pl.evaluation.points import Setting
 from sparsekv_pl.evaluation.view_pages import view_pages
 from sparsekv_pl.eviction.kept_positions import masked_keys
@@ -196,3 +197,24 @@ def test_no_text_runs_as_code(open_page: Callable[..., Any], tmp_path: Path) -> 
     assert shown.count(HOSTILE) >= 7
     assert page.run("() => document.querySelectorAll('img, b, script:not([id])').length") == 1
     assert json.loads(page.run("() => document.getElementById('data').textContent"))["title"] == HOSTILE
+
+
+def test_layers_and_pairs_have_the_models_numbers(open_page: Callable[..., Any], tmp_path: Path) -> None:
+    """Of a model that evicts in layers 5 and 11; its records do not say how many pairs stayed."""
+    kept = torch.ones(2, 1, 3, dtype=torch.bool)
+    kept[0, :, 1:] = False
+    view = {"viewed": "one", "variant": "base", "question": "Who?", "expected": ["b"], "marked": [[1, 2]], "mass": None}
+    view |= {"tokens": ["a", "b", "c"], "kept": {}, "pairs": {}, "unknown": {}}
+    case = {"case": "one", "variant": "base", "press": "Knorm", "compression_ratio": 0.5, "prefill": "dense"}
+    add_kept(view, Condition.of(case).name, kept, [5, 11])
+    ((_, content),) = view_pages([view, case | {"answer": "b", "exact": 1.0}], 1, "kept", {}).values()
+    path = tmp_path / "viewer.html"
+    path.write_bytes(content)
+    page = open_page(path)
+    assert page.tab.locator("#layer option").all_inner_texts() == ["all", "5", "11"]
+    assert page.tab.locator("#heads tfoot td").all_inner_texts() == ["5", "11"]
+    assert page.tab.locator("#answers [data-name=pairs]").all_inner_texts() == ["3", "2"]
+    labels = [cell.get_attribute("aria-label") for cell in page.tab.locator("#heads button").all()]
+    assert labels == ["layer 5, head 0: 0 %", "layer 11, head 0: 100 %"]
+    page.tab.select_option("#layer", label="5")
+    assert ", layer 5, head all: base keeps 0 %" in page.text("#summary") and page.said == []
