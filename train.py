@@ -1,5 +1,9 @@
-"""Train: python train.py fit --config configs/quickstart.yaml [--ckpt_path last] [--merge]."""
+"""Train: python train.py fit --config configs/quickstart.yaml [--ckpt_path last] [--merge].
 
+plan in place of fit prints steps, hours and bytes, and loads no weights.
+"""
+
+import sys
 from pathlib import Path
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -41,11 +45,13 @@ class TrainCommandLine(CommandLine):
             set_aside((folder for _, folder in trained_into(settings)), settings.get("ckpt_path"))
 
 
+def plan() -> None:
+    """Print what a training would take."""
+    from sparsekv_pl.cli.training_planner import main
+
+    main(sys.argv[2:])
+
+
 if __name__ == "__main__":
-    run(
-        lambda: TrainCommandLine(
-            save_config_callback=SaveRunConfig,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-        )
-    )
+    settings = {"save_config_callback": SaveRunConfig, "save_config_kwargs": {"overwrite": True}}
+    run(plan if sys.argv[1:2] == ["plan"] else lambda: TrainCommandLine(**settings, seed_everything_default=0))

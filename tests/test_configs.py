@@ -98,8 +98,17 @@ def test_every_overlay_of_an_evaluation_changes_what_it_goes_over(
     ("over", "extra"),
     [
         ([], []),
-        (["qlora.yaml"], ["--data.context_tokens=2048", "--model.backbone.load_in_4bit=false"]),
-        (["fsdp.yaml"], ["--trainer.accelerator=cpu", "--trainer.accumulate_grad_batches=1"]),
+        (
+            ["qlora.yaml"],
+            [
+                *("--data.context_tokens=2048", "--model.backbone.load_in_4bit=false"),
+                *("--model.eviction.chunk_tokens=512", "--model.eviction.checkpoint=true"),
+            ],
+        ),
+        (
+            ["fsdp.yaml"],
+            ["--trainer.accelerator=cpu", "--trainer.accumulate_grad_batches=1", "--data.shortest_context=null"],
+        ),
     ],
 )
 @pytest.mark.usefixtures("elsewhere")

@@ -124,7 +124,7 @@ def plan(
         Bytes, or a size such as ``80GiB``. None takes the free memory of all GPUs, or of RAM without a GPU.
     """
     _check(tokens, compression_ratio, budget, chunk_tokens, batch, tokens_per_second, decode_tokens_per_second)
-    config = _config(pretrained, cache_dir)
+    config = read_config(pretrained, cache_dir)
     decided = decide().dtype if dtype == AUTO else dtype
     torch_dtype: torch.dtype = getattr(torch, decided)
     quantised = load_in_4bit and not stored_quantisation(config)
@@ -233,7 +233,7 @@ def _check(
         raise ValueError(f"tokens per second must be above 0, not {rates}")
 
 
-def _config(pretrained: str | PreTrainedConfig, cache_dir: str | None) -> PreTrainedConfig:
+def read_config(pretrained: str | PreTrainedConfig, cache_dir: str | None) -> PreTrainedConfig:
     if isinstance(pretrained, PreTrainedConfig):
         return pretrained
     source = resolve(pretrained, cache_dir)

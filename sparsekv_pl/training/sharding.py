@@ -26,6 +26,10 @@ from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.models.layer_kinds import linear_layers
 
 STEPS = ("training_step", "validation_step")
+SAME_LENGTHS = (
+    "shortest_context draws lengths that differ between ranks, and so does the number of passes they run, while "
+    "sharded ranks must run the same passes: set data.shortest_context=null, or train under DDP"
+)
 
 
 def shard(module: Any) -> None:
@@ -136,10 +140,7 @@ def _check_module(module: Any) -> None:
         )
     data = getattr(module.trainer, "datamodule", None)
     if len(getattr(data, "context_lengths", [0])) > 1:
-        raise ValueError(
-            "shortest_context draws lengths that differ between ranks, and so does the number of passes they run, "
-            "while sharded ranks must run the same passes: set data.shortest_context=null, or train under DDP"
-        )
+        raise ValueError(SAME_LENGTHS)
 
 
 def _mixed_precision(precision: str) -> MixedPrecisionPolicy:

@@ -1,0 +1,178 @@
+"""``python train.py plan``: steps, hours and bytes of a training from its configuration files, without weights."""
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import psutil
+import torch
+from jsonargparse import ArgumentParser as ObjectParser
+from jsonargparse import Namespace
+
+from sparsekv_pl.cli.command_line import CommandLine
+from sparsekv_pl.eviction import Eviction
+from sparsekv_pl.eviction.real import RealEviction
+from sparsekv_pl.models.backbone import Backbone
+from sparsekv_pl.models.lora import Lora, adapter_settings
+from sparsekv_pl.models.memory_planner import read_config
+from sparsekv_pl.models.native_precision import AUTO, dtype_of
+from sparsekv_pl.models.placement import in_bytes
+from sparsekv_pl.objectives import EIT, Objective
+from sparsekv_pl.schedules import Schedule
+from sparsekv_pl.training.eit_module import EITModule
+from sparsekv_pl.training.sharding import SAME_LENGTHS
+from sparsekv_pl.training.step_shape import StepShape, model_shape
+from sparsekv_pl.training.training_plan import TFLOPS, TrainingPlan, measured_tflops
+
+MEASURE = "measure"
+MOST_RATIOS = 1_000
+"""Steps of a schedule that are asked for their ratio."""
+
+
+class ParsedOnly(CommandLine):
+    """A command line that parses its files and makes no objects."""
+
+    def before_instantiate_classes(self) -> None:
+        """Claim no folder, choose no precision."""
+
+    def instantiate_classes(self) -> None:
+        """Load no model."""
+
+
+def planned(arguments: Sequence[str], on_cpu: bool = False) -> TrainingPlan:
+    """Plan the training of train.py's ``arguments`` ("--config FILE" and settings).
+
+    bfloat16 is assumed where the settings name no precision, float32 on a CPU. Raises ``ValueError`` for settings that
+    parsing refuses, and for a training whose steps are not planned: not EITModule's, without an adapter, or not with
+    RealEviction.
+    """
+    settings = ParsedOnly(args=list(arguments), run=False, save_config_callback=None).config
+    if settings.model.class_path != f"{EITModule.__module__}.{EITModule.__qualname__}":
+        raise ValueError(f"model.class_path is {settings.model.class_path}: only EITModule's steps can be planned")
+    made = _objects(settings)
+    eviction, backbone, trainer, data = made.eviction, made.backbone, settings.trainer, settings.data.init_args
+    if not isinstance(eviction, RealEviction):
+        raise ValueError(f"model.eviction is {type(eviction).__name__}: only RealEviction's steps can be planned")
+    devices = _devices(trainer)
+    _check_sharded(backbone, data)
+    request = (made.objective or EIT()).request
+    dtype = _dtype(backbone, trainer.precision, on_cpu)
+    local = eviction.local_gradients
+    shortest = data.shortest_context or data.context_tokens
+    step = StepShape(
+        context_tokens=data.context_tokens,
+        continuation_tokens=data.continuation_tokens,
+        compression_ratio=_least_ratio(trainer),
+        press=eviction.press,
+        rows=data.batch_size,
+        chunk_tokens=eviction.chunk_tokens,
+        budget=eviction.budget,
+        checkpoint=eviction.checkpoint,
+        local=local is not None and local.through_every is None and local.above_tokens < data.context_tokens,
+        teacher=request.teacher,
+        scores=request.scores,
+        full_cache=request.full_cache,
+        dtype=dtype,
+        on_cpu=on_cpu,
+        devices=devices,
+        sharded=backbone.sharded,
+    )
+    config = read_config(backbone.pretrained, backbone.cache_dir)
+    model = model_shape(backbone.pretrained, config, _lora(backbone), dtype, backbone.load_in_4bit)
+    if trainer.max_steps < 1:
+        raise ValueError(f"trainer.max_steps is {trainer.max_steps}: give the number of steps to plan")
+    return TrainingPlan(model, step, trainer.max_steps, trainer.accumulate_grad_batches, shortest)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the plan of train.py's ``arguments``, for a device that the plan's own options describe."""
+    parser = ArgumentParser(prog="train.py plan", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--memory", help="of one device, such as 80GiB; left out: this machine's GPU, or RAM")
+    parser.add_argument("--device", choices=("gpu", "cpu"), help="left out: gpu if --memory is given or a GPU is here")
+    parser.add_argument("--tflops", default=str(TFLOPS), help=f"of one device ({TFLOPS:g}), or measure: products here")
+    given, others = parser.parse_known_args(arguments)
+    on_cpu = given.device == "cpu" or (given.device is None and not given.memory and not torch.cuda.is_available())
+    limit = _limit(given.memory, on_cpu)
+    plan = planned(others, on_cpu)
+    tflops, rate = _rate(given.tflops, on_cpu, plan.step.dtype)
+    sys.stdout.write("\n".join(plan.lines(limit, tflops, rate)) + "\n")
+
+
+def _limit(memory: str | None, on_cpu: bool) -> int:
+    if memory is not None:
+        return in_bytes(memory, "memory")
+    if not on_cpu and not torch.cuda.is_available():
+        raise ValueError("--device gpu without --memory, and this machine has no GPU: give its size, --memory 80GiB")
+    return int(psutil.virtual_memory().available) if on_cpu else torch.cuda.mem_get_info()[0]
+
+
+def _rate(text: str, on_cpu: bool, dtype: torch.dtype) -> tuple[float, str]:
+    """Return the operations a second that ``--tflops`` gives, and where they come from."""
+    if text == MEASURE:
+        if not on_cpu and not torch.cuda.is_available():
+            raise ValueError("--tflops measure, and this machine has no GPU: measure there, or give a number")
+        device = torch.device("cpu" if on_cpu else "cuda")
+        return measured_tflops(device, dtype), "measured in products here, an upper bound"
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise ValueError(f"--tflops is {text}: give a number above 0, or {MEASURE}")
+    return number, "assumed; --tflops sets it" if number == TFLOPS else "given"
+
+
+def _objects(settings: Namespace) -> Namespace:
+    """Make the backbone, eviction and objective, which load nothing."""
+    parser = ObjectParser(exit_on_error=False)
+    for name, kind in (("backbone", Backbone), ("eviction", Eviction), ("objective", Objective | None)):
+        parser.add_argument(f"--{name}", type=kind)
+    given = {name: settings.model.init_args[name] for name in ("backbone", "eviction", "objective")}
+    return parser.instantiate(parser.parse_object(Namespace(**given).as_dict()))
+
+
+def _lora(backbone: Backbone) -> Lora:
+    if backbone.adapter is not None:
+        kept: Any = adapter_settings(backbone.adapter)
+        return Lora(r=kept.r, alpha=kept.lora_alpha, targets=tuple(sorted(kept.target_modules)))
+    if backbone.lora is None:
+        raise ValueError("backbone.lora is null, which trains every weight: only adapters are planned, set lora")
+    return backbone.lora
+
+
+def _dtype(backbone: Backbone, precision: str | int | None, on_cpu: bool) -> torch.dtype:
+    named: Literal["float32", "bfloat16", "float16"] = "float32" if on_cpu else "bfloat16"
+    if precision is not None:
+        named = dtype_of(precision)
+    elif backbone.dtype != AUTO:
+        named = backbone.dtype
+    found: torch.dtype = getattr(torch, named)
+    return found
+
+
+def _devices(trainer: Namespace) -> int:
+    if not isinstance(trainer.devices, int | str) or not str(trainer.devices).lstrip("-").isdigit():
+        return trainer.num_nodes if trainer.devices == "auto" else len(trainer.devices) * trainer.num_nodes
+    return max(1, int(trainer.devices)) * trainer.num_nodes
+
+
+def _check_sharded(backbone: Backbone, data: Namespace) -> None:
+    """Raise ``ValueError`` for what a sharded run refuses once it has ranks."""
+    if backbone.sharded and backbone.load_in_4bit:
+        raise ValueError("backbone.sharded=true does not go with load_in_4bit=true: 4-bit weights train under DDP")
+    if backbone.sharded and data.shortest_context not in (None, data.context_tokens):
+        raise ValueError(SAME_LENGTHS)
+
+
+def _least_ratio(trainer: Namespace) -> float:
+    """Return the least compression ratio that the Curriculum's schedule gives; 0 without one."""
+    callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+    for callback in filter(None, callbacks):
+        if str(callback.class_path).endswith(".Curriculum"):
+            parser = ObjectParser(exit_on_error=False)
+            parser.add_argument("--schedule", type=Schedule)
+            given = {"schedule": callback.init_args.schedule.as_dict()}
+            schedule: Schedule = parser.instantiate(parser.parse_object(given)).schedule.over(max(1, trainer.max_steps))
+            return min(schedule.ratio(step) for step in range(min(max(1, trainer.max_steps), MOST_RATIOS)))
+    return 0.0

@@ -1,0 +1,138 @@
+"""A training's plan: bytes against the tensors of real steps, operations against counted ones, and its proposals."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from kvpress import ExpectedAttentionPress, KeyDiffPress, KnormPress, SnapKVPress, StreamingLLMPress, TOVAPress
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from benchmarks.counted_step import PHASES, batch_of, counted, planned, student_of
+from benchmarks.planned_shapes import EIGHTH, shape
+from sparsekv_pl.models.lora import Lora, inject_lora
+from sparsekv_pl.presses import EvictionAugPress
+from sparsekv_pl.training.score_memory import uncounted
+from sparsekv_pl.training.step_memory import StepMemory
+from sparsekv_pl.training.step_operations import row_operations
+from sparsekv_pl.training.step_shape import StepShape, model_shape
+from sparsekv_pl.training.training_plan import TrainingPlan, measured_tflops
+
+LORA = Lora(r=16, alpha=32)
+GIB = 2**30
+
+
+def press() -> EvictionAugPress:
+    presses = [KeyDiffPress(), KnormPress(), SnapKVPress(window_size=32), ExpectedAttentionPress()]
+    return EvictionAugPress(presses, score_all=True)
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    """Five layers of an eighth of Qwen3-8B's width."""
+    with torch.random.fork_rng():
+        return inject_lora(AutoModelForCausalLM.from_config(shape("qwen3", 5, **EIGHTH)), LORA)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"on_cpu": True},
+        {"chunk_tokens": 96, "checkpoint": True},
+        {"chunk_tokens": 96, "rows": 2},
+        {"local": True},
+        {"scores": False, "on_cpu": True},
+    ],
+    ids=["gpu", "cpu", "checkpointed", "chunks, 2 rows", "local", "no scores, cpu"],
+)
+def test_the_peak_is_that_of_a_real_step_within_a_quarter(model: PreTrainedModel, settings: dict[str, Any]) -> None:
+    model.zero_grad()
+    step = StepShape(384, 32, 0.5, press(), **({"dtype": torch.bfloat16} | settings))
+    real, plan = counted(model.to(torch.bfloat16), step), planned(model.config, LORA, step)
+    assert max(plan.values()) == pytest.approx(max(real.values()), rel=0.25), (plan, real)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_operations_are_those_of_a_step(model: PreTrainedModel, checkpoint: bool) -> None:
+    """Attention's own are left out: torch counts none of the CPU's kernel."""
+    step = StepShape(384, 32, 0.5, press(), dtype=torch.float32, checkpoint=checkpoint)
+    student = student_of(model.float(), step)
+    with FlopCounterMode(display=False) as counter:
+        view, _ = student.view(batch_of(step), step.compression_ratio, 0)
+        student.objective(view)["loss"].backward()
+    found = model_shape("model", model.config, LORA, torch.float32, False)
+    without = replace(found, heads=0)
+    assert sum(row_operations(without, step).values()) == pytest.approx(counter.get_total_flops(), rel=0.1)
+    assert sum(row_operations(found, step).values()) > 1.02 * sum(row_operations(without, step).values())
+
+
+def plan(**settings: Any) -> TrainingPlan:
+    """The 8B recipe."""
+    step = StepShape(4096, 128, 0.3, press(), **settings)
+    four = settings.pop("four_bit", False)
+    return TrainingPlan(model_shape("m", shape("qwen3"), Lora(64, 128), torch.bfloat16, four), step, 600, 8, 512)
+
+
+def test_terms_can_be_counted_by_hand() -> None:
+    """Qwen3-8B, 36 layers of 4,096 and 12,288, 32 heads and 8 KV heads of 128; one row of 4,096 and 128 tokens."""
+    made = plan()
+    terms = {term.name: term.bytes for term in (*made.memory.always(), *made.memory.phases()[1].terms)}
+    assert terms["weights"] == pytest.approx(2 * 8_190_735_360, rel=1e-5)  # and RoPE's frequencies
+    trained = 36 * 64 * (2 * 8192 + 2 * 5120)  # q and o: 4096 -> 4096; k and v: 4096 -> 1024
+    assert terms["adapter, gradients, optimizer"] == 16 * trained
+    assert terms["context: norms"] == 35 * 4096 * 2 * 4096 * 4
+    assert terms["context: feed-forward"] == 35 * 4096 * 3 * 12288 * 2
+    assert terms["context: attention"] == 35 * 4096 * (2 * (4096 + 1024) * 2 + 4 * 32)
+    assert terms["context: adapter inputs"] == 35 * 4096 * 2 * 4 * (4096 + 64)
+    assert terms["teacher's attention"] == 36 * 8 * 4096 * 4
+    assert terms["logits"] == 4 * 127 * 151936 * 4
+    assert made.operations["teacher"] == pytest.approx(8 * 2 * 36 * 192.9e6 * 2432, rel=0.05)
+
+
+def test_shards_and_half_the_rows_take_their_share() -> None:
+    whole, shards = plan(), plan(devices=8, sharded=True)
+    weights = {name: made.memory.always()[0].bytes for name, made in (("whole", whole), ("shards", shards))}
+    assert weights["shards"] == weights["whole"] // 8
+    assert shards.memory.phases() == whole.memory.phases()
+    assert shards.rows == 8 * whole.rows
+    assert shards.seconds(100.0) == pytest.approx(whole.seconds(100.0))
+    assert sum(term.bytes for term in shards.memory.always()) > shards.model.weight_bytes / 8
+
+
+def test_what_does_not_fit_proposes_what_does() -> None:
+    """The mildest change first, and each fits by its own plan."""
+    made = plan(rows=2)
+    assert made.verdict(200 * GIB).startswith("fits: ")
+    said = made.verdict(60 * GIB)
+    assert said.startswith("DOES NOT FIT: ") and "--data.batch_size 1 --trainer.accumulate_grad_batches 16" in said
+    assert "chunk_tokens" in plan().verdict(40 * GIB)
+    assert "would either" in plan().verdict(10 * GIB)
+    sizes = [proposed.total_bytes for _, proposed in plan().smaller()]
+    assert max(sizes) < plan().total_bytes
+
+
+def test_scores_of_presses_that_are_not_known_are_counted_as_the_largest_and_said() -> None:
+    names = uncounted([TOVAPress(), SnapKVPress(), StreamingLLMPress()])
+    assert names == ["StreamingLLM"]
+    drawn = StepShape(256, 32, 0.5, EvictionAugPress([KeyDiffPress(), SnapKVPress()]))
+    assert len(drawn.scorers) == 1
+    assert StepShape(256, 32, 0.5, StreamingLLMPress()).scorers == []
+
+
+def test_memory_of_evicted_chunks_does_not_grow_with_the_context() -> None:
+    """With a budget, beside the caches between chunks."""
+
+    def held(tokens: int) -> int:
+        step = StepShape(tokens, 128, 0.0, press(), chunk_tokens=512, budget=512, checkpoint=True)
+        memory = StepMemory(model_shape("m", shape("llama"), Lora(64, 128), torch.bfloat16, False), step)
+        (states,) = [term.bytes for term in memory.states()]
+        return memory.phases()[2].bytes - states - memory.attention_mass().bytes
+
+    assert PHASES[2] == plan().memory.phases()[2].name
+    assert held(8192) == held(4096)
+
+
+def test_products_are_measured() -> None:
+    assert 0 < measured_tflops(torch.device("cpu"), torch.float32, seconds=0.0, width=64) < 100
