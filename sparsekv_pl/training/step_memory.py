@@ -8,6 +8,8 @@ the bytes of tensors that live in a real step.
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kvpress import BasePress
+
 from sparsekv_pl.objectives.losses import CHUNK_TOKENS
 from sparsekv_pl.training.score_memory import READS_QUERIES, Scored, score_bytes
 from sparsekv_pl.training.step_shape import SAME_INPUT, ModelShape, StepShape
@@ -186,9 +188,9 @@ class StepMemory:
             self.normed * (model.hidden + (heads if model.normed_heads else 0)) + inputs + self.stream * 2 * model.keys
         )
 
-    def scored(self, press: object, tokens: int, keys: int) -> int:
+    def scored(self, press: BasePress, tokens: int, keys: int) -> int:
         """Return the bytes of a press's scores in one layer of one row."""
-        return score_bytes(Scored(self.model, tokens, keys, self.product, self.stream, self.normed), press)  # type: ignore[arg-type]
+        return score_bytes(Scored(self.model, tokens, keys, self.product, self.stream, self.normed), press)
 
     def looking_back(self, rows: int, chunks: list[tuple[int, int, int]], name: str) -> Term:
         """Count the pairs and the masks of ``chunks`` (tokens, keys, kept) that attend to an evicted cache.
@@ -258,10 +260,15 @@ class StepMemory:
         ]
 
     def forward_transient(self, chunk: int) -> Term:
-        """Count what one layer's forward holds for a moment: attention, norms and residuals of the last layer."""
-        model, rows = self.model, self.step.rows
-        attention = sum(size for name, (size, _) in self.parts().items() if name != "feed-forward") - self.edge()
-        token = model.hidden * (8 + 3 * self.stream) + max(0, attention)
+        """Count what one layer's forward holds for a moment: attention, norms, residuals.
+
+        The last layer has no feed-forward part over the context; where layers keep nothing, an earlier one holds most.
+        """
+        model, rows, parts = self.model, self.step.rows, self.parts()
+        if not (self.step.local or self.step.checkpoint):
+            del parts["feed-forward"]
+        layer = sum(size for size, _ in parts.values()) - self.edge()
+        token = model.hidden * (8 + 3 * self.stream) + max(0, layer)
         return Term("one layer's forward", rows * chunk * token, f"{rows} x {chunk:,} tokens x {token:,} B")
 
     def backward_transient(self, chunk: int) -> Term:

@@ -143,7 +143,7 @@ def model_shape(name: str, config: PreTrainedConfig, lora: Lora, dtype: torch.dt
     cache = cache_shape(config)
     quantised = load_in_4bit and not stored_quantisation(config)
     model = skeleton(config, dtype, four_bit(config, dtype) if quantised else None)
-    layer = model.get_decoder().layers[0]  # type: ignore[operator]
+    layer = model.get_decoder().layers[0]
     linear = {key: module for key, module in layer.named_modules() if isinstance(module, nn.Linear)}
     sizes = {key: module.in_features * module.out_features for key, module in linear.items()}
     adapted = [
