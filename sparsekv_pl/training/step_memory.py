@@ -262,13 +262,14 @@ class StepMemory:
     def forward_transient(self, chunk: int) -> Term:
         """Count what one layer's forward holds for a moment: attention, norms, residuals.
 
-        The last layer has no feed-forward part over the context; where layers keep nothing, an earlier one holds most.
+        The last layer has no feed-forward part over the context; where layers keep nothing, an earlier one holds most,
+        and with local gradients the one before it, whose output is its input, too.
         """
         model, rows, parts = self.model, self.step.rows, self.parts()
         if not (self.step.local or self.step.checkpoint):
             del parts["feed-forward"]
-        layer = sum(size for size, _ in parts.values()) - self.edge()
-        token = model.hidden * (8 + 3 * self.stream) + max(0, layer)
+        layer = max(0, sum(size for size, _ in parts.values()) - self.edge()) * (1 + self.step.local)
+        token = model.hidden * (8 + 3 * self.stream) + layer
         return Term("one layer's forward", rows * chunk * token, f"{rows} x {chunk:,} tokens x {token:,} B")
 
     def backward_transient(self, chunk: int) -> Term:

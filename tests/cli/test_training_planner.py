@@ -74,7 +74,10 @@ def test_plan_is_a_command_of_train(folders: dict[str, Path]) -> None:
         (["--memory", "80GB", "--tflops", "0"], "--tflops is 0: give a number above 0, or measure"),
         (["--memory", "much"], "memory"),
         (["--memory", "80GB", "--model.backbone.lora=null"], "backbone.lora is null, which trains every weight"),
-        (["--memory", "80GB", "--model.eviction=KVDropout"], "model.eviction is KVDropout: only RealEviction's"),
+        (
+            ["--memory", "80GB", "--model.eviction=sparsekv_pl.eviction.dropout.KVDropout"],
+            "model.eviction is KVDropout: only RealEviction's",
+        ),
         (["--memory", "80GB", "--trainer.max_steps=-1"], "trainer.max_steps is -1: give the number of steps"),
         (["--memory", "80GB", "--config", str(TRAIN / "fsdp.yaml")], "set data.shortest_context=null"),
     ],
