@@ -76,10 +76,8 @@ def small(rows: list[dict[str, object]], ratios: dict[str, float], lengths: tupl
     dtype = getattr(torch, NATIVE.dtype)
     model, _ = Backbone(dtype=NATIVE.dtype).load()
     config, lora = causal_lm(model).config, Lora()
-    found, rate = (
-        model_shape("small", config, lora, dtype, False),
-        measured_tflops(torch.device("cpu"), dtype, width=1024),
-    )
+    found = model_shape("small", config, lora, dtype, False)
+    rate = measured_tflops(torch.device("cpu"), dtype, 1.0, 1024, time.process_time)
     print(f"{rate:.3f} TFLOP/s in products here")
     for tokens in lengths:
         for name, own in settings().items():

@@ -1,7 +1,7 @@
 """Steps, hours and bytes of a training from its settings and the model's config; nothing is loaded."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -117,17 +117,23 @@ class TrainingPlan:
         return [f"{name} {count / 1e12:,.1f}" for name, count in self.operations.items() if count]
 
 
-def measured_tflops(device: torch.device, dtype: torch.dtype, seconds: float = 1.0, width: int = 2048) -> float:
+def measured_tflops(
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float = 1.0,
+    width: int = 2048,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Measure the 10^12 operations a second of ``device`` in products of (width, width) matrices.
 
     A step's products are narrower, and it also moves memory: take it for an upper bound.
     """
     left, right = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
-    count, start, now = 0, time.perf_counter(), 0.0
     left @ right
+    count, start, now = 0, clock(), 0.0
     while now < seconds or count < 2:
         (left @ right)[0, 0].item()  # waits for a GPU
-        count, now = count + 1, time.perf_counter() - start
+        count, now = count + 1, clock() - start
     return 2 * width**3 * count / now / 1e12
 
 
