@@ -103,7 +103,7 @@ class EvictionData(TokenizedData):
         validation_needles: int = 16,
         splits: Splits | None = None,
         shortest_context: int | None = None,
-        questions: dict[str, float] | None = None,
+        questions: dict[str, Any] | None = None,
         windows_per_document: int | None = None,
         read_tokens: tuple[int, int] | None = None,
         turns: tuple[int, int] | None = None,

@@ -1,6 +1,7 @@
 """The kinds of questions that training can ask, and their weights."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from data.assignments import Assignments
 from data.cloze import Cloze
@@ -35,18 +36,22 @@ QUESTION_KINDS: dict[str, QuestionKind] = {
 }
 
 
-def checked_weights(weights: Mapping[str, float] | None) -> dict[str, float]:
+LARGEST_WEIGHT = 1e6
+
+
+def checked_weights(weights: Mapping[str, Any] | None) -> dict[str, float]:
     """Return the weights above 0 in the order of ``QUESTION_KINDS``; empty for facts alone, the default.
 
-    Raises ``ValueError`` for an unknown kind, a negative weight, or no weight above 0.
+    Raises ``ValueError`` for an unknown kind, a weight that is no number from 0 to ``LARGEST_WEIGHT``, or none above 0.
     """
     if weights is None:
         return {}
     for name, weight in weights.items():
         if name not in QUESTION_KINDS:
             raise ValueError(f"questions has {name!r}: give weights of {', '.join(QUESTION_KINDS)}")
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"questions.{name} is {weight}: give a weight of at least 0")
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not 0 <= weight <= LARGEST_WEIGHT:
+            raise ValueError(f"questions.{name} is {weight!r}: give a weight from 0 to {LARGEST_WEIGHT:,.0f}")
     found = {name: float(weights[name]) for name in QUESTION_KINDS if weights.get(name, 0) > 0}
     if not found:
         raise ValueError("questions has no weight above 0: weight a kind, or give null for facts alone")
