@@ -1,6 +1,6 @@
 """What ``train.py plan`` says of a step against the tensors that live in a real one, and against its time.
 
-Run from the checkout: ``python benchmarks/training_plan.py``; takes two minutes of one core.
+Run from the checkout: ``python benchmarks/training_plan.py``; takes three minutes of one core.
 
 The small model is SmolLM2-135M-Instruct, in the CPU's native precision, with the CPU's norms and adapters or a GPU's.
 Then Qwen3-8B's and Llama-3.1-8B's shapes, two layers deep, with a GPU's: the real step runs at full width on fake
