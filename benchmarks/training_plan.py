@@ -1,6 +1,6 @@
 """What ``train.py plan`` says of a step against the tensors that live in a real one, and against its time.
 
-Run from the checkout: ``python benchmarks/training_plan.py``; takes three minutes of one core.
+Run from the checkout: ``python benchmarks/training_plan.py``; takes some three minutes of one core.
 
 The small model is SmolLM2-135M-Instruct, in the CPU's native precision, with the CPU's norms and adapters or a GPU's.
 Then Qwen3-8B's and Llama-3.1-8B's shapes, two layers deep, with a GPU's: the real step runs at full width on fake
@@ -25,7 +25,7 @@ from sparsekv_pl.training.step_shape import StepShape, model_shape
 from sparsekv_pl.training.training_plan import measured_tflops
 
 NATIVE = decide(accelerator="cpu")
-LENGTHS = (256, 512)
+LENGTHS = (128, 256)
 GOAL = 1.25
 """Most by which plan and measurement differ, either way."""
 LARGE = Lora(r=64, alpha=128)
@@ -35,7 +35,7 @@ def settings() -> dict[str, dict[str, Any]]:
     """The steps of the small model."""
     return {
         "whole": {"on_cpu": True},
-        "checkpointed": {"on_cpu": True, "chunk_tokens": 128, "checkpoint": True},
+        "checkpointed": {"on_cpu": True, "chunk_tokens": 64, "checkpoint": True},
         "whole, a GPU's": {},
     }
 
@@ -89,6 +89,7 @@ def small(rows: list[dict[str, object]], ratios: dict[str, float], lengths: tupl
                 expected = sum(row_operations(found, step).values()) / rate / 1e12
                 made |= {"CPU s": f"{taken:.2f}", "planned s": f"{expected:.2f}"}
             rows.append(made)
+            print(rows[-1], flush=True)
             ratios[f"{name}@{tokens}"] = off(max(plan.values()), max(real.values()))
             model.zero_grad()
 
@@ -101,6 +102,7 @@ def large(rows: list[dict[str, object]], ratios: dict[str, float], tokens: int, 
             real = counted(fake_model(config, LARGE, step.dtype), step)
         plan, name = planned(config, LARGE, step), f"{kind}, {layers} layers"
         rows.append(row(name, step, real, plan))
+        print(rows[-1], flush=True)
         ratios[f"{name}@{tokens}"] = off(max(plan.values()), max(real.values()))
 
 
