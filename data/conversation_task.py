@@ -62,12 +62,12 @@ class Conversation(CaseTask):
         made = transcript(script, haystack)
         asked = made.exchanges[self.turns - 1]
         text = str(frame.tokenizer.decode(made.ids[len(frame.prefix_ids) :], skip_special_tokens=True))
-        before, question, _ = text.rpartition(asked.turn.question)
+        spoken, question, _ = text.rpartition(asked.turn.question)
         info = CaseInfo(
             id="",
             task=self.name,
             answers=asked.turn.answers,
-            context=f"{before}{question}" or text,
+            context=f"{spoken}{question}" or text,
             question=asked.turn.question,
             answer_prefix=asked.turn.answer_prefix,
             max_new_tokens=len(frame.encode(f" {asked.turn.answer}")) + ANSWER_SLACK,
