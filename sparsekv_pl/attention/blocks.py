@@ -119,20 +119,22 @@ Selector = Callable[[int, Tensor, Tensor], Blocks | None]
 
 @dataclass
 class TopBlocks:
-    """Select the ``top_k`` (at least 2) best blocks by a scorer's scores, always with the first and the query's own."""
+    """Select the ``top_k_blocks`` (at least 2) best blocks by a scorer, always with the first and the query's own."""
 
     scorer: BlockScorer
-    top_k: int = 16
+    top_k_blocks: int = 16
 
     def __post_init__(self) -> None:
-        if self.top_k < 2:
-            raise ValueError(f"top_k={self.top_k} must be at least 2: the first and the query's own block always stay")
+        if self.top_k_blocks < 2:
+            raise ValueError(
+                f"top_k_blocks={self.top_k_blocks} must be at least 2: the first and the query's own block always stay"
+            )
 
     def __call__(self, layer: int, query: Tensor, key: Tensor) -> Blocks | None:
         scores = self.scorer(layer, query, key)
         if scores is None:
             return None
-        return top_blocks(scores, self.top_k, self.scorer.block_size, key.shape[2])
+        return top_blocks(scores, self.top_k_blocks, self.scorer.block_size, key.shape[2])
 
 
 def top_blocks(scores: Tensor, top_k: int, block_size: int, keys: int) -> Blocks:

@@ -110,7 +110,7 @@ def test_sparsity_is_the_share_of_visible_blocks_left_out() -> None:
 
 def test_top_blocks_of_a_scorer() -> None:
     scores = random_scores(1, 1, 2, 4)
-    chosen = TopBlocks(Scores(scores), top_k=3)(0, *states(5, 14))
+    chosen = TopBlocks(Scores(scores), top_k_blocks=3)(0, *states(5, 14))
     assert chosen is not None
     assert torch.equal(chosen.indices, top_blocks(scores, 3, SIZE, keys=14).indices)
     assert (chosen.block_size, chosen.keys) == (SIZE, 14)
@@ -130,5 +130,5 @@ def test_a_scorer_may_leave_a_layer_dense() -> None:
 
 
 def test_one_block_is_too_few() -> None:
-    with pytest.raises(ValueError, match="top_k=1 must be at least 2"):
-        TopBlocks(Scores(None), top_k=1)
+    with pytest.raises(ValueError, match="top_k_blocks=1 must be at least 2"):
+        TopBlocks(Scores(None), top_k_blocks=1)
