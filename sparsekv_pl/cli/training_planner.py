@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 from sparsekv_pl.cli.command_line import CommandLine
 from sparsekv_pl.eviction import Eviction
 from sparsekv_pl.eviction.real import RealEviction
+from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.models.lora import Lora, adapter_settings
 from sparsekv_pl.models.memory_planner import read_config
@@ -57,6 +58,7 @@ def planned(arguments: Sequence[str], on_cpu: bool = False) -> TrainingPlan:
     devices = _devices(trainer)
     _check_sharded(backbone, data)
     request = (made.objective or EIT()).request
+    _check_planned(eviction, request)
     dtype = _dtype(backbone, trainer.precision, on_cpu)
     local = eviction.local_gradients
     shortest = data.shortest_context or data.context_tokens
@@ -97,6 +99,20 @@ def main(arguments: Sequence[str]) -> None:
     plan = planned(others, on_cpu)
     tflops, rate = _rate(given.tflops, on_cpu, plan.step.dtype)
     sys.stdout.write("\n".join(plan.lines(limit, tflops, rate)) + "\n")
+
+
+def _check_planned(eviction: RealEviction, request: Request) -> None:
+    """Raise ``ValueError`` for evictions and passes whose steps are not planned."""
+    if eviction.decoding is not None:
+        raise ValueError(
+            "model.eviction.decoding is set: evictions in the continuation are not planned, set it to null"
+        )
+    others = [name for name in ("contexts", "press_losses", "chunks", "layers") if getattr(request, name)]
+    if others:
+        raise ValueError(
+            f"model.objective asks for {', '.join(others)}, which is not planned: take EIT, LM, SelectionObjective "
+            "or FullCache"
+        )
 
 
 def _limit(memory: str | None, on_cpu: bool) -> int:

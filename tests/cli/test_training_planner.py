@@ -78,6 +78,14 @@ def test_plan_is_a_command_of_train(folders: dict[str, Path]) -> None:
             ["--memory", "80GB", "--model.eviction=sparsekv_pl.eviction.dropout.KVDropout"],
             "model.eviction is KVDropout: only RealEviction's",
         ),
+        (
+            ["--memory", "80GB", "--model.eviction.decoding={interval: 64}"],
+            "model.eviction.decoding is set: evictions in the continuation are not planned",
+        ),
+        (
+            ["--memory", "80GB", "--model.objective=sparsekv_pl.objectives.Layerwise"],
+            "model.objective asks for layers, which is not planned",
+        ),
         (["--memory", "80GB", "--trainer.max_steps=-1"], "trainer.max_steps is -1: give the number of steps"),
         (["--memory", "80GB", "--config", str(TRAIN / "fsdp.yaml")], "set data.shortest_context=null"),
     ],
