@@ -1,5 +1,6 @@
 """Training cases of several turns: every answer is supervised where it stands in the conversation."""
 
+import random
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
@@ -57,7 +58,11 @@ class ConversationCases:
 
         ``told_in`` are the turns that tell the last question's fact, counted from 0; None draws them.
         """
-        made = transcript(self._script("conversation", index, lengths, told_in), text, self.split == "train")
+        made = transcript(
+            self._script(random_for("conversation", self.seed, self.split, index), lengths, told_in),
+            text,
+            self.split == "train",
+        )
         first, *ends = accumulate(lengths)
         return TrainingCase(
             made.ids[:first],
@@ -71,9 +76,9 @@ class ConversationCases:
     def check_room(self, lengths: Sequence[int]) -> None:
         """Raise ``ValueError`` if turns of these ``lengths`` have no room for a fact and a question."""
         for index in range(TRIED):
-            self._script("room", index, lengths, None)
+            self._script(random_for("conversation room", self.seed, self.split, index), lengths, None)
 
-    def _script(self, name: str, index: int, lengths: Sequence[int], told_in: tuple[int, ...] | None) -> Script:
-        script = Script(self.frame, lengths, self.kinds, random_for(name, self.seed, self.split, index), self.split)
+    def _script(self, rng: random.Random, lengths: Sequence[int], told_in: tuple[int, ...] | None) -> Script:
+        script = Script(self.frame, lengths, self.kinds, rng, self.split)
         script.draw(told_in)
         return script
