@@ -1,4 +1,4 @@
-"""What ``train.py plan`` says of a step against the tensors that live in a real one, and against its time.
+"""Compare the plan of a step (``train.py plan``) with the tensors that live in a real one, and with its time.
 
 Run from the checkout: ``python benchmarks/training_plan.py``; takes some three minutes of one core.
 

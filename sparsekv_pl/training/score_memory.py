@@ -66,10 +66,15 @@ def score_bytes(at: Scored, press: BasePress) -> int:
 
     A press of another kind counts as ExpectedAttention, which holds most.
     """
-    kind = next((KINDS[base] for base in type(press).__mro__ if base in KINDS), _expected_attention)
-    return kind(at, press) + SMALL * 4 * at.model.kv_heads * at.keys
+    kept = _kind(press) or _expected_attention
+    return kept(at, press) + SMALL * 4 * at.model.kv_heads * at.keys
 
 
 def uncounted(presses: list[BasePress]) -> list[str]:
     """Return the names of presses that are counted as ExpectedAttention."""
-    return [press_name(press) for press in presses if not any(base in KINDS for base in type(press).__mro__)]
+    return [press_name(press) for press in presses if _kind(press) is None]
+
+
+def _kind(press: BasePress) -> Callable[[Scored, BasePress], int] | None:
+    """Return the formula of the nearest class in ``KINDS``; None if there is none."""
+    return next((KINDS[base] for base in type(press).__mro__ if base in KINDS), None)
