@@ -23,21 +23,32 @@ from transformers import PreTrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from sparsekv_pl.attention import evicted_attention
+from sparsekv_pl.eviction import Eviction
+from sparsekv_pl.eviction.dropout import KVDropout
 from sparsekv_pl.eviction.local_gradients import LocalGradients
 from sparsekv_pl.eviction.real import RealEviction
+from sparsekv_pl.models.anchors import AnchorTable
 from sparsekv_pl.models.backbone import causal_lm
-from sparsekv_pl.models.batch import Batch, Supervised
 from sparsekv_pl.models.lora import Lora, inject_lora
 from sparsekv_pl.models.quantisation import skeleton
-from sparsekv_pl.objectives import EIT, Mixed, Objective, SelectionObjective
+from sparsekv_pl.objectives import (
+    EIT,
+    FullCache,
+    Layerwise,
+    Mixed,
+    Objective,
+    Reconstruction,
+    SelectionObjective,
+    SparseLM,
+)
 from sparsekv_pl.presses import EvictionAugPress
-from sparsekv_pl.training.step_memory import StepMemory
+from sparsekv_pl.training.measured_step import Words, batch_of
+from sparsekv_pl.training.step_memory import PHASES, StepMemory
 from sparsekv_pl.training.step_shape import StepShape, model_shape
 from sparsekv_pl.training.student import Student
 from sparsekv_pl.training.teacher import Teacher
 
 ITEM = torch.ops.aten._local_scalar_dense.default
-PHASES = ("end of the context's pass", "losses", "backward")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -121,30 +132,33 @@ def robust_press() -> EvictionAugPress:
 
 
 def objective_of(step: StepShape) -> Objective:
-    """The recipe's losses, or without its selection loss."""
-    return Mixed([EIT(), SelectionObjective()], [1.0, 5.0]) if step.scores else EIT()
+    """The losses that the step has."""
+    objectives: list[Objective] = [
+        EIT(),
+        *([SelectionObjective()] if step.scores else []),
+        *([FullCache()] if step.full_cache else []),
+        *([Layerwise()] if step.compared_layers else []),
+        *([SparseLM()] if step.press_losses else []),
+        *([Reconstruction(step.read_again - 9, 8, instruction="repeat")] if step.read_again else []),
+    ]
+    objective = Mixed(objectives, [1.0] * len(objectives))
+    objective.prepare(Words())
+    return objective
 
 
-def batch_of(step: StepShape) -> Batch:
-    """A batch of random tokens with the step's lengths, all of its continuation supervised."""
-    context, later, rows = step.context_tokens, step.continuation_tokens, step.rows
-    ids = torch.randint(5, 60, (rows, context + later))
-    columns = torch.arange(step.supervised).expand(rows, -1).clone()
-    return Batch(
-        context_ids=ids[:, :context],
-        continuation_ids=ids[:, context:],
-        labels=ids[:, context:].clone(),
-        supervised=Supervised(columns, [step.supervised] * rows),
-        document_ids=[""] * rows,
-        tasks=[""] * rows,
-    )
+def eviction_of(step: StepShape) -> Eviction:
+    """The eviction of the step."""
+    if step.press is None:
+        dropout = KVDropout(checkpoint=step.checkpoint)
+        dropout.tokenizer = AnchorTable(*torch.zeros(2, 64, dtype=torch.bool))
+        return dropout
+    local = LocalGradients() if step.local else None
+    return RealEviction(step.press, step.chunk_tokens, step.budget, step.checkpoint, local, decoding=step.decoding)
 
 
 def student_of(model: Any, step: StepShape) -> Student:
     """The student of ``model``, whose eviction is the step's."""
-    local = LocalGradients() if step.local else None
-    eviction = RealEviction(step.press, step.chunk_tokens, step.budget, step.checkpoint, local)
-    return Student(model.train(), eviction, Teacher(model), objective_of(step))
+    return Student(model.train(), eviction_of(step), Teacher(model), objective_of(step))
 
 
 def counted(model: Any, step: StepShape) -> dict[str, int]:

@@ -5,7 +5,7 @@ Run from the checkout: ``python benchmarks/training_plan.py``; takes some three 
 The small model is SmolLM2-135M-Instruct, in the CPU's native precision, with the CPU's norms and adapters or a GPU's.
 Then Qwen3-8B's and Llama-3.1-8B's shapes, two layers deep, with a GPU's: the real step runs at full width on fake
 tensors, which hold no memory. Bytes are those of live tensors beside weights and optimizer. Time is CPU seconds against
-the plan at the rate of a product measured before; it also moves memory, which a product does not.
+the plan at the rate that ``--tflops measure`` finds, in steps of a few random layers.
 """
 
 import time
@@ -13,16 +13,25 @@ from argparse import ArgumentParser
 from typing import Any
 
 import torch
-from counted_step import batch_of, counted, fake_model, fake_tensors, planned, robust_press, student_of
+from counted_step import (
+    counted,
+    eviction_of,
+    fake_model,
+    fake_tensors,
+    objective_of,
+    planned,
+    robust_press,
+    student_of,
+)
 from measure import report, seconds
 from planned_shapes import shape
 
 from sparsekv_pl.models.backbone import Backbone, causal_lm
 from sparsekv_pl.models.lora import Lora
 from sparsekv_pl.models.native_precision import decide
+from sparsekv_pl.training.measured_step import MeasuredStep, batch_of
 from sparsekv_pl.training.step_operations import row_operations
 from sparsekv_pl.training.step_shape import StepShape, model_shape
-from sparsekv_pl.training.training_plan import measured_tflops
 
 NATIVE = decide(accelerator="cpu")
 LENGTHS = (128, 256)
@@ -77,8 +86,6 @@ def small(rows: list[dict[str, object]], ratios: dict[str, float], lengths: tupl
     model, _ = Backbone(dtype=NATIVE.dtype).load()
     config, lora = causal_lm(model).config, Lora()
     found = model_shape("small", config, lora, dtype, False)
-    rate = measured_tflops(torch.device("cpu"), dtype, 1.0, 1024, time.process_time)
-    print(f"{rate:.3f} TFLOP/s in products here")
     for tokens in lengths:
         for name, own in settings().items():
             step = StepShape(tokens, 64, 0.9, robust_press(), **({"dtype": dtype} | own))
@@ -86,6 +93,8 @@ def small(rows: list[dict[str, object]], ratios: dict[str, float], lengths: tupl
             real, plan = counted(model, step), planned(config, lora, step)
             made = row(name, step, real, plan)
             if taken is not None:
+                measured = MeasuredStep(config, lora, eviction_of(step), objective_of(step))
+                rate = measured.tflops(found, step, torch.device("cpu"), time.process_time)
                 expected = sum(row_operations(found, step).values()) / rate / 1e12
                 made |= {"CPU s": f"{taken:.2f}", "planned s": f"{expected:.2f}"}
             rows.append(made)

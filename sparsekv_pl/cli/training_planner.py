@@ -1,8 +1,9 @@
-"""``python train.py plan``: steps, hours and bytes of a training from its configuration files, without weights."""
+"""``python train.py plan``: steps, hours and bytes of a training from its configuration files, without its weights."""
 
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import psutil
@@ -12,6 +13,7 @@ from jsonargparse import Namespace
 
 from sparsekv_pl.cli.command_line import CommandLine
 from sparsekv_pl.eviction import Eviction
+from sparsekv_pl.eviction.dropout import KVDropout
 from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.models.backbone import Backbone
@@ -19,12 +21,13 @@ from sparsekv_pl.models.lora import Lora, adapter_settings
 from sparsekv_pl.models.memory_planner import read_config
 from sparsekv_pl.models.native_precision import AUTO, dtype_of
 from sparsekv_pl.models.placement import in_bytes
-from sparsekv_pl.objectives import EIT, Objective
+from sparsekv_pl.objectives import EIT, Mixed, Objective, Reconstruction
 from sparsekv_pl.schedules import Schedule
 from sparsekv_pl.training.eit_module import EITModule
+from sparsekv_pl.training.measured_step import MeasuredStep
 from sparsekv_pl.training.sharding import SAME_LENGTHS
 from sparsekv_pl.training.step_shape import StepShape, model_shape
-from sparsekv_pl.training.training_plan import TFLOPS, TrainingPlan, measured_tflops
+from sparsekv_pl.training.training_plan import TFLOPS, TrainingPlan
 
 MEASURE = "measure"
 MOST_RATIOS = 1_000
@@ -41,50 +44,54 @@ class ParsedOnly(CommandLine):
         """Load no model."""
 
 
-def planned(arguments: Sequence[str], on_cpu: bool = False) -> TrainingPlan:
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and the step that can be measured for it."""
+
+    plan: TrainingPlan
+    measured: MeasuredStep
+
+
+def planned(arguments: Sequence[str], on_cpu: bool = False) -> Planned:
     """Plan the training of train.py's ``arguments`` ("--config FILE" and settings).
 
     bfloat16 is assumed where the settings name no precision, float32 on a CPU. Raises ``ValueError`` for settings that
-    parsing refuses, and for a training whose steps are not planned: not EITModule's, without an adapter, or not with
-    RealEviction.
+    parsing refuses, and for a training whose steps are not planned: not EITModule's, or without an adapter.
     """
     settings = ParsedOnly(args=list(arguments), run=False, save_config_callback=None).config
     if settings.model.class_path != f"{EITModule.__module__}.{EITModule.__qualname__}":
         raise ValueError(f"model.class_path is {settings.model.class_path}: only EITModule's steps can be planned")
     made = _objects(settings)
     eviction, backbone, trainer, data = made.eviction, made.backbone, settings.trainer, settings.data.init_args
-    if not isinstance(eviction, RealEviction):
-        raise ValueError(f"model.eviction is {type(eviction).__name__}: only RealEviction's steps can be planned")
     devices = _devices(trainer)
     _check_sharded(backbone, data)
-    request = (made.objective or EIT()).request
+    objective = made.objective or EIT()
+    request = objective.request
     _check_planned(eviction, request)
+    evicts = _dropout(eviction, data) if isinstance(eviction, KVDropout) else _real(eviction, data)
     dtype = _dtype(backbone, trainer.precision, on_cpu)
-    local = eviction.local_gradients
-    shortest = data.shortest_context or data.context_tokens
     step = StepShape(
-        context_tokens=data.context_tokens,
-        continuation_tokens=data.continuation_tokens,
         compression_ratio=_least_ratio(trainer),
-        press=eviction.press,
         rows=data.batch_size,
-        chunk_tokens=eviction.chunk_tokens,
-        budget=eviction.budget,
-        checkpoint=eviction.checkpoint,
-        local=local is not None and local.through_every is None and local.above_tokens < data.context_tokens,
         teacher=request.teacher,
         scores=request.scores,
         full_cache=request.full_cache,
+        read_again=_read_again(objective),
+        compared_layers=len(request.layers),
+        press_losses=request.press_losses,
         dtype=dtype,
         on_cpu=on_cpu,
         devices=devices,
         sharded=backbone.sharded,
+        **evicts,
     )
-    config = read_config(backbone.pretrained, backbone.cache_dir)
-    model = model_shape(backbone.pretrained, config, _lora(backbone), dtype, backbone.load_in_4bit)
+    shortest = step.context_tokens if step.turn_ends else data.shortest_context or step.context_tokens
+    config, lora = read_config(backbone.pretrained, backbone.cache_dir), _lora(backbone)
+    model = model_shape(backbone.pretrained, config, lora, dtype, backbone.load_in_4bit)
     if trainer.max_steps < 1:
         raise ValueError(f"trainer.max_steps is {trainer.max_steps}: give the number of steps to plan")
-    return TrainingPlan(model, step, trainer.max_steps, trainer.accumulate_grad_batches, shortest)
+    plan = TrainingPlan(model, step, trainer.max_steps, trainer.accumulate_grad_batches, shortest)
+    return Planned(plan, MeasuredStep(config, lora, eviction, objective))
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -92,27 +99,63 @@ def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(prog="train.py plan", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--memory", help="of one device, such as 80GiB; left out: this machine's GPU, or RAM")
     parser.add_argument("--device", choices=("gpu", "cpu"), help="left out: gpu if --memory is given or a GPU is here")
-    parser.add_argument("--tflops", default=str(TFLOPS), help=f"of one device ({TFLOPS:g}), or measure: products here")
+    parser.add_argument(
+        "--tflops",
+        help="of one device, or measure: steps of a few random layers here; left out: measured for this machine, "
+        f"{TFLOPS:g} for one that --memory describes",
+    )
     given, others = parser.parse_known_args(arguments)
     on_cpu = given.device == "cpu" or (given.device is None and not given.memory and not torch.cuda.is_available())
     limit = _limit(given.memory, on_cpu)
-    plan = planned(others, on_cpu)
-    tflops, rate = _rate(given.tflops, on_cpu, plan.step.dtype)
-    sys.stdout.write("\n".join(plan.lines(limit, tflops, rate)) + "\n")
+    made = planned(others, on_cpu)
+    here = given.memory is None and made.plan.total_bytes <= limit
+    tflops, rate = _rate(given.tflops or (MEASURE if here else str(TFLOPS)), on_cpu, made)
+    sys.stdout.write("\n".join(made.plan.lines(limit, tflops, rate)) + "\n")
 
 
-def _check_planned(eviction: RealEviction, request: Request) -> None:
+def _check_planned(eviction: Eviction, request: Request) -> None:
     """Raise ``ValueError`` for evictions and passes whose steps are not planned."""
-    if eviction.decoding is not None:
-        raise ValueError(
-            "model.eviction.decoding is set: evictions in the continuation are not planned, set it to null"
-        )
-    others = [name for name in ("contexts", "press_losses", "chunks", "layers") if getattr(request, name)]
-    if others:
-        raise ValueError(
-            f"model.objective asks for {', '.join(others)}, which is not planned: take EIT, LM, SelectionObjective "
-            "or FullCache"
-        )
+    if request.chunks:
+        raise ValueError("model.objective has Chunks, whose losses are not planned: leave it out")
+    if isinstance(eviction, RealEviction) and eviction.quantisation is not None:
+        raise ValueError("model.eviction.quantisation is set: rounded pairs are not planned, set it to null")
+    if isinstance(eviction, RealEviction) and eviction.decoding is not None and eviction.checkpoint:
+        raise ValueError("model.eviction has decoding and checkpoint, which are planned one at a time: leave one out")
+
+
+def _dropout(eviction: KVDropout, data: Namespace) -> dict[str, Any]:
+    """Return what the step's shape has of random dropout."""
+    lengths = {"context_tokens": data.context_tokens, "continuation_tokens": data.continuation_tokens}
+    return {**lengths, "press": None, "dropout": True, "checkpoint": eviction.checkpoint}
+
+
+def _real(eviction: RealEviction, data: Namespace) -> dict[str, Any]:
+    """Return what the step's shape has of a press; a conversation has the most turns, of equal length."""
+    local, decoding, tokens = eviction.local_gradients, eviction.decoding, data.context_tokens
+    found = {
+        "context_tokens": tokens,
+        "continuation_tokens": data.continuation_tokens,
+        "press": eviction.press,
+        "chunk_tokens": eviction.chunk_tokens,
+        "budget": eviction.budget,
+        "checkpoint": eviction.checkpoint,
+        "local": local is not None and local.through_every is None and local.above_tokens < tokens,
+        "decoding": decoding,
+    }
+    if decoding is None or not decoding.by_turn or not data.turns:
+        return found
+    turn = tokens // data.turns[1]
+    ends = tuple(range(turn, tokens - turn, turn))
+    return found | {"context_tokens": turn, "continuation_tokens": tokens - turn, "turn_ends": ends}
+
+
+def _read_again(objective: Objective) -> int:
+    """Return the tokens that Reconstruction reads after the evicted cache; an instruction has a token per word."""
+    if isinstance(objective, Mixed):
+        return sum(_read_again(one) for one in objective.objectives)
+    if not isinstance(objective, Reconstruction):
+        return 0
+    return objective.cue_tokens + objective.block_size + len(objective.instruction.split())
 
 
 def _limit(memory: str | None, on_cpu: bool) -> int:
@@ -123,13 +166,14 @@ def _limit(memory: str | None, on_cpu: bool) -> int:
     return int(psutil.virtual_memory().available) if on_cpu else torch.cuda.mem_get_info()[0]
 
 
-def _rate(text: str, on_cpu: bool, dtype: torch.dtype) -> tuple[float, str]:
-    """Return the operations a second that ``--tflops`` gives, and where they come from."""
+def _rate(text: str, on_cpu: bool, made: Planned) -> tuple[float, str]:
+    """Return the 10^12 operations a second that ``--tflops`` gives, and where they come from."""
     if text == MEASURE:
         if not on_cpu and not torch.cuda.is_available():
             raise ValueError("--tflops measure, and this machine has no GPU: measure there, or give a number")
         device = torch.device("cpu" if on_cpu else "cuda")
-        return measured_tflops(device, dtype), "measured in products here, an upper bound"
+        tflops = made.measured.tflops(made.plan.model, made.plan.typical_step, device)
+        return tflops, "measured in steps of a few random layers here"
     try:
         number = float(text)
     except ValueError:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from kvpress import BasePress, ExpectedAttentionPress, KeyDiffPress, KnormPress, SnapKVPress, TOVAPress
 
 from sparsekv_pl.presses.nesting import press_name
+from sparsekv_pl.presses.sparse_reg import SparseRegPress
 from sparsekv_pl.training.step_shape import ModelShape
 
 SMALL = 7
@@ -68,6 +69,12 @@ def score_bytes(at: Scored, press: BasePress) -> int:
     """
     kept = _kind(press) or _expected_attention
     return kept(at, press) + SMALL * 4 * at.model.kv_heads * at.keys
+
+
+def loss_bytes(at: Scored, press: SparseRegPress) -> int:
+    """Return the bytes of SparseRegPress's loss: keys and the window's queries in float32, attention and logarithms."""
+    model, window = at.model, min(press.window_size, at.tokens)
+    return 4 * (model.keys * at.keys + window * (model.queries + 3 * model.heads * at.keys))
 
 
 def uncounted(presses: list[BasePress]) -> list[str]:

@@ -6,32 +6,26 @@ the bytes of tensors that live in a real step.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from kvpress import BasePress
+from kvpress import ExpectedAttentionPress
 
 from sparsekv_pl.objectives.losses import CHUNK_TOKENS
-from sparsekv_pl.training.score_memory import READS_QUERIES, Scored, score_bytes
-from sparsekv_pl.training.step_shape import SAME_INPUT, ModelShape, StepShape
+from sparsekv_pl.presses.nesting import presses_in
+from sparsekv_pl.training.layer_memory import LayerMemory, Term
+from sparsekv_pl.training.score_memory import loss_bytes
+from sparsekv_pl.training.step_shape import StepShape
 
 TRAINED_BYTES = 16
 """Per number of an adapter, all in float32: itself, its gradient and Adam's two moments."""
 GATHERED_LAYERS = 2
 """Whole layers on a device under FSDP2: the one that computes and the next."""
+PHASES = ("end of the context's pass", "losses", "backward")
 LOGITS = 4
 """Buffers of logits that exist at once (objectives/losses.py)."""
 LIBRARIES = 768 * 2**20
 """Allowance for CUDA's context, kernels and workspaces."""
 FRAGMENTS = 0.05
 """Allowance for the allocator's gaps, as a share of what a step allocates."""
-
-
-class Term(NamedTuple):
-    """A part of the memory."""
-
-    name: str
-    bytes: int
-    formula: str
 
 
 @dataclass(frozen=True)
@@ -48,26 +42,8 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class StepMemory:
+class StepMemory(LayerMemory):
     """The bytes of one step: ``model`` on a device that runs ``step``."""
-
-    model: ModelShape
-    step: StepShape
-
-    @property
-    def product(self) -> int:
-        """Bytes per number in matrix products."""
-        return self.step.dtype.itemsize
-
-    @property
-    def stream(self) -> int:
-        """Bytes per number of hidden states, keys and values: float32 over 4-bit weights, whose embeddings are."""
-        return 4 if self.model.four_bit else self.product
-
-    @property
-    def normed(self) -> int:
-        """Bytes per number that a norm keeps of its input: a float32 copy, except on a CPU."""
-        return self.stream if self.step.on_cpu else 4
 
     @property
     def total(self) -> int:
@@ -107,13 +83,35 @@ class StepMemory:
 
     def phases(self) -> list[Phase]:
         """Return the three moments."""
+        if self.step.dropout:
+            return self._dropped()
         context, kept = self.context(), self.kept_pairs()
         once = [] if self.step.checkpoint else context
         chunk = self.step.chunks[0][0]
-        read = [*self.states(), *once, kept, self.teacher_hidden(), self.forward_transient(chunk)]
-        losses = [*self.states(), *once, *self.continuation(), self.attention_mass(), self.logits(), *self.head_copy()]
+        after = [*self.continuation(), *self.layer_outputs(), self.attention_mass()]
+        evicted = self.continuation() if self.step.evicted_after else []
+        brief = max([self.forward_transient(chunk), *self.rotations()], key=lambda term: term.bytes)
+        read = [*self.states(), *once, *evicted, kept, self.teacher_hidden(), brief]
+        losses = [*self.states(), *once, *after, self.logits(), *self.head_copy()]
         backward = [*self.states(), *context, self.attention_mass(), kept, self.backward_transient(chunk)]
-        return [Phase("end of the context's pass", read), Phase("losses", losses), Phase("backward", backward)]
+        return [Phase(name, terms) for name, terms in zip(PHASES, (read, losses, backward), strict=True)]
+
+    def _dropped(self) -> list[Phase]:
+        """Return the moments of a step without a press, in which context and continuation are one pass."""
+        model, rows, step = self.model, self.step.rows, self.step
+        tokens, parts = step.context_tokens + step.continuation_tokens, self.parts()
+        token = sum(size for size, _ in parts.values())
+        whole = 1 if step.checkpoint else model.layers
+        of = f"{rows} x {tokens:,} tokens x"
+        held = Term("pass", whole * rows * tokens * token, f"{whole} layers x {of} {token:,} B")
+        inputs = self.stream * model.hidden if step.checkpoint else 0
+        between = Term("layers' inputs", model.layers * rows * tokens * inputs, f"{model.layers} x {of} {inputs:,} B")
+        always, hidden = [between, *([] if step.checkpoint else [held])], self.teacher_hidden()
+        read = [*always, hidden, self.forward_transient(tokens)]
+        losses = [*always, *self.layer_outputs(), self.logits(), *self.head_copy()]
+        freed = Term("feed-forward, freed", -rows * tokens * parts["feed-forward"][0], "of the layer in backward")
+        backward = [between, held, freed, self.backward_transient(tokens)]
+        return [Phase(name, terms) for name, terms in zip(PHASES, (read, losses, backward), strict=True)]
 
     def context(self) -> list[Term]:
         """Return what the context's layers keep for backward; of one chunk if it is checkpointed."""
@@ -134,75 +132,17 @@ class StepMemory:
         )
         if len(chunks) > 1 and whole:
             terms.append(self.looking_back(rows, [chunk for chunk in running if chunk[1] > chunk[0]], "context"))
-        scored = sum(self.scored(press, *chunk[:2]) for press in self.step.scorers for chunk in running) * rows
+        scored = self.all_scored(running) * rows
         if scored:
             names = f"{len(self.step.scorers)} presses, {keys:,} keys"
             terms.append(
                 Term("context: scores", model.layers * scored, f"{model.layers} layers x {scored:,} B ({names})")
             )
-        return [term for term in terms if term.bytes]
-
-    def parts(self) -> dict[str, tuple[int, str]]:
-        """Return, by part of a layer, the bytes per token that it keeps for backward, with their formula."""
-        model, a, s, normed = self.model, self.product, self.stream, self.normed
-        hidden, queries, keys, width = model.hidden, model.queries, model.keys, model.width
-        inputs = self.adapter_inputs()
-        found = {
-            "norms": (2 * normed * hidden, f"2 inputs of {hidden:,} x {normed} B"),
-            "adapter inputs": (inputs, f"{len(model.adapted)} of rank {model.rank}, {a} B"),
-            "attention": (
-                a * (2 * queries + 2 * keys) + 4 * model.heads,
-                f"queries, output of {queries:,} and keys, values of {keys:,} x {a} B",
-            ),
-            "feed-forward": (3 * s * width, f"3 tensors of {width:,} x {s} B"),
-        }
-        if model.normed_heads:
-            found["head norms"] = normed * (queries + keys), f"{queries:,} and {keys:,} x {normed} B"
-        return found
-
-    def adapter_inputs(self, only: frozenset[str] | None = None) -> int:
-        """Return the bytes per token of inputs kept for adapters (of the layers ``only``), and of their inner ranks.
-
-        peft casts each adapter's input to float32, and autocast back: a copy per adapter. Without the casts,
-        projections of one tensor share it, and the output projection's is attention's own.
-        """
-        adapted = [one for one in self.model.adapted if only is None or one.name in only]
-        inner = self.product * self.model.rank * len(adapted)
-        if not self.shares_inputs:
-            return inner + self.product * sum(one.inputs for one in adapted)
-        groups = {next((i for i, same in enumerate(SAME_INPUT) if one.name in same), one.name): one for one in adapted}
-        return inner + self.product * sum(one.inputs for key, one in groups.items() if key != "o_proj")
-
-    @property
-    def shares_inputs(self) -> bool:
-        """Whether adapters that read one tensor keep it once."""
-        return self.product == self.stream and (self.step.on_cpu or self.product == 4)
-
-    def edge(self) -> int:
-        """Return the bytes per token that a layer keeps whose output nothing uses: what leads to keys, and scores."""
-        model, queried = self.model, any(isinstance(press, READS_QUERIES) for press in self.step.scorers)
-        names = {"k_proj", "v_proj", *(["q_proj"] if queried else [])}
-        heads = model.keys + (model.queries if queried else 0)
-        inputs = self.adapter_inputs(frozenset(names))
-        return (
-            self.normed * (model.hidden + (heads if model.normed_heads else 0)) + inputs + self.stream * 2 * model.keys
+        lost = (
+            sum(loss_bytes(self.scoring(*chunk[:2]), press) for press in self.step.losing for chunk in running) * rows
         )
-
-    def scored(self, press: BasePress, tokens: int, keys: int) -> int:
-        """Return the bytes of a press's scores in one layer of one row."""
-        return score_bytes(Scored(self.model, tokens, keys, self.product, self.stream, self.normed), press)
-
-    def looking_back(self, rows: int, chunks: list[tuple[int, int, int]], name: str) -> Term:
-        """Count the pairs and the masks of ``chunks`` (tokens, keys, kept) that attend to an evicted cache.
-
-        With a mask a GPU's kernels take keys and values repeated for every query head.
-        """
-        model, a = self.model, self.product
-        width = model.keys if self.step.on_cpu else model.queries
-        held = sum(keys * 2 * width * a + tokens * keys * a for tokens, keys, _ in chunks) * rows
-        keys = sum(chunk[1] for chunk in chunks)
-        formula = f"{model.layers} layers x {rows} x {keys:,} keys x 2 x {width:,} x {a} B, and masks"
-        return Term(f"{name}: pairs and masks", model.layers * held, formula)
+        terms.append(Term("context: press losses", model.layers * lost, f"{model.layers} layers x {lost:,} B"))
+        return [term for term in terms if term.bytes]
 
     def states(self) -> list[Term]:
         """Return the caches that checkpoints keep, the input of every chunk after the first."""
@@ -220,20 +160,37 @@ class StepMemory:
         return Term("kept pairs", size, f"{self.step.rows} x {self.step.kept:,} pairs x {pair:,} B of all layers")
 
     def continuation(self) -> list[Term]:
-        """Return what the continuation's layers keep for backward."""
+        """Return what the continuation's layers keep for backward, and those of what is read beside it."""
         model, step = self.model, self.step
         token = sum(size for size, _ in self.parts().values())
-        size = model.layers * step.rows * step.continuation_tokens * token
-        of = f"{model.layers} layers x {step.rows} x {step.continuation_tokens:,} tokens x {token:,} B"
+        readings = {"continuation": step.pieces}
+        if step.full_cache:
+            tokens = step.continuation_tokens
+            readings["again, full cache"] = [(tokens, step.context_tokens + tokens, 0)]
+        if step.read_again:
+            readings["evicted text"] = [(step.read_again, step.kept + step.read_again, 0)]
         terms = []
-        for name, kept in [("continuation", step.kept), *([("again", step.context_tokens)] if step.full_cache else [])]:
-            chunk = step.continuation_tokens, kept + step.continuation_tokens, 0
-            terms += [Term(name, size, of), self.looking_back(step.rows, [chunk], name)]
-        return terms
+        for name, pieces in readings.items():
+            tokens = step.rows * sum(piece[0] for piece in pieces)
+            of = f"{model.layers} layers x {tokens:,} tokens x {token:,} B"
+            terms += [Term(name, model.layers * tokens * token, of), self.looking_back(step.rows, pieces, name)]
+        scored = self.all_scored(step.pieces[:-1])
+        size, of = model.layers * step.rows * scored, f"{model.layers} layers x {step.rows} x {scored:,} B"
+        return [*terms, Term("continuation: scores", size, of)] if scored else terms
+
+    def layer_outputs(self) -> list[Term]:
+        """Return what comparing layers with the teacher's keeps: both outputs, their supervised rows, a difference."""
+        model, step = self.model, self.step
+        size = 4 * self.stream * step.continuation_tokens + 4 * step.supervised
+        formula = f"{model.layers} layers x {step.rows} x {size:,} x {model.hidden:,} B"
+        whole = step.compared_layers * model.layers * step.rows * size * model.hidden
+        return [Term("layer outputs", whole, formula)] if whole else []
 
     def attention_mass(self) -> Term:
         """Count the teacher's attention to the context, kept as the target of the selection loss."""
-        keys = self.model.kv_heads * self.step.context_tokens if self.step.scores else 0
+        ends = self.step.evicted_after
+        last = ends[-1] if ends else self.step.context_tokens
+        keys = self.model.kv_heads * last * (1 + len(ends)) if self.step.scores else 0
         size = self.model.layers * self.step.rows * keys * 4
         return Term("teacher's attention", size, f"{self.model.layers} layers x {self.step.rows} x {keys:,} x 4 B")
 
@@ -258,6 +215,13 @@ class StepMemory:
         return [
             Term("head for products", size, f"{self.model.vocabulary:,} x {self.model.hidden:,} x {self.product} B")
         ]
+
+    def rotations(self) -> list[Term]:
+        """Return what ExpectedAttention makes for a moment: a matrix for each position that it looks ahead."""
+        presses = [] if self.step.press is None else presses_in(self.step.press)
+        ahead = max((one.n_future_positions for one in presses if isinstance(one, ExpectedAttentionPress)), default=0)
+        dim = self.model.head_dim
+        return [Term("rotations ahead", 4 * ahead * dim**2, f"{ahead} positions x {dim}^2 x 4 B")] if ahead else []
 
     def forward_transient(self, chunk: int) -> Term:
         """Count what one layer's forward holds for a moment: attention, norms, residuals.

@@ -9,11 +9,13 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from sparsekv_pl.eviction.chunking import chunk_bounds, staying
+from sparsekv_pl.eviction.while_decoding import Decoding
 from sparsekv_pl.models.cache_shape import cache_shape
 from sparsekv_pl.models.lora import Lora
 from sparsekv_pl.models.quantisation import four_bit, parameter_count, skeleton, stored_quantisation, weight_bytes
 from sparsekv_pl.presses.eviction_aug import EvictionAugPress
-from sparsekv_pl.presses.nesting import scorers_in
+from sparsekv_pl.presses.nesting import presses_in, scorers_in
+from sparsekv_pl.presses.sparse_reg import SparseRegPress
 from sparsekv_pl.presses.traits import traits_of
 
 SAME_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
@@ -83,7 +85,8 @@ class StepShape:
     continuation_tokens: int
     compression_ratio: float
     """The least ratio of the run, at which most pairs are kept."""
-    press: BasePress
+    press: BasePress | None
+    """None with ``dropout``."""
     rows: int = 1
     chunk_tokens: int | None = None
     budget: int | None = None
@@ -95,6 +98,17 @@ class StepShape:
     """Whether a selection loss aligns scores."""
     full_cache: bool = False
     """Whether the continuation also runs after the whole cache."""
+    read_again: int = 0
+    """Tokens of evicted text that are predicted after the evicted cache (Reconstruction)."""
+    compared_layers: int = 0
+    """Kinds of layer outputs that are compared with the teacher's (Layerwise)."""
+    press_losses: bool = False
+    """Whether SparseRegPress's losses are added."""
+    decoding: Decoding | None = None
+    turn_ends: tuple[int, ...] = ()
+    """Tokens after the context at which a turn ends."""
+    dropout: bool = False
+    """Whether keys are dropped at random in one pass (KVDropout)."""
     dtype: torch.dtype = torch.bfloat16
     """Of matrix products and of the base weights; an adapter's own weights are float32."""
     on_cpu: bool = False
@@ -106,9 +120,10 @@ class StepShape:
     def chunks(self) -> list[tuple[int, int, int]]:
         """Per chunk: its tokens, the keys that it attends to, and the pairs per head kept after it."""
         found, held = [], 0
+        ratio = self.compression_ratio if self.decoding is None or self.decoding.context else 0.0
         for start, stop in chunk_bounds(self.context_tokens, self.chunk_tokens):
             keys = held + stop - start
-            held = staying(keys, stop, self.compression_ratio, self.budget)
+            held = staying(keys, stop, ratio, self.budget)
             found.append((stop - start, keys, held))
         return found
 
@@ -118,9 +133,36 @@ class StepShape:
         return self.chunks[-1][2]
 
     @property
+    def evicted_after(self) -> list[int]:
+        """The tokens, the context's included, after which the continuation is evicted from."""
+        decoding, context = self.decoding, self.context_tokens
+        return [] if decoding is None else decoding.evictions(context, self.continuation_tokens, self.turn_ends)
+
+    @property
+    def pieces(self) -> list[tuple[int, int, int]]:
+        """The same as ``chunks`` of the continuation; nothing is evicted after the last."""
+        found, held, before = [], self.kept, self.context_tokens
+        for end in self.evicted_after:
+            keys = held + end - before
+            assert self.decoding is not None
+            budget = self.decoding.pairs(self.context_tokens, self.compression_ratio)
+            held = staying(keys, end, self.compression_ratio if self.decoding.grows else 0.0, budget)
+            found.append((end - before, keys, held))
+            before = end
+        left = self.context_tokens + self.continuation_tokens - before
+        return [*found, (left, held + left, held + left)]
+
+    @property
+    def losing(self) -> list[SparseRegPress]:
+        """The presses whose own losses are added."""
+        if not self.press_losses or self.press is None:
+            return []
+        return [press for press in presses_in(self.press) if isinstance(press, SparseRegPress)]
+
+    @property
     def scorers(self) -> list[BasePress]:
         """The presses whose scores hold tensors until backward: all that a selection loss aligns in one step."""
-        if not self.scores:
+        if not self.scores or self.press is None:
             return []
         found = [scorer for scorer in scorers_in(self.press) if traits_of(scorer).trainable]
         drawn_alone = isinstance(self.press, EvictionAugPress) and not self.press.score_all

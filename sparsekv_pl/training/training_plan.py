@@ -1,10 +1,7 @@
 """Steps, hours and bytes of a training from its settings and the model's config; nothing is loaded."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-
-import torch
 
 from sparsekv_pl.models.memory_planner import duration, gib
 from sparsekv_pl.training.score_memory import uncounted
@@ -53,8 +50,18 @@ class TrainingPlan:
     @property
     def operations(self) -> dict[str, float]:
         """Operations of an optimizer step on all devices, by pass, at the mean context."""
-        mean = (self.shortest_context + self.step.context_tokens) / 2
-        return {name: self.rows * count for name, count in row_operations(self.model, self.step, mean).items()}
+        return {name: self.rows * count for name, count in row_operations(self.model, self.step, self.mean).items()}
+
+    @property
+    def mean(self) -> float:
+        """Mean tokens of a context."""
+        return (self.shortest_context + self.step.context_tokens) / 2
+
+    @property
+    def typical_step(self) -> StepShape:
+        """The step at the mean context; contexts of different lengths run one after the other."""
+        alike = self.shortest_context == self.step.context_tokens
+        return replace(self.step, context_tokens=round(self.mean), rows=self.step.rows if alike else 1)
 
     def seconds(self, tflops: float) -> float:
         """Duration of an optimizer step if each device computes ``tflops`` 10^12 operations a second."""
@@ -63,7 +70,7 @@ class TrainingPlan:
     def lines(self, limit: int, tflops: float, rate: str) -> list[str]:
         """Format the plan for devices with ``limit`` bytes; ``rate`` says where ``tflops`` comes from."""
         model, step, memory = self.model, self.step, self.memory
-        tokens = self.rows * ((self.shortest_context + step.context_tokens) / 2 + step.continuation_tokens)
+        tokens = self.rows * (self.mean + step.continuation_tokens)
         least = "" if self.shortest_context == step.context_tokens else f"{self.shortest_context:,} to "
         where = f"{step.devices} devices, {'sharded' if step.sharded else 'each with the whole model'}"
         lines = [
@@ -102,39 +109,22 @@ class TrainingPlan:
                 f"--data.batch_size 1 --trainer.accumulate_grad_batches {self.accumulated * step.rows}",
                 replace(self, step=replace(step, rows=1), accumulated=self.accumulated * step.rows),
             )
-        for chunk in (tokens for tokens in (2048, 1024, 512, SHORTEST_CHUNK) if tokens < whole):
+        if step.dropout and not step.checkpoint:
+            yield "--model.eviction.checkpoint true", replace(self, step=replace(step, checkpoint=True))
+        cut = not (step.dropout or step.decoding or step.full_cache)  # what neither chunks nor checkpoints go with
+        for chunk in (tokens for tokens in (2048, 1024, 512, SHORTEST_CHUNK) if cut and tokens < whole):
             yield (
                 f"--model.eviction.chunk_tokens {chunk} --model.eviction.checkpoint true",
                 replace(self, step=replace(step, chunk_tokens=chunk, checkpoint=True)),
             )
         shorter = step.context_tokens // 2
-        if shorter >= SHORTEST_CHUNK:
+        if shorter >= SHORTEST_CHUNK and not step.turn_ends:
             shortest = min(self.shortest_context, shorter)
             made = replace(self, step=replace(step, context_tokens=shorter), shortest_context=shortest)
             yield f"--data.context_tokens {shorter}", made
 
     def _passes(self) -> list[str]:
         return [f"{name} {count / 1e12:,.1f}" for name, count in self.operations.items() if count]
-
-
-def measured_tflops(
-    device: torch.device,
-    dtype: torch.dtype,
-    seconds: float = 1.0,
-    width: int = 2048,
-    clock: Callable[[], float] = time.perf_counter,
-) -> float:
-    """Measure the 10^12 operations a second of ``device`` in products of (width, width) matrices.
-
-    A step's products are narrower, and it also moves memory: take it for an upper bound.
-    """
-    left, right = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
-    left @ right
-    count, start, now = 0, clock(), 0.0
-    while now < seconds or count < 2:
-        (left @ right)[0, 0].item()  # waits for a GPU
-        count, now = count + 1, clock() - start
-    return 2 * width**3 * count / now / 1e12
 
 
 def _line(term: Term) -> str:

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.planned_shapes import shape
+from benchmarks.ablations import configs_of
+from benchmarks.planned_shapes import EIGHTH, shape
+from sparsekv_pl.cli import training_planner
 from sparsekv_pl.cli.training_planner import main, planned
+from sparsekv_pl.training.measured_step import MeasuredStep
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "configs" / "train"
@@ -68,6 +71,44 @@ def test_plan_is_a_command_of_train(folders: dict[str, Path]) -> None:
     assert ran.stdout.splitlines()[-1].startswith("DOES NOT FIT: ")
 
 
+REFUSED = {"gate": "only EITModule's steps can be planned"}
+PARTS = {"fsdp", "qlora", "robust_8b", "small"}
+"""Files that go over others."""
+
+
+def test_every_training_of_the_repository_has_a_plan_or_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also ablations with losses of their own. Models have Llama's shape, two layers deep."""
+    monkeypatch.setattr(training_planner, "read_config", lambda *_: shape("llama", 2, **EIGHTH))
+    runs = {path.stem: [path] for path in sorted(TRAIN.glob("*.yaml")) if path.stem not in PARTS}
+    runs |= {name: configs_of(name) for name in ("base", "loss_layerwise", "loss_reconstruction", "dropout_sparse_reg")}
+    refused, made = {}, {}
+    for name, files in runs.items():
+        try:
+            made[name] = planned([f"--config={path}" for path in files], on_cpu=True).plan
+        except ValueError as error:
+            refused[name] = str(error)
+    assert refused.keys() == REFUSED.keys() and all(REFUSED[name] in why for name, why in refused.items()), refused
+    step = made["turns"].step
+    assert (step.context_tokens, step.continuation_tokens, len(step.evicted_after)) == (128, 640, 4)
+    assert len(made["decoding"].step.evicted_after) == 4 and made["decoding"].step.scores
+    assert made["mixed_8b"].step.read_again > 40 and made["mixed_8b"].step.losing
+    assert made["loss_layerwise"].step.compared_layers == 1
+    assert made["kv_dropout"].step.dropout
+
+
+def test_the_rate_of_this_machine_is_measured_where_the_plan_fits_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(shape("qwen3", 3, **EIGHTH).to_dict()))
+    monkeypatch.setattr(MeasuredStep, "tflops", lambda *_: 0.125)
+    arguments = [*recipe(tmp_path), "--device", "cpu"]
+    main(arguments)
+    assert "at 0.125 TFLOP/s a device (measured in steps of a few random layers here)" in capsys.readouterr().out
+    for memory in ("80GB", "1GB"):
+        main([*arguments, "--memory", memory])
+        assert "at 200 TFLOP/s a device (assumed; --tflops sets it)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -75,16 +116,13 @@ def test_plan_is_a_command_of_train(folders: dict[str, Path]) -> None:
         (["--memory", "much"], "memory"),
         (["--memory", "80GB", "--model.backbone.lora=null"], "backbone.lora is null, which trains every weight"),
         (
-            ["--memory", "80GB", "--model.eviction=sparsekv_pl.eviction.dropout.KVDropout"],
-            "model.eviction is KVDropout: only RealEviction's",
+            ["--memory", "80GB", "--model.objective=sparsekv_pl.objectives.Chunks"],
+            "model.objective has Chunks, whose losses are not planned",
         ),
+        (["--memory", "80GB", "--model.eviction.quantisation={bits: 4}"], "rounded pairs are not planned"),
         (
-            ["--memory", "80GB", "--model.eviction.decoding={interval: 64}"],
-            "model.eviction.decoding is set: evictions in the continuation are not planned",
-        ),
-        (
-            ["--memory", "80GB", "--model.objective=sparsekv_pl.objectives.Layerwise"],
-            "model.objective asks for layers, which is not planned",
+            ["--memory", "80GB", "--model.eviction.decoding={interval: 64}", "--model.eviction.checkpoint=true"],
+            "decoding and checkpoint, which are planned one at a time",
         ),
         (["--memory", "80GB", "--trainer.max_steps=-1"], "trainer.max_steps is -1: give the number of steps"),
         (["--memory", "80GB", "--config", str(TRAIN / "fsdp.yaml")], "set data.shortest_context=null"),
@@ -97,7 +135,7 @@ def test_a_mistake_is_one_line(arguments: list[str], said: str, folders: dict[st
 
 
 def test_a_cpu_keeps_its_own_tensors_and_a_schedule_its_least_ratio(folders: dict[str, Path]) -> None:
-    gpu, cpu = planned(recipe(folders["qwen3"])), planned(recipe(folders["qwen3"]), on_cpu=True)
+    gpu, cpu = (planned(recipe(folders["qwen3"]), on_cpu).plan for on_cpu in (False, True))
     assert gpu.step.compression_ratio == pytest.approx(0.3, abs=0.01)  # of Spread
     assert (str(gpu.step.dtype), str(cpu.step.dtype)) == ("torch.bfloat16", "torch.float32")
     assert not cpu.allowances and len(gpu.allowances) == 2

@@ -11,17 +11,19 @@ from kvpress import KeyDiffPress, SnapKVPress, StreamingLLMPress, TOVAPress
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.counted_step import PHASES, batch_of, counted, planned, robust_press, student_of
+from benchmarks.counted_step import PHASES, counted, planned, robust_press, student_of
 from benchmarks.planned_shapes import EIGHTH, shape
+from sparsekv_pl.eviction.while_decoding import Decoding
 from sparsekv_pl.models.backbone import causal_lm
 from sparsekv_pl.models.lora import Lora, inject_lora
 from sparsekv_pl.models.quantisation import four_bit, keep_unpacked
-from sparsekv_pl.presses import EvictionAugPress
+from sparsekv_pl.presses import EvictionAugPress, SparseRegPress
+from sparsekv_pl.training.measured_step import batch_of
 from sparsekv_pl.training.score_memory import uncounted
 from sparsekv_pl.training.step_memory import StepMemory
 from sparsekv_pl.training.step_operations import row_operations
 from sparsekv_pl.training.step_shape import ModelShape, StepShape, model_shape
-from sparsekv_pl.training.training_plan import TrainingPlan, measured_tflops
+from sparsekv_pl.training.training_plan import TrainingPlan
 
 LORA = Lora(r=16, alpha=32)
 GIB = 2**30
@@ -41,12 +43,22 @@ def model() -> PreTrainedModel:
         {"on_cpu": True, "rows": 2},
         {"chunk_tokens": 96, "checkpoint": True},
         {"local": True, "dtype": torch.float32},
+        {"full_cache": True, "read_again": 41, "compared_layers": 1},
+        {"continuation_tokens": 128, "decoding": Decoding(48), "context_tokens": 96, "on_cpu": True},
+        {"continuation_tokens": 128, "decoding": Decoding(48, budget=24, context=False), "scores": False},
+        {"press": SparseRegPress(SnapKVPress(window_size=32)), "press_losses": True, "scores": False, "on_cpu": True},
+        {"press": None, "dropout": True, "scores": False, "on_cpu": True},
+        {"press": None, "dropout": True, "scores": False, "checkpoint": True},
     ],
-    ids=["gpu", "cpu, two rows", "checkpointed", "local"],
+    ids=[
+        *("gpu", "cpu, two rows", "checkpointed", "local", "read again", "evicted from again", "whole at first"),
+        *("press losses", "dropout", "dropout, checkpointed"),
+    ],
 )
 def test_the_peak_is_that_of_a_real_step_within_a_quarter(model: PreTrainedModel, settings: dict[str, Any]) -> None:
     model.zero_grad()
-    step = StepShape(192, 32, 0.5, robust_press(), **settings)
+    given: dict[str, Any] = {"context_tokens": 192, "continuation_tokens": 32, "press": robust_press()} | settings
+    step = StepShape(**given, compression_ratio=0.5)
     base = causal_lm(model)
     for name, weight in base.named_parameters():
         if "lora" not in name:
@@ -68,9 +80,21 @@ def test_the_peak_over_4_bit_weights_is_that_of_a_real_step(tmp_path: Path) -> N
     assert max(expected.values()) == pytest.approx(max(real.values()), rel=0.25), (expected, real)
 
 
-def test_operations_are_those_of_a_checkpointed_step(model: PreTrainedModel) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"press": robust_press(), "checkpoint": True},
+        {"press": SnapKVPress(window_size=32), "full_cache": True, "read_again": 41},
+        {"press": SnapKVPress(window_size=32), "continuation_tokens": 128, "decoding": Decoding(48)},
+        {"press": None, "dropout": True, "scores": False},
+    ],
+    ids=["checkpointed", "read again", "evicted from again", "dropout"],
+)
+def test_operations_are_those_of_a_step(model: PreTrainedModel, settings: dict[str, Any]) -> None:
     """Attention's own are left out: torch counts none of the CPU's kernel."""
-    step = StepShape(192, 32, 0.5, robust_press(), dtype=torch.float32, checkpoint=True)
+    step = StepShape(
+        **{"context_tokens": 192, "continuation_tokens": 32} | settings, compression_ratio=0.5, dtype=torch.float32
+    )
     student = student_of(model.float(), step)
     with FlopCounterMode(display=False) as counter:
         view, _ = student.view(batch_of(step), step.compression_ratio, 0)
@@ -149,7 +173,3 @@ def test_memory_of_evicted_chunks_does_not_grow_with_the_context() -> None:
 
     assert PHASES[2] == plan().memory.phases()[2].name
     assert held(8192) == held(4096)
-
-
-def test_products_are_measured() -> None:
-    assert 0 < measured_tflops(torch.device("cpu"), torch.float32, seconds=0.0, width=64) < 100
