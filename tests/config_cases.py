@@ -20,7 +20,7 @@ OVER = {
     CONFIGS / "evaluate" / "robust_64k.yaml": CONFIGS / "evaluate" / "million.yaml",
     **{
         CONFIGS / "evaluate" / f"robust_{name}.yaml": CONFIGS / "evaluate" / "robust.yaml"
-        for name in ("lengths", "ruler", "distractors")
+        for name in ("lengths", "ruler", "distractors", "ceiling")
     },
 }
 """Files that go over one other file."""

@@ -90,8 +90,8 @@ def test_every_overlay_of_an_evaluation_changes_what_it_goes_over(
         assert (made.model.budget, made.datamodule.lengths, len(made.datamodule.depths)) == (2048, [64_000], 10)
         return
     asked = made.datamodule.cases_per_cell * len(made.datamodule.depths)
-    assert asked == 100
-    assert made.datamodule.cases_without_depth == (100 if path.stem == "robust_ruler" else 10)
+    assert asked == (20 if path.stem == "robust_ceiling" else 100)
+    assert made.datamodule.cases_without_depth == {"robust_ruler": 100, "robust_ceiling": 2}.get(path.stem, 10)
 
 
 @pytest.mark.parametrize(

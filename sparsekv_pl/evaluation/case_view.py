@@ -45,7 +45,7 @@ def case_views(measurement: Measurement, points: Sequence[Point], rows: Sequence
         if point.press is None or point.decoding is not None:
             continue
         try:
-            for record, kept in zip(records, _kept(measurement, point, rows), strict=True):
+            for record, kept in zip(records, kept_by(measurement, point, rows), strict=True):
                 add_kept(record, point.name, kept, evicted_layers(measurement.model.config))
         except Exception as error:  # a press of any kind may fail; its measurement has a line of its own in the report
             log.warning("the viewer leaves out %s: %s", point.condition, error)
@@ -78,10 +78,10 @@ def add_kept(record: Record, name: str, kept: Tensor, numbers: Sequence[int]) ->
     record["kept"][name] = packed_bits(kept.cpu().numpy())
 
 
-def _kept(measurement: Measurement, point: Point, rows: Sequence[int]) -> list[Tensor]:
+def kept_by(measurement: Measurement, point: Point, rows: Sequence[int]) -> list[Tensor]:
     """Return, for each of ``rows``, (layers, K, L) bool: True where the cache after ``point`` holds the pair."""
     if measurement.by_row(point):
-        return [_kept(measurement.row(row), point, [0])[0] for row in rows]
+        return [kept_by(measurement.row(row), point, [0])[0] for row in rows]
     assert point.press is not None
     set_compression_ratio(point.press, point.compression_ratio)
     prefilled, _ = measurement.prefilled(point)

@@ -14,6 +14,7 @@ from kvpress import BasePress
 from sparsekv_pl.evaluation.batch_keys import batch_of
 from sparsekv_pl.evaluation.case_view import case_views
 from sparsekv_pl.evaluation.context_sparsity import LABELS, attention_sparsity
+from sparsekv_pl.evaluation.kept_attention import keeps_attention, kept_attention
 from sparsekv_pl.evaluation.measurement import Measurement
 from sparsekv_pl.evaluation.measuring_module import MeasuringModule, Piece
 from sparsekv_pl.evaluation.points import Point, Setting, points_of
@@ -26,6 +27,7 @@ from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.models.batch import CaseBatch
 from sparsekv_pl.models.layer_kinds import evicted_layers
 from sparsekv_pl.reporting import sparsity_figure, write_kvpress_layout
+from sparsekv_pl.reporting.ceiling_maps import reached_figures, reached_of, reached_rows
 from sparsekv_pl.reporting.file_formats import json_bytes, replace_all
 from sparsekv_pl.storage.records import Record
 
@@ -55,6 +57,9 @@ class EvaluationModule(MeasuringModule):
         Also measure, on text, whether the kept pairs stay important (metrics/eviction_stability.py).
     sparsity
         Also measure, on text, the sparsity of attention by layer and head (metrics/attention_sparsity.py).
+    kept_attention
+        Also measure, where the press evicts from the context alone, the share that it keeps of the attention that as
+        many pairs could hold, by layer and KV head (kept_attention.py). Of plain text if there are no other cases.
     views
         Number of cases that the report links an eviction viewer of: which tokens each press kept. Cases of plain text
         are viewed if there are no others, contexts of more than 10,000 tokens never.
@@ -78,6 +83,7 @@ class EvaluationModule(MeasuringModule):
         title: str = "Base against trained",
         stability: bool = False,
         sparsity: bool = False,
+        kept_attention: bool = False,
         views: int = 2,
         card: bool = False,
     ) -> None:
@@ -88,6 +94,7 @@ class EvaluationModule(MeasuringModule):
         super().__init__(output or "output/evaluation", backbone)
         self.backbone: Backbone = backbone
         self.title, self.stability, self.sparsity, self.card = title, stability, sparsity, card
+        self.kept_attention = kept_attention
         for setting in settings:
             check_press(self.causal_lm, setting.press, foresight=True)
 
@@ -130,11 +137,13 @@ class EvaluationModule(MeasuringModule):
         pieces = [self._piece(measurement, variant, point) for point in self.points]
         measurement.ahead = [point for point, piece in zip(self.points, pieces, strict=True) if self.is_left(piece)]
         yield from pieces
+        if self.kept_attention and not self._is_beside(measurement):
+            yield from (self._kept_of(measurement, variant, point) for point in self.points if keeps_attention(point))
         if rows := self._viewed_rows(measurement):
             yield self._views_of(measurement, variant, rows)
 
     def write(self, records: list[Record], environment: dict[str, Any]) -> list[Path]:
-        """Write the report, kvpress's layout and the sparsity of attention; print the table; return the paths."""
+        """Write the report, kvpress's layout and what was measured of attention; print the table; return the paths."""
         cases = [record for record in records if "case" in record]
         sparsity = self._sparsity([record for record in records if LABELS.keys() <= record.keys()])
         layers = evicted_layers(self.causal_lm.config)
@@ -142,13 +151,17 @@ class EvaluationModule(MeasuringModule):
             f"Attention sparsity, {variant}": sparsity_figure(means, numbers=layers)
             for variant, means in sparsity.items()
         }
+        reached = reached_of(record for record in records if "kept_attention" in record)
+        figures |= {f"Attention kept, {press}": one for press, one in reached_figures(reached, layers)}
         card = self.card and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
         paths = self.report_cases(cases, environment, figures, self.pages(records, self.viewed.count), card)
         query_aware = bool(getattr(self.trainer.datamodule, "query_aware", False))  # type: ignore[attr-defined]
         model, trained = str(self.base["pretrained"]), self.backbone.adapter
         write_kvpress_layout(self.output / "kvpress", cases, model, trained, query_aware)
-        content = json_bytes(sparsity | {"layers": layers})
-        return paths + (replace_all(self.output, {"sparsity.json": content}) if sparsity else [])
+        files = {"sparsity.json": json_bytes(sparsity | {"layers": layers})} if sparsity else {}
+        if reached:
+            files["kept_attention.json"] = json_bytes({"layers": layers, "points": list(reached_rows(reached))})
+        return paths + replace_all(self.output, files)
 
     def _piece(self, measurement: Measurement, variant: str, point: Point) -> Piece:
         batch, unfit = measurement.batch, point.unfit()
@@ -170,8 +183,26 @@ class EvaluationModule(MeasuringModule):
         return self.key(variant, measured=measured, batch=batch_of(measurement.batch, named=False))
 
     def _viewed_rows(self, measurement: Measurement) -> list[int]:
-        others = getattr(self.trainer.datamodule, "tasks", [])  # type: ignore[attr-defined]
-        return [] if measurement.is_text and others else self.viewed.rows(measurement.batch)
+        return [] if self._is_beside(measurement) else self.viewed.rows(measurement.batch)
+
+    def _is_beside(self, measurement: Measurement) -> bool:
+        """Whether the batch is plain text beside tasks."""
+        return measurement.is_text and bool(getattr(self.trainer.datamodule, "tasks", []))  # type: ignore[attr-defined]
+
+    def _kept_of(self, measurement: Measurement, variant: str, point: Point) -> Piece:
+        batch, unfit = measurement.batch, point.unfit()
+        return Piece(
+            key=""
+            if unfit
+            else self.key(
+                variant, measured="kept attention", point=point.described(), batch=batch_of(batch, named=False)
+            ),
+            file=f"{variant}_{point.name}_attention",
+            measure=lambda: [kept_attention(measurement, point)],
+            columns=repeat({"variant": variant, **point.condition.columns()}),
+            label=f"attention kept under {point.condition}, {variant}",
+            unfit=unfit,
+        )
 
     def _views_of(self, measurement: Measurement, variant: str, rows: list[int]) -> Piece:
         # a point with quantised pairs keeps those of the point without

@@ -230,7 +230,8 @@ class Measurement:
         return FullCacheReading(hidden, head, ids, lengths, recalled)
 
     @cached_property
-    def _continuation_mass(self) -> dict[int, Tensor]:
+    def foreseen_mass(self) -> dict[int, Tensor]:
+        """Layer -> (B, K, L), what the continuations will attend to."""
         return continuation_mass(self.recorded, self.batch, self.tokenizer)
 
     def row(self, row: int) -> "Measurement":
@@ -248,7 +249,7 @@ class Measurement:
             return prefilled, {"prefill_seconds": seconds, "eviction_seconds": 0.0}
         recorded, seconds = self._recorded
         oracles = oracles_in(point.press)
-        with self.draws(point), foreseen(oracles, self._continuation_mass) if oracles else nullcontext():
+        with self.draws(point), foreseen(oracles, self.foreseen_mass) if oracles else nullcontext():
             prefilled, evicting = timed(lambda: recorded.evicted(point.press))
         if packed is not None:
             quantise(prefilled.cache, packed, self._layers)

@@ -11,13 +11,13 @@ from sparsekv_pl.metrics.additive import AdditiveMetric
 class MassByHead(AdditiveMetric):
     """Weighted means of the attention kept and of the most that the budget could keep, over rows and ranks.
 
-    ``compute`` returns ``kept`` and ``most``, float32 scalars over all heads, and ``distance``, (layers, K), the
-    difference by head; NaN without weights.
+    ``compute`` returns ``kept`` and ``most``, float32 scalars over all heads, and ``reached``, (layers, K), the kept
+    attention over the most by head: 1 is the ceiling. NaN without weights.
 
     >>> metric = MassByHead(1, 2)
     >>> metric.update(0, torch.tensor([[0.5, 1.0]]), torch.tensor([[0.75, 1.0]]), torch.tensor([[3.0, 1.0]]))
     >>> metric.compute()
-    {'kept': tensor(0.6250), 'most': tensor(0.8125), 'distance': tensor([[0.2500, 0.0000]])}
+    {'kept': tensor(0.6250), 'most': tensor(0.8125), 'reached': tensor([[0.6667, 1.0000]])}
 
     Parameters
     ----------
@@ -41,5 +41,5 @@ class MassByHead(AdditiveMetric):
         """Return the means; see the class."""
         kept, most, weights = self.sums
         total = weights.sum()
-        found = {"kept": kept.sum() / total, "most": most.sum() / total, "distance": (most - kept) / weights}
+        found = {"kept": kept.sum() / total, "most": most.sum() / total, "reached": kept / most}
         return {name: value.float() for name, value in found.items()}

@@ -27,8 +27,16 @@ def kept_shares(target: Tensor, scores: Tensor, evictable: Tensor, kept: int) ->
     ``target`` (B, K, S) are the teacher's shares, 0 where not ``evictable``; the press keeps the ``kept`` highest
     ``scores`` of each head.
     """
-    chosen = scores.topk(kept, dim=-1).indices
-    counts = evictable.gather(-1, chosen).sum(-1, keepdim=True)
-    highest = target.topk(kept, dim=-1).values.cumsum(-1)
+    held = torch.zeros_like(evictable).scatter(-1, scores.topk(kept, dim=-1).indices, True)
+    return kept_and_most(target, held & evictable, kept)
+
+
+def kept_and_most(mass: Tensor, held: Tensor, at_most: int) -> tuple[Tensor, Tensor]:
+    """Return the ``mass`` on ``held`` keys and the most on as many, (B, K) each, of (B, K, S) and bool.
+
+    No head holds more than ``at_most`` keys.
+    """
+    counts = held.sum(-1, keepdim=True)
+    highest = mass.topk(at_most, dim=-1).values.cumsum(-1)
     most = highest.gather(-1, (counts - 1).clamp(min=0)).where(counts > 0, 0)
-    return target.gather(-1, chosen).sum(-1), most.squeeze(-1)
+    return mass.where(held, 0).sum(-1), most.squeeze(-1)

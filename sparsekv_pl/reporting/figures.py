@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sparsekv_pl.reporting.condition import FULL_CACHE, marked
-from sparsekv_pl.reporting.plots import COLOURS, STYLES, bars, plain, plots, plots_for
+from sparsekv_pl.reporting.plots import COLOURS, MARKS, STYLES, bars, plain, plots, plots_for
 from sparsekv_pl.reporting.sorted_records import VARIANTS
 from sparsekv_pl.reporting.summary import Row, headline
 
@@ -75,7 +75,8 @@ def _draw_dots(axes: Axes, rows: Sequence[tuple[int, Row]], panel: Panel) -> Non
         if not points:
             continue
         y, x, low, high = np.array(points, dtype=float).T
-        axes.errorbar(x, y, xerr=bars(x, low, high), fmt="o", color=COLOURS[variant], capsize=3, label=variant)
+        look: dict[str, Any] = {"fmt": MARKS[variant], "color": COLOURS[variant], "markersize": 5, "capsize": 3}
+        axes.errorbar(x, y, xerr=bars(x, low, high), label=variant, **look)
     if panel.field:
         axes.axvline(1, color="0.3", linewidth=0.8)
     axes.set_title(panel.title, fontsize=11)

@@ -14,6 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 
 COLOURS = {"base": "0.55", "trained": "tab:blue"}
 STYLES: dict[str, Any] = {"base": "--", "trained": "-"}
+MARKS = {"base": "o", "trained": "s"}
+"""Markers, so that no reader depends on colours."""
 
 
 def plots(size: tuple[float, float], rows: int = 1, columns: int = 1, **shared: Any) -> tuple[Figure, NDArray[Any]]:
@@ -52,7 +54,7 @@ def plain(axes: Axes, title: str = "") -> None:
 def draw_band(axes: Axes, curve: NDArray[np.float64], variant: str) -> None:
     """Draw a variant's ``curve`` (points, 4), x, value and the bounds of its interval, with its band."""
     x, y, low, high = curve.T
-    axes.plot(x, y, "-o", color=COLOURS[variant], markersize=3.5, linewidth=1.5, label=variant)
+    axes.plot(x, y, "-", color=COLOURS[variant], marker=MARKS[variant], markersize=3.5, linewidth=1.5, label=variant)
     axes.fill_between(x, low, high, color=COLOURS[variant], alpha=0.15, linewidth=0)
 
 

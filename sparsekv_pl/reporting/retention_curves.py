@@ -1,13 +1,13 @@
 """Retention over the compression ratio, a plot per press: base, trained and the ceiling."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsekv_pl.reporting.condition import ORACLE, foresees
-from sparsekv_pl.reporting.plots import COLOURS, draw_band
+from sparsekv_pl.reporting.plots import COLOURS, MARKS, draw_band
 from sparsekv_pl.reporting.sorted_records import VARIANTS
 from sparsekv_pl.reporting.summary import Row, headline
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = 3
+CEILING: dict[str, Any] = {"base": ":", "trained": "--"}
+"""Lines of the ceilings."""
 Curve = NDArray[np.float64]
 """(points, 4): compression ratio, retention, and the bounds of its interval."""
 
@@ -23,7 +25,7 @@ Curve = NDArray[np.float64]
 def retention_figure(rows: Sequence[Row]) -> "Figure | None":
     """Draw retention of needle accuracy over the compression ratio, all retrieval tasks together.
 
-    Each press has a plot with base and trained, 95 % bands, and dashed the ceiling at the same ratios: the same
+    Each press has a plot with base and trained, 95 % bands, and in thin lines with hollow marks the ceiling: the same
     variant with a press that knows what will be asked. None if no press has a retention.
     """
     from matplotlib.figure import Figure
@@ -63,7 +65,13 @@ def _draw(axes: "Axes", own: Sequence[Row], ceiling: Sequence[Row]) -> None:
             draw_band(axes, curve, variant)
         x, y, _, _ = _curve(ceiling, variant).T
         if len(x) > 1:
-            axes.plot(x, y, "--", color=COLOURS[variant], linewidth=1.2, label=f"ceiling, {variant}")
+            look: dict[str, Any] = {
+                "color": COLOURS[variant],
+                "marker": MARKS[variant],
+                "markerfacecolor": "white",
+                "markersize": 7 if variant == "base" else 4,  # one is seen around the other
+            }
+            axes.plot(x, y, CEILING[variant], linewidth=1.2, label=f"ceiling (sees the question), {variant}", **look)
     axes.grid(alpha=0.25)
     axes.tick_params(labelsize=7)
 

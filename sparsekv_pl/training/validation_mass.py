@@ -14,7 +14,7 @@ from sparsekv_pl.models.cache_shape import cache_shape
 from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.objectives.attention_mass import with_mass
 from sparsekv_pl.presses.nesting import press_name, scorers_in
-from sparsekv_pl.reporting import sparsity_figure
+from sparsekv_pl.reporting.ceiling_maps import reached_map
 from sparsekv_pl.reporting.logged_terms import KEPT, MOST
 from sparsekv_pl.reporting.loggers import log_picture
 from sparsekv_pl.reporting.plots import pixels
@@ -56,7 +56,7 @@ class ValidationMass(nn.Module):
             self.metrics[one.press].update(one.layer, one.kept, one.most, one.weights)  # type: ignore[operator]
 
     def log(self, module: "LightningModule") -> None:
-        """Log each press's means, and a picture of the distance between them, and start again from zero. Collective."""
+        """Log each press's means, and a picture of one over the other, and start again from zero. Collective."""
         for press, metric in self.metrics.items():
             found = metric.compute()  # type: ignore[operator]
             metric.reset()  # type: ignore[operator]
@@ -65,6 +65,5 @@ class ValidationMass(nn.Module):
             logs = {f"val/{KEPT}/{press}": found["kept"], f"val/{MOST}/{press}": found["most"]}
             module.log_dict(logs, sync_dist=True)
             if not module.trainer.sanity_checking and module.trainer.is_global_zero and module.loggers:
-                title = f"attention that {press} misses of the most that its budget keeps"
-                figure = sparsity_figure({title: found["distance"].cpu().numpy()}, "KV head")
-                log_picture(module.loggers, f"val/distance/{press}", pixels(figure), module.global_step)
+                figure = reached_map(press, found["reached"].cpu().numpy())
+                log_picture(module.loggers, f"val/reached/{press}", pixels(figure), module.global_step)

@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from torch.utils.tensorboard import SummaryWriter
 
@@ -19,6 +20,12 @@ from sparsekv_pl.reporting.training_curves import read_curves, training_figure, 
 
 def rows_of(records):
     return summary_rows(sorted_records(records))
+
+
+def contrast_with_white(colour):
+    """WCAG's contrast ratio; graphics need 3."""
+    channels = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    return 1.05 / (np.dot([0.2126, 0.7152, 0.0722], channels) + 0.05)
 
 
 def test_dots_draw_each_score_and_interval(make_records):
@@ -40,16 +47,21 @@ def test_retention_has_a_plot_per_press_and_the_ceiling_dashed(make_records):
     figure = retention_figure(rows)
     assert [axes.get_title() for axes in figure.axes] == ["SnapKV", "TOVA *"], "the ceiling has no plot of its own"
     needles = [row for row in rows if row.metric == "needle_accuracy"]
+    ceiling = "ceiling (sees the question), trained"
     for axes, press in zip(figure.axes, ("SnapKV", "TOVA"), strict=True):
         lines = {line.get_label(): line for line in axes.get_lines()}
-        for name, of, style in (("base", press, "-"), ("ceiling, trained", "Oracle", "--")):
+        for name, of, style in (("base", press, "-"), (ceiling, "Oracle", "--")):
             own = [row for row in needles if row.condition.press == of]
             assert lines[name].get_linestyle() == style
             assert lines[name].get_xdata().tolist() == [0, 0.5, 0.9]
             kept = [getattr(row, f"retention_{name.split()[-1]}") for row in own]
             assert lines[name].get_ydata() == pytest.approx([1, *kept])
+        named = [line for name, line in lines.items() if not name.startswith("_")]
+        looks = {(line.get_linestyle(), line.get_marker(), line.get_markerfacecolor() == "white") for line in named}
+        assert len(looks) == len(named) == 4, "without colours"
+        assert min(contrast_with_white(line.get_color()) for line in named) >= 3
     assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["0", ".5", ".9"]
-    assert png(figure)
+    assert imread(io.BytesIO(png(figure)))[..., 3].min() == 1, "opaque, also on a dark page"
     assert retention_figure([row for row in rows if row.condition.press in ("Oracle", "full cache")]) is None
     assert retention_figure(rows_of(make_records(tasks=("text",)))) is None
 

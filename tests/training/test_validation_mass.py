@@ -51,7 +51,7 @@ def test_it_is_what_training_logs_at_the_same_ratio(
         assert 0 < logged[f"val/kept_mass/{press}"] < logged[f"val/kept_mass_most/{press}"] < 1
 
 
-def test_the_distance_is_drawn_by_layer_and_head_for_each_press(
+def test_the_reached_share_is_drawn_by_layer_and_head_for_each_press(
     tmp_path: Path, tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer
 ) -> None:
     module = EITModule(tiny_backbone(), RealEviction(either()), SelectionObjective(), optimizer=adamw)
@@ -62,8 +62,8 @@ def test_the_distance_is_drawn_by_layer_and_head_for_each_press(
     trainer.fit(module, tiny_data())
     logger.finalize("success")
     shown = EventAccumulator(logger.log_dir, size_guidance={"images": 0}).Reload()
-    assert set(shown.Tags()["images"]) == {"val/distance/Knorm", "val/distance/SnapKV"}
-    assert [image.step for image in shown.Images("val/distance/Knorm")] == [1, 2]
+    assert set(shown.Tags()["images"]) == {"val/reached/Knorm", "val/reached/SnapKV"}
+    assert [image.step for image in shown.Images("val/reached/Knorm")] == [1, 2]
     assert len(shown.Scalars("val/kept_mass/SnapKV")) == len(shown.Scalars("val/kept_mass_most/Knorm")) == 2
 
 
