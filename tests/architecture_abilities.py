@@ -27,7 +27,7 @@ from sparsekv_pl.models.backbone import adapter_off, causal_lm
 from sparsekv_pl.models.batch import Batch
 from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.models.head import head_of
-from sparsekv_pl.models.layer_kinds import evicted_layers
+from sparsekv_pl.models.layer_kinds import attentions, evicted_layers
 from sparsekv_pl.models.lora import Lora, inject_lora
 from sparsekv_pl.models.quantisation import four_bit, keep_unpacked
 from sparsekv_pl.models.supported_architectures import check_computed
@@ -202,8 +202,7 @@ def attention_weights(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
     def keep(module: Any, _: Any, output: Any) -> None:
         found[module.layer_idx] = output[1]
 
-    attentions = [layer.self_attn for layer in decoder_of(model).layers if hasattr(layer, "self_attn")]
-    hooks = [attention.register_forward_hook(keep) for attention in attentions]
+    hooks = [attention.register_forward_hook(keep) for attention in attentions(model).values()]
     try:
         yield found
     finally:

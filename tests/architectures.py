@@ -53,18 +53,48 @@ LONGROPE: dict[str, Any] = {
     "original_max_position_embeddings": 256,
 }
 SETTINGS: dict[str, dict[str, Any]] = {
+    "bamba": {**STATE_SPACE, "attn_layer_indices": [1, 3], "mamba_chunk_size": 16},
     "cohere": {"logit_scale": 0.5},
     "cohere2": {"logit_scale": 0.5, "layer_types": ALTERNATING},
-    "falcon_h1": {**STATE_SPACE, "mamba_d_ssm": 64, "lm_head_multiplier": 0.5, "key_multiplier": 0.5},
+    "bloom": {"n_head": 4},
+    "deepseek_v3": {
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    }
+    | {"n_group": 1, "topk_group": 1},
+    "falcon_h1": {
+        **STATE_SPACE,
+        "mamba_d_ssm": 64,
+        "mamba_chunk_size": 16,
+        "lm_head_multiplier": 0.5,
+        "key_multiplier": 0.5,
+        "ssm_multipliers": [0.5, 0.8, 1.2, 0.9, 0.7],
+        "ssm_in_multiplier": 1.5,
+        "attention_in_multiplier": 0.8,
+    },
     "gemma2": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 12},
     "gemma3_text": {"layer_types": ALTERNATING, "query_pre_attn_scalar": 12},
     "gpt_oss": {"rope_parameters": YARN, "layer_types": ALTERNATING},
     "granite": {"logits_scaling": 4.0, "attention_multiplier": 0.25, "embedding_multiplier": 3.0},
     "granitemoe": {"logits_scaling": 4.0, "attention_multiplier": 0.25, "embedding_multiplier": 3.0},
+    "granitemoehybrid": {
+        **STATE_SPACE,
+        "layer_types": ["mamba", "attention"] * 2,
+        "mamba_chunk_size": 16,
+        "position_embedding_type": "nope",
+        "logits_scaling": 4.0,
+        "attention_multiplier": 0.25,
+        "embedding_multiplier": 3.0,
+    },
     "granitemoeshared": {"logits_scaling": 4.0, "attention_multiplier": 0.25, "embedding_multiplier": 3.0},
+    "jamba": {"n_mamba_heads": 2, "use_mamba_kernels": False},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "llama4_text": {"intermediate_size_mlp": 48, "layer_types": ["chunked_attention", "full_attention"] * 2},
     "minimax": {"layer_types": ["full_attention"] * LAYERS},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "qwen3_next": {
         "layer_types": ["linear_attention", "full_attention"] * 2,
         "linear_num_key_heads": 2,
@@ -95,6 +125,8 @@ def architecture(name: str, seed: int = 0, **settings: Any) -> hf.PreTrainedMode
                 parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
             elif parameter_name.endswith(("bias", "sinks")):
                 parameter.uniform_(-1, 1)
+            elif parameter.unique().numel() == 1:  # made neutral, to be learnt
+                parameter.uniform_(-0.5, 1)
             elif parameter.ndim == 3:  # experts in one parameter: empty in some architectures, tiny in others
                 parameter.normal_(std=0.2)
     return model

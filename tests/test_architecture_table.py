@@ -13,6 +13,7 @@ from tests.architectures import architecture
 PAGE = Path(__file__).parents[1] / "docs/architectures.md"
 REASONS = {
     "attention": "attention is computed here",
+    "mask": "a mask of its own",
     "window": "window of 48 through which every layer",
 }
 """Reason of a refusal on the page -> the pattern of its message."""

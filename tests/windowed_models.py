@@ -1,4 +1,4 @@
-"""Random models some of whose layers have a window, or no attention."""
+"""Random models some of whose layers have a window, no attention, or a state space beside it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 import transformers as hf
+
+from tests.architectures import architecture
 
 WINDOW = 12
 SIZES: dict[str, Any] = {
@@ -56,6 +58,7 @@ MADE: dict[str, Callable[[], hf.PreTrainedModel]] = {
             mlp_only_layers=list(range(4)),
         )
     ),
+    "falcon-h1": lambda: architecture("falcon_h1"),
 }
 
 

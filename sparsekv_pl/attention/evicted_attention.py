@@ -23,6 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from sparsekv_pl.attention.attention_by_rule import attention_by_rule
 from sparsekv_pl.attention.block_sparse import block_sparse_attention
 from sparsekv_pl.attention.blocks import Selector
+from sparsekv_pl.attention.handed_on import handed_on
 from sparsekv_pl.attention.one_query import one_query
 from sparsekv_pl.attention.windows import lower_right_mask, window_mask
 from sparsekv_pl.models.decoder import decoder_of
@@ -76,15 +77,16 @@ def cached_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    _attention_mask: Tensor | None,
+    attention_mask: Tensor | None,
     observer: Observer | None = None,
     selector: Selector | None = None,
     newest_visible: Tensor | None = None,
     key_log_weights: Mapping[int, Tensor] | None = None,
     caches: Sequence[RowCache] | None = None,
+    reached: set[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute scaled dot-product attention, causal and aligned to the lower right; transformers' mask is not used.
+    """Compute scaled dot-product attention, causal and aligned to the lower right.
 
     Returns (B, T, H, D) and None. Head-wise presses (AdaKVPress) set ``module.masked_key_indices``. kvpress hides those
     keys by overwriting them with fake ones, which need not exist for more than one query; here they are masked, and the
@@ -94,6 +96,8 @@ def cached_attention(
     ----------
     module, query, key, value
         The attention layer, its queries (B, H, T, D), keys and values (B, K, S, D).
+    attention_mask
+        None: transformers makes no mask (``_no_mask``), and one that a layer makes by itself raises ``ValueError``.
     observer
         Gets the layer's queries, keys and values, if presses evict in the layer or it is an ``EveryLayer``.
     selector
@@ -105,10 +109,16 @@ def cached_attention(
         layer -> (B, K, S'), added to the logits of the oldest S' keys (SoftThresholdPress fades keys out).
     caches
         The rows are then single tokens that attend to their own cache and are appended to it.
+    reached
+        The layer is added to it: a sign that the decoder hands keywords on.
     **kwargs
         transformers' own keywords, such as ``scaling``, the factor of the dot products.
     """
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if attention_mask is not None:
+        raise ValueError(f"{type(module).__name__} weighs keys by a mask of its own: choose a model without")
+    if reached is not None:
+        reached.add(layer)
     if caches is not None:
         looking = {"observer": observer, "selector": selector} | kwargs
         return _to_each_cache(caches, layer, module, query, key, value, **looking), None
@@ -265,7 +275,8 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
     before = config._attn_implementation
     config._attn_implementation = name
     try:
-        yield
+        with handed_on(model):
+            yield
     finally:
         config._attn_implementation = before
 
@@ -281,7 +292,7 @@ def passing(model: PreTrainedModel, **attention: Any) -> Iterator[None]:
     def add(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, attention | kwargs
 
-    hook = decoder_of(model).register_forward_pre_hook(add, with_kwargs=True)
+    hook = decoder_of(model).register_forward_pre_hook(add, with_kwargs=True, prepend=True)
     try:
         yield
     finally:

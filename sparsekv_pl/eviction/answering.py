@@ -86,7 +86,7 @@ class Answering:
         layers = list(enumerate(prefilled.cache.layers))
         states = {index: layer.states for index, layer in layers if isinstance(layer, CarriedState)}
         self._states = states
-        self._layers = {index: _RowsLayer.of(own, max(most) - 1) for index, own in layers if index not in states}
+        self._layers = {index: _RowsLayer.of(own, max(most) - 1) for index, own in layers if own.keys is not None}
         self.seconds = 0.0
         """Seconds that the answers' attention to this cache took; on a GPU, the time until it was queued."""
 

@@ -1,7 +1,8 @@
 """KV dropout: one teacher-forced pass in which every layer and KV head has its own random set of kept keys.
 
 Every query still sees itself, its own recent window and the anchors. Unlike real eviction it trains the
-context's queries under eviction too, and needs no cache.
+context's queries under eviction too, and needs no cache. Layers with a sliding window drop nothing, if others have full
+attention.
 
 The attention of ``attention/kept_columns.py`` is registered under ``NAME`` with transformers' attention and mask
 interfaces; without the mask interface, padding would be ignored. The kept keys are passed as the keyword argument
@@ -26,6 +27,7 @@ from sparsekv_pl.eviction.request import NOTHING, Request
 from sparsekv_pl.models.anchors import Anchors, AnchorTable
 from sparsekv_pl.models.compression_ratio import check_compression_ratio
 from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.layer_kinds import evicted_layers, window_of, windowed_alone, windows
 from sparsekv_pl.models.seeding import generator_for
 from sparsekv_pl.presses.step_draws import row_numbers
 
@@ -114,6 +116,7 @@ class KVDropout:
             raise ValueError("KVDropout has no tokenizer to find anchors with: set its tokenizer first")
         context_tokens = context_ids.shape[1]
         self.check(context_tokens, request)
+        _check_windows(model, context_tokens + continuation_ids.shape[1])
         anchors = self.anchors.mask(context_ids, self.tokenizer).cpu()
         always = torch.cat([anchors, anchors.new_ones(continuation_ids.shape)], dim=1)
         removed = removed_tokens(always, compression_ratio)
@@ -130,6 +133,18 @@ class KVDropout:
             ).last_hidden_state
         kept_share = 1 - float(removed.double().mean()) / context_tokens
         return Evicted(hidden[:, context_tokens:], kept_share)
+
+
+def _check_windows(model: PreTrainedModel, tokens: int) -> None:
+    """Raise ``ValueError`` if ``tokens`` tokens leave a window that KV dropout cannot keep."""
+    alone = windowed_alone(model.config)
+    chunks = min((each.tokens for each in windows(model.config) if each is not None and each.chunked), default=None)
+    for size, what in ((alone, "every layer has a local window"), (chunks, "layers attend within chunks")):
+        if size is not None and tokens > size:
+            raise ValueError(
+                f"KV dropout drops in layers with full attention beside sliding windows, and in this model {what} "
+                f"({size}), which {tokens} tokens leave: use shorter ones, or real eviction"
+            )
 
 
 def removed_tokens(always: Tensor, compression_ratio: float) -> Tensor:
@@ -201,11 +216,10 @@ def _padding_mask(
     **_: Any,
 ) -> Tensor | None:
     """Make the mask that transformers passes to ``_registered_attention``: (B, S) bool or None, never S x S."""
-    shortened = local_size is not None and local_size < kv_length
-    if shortened or (local_size is None and mask_function is not causal_mask_function):
+    if local_size is None and mask_function is not causal_mask_function:
         raise ValueError(
-            f"KV dropout needs plain causal attention over all {kv_length} tokens, but this model asks for a "
-            f"local window ({local_size}) or packed sequences: use shorter, unpacked ones, or real eviction"
+            f"KV dropout needs plain causal attention over all {kv_length} tokens, but this model asks for packed "
+            "sequences: use unpacked ones, or real eviction"
         )
     if attention_mask is not None and attention_mask.shape != (batch_size, kv_length):
         raise ValueError(
@@ -232,6 +246,8 @@ def _registered_attention(
     asked = {"dropout": dropout or None, "softcap": kwargs.get("softcap"), "s_aux": kwargs.get("s_aux")}
     if unsupported := {name: setting for name, setting in asked.items() if setting is not None}:
         raise ValueError(f"KV dropout does not support {unsupported}: switch it off, or use real eviction")
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(f"{type(module).__name__} weighs keys by a mask of its own: choose a model without")
     if query.shape[2] != key.shape[2]:
         raise ValueError(
             f"KV dropout is one pass, but got {query.shape[2]} queries and {key.shape[2]} keys: pass use_cache=False"
@@ -240,18 +256,27 @@ def _registered_attention(
     if torch.is_autocast_enabled(device):
         # As autocast does for PyTorch's own attention: rotary embeddings leave queries and keys in float32.
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    kept = kept_columns.draw(int(module.layer_idx), key.shape[1])  # type: ignore[arg-type]
+    kept, recent = _visible(module, key, kept_columns)
     out = kept_columns_attention(
         query,
         key,
         value,
         kept,
-        recent=kept_columns.recent,
+        recent=recent,
         query_chunk=kept_columns.query_chunk,
         real=attention_mask,
         scale=scaling,
     )
     return out, None
+
+
+def _visible(module: nn.Module, key: Tensor, columns: KeptColumns) -> tuple[Tensor, int]:
+    """Return a layer's kept keys (B, K, M) and its recent window; a sliding window keeps no others."""
+    layer, config, (batch, kv_heads, length, _) = int(module.layer_idx), module.config, key.shape  # type: ignore[arg-type]
+    window = window_of(config, layer)  # type: ignore[arg-type]
+    if window is None or layer in evicted_layers(config):  # type: ignore[arg-type]
+        return columns.draw(layer, kv_heads), columns.recent
+    return torch.full((batch, kv_heads, 1), length), window.tokens
 
 
 AttentionInterface.register(NAME, _registered_attention)

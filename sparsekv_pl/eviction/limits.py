@@ -1,14 +1,26 @@
 """Checks of what a model or a press can do: positions, sliding windows, weights on disk, chunks."""
 
+from collections.abc import Collection
+
 from transformers import PreTrainedModel
 
 from sparsekv_pl.eviction.request import Request
+from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.models.layer_kinds import attentions, evicted_layers, windowed_alone
 from sparsekv_pl.models.rotary import rope_settings, rotary_of
 from sparsekv_pl.presses.traits import PressTraits
 
 CHANGING_ROPE = ("dynamic", "longrope")
 """Types of RoPE whose frequencies depend on the length of the text."""
+
+
+def check_reached(model: PreTrainedModel, reached: Collection[int]) -> None:
+    """Raise ``ValueError`` if no attention layer was ``reached`` by the keywords of a forward."""
+    if not reached:
+        raise ValueError(
+            f"{type(decoder_of(model)).__name__} hands no keywords on to its attention layers, by which they find "
+            "evicted caches: choose another model"
+        )
 
 
 def position_limit(model: PreTrainedModel) -> int | None:

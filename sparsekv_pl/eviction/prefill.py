@@ -19,6 +19,7 @@ from sparsekv_pl.eviction.chunking import chunk_bounds, chunk_ratio, most_positi
 from sparsekv_pl.eviction.limits import (
     check_chunks,
     check_positions,
+    check_reached,
     check_rope,
     check_rows,
     check_weights,
@@ -282,7 +283,7 @@ def continue_from(
     if isinstance(position, int):
         check_window_left(model, cache, position, count)
     places = torch.arange(count, device=input_ids.device) + first
-    carried = carrying(model, cache, attention.get("caches"), lengths)
+    carried, reached = carrying(model, cache, attention.get("caches"), lengths), set[int]()
     with attention_implementation(model, CACHED), carried:
         output = decoder_of(model)(
             input_ids=input_ids,
@@ -292,6 +293,7 @@ def continue_from(
             # kvpress presses only in a forward whose last cache_position is its length - 1, so it counts from 0 in
             # every chunk; our attention does not use it. On the CPU, because presses read it in every layer.
             cache_position=torch.arange(count) + decoding,
-            **({TOKEN_IDS: input_ids} | attention),
+            **({TOKEN_IDS: input_ids, "reached": reached} | attention),
         )
+    check_reached(model, reached)
     return output.last_hidden_state

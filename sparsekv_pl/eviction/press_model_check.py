@@ -84,18 +84,19 @@ def check_press(model: PreTrainedModel, press: BasePress | None, foresight: bool
     if press is None:
         return
     traits = traits_of(press)
-    others, without = layers_left_alone(model.config), _without_attention(model)
+    others, stateful = layers_left_alone(model.config), linear_layers(model)
+    for part in traits.parts if stateful else ():
+        if not part.replayable and part.every_layer:
+            raise ValueError(
+                f"{part.name} runs the model by itself, and {type(model).__name__} has states that follow its text, in "
+                f"layers {_few(sorted(stateful))}: take a press that only reads (KeyDiffPress, SnapKVPress)"
+            )
     for part in traits.parts if others else ():
         if part.every_layer:
             raise ValueError(
                 f"{part.name} needs every layer of a model, and {type(model).__name__} has others than full attention, "
                 f"in layers {_few(others)}: take a press that evicts layer by layer (KeyDiffPress, SnapKVPress)"
             )
-    if without:
-        raise ValueError(
-            f"{traits.name} cannot evict in {type(model).__name__}: its layers {_few(without)} have no attention "
-            "(self_attn), and presses of kvpress know no other layers. Choose a model with attention in every layer"
-        )
     check_rule(model, traits)
     if any(parameter.is_meta for parameter in decoder_of(model).parameters()):
         return
@@ -127,12 +128,6 @@ def _checks(traits: PressTraits) -> Iterator[tuple[str, Check]]:
     yield from (check for need, check in CHECKS.items() if need in traits.needs)
     if traits.re_rotates:
         yield "turns keys to other positions by the model's RoPE (rotary_emb)", _turn_error
-
-
-def _without_attention(model: PreTrainedModel) -> list[int]:
-    layers = list(getattr(decoder_of(model), "layers", [None]))
-    carried = linear_layers(model)
-    return [index for index, layer in enumerate(layers) if not hasattr(layer, "self_attn") and index not in carried]
 
 
 def _wrong_in(check: Check, model: PreTrainedModel, seen: list[_SeenTensors]) -> str:

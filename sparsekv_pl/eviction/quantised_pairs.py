@@ -122,7 +122,7 @@ def quantised_bytes(cache: DynamicCache, settings: PairQuantisation, only: Colle
     total = 0
     for index, layer in enumerate(cache.layers):
         for name, numbers in tensors_of(layer).items():
-            whole = only is not None and index not in only
+            whole = name not in ("keys", "values") or (only is not None and index not in only)
             along = PAIRS if name == "keys" else CHANNELS
             total += numbers.nbytes if whole else _bytes((numbers, along), settings)
     return total

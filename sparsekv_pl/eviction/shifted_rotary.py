@@ -16,10 +16,10 @@ def queries_from(model: PreTrainedModel, position: int) -> Iterator[None]:
 
     Such presses count positions from 0 within their hidden states, which is right only in the first chunk.
     """
-    if position == 0:
+    rotary, found = rotary_of(model), attentions(model)
+    if position == 0 or rotary is None:  # Granite 4 has no positions
         yield
         return
-    rotary, found = rotary_of(model), attentions(model)
     pressed = [found[layer] for layer in evicted_layers(model.config)]
     shifted = _ShiftedRotary(rotary, position)
     for attention in pressed:

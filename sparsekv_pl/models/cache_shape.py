@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from sparsekv_pl.models.layer_kinds import FULL, WINDOWS, Window, evicted_layers, layer_kinds, windows
+from sparsekv_pl.models.layer_kinds import FULL, HYBRID, WINDOWS, Window, evicted_layers, layer_kinds, windows
 
 
 def _convolution(text: Any) -> tuple[int, int]:
@@ -19,8 +19,20 @@ def _delta_net(text: Any) -> tuple[int, int]:
     return channels * (text.linear_conv_kernel_dim - 1), heads * keys * values
 
 
-STATES: dict[str, Callable[[Any], tuple[int, int]]] = {"conv": _convolution, "linear_attention": _delta_net}
-"""Kinds of layers without attention (LFM2; Qwen3-Next) -> the numbers of their states: convolved inputs, recurrent."""
+def _state_space(text: Any) -> tuple[int, int]:
+    inner = getattr(text, "mamba_d_ssm", None) or int(text.mamba_expand * text.hidden_size)
+    channels = inner + 2 * text.mamba_n_groups * text.mamba_d_state
+    return channels * (text.mamba_d_conv - 1), text.mamba_n_heads * text.mamba_d_head * text.mamba_d_state
+
+
+STATES: dict[str, Callable[[Any], tuple[int, int]]] = {
+    "conv": _convolution,
+    "linear_attention": _delta_net,
+    "mamba": _state_space,
+    HYBRID: _state_space,
+}
+"""Kinds of layers with states (LFM2; Qwen3-Next; Bamba and Granite 4; Falcon-H1) -> the numbers of their states:
+convolved inputs, recurrent."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +48,9 @@ class CacheShape:
     evicted: int
     """Number of layers in which presses evict."""
     convolved: int
-    """Numbers of a row's states of convolutions, in all layers without attention."""
+    """Numbers of a row's states of convolutions, in all layers."""
     recurrent: int
-    """Numbers of a row's states of linear attention, which are float32."""
+    """Numbers of a row's states of linear attention and state spaces, which are float32."""
 
     @property
     def pair_bytes(self) -> int:
@@ -63,14 +75,14 @@ class CacheShape:
         return held
 
     def state_bytes(self, itemsize: int) -> int:
-        """Return the bytes of a row's states in layers without attention."""
+        """Return the bytes of a row's states."""
         return self.convolved * itemsize + self.recurrent * 4
 
 
 def cache_shape(config: PreTrainedConfig) -> CacheShape:
     """Read the cache's shape from ``config``, in which the decoder's config may be nested.
 
-    Raises ``ValueError`` for latent attention and for layers whose state is not counted: state spaces.
+    Raises ``ValueError`` for latent attention and for layers whose state is not counted (Jamba).
     """
     text = config.get_text_config(decoder=True)
     if getattr(text, "kv_lora_rank", None):
@@ -78,13 +90,18 @@ def cache_shape(config: PreTrainedConfig) -> CacheShape:
     heads = text.num_attention_heads
     kinds = layer_kinds(config)
     kinds = kinds[: len(kinds) - (getattr(text, "num_kv_shared_layers", None) or 0)]  # the last ones may share a cache
+    if hasattr(text, "mamba_d_state"):  # which transformers 5.24 calls a linear attention
+        kinds = ["mamba" if kind == "linear_attention" else kind for kind in kinds]
     unknown = set(kinds) - {*WINDOWS, FULL, *STATES}
+    if not hasattr(text, "mamba_n_groups"):  # Jamba's state spaces are of another kind
+        unknown |= {"mamba", HYBRID} & set(kinds)
     if unknown:
         raise ValueError(f"{text.model_type} has layers of kind {sorted(unknown)}, which are not counted: plan another")
+    with_pairs = (FULL, HYBRID, *WINDOWS)
     return CacheShape(
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        windows=tuple(window for window, kind in zip(windows(config), kinds, strict=False) if kind not in STATES),
+        windows=tuple(window for window, kind in zip(windows(config), kinds, strict=False) if kind in with_pairs),
         evicted=len(evicted_layers(config)),
         convolved=sum(STATES[kind](text)[0] for kind in kinds if kind in STATES),
         recurrent=sum(STATES[kind](text)[1] for kind in kinds if kind in STATES),

@@ -1,6 +1,7 @@
 """Kinds of decoder layers: full attention, attention within a window, and layers without keys and values.
 
-Presses evict in layers with full attention. The others forget by themselves: their caches stay as they are.
+Presses evict in layers with full attention. The others forget by themselves: their caches stay as they are, and so
+does the state of a state space beside an attention.
 """
 
 from typing import Any, NamedTuple
@@ -11,8 +12,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from sparsekv_pl.models.decoder import decoder_of
 
 FULL = "full_attention"
+HYBRID = "hybrid"
+"""Full attention with a state space beside it (Falcon-H1)."""
+NAMES = {"attention": FULL}
+"""Names of kinds in some configs (Bamba, Granite 4) -> the usual one."""
 WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 """Kinds of layers with a limited window -> the config setting with its number of tokens."""
+MAMBA2 = ("FalconH1Mixer", "BambaMixer", "GraniteMoeHybridMambaLayer")
+"""Classes of the state spaces that are continued here (eviction/state_space.py)."""
 
 
 class Window(NamedTuple):
@@ -36,11 +43,12 @@ class Window(NamedTuple):
 def layer_kinds(config: PreTrainedConfig) -> list[str]:
     """Return the kind of each layer of ``config``'s decoder, as in transformers' DynamicCache."""
     text = config.get_text_config(decoder=True)
-    kinds = getattr(text, "layer_types", None)
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
     if kinds is None:
         limited = [kind for kind, name in WINDOWS.items() if getattr(text, name, None) is not None]
         kinds = [limited[0] if limited else FULL] * text.num_hidden_layers
-    return list(kinds)
+    kinds = [NAMES.get(kind, kind) for kind in kinds]
+    return [HYBRID] * len(kinds) if text.model_type == "falcon_h1" else kinds  # transformers 5.2 says attention
 
 
 def windows(config: PreTrainedConfig) -> list[Window | None]:
@@ -65,7 +73,7 @@ def evicted_layers(config: PreTrainedConfig) -> list[int]:
     A window that no token has left yet is full attention: see ``windowed_alone``.
     """
     kinds = layer_kinds(config)
-    full = [layer for layer, kind in enumerate(kinds) if kind == FULL]
+    full = [layer for layer, kind in enumerate(kinds) if kind in (FULL, HYBRID)]
     return full or [layer for layer, window in enumerate(windows(config)) if window is not None]
 
 
@@ -78,37 +86,52 @@ def layers_left_alone(config: PreTrainedConfig) -> list[int]:
 def windowed_alone(config: PreTrainedConfig) -> int | None:
     """Return the smallest window, in tokens, of a model without full attention; None for other models."""
     found = [window.tokens for window in windows(config) if window is not None]
-    return min(found) if found and FULL not in layer_kinds(config) else None
+    return min(found) if found and not {FULL, HYBRID} & set(layer_kinds(config)) else None
 
 
 def attentions(model: PreTrainedModel) -> dict[int, nn.Module]:
     """Return layer -> attention module of ``model``'s decoder; layers without attention are left out."""
-    layers = enumerate(decoder_of(model).layers)
-    return {index: layer.self_attn for index, layer in layers if hasattr(layer, "self_attn")}
+    found = ((index, getattr(layer, "self_attn", None)) for index, layer in enumerate(decoder_of(model).layers))
+    return {index: attention for index, attention in found if attention is not None}  # Granite 4 has None
 
 
 def linear_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """Return layer -> the module in place of an attention, of kinds whose state is carried over chunks and tokens.
+    """Return layer -> the module in place of an attention or beside it whose state is carried over chunks and tokens.
 
-    Those are the short convolutions of LFM2 and the gated delta nets of Qwen3-Next and Qwen3.5.
+    Those are the short convolutions of LFM2, the gated delta nets of Qwen3-Next and Qwen3.5, and ``MAMBA2``.
     """
     found = dict[int, nn.Module]()
     for index, layer in enumerate(getattr(decoder_of(model), "layers", [])):
-        convolution: Any = getattr(layer, "conv", None)
-        linear: Any = getattr(layer, "linear_attn", None)
-        if hasattr(convolution, "slow_forward") and hasattr(convolution, "L_cache"):
-            found[index] = convolution
-        elif hasattr(linear, "chunk_gated_delta_rule") and hasattr(linear, "conv1d"):
-            found[index] = linear
+        for name, known in (("conv", _is_convolution), ("linear_attn", _is_delta_net), ("mamba", _is_mamba2)):
+            mixer: Any = getattr(layer, name, None)
+            if mixer is not None and known(mixer):
+                found[index] = mixer
     return found
 
 
+def _is_convolution(mixer: nn.Module) -> bool:
+    return type(mixer).__name__.endswith("ShortConv") and hasattr(mixer, "conv")
+
+
+def _is_delta_net(mixer: nn.Module) -> bool:
+    return type(mixer).__name__.endswith("GatedDeltaNet") and hasattr(mixer, "conv1d")
+
+
+def _is_mamba2(mixer: nn.Module) -> bool:
+    return type(mixer).__name__ in MAMBA2
+
+
 def others_line(model: PreTrainedModel) -> str:
-    """Describe in one line the layers in which nothing is evicted; empty if there are none."""
+    """Describe in one line the layers in which nothing is evicted, or a state is kept; empty if there are none."""
     kinds, evicted = layer_kinds(model.config), evicted_layers(model.config)
     others = layers_left_alone(model.config)
     if not others:
-        return ""
+        beside = set(linear_layers(model)) & set(evicted)
+        line = (
+            f"{type(model).__name__}: {len(beside)} of {len(kinds)} layers have a state space beside their attention; "
+            "presses evict from the attention's cache, and the states stay as they are; their bytes are counted too"
+        )
+        return line if beside else ""
     limits = windows(model.config)
     parts = []
     for what in dict.fromkeys((kinds[index], limits[index]) for index in others):

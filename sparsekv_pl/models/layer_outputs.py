@@ -28,7 +28,7 @@ def layer_outputs(model: PreTrainedModel, kind: LayerOutput, last: int | None = 
         outputs[layer] = hidden if last is None or hidden.shape[1] <= last else hidden[:, -last:].clone()
 
     layers = decoder_of(model).layers
-    mixers = attentions(model) | linear_layers(model)
+    mixers = linear_layers(model) | attentions(model)
     watched = list(layers) if kind == "hidden" else [mixers[index] for index in range(len(layers))]
     hooks = [module.register_forward_hook(partial(record, index)) for index, module in enumerate(watched)]
     try:

@@ -13,7 +13,8 @@ from sparsekv_pl.models.layer_kinds import evicted_layers, layer_kinds
 def rotary_of(model: PreTrainedModel, layer: int | None = None) -> nn.Module:
     """Return the module that a layer's cosines and sines come from: ``inv_freq`` and ``forward(x, position_ids)``.
 
-    None: that of the layers in which presses evict. Gemma 3 has one module with frequencies by layer type.
+    None: that of the layers in which presses evict. Gemma 3 has one module with frequencies by layer type. A model
+    without positions (Granite 4) has None in its place.
     """
     rotary: nn.Module = decoder_of(model).rotary_emb
     kind = layer_kinds(model.config)[evicted_layers(model.config)[0] if layer is None else layer]

@@ -5,12 +5,12 @@ Every head is computed (head.py).
 """
 
 import sys
-from collections.abc import Iterator
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.layer_kinds import attentions, linear_layers
 
 
 def check_computed(model: PreTrainedModel) -> None:
@@ -19,14 +19,19 @@ def check_computed(model: PreTrainedModel) -> None:
     Ignoring it would give the losses, perplexities and answers of another model.
     """
     found = set()
-    if any(
-        hasattr(layer, "mamba") and hasattr(layer, "self_attn") for layer in getattr(decoder_of(model), "layers", [])
-    ):
-        found.add("a state space beside the attention of a layer (mamba), whose state no cache here keeps")
-    if not any(
-        hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS") for module in _attention(model)
-    ):
+    decoder = decoder_of(model)
+    layers = list(getattr(decoder, "layers", []))
+    attending, continued = (attentions(model) if layers else {}), linear_layers(model)
+    if any(getattr(layer, "mamba", None) is not None and index not in continued for index, layer in enumerate(layers)):
+        found.add("state spaces of a kind that is not continued here (mamba)")
+    elif not attending.keys() | continued.keys() >= set(range(len(layers))):
+        found.add("layers without an attention that is called self_attn")
+    if not attending or not all(map(_by_interface, attending.values())):
         found.add("an attention of its own, which does not go through transformers' AttentionInterface")
+    elif not hasattr(decoder, "rotary_emb"):
+        found.add("other positions than RoPE's (rotary_emb), which do not go on after an eviction")
+    if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None):
+        found.add("latent attention (kv_lora_rank), whose keys and values have different dimensions")
     if found:
         raise ValueError(
             f"{type(model).__name__} has {', '.join(sorted(found))}: attention is computed here as a softmax over "
@@ -34,6 +39,5 @@ def check_computed(model: PreTrainedModel) -> None:
         )
 
 
-def _attention(model: PreTrainedModel) -> Iterator[nn.Module]:
-    """Return the attention modules of ``model``'s decoder, which have a ``layer_idx``."""
-    return (module for module in decoder_of(model).modules() if hasattr(module, "layer_idx"))
+def _by_interface(attention: nn.Module) -> bool:
+    return hasattr(sys.modules[type(attention).__module__], "ALL_ATTENTION_FUNCTIONS")

@@ -1,5 +1,6 @@
 """KV dropout on small random models: the rule reaches every layer, draws are seeded, nothing stays behind."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from sparsekv_pl.attention.kept_columns import kept_columns_mask
 from sparsekv_pl.eviction import dropout
 from sparsekv_pl.eviction.dropout import NAME, KeptColumns, KVDropout, draw_kept, removed_tokens
 from sparsekv_pl.models.anchors import Anchors, AnchorTable
+from sparsekv_pl.models.layer_kinds import attentions, evicted_layers
 from tests.random_models import random_model
+from tests.windowed_models import windowed_model
 
 VOCABULARY, CONTEXT, CONTINUATION = 97, 48, 12
 DENSE = "test_dense_kept_columns"
@@ -99,6 +102,42 @@ def test_equal_to_dense_masks_in_every_layer(architecture, monkeypatch):
     for mine, other in zip(our_gradients, gradients(theirs, model), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
     assert (ours - plain).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2", "lfm2", "falcon-h1"])
+def test_layers_with_a_window_or_a_state_drop_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In values and gradients, far beyond the window, against masks of transformers' own attention."""
+    model, method = windowed_model(kind), kv_dropout()
+    context, continuation = (part % 55 + 3 for part in ids())
+    method.tokenizer = AnchorTable(*torch.zeros(2, VOCABULARY, dtype=torch.bool))
+    drawn_by_layer: dict[int, Tensor] = {}
+
+    def remembered(*args: Any) -> Tensor:
+        drawn_by_layer[args[-2]] = draw_kept(*args)
+        return drawn_by_layer[args[-2]]
+
+    monkeypatch.setattr(dropout, "draw_kept", remembered)
+    found = method(model, context, continuation, compression_ratio=0.7, step=3).hidden
+    our_gradients = gradients(found, model)
+    assert sorted(drawn_by_layer) == evicted_layers(model.config)
+    real = torch.ones(2, CONTEXT + CONTINUATION, dtype=torch.bool)
+
+    def hide(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        mask = kept_columns_mask(drawn_by_layer[module.layer_idx], 4, real)
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        return args, kwargs | {"attention_mask": mask.repeat_interleave(2, dim=1)}
+
+    with ExitStack() as stack:
+        stack.enter_context(attention_implementation(model, "sdpa"))
+        for layer, module in attentions(model).items():
+            if layer in drawn_by_layer:
+                stack.callback(module.register_forward_pre_hook(hide, with_kwargs=True).remove)
+        whole = model.model(torch.cat([context, continuation], 1), use_cache=False).last_hidden_state
+    torch.testing.assert_close(found, whole[:, CONTEXT:], rtol=1e-4, atol=1e-4)
+    mine, other = (
+        torch.cat([g.flatten() for g in each]) for each in (our_gradients, gradients(whole[:, CONTEXT:], model))
+    )
+    assert (mine - other).norm() / other.norm() < 1e-4
 
 
 def drawn(step: int = 0, seed: int = 0, layer: int = 0, ratio: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -204,6 +243,8 @@ def test_what_the_rule_cannot_express_is_refused():
     windowed = build("qwen3", use_sliding_window=True, sliding_window=16, max_window_layers=0, layer_types=None)
     with pytest.raises(ValueError, match=r"local window \(16\)"):
         kv_dropout()(windowed, *ids(), compression_ratio=0.5, step=0)
+    with pytest.raises(ValueError, match=r"layers attend within chunks \(12\)"):
+        kv_dropout()(windowed_model("llama4"), *ids(), compression_ratio=0.5, step=0)
     model, (context, _) = build(), ids()
     columns = KeptColumns(lambda *_: torch.zeros(2, 2, 1, dtype=torch.long), recent=4, query_chunk=16)
     cache = DynamicCache()

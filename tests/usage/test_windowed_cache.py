@@ -62,7 +62,9 @@ PRESSES = [None, KnormPress(0.5), SnapKVPress(0.5, window_size=4), KeyRerotation
 @pytest.mark.parametrize(
     ("kind", "press"),
     [("gemma3", press) for press in PRESSES]
-    + [(kind, press) for kind in ("llama4", "lfm2", "qwen3-next") for press in PRESSES[:2]],  # others do not fit them
+    + [
+        (kind, press) for kind in ("llama4", "lfm2", "qwen3-next", "falcon-h1") for press in PRESSES[:2]
+    ],  # others do not fit them
     ids=lambda value: value if isinstance(value, str) else press_name(value),
 )
 def test_saved_and_loaded_it_answers_and_grows_the_same(
@@ -70,7 +72,8 @@ def test_saved_and_loaded_it_answers_and_grows_the_same(
 ) -> None:
     """Bit for bit, for a document and an appended text that are both longer than the windows.
 
-    Half the layers have full attention; the others windows, chunks, convolutions, gated delta nets.
+    Half the layers have full attention, and the others windows, chunks, convolutions or gated delta nets; or all have
+    full attention and a state space beside it.
     """
     model, path = load(kind), tmp_path / "kept.safetensors"
     cache = ContextCache.prefill(model, DOCUMENT, press)
