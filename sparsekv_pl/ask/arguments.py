@@ -65,14 +65,21 @@ def _checked(parser: LineParser, asked: argparse.Namespace) -> argparse.Namespac
     if asked.document.endswith(".safetensors") and given:
         parser.error(f"{asked.document} is evicted already: leave {', '.join(given)} out")
     check_eviction(parser, asked)
+    for name in asked.append:
+        if name.endswith(".safetensors"):
+            parser.error(f"--append {name}: only a text can be read behind the document; --merge takes caches")
+    if "" in asked.stop:
+        parser.error("--stop is empty, which would end every answer at once: leave it out")
     if asked.document == "-" and not asked.questions and not asked.save:
         parser.error("the document comes from stdin, so give questions on the command line, or --save")
     if asked.save is not None and not asked.save.endswith(".safetensors"):
         parser.error(f"--save {asked.save}: a cache is a .safetensors file")
     if asked.save is not None and (refusing := _unwritable(Path(asked.save).expanduser())):
         parser.error(f"--save {asked.save}: {refusing} cannot be written: give another place")
-    if asked.temperature is not None and asked.temperature <= 0:
-        parser.error(f"--temperature {asked.temperature} must be above 0; leave it out for the most likely answer")
+    if asked.temperature is not None and not 0 < asked.temperature < float("inf"):
+        parser.error(
+            f"--temperature {asked.temperature} must be a number above 0; leave it out for the most likely answer"
+        )
     if asked.top_p is not None and not 0 < asked.top_p <= 1:
         parser.error(f"--top_p {asked.top_p} must lie above 0 and at most at 1")
     if asked.together and (asked.temperature is not None or asked.top_p is not None):

@@ -12,6 +12,7 @@ from kvpress import BasePress
 from sparsekv_pl.cli.chosen_model import chosen_backbone, chosen_press
 from sparsekv_pl.evaluation.prefill_progress import PrefillProgress
 from sparsekv_pl.eviction.quantised_pairs import PairQuantisation
+from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.reporting.console import console
 from sparsekv_pl.usage.cache_file import SUFFIX, made_by
 from sparsekv_pl.usage.cache_origin import CacheOrigin
@@ -29,36 +30,39 @@ def cache_for(asked: Namespace) -> ContextCache:
     ValueError
         For an unknown or unfit press, a text or cache that cannot be read, and a model that does not belong to it.
     """
-    press = chosen_press(asked)
-    _check(asked, press)
+    press, backbone = chosen_press(asked), chosen_backbone(asked)
+    _check(asked, press, backbone)
     texts = {name: _text(name) for name in [asked.document, *asked.append, *asked.merge] if not _is_cache(name)}
-    backbone = chosen_backbone(asked)
-    for name in filter(_is_cache, (asked.document, *asked.merge)):
-        check_before_loading(backbone, made_by(Path(name).expanduser()), name)
-    model = LoadedModel(backbone)
     if _is_cache(asked.document):
-        cache = ContextCache.load(asked.document, model)
+        cache = ContextCache.load(asked.document, backbone)
     else:
         packed = None if asked.bits is None else PairQuantisation(asked.bits)
-        cache = _read(model, texts[asked.document], press, asked.chunk_tokens, asked.budget, packed)
+        cache = _read(backbone, texts[asked.document], press, asked.chunk_tokens, asked.budget, packed)
     for name in asked.append:
         cache = _grown(cache, texts[name])
     for name in asked.merge:
-        cache = cache.merge(ContextCache.load(name, model) if _is_cache(name) else _read_like(cache, texts[name]))
+        cache = cache.merge(ContextCache.load(name, cache.model) if _is_cache(name) else _read_like(cache, texts[name]))
     return cache
 
 
-def _check(asked: Namespace, press: BasePress | None) -> None:
-    """Refuse what the eviction of a text cannot do, before the model is loaded."""
-    if _is_cache(asked.document):
-        return
-    origin = CacheOrigin.of(press, asked.chunk_tokens, asked.budget)
+def _check(asked: Namespace, press: BasePress | None, backbone: Backbone) -> None:
+    """Refuse what the eviction cannot do, and caches of another model, before the model is loaded."""
+    saved = {name: made_by(Path(name).expanduser()) for name in (asked.document, *asked.merge) if _is_cache(name)}
+    for name, (identity, _) in saved.items():
+        check_before_loading(backbone, identity, name)
+    if asked.document in saved:
+        origin = saved[asked.document][1]
+        press = origin.press_again(None)
+    else:
+        origin = CacheOrigin.of(press, asked.chunk_tokens, asked.budget)
     if asked.append:
         check_appendable(press, origin)
+    if press is None and origin.press is not None and not saved.keys() >= set(asked.merge):
+        raise ValueError(f"--merge: {origin.press} cannot be made from a file, so give a cache that it evicted")
 
 
 def _read(
-    model: LoadedModel,
+    model: LoadedModel | Backbone,
     text: str,
     press: BasePress | None,
     chunk_tokens: int | None,
@@ -72,8 +76,6 @@ def _read(
 def _read_like(cache: ContextCache, text: str) -> ContextCache:
     """Read another document, evicted as ``cache`` was."""
     origin = cache.origin
-    if cache.press is None and origin.press is not None:
-        raise ValueError(f"--merge: {origin.press} cannot be made from a file, so give a cache that it evicted")
     return _read(cache.model, text, cache.press, origin.chunk_tokens, origin.budget, origin.quantisation)
 
 

@@ -14,6 +14,7 @@ def main(asked: Namespace) -> None:
     with bound_socket(asked.host, asked.port) as bound:
         served, turns, app = built(asked)
         try:
+            bound.listen()  # whoever reads the address may connect
             print(f"{served.name} ({served.documents.origin}) at {address_of(bound)}", file=sys.stderr, flush=True)
             DrainingServer(app, turns, asked.drain_seconds).run([bound])
         finally:

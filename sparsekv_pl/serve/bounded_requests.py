@@ -50,7 +50,7 @@ class BoundedRequests:
         if scope["method"] != "POST":
             return None
         length = headers.get(b"content-length", b"").decode("latin-1")
-        if not length.isdigit():
+        if not length.isdecimal():
             return Refusal("the request has no Content-Length: send one", status=411)
         if int(length) > self.most_bytes:
             what = f"the request is {int(length):,} bytes long, and a prompt within the limits is {self.most_bytes:,}"

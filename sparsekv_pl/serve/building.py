@@ -15,6 +15,7 @@ from sparsekv_pl.serve.server_metrics import ServerMetrics
 from sparsekv_pl.serve.token_limits import TokenLimits
 from sparsekv_pl.serve.turns import ModelTurns
 from sparsekv_pl.usage.cache_file import made_by
+from sparsekv_pl.usage.cache_origin import CacheOrigin
 from sparsekv_pl.usage.loaded_model import LoadedModel, check_before_loading
 
 MIB = 2**20
@@ -29,8 +30,12 @@ def built(asked: Namespace) -> tuple[ServedModel, ModelTurns, FastAPI]:
         For an unknown or unfit press, limits that the model cannot meet, and a document's cache of another model.
     """
     press, backbone = chosen_press(asked), chosen_backbone(asked)
+    origin = CacheOrigin.of(press, asked.chunk_tokens, asked.budget)
     for name in asked.document:
-        check_before_loading(backbone, made_by(Path(name).expanduser()), name)
+        identity, made = made_by(Path(name).expanduser())
+        check_before_loading(backbone, identity, name)
+        if made != origin:
+            raise ValueError(f"--document {name} was evicted by {made}, and this server evicts by {origin}")
     model = LoadedModel(backbone)
     check_press(model.model, press)
     limits = TokenLimits.of(model.model, press, asked.max_prompt_tokens, asked.max_new_tokens)

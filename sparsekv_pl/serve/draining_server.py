@@ -57,5 +57,7 @@ class DrainingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Begin to stop. uvicorn would raise the signal again at the end, and a drained server ends well."""
         self.should_exit = True
-        line = f"{signal.Signals(sig).name}: finishing {len(self.turns)} requests; a second one stops at once\n"
+        count = len(self.turns)
+        what = f"finishing {count} request{'s' * (count != 1)}; a second one stops at once" if count else "stopping"
+        line = f"{signal.Signals(sig).name}: {what}\n"
         os.write(2, line.encode())  # not print: the signal may have interrupted one

@@ -25,7 +25,7 @@ class KeptDocuments:
     model, press, chunk_tokens, budget
         See ``ContextCache.prefill``.
     most_bytes
-        Most bytes of keys and values that are kept; a larger document is answered and not kept.
+        Most bytes of caches that are kept; a larger document is answered and not kept.
     metrics
         Shows what is kept.
     """
@@ -69,10 +69,10 @@ class KeptDocuments:
 
     def keep(self, cache: ContextCache) -> None:
         """Keep a cache, and let others leave until all fit."""
-        if cache.kv_bytes > self.most_bytes:
+        if cache.kept.held_bytes > self.most_bytes:
             return
         self.kept[_key(cache.kept.ids[0].tolist())] = cache
-        while sum(one.kv_bytes for one in self.kept.values()) > self.most_bytes:
+        while self._held_bytes() > self.most_bytes:
             self.kept.popitem(last=False)
         caches = self.kept.values()
         self.metrics.documents.set(len(caches))
@@ -86,14 +86,19 @@ class KeptDocuments:
         Raises
         ------
         ValueError
-            For a file of another model, and one that this server would not have made.
+            For a file of another model, and one that does not fit beside those loaded before.
         """
         cache = ContextCache.load(path, self.model)
-        if cache.origin != self.origin:
-            raise ValueError(f"{path} was evicted by {cache.origin}, and this server evicts by {self.origin}")
-        if cache.kv_bytes > self.most_bytes:
-            raise ValueError(f"{path} takes {cache.kv_bytes:,} bytes: raise --kept_mib")
+        beside = self._held_bytes()
+        if cache.kept.held_bytes + beside > self.most_bytes:
+            raise ValueError(
+                f"--document {path} takes {cache.kept.held_bytes:,} bytes beside {beside:,} of others, and --kept_mib "
+                f"leaves {self.most_bytes:,}: raise it"
+            )
         self.keep(cache)
+
+    def _held_bytes(self) -> int:
+        return sum(one.kept.held_bytes for one in self.kept.values())
 
     def _long_enough(self, tokens: int) -> bool:
         window = 0 if self.press is None else traits_of(self.press).window

@@ -109,10 +109,10 @@ def completion_prompt(model: LoadedModel, prompt: str | list[int]) -> SplitPromp
 
 
 def _split_ids(model: LoadedModel, ids: list[int]) -> SplitPrompt:
-    known = len(model.model.get_input_embeddings().weight)  # type: ignore[arg-type]
-    wrong = [token for token in ids if not 0 <= token < known]
-    if wrong:
-        raise Refusal(f"prompt has the token {wrong[0]}, and the model has 0 to {known - 1}", param="prompt")
+    try:
+        ids = model.known(ids)
+    except ValueError as error:
+        raise Refusal(f"prompt: {error}", param="prompt") from error
     behind = ""
     for place in range(len(ids) - 1, 0, -1):
         token = model.encoder.decode([ids[place]])

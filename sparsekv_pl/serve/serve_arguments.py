@@ -69,8 +69,8 @@ def _checked(parser: LineParser, asked: argparse.Namespace) -> argparse.Namespac
         value = getattr(asked, name)
         if value is not None and value < 1:
             parser.error(f"--{name} {value} must be at least 1")
-    if not asked.kept_mib >= 0:
-        parser.error(f"--kept_mib {asked.kept_mib} must be 0 or more")
+    if not 0 <= asked.kept_mib < float("inf"):
+        parser.error(f"--kept_mib {asked.kept_mib} must be a number of 0 or more")
     if not 0 <= asked.port < 65536:
         parser.error(f"--port {asked.port} must be 0 to 65535")
     if asked.api_key is not None and not os.environ.get(asked.api_key, "").strip():

@@ -73,8 +73,8 @@ class ServedModel:
                 param="model",
             )
 
-    def new_tokens(self, asked: AskedFields, prompt: SplitPrompt) -> int:
-        """Return the most tokens of the answer.
+    def new_tokens(self, asked: AskedFields, prompt: SplitPrompt) -> int | None:
+        """Return the most tokens of the answer that a client asks for; None if it leaves them open.
 
         Raises
         ------
@@ -85,10 +85,8 @@ class ServedModel:
         most = asked.max_tokens
         if isinstance(asked, ChatFields) and asked.max_completion_tokens is not None:
             most, param = asked.max_completion_tokens, "max_completion_tokens"
-        if isinstance(asked, CompletionFields):
-            most = COMPLETION_TOKENS if most is None else most
-            if asked.echo:
-                return self._echoed_tokens(asked, most, prompt)
+        if isinstance(asked, CompletionFields) and asked.echo:
+            return self._echoed_tokens(asked, prompt)
         if most is not None and not 0 < most <= self.limits.answer:
             raise Refusal(
                 f"{param}={most} must be 1 to {self.limits.answer}, the most of this server (--max_new_tokens)",
@@ -96,19 +94,24 @@ class ServedModel:
                 code="max_tokens_exceeded",
             )
         self._check_length(prompt, most or 1, param)
-        positions = self.limits.positions
-        room = self.limits.answer if positions is None else positions + 1 - prompt.tokens
-        return most or min(self.limits.answer, room)
+        return most
 
-    def _echoed_tokens(self, asked: CompletionFields, most: int, prompt: SplitPrompt) -> int:
-        if most > 1 or asked.logprobs is None:
+    def _echoed_tokens(self, asked: CompletionFields, prompt: SplitPrompt) -> int:
+        if asked.max_tokens not in (0, 1) or asked.logprobs is None:
             raise Refusal("echo needs logprobs, and max_tokens of 0 or 1: prompts are scored by it", param="echo")
         self._check_length(prompt, 1, "prompt")
-        return most
+        return asked.max_tokens
+
+    def _room(self, asked: AskedFields, cache: ContextCache, prompt: SplitPrompt) -> int:
+        """Return the most tokens of an answer of open length."""
+        most = min(self.limits.answer, COMPLETION_TOKENS if isinstance(asked, CompletionFields) else self.limits.answer)
+        if self.limits.positions is None:
+            return most
+        return max(1, min(most, self.limits.positions + 1 - cache.kept.next_position - len(prompt.question)))
 
     def _check_length(self, prompt: SplitPrompt, answer: int, param: str) -> None:
         """Speak as OpenAI and vLLM do, whose words clients look for."""
-        positions = self.limits.positions
+        positions = None if self.limits.frees else self.limits.positions
         beyond = positions is not None and prompt.tokens + answer - 1 > positions
         if prompt.tokens > self.limits.prompt or beyond:
             limit = self.limits.prompt if prompt.tokens > self.limits.prompt else positions
@@ -119,8 +122,8 @@ class ServedModel:
                 param=param,
             )
 
-    def answer(self, prompt: SplitPrompt, asked: AskedFields, new_tokens: int, turn: ModelTurn) -> ReplyContent:
-        """Answer at the model, telling ``turn`` each piece of a streamed answer.
+    def answer(self, prompt: SplitPrompt, asked: AskedFields, most: int | None, turn: ModelTurn) -> ReplyContent:
+        """Answer at the model by ``most`` tokens, see ``new_tokens``, telling ``turn`` each piece of a streamed answer.
 
         Raises
         ------
@@ -138,6 +141,7 @@ class ServedModel:
             turn.check()
 
         turn.check()
+        new_tokens = self._room(asked, cache, prompt) if most is None else most
         if isinstance(asked, CompletionFields) and asked.echo:
             content = self._scored(cache, prompt, asked, new_tokens, reused)
         else:

@@ -17,7 +17,9 @@ class TokenLimits:
     prompt: int
     answer: int
     positions: int | None = None
-    """Most positions of both together; None under a press that frees them, and where the config names none."""
+    """Most positions in use at once; None where the config names none."""
+    frees: bool = False
+    """Whether the press frees positions, so that a document may have more tokens."""
 
     @classmethod
     def of(cls, model: PreTrainedModel, press: BasePress | None, prompt: int | None, answer: int) -> "TokenLimits":
@@ -42,4 +44,4 @@ class TokenLimits:
         for name, value in {"--max_prompt_tokens": prompt, "--max_new_tokens": answer}.items():
             if value < 1:
                 raise ValueError(f"{name} {value} must be at least 1")
-        return cls(prompt, answer, None if rotates else most)
+        return cls(prompt, answer, most, rotates)

@@ -35,8 +35,12 @@ class ModelTurn:
 
     def tell(self, event: object) -> None:
         """Pass an event on to the event loop, from the model's thread."""
+        self.in_loop(lambda: self.events.put_nowait(event))
+
+    def in_loop(self, call: Callable[[], object]) -> None:
+        """Have ``call`` called in the event loop, in the order of such calls."""
         with suppress(RuntimeError):  # the loop has ended: nobody waits
-            self._loop.call_soon_threadsafe(self.events.put_nowait, event)
+            self._loop.call_soon_threadsafe(call)
 
     def cancel(self) -> None:
         """Let the request stop at its next token, or not begin; one that has ended stays as it is."""
@@ -81,33 +85,31 @@ class ModelTurns:
                 kind="requests",
                 headers={"Retry-After": RETRY_SECONDS},
             )
-        loop = asyncio.get_running_loop()
-        turn = ModelTurn(loop)
+        turn = ModelTurn(asyncio.get_running_loop())
         self._under_way.add(turn)
         self.metrics.under_way.set(len(self))
         turn.future = self._pool.submit(self._run, turn, work)
-        turn.future.add_done_callback(lambda future: self._left(loop, turn, future.cancelled()))
+        turn.future.add_done_callback(lambda future: future.cancelled() and self._end(turn, Cancelled()))
         return turn
 
     def _run(self, turn: ModelTurn, work: Callable[[ModelTurn], object]) -> None:
         try:
             turn.check()
-            turn.tell(work(turn))
-        except Cancelled as error:
-            self.metrics.cancelled.inc()
-            turn.tell(error)
+            outcome: object = work(turn)
         except BaseException as error:  # it is the request's, and the model goes on
-            turn.tell(error)
+            outcome = error
+        self._end(turn, outcome)
 
-    def _left(self, loop: asyncio.AbstractEventLoop, turn: ModelTurn, unbegun: bool) -> None:
-        self.metrics.cancelled.inc(unbegun)
+    def _end(self, turn: ModelTurn, outcome: object) -> None:
+        """Let the turn leave, then tell its outcome: whoever knows the answer may send the next request."""
+        self.metrics.cancelled.inc(isinstance(outcome, Cancelled))
 
         def leave() -> None:
             self._under_way.discard(turn)
             self.metrics.under_way.set(len(self))
+            turn.events.put_nowait(outcome)
 
-        with suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(leave)
+        turn.in_loop(leave)
 
     def close(self) -> None:
         """Cancel what is under way and wait for the model's thread to end."""

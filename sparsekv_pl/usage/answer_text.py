@@ -15,6 +15,17 @@ def cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     return (text[: min(places)], True) if places else (text, False)
 
 
+def stop_strings(stop: str | Sequence[str]) -> list[str]:
+    """Return the strings that end an answer as a list; a single one may be given as it is.
+
+    Raises ``ValueError`` for an empty one, which stands at the beginning of every answer.
+    """
+    strings = [stop] if isinstance(stop, str) else list(stop)
+    if "" in strings:
+        raise ValueError("a stop string is empty, which would end every answer at once: leave it out")
+    return strings
+
+
 class AnswerText(BaseStreamer):
     """Decode an answer token by token; also a streamer for transformers' ``generate``, whose prompt it skips.
 
@@ -23,7 +34,7 @@ class AnswerText(BaseStreamer):
     decode
         Turns token ids into text, without special tokens; white space around the whole answer is left out.
     stop
-        Strings that end the answer and are no part of it.
+        Strings that end the answer and are no part of it, see ``stop_strings``.
     on_text
         Called with each new piece of text; the pieces joined are the answer. None passes nothing on.
     """
@@ -31,10 +42,10 @@ class AnswerText(BaseStreamer):
     def __init__(
         self,
         decode: Callable[[list[int]], str],
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         on_text: Callable[[str], object] | None = None,
     ) -> None:
-        self.decode, self.stop, self.on_text = decode, stop, on_text
+        self.decode, self.stop, self.on_text = decode, stop_strings(stop), on_text
         self.shown = ""
         self._ids: list[int] | None = None
         """The answer's tokens from ``generate``; None until its prompt has passed."""

@@ -53,7 +53,7 @@ def greedy_answers(
     rows: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     on_text: OnText | None = None,
     on_token: Callable[[], object] | None = None,
 ) -> list[AnswerGiven]:
@@ -77,7 +77,7 @@ def greedy_answers(
     Raises
     ------
     ValueError
-        If an answer would end beyond the model's positions.
+        For an empty stop string, and if an answer would end beyond the model's positions.
     """
     longest = max(map(len, rows))
     check_continuation(model.model, kept.next_position, longest + max_new_tokens - 1)
@@ -108,7 +108,7 @@ def sampled_answer(
     max_new_tokens: int,
     sampling: Sampling,
     *,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     on_text: OnText | None = None,
     on_token: Callable[[], object] | None = None,
 ) -> AnswerGiven:

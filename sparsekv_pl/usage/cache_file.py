@@ -51,10 +51,11 @@ def write_cache(path: Path, model: ModelIdentity, origin: CacheOrigin, kept: Kep
         save_file(tensors, partial, metadata={ABOUT: json.dumps(about)})
 
 
-def made_by(path: Path) -> ModelIdentity:
-    """Return the model and adapter that made a file, without reading its tensors; see ``read_cache``."""
+def made_by(path: Path) -> tuple[ModelIdentity, CacheOrigin]:
+    """Return the model and the eviction that made a file, without reading its tensors; see ``read_cache``."""
     with _damage_named(path):
-        return ModelIdentity(**_about(path)["model"])
+        about = _about(path)
+        return ModelIdentity(**about["model"]), CacheOrigin.read(about["eviction"])
 
 
 def read_cache(path: Path) -> tuple[ModelIdentity, CacheOrigin, KeptContext]:
@@ -95,7 +96,9 @@ def _damage_named(path: Path) -> Iterator[None]:
     """Turn the various errors of a damaged file into a ``ValueError``."""
     try:
         yield
-    except (SafetensorError, KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
+    except (SafetensorError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        if str(error).startswith(str(path)):
+            raise
         raise ValueError(f"{path} is damaged ({error}): prefill the document again") from error
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from kvpress import BasePress
 
 from sparsekv_pl.eviction.quantised_pairs import PairQuantisation
+from sparsekv_pl.models.cache_shape import kept_pairs
 from sparsekv_pl.presses.nesting import press_name
 from sparsekv_pl.presses.press_text import press_from, press_text
 from sparsekv_pl.presses.ratio import compression_ratio_of
@@ -22,7 +23,7 @@ class CacheOrigin:
     name: str = "full cache"
     """The press's name in reports."""
     compression_ratio: float | None = None
-    """The press's; None without a press, or for one without a ratio."""
+    """The press's; None without a press, or for one without a ratio. The share planned of all, if it is ``fixed``."""
     re_rotated: bool = False
     """Whether the press moved the kept keys to the positions 0..S-1."""
     chunk_tokens: int | None = None
@@ -71,18 +72,29 @@ class CacheOrigin:
         )
 
     def __str__(self) -> str:
+        if self.fixed:
+            return self.name
         name = self.name if self.compression_ratio is None else f"{self.name} {self.compression_ratio:g}"
         return name if self.quantisation is None else f"{name}, {self.quantisation}"
 
-    def merged(self, theirs: "CacheOrigin") -> "CacheOrigin":
-        """Return the settings of a cache merged from these and ``theirs``."""
-        if self == theirs or self.fixed:
+    def merged(self, tokens: int, theirs: "CacheOrigin", more: int) -> "CacheOrigin":
+        """Return the settings of a cache merged from these, for ``tokens`` tokens, and ``theirs`` for ``more``."""
+        if self == theirs and not self.fixed:
             return self
+        name, kept = f"{self} and {theirs}", self.planned_pairs(tokens) + theirs.planned_pairs(more)
         return replace(
             self,
-            fixed=f"this cache was merged from {self} and {theirs}, evicted in different ways, so it is open how to "
-            "evict from both: append before merging",
+            name=name,
+            compression_ratio=max(0.0, 1 - (kept + 0.5) / (tokens + more)),  # half a pair more is safe
+            budget=None,
+            re_rotated=self.re_rotated and theirs.re_rotated,
+            fixed=f"this cache was merged from {name}, evicted in different ways, so it is open how to evict from "
+            "both: append before merging",
         )
+
+    def planned_pairs(self, tokens: int) -> int:
+        """Return the KV pairs a head that stay of ``tokens`` tokens by ratio and budget; all without either."""
+        return kept_pairs(tokens, self.compression_ratio, self.budget)
 
     def press_again(self, given: BasePress | None) -> BasePress | None:
         """Return the press that evicts what is appended; None for the full cache, or if it is not known.

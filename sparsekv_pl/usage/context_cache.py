@@ -20,7 +20,7 @@ from sparsekv_pl.models.devices import layer_device
 from sparsekv_pl.models.memory_planner import Plan, plan
 from sparsekv_pl.models.seeding import globally_seeded
 from sparsekv_pl.usage.answers import greedy_answers
-from sparsekv_pl.usage.cache_file import made_by, read_cache, write_cache
+from sparsekv_pl.usage.cache_file import read_cache, write_cache
 from sparsekv_pl.usage.cache_origin import CacheOrigin
 from sparsekv_pl.usage.generation import NEW_TOKENS, generate, padded_left
 from sparsekv_pl.usage.kept_context import KeptContext
@@ -91,14 +91,15 @@ class ContextCache:
         ValueError
             For an empty document, one that is too long, and a press that cannot make a cache to keep.
         """
+        if len(document) == 0:
+            raise ValueError("the document is empty: give some text")
         check_usable(press)
         check_press_alone(press)
         origin = CacheOrigin.of(press, chunk_tokens, budget, quantisation)
         model = LoadedModel(model) if isinstance(model, Backbone) else model
         check_press(model.model, press)
-        ids = [*model.prefix_ids, *model.encoder.encode(document)] if isinstance(document, str) else list(document)
-        if not document or not ids:
-            raise ValueError("the document is empty: give some text")
+        text = isinstance(document, str)
+        ids = [*model.prefix_ids, *model.encoder.encode(document)] if text else model.known(document)
         read = torch.tensor([ids])
         settings = (chunk_tokens, budget, POSITIONS)
         filling = QuantisedPrefill(model.model, press, len(ids), *settings, quantisation=quantisation)
@@ -116,12 +117,12 @@ class ContextCache:
             For a file that is damaged or of another model, adapter or dtype, which is named; for another press.
         """
         path = Path(path).expanduser()
-        if isinstance(model, Backbone):
-            check_before_loading(model, made_by(path), str(path))
-            model = LoadedModel(model)
         identity, origin, kept = read_cache(path)
-        model.identity.check(identity, str(path))
         press = origin.press_again(press)
+        if isinstance(model, Backbone):
+            check_before_loading(model, identity, str(path))
+            model = LoadedModel(model)
+        model.identity.check(identity, str(path))
         layers = decoder_of(model.model).layers
         tensors = {
             name: tensor.to(layer_device(layers[int(name.partition(".")[2])])) for name, tensor in kept.tensors.items()
@@ -137,7 +138,7 @@ class ContextCache:
         questions: Asked,
         *,
         max_new_tokens: int = NEW_TOKENS,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         answer_prefix: str = "",
         on_text: Callable[[str], object] | None = None,
     ) -> Any:
@@ -152,7 +153,7 @@ class ContextCache:
         max_new_tokens
             Most tokens of an answer.
         stop
-            Strings that end an answer and are no part of it.
+            One string or several that end an answer and are no part of it.
         answer_prefix
             The beginning of every answer, given to the model.
         on_text
@@ -161,7 +162,7 @@ class ContextCache:
         Raises
         ------
         ValueError
-            For an empty question, and if an answer would end beyond the model's positions.
+            For an empty question or stop string, and if an answer would end beyond the model's positions.
         """
         rows, one = self._rows(questions, answer_prefix), _is_one(questions)
         if on_text is not None and len(rows) > 1:
@@ -201,11 +202,9 @@ class ContextCache:
         ValueError
             For an empty text, and a press that cannot evict again.
         """
-        new = self.model.encoder.encode(text) if isinstance(text, str) else list(text)
+        new = self.model.encoder.encode(text) if isinstance(text, str) else self.model.known(text)
         if not new:
             raise ValueError("the text to append is empty: give some text")
-        if self.origin.fixed:
-            raise ValueError(self.origin.fixed)
         check_appendable(self.press, self.origin)
         kept, model = self.kept, self.model.model
         read = torch.cat([kept.ids, torch.tensor([new])], dim=1)
@@ -232,7 +231,7 @@ class ContextCache:
         self.model.identity.check(other.model.identity, "merge: the other cache")
         both = self.origin.re_rotated and other.origin.re_rotated
         kept = merged(self.model.model, self.kept, other.kept, both)
-        return ContextCache(self.model, self.press, self.origin.merged(other.origin), kept)
+        return ContextCache(self.model, self.press, self.origin.merged(self.tokens, other.origin, other.tokens), kept)
 
     @property
     def tokens(self) -> int:
@@ -265,7 +264,10 @@ class ContextCache:
         asked: Any = [questions] if _is_one(questions) else questions
         if not asked:
             raise ValueError("there is no question: give at least one")
-        rows = [self.model.question_ids(one, answer_prefix) if isinstance(one, str) else list(one) for one in asked]
+        rows = [
+            self.model.question_ids(one, answer_prefix) if isinstance(one, str) else self.model.known(one)
+            for one in asked
+        ]
         if not all(rows):
             raise ValueError("a question is empty: give at least one token")
         return rows

@@ -83,6 +83,11 @@ class KeptContext:
         return sum(tensor.nbytes for kind in (*PAIRS, *PACKED, *CARRIED) for tensor in self.each(kind))
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes of everything that is held: beside ``kv_bytes`` the positions, and keys as first kept."""
+        return sum(tensor.nbytes for tensor in (self.ids, *self.tensors.values()))
+
+    @property
     def tokens_sha256(self) -> str:
         """SHA-256 of the token ids as little-endian 64-bit integers."""
         return hashlib.sha256(self.ids.numpy().astype("<i8").tobytes()).hexdigest()

@@ -1,6 +1,6 @@
 """A model in use: weights, tokenizer, chat frame, and the identity by which its caches are recognised."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -130,6 +130,14 @@ class LoadedModel:
         if not question.strip():
             raise ValueError("a question is empty: give some text")
         return self.encoder.encode(f"{QUESTION_OPENING}{question}{self.question_suffix}{answer_prefix}")
+
+    def known(self, ids: Sequence[int]) -> list[int]:
+        """Return token ``ids`` as a list; raise ``ValueError`` for one that the model does not have."""
+        most = len(self.model.get_input_embeddings().weight) - 1  # type: ignore[arg-type]
+        wrong = [token for token in ids if not 0 <= token <= most]
+        if wrong:
+            raise ValueError(f"there is no token {wrong[0]}: this model has 0 to {most}")
+        return list(ids)
 
     def text_of(self, ids: list[int]) -> str:
         """Decode an answer, without special tokens."""

@@ -28,6 +28,8 @@ def check_usable(press: BasePress | None) -> None:
 
 def check_appendable(press: BasePress | None, origin: CacheOrigin) -> None:
     """Raise ``ValueError`` if ``press``, which evicted as ``origin`` says, cannot evict again after more text."""
+    if origin.fixed:
+        raise ValueError(origin.fixed)
     if press is None:
         if origin.press is not None:
             raise ValueError(

@@ -98,8 +98,13 @@ def test_sampling_follows_the_seed_and_stop_strings_end_answers(shell: Shell) ->
         ("river.txt Why? --compression_ratio 0.5", "need a --press, such as KeyDiff"),
         ("kept.safetensors Why? --press Knorm", "is evicted already: leave --press out"),
         ("kept.safetensors Why?", "kept.safetensors: there is no such file"),
+        ("damaged.safetensors Why?", "damaged.safetensors is damaged"),
+        ("river.txt Why? --merge damaged.safetensors", "damaged.safetensors is damaged"),
+        ("river.txt Why? --append kept.safetensors", "only a text can be read behind the document; --merge takes"),
         ("river.txt Why? --save kept.bin", "a cache is a .safetensors file"),
-        ("river.txt Why? --temperature 0", "must be above 0"),
+        ("river.txt Why? --temperature 0", "must be a number above 0"),
+        ("river.txt Why? --temperature nan", "must be a number above 0"),
+        ("river.txt Why? --stop ''", "--stop is empty, which would end every answer at once"),
         ("river.txt Why? --top_p 2", "must lie above 0"),
         ("river.txt Why? --together --top_p 0.5", "--together answers greedily"),
         ("river.txt Why? --max_new_tokens none", "invalid int value"),
@@ -113,7 +118,8 @@ def test_sampling_follows_the_seed_and_stop_strings_end_answers(shell: Shell) ->
     ],
 )
 def test_what_cannot_be_done_is_one_line(shell: Shell, given: str, message: str) -> None:
-    Path("binary.txt").write_bytes(b"\xff\xfe")
+    for name in ("binary.txt", "damaged.safetensors"):
+        Path(name).write_bytes(b"\xff\xfe")
     shell.patch.setattr(Backbone, "_model", lambda *_, **__: pytest.fail("the model was loaded"))
     assert re.search(message, shell.refused(*shlex.split(given)))
 

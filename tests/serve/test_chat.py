@@ -1,18 +1,21 @@
 """Chats with OpenAI's own client: answers are ContextCache's, whole and streamed, and a document is read once."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from kvpress import BasePress, KnormPress, SnapKVPress
+from kvpress import BasePress, KeyRerotationPress, KnormPress, SnapKVPress
 
+from sparsekv_pl.serve.kept_documents import KeptDocuments
 from sparsekv_pl.serve.prompts import chat_prompt
 from sparsekv_pl.serve.request_fields import ChatMessage
+from sparsekv_pl.serve.server_metrics import ServerMetrics
 from sparsekv_pl.usage.context_cache import ContextCache
 from sparsekv_pl.usage.loaded_model import LoadedModel
 from tests.serve.conftest import RunningServer
-from tests.usage.cache_cases import DOCUMENT, QUESTIONS
+from tests.usage.cache_cases import DOCUMENT, QUESTIONS, bits
 
 Serve = Callable[..., RunningServer]
 EVICTED = ("--press", "Knorm", "--compression_ratio", "0.5")
@@ -140,13 +143,33 @@ def test_the_documents_kept_are_bounded_and_the_oldest_leaves(serve: Serve, mode
     assert 2 * size * 0.9 < server.figure("sparsekv_document_bytes") < 2.5 * size
 
 
+def test_everything_that_a_document_holds_counts(model: LoadedModel) -> None:
+    """Positions, and the keys as first kept of a press that re-rotates in chunks, which are no keys and values."""
+    press = KeyRerotationPress(KnormPress(0.5))
+    size = ContextCache.prefill(model, DOCUMENT, press, chunk_tokens=32).kv_bytes
+    documents = KeptDocuments(model, press, 32, None, int(2.5 * size), ServerMetrics())
+    for number in range(3):
+        documents.context(model.encoder.start(f"{DOCUMENT}{number}"))
+        held = [sum(map(len, bits(cache).values())) for cache in documents.kept.values()]
+        assert 0 < sum(held) <= 2.5 * size
+        assert all(cache.kept.held_bytes > cache.kv_bytes for cache in documents.kept.values())
+
+
+def test_saved_caches_that_do_not_fit_together_are_refused(model: LoadedModel, tmp_path: Path) -> None:
+    for number in range(2):
+        cache = ContextCache.prefill(model, DOCUMENT + str(number), KnormPress(0.5))
+        cache.save(tmp_path / f"{number}.safetensors")
+    documents = KeptDocuments(model, KnormPress(0.5), None, None, int(1.5 * cache.kept.held_bytes), ServerMetrics())
+    documents.load(str(tmp_path / "0.safetensors"))
+    with pytest.raises(ValueError, match=r"--document .*1\.safetensors takes [\d,]+ bytes beside [\d,]+ .*: raise it$"):
+        documents.load(str(tmp_path / "1.safetensors"))
+
+
 def test_a_saved_cache_is_served_without_reading(serve: Serve, model: LoadedModel, tmp_path_factory: Any) -> None:
     saved = tmp_path_factory.mktemp("saved") / "river.safetensors"
     ContextCache.prefill(model, DOCUMENT, KnormPress(0.5)).save(saved)
     reply = serve(*EVICTED, "--document", str(saved)).ask(asked(DOCUMENT, "Who?"))
     assert reply.usage.prompt_tokens_details.cached_tokens == reply.usage.document_tokens > 0
-    with pytest.raises(ValueError, match=r"evicted by Knorm 0.5, and this server evicts by full cache"):
-        serve("--document", str(saved))
 
 
 def test_models_health_and_metrics(serve: Serve) -> None:

@@ -13,7 +13,8 @@ import openai
 import pytest
 from kvpress import KnormPress
 
-from sparsekv_pl.serve.turns import Cancelled, ModelTurn
+from sparsekv_pl.serve.server_metrics import ServerMetrics
+from sparsekv_pl.serve.turns import Cancelled, ModelTurn, ModelTurns
 from sparsekv_pl.usage.context_cache import ContextCache
 from tests.serve.conftest import RunningServer, running
 from tests.usage.cache_cases import DOCUMENT, QUESTIONS
@@ -21,6 +22,20 @@ from tests.usage.cache_cases import DOCUMENT, QUESTIONS
 Serve = Callable[..., RunningServer]
 EVICTED = ("--press", "Knorm", "--compression_ratio", "0.5")
 SECONDS = 60
+
+
+def test_whoever_has_an_answer_may_send_the_next_request() -> None:
+    """The turn has left when its outcome is there: a client that waits for each answer is never refused."""
+
+    async def one_after_the_other() -> None:
+        turns = ModelTurns(1, ServerMetrics())
+        for outcome in range(300):
+            turn = turns.take(lambda _, outcome=outcome: outcome)  # type: ignore[misc]
+            assert await turn.events.get() == outcome
+            assert len(turns) == 0
+        turns.close()
+
+    asyncio.run(one_after_the_other())
 
 
 class Gate:

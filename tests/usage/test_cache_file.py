@@ -147,20 +147,29 @@ def _rewritten(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]],
         (lambda path: _rewritten(path, lambda tensors, _: tensors["keys.0"].add_(1)), "its checksum is another"),
         (lambda path: _rewritten(path, lambda _, about: about.update(tokens_sha256="0")), "its tokens are not those"),
         (lambda path: _rewritten(path, lambda _, about: about.pop("bounds")), "is damaged"),
+        (lambda path: _rewritten(path, lambda _, about: about.update(bounds=[])), "is damaged"),
+        (lambda path: _rewritten(path, lambda _, about: about.update(eviction=5)), "is damaged"),
+        (lambda path: _rewritten(path, lambda _, about: about.update(next_position="x")), "is damaged"),
         (lambda path: _rewritten(path, lambda _, about: about.update(format=2)), "has the format 2"),
         (lambda path: save_file({"a": torch.zeros(1)}, path), "holds no cache"),
         (lambda path: path.unlink(), "there is no such file"),
     ],
-    ids=["cut", "text", "bits", "tokens", "metadata", "format", "foreign", "missing"],
+    ids=["cut", "text", "bits", "tokens", "metadata", "bounds", "eviction", "position", "format", "foreign", "missing"],
 )
 def test_a_damaged_or_foreign_file_is_one_line(
-    model: LoadedModel, damage: Callable[[Path], Any], message: str, tmp_path: Path
+    model: LoadedModel,
+    damage: Callable[[Path], Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = tmp_path / "kept.safetensors"
     ContextCache.prefill(model, DOCUMENT, KnormPress(0.5)).save(path)
     damage(path)
-    with pytest.raises(ValueError, match=f"^{path}[^\n]*{message}[^\n]*$"):
-        ContextCache.load(path, model)
+    monkeypatch.setattr(Backbone, "load", lambda *_, **__: pytest.fail("the model was loaded first"))
+    for given in (model, model.backbone):
+        with pytest.raises(ValueError, match=f"^{path}[^\n]*{message}[^\n]*$"):
+            ContextCache.load(path, given)
 
 
 def test_a_name_that_says_nothing_is_refused(model: LoadedModel, tmp_path: Path) -> None:

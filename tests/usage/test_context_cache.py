@@ -122,12 +122,29 @@ def test_token_ids_are_asked_as_they_are(model: LoadedModel) -> None:
     assert cache.inputs(ids[0])["input_ids"].tolist() == [ids[0]]
 
 
+def test_token_ids_that_the_model_does_not_have_are_refused(model: LoadedModel) -> None:
+    cache = ContextCache.prefill(model, DOCUMENT)
+    for wrong in (-1, len(model.model.get_input_embeddings().weight)):
+        for use in (lambda ids: ContextCache.prefill(model, ids), cache.ask, cache.append, cache.generate):
+            with pytest.raises(ValueError, match=f"^there is no token {wrong}: this model has 0 to "):
+                use([5, wrong])
+
+
+def test_one_stop_string_may_stand_alone(model: LoadedModel) -> None:
+    cache = ContextCache.prefill(model, DOCUMENT, KnormPress(0.5))
+    whole = cache.ask("Why?", max_new_tokens=NEW)
+    stop = whole[len(whole) // 2 :][:2]
+    assert cache.ask("Why?", max_new_tokens=NEW, stop=stop) == whole.split(stop)[0].strip() != whole
+    assert cache.ask("Why?", max_new_tokens=NEW, stop=f"{stop}never") == whole
+
+
 def test_what_cannot_be_asked_is_one_line(model: LoadedModel) -> None:
     cache = ContextCache.prefill(model, DOCUMENT, KnormPress(0.5))
     for message, wrong in {
         "a question is empty: give some text": lambda: cache.ask(" "),
         "a question is empty: give at least one token": lambda: cache.ask([[5], []]),
         "there is no question": lambda: cache.ask([]),
+        "a stop string is empty": lambda: cache.ask("Why?", stop=["a", ""]),
         "max_new_tokens=0": lambda: cache.ask("Why?", max_new_tokens=0),
         "on_text shows one answer": lambda: cache.ask(QUESTIONS, on_text=print),
         "takes .* positions, but": lambda: cache.ask("Why?", max_new_tokens=1000),

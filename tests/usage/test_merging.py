@@ -81,6 +81,30 @@ def test_evicted_in_different_ways_they_can_be_asked_but_not_grown(model: Loaded
         both.append(MORE)
 
 
+def test_the_plan_and_name_of_a_merged_cache_are_those_of_both(model: LoadedModel) -> None:
+    presses = [None, KnormPress(0.5), KeyDiffPress(0.75)]
+    caches = [
+        ContextCache.prefill(model, text, press) for text, press in zip((DOCUMENT, MORE, "Sand."), presses, strict=True)
+    ]
+    first, second, third = caches
+    for merged in (first.merge(second).merge(third), first.merge(second.merge(third))):
+        assert str(merged.origin) == "full cache and Knorm 0.5 and KeyDiff 0.75"
+        assert merged.plan().kv_bytes_kept == merged.kv_bytes == sum(one.kv_bytes for one in caches)
+    small = ContextCache.prefill(model, DOCUMENT, KnormPress(0.5), budget=9)
+    assert small.merge(second).plan().kv_bytes_kept == small.kv_bytes + second.kv_bytes
+
+
+def test_the_order_of_merging_changes_nothing(model: LoadedModel) -> None:
+    """Also where only some documents have re-rotated keys."""
+    turned, plain = KeyRerotationPress(KnormPress(0.5)), KnormPress(0.5)
+    for presses in ([turned, plain, turned], [plain, turned, turned], [turned, turned, plain]):
+        first, second, third = (ContextCache.prefill(model, DOCUMENT, press) for press in presses)
+        left, right = first.merge(second).merge(third), first.merge(second.merge(third))
+        assert left.kept.next_position == right.kept.next_position
+        for one, other in zip(left.kept.each("keys"), right.kept.each("keys"), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
+
+
 def test_another_model_or_adapter_is_refused_by_name(
     model: LoadedModel, tiny_backbone: Callable[..., Backbone]
 ) -> None:
