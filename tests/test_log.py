@@ -65,3 +65,13 @@ def test_kvpress_says_once_that_it_does_not_know_a_model(caplog: pytest.LogCaptu
             with KnormPress(compression_ratio=0.5)(model):
                 pass
     assert caplog.messages == ["kvpress does not list Olmo2ForCausalLM among the models it was tested with"]
+
+
+def test_an_optional_package_that_nothing_needs_is_not_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    with caplog.at_level("WARNING"):
+        logger.warning(
+            "Failed to load CPU gemm_4bit_forward: %s. Please make sure you already `pip install kernels`", 1
+        )
+        logger.warning("another")
+    assert caplog.messages == ["another"]

@@ -245,7 +245,6 @@ def run(command_line: Callable[[], Any]) -> None:
 
 def quieten() -> None:
     """Silence libraries' messages about themselves that no user can act on."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # misses an optional kernel, even if nothing is 4-bit
     logging.getLogger("httpx").setLevel(logging.WARNING)  # logs the address of each request, which may hold a key
     advertised = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     advertised.addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
