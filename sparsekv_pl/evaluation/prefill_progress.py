@@ -6,7 +6,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sparsekv_pl.evaluation.pace import LINE_SECONDS
+from sparsekv_pl.evaluation.pace import LINE_SECONDS, duration
 from sparsekv_pl.reporting.console import console
 
 
@@ -54,5 +54,5 @@ class PrefillProgress:
         self.bar.update(self.task, completed=done, rate=rate)
         if not self.console.is_terminal and (now - self.printed > LINE_SECONDS or done == self.tokens):
             self.printed = now
-            left = (self.tokens - done) / rate / 60
-            self.console.print(f"{done:,} of {self.tokens:,} tokens read, {rate:.0f}/s, {left:.1f} minutes left")
+            left = f", {duration((self.tokens - done) / rate)} left" if done < self.tokens else ""
+            self.console.print(f"{done:,} of {self.tokens:,} tokens read, {rate:.0f}/s{left}")

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from sparsekv_pl.serve.refusals import Refusal
@@ -89,7 +90,7 @@ class ModelTurns:
         self._under_way.add(turn)
         self.metrics.under_way.set(len(self))
         turn.future = self._pool.submit(self._run, turn, work)
-        turn.future.add_done_callback(lambda future: future.cancelled() and self._end(turn, Cancelled()))
+        turn.future.add_done_callback(partial(self._unbegun, turn))
         return turn
 
     def _run(self, turn: ModelTurn, work: Callable[[ModelTurn], object]) -> None:
@@ -99,6 +100,10 @@ class ModelTurns:
         except BaseException as error:  # it is the request's, and the model goes on
             outcome = error
         self._end(turn, outcome)
+
+    def _unbegun(self, turn: ModelTurn, future: Future[None]) -> None:
+        if future.cancelled():
+            self._end(turn, Cancelled())
 
     def _end(self, turn: ModelTurn, outcome: object) -> None:
         """Let the turn leave, then tell its outcome: whoever knows the answer may send the next request."""

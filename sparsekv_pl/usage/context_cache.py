@@ -98,8 +98,10 @@ class ContextCache:
         origin = CacheOrigin.of(press, chunk_tokens, budget, quantisation)
         model = LoadedModel(model) if isinstance(model, Backbone) else model
         check_press(model.model, press)
-        text = isinstance(document, str)
-        ids = [*model.prefix_ids, *model.encoder.encode(document)] if text else model.known(document)
+        if isinstance(document, str):
+            ids = [*model.prefix_ids, *model.encoder.encode(document)]
+        else:
+            ids = model.known(document)
         read = torch.tensor([ids])
         settings = (chunk_tokens, budget, POSITIONS)
         filling = QuantisedPrefill(model.model, press, len(ids), *settings, quantisation=quantisation)

@@ -3,6 +3,9 @@
 import html
 from dataclasses import dataclass, field
 
+INSTEAD = "A page belongs here: run this cell, or trust the notebook (in JupyterLab: Ctrl-Shift-C, Trust Notebook)."
+"""Stands in the frame for programs that take frames away from stored outputs: JupyterLab until it trusts them."""
+
 
 @dataclass(frozen=True)
 class InlinePage:
@@ -24,4 +27,4 @@ class InlinePage:
     def _repr_html_(self) -> str:
         style = f"width: 100%; height: {self.height}px; border: 0"
         content = html.escape(self.page.decode())
-        return f'<iframe title="page" sandbox="allow-scripts" style="{style}" srcdoc="{content}"></iframe>'
+        return f'<iframe title="page" sandbox="allow-scripts" style="{style}" srcdoc="{content}">{INSTEAD}</iframe>'

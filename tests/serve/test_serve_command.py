@@ -87,7 +87,7 @@ def test_whoever_reads_the_address_may_connect(
         (("--press", "Knorm"), "--press Knorm removes nothing: give --compression_ratio"),
         (("--press", "AdaKV(Knorm(0.5))"), "AdaKV.* hides pairs per head"),
         (("--max_requests", "0"), "--max_requests 0 must be at least 1"),
-        (("--kept_mib", "-1"), "--kept_mib -1.0 must be 0 or more"),
+        (("--kept_mib", "-1"), "--kept_mib -1.0 must be a number of 0 or more"),
         (("--kept_mib", "inf"), "--kept_mib inf must be a number of 0 or more"),
         (("--press", "Knorm", "--budget", "0"), "budget=0 must be at least 1"),
         (("--chunk_tokens", "0"), "chunk_tokens=0 must be at least 1"),

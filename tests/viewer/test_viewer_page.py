@@ -1,6 +1,8 @@
 """The eviction viewer in a real browser: what it shows is what the caches hold, and no text runs as code."""
 
+import html
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,12 @@ from sparsekv_pl.eviction.prefill import prefill
 from sparsekv_pl.models.backbone import adapter_off
 from sparsekv_pl.reporting.condition import Condition
 from sparsekv_pl.viewer.compact_arrays import packed_bits, packed_masses
+from sparsekv_pl.viewer.inline_page import INSTEAD, InlinePage
+from sparsekv_pl.viewer.viewer_page import viewer_page
 from tests.tiny_training import MakeBackbone, MakeTrainer
 
 HOSTILE = "</script><script>window.hit=1</script><img src=x onerror='window.hit=1'>\u2028<!--<b>&lt;%%DATA%%"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 SENTENCE = "The cat sat on a mat and said nothing. "
 DARK = {"color_scheme": "dark"}
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True}
@@ -176,6 +181,38 @@ def test_it_is_legible(look: dict[str, Any], made: Any, open_page: Callable[...,
     width = page.tab.viewport_size["width"]
     assert page.run("() => document.scrollingElement.scrollWidth") <= width
     assert min(page.run(CONTRAST)) >= 4.5  # WCAG 2.2, 1.4.3, at the darkest shade
+
+
+def test_the_map_stays_below_the_switches_however_many_lines_they_take(
+    made: Any, open_page: Callable[..., Any]
+) -> None:
+    page = open_page(made[0].output / "viewer.html", viewport={"width": 1400, "height": 700})
+    heights = []
+    for width in (1400, 962):
+        page.tab.set_viewport_size({"width": width, "height": 700})
+        page.tab.wait_for_function(
+            "() => parseFloat(getComputedStyle(document.querySelector('aside')).top) === controls.offsetHeight + 16"
+        )
+        heights.append(page.run("() => controls.offsetHeight"))
+    assert heights[0] < heights[1]
+
+
+@pytest.mark.parametrize("name", ["quickstart", "own_model"])
+def test_the_page_stored_in_a_notebook_is_todays_and_runs(
+    name: str, open_page: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Where a frame is shown; a program that takes it away leaves the line that says how to see it."""
+    cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
+    outputs = ["".join(one.get("data", {}).get("text/html", "")) for cell in cells for one in cell.get("outputs", [])]
+    (frame,) = (output for output in outputs if "<iframe" in output)
+    page = html.unescape(frame.split('srcdoc="')[1].split('"')[0])
+    content = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert frame == InlinePage(viewer_page(content))._repr_html_(), "render its data again: the viewer has changed"
+    assert re.sub("<.*?>", "", frame, flags=re.DOTALL) == INSTEAD
+    path = tmp_path / "page.html"
+    path.write_text(page)
+    opened = open_page(path)
+    assert " keeps " in opened.text("#summary") and opened.said == []
 
 
 def test_no_text_runs_as_code(open_page: Callable[..., Any], tmp_path: Path) -> None:

@@ -49,6 +49,9 @@ class Viewer {
     get("measure").onchange = () => this.renderHeads();
     get("needle").onclick = () => this.nextMarked(0);
     get("controls").onsubmit = (event) => event.preventDefault();
+    new ResizeObserver(() => { // the map stays below the switches, however many lines they take
+      document.documentElement.style.setProperty("--controls", `${get("controls").offsetHeight}px`);
+    }).observe(get("controls"));
     this.ratios();
   }
 
