@@ -11,8 +11,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from callbacks.progress import StepsBar
-from sparsekv_pl.evaluation.pace import LINE_SECONDS, Pace, duration
+from sparsekv_pl.evaluation.pace import LINE_SECONDS, Pace
 from sparsekv_pl.models.batch import tokens_read
+from sparsekv_pl.models.duration import duration
 from sparsekv_pl.reporting.logged_terms import KEPT, MOST
 
 

@@ -14,7 +14,7 @@ import yaml
 from lightning.pytorch import Trainer
 
 from evaluate import EvaluateCommandLine
-from sparsekv_pl.cli.command_line import run
+from sparsekv_pl.cli.command_line import CommandLine, run
 from tests.config_cases import CONFIGS, ROBUST, ROOT, Case, cases, check, check_kept, make_text_files, replaced, wrong
 from tests.processes import Started
 from train import TrainCommandLine
@@ -23,6 +23,8 @@ SEED = 0
 """Another seed draws another wrong value for every key."""
 
 CASES = cases(SEED)
+PARSERS: dict[type[CommandLine], dict[str, Any]] = {}
+setup_parser = CommandLine.setup_parser
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +66,22 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def test(*_: Any, **__: Any) -> None:
         pass
 
+    monkeypatch.setattr(CommandLine, "setup_parser", parser_once)
     monkeypatch.setattr(Trainer, "fit", fit)
     monkeypatch.setattr(Trainer, "test", test)
     monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(tmp_path)
     make_text_files(ROBUST)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+def parser_once(made: CommandLine, *settings: Any) -> None:
+    """Give every command line of a class the first one's parser: to build it takes as long as to parse most configs."""
+    if type(made) not in PARSERS:
+        before = set(vars(made))
+        setup_parser(made, *settings)
+        PARSERS[type(made)] = {name: value for name, value in vars(made).items() if name not in before}
+    vars(made).update(PARSERS[type(made)])
 
 
 def started(config: Path, *files: Path) -> Any:

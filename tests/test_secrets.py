@@ -1,7 +1,6 @@
 """No key, token or password in a run's files and output."""
 
 import logging
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -13,6 +12,7 @@ from sparsekv_pl.cli.command_line import plain, run
 from sparsekv_pl.cli.saved_config import SaveEvaluationConfig
 from sparsekv_pl.reporting.redaction import HIDDEN, check_no_secret, redact_output, redacted
 from tests.evaluation.scripted_server import Reply, failed, said, serving
+from tests.processes import Started
 from train import TrainCommandLine
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -241,14 +241,14 @@ def test_other_messages_stay(message: str) -> None:
     assert redacted(message) == message
 
 
-def test_warnings_are_still_shown() -> None:
+def test_warnings_are_still_shown(tmp_path: Path) -> None:
     """detect-secrets, once imported, would have all of them captured."""
     use = "from sparsekv_pl.reporting.redaction import redacted; redacted('a')"
-    script = f"import warnings; {use}; warnings.warn('seen')"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=CONFIGS.parent, capture_output=True, text=True, check=True
-    )
-    assert "UserWarning: seen" in done.stderr
+    script = tmp_path / "warns.py"
+    script.write_text(f"import warnings; {use}; warnings.warn('seen')")
+    started = Started([str(script)], tmp_path / "log")
+    assert started.wait() == 0
+    assert "UserWarning: seen" in started.printed
 
 
 def test_only_variables_that_hold_a_secret_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

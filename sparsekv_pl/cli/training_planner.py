@@ -19,7 +19,7 @@ from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.models.lora import Lora, adapter_settings
 from sparsekv_pl.models.memory_planner import read_config
-from sparsekv_pl.models.native_precision import AUTO, dtype_of
+from sparsekv_pl.models.native_precision import AUTO, decide, dtype_of
 from sparsekv_pl.models.placement import in_bytes
 from sparsekv_pl.objectives import EIT, Mixed, Objective, Reconstruction
 from sparsekv_pl.schedules import Schedule
@@ -52,10 +52,11 @@ class Planned:
     measured: MeasuredStep
 
 
-def planned(arguments: Sequence[str], on_cpu: bool = False) -> Planned:
+def planned(arguments: Sequence[str], on_cpu: bool = False, here: bool = False) -> Planned:
     """Plan the training of train.py's ``arguments`` ("--config FILE" and settings).
 
-    bfloat16 is assumed where the settings name no precision, float32 on a CPU. Raises ``ValueError`` for settings that
+    Where the settings name no precision it is this machine's if the plan is for it (``here``), else bfloat16, and
+    float32 on a CPU. Raises ``ValueError`` for settings that
     parsing refuses, and for a training whose steps are not planned: not EITModule's, or without an adapter.
     """
     settings = ParsedOnly(args=list(arguments), run=False, save_config_callback=None).config
@@ -69,7 +70,7 @@ def planned(arguments: Sequence[str], on_cpu: bool = False) -> Planned:
     request = objective.request
     _check_planned(eviction, request)
     evicts = _dropout(eviction, data) if isinstance(eviction, KVDropout) else _real(eviction, data)
-    dtype = _dtype(backbone, trainer.precision, on_cpu)
+    dtype = _dtype(backbone, trainer.precision, on_cpu, here)
     step = StepShape(
         compression_ratio=_least_ratio(trainer),
         rows=data.batch_size,
@@ -107,9 +108,10 @@ def main(arguments: Sequence[str]) -> None:
     given, others = parser.parse_known_args(arguments)
     on_cpu = given.device == "cpu" or (given.device is None and not given.memory and not torch.cuda.is_available())
     limit = _limit(given.memory, on_cpu)
-    made = planned(others, on_cpu)
-    here = given.memory is None and made.plan.total_bytes <= limit
-    tflops, rate = _rate(given.tflops or (MEASURE if here else str(TFLOPS)), on_cpu, made)
+    here = given.memory is None
+    made = planned(others, on_cpu, here)
+    usual = MEASURE if here and made.plan.total_bytes <= limit else str(TFLOPS)
+    tflops, rate = _rate(given.tflops or usual, on_cpu, made)
     sys.stdout.write("\n".join(made.plan.lines(limit, tflops, rate)) + "\n")
 
 
@@ -201,12 +203,14 @@ def _lora(backbone: Backbone) -> Lora:
     return backbone.lora
 
 
-def _dtype(backbone: Backbone, precision: str | int | None, on_cpu: bool) -> torch.dtype:
+def _dtype(backbone: Backbone, precision: str | int | None, on_cpu: bool, here: bool) -> torch.dtype:
     named: Literal["float32", "bfloat16", "float16"] = "float32" if on_cpu else "bfloat16"
     if precision is not None:
         named = dtype_of(precision)
     elif backbone.dtype != AUTO:
         named = backbone.dtype
+    elif here:
+        named = decide(accelerator="cpu" if on_cpu else "auto").dtype
     found: torch.dtype = getattr(torch, named)
     return found
 

@@ -8,15 +8,10 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from sparsekv_pl.models.duration import duration
+
 LINE_SECONDS = 30.0
 """Seconds between two lines about one piece of work; the first and the last are always printed."""
-
-
-def duration(seconds: float) -> str:
-    """A duration in a readable unit: 50 s, 12 min, 3.4 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
 class Pace:

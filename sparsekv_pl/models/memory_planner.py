@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from sparsekv_pl.models.backbone import resolve
 from sparsekv_pl.models.cache_shape import CacheShape, cache_shape, kept_pairs
 from sparsekv_pl.models.compression_ratio import check_compression_ratio
+from sparsekv_pl.models.duration import duration
 from sparsekv_pl.models.layer_kinds import layer_kinds, windowed_alone
 from sparsekv_pl.models.native_precision import AUTO, AskedDtype, decide
 from sparsekv_pl.models.placement import in_bytes
@@ -263,18 +264,6 @@ def gib(size: float) -> str:
     """
     value = size / GIB
     return f"{value:,.0f} GiB" if value >= 100 else f"{value:#.3g} GiB"
-
-
-def duration(seconds: float) -> str:
-    """Format seconds as hours and minutes, or as seconds below a minute.
-
-    >>> duration(3723), duration(12.34), duration(600)
-    ('1 h 02 min', '12.3 s', '10 min')
-    """
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from sparsekv_pl.models.memory_planner import duration, gib
+from sparsekv_pl.models.duration import duration
+from sparsekv_pl.models.memory_planner import gib
 from sparsekv_pl.training.score_memory import uncounted
 from sparsekv_pl.training.step_memory import StepMemory, Term, allowances
 from sparsekv_pl.training.step_operations import row_operations

@@ -68,7 +68,7 @@ def test_a_training_has_a_line_at_every_logging_interval_and_validation(
     assert said[1].partition(": ")[2].split(", ")[:3] == [
         *("loss 2.5", "kl 0.125", "kept_mass/Knorm 0.5 of 0.75"),
     ]
-    assert said[1].endswith("20 tokens/s, 8 s left")  # 100 tokens in 5 s; 5 s for 2 steps leave 7.5 s for 3
+    assert said[1].endswith("20 tokens/s, 7.5 s left")  # 100 tokens in 5 s; 5 s for 2 steps leave 7.5 s for 3
     assert "perplexity 12, took" in said[3]
     assert "layer" not in "".join(said) and "other" not in "".join(said)
 

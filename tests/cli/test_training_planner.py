@@ -1,8 +1,6 @@
 """``train.py plan``: the 8B recipe fits where its header says, and errors are one line."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,9 @@ from benchmarks.ablations import configs_of
 from benchmarks.planned_shapes import EIGHTH, shape
 from sparsekv_pl.cli import training_planner
 from sparsekv_pl.cli.training_planner import main, planned
+from sparsekv_pl.models.native_precision import Decision
 from sparsekv_pl.training.measured_step import MeasuredStep
+from tests.processes import Started
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "configs" / "train"
@@ -62,13 +62,13 @@ def test_the_8b_recipe_fits_where_its_header_says(
     assert ("sharded" in said) is (size.startswith("8 of"))
 
 
-def test_plan_is_a_command_of_train(folders: dict[str, Path]) -> None:
-    command = [sys.executable, "train.py", "plan", *recipe(folders["qwen3"]), "--memory", "24GB", "--tflops", "100"]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert "8.19 B parameters, 61.3 M trained" in ran.stdout
-    assert "at 100 TFLOP/s a device (given)" in ran.stdout
-    assert ran.stdout.splitlines()[-1].startswith("DOES NOT FIT: ")
+def test_plan_is_a_command_of_train(folders: dict[str, Path], tmp_path: Path) -> None:
+    command = ["train.py", "plan", *recipe(folders["qwen3"]), "--memory", "24GB", "--tflops", "100"]
+    started = Started(command, tmp_path / "log")
+    assert started.wait() == 0, started.printed
+    assert "8.19 B parameters, 61.3 M trained" in started.printed
+    assert "at 100 TFLOP/s a device (given)" in started.printed
+    assert started.printed.splitlines()[-1].startswith("DOES NOT FIT: ")
 
 
 REFUSED = {"gate": "only EITModule's steps can be planned"}
@@ -102,8 +102,13 @@ def test_the_rate_of_this_machine_is_measured_where_the_plan_fits_it(
     (tmp_path / "config.json").write_text(json.dumps(shape("qwen3", 3, **EIGHTH).to_dict()))
     monkeypatch.setattr(MeasuredStep, "tflops", lambda *_: 0.125)
     arguments = [*recipe(tmp_path), "--device", "cpu"]
+    monkeypatch.setattr(
+        training_planner, "decide", lambda accelerator: Decision("16-mixed", "float16", "", accelerator)
+    )
     main(arguments)
-    assert "at 0.125 TFLOP/s a device (measured in steps of a few random layers here)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "at 0.125 TFLOP/s a device (measured in steps of a few random layers here)" in said
+    assert "numbers, float16" in said, "the precision is this machine's too"
     for memory in ("80GB", "1GB"):
         main([*arguments, "--memory", memory])
         assert "at 200 TFLOP/s a device (assumed; --tflops sets it)" in capsys.readouterr().out

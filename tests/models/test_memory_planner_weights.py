@@ -17,7 +17,8 @@ from transformers import (
 from sparsekv_pl.models import memory_planner as planner
 from sparsekv_pl.models import native_precision
 from sparsekv_pl.models.backbone import EMBEDDED
-from sparsekv_pl.models.memory_planner import GIB, duration, gib, plan
+from sparsekv_pl.models.duration import duration
+from sparsekv_pl.models.memory_planner import GIB, gib, plan
 from sparsekv_pl.models.native_precision import Machine
 from sparsekv_pl.models.quantisation import keep_unpacked, weight_bytes
 from tests.models.planner_cases import loaded_bytes, random_ids, scout, tiny_llama4
