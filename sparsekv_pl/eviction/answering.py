@@ -11,7 +11,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from sparsekv_pl.eviction.cache_layers import CarriedState
 from sparsekv_pl.eviction.kept_positions import Masked, masked_keys
-from sparsekv_pl.eviction.other_layers import check_window_left
+from sparsekv_pl.eviction.limits import unscaled_positions
+from sparsekv_pl.eviction.other_layers import check_next_tokens
 from sparsekv_pl.eviction.prefill import continue_from
 from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.models.layer_kinds import windowed_alone
@@ -69,9 +70,10 @@ class Answering:
     ) -> None:
         assert min(most) > 0, most
         rows = torch.arange(len(questions), device=questions.device)
-        if windowed_alone(model.config) is not None:  # reading the lengths waits for the GPU
+        limited = windowed_alone(model.config) is not None or unscaled_positions(model.config) is not None
+        if limited:  # reading the lengths waits for the GPU
             longest = max(map(sum, zip(lengths.tolist(), most, strict=True))) - 1
-            check_window_left(model, prefilled.cache, prefilled.next_position, longest)
+            check_next_tokens(model, prefilled.cache, prefilled.next_position, longest)
         hidden = continue_from(model, questions, prefilled.cache, prefilled.next_position, lengths=lengths)
         self.last = hidden[rows, lengths - 1]
         """(B, E), hidden states of each question's last token."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.models.decoder import decoder_of
@@ -32,11 +32,35 @@ def position_limit(model: PreTrainedModel) -> int | None:
     return None if trained is None else max(trained, int(scaled))
 
 
+def unscaled_positions(config: PreTrainedConfig) -> int | None:
+    """Return how many positions a model has before it scales queries by their positions; None if it never does.
+
+    Llama 4 does so where it has no RoPE, and Ministral 3. In transformers 5.2 they take a token's place in the forward
+    for its position.
+    """
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "attn_temperature_tuning", False) and not all(getattr(text, "no_rope_layers", None) or [1]):
+        return int(text.floor_scale) - 1
+    rope = getattr(text, "rope_parameters", None) or {}
+    return rope.get("original_max_position_embeddings") if rope.get("llama_4_scaling_beta") else None
+
+
+def check_query_scales(model: PreTrainedModel, positions: int) -> None:
+    """Raise ``ValueError`` if some of the first ``positions`` positions have scaled queries: ``unscaled_positions``."""
+    limit = unscaled_positions(model.config)
+    if limit is not None and positions > limit:
+        raise ValueError(
+            f"{type(model).__name__} scales queries by their positions from {limit} on, which is not computed here: "
+            f"keep context and continuation, {positions} tokens, within {limit}"
+        )
+
+
 def check_positions(model: PreTrainedModel, positions: int, tokens: int, rotates: bool) -> None:
     """Raise ``ValueError`` if a context of ``tokens`` tokens takes more ``positions`` than ``model`` has.
 
     ``rotates`` is True if kept keys are re-rotated, which frees positions.
     """
+    check_query_scales(model, positions)
     limit = position_limit(model)
     if limit is None or positions <= limit:
         return
@@ -164,6 +188,7 @@ def check_full_cache(model: PreTrainedModel, tokens: int, teacher: bool, validat
 def check_continuation(model: PreTrainedModel, position: int, tokens: int) -> None:
     """Raise ``ValueError`` if ``tokens`` tokens from ``position`` on end beyond ``model``'s last position."""
     check_rope(model, position, position + tokens)
+    check_query_scales(model, position + tokens)
     limit = position_limit(model)
     if limit is not None and position + tokens > limit:
         raise ValueError(

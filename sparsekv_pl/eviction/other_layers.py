@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from sparsekv_pl.eviction.limits import check_query_scales
 from sparsekv_pl.eviction.rotation import Rotation, turned
 from sparsekv_pl.models.layer_kinds import evicted_layers, windowed_alone, windows
 from sparsekv_pl.models.rotary import inv_freq_of
@@ -51,11 +52,13 @@ def move(
             own.keys = turned(own.keys, places, inv_freq_of(model, layer))
 
 
-def check_window_left(model: PreTrainedModel, cache: DynamicCache, position: int, tokens: int) -> None:
-    """Raise ``ValueError`` if ``tokens`` tokens from ``position`` on leave a window that a press thinned out.
+def check_next_tokens(model: PreTrainedModel, cache: DynamicCache, position: int, tokens: int) -> None:
+    """Raise ``ValueError`` if the model would read ``tokens`` tokens from ``position`` on otherwise than they are here.
 
-    That is possible in models without full attention alone, whose windows are evicted from.
+    They may leave a window that a press thinned out, which is possible in models without full attention alone, whose
+    windows are evicted from; or see ``check_query_scales``.
     """
+    check_query_scales(model, position + tokens)
     window = windowed_alone(model.config)
     if window is None or position + tokens <= window:
         return

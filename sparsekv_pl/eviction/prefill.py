@@ -27,7 +27,7 @@ from sparsekv_pl.eviction.limits import (
 )
 from sparsekv_pl.eviction.linear_layers import carrying
 from sparsekv_pl.eviction.local_gradients import detach, layers_apart
-from sparsekv_pl.eviction.other_layers import check_window_left, forget, move
+from sparsekv_pl.eviction.other_layers import check_next_tokens, forget, move
 from sparsekv_pl.eviction.position_tracker import PositionTracker
 from sparsekv_pl.eviction.prefilled_cache import Prefilled
 from sparsekv_pl.eviction.request import NOTHING, Request
@@ -281,7 +281,7 @@ def continue_from(
     """
     count, first = input_ids.shape[1], position.view(-1, 1) if isinstance(position, Tensor) else position
     if isinstance(position, int):
-        check_window_left(model, cache, position, count)
+        check_next_tokens(model, cache, position, count)
     places = torch.arange(count, device=input_ids.device) + first
     carried, reached = carrying(model, cache, attention.get("caches"), lengths), set[int]()
     with attention_implementation(model, CACHED), carried:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsekv_pl.attention.evicted_attention import CACHED, attention_implementation
 from sparsekv_pl.eviction.limits import check_continuation
-from sparsekv_pl.eviction.other_layers import check_window_left
+from sparsekv_pl.eviction.other_layers import check_next_tokens
 from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.models.layer_kinds import linear_layers
 from sparsekv_pl.usage.kept_context import KeptContext
@@ -67,7 +67,7 @@ def generate(model: LoadedModel, kept: KeptContext, rows: Sequence[Sequence[int]
     ids, mask = padded_left(rows, pad, model.device)
     longest = _most_tokens(settings, config, ids.shape[1])
     check_continuation(model.model, kept.next_position, longest)
-    check_window_left(model.model, kept.prefilled(1).cache, kept.next_position, longest)
+    check_next_tokens(model.model, kept.prefilled(1).cache, kept.next_position, longest)
     copies = max(int(settings.get(name) or getattr(config, name, None) or 1) for name in MULTIPLIERS)
     with model.computing(), _hiding_padding(model, mask):
         return model.model.generate(  # type: ignore[operator]

@@ -8,9 +8,12 @@ from kvpress import ChunkKVPress, KeyRerotationPress, KnormPress
 from torch import Tensor
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
+from sparsekv_pl.eviction.decoding import greedy
+from sparsekv_pl.eviction.limits import unscaled_positions
 from sparsekv_pl.eviction.prefill import full_cache, prefill
 from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.eviction.replay import RecordedPrefill
+from tests.architectures import YARN, architecture
 from tests.random_models import Build
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -69,3 +72,28 @@ def test_a_press_that_reads_the_first_row_alone_takes_one_row(random_model: Buil
     for run in (prefill, lambda made, given, what: RecordedPrefill(made, given).evicted(what)):
         with pytest.raises(ValueError, match=r"ChunkKV\(Knorm\) keeps in all 3 rows .* set batch_size=1"):
             run(model, ids(48, rows=3), press)
+
+
+QUERY_SCALES: dict[str, dict[str, Any]] = {
+    "llama4_text": {"floor_scale": 33, "attn_scale": 2.0},
+    "ministral3": {
+        "rope_parameters": {**YARN, "original_max_position_embeddings": 32, "llama_4_scaling_beta": 2.0},
+        "sliding_window": None,
+    },
+}
+"""Queries of both are scaled from position 32 on."""
+
+
+@pytest.mark.parametrize("name", QUERY_SCALES)
+@torch.no_grad()
+def test_positions_by_which_a_model_scales_queries_are_refused(name: str) -> None:
+    model, text = architecture(name, **QUERY_SCALES[name]), ids(40) % 60 + 3
+    assert unscaled_positions(model.config) == 32
+    whole = model.model(text[:, :32]).last_hidden_state
+    torch.testing.assert_close(full_cache(model, text[:, :20], text[:, 20:32]), whole[:, 20:], rtol=1e-4, atol=1e-4)
+    message = f"{type(model).__name__} scales queries by their positions from 32 on"
+    for context, more in ((20, 13), (33, 1)):
+        with pytest.raises(ValueError, match=message):
+            RealEviction(KnormPress())(model, text[:, :context], text[:, :more], compression_ratio=0.5, step=0)
+    with pytest.raises(ValueError, match=message):
+        greedy(model, prefill(model, text[:, :28], KnormPress(0.5)), text[:, :2], torch.tensor([2]), [4])
