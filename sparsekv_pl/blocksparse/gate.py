@@ -23,6 +23,7 @@ from sparsekv_pl.attention.blocks import check_seen, visible_blocks
 from sparsekv_pl.blocksparse.gate_store import GateShape, read_gates, write_gates
 from sparsekv_pl.models.cache_shape import cache_shape
 from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.layer_kinds import attentions
 
 STRIP = 16
 """Blocks whose rotation is undone at once, in float32; limits the memory and fits a CPU's cache."""
@@ -54,6 +55,12 @@ def ropes_of(model: PreTrainedModel) -> list[Rope]:
         raise ValueError(
             f"{type(model).__name__} has no RoPE of fixed frequencies (rope_type {kind!r}), which a gate must undo: "
             "choose another model, or a selector that works after RoPE (SketchWalk)"
+        )
+    without = sorted(set(range(len(decoder.layers))) - set(attentions(model)))
+    if without:
+        raise ValueError(
+            f"{type(model).__name__} has no attention in its layers {without}, and every layer gets a gate: choose "
+            "another model, or a selector without gates (SketchWalk)"
         )
     rope = Rope(inv_freq, float(rotary.attention_scaling))
     if not _turns_like(decoder.layers[0].self_attn, rotary, rope):

@@ -163,8 +163,13 @@ def test_layers_without_rope_are_not_turned() -> None:
             hf.LlamaForCausalLM,
             "rope_type 'dynamic'",
         ),
+        (
+            lambda: hf.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"] * 2),
+            hf.Lfm2ForCausalLM,
+            r"Lfm2ForCausalLM has no attention in its layers \[0, 2\]",
+        ),
     ],
-    ids=["other pairs", "two kinds", "frequencies that change"],
+    ids=["other pairs", "two kinds", "frequencies that change", "layers without attention"],
 )
 def test_rope_that_cannot_be_undone_is_refused(config: Any, kind: Any, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
