@@ -25,9 +25,8 @@ def questions(samples: int = 4) -> QuestionData:
 
 
 @pytest.fixture
-def run(tiny_backbone: MakeBackbone, tiny_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Measure and return the module. Pictures are made but not drawn, which would take most of the time."""
-    monkeypatch.setattr("sparsekv_pl.reporting.analysis_page.png", lambda _: b"a picture")
+def run(tiny_backbone: MakeBackbone, tiny_trainer: MakeTrainer, tmp_path: Path) -> Run:
+    """Measure and return the module."""
 
     def measure(
         data: QuestionData | None = None, backbone: dict[str, Any] | None = None, **settings: Any

@@ -160,12 +160,6 @@ def test_the_head_that_finds_the_answer_is_named_and_tested_on_other_questions()
     assert recall(chosen)["without sink"][ATTENTION]["hits"] == 10
 
 
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures are made but not drawn, which takes most of a report's time."""
-    monkeypatch.setattr("sparsekv_pl.reporting.analysis_page.png", lambda _: b"a picture")
-
-
 def test_trained_minus_base_is_taken_question_by_question() -> None:
     base, trained = invented(by_place), invented(hot)
     changed = differences(base, trained[::-1])
@@ -192,7 +186,6 @@ def written(folder: Path, records: Sequence[Record], **choice: Any) -> dict[str,
     return json.loads((folder / "report.json").read_text())
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_the_report_of_two_variants(tmp_path: Path) -> None:
     base, trained = invented(by_place), invented(hot)
     records = [s.record for s in base] + [s.record | {"variant": "trained"} for s in trained]
@@ -213,7 +206,6 @@ def test_documents_of_a_block_or_two_have_a_report(tmp_path: Path, scores: list[
     assert report["findings"]["base"]["questions"] == 2
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_questions_that_share_a_document_are_told(tmp_path: Path) -> None:
     records = [record(i, hot(2), 2) | {"documents": ["one"]} for i in range(3)]
     written(tmp_path, records)

@@ -31,10 +31,8 @@ def run(
     tiny_cases: Callable[..., EvaluationData],
     tiny_trainer: Callable[..., Trainer],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., dict[str, Any]]:
-    """Compare on a window of text and two needles of each length; the report's content. Pictures are not drawn."""
-    monkeypatch.setattr("sparsekv_pl.reporting.analysis_page.png", lambda _: b"a picture")
+    """Compare on a window of text and two needles of each length; the report's content."""
 
     def run(lengths: tuple[int, ...] = (96,), batch_size: int = 1, **settings: Any) -> dict[str, Any]:
         defaults: dict[str, Any] = {

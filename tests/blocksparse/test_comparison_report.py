@@ -134,8 +134,7 @@ def test_the_page_says_where_the_expected_figures_are_from(tmp_path: Path) -> No
     assert "picture" not in (tmp_path / "comparison_results_20240219_130000.json").read_text()
 
 
-def test_base_and_trained_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsekv_pl.reporting.analysis_page.png", lambda _: b"a picture")
+def test_base_and_trained_stand_side_by_side(tmp_path: Path) -> None:
     both = [{**record, "variant": variant} for record in run() for variant in ("base", "trained")]
     paths = comparison_report(tmp_path, both, SETTINGS, {}, "t")[1]
     assert {path.name for path in paths} >= {"blocks_base.png", "blocks_trained.png", "passes_trained.png"}
