@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 from kvpress import KnormPress
+from lightning.pytorch import Trainer
 from rich.table import Table
 from tqdm import tqdm
 from transformers import Olmo2Config, Olmo2ForCausalLM
 from transformers.utils.logging import enable_progress_bar
 
+from sparsekv_pl.cli.command_line import quieten
 from sparsekv_pl.evaluation.pace import ticking, without_bars
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.presses import kvpress_warnings as untested_models
@@ -65,6 +67,13 @@ def test_kvpress_says_once_that_it_does_not_know_a_model(caplog: pytest.LogCaptu
             with KnormPress(compression_ratio=0.5)(model):
                 pass
     assert caplog.messages == ["kvpress does not list Olmo2ForCausalLM among the models it was tested with"]
+
+
+def test_lightning_says_what_is_there_and_once(caplog: pytest.LogCaptureFixture) -> None:
+    quieten()
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        Trainer(accelerator="cpu", precision="bf16-mixed", logger=False, enable_checkpointing=False)
+    assert caplog.messages == ["GPU available: False, used: False"]
 
 
 def test_an_optional_package_that_nothing_needs_is_not_asked_for(caplog: pytest.LogCaptureFixture) -> None:

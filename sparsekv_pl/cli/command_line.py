@@ -56,6 +56,9 @@ CHATTER = (
 )
 """Warnings about internals of libraries."""
 
+ADVERTISED = ("Tip: For seamless", "TPU available: False", "Automatic Mixed Precision (AMP)")
+"""What Lightning says of other products, of hardware that is not there, and of the precision, which has a line."""
+
 _load_yaml = get_loader("yaml")
 
 
@@ -247,7 +250,7 @@ def quieten() -> None:
     """Silence libraries' messages about themselves that no user can act on."""
     logging.getLogger("httpx").setLevel(logging.WARNING)  # logs the address of each request, which may hold a key
     advertised = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    advertised.addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
+    advertised.addFilter(lambda record: not any(words in record.getMessage() for words in ADVERTISED))
     for message in CHATTER:
         warnings.filterwarnings("ignore", message=message)
 
