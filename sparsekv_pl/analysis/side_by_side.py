@@ -24,7 +24,7 @@ def side_by_side(records: Sequence[Record]) -> "tuple[str, Table]":
 
     variants = [variant for variant in VARIANTS if any(record["variant"] == variant for record in records)]
     asked = next((record for record in records if record.get("question")), {})
-    expected = f" ({', '.join(asked['answers'])})" if asked.get("answers") else ""
+    expected = f" (expected: {', '.join(asked['answers'])})" if asked.get("answers") else ""
     head = f"{asked.get('question', '').strip()} ... {asked.get('answer_prefix', '')}".rstrip(" .") + f"{expected}"
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for name in ("press", "removed", "pairs", "MB", *variants, "seconds"):

@@ -29,7 +29,7 @@ def test_a_case_is_shown_side_by_side(capsys: Any) -> None:
     ]
     show(*side_by_side(records))
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == "Who? ... It was (Ada)"
+    assert lines[0] == "Who? ... It was (expected: Ada)"
     assert lines[1] == "press removed pairs MB base trained seconds"
     assert lines[3] == "full cache 0% 1000 23.0 ✓ Ada ✓ Ada. 1.2 / 1.2"
     assert lines[4] == "Knorm 50% 500 11.5 ✗ [b]Bob or so [/red] broken 1.2"
