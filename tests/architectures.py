@@ -77,6 +77,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "gemma2": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 12},
     "gemma3_text": {"layer_types": ALTERNATING, "query_pre_attn_scalar": 12},
+    "gemma3n_text": {
+        **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64, "laurel_rank": 4, "altup_num_inputs": 2},
+        **{"layer_types": ALTERNATING, "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.0] * LAYERS},
+    },
     "gpt_oss": {"rope_parameters": YARN, "layer_types": ALTERNATING},
     "granite": {"logits_scaling": 4.0, "attention_multiplier": 0.25, "embedding_multiplier": 3.0},
     "granitemoe": {"logits_scaling": 4.0, "attention_multiplier": 0.25, "embedding_multiplier": 3.0},
@@ -92,6 +96,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "granitemoeshared": {"logits_scaling": 4.0, "attention_multiplier": 0.25, "embedding_multiplier": 3.0},
     "jamba": {"n_mamba_heads": 2, "use_mamba_kernels": False},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "llama4_text": {"intermediate_size_mlp": 48, "layer_types": ["chunked_attention", "full_attention"] * 2},
     "minimax": {"layer_types": ["full_attention"] * LAYERS},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},

@@ -9,6 +9,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.models.layer_kinds import evicted_layers, layer_kinds
 
+NAMES = ("rotary_emb", "pos_emb")
+"""Names of a decoder's rotary embedding; the second is LFM2-MoE's."""
+
+
+def has_rotary(model: PreTrainedModel) -> bool:
+    """Return whether the decoder has a rotary embedding, or None in its place."""
+    return any(hasattr(decoder_of(model), name) for name in NAMES)
+
 
 def rotary_of(model: PreTrainedModel, layer: int | None = None) -> nn.Module:
     """Return the module that a layer's cosines and sines come from: ``inv_freq`` and ``forward(x, position_ids)``.
@@ -16,7 +24,8 @@ def rotary_of(model: PreTrainedModel, layer: int | None = None) -> nn.Module:
     None: that of the layers in which presses evict. Gemma 3 has one module with frequencies by layer type. A model
     without positions (Granite 4) has None in its place.
     """
-    rotary: nn.Module = decoder_of(model).rotary_emb
+    decoder = decoder_of(model)
+    rotary: nn.Module = getattr(decoder, next(name for name in NAMES if hasattr(decoder, name)))
     kind = layer_kinds(model.config)[evicted_layers(model.config)[0] if layer is None else layer]
     return _OfKind(rotary, kind) if hasattr(rotary, f"{kind}_inv_freq") else rotary
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.models.layer_kinds import attentions, linear_layers
+from sparsekv_pl.models.rotary import has_rotary
 
 
 def check_computed(model: PreTrainedModel) -> None:
@@ -28,9 +29,12 @@ def check_computed(model: PreTrainedModel) -> None:
         found.add("layers without an attention that is called self_attn")
     if not attending or not all(map(_by_interface, attending.values())):
         found.add("an attention of its own, which does not go through transformers' AttentionInterface")
-    elif not hasattr(decoder, "rotary_emb"):
+    elif not has_rotary(model):
         found.add("other positions than RoPE's (rotary_emb), which do not go on after an eviction")
-    if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None):
+    text = model.config.get_text_config(decoder=True)
+    if getattr(text, "num_kv_shared_layers", None):
+        found.add("layers that attend to the keys of others (num_kv_shared_layers)")
+    if getattr(text, "kv_lora_rank", None):
         found.add("latent attention (kv_lora_rank), whose keys and values have different dimensions")
     if found:
         raise ValueError(

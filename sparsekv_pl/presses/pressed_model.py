@@ -32,7 +32,11 @@ def pressed(model: PreTrainedModel) -> Any:
     """
     decoder, evicted = decoder_of(model), evicted_layers(model.config)
     rotary = rotary_of(model)
-    if len(evicted) == len(decoder.layers) and rotary is decoder.rotary_emb and model.model is decoder:
+    if (
+        len(evicted) == len(decoder.layers)
+        and rotary is getattr(decoder, "rotary_emb", None)
+        and model.model is decoder
+    ):
         return model
     return _Shown(model, model=_Shown(decoder, layers=[decoder.layers[layer] for layer in evicted], rotary_emb=rotary))
 
