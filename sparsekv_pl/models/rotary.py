@@ -25,7 +25,8 @@ def rotary_of(model: PreTrainedModel, layer: int | None = None) -> nn.Module:
     without positions (Granite 4) has None in its place.
     """
     decoder = decoder_of(model)
-    rotary: nn.Module = getattr(decoder, next(name for name in NAMES if hasattr(decoder, name)))
+    rotary: Any = next((getattr(decoder, name) for name in NAMES if hasattr(decoder, name)), None)
+    assert rotary is not None or has_rotary(model)  # see check_computed
     kind = layer_kinds(model.config)[evicted_layers(model.config)[0] if layer is None else layer]
     return _OfKind(rotary, kind) if hasattr(rotary, f"{kind}_inv_freq") else rotary
 
