@@ -41,12 +41,11 @@ class EvictionViewer(EvaluationModule):
         super().__init__(backbone, settings, output or "output/viewer", title, views=views)
 
     def write(self, records: list[Record], environment: dict[str, Any]) -> list[Path]:
-        """Write the pages, print base beside trained for each case, and say which page to open."""
+        """Write the pages, print base beside trained for each case, and say that the pages are to be opened."""
         pages = self.pages(records, self.viewed.count)
         for case in dict.fromkeys(record["case"] for record in records if "case" in record):
             show(*side_by_side([record for record in records if record.get("case") == case]))
         paths = replace_all(self.output, {name: page for name, (_, page) in pages.items()})
-        seconds = environment["wall_seconds"]
-        for path in paths:
-            show(f"{seconds:.0f} s. Open {path} in a browser: which tokens each layer and head kept.")
+        page = "this page" if len(paths) == 1 else "these pages"
+        show(f"{environment['wall_seconds']:.0f} s. Open {page} in a browser: which tokens each layer and head kept.")
         return paths

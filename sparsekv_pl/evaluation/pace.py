@@ -42,7 +42,8 @@ class Pace:
         self.printed = now
         known = done > 0 and self.total < float("inf")
         of = f" of {self.total:g}" if known else ""
-        left = [f"{duration((now - self.started) / done * (self.total - done))} left"] if known else []
+        to_go = known and done < self.total
+        left = [f"{duration((now - self.started) / done * (self.total - done))} left"] if to_go else []
         print(f"{self.what}: " + ", ".join([f"{int(done)}{of} {self.units}", *more, *left]), flush=True)
 
 

@@ -75,6 +75,8 @@ def test_a_terminal_shows_a_text_as_it_is(capsys: pytest.CaptureFixture[str]) ->
     assert printed.startswith("[bold]x[/bold] [/red] :smile:\n")
     assert "[/red] head" in printed and "[/red] title" in printed and "[/red] :smile: cell" in printed
     assert printed.endswith("report: output/[/red]/report.md\n")
+    show_report([Path("run/report.md"), Path("run/report.html"), Path("run/a.png"), Path("run/b.png")])
+    assert capsys.readouterr().out == "report: run/report.html (beside it: report.md, 2 pictures)\n"
 
 
 def test_nothing_else_prints_through_rich() -> None:
