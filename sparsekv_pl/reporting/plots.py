@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -56,6 +57,16 @@ def draw_band(axes: Axes, curve: NDArray[np.float64], variant: str) -> None:
     x, y, low, high = curve.T
     axes.plot(x, y, "-", color=COLOURS[variant], marker=MARKS[variant], markersize=3.5, linewidth=1.5, label=variant)
     axes.fill_between(x, low, high, color=COLOURS[variant], alpha=0.15, linewidth=0)
+
+
+def legend_above(figure: Figure, handles: Sequence[Artist]) -> None:
+    """Put a legend above all plots, in as many columns as fit the figure's width."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for columns in range(len(handles), 0, -1):
+        legend = figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=8)
+        if columns == 1 or legend.get_window_extent(renderer).width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def whole_numbers(*axes: Any, most: int = 10) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsekv_pl.reporting.condition import ORACLE, foresees
-from sparsekv_pl.reporting.plots import COLOURS, MARKS, draw_band
+from sparsekv_pl.reporting.plots import COLOURS, MARKS, draw_band, legend_above
 from sparsekv_pl.reporting.sorted_records import VARIANTS
 from sparsekv_pl.reporting.summary import Row, headline
 
@@ -50,7 +50,7 @@ def retention_figure(rows: Sequence[Row]) -> "Figure | None":
     _scale(grid[0], sorted({row.condition.compression_ratio for row in kept}))
     handles = {handle.get_label(): handle for axes in grid[: len(plots)] for handle in axes.get_lines()}
     named = [handles[name] for name in handles if not str(name).startswith("_")]
-    figure.legend(handles=named, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    legend_above(figure, named)
     marked = "; * never seen in training" if any(axes.get_title().endswith("*") for axes in grid) else ""
     figure.supxlabel(f"compression ratio (share of the KV pairs removed){marked}", fontsize=9)
     figure.supylabel("needle accuracy over the full cache's", fontsize=9)

@@ -7,7 +7,7 @@ import numpy as np
 from sparsekv_pl.reporting.condition import Condition
 from sparsekv_pl.reporting.intervals import wilson_interval
 from sparsekv_pl.reporting.over_turns import Cases, grouped, turn_cases
-from sparsekv_pl.reporting.plots import draw_band, plain, plots_for, whole_numbers
+from sparsekv_pl.reporting.plots import draw_band, legend_above, plain, plots_for, whole_numbers
 from sparsekv_pl.reporting.sorted_records import VARIANTS, Measured
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def turns_figure(measured: Measured) -> "Figure | None":
         _draw(axes, cases, condition)
     handles = {line.get_label(): line for axes in grid for line in axes.get_lines()}
     named = [handles[variant] for variant in VARIANTS if variant in handles]
-    figure.legend(handles=named, loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+    legend_above(figure, named)
     figure.supxlabel("turns since the fact was told or corrected", fontsize=8)
     figure.supylabel("right answers", fontsize=9)
     return figure

@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from sparsekv_pl.reporting import sparsity_figure
 from sparsekv_pl.reporting.figures import RETENTION, curves_figure, dots_figure
 from sparsekv_pl.reporting.heatmaps import needle_figures, short_number
-from sparsekv_pl.reporting.plots import png
+from sparsekv_pl.reporting.plots import legend_above, plots, png
 from sparsekv_pl.reporting.retention_curves import retention_figure
 from sparsekv_pl.reporting.sorted_records import sorted_records
 from sparsekv_pl.reporting.summary import summary_rows
@@ -160,3 +160,14 @@ def test_sparsity_has_a_map_and_a_scale_per_measure():
 @pytest.mark.parametrize(("number", "short"), [(384, "384"), (4096, "4096"), (50_000, "50k"), (10_000_000, "10M")])
 def test_lengths_are_short(number, short):
     assert short_number(number) == short
+
+
+@pytest.mark.parametrize("names", [["base"], ["base", "trained", "whole pairs", "8 bits", "4 bits", "x" * 40]])
+def test_a_legend_fits_its_picture(names):
+    figure, ((axes,),) = plots((4.6, 3.2))
+    legend_above(figure, [axes.plot([0, 1], label=name)[0] for name in names])
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+    assert [text.get_text() for text in legend.get_texts()] == names
