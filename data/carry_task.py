@@ -23,7 +23,7 @@ MADE: dict[str, Callable[[int], QuestionKind]] = {
     "list": ListedItems.writing,
     "variables": Assignments.writing,
 }
-WRITTEN = {"copying": 0.5, "counting": 0.5, "list": 0.125, "variables": 0.0}
+WRITTEN = {"copying": 0.25, "counting": 0.5, "list": 0.125, "variables": 0.0}
 """Share of a case's tokens that is written; the rest is read."""
 SETTLES = 4
 """Times that a question is asked again of a text whose length follows from the question's."""
@@ -40,8 +40,9 @@ class Carry(CaseTask):
     kind
         "copying", "counting", "list" or "variables".
     tokens
-        About so many tokens come after the context: text, question and answer. Half of them are written in copying and
-        counting, an eighth in lists (at most 20 items); the value of a variable is short.
+        About so many tokens come after the context: text, question and answer. Half of them are written in counting, a
+        quarter in copying (longer stretches of prose alone are rare), an eighth in lists (at most 20 items); the value
+        of a variable is short.
     """
 
     def __init__(self, kind: str, tokens: int) -> None:
