@@ -9,6 +9,7 @@ from data.assignments import Assignments
 from data.cases import Case, CaseTask, Frame
 from data.copying import Copying
 from data.counting import Counting
+from data.fact_questions import FactQuestions
 from data.listed_items import ListedItems
 from data.needle_placement import checked_depth
 from data.packing import Tokens
@@ -22,8 +23,9 @@ MADE: dict[str, Callable[[int], QuestionKind]] = {
     "counting": Counting.writing,
     "list": ListedItems.writing,
     "variables": Assignments.writing,
+    "facts": lambda _tokens: FactQuestions(),
 }
-WRITTEN = {"copying": 0.25, "counting": 0.5, "list": 0.125, "variables": 0.0}
+WRITTEN = {"copying": 0.25, "counting": 0.5, "list": 0.125, "variables": 0.0, "facts": 0.0}
 """Share of a case's tokens that is written; the rest is read."""
 SETTLES = 4
 """Times that a question is asked again of a text whose length follows from the question's."""
@@ -38,11 +40,11 @@ class Carry(CaseTask):
     Parameters
     ----------
     kind
-        "copying", "counting", "list" or "variables".
+        "copying", "counting", "list", "variables" or "facts".
     tokens
         About so many tokens come after the context: text, question and answer. Half of them are written in counting, a
-        quarter in copying (longer stretches of prose alone are rare), an eighth in lists (at most 20 items); the value
-        of a variable is short.
+        quarter in copying (longer stretches of prose alone are rare), an eighth in lists (at most 20 items); values of
+        variables and facts are short.
     """
 
     def __init__(self, kind: str, tokens: int) -> None:
