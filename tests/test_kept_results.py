@@ -59,6 +59,7 @@ OTHER: dict[str, Any] = {
     "sparsity": True,
     "card": True,
     "views": 7,
+    "kept_attention": True,
     "dry": True,
     "save_every": 3,
     "tokens_per_second": 2.0,
@@ -76,7 +77,7 @@ KEPT = [
         keys_of,
         {"settings": SETTINGS},
         {"settings": [Setting(SnapKVPress(kernel_size=3), [0.5])], "stability": True},
-        REPORTS | {"card", "sparsity", "views"},  # sparsity and views are pieces of work of their own
+        REPORTS | {"card", "kept_attention", "sparsity", "views"},  # the last three are pieces of work of their own
     ),
     Kept(
         LMEvalModule,

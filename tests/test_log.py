@@ -43,7 +43,7 @@ def test_progress_is_printed_in_lines_without_a_terminal(capsys: pytest.CaptureF
     done()
     done()
     said = capsys.readouterr()
-    assert [line.rpartition(",")[0] for line in said.out.splitlines()] == [f"asking: {n} of 2 requests" for n in (1, 2)]
+    assert [line.partition(",")[0] for line in said.out.splitlines()] == [f"asking: {n} of 2 requests" for n in (1, 2)]
     assert not said.err
 
 

@@ -25,10 +25,12 @@ def show(*shown: str | Table) -> None:
 
 
 def show_report(paths: Sequence[Path], loggers: Iterable[Any] = ()) -> None:
-    """Print where a report lies, its page first, and send its pictures to the run's loggers."""
+    """Print where a report lies, its page first, if it has files, and send its pictures to the run's loggers."""
     from sparsekv_pl.reporting.loggers import log_pictures
 
     log_pictures(loggers, paths)
+    if not paths:
+        return
     first, *others = sorted(paths, key=lambda path: path.suffix != ".html")
     pictures = sum(path.suffix == ".png" for path in others)
     beside = [path.name for path in others if path.suffix != ".png"] + [f"{pictures} pictures"] * bool(pictures)

@@ -90,8 +90,13 @@ class StepMemory(LayerMemory):
         chunk = self.step.chunks[0][0]
         after = [*self.continuation(), *self.layer_outputs(), self.attention_mass()]
         evicted = self.continuation() if self.step.evicted_after else []
-        brief = max([self.forward_transient(chunk), *self.rotations()], key=lambda term: term.bytes)
-        read = [*self.states(), *once, *evicted, kept, self.teacher_hidden(), brief]
+        always, layers = [*self.states(), *evicted, self.teacher_hidden()], self.model.layers
+        first = [Term(term.name, term.bytes // layers, f"first layer, of {term.formula}") for term in (*once, kept)]
+        read = max(
+            [*always, *once, kept, self.forward_transient(chunk)],
+            [*always, *first, *self.rotations()],
+            key=lambda terms: sum(term.bytes for term in terms),
+        )
         losses = [*self.states(), *once, *after, self.logits(), *self.head_copy()]
         backward = [*self.states(), *context, self.attention_mass(), kept, self.backward_transient(chunk)]
         return [Phase(name, terms) for name, terms in zip(PHASES, (read, losses, backward), strict=True)]
@@ -217,7 +222,7 @@ class StepMemory(LayerMemory):
         ]
 
     def rotations(self) -> list[Term]:
-        """Return what ExpectedAttention makes for a moment: a matrix for each position that it looks ahead."""
+        """Return what ExpectedAttention makes in the first layer: a matrix for each position that it looks ahead."""
         presses = [] if self.step.press is None else presses_in(self.step.press)
         ahead = max((one.n_future_positions for one in presses if isinstance(one, ExpectedAttentionPress)), default=0)
         dim = self.model.head_dim

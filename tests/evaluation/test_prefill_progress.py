@@ -17,6 +17,6 @@ def test_the_lines_say_what_is_left_until_nothing_is(monkeypatch: pytest.MonkeyP
         for now[0], tokens in ((10.0, 100), (60.0, 600), (120.0, 1_200)):
             progress.reached(tokens)
     assert written.getvalue().splitlines() == [
-        "600 of 1,200 tokens read, 10/s, 60 s left",
+        "600 of 1,200 tokens read, 10/s, 1 min left",
         "1,200 of 1,200 tokens read, 10/s",
     ]
