@@ -57,7 +57,7 @@ CHATTER = (
 """Warnings about internals of libraries."""
 
 ADVERTISED = ("Tip: For seamless", "TPU available: False", "Automatic Mixed Precision (AMP)")
-"""What Lightning says of other products, of hardware that is not there, and of the precision, which has a line."""
+"""Lightning's messages about other products, absent hardware, and the precision, which a line of ours states."""
 
 _load_yaml = get_loader("yaml")
 

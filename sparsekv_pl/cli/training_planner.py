@@ -56,8 +56,8 @@ def planned(arguments: Sequence[str], on_cpu: bool = False, here: bool = False) 
     """Plan the training of train.py's ``arguments`` ("--config FILE" and settings).
 
     Where the settings name no precision it is this machine's if the plan is for it (``here``), else bfloat16, and
-    float32 on a CPU. Raises ``ValueError`` for settings that
-    parsing refuses, and for a training whose steps are not planned: not EITModule's, or without an adapter.
+    float32 on a CPU. Raises ``ValueError`` for settings that parsing refuses, and for a training whose steps are not
+    planned: not EITModule's, or without an adapter.
     """
     settings = ParsedOnly(args=list(arguments), run=False, save_config_callback=None).config
     if settings.model.class_path != f"{EITModule.__module__}.{EITModule.__qualname__}":
