@@ -89,7 +89,7 @@ class Carry(CaseTask):
         read = length + self.tokens - round(self.tokens * self.written)
         room = read - len(frame.prefix_ids) - 32
         for _ in range(SETTLES):
-            asked = asked_context(frame, haystack, room, [self.kind], random_for("carried", seed), "held_out", depth)
+            asked = asked_context(frame, haystack, room, [self.kind], random_for("carried", seed), frame.split, depth)
             [turn] = asked.turns
             question = f"{QUESTION_OPENING}{turn.question}{frame.question_suffix}{turn.answer_prefix}"
             settled = read - len(frame.prefix_ids) - len(frame.encode(question))

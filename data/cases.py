@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from data.facts import Split
 from data.packing import Tokens
 from sparsekv_pl.models.batch import IGNORE, CaseInfo
 from sparsekv_pl.models.chat_frame import chat_frame
@@ -63,10 +64,13 @@ class Frame(Encoder):
     ----------
     tokenizer
         A transformers tokenizer.
+    split
+        Split of the wordings, names and values that evaluation tasks ask with.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, split: Split = "held_out") -> None:
         super().__init__(tokenizer)
+        self.split = split
         self.prefix, self.question_suffix = chat_frame(tokenizer)
         self.prefix_ids = self.start(self.prefix)
 

@@ -57,7 +57,7 @@ class Conversation(CaseTask):
         told = first + round(depth * (self.turns - 2 - first))
         before = (rng.randrange(told),) if self.corrected else ()
         lengths = [length] * self.turns
-        script = Script(frame, lengths, dict.fromkeys(TOLD, 1.0), rng, "held_out", answered=False)
+        script = Script(frame, lengths, dict.fromkeys(TOLD, 1.0), rng, frame.split, answered=False)
         script.draw((*before, told))
         made = transcript(script, haystack)
         asked = made.exchanges[self.turns - 1]

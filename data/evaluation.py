@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from data.cases import Case, CaseTask, Frame
 from data.collate import MadeOnAccess, case_batch, pad_id
 from data.fact_task import Facts
+from data.facts import Split
 from data.packing import Tokens, enough_for, split_tokens, window_at, window_starts
 from data.text import EmbeddedText, Splits, TextSource
 from data.tokenized import TokenizedData
@@ -20,7 +21,7 @@ MakeCase = Callable[[], Case]
 
 
 class EvaluationData(TokenizedData):
-    """Evaluation cases from the held-out documents, in batches of one task and one context length.
+    """Evaluation cases from the documents of one split, in batches of one task and one context length.
 
     Needs a tokenizer: the trainer's ``lightning_module.tokenizer``, or set ``tokenizer`` before ``setup``. Batches are
     made when they are read.
@@ -37,6 +38,9 @@ class EvaluationData(TokenizedData):
         data.python_source.PythonSource has 250,000, or 2.5 million if splits hold out all of it.
     splits
         Shares of the documents: use those of the model's training.
+    split
+        Whose documents, wordings and names are asked for: "held_out", which is for measuring once, or "validation", for
+        comparing settings.
     tasks
         Retrieval tasks; null for this project's facts, [] for none.
     lengths
@@ -73,6 +77,7 @@ class EvaluationData(TokenizedData):
         batch_size: int = 8,
         query_aware: bool = False,
         cases_without_depth: int | None = None,
+        split: Split = "held_out",
     ) -> None:
         super().__init__()
         cases_without_depth = cases_per_cell if cases_without_depth is None else cases_without_depth
@@ -81,7 +86,7 @@ class EvaluationData(TokenizedData):
             if locals()[name] < bound:
                 raise ValueError(f"{name} is {locals()[name]}: give at least {bound}")
         self.text = text or EmbeddedText()
-        self.splits = splits or Splits()
+        self.splits, self.split = splits or Splits(), split
         self.tasks: list[CaseTask] = [Facts()] if tasks is None else tasks
         self.lengths, self.depths, self.seeds = list(lengths), list(depths), list(seeds)
         self.cases_per_cell, self.windows, self.continuation_tokens = cases_per_cell, windows, continuation_tokens
@@ -117,20 +122,21 @@ class EvaluationData(TokenizedData):
     def setup(self, stage: str | None = None) -> None:
         """Take the tokenizer, read the text, and make one case of each task at the shortest length, as a check.
 
-        Raises ``ValueError`` if there is too little held-out text for the longest context or for the windows, or the
+        Raises ``ValueError`` if the split has too little text for the longest context or for the windows, or the
         shortest context is too short for a task.
         """
         super().setup(stage)
-        self._frame = Frame(self.tokenizer)
+        self._frame = Frame(self.tokenizer, self.split)
+        self._asked_of = "" if self.split == "held_out" else f"{self.split}/"
         spans = self._spans()
         longest = max(spans.values())
-        text = split_tokens(self.text, self.splits, "held_out", self.tokenizer, longest) if longest else Tokens()
+        text = split_tokens(self.text, self.splits, self.split, self.tokenizer, longest) if longest else Tokens()
         for (name, length), span in spans.items():
             if span > len(text.ids):
                 raise ValueError(
-                    f"the held-out split of {type(self.text).__name__} has {len(text.ids)} tokens, task {name} needs "
-                    f"{span} of them at length {length} (text is never repeated): use another text with more "
-                    "(data.python_source.PythonSource), shorter lengths, or raise held_out in splits "
+                    f"the {self.split} split of {type(self.text).__name__} has {len(text.ids)} tokens, task {name} "
+                    f"needs {span} of them at length {length} (text is never repeated): use another text with more "
+                    f"(data.python_source.PythonSource), shorter lengths, or raise {self.split} in splits "
                     f"({self.splits})"
                 )
         texts = {span: text.first(enough_for(span)) for span in set(spans.values())}
@@ -180,12 +186,12 @@ class EvaluationData(TokenizedData):
                     yield partial(self._retrieval_case, task, length, depth, seed, number)
 
     def _retrieval_case(self, task: CaseTask, length: int, depth: float | None, seed: int, number: int) -> Case:
-        """Make the case with the id "facts/L384/d0.50/s0/3", which alone seeds its draws.
+        """Make the case with the id "facts/L384/d0.50/s0/3", after "validation/" if of that split; it seeds the draws.
 
         The facts do not depend on whether the press sees the question.
         """
         at = "" if depth is None else f"/d{depth:.2f}"
-        name = f"{task.name}/L{length}{at}/s{seed}/{number}"
+        name = f"{self._asked_of}{task.name}/L{length}{at}/s{seed}/{number}"
         text = self._texts[task.name, length]
         case = task.case(self._frame, text, length, depth, random_for(name), self.query_aware)
         if len(case.context_ids) != length:
@@ -197,7 +203,7 @@ class EvaluationData(TokenizedData):
         window = window_at(self._texts[TEXT, length], start, length + fresh, fresh, self._frame)
         context, continuation = window.ids[:length], window.ids[length:]
         info = CaseInfo(
-            id=f"{TEXT}/L{length}+{fresh}/t{start}",
+            id=f"{self._asked_of}{TEXT}/L{length}+{fresh}/t{start}",
             task=TEXT,
             context=self._frame.decode(context[len(self._frame.opening) :]),
             document_ids=tuple(window.document_ids),

@@ -15,7 +15,7 @@ ANSWER_SLACK = 4
 
 
 class Facts(CaseTask):
-    """Facts of data/facts.py in held-out wordings, hidden in text; the question asks for the first one.
+    """Facts of data/facts.py in the wordings of the split, hidden in text; the question asks for the first one.
 
     In half of the cases all facts are of one kind, which is harder. The task is called "facts", with several needles
     "facts-2" and so on.
@@ -43,7 +43,7 @@ class Facts(CaseTask):
     ) -> Case:
         """See ``CaseTask.case``; also raises ``ValueError`` if not all needles fit."""
         depth = checked_depth(depth, rng)
-        facts = draw_facts(rng, "held_out", self.needles)
+        facts = draw_facts(rng, frame.split, self.needles)
         asked = facts[0]
         question = f"{QUESTION_OPENING}{asked.question}"
         needles = [needle_ids(frame, fact) for fact in facts]

@@ -41,7 +41,7 @@ def asked_info(frame: Frame, task: str, asked: AskedContext, depth: float) -> Ca
 
 
 class QuestionTask(CaseTask):
-    """One question per case about held-out text, in held-out wordings.
+    """One question per case about the split's text, in its wordings.
 
     Parameters
     ----------
@@ -72,11 +72,13 @@ class QuestionTask(CaseTask):
         Also raises ``ValueError`` if no stretch of the haystack has anything to ask for, for example a line of
         dialogue.
         """
+        if frame.split not in self.kind.wordings:
+            raise ValueError(f"task {self.name} has no wordings of the split {frame.split}: leave it out")
         depth, room = checked_depth(depth, rng), length - len(frame.prefix_ids)
         spare = QUERY_TOKENS if query_aware else 0
         for _ in range(STRETCHES):
             try:
-                asked = asked_context(frame, haystack, room, [self.kind], rng, "held_out", depth, spare)
+                asked = asked_context(frame, haystack, room, [self.kind], rng, frame.split, depth, spare)
             except NothingToAsk:
                 continue
             [turn], ids = asked.turns, asked.ids

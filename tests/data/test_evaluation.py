@@ -13,14 +13,17 @@ from jsonargparse import ArgumentParser
 from data.cases import CaseTask, Frame
 from data.evaluation import EvaluationData
 from data.fact_task import Facts
+from data.facts import Split
 from data.mixture import EvictionData
 from data.packing import split_tokens, spread_windows
+from data.question_task import QuestionTask
 from data.ruler import FrequentWords
 from data.text import Splits
 from sparsekv_pl.models.batch import CaseInfo
 from sparsekv_pl.models.encoding import Encoder
 
 SPLITS = Splits(0.6, 0.2, 0.2)
+SIDES: tuple[Split, ...] = ("held_out", "validation")
 
 
 @pytest.fixture
@@ -105,6 +108,21 @@ def test_no_document_was_trained_on(make, source, tokenizer):
     assert len(trained) > 50
     assert measured
     assert not trained & measured
+
+
+def test_validation_shares_no_document_wording_or_case_with_held_out(make):
+    tasks = [Facts(), QuestionTask("told")]
+    held_out, validation = (_cases(make(split=split, tasks=tasks, lengths=[500])) for split in SIDES)
+    assert [name.removeprefix("validation/") for name in validation if "text" not in name] == list(held_out)[5:]
+    sides = [[info for *_, info in cases.values()] for cases in (held_out, validation)]
+    for shared in (
+        [{name for info in side for name in info.document_ids} for side in sides],
+        [{info.question for info in side if info.question} for side in sides],
+    ):
+        assert all(shared)
+        assert not shared[0] & shared[1]
+    with pytest.raises(ValueError, match="task unseen has no wordings of the split validation: leave it out"):
+        make(split="validation", tasks=[QuestionTask("unseen")], lengths=[500])
 
 
 def test_cases_do_not_depend_on_what_else_is_asked_for(make):
