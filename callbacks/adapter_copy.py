@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsekv_pl.models.lora import WEIGHTS
-from sparsekv_pl.models.weight_match import TRAINING_SUMMARY
+from sparsekv_pl.models.training_summary import TRAINING_SUMMARY
 from sparsekv_pl.reporting.model_card import write_card
 from sparsekv_pl.storage.json_file import read_mapping
 from sparsekv_pl.storage.whole_files import written_whole

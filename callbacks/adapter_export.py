@@ -19,7 +19,7 @@ from callbacks.run_record import run_record
 from sparsekv_pl.models.backbone import causal_lm
 from sparsekv_pl.models.base_model import base_reference
 from sparsekv_pl.models.batch import tokens_given
-from sparsekv_pl.models.weight_match import TRAINING_SUMMARY
+from sparsekv_pl.models.training_summary import TRAINING_SUMMARY
 from sparsekv_pl.reporting.model_card import write_card
 from sparsekv_pl.storage.json_file import read_mapping
 from sparsekv_pl.storage.whole_files import check_room

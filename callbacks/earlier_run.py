@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.checkpoint_files import checkpoints_in, fault, step_of
-from sparsekv_pl.models.weight_match import TRAINING_SUMMARY
+from sparsekv_pl.models.training_summary import TRAINING_SUMMARY
 from sparsekv_pl.storage.json_file import read_mapping
 from sparsekv_pl.storage.whole_files import mend
 

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 
 from sparsekv_pl.evaluation.refused_callbacks import refuse_callbacks
 from sparsekv_pl.evaluation.run_output import RunOutput, piece_done
-from sparsekv_pl.evaluation.trained_adapter import seen_in_training, training_summary, variants_of
+from sparsekv_pl.evaluation.trained_adapter import seen_in_training, variants_of
 from sparsekv_pl.evaluation.view_pages import view_pages
 from sparsekv_pl.models.backbone import Backbone, adapter_off, causal_lm
 from sparsekv_pl.models.native_precision import warn_of_emulation
+from sparsekv_pl.models.training_summary import training_summary
 from sparsekv_pl.reporting import run_environment, summarised, terminal_table, write_run
 from sparsekv_pl.reporting.condition import Condition
 from sparsekv_pl.reporting.console import show, show_report

@@ -9,13 +9,12 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sparsekv_pl.models.training_summary import training_summary
 from sparsekv_pl.storage.fingerprint import weights_digest
 from sparsekv_pl.storage.json_file import read_mapping
 
 log = logging.getLogger(__name__)
 
-TRAINING_SUMMARY = "training.json"
-"""File that callbacks/adapter_export.py writes beside an exported adapter."""
 FINGERPRINT = re.compile(r"@([0-9a-f]{12})$")
 """In the base's name in an adapter's config: the beginning of the digest of a local folder's weights."""
 SHOWN = 4
@@ -77,8 +76,7 @@ def check_base(adapter: str, pretrained: str, source: Path, files: Callable[[], 
     """
     home = Path(adapter).expanduser()
     trained_on = read_mapping(home / "adapter_config.json").get("base_model_name_or_path") or ""
-    summary = home / TRAINING_SUMMARY
-    known = read_mapping(summary) if summary.exists() else {}
+    known = training_summary(home)
     name, digest = known.get("base", trained_on), known.get("base_weights")
     if digest is None and (fingerprint := FINGERPRINT.search(trained_on)):
         digest = fingerprint[1]
@@ -102,8 +100,7 @@ def check_base(adapter: str, pretrained: str, source: Path, files: Callable[[], 
 
 def check_gates(gates: Path, pretrained: str, files: Callable[[], Path]) -> None:
     """Raise ``ValueError`` if the gates in this folder were trained on another model, as far as they record it."""
-    summary = gates / TRAINING_SUMMARY
-    known = read_mapping(summary) if summary.exists() else {}
+    known = training_summary(gates)
     if "base_weights" in known and known["base_weights"] != weights_digest(files()):
         raise ValueError(
             f"gates={str(gates)!r} were trained on {known.get('base')!r}, and pretrained={pretrained!r} has other "

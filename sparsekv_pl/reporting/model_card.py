@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from sparsekv_pl.models.gguf_checkpoint import EMBEDDED
-from sparsekv_pl.models.weight_match import TRAINING_SUMMARY
+from sparsekv_pl.models.training_summary import TRAINING_SUMMARY, trainings
 from sparsekv_pl.reporting.page import Code, Section, Table, markdown
 from sparsekv_pl.reporting.public_settings import in_words
 from sparsekv_pl.reporting.sections import HOW_TO_READ, other_scores, recalled_tables, scores_table
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 CARD = "README.md"
 BEGIN, END = "<!-- measured results: begin -->", "<!-- measured results: end -->"
+EARLIER = "The training that it continues"
 NOT_MEASURED = Section("Results", paragraphs=["Not measured yet: evaluate.py with model.card=true writes tables here."])
 Facts = Mapping[str, Any]
 
@@ -49,7 +50,10 @@ def model_card(training: Facts, adapter: Facts | None) -> str:
     ]
     sections = [
         Section("Base", paragraphs=_base_notes(training, adapter), tables=[_table(_base_rows(training, adapter))]),
-        Section("Training", tables=[_table(_training_rows(training, adapter))], code=_command(training)),
+        *(
+            Section(EARLIER if place else "Training", tables=[_table(_training_rows(one, adapter))], code=_command(one))
+            for place, one in enumerate([*trainings(training)] or [training])
+        ),
     ]
     title = f"{base}, trained to survive KV-cache eviction"
     head = markdown(title, [Section("What this is", paragraphs=about), *sections])
@@ -254,7 +258,8 @@ ask("A long text ...", question="What is in it?", press=kvpress.KeyDiffPress(com
 
 
 def _limits(training: Facts) -> list[str]:
-    lengths = _context_lengths(training.get("data") or {}) or "an unknown number of"
+    spans = [_context_lengths(one.get("data") or {}) for one in trainings(training)]
+    lengths = ", before that ".join(filter(None, spans)) or "an unknown number of"
     return [
         "Query-agnostic: in training the press did not see the question that came after the eviction.",
         f"Contexts of {lengths} tokens were trained; other lengths have to be measured before they are relied on.",

@@ -26,6 +26,7 @@ from sparsekv_pl.models.batch import Batch, rows_of_equal_length, supervised_in
 from sparsekv_pl.models.compression_ratio import check_compression_ratio
 from sparsekv_pl.models.layer_kinds import evicted_layers, layer_kinds
 from sparsekv_pl.models.seeding import seed_for
+from sparsekv_pl.models.training_summary import CONTINUED, training_summary
 from sparsekv_pl.objectives import EIT, Objective, StudentView
 from sparsekv_pl.objectives.losses import token_nll
 from sparsekv_pl.objectives.rank_means import means_over_ranks
@@ -95,7 +96,7 @@ class EITModule(LightningModule):
         check_evicts_in_evaluation(validation_eviction or eviction)
         for evicts in (eviction, validation_eviction):
             check_press_alone(None if evicts is None else evicts.press)
-        self.backbone = backbone
+        self.backbone, self.continued_from = backbone, training_summary(backbone.adapter)
         self.eviction = eviction
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -251,6 +252,7 @@ class EITModule(LightningModule):
         members = () if self.press is None else traits_of(self.press).members
         return {
             **base_record(self.backbone),
+            **({CONTINUED: self.continued_from} if self.continued_from else {}),
             "splits": None if splits is None else asdict(splits),
             "eviction": type(self.eviction).__name__,
             "presses": [member.name for member in members],

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 import yaml
-from kvpress import KVPressTextGenerationPipeline, SnapKVPress
+from kvpress import KnormPress, KVPressTextGenerationPipeline, SnapKVPress
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import PeftModel
 from torch import Tensor
@@ -136,6 +136,17 @@ def test_a_fresh_process_computes_the_same_logits(
     assert isinstance(answer, str)
     base = AutoModelForCausalLM.from_pretrained(tiny_models["llama"], dtype=torch.float32)
     assert not torch.allclose(reloaded, logits(base), atol=1e-2)
+
+
+def test_a_continued_training_knows_what_it_continues(run: tuple[Path, EITModule], tiny_backbone: MakeBackbone) -> None:
+    folder, module = run
+    earlier = json.loads((folder / "final" / "training.json").read_text())
+    assert earlier["presses"]
+    continued = EITModule(tiny_backbone(adapter=str(folder / "final")), eviction=RealEviction(KnormPress()))
+    described = continued.describe_training()
+    assert described["continued_from"] == earlier
+    assert described["presses"] == ["Knorm"]
+    assert "continued_from" not in module.describe_training()
 
 
 def test_kvpresss_pipeline_takes_what_the_card_loads(

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from kvpress import CriticalKVPress, KeyRerotationPress, KnormPress, SnapKVPress
 
-from sparsekv_pl.evaluation.trained_adapter import fingerprint, seen_in_training, training_summary
+from sparsekv_pl.evaluation.trained_adapter import fingerprint, seen_in_training
+from sparsekv_pl.models.training_summary import training_summary
 
 
 def test_a_press_around_a_trained_one_is_not_unseen() -> None:
@@ -16,6 +17,9 @@ def test_a_press_around_a_trained_one_is_not_unseen() -> None:
     assert not seen_in_training(CriticalKVPress(KnormPress()), summary)
     assert not seen_in_training(None, summary)
     assert not seen_in_training(SnapKVPress(), {})
+    continued = {"presses": ["Knorm"], "continued_from": {"presses": [], "continued_from": summary}}
+    assert seen_in_training(SnapKVPress(), continued)
+    assert seen_in_training(CriticalKVPress(KnormPress()), continued)
 
 
 def test_a_fingerprint_is_of_weights_and_settings(tmp_path: Path) -> None:

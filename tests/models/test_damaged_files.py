@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsekv_pl.evaluation.trained_adapter import training_summary
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.models.lora import Lora
+from sparsekv_pl.models.training_summary import training_summary
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -42,6 +42,17 @@ def test_the_data_are_named_in_words() -> None:
     assert "| questions | none, plain text alone |" in model_card({"data": {"retrieval_share": 0}}, None)
 
 
+def test_a_continued_training_shows_what_it_continues() -> None:
+    first = {"steps": 300, "command": "python train.py fit --config first.yaml", "data": {"context_tokens": 768}}
+    second = {"steps": 80, "command": "python train.py fit --config second.yaml", "data": {"context_tokens": 1024}}
+    card = model_card(TRAINING | second | {"continued_from": first}, ADAPTER)
+    newest, earlier = card.partition("## The training that it continues")[::2]
+    assert "second.yaml" in newest and "| optimizer steps | 80 |" in newest and "first.yaml" not in newest
+    assert "first.yaml" in earlier and "| optimizer steps | 300 |" in earlier
+    assert "Contexts of 1,024, before that 768 tokens were trained" in card
+    assert "continues" not in model_card(TRAINING | second, ADAPTER)
+
+
 def test_a_peft_user_is_told_which_weights_to_pass() -> None:
     embedded, hub, local = (
         model_card({"base": base, "base_hub_id": hub}, ADAPTER)

@@ -1,0 +1,28 @@
+"""training.json: how an exported adapter or model was trained, and what that was continued from."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sparsekv_pl.storage.json_file import read_mapping
+
+TRAINING_SUMMARY = "training.json"
+"""File that callbacks/adapter_export.py writes beside an exported adapter."""
+CONTINUED = "continued_from"
+"""Key of the summary of the adapter that a training started from."""
+
+
+def training_summary(adapter: str | Path | None) -> dict[str, Any]:
+    """The adapter's training.json; empty if there is none.
+
+    Raises ``ValueError`` for a damaged file.
+    """
+    path = None if adapter is None else Path(adapter).expanduser() / TRAINING_SUMMARY
+    return read_mapping(path) if path is not None and path.exists() else {}
+
+
+def trainings(summary: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the training that ``summary`` describes, then what it was continued from, newest first."""
+    while isinstance(summary, Mapping) and summary:
+        yield summary
+        summary = summary.get(CONTINUED, {})
