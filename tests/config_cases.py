@@ -16,7 +16,7 @@ ABLATIONS = CONFIGS / "train" / "ablations"
 SMALL = CONFIGS / "train" / "small.yaml"
 ROBUST = CONFIGS / "train" / "robust.yaml"
 OVER = {
-    CONFIGS / "train" / "robust_8b.yaml": ROBUST,
+    **{CONFIGS / "train" / f"robust_{name}.yaml": ROBUST for name in ("8b", "hold")},
     CONFIGS / "evaluate" / "robust_64k.yaml": CONFIGS / "evaluate" / "million.yaml",
     **{
         CONFIGS / "evaluate" / f"robust_{name}.yaml": CONFIGS / "evaluate" / "robust.yaml"

@@ -77,7 +77,7 @@ def test_a_training_is_sharded_over_as_many_ranks_as_share_the_data(tiny_models:
     assert all(parameter.is_meta for parameter in made.model.parameters())
 
 
-@pytest.mark.parametrize("path", [path for path in OVER if path != ROBUST_8B], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in OVER if path.parent != TRAIN], ids=lambda path: path.stem)
 @pytest.mark.usefixtures("elsewhere")
 def test_every_overlay_of_an_evaluation_changes_what_it_goes_over(
     path: Path, tiny_models: dict[str, str], adapter: str
@@ -92,6 +92,21 @@ def test_every_overlay_of_an_evaluation_changes_what_it_goes_over(
     asked = made.datamodule.cases_per_cell * len(made.datamodule.depths)
     assert asked == (20 if path.stem == "robust_ceiling" else 100)
     assert made.datamodule.cases_without_depth == {"robust_ruler": 100, "robust_ceiling": 2}.get(path.stem, 10)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_the_second_stage_continues_an_adapter_and_holds_the_full_cache(
+    tiny_models: dict[str, str], adapter: str
+) -> None:
+    hold = TRAIN / "robust_hold.yaml"
+    make_text_files(OVER[hold])
+    arguments = [f"--model.backbone.pretrained={tiny_models['llama']}", f"--model.backbone.adapter={adapter}"]
+    made = instantiate(OVER[hold], *arguments, over=[hold])
+    assert (made.model.backbone.lora, made.model.backbone.adapter) == (None, adapter)
+    assert made.model.objective.request.full_cache
+    assert made.model.objective.weights == [1, 10, 1]
+    assert (made.datamodule.context_tokens, made.datamodule.shortest_context, made.datamodule.seed) == (1024, 256, 1)
+    assert made.trainer.max_steps == 80
 
 
 @pytest.mark.parametrize(
