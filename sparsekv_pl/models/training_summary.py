@@ -10,6 +10,8 @@ TRAINING_SUMMARY = "training.json"
 """File that callbacks/adapter_export.py writes beside an exported adapter."""
 CONTINUED = "continued_from"
 """Key of the summary of the adapter that a training started from."""
+AVERAGED, WEIGHT = "averaged", "weight"
+"""Key of the summaries of the adapters that an average was made of, and the key of its weight in each of them."""
 
 
 def training_summary(adapter: str | Path | None) -> dict[str, Any]:
@@ -22,7 +24,8 @@ def training_summary(adapter: str | Path | None) -> dict[str, Any]:
 
 
 def trainings(summary: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield the training that ``summary`` describes, then what it was continued from, newest first."""
-    while isinstance(summary, Mapping) and summary:
+    """Yield the training or average that ``summary`` describes, then what it was continued from or made of."""
+    if summary:
         yield summary
-        summary = summary.get(CONTINUED, {})
+        for earlier in (summary.get(CONTINUED, {}), *summary.get(AVERAGED, [])):
+            yield from trainings(earlier)

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from sparsekv_pl.models.gguf_checkpoint import EMBEDDED
-from sparsekv_pl.models.training_summary import TRAINING_SUMMARY, trainings
+from sparsekv_pl.models.training_summary import AVERAGED, TRAINING_SUMMARY, WEIGHT, trainings
 from sparsekv_pl.reporting.page import Code, Section, Table, markdown
 from sparsekv_pl.reporting.public_settings import in_words
 from sparsekv_pl.reporting.sections import HOW_TO_READ, other_scores, recalled_tables, scores_table
@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 
 CARD = "README.md"
 BEGIN, END = "<!-- measured results: begin -->", "<!-- measured results: end -->"
-EARLIER = "The training that it continues"
 NOT_MEASURED = Section("Results", paragraphs=["Not measured yet: evaluate.py with model.card=true writes tables here."])
 Facts = Mapping[str, Any]
 
@@ -51,7 +50,7 @@ def model_card(training: Facts, adapter: Facts | None) -> str:
     sections = [
         Section("Base", paragraphs=_base_notes(training, adapter), tables=[_table(_base_rows(training, adapter))]),
         *(
-            Section(EARLIER if place else "Training", tables=[_table(_training_rows(one, adapter))], code=_command(one))
+            Section(_heading(place, one), tables=[_table(_training_rows(one, adapter))], code=_command(one))
             for place, one in enumerate([*trainings(training)] or [training])
         ),
     ]
@@ -152,6 +151,7 @@ def _base_notes(training: Facts, adapter: Facts | None) -> Sequence[str]:
 
 def _training_rows(training: Facts, adapter: Facts | None) -> Iterator[tuple[str, Any]]:
     yield from _adapter_rows(adapter or {})
+    yield "an average of", f"{len(parts)} adapters, below" if (parts := training.get(AVERAGED)) else None
     yield "the adapter's weights on disk", training.get("adapter_dtype")
     yield "eviction", training.get("eviction")
     yield "presses that evicted", ", ".join(training.get("presses", [])) or None
@@ -175,6 +175,12 @@ def _training_rows(training: Facts, adapter: Facts | None) -> Iterator[tuple[str
     packages = training.get("packages", {})
     yield "versions", ", ".join(f"{name} {number}" for name, number in packages.items()) or None
     yield "Python", training.get("python")
+
+
+def _heading(place: int, training: Facts) -> str:
+    if WEIGHT in training:
+        return f"Averaged with weight {training[WEIGHT]:g}"
+    return "The training that it continues" if place else "Training"
 
 
 def _context_lengths(data: Facts) -> str | None:
@@ -259,7 +265,7 @@ ask("A long text ...", question="What is in it?", press=kvpress.KeyDiffPress(com
 
 def _limits(training: Facts) -> list[str]:
     spans = [_context_lengths(one.get("data") or {}) for one in trainings(training)]
-    lengths = ", before that ".join(filter(None, spans)) or "an unknown number of"
+    lengths = ", and of ".join(dict.fromkeys(filter(None, spans))) or "an unknown number of"
     return [
         "Query-agnostic: in training the press did not see the question that came after the eviction.",
         f"Contexts of {lengths} tokens were trained; other lengths have to be measured before they are relied on.",
