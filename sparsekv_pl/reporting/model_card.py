@@ -50,7 +50,11 @@ def model_card(training: Facts, adapter: Facts | None) -> str:
     sections = [
         Section("Base", paragraphs=_base_notes(training, adapter), tables=[_table(_base_rows(training, adapter))]),
         *(
-            Section(_heading(place, one), tables=[_table(_training_rows(one, adapter))], code=_command(one))
+            Section(
+                _heading(place, one),
+                tables=[_table(_training_rows(one, None if place else adapter))],
+                code=_command(one),
+            )
             for place, one in enumerate([*trainings(training)] or [training])
         ),
     ]

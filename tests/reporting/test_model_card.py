@@ -49,6 +49,7 @@ def test_a_continued_training_shows_what_it_continues() -> None:
     newest, earlier = card.partition("## The training that it continues")[::2]
     assert "second.yaml" in newest and "| optimizer steps | 80 |" in newest and "first.yaml" not in newest
     assert "first.yaml" in earlier and "| optimizer steps | 300 |" in earlier
+    assert "| LoRA |" in newest and "| LoRA |" not in earlier
     assert "Contexts of 1,024, and of 768 tokens were trained" in card
     assert "continues" not in model_card(TRAINING | second, ADAPTER)
 
