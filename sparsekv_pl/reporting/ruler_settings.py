@@ -1,7 +1,8 @@
-"""RULER by setting: scores of every press beside the full cache's, base and trained, a heat map per length."""
+"""RULER by setting, in its own score: every press beside the full cache, base and trained, a heat map per length."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ Cells = dict[tuple[str, Condition], Row]
 
 
 def ruler_figure(by_length: Mapping[int, Sequence[Row]]) -> "Figure | None":
-    """Draw needle accuracy by setting (down) and press (right): base above trained, a column per context length.
+    """Draw RULER's own score by setting (down) and press (right): base above trained, a column per context length.
 
     In the trained model's maps a white frame marks scores above base by more than chance, a red one scores below (the
     95 % interval of the paired difference excludes 0). Settings that the full cache cannot do are faded. None for fewer
@@ -66,7 +67,13 @@ def not_judged(by_length: Mapping[int, Sequence[Row]]) -> Iterator[str]:
 
 
 def _cells(rows: Sequence[Row]) -> Cells:
-    return {(row.task, row.condition): row for row in rows if is_ruler(row.task) and row.cases}
+    return {(row.task, row.condition): _rulers_score(row) for row in rows if is_ruler(row.task) and row.cases}
+
+
+def _rulers_score(row: Row) -> Row:
+    """Return the row with RULER's own score, the share of the values that an answer contains, for needle accuracy."""
+    own: dict[str, Any] = {name: row.besides.get(f"substring_{name}") for name in (*VARIANTS, "difference_interval")}
+    return replace(row, **own)
 
 
 def _able(cells: Cells, task: str) -> bool:

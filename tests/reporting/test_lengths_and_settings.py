@@ -66,11 +66,22 @@ def test_ruler_has_a_map_per_length_with_frames_where_training_changed_more_than
     below = figure.axes[3:6]
     for axes, rows in zip(below, summary.by_length.values(), strict=True):
         judged = [row for row in rows if row.task in SETTINGS[:3] and max(row.base or 0, row.trained or 0) > 0]
-        better = [row for row in judged if row.difference_interval[0] > 0]
+        better = [row for row in judged if row.besides["substring_difference_interval"][0] > 0]
         assert sum(box.get_edgecolor()[:3] == (1, 1, 1) for box in axes.patches) == len(better)
         assert len(axes.texts) == 3 * 3
     assert any(axes.patches for axes in below)
     assert png(figure)
+
+
+def test_ruler_is_judged_by_its_own_score(make_records):
+    """Answers that list all values and begin one more are right in RULER, and no exact match."""
+    records = make_records(tasks=("niah_multivalue", "niah_multiquery"), lengths=(1024,), ratios=(0.75,))
+    for record in records:
+        record |= {"exact": 0.0, "substring": float(record["task"] == "niah_multivalue")}
+    summary = summarised(records)
+    [said] = not_judged(summary.by_length)
+    assert "in niah_multiquery (0.00 -> 0.00): not judged" in said
+    assert {text.get_text() for axes in ruler_figure(summary.by_length).axes for text in axes.texts} == {"0", "100"}
 
 
 def test_a_setting_that_the_full_cache_cannot_do_is_named(summary):
