@@ -64,18 +64,18 @@ def average_adapters(
     return target
 
 
-def _save_average(base: str, folders: Sequence[Path], weights: Sequence[float], target: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors of the average to ``target``."""
+def _save_average(base: str, folders: Sequence[Path], weights: Sequence[float], partial: Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors of the average to ``partial``."""
     model, _ = Backbone(pretrained=base, adapter=str(folders[0])).load(trainable=False)
     others = {f"part_{place}": folder for place, folder in enumerate(folders[1:])}  # peft takes a number for a layer's
     for name, folder in others.items():
         model.load_adapter(str(folder), adapter_name=name)
     made = "average"
     model.add_weighted_adapter(["default", *others], list(weights), made, "svd", svd_full_matrices=False)
-    model.save_pretrained(str(target), selected_adapters=[made])
+    model.save_pretrained(str(partial), selected_adapters=[made])
     for name in (SETTINGS, WEIGHTS):
-        (target / made / name).rename(target / name)
-    shutil.rmtree(target / made)
+        (partial / made / name).rename(partial / name)
+    shutil.rmtree(partial / made)
 
 
 def _alike(sources: Sequence[Path], summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
