@@ -66,7 +66,7 @@ def average_adapters(
 
 def _save_average(base: str, folders: Sequence[Path], weights: Sequence[float], partial: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors of the average to ``partial``."""
-    model, _ = Backbone(pretrained=base, adapter=str(folders[0])).load(trainable=False)
+    model: Any = Backbone(pretrained=base, adapter=str(folders[0])).load(trainable=False)[0]
     others = {f"part_{place}": folder for place, folder in enumerate(folders[1:])}  # peft takes a number for a layer's
     for name, folder in others.items():
         model.load_adapter(str(folder), adapter_name=name)
