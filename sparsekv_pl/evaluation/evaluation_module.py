@@ -104,15 +104,16 @@ class EvaluationModule(MeasuringModule):
         Raises
         ------
         ValueError
-            For a context that is too long for the model or does not fit a press, and for a card of validation cases.
+            For a context that is too long for the model or does not fit a press, and for a card of cases not held out.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if getattr(data, "split", "held_out") == "validation":
+        split = getattr(data, "split", "held_out")
+        if split != "held_out":
             if self.card:
                 raise ValueError(
-                    "card: true publishes held-out results: with data.split validation set model.card to false"
+                    f"card: true publishes held-out results: with data.split {split} set model.card to false"
                 )
-            self.title = f"{self.title} (validation cases)"
+            self.title = f"{self.title} ({split} cases)"
         check_turns((setting.decoding for setting in self.settings), getattr(data, "has_turns", False), "tasks")
         for length in getattr(data, "lengths", []):
             check_positions(self.causal_lm, length, length, rotates=False)

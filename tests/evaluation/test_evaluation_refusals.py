@@ -107,6 +107,16 @@ def test_contexts_shorter_than_a_window_stop_before_measuring(
         tiny_trainer().test(module, EvaluationData(lengths=[96]))
 
 
+def test_validation_is_no_result_to_publish(
+    tiny_backbone: MakeBackbone, tiny_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    from data.evaluation import EvaluationData
+
+    module = EvaluationModule(tiny_backbone(), settings(), str(tmp_path), card=True)
+    with pytest.raises(ValueError, match=r"held-out results: with data\.split validation set model\.card to false"):
+        tiny_trainer().test(module, EvaluationData(lengths=[96], split="validation"))
+
+
 @pytest.mark.parametrize(
     ("trained", "message"),
     [
