@@ -3,7 +3,6 @@
 python -m callbacks.adapter_average '[output/robust/final, output/full_cache/final]' '[0.75, 0.25]' output/averaged
 """
 
-import json
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.models.lora import SETTINGS, WEIGHTS
 from sparsekv_pl.models.training_summary import AVERAGED, TRAINING_SUMMARY, WEIGHT, training_summary, trainings
 from sparsekv_pl.reporting.model_card import write_card
-from sparsekv_pl.storage.json_file import read_mapping
+from sparsekv_pl.storage.json_file import read_mapping, write_mapping
 from sparsekv_pl.storage.whole_files import written_whole
 
 ALIKE = ("base", "base_hub_id", "base_licence", "base_weights", "dtype", "load_in_4bit", "splits")
@@ -59,7 +58,7 @@ def average_adapters(
     with written_whole(target.expanduser()) as partial:
         _save_average(pretrained or str(alike["base"]), folders, weights, partial)
         for name, content in {SETTINGS: read_mapping(partial / SETTINGS) | settings, TRAINING_SUMMARY: summary}.items():
-            (partial / name).write_text(json.dumps(content, indent=2) + "\n")
+            write_mapping(partial, name, content)
         write_card(partial)
     return target
 

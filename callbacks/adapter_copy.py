@@ -3,20 +3,18 @@
 python -m callbacks.adapter_copy output/robust/final adapters/smollm2-135m-instruct
 """
 
-import json
 from pathlib import Path
 from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsekv_pl.models.lora import WEIGHTS
+from sparsekv_pl.models.lora import SETTINGS, WEIGHTS
 from sparsekv_pl.models.training_summary import TRAINING_SUMMARY
 from sparsekv_pl.reporting.model_card import write_card
-from sparsekv_pl.storage.json_file import read_mapping
+from sparsekv_pl.storage.json_file import read_mapping, write_mapping
 from sparsekv_pl.storage.whole_files import written_whole
 
-CONFIG = "adapter_config.json"
 MOST_BYTES = 8_000_000
 
 
@@ -47,14 +45,14 @@ def copy_adapter(
         takes more than ``most_bytes``.
     """
     source, target = source.expanduser(), target.expanduser()
-    for name in (CONFIG, WEIGHTS, TRAINING_SUMMARY):
+    for name in (SETTINGS, WEIGHTS, TRAINING_SUMMARY):
         if not (source / name).is_file():
             raise ValueError(f"source={str(source)!r} has no {name}: give a folder that a training run exported")
-    config, training = read_mapping(source / CONFIG), read_mapping(source / TRAINING_SUMMARY)
+    config, training = read_mapping(source / SETTINGS), read_mapping(source / TRAINING_SUMMARY)
     if Path(str(config.get("base_model_name_or_path"))).is_absolute():
         raise ValueError(
-            f"{source / CONFIG} names its base by a folder of the machine that trained: it is from an earlier version. "
-            "Remove that export and resume its run with --ckpt_path last, which exports again"
+            f"{source / SETTINGS} names its base by a folder of the machine that trained: it is from an earlier "
+            "version. Remove that export and resume its run with --ckpt_path last, which exports again"
         )
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(source / WEIGHTS).items()}
     for name, tensor in tensors.items():
@@ -63,8 +61,8 @@ def copy_adapter(
     with written_whole(target) as partial:
         partial.mkdir()
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-        for name, content in {CONFIG: config, TRAINING_SUMMARY: training | {"adapter_dtype": dtype}}.items():
-            (partial / name).write_text(json.dumps(content, indent=2) + "\n")
+        for name, content in {SETTINGS: config, TRAINING_SUMMARY: training | {"adapter_dtype": dtype}}.items():
+            write_mapping(partial, name, content)
         write_card(partial)
         size = sum(file.stat().st_size for file in partial.iterdir())
         if size > most_bytes:

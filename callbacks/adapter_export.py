@@ -1,6 +1,5 @@
 """Export trained weights as a peft adapter folder or a plain Hugging Face model."""
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from sparsekv_pl.models.base_model import base_reference
 from sparsekv_pl.models.batch import tokens_given
 from sparsekv_pl.models.training_summary import TRAINING_SUMMARY
 from sparsekv_pl.reporting.model_card import write_card
-from sparsekv_pl.storage.json_file import read_mapping
+from sparsekv_pl.storage.json_file import read_mapping, write_mapping
 from sparsekv_pl.storage.whole_files import check_room
 from sparsekv_pl.training.sharding import exported, gathered
 
@@ -157,7 +156,7 @@ class AdapterExport(pl.Callback):
                 pl_module.save_trained(partial)  # type: ignore[operator]
             else:
                 _write_model(trainer, pl_module, partial, weights)
-            _write_json(partial, TRAINING_SUMMARY, self._summary(trainer, pl_module, tokens))
+            write_mapping(partial, TRAINING_SUMMARY, self._summary(trainer, pl_module, tokens))
             if not _writes_itself(pl_module):
                 write_card(partial)
             if config.exists():
@@ -214,15 +213,11 @@ def _write_model(
     pl_module.model.save_pretrained(partial, state_dict=weights)  # type: ignore[operator, union-attr]
     if (config := partial / "adapter_config.json").exists():  # peft writes the folder that the base was loaded from
         base = base_reference(pl_module.backbone)  # type: ignore[arg-type]
-        _write_json(partial, config.name, read_mapping(config) | {"base_model_name_or_path": base})
+        write_mapping(partial, config.name, read_mapping(config) | {"base_model_name_or_path": base})
     pl_module.tokenizer.save_pretrained(partial)  # type: ignore[operator, union-attr]
     curricula = [callback for callback in trainer.callbacks if isinstance(callback, Curriculum)]  # type: ignore[attr-defined]
     state = curricula[0].export_state(trainer.global_step) if curricula else {}
-    _write_json(partial, "curriculum.json", state)
-
-
-def _write_json(partial: Path, name: str, content: dict[str, Any]) -> None:
-    (partial / name).write_text(json.dumps(content, indent=2) + "\n")
+    write_mapping(partial, "curriculum.json", state)
 
 
 def _write_merged(pl_module: pl.LightningModule, final: Path) -> None:

@@ -1,6 +1,7 @@
-"""Reading JSON files that may be damaged."""
+"""Reading JSON files that may be damaged, and writing them for people to read."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,3 +15,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no mapping of names to values: export it again")
     return content
+
+
+def write_mapping(partial: Path, name: str, content: Mapping[str, Any]) -> None:
+    """Write ``content`` to the file ``name`` of ``partial``, a folder of ``written_whole``, indented."""
+    (partial / name).write_text(json.dumps(content, indent=2) + "\n")
