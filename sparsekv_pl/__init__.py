@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         EIT,
         LM,
         Chunks,
+        FirstChunk,
         FullCache,
         Layerwise,
         Mixed,
@@ -61,6 +62,7 @@ __all__ = [
     "EvaluationModule",
     "EvictionAugPress",
     "Fixed",
+    "FirstChunk",
     "FullCache",
     "KVDropout",
     "Layerwise",
@@ -97,7 +99,7 @@ _SOURCES = {
     "Setting": "evaluation.points",
     **dict.fromkeys(["Adaptive", "Cosine", "Fixed", "Linear", "Spread", "Step"], "schedules"),
     **dict.fromkeys(
-        ["EIT", "LM", "Chunks", "FullCache", "Layerwise", "Mixed", "Reconstruction", "SelectionObjective", "SparseLM"],
+        ["EIT", "LM", "Chunks", "FirstChunk", "FullCache", "Layerwise", "Mixed", "Reconstruction", "SelectionObjective", "SparseLM"],
         "objectives",
     ),
 }

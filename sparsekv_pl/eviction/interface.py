@@ -48,6 +48,9 @@ class Evicted:
     chunks: Tensor | None = None
     """(B, C, E), the hidden states of the context's last C tokens, all chunks but the first; None unless
     ``Request.chunks``."""
+    first_chunk: Tensor | None = None
+    """(B, F, E), the hidden states of the context's first F tokens, its first chunk; None unless
+    ``Request.first_chunk``."""
     full_cache: Tensor | None = None
     """(B, T, E), the continuation's hidden states after the cache as it was before the eviction; None unless
     ``Request.full_cache``."""

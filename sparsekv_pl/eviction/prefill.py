@@ -150,7 +150,7 @@ class ChunkedPrefill:
         keywords = self._keywords(chunk_ids)
         rotated = queries_from(self.model, position if self.traits is not None else 0)
         apart = layers_apart(self.model) if self.local else nullcontext()
-        read = self.decoding or (self.request.chunks and start > 0)
+        read = self.decoding or (self.request.chunks if start else self.request.first_chunk)
         computed = last_mlp_for(self.model, stop - start if read else 0)
         whole = uncut_cache(self.model, self.cache) if self.request.full_cache else nullcontext()
         with whole as self.uncut, self._evicting(held, start, stop), rotated, computed, apart:

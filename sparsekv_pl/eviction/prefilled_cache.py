@@ -23,7 +23,7 @@ class Prefilled:
     press_context: PressContext | None = None
     """Log-weights and losses from the press; None without a press."""
     hidden: list[Tensor] = field(default_factory=list)
-    """(B, c, E) of each chunk after the first; empty unless requested."""
+    """(B, c, E) of the first chunk, if requested, and of each chunk after it, if requested."""
     positions: dict[int, Tensor] = field(default_factory=dict)
     """layer -> (B, K, S) int64, the context positions of the kept keys; empty if they were not tracked."""
     uncut: DynamicCache | None = None

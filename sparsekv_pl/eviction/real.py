@@ -124,7 +124,7 @@ class RealEviction:
         kept = kept_memory(model, prefilled.cache).kept_pairs * prefilled.mean_weight
         context = evicted_context(model, prefilled, context_ids) if request.contexts else None
         full = None if prefilled.uncut is None else continue_from(model, continuation_ids, prefilled.uncut, tokens)
-        evicted = [prefilled]
+        evicted, later_chunks = [prefilled], prefilled.hidden[int(request.first_chunk) :]
         later = self.later_evictions(tokens, continuation_ids.shape[1], turn_ends)
         if decoding is not None and later:
             reading = Continuation(filling, decoding, compression_ratio, later[-1] - tokens, turn_ends)
@@ -138,7 +138,8 @@ class RealEviction:
             [selection for part in evicted for selection in part.selections],
             _mean_losses(evicted),
             context,
-            torch.cat(prefilled.hidden, dim=1) if prefilled.hidden else None,
+            torch.cat(later_chunks, dim=1) if later_chunks else None,
+            prefilled.hidden[0] if request.first_chunk else None,
             full,
         )
 

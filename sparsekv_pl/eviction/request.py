@@ -19,6 +19,8 @@ class Request:
     """The loss terms that presses ask to add (SparseRegPress)."""
     chunks: bool = False
     """The hidden states of a context's chunks after the first, which read the evicted cache, and the teacher's."""
+    first_chunk: bool = False
+    """The hidden states of the context's first chunk, which nothing was evicted from, and the teacher's."""
     full_cache: bool = False
     """The student's hidden states after the cache as it was before the eviction."""
     layers: frozenset[LayerOutput] = frozenset()
@@ -31,6 +33,7 @@ class Request:
             self.contexts or other.contexts,
             self.press_losses or other.press_losses,
             self.chunks or other.chunks,
+            self.first_chunk or other.first_chunk,
             self.full_cache or other.full_cache,
             self.layers | other.layers,
         )

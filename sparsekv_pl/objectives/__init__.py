@@ -3,6 +3,7 @@
 from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.objectives.chunks import Chunks
 from sparsekv_pl.objectives.eit import EIT
+from sparsekv_pl.objectives.first_chunk import FirstChunk
 from sparsekv_pl.objectives.full_cache import FullCache
 from sparsekv_pl.objectives.layerwise import Layerwise
 from sparsekv_pl.objectives.lm import LM, SparseLM
@@ -15,6 +16,7 @@ __all__ = [
     "EIT",
     "LM",
     "Chunks",
+    "FirstChunk",
     "FullCache",
     "Layerwise",
     "Mixed",

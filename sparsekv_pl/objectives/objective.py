@@ -45,6 +45,8 @@ class StudentView:
     """The evicted contexts, which an objective can continue; empty unless requested."""
     chunks: "StudentView | None" = None
     """The tokens of the context's chunks after the first, each predicting the next one; None unless requested."""
+    first_chunk: "StudentView | None" = None
+    """The tokens of the context's first chunk, each predicting the next one; None unless requested."""
     full_cache: "StudentView | None" = None
     """The same tokens after the cache as it was before the eviction; None unless requested."""
 
@@ -57,8 +59,10 @@ def joined(views: Sequence[StudentView], rows: Sequence[int]) -> StudentView:
     """
     if len(views) == 1:
         return views[0]
-    chunks = [view.chunks for view in views if view.chunks is not None]
-    whole = [view.full_cache for view in views if view.full_cache is not None]
+    others = {
+        name: [part for view in views if (part := getattr(view, name)) is not None]
+        for name in ("chunks", "first_chunk", "full_cache")
+    }
     teachers = [view.teacher_NE for view in views if view.teacher_NE is not None]
     shares = [count / sum(rows) for count in rows]
     return StudentView(
@@ -79,8 +83,7 @@ def joined(views: Sequence[StudentView], rows: Sequence[int]) -> StudentView:
             for name in views[0].press_losses
         },
         contexts=[context for view in views for context in view.contexts],
-        chunks=joined(chunks, rows) if chunks else None,
-        full_cache=joined(whole, rows) if whole else None,
+        **{name: joined(parts, rows) for name, parts in others.items() if parts},
     )
 
 

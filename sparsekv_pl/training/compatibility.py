@@ -13,6 +13,7 @@ def fit_together(objective: Objective, eviction: Eviction) -> None:
     needs = {
         "the selection objective trains a press's scores": request.scores,
         "the chunks objective supervises what follows an eviction of earlier chunks": request.chunks,
+        "the first_chunk objective supervises what is read before a press evicts": request.first_chunk,
         "the full_cache objective supervises what the press's model does without an eviction": request.full_cache,
         "the reconstruction objective asks for what a press evicted": request.contexts,
         "the sparse_lm objective adds what a press measures": request.press_losses,

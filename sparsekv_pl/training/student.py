@@ -74,7 +74,8 @@ class Student:
         supervised = supervised_in(batch)
         rows, columns = places = supervised.places()
         mass = self.attention_mass(batch) if request.scores else None
-        teacher, teacher_layers, before = None, {}, batch["context_ids"].shape[1] if request.chunks else 0
+        reads_context = request.chunks or request.first_chunk
+        teacher, teacher_layers, before = None, {}, batch["context_ids"].shape[1] if reads_context else 0
         if request.teacher:
             with _layers(self.teacher.network, kinds, labels) as teacher_layers:
                 teacher = self.teacher(batch["context_ids"], batch["continuation_ids"], mass, before)
@@ -94,22 +95,28 @@ class Student:
             layers={kind: (_rows(student_layers[kind], places), _rows(teacher_layers[kind], places)) for kind in kinds},
             press_losses=evicted.losses,
             contexts=[] if evicted.context is None else [evicted.context],
-            chunks=None if evicted.chunks is None else self._chunks(batch, evicted.chunks, context_teacher),
+            chunks=self._of_context(batch, evicted.chunks, context_teacher, last=True),
+            first_chunk=self._of_context(batch, evicted.first_chunk, context_teacher, last=False),
             full_cache=None if evicted.full_cache is None else replace(tokens, hidden_NE=evicted.full_cache[places]),
         )
         return view, evicted.kept_share
 
-    def _chunks(self, batch: Batch, hidden: Tensor, teacher: Tensor | None) -> StudentView:
-        """View the context's last tokens, with hidden states (B, C, E), the teacher's being (B, L, E).
+    def _of_context(
+        self, batch: Batch, hidden: Tensor | None, teacher: Tensor | None, *, last: bool
+    ) -> StudentView | None:
+        """View the context's last or first tokens, with hidden states (B, C, E), the teacher's being (B, L, E).
 
         The last of them is left out: the continuation, which may be a question, does not follow from it.
         """
-        count = hidden.shape[1]
+        if hidden is None:
+            return None
+        ids, count = batch["context_ids"], hidden.shape[1]
+        start = ids.shape[1] - count if last else 0
         return StudentView(
             hidden_NE=hidden[:, :-1].flatten(0, 1),
-            labels_N=batch["context_ids"][:, 1 - count :].flatten(),
+            labels_N=ids[:, start + 1 : start + count].flatten(),
             head=self.head,
-            teacher_NE=None if teacher is None else teacher[:, -count:-1].flatten(0, 1),
+            teacher_NE=None if teacher is None else teacher[:, start : start + count - 1].flatten(0, 1),
             teacher_head=self.teacher.head,
         )
 

@@ -1,0 +1,67 @@
+"""Write text that a model samples, for training that holds the model to itself: one document a line.
+
+Text of every kind that the model has learned, without a dataset: as long as the student predicts such text as its base
+does, nothing of the base is lost. Sampling starts from the end-of-text token, at temperature 1.
+Run from the checkout: ``python benchmarks/sampled_text.py`` writes output/sampled.jsonl.
+"""
+
+import argparse
+import json
+import re
+import time
+from pathlib import Path
+
+import torch
+
+from sparsekv_pl.models.backbone import Backbone, causal_lm
+from sparsekv_pl.models.duration import duration
+
+ENDS = re.compile(r"<\|(?:endoftext|im_start|im_end)\|>")
+"""Special tokens of SmolLM2, at which a document ends."""
+RARE = 3e-4
+"""Tokens less likely than this are not drawn: they break off a small model's thread."""
+ROWS = 48
+"""Rows that are sampled together."""
+
+
+def documents(model: torch.nn.Module, tokenizer, tokens: int) -> list[str]:
+    """Sample ``ROWS`` rows of ``tokens`` tokens and return the documents in them."""
+    start = torch.full((ROWS, 1), tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    ids = model.generate(
+        input_ids=start,
+        attention_mask=torch.ones_like(start),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        epsilon_cutoff=RARE,
+        max_new_tokens=tokens,
+        eos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    found = (text for row in tokenizer.batch_decode(ids) for text in ENDS.split(row))
+    return [text for text in found if text.strip()]
+
+
+def main() -> None:
+    """Sample documents and write one JSON object per line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--pretrained", default="smollm2-135m-instruct", help="the model")
+    parser.add_argument("--batches", type=int, default=3, help=f"batches of {ROWS} rows")
+    parser.add_argument("--tokens", type=int, default=1120, help="tokens of each row")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("output/sampled.jsonl"))
+    given = parser.parse_args()
+    torch.manual_seed(given.seed)
+    model, tokenizer = Backbone(given.pretrained).load(trainable=False)
+    texts, begun = list[str](), time.monotonic()
+    for batch in range(1, given.batches + 1):
+        texts += documents(causal_lm(model), tokenizer, given.tokens)
+        left = (time.monotonic() - begun) / batch * (given.batches - batch)
+        print(f"batch {batch} of {given.batches}: {len(texts)} documents, {duration(left)} left", flush=True)
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    given.output.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), "utf-8")
+    print(f"{given.output}: {len(texts)} documents, {sum(len(text.split()) for text in texts):,} words")
+
+
+if __name__ == "__main__":
+    main()
