@@ -33,6 +33,7 @@ from sparsekv_pl.models.lora import Lora, inject_lora
 from sparsekv_pl.models.quantisation import skeleton
 from sparsekv_pl.objectives import (
     EIT,
+    FirstChunk,
     FullCache,
     Layerwise,
     Mixed,
@@ -136,6 +137,7 @@ def objective_of(step: StepShape) -> Objective:
     objectives: list[Objective] = [
         EIT(),
         *([SelectionObjective()] if step.scores else []),
+        *([FirstChunk()] if step.first_chunk else []),
         *([FullCache()] if step.full_cache else []),
         *([Layerwise()] if step.compared_layers else []),
         *([SparseLM()] if step.press_losses else []),

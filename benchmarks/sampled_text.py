@@ -20,7 +20,7 @@ ENDS = re.compile(r"<\|(?:endoftext|im_start|im_end)\|>")
 """Special tokens of SmolLM2, at which a document ends."""
 RARE = 3e-4
 """Tokens less likely than this are not drawn: they break off a small model's thread."""
-ROWS = 48
+ROWS = 128
 """Rows that are sampled together."""
 
 
@@ -46,20 +46,23 @@ def main() -> None:
     """Sample documents and write one JSON object per line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--pretrained", default="smollm2-135m-instruct", help="the model")
-    parser.add_argument("--batches", type=int, default=3, help=f"batches of {ROWS} rows")
-    parser.add_argument("--tokens", type=int, default=1120, help="tokens of each row")
+    parser.add_argument("--batches", type=int, default=4, help=f"batches of {ROWS} rows")
+    parser.add_argument(
+        "--tokens", type=int, default=320, help="tokens of each row; longer ones are slower by the token"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("output/sampled.jsonl"))
     given = parser.parse_args()
     torch.manual_seed(given.seed)
     model, tokenizer = Backbone(given.pretrained).load(trainable=False)
     texts, begun = list[str](), time.monotonic()
+    given.output.parent.mkdir(parents=True, exist_ok=True)
     for batch in range(1, given.batches + 1):
         texts += documents(causal_lm(model), tokenizer, given.tokens)
+        rows = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+        given.output.write_text("".join(rows), encoding="utf-8")
         left = (time.monotonic() - begun) / batch * (given.batches - batch)
         print(f"batch {batch} of {given.batches}: {len(texts)} documents, {duration(left)} left", flush=True)
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    given.output.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), "utf-8")
     print(f"{given.output}: {len(texts)} documents, {sum(len(text.split()) for text in texts):,} words")
 
 

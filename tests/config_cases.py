@@ -16,7 +16,7 @@ ABLATIONS = CONFIGS / "train" / "ablations"
 SMALL = CONFIGS / "train" / "small.yaml"
 ROBUST = CONFIGS / "train" / "robust.yaml"
 OVER = {
-    **{CONFIGS / "train" / f"robust_{name}.yaml": ROBUST for name in ("8b", "hold")},
+    **{CONFIGS / "train" / f"robust_{name}.yaml": ROBUST for name in ("8b", "hold", "held", "keydiff")},
     CONFIGS / "evaluate" / "robust_64k.yaml": CONFIGS / "evaluate" / "million.yaml",
     **{
         CONFIGS / "evaluate" / f"robust_{name}.yaml": CONFIGS / "evaluate" / "robust.yaml"
@@ -49,7 +49,7 @@ class Case(NamedTuple):
 
 def make_text_files(config: Path) -> None:
     """Make the text files that ``config`` names, empty, relative to the working folder."""
-    for name in re.findall(r"paths: \[(\S+)\]", config.read_text()):
+    for name in (name for names in re.findall(r"paths: \[(.+)\]", config.read_text()) for name in names.split(", ")):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()
 

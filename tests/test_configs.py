@@ -109,6 +109,28 @@ def test_the_second_stage_continues_an_adapter_and_holds_the_full_cache(
     assert made.trainer.max_steps == 80
 
 
+@pytest.mark.usefixtures("elsewhere")
+def test_the_last_stage_holds_the_base_in_text_that_it_samples(tiny_models: dict[str, str], adapter: str) -> None:
+    held = TRAIN / "robust_held.yaml"
+    make_text_files(OVER[held])
+    make_text_files(held)
+    arguments = [f"--model.backbone.pretrained={tiny_models['llama']}", f"--model.backbone.adapter={adapter}"]
+    made = instantiate(OVER[held], *arguments, over=[held])
+    objective = made.model.objective
+    assert objective.request.first_chunk and not objective.request.full_cache
+    assert (objective.weights, objective.objectives[2].objective.kl_weight) == ([1, 10, 0.1], 100)
+    assert made.datamodule.text.sources[1].paths == ["output/moby-dick.jsonl", "output/sampled.jsonl"]
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_the_headline_is_trained_with_keydiff_alone(tiny_models: dict[str, str]) -> None:
+    alone = TRAIN / "robust_keydiff.yaml"
+    make_text_files(OVER[alone])
+    made = instantiate(OVER[alone], f"--model.backbone.pretrained={tiny_models['llama']}", over=[alone])
+    assert [type(press).__name__ for press in made.model.press.presses] == ["KeyDiffPress"]
+    assert (made.datamodule.context_tokens, made.trainer.max_steps) == (512, 100)
+
+
 @pytest.mark.parametrize(
     ("over", "extra"),
     [

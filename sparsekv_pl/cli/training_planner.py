@@ -76,6 +76,7 @@ def planned(arguments: Sequence[str], on_cpu: bool = False, here: bool = False) 
         rows=data.batch_size,
         teacher=request.teacher,
         scores=request.scores,
+        first_chunk=request.first_chunk,
         full_cache=request.full_cache,
         read_again=_read_again(objective),
         compared_layers=len(request.layers),

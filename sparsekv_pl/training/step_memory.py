@@ -97,7 +97,7 @@ class StepMemory(LayerMemory):
             [*always, *first, *self.rotations()],
             key=lambda terms: sum(term.bytes for term in terms),
         )
-        losses = [*self.states(), *once, *after, self.logits(), *self.head_copy()]
+        losses = [*self.states(), *once, *after, *self.first_chunk(), self.logits(), *self.head_copy()]
         backward = [*self.states(), *context, self.attention_mass(), kept, self.backward_transient(chunk)]
         return [Phase(name, terms) for name, terms in zip(PHASES, (read, losses, backward), strict=True)]
 
@@ -124,17 +124,15 @@ class StepMemory(LayerMemory):
         running = chunks[-1:] if self.step.checkpoint else chunks
         tokens, keys = sum(chunk[0] for chunk in running), sum(chunk[1] for chunk in running)
         whole = 0 if self.step.local else model.layers - 1
-        of = f"{rows} x {tokens:,} tokens x"
+        held = self.step.held_tokens if running[0] == chunks[0] else 0  # in the last layer too
+        used, of = whole * tokens + held, f"{rows} x"
         terms = [
-            Term(f"context: {name}", whole * rows * tokens * size, f"{whole} layers x {of} {size:,} B ({formula})")
+            Term(f"context: {name}", rows * used * size, f"{of} {used:,} tokens of all layers x {size:,} B ({formula})")
             for name, (size, formula) in self.parts().items()
         ]
-        edge, left = self.edge(), model.layers - whole
-        terms.append(
-            Term(
-                "context: keys alone", left * rows * tokens * edge, f"{left} layers x {of} {edge:,} B (no output used)"
-            )
-        )
+        edge, left = self.edge(), model.layers * tokens - used
+        of = f"{of} {left:,} tokens of all layers x {edge:,} B (no output used)"
+        terms.append(Term("context: keys alone", rows * left * edge, of))
         if len(chunks) > 1 and whole:
             terms.append(self.looking_back(rows, [chunk for chunk in running if chunk[1] > chunk[0]], "context"))
         scored = self.all_scored(running) * rows
@@ -205,9 +203,15 @@ class StepMemory(LayerMemory):
         size = tokens * self.model.hidden * self.stream if self.step.teacher else 0
         return Term("teacher's hidden states", size, f"{tokens:,} tokens x {self.model.hidden:,} x {self.stream} B")
 
+    def first_chunk(self) -> list[Term]:
+        """Return what the loss over the first chunk keeps: the student's and the teacher's rows, and a gradient."""
+        tokens, each = self.step.rows * self.step.held_tokens, self.model.hidden * (4 * self.stream + 4)
+        formula = f"{tokens:,} tokens x {self.model.hidden:,} x (4 x {self.stream} + 4) B"
+        return [Term("first chunk's hidden states", tokens * each, formula)] if tokens else []
+
     def logits(self) -> Term:
         """Count the logits that exist together."""
-        tokens = min(CHUNK_TOKENS, self.step.rows * self.step.supervised)
+        tokens = min(CHUNK_TOKENS, self.step.rows * max(self.step.supervised, self.step.held_tokens))
         count = LOGITS + self.model.capped
         formula = f"{count} x {tokens:,} tokens x {self.model.vocabulary:,} x 4 B"
         return Term("logits", count * tokens * self.model.vocabulary * 4, formula)

@@ -21,7 +21,8 @@ def row_operations(model: ModelShape, step: StepShape, context_tokens: float | N
         step = replace(step, context_tokens=round(context_tokens))
     context, later = step.context_tokens, step.continuation_tokens
     linear = 2 * (model.layers * model.layer_weights)
-    head = 2 * model.hidden * model.vocabulary * step.supervised * (3 if step.teacher else 2)
+    predicted = step.supervised + max(0, step.held_tokens - 1)
+    head = 2 * model.hidden * model.vocabulary * predicted * (3 if step.teacher else 2)
     found = {"teacher": _teacher(model, step) if step.teacher else 0.0}
     if step.dropout:
         tokens = context + later
@@ -31,10 +32,10 @@ def row_operations(model: ModelShape, step: StepShape, context_tokens: float | N
         back = (linear + 4 * model.trained) * tokens + BACKWARD * attended
         again = forward if step.checkpoint else 0.0
         return found | {"forward": forward, "backward": back, "again, checkpointed": again, "head": head}
-    skipped = 2 * model.mlp_weights  # of the last layer, over the context
+    skipped = 2 * model.mlp_weights * (context - step.held_tokens)  # of the last layer, over the context
     attended = _attended(model, step.chunks)
-    forward = (linear + 2 * model.trained - skipped) * context + attended
-    back = 0.0 if step.local else (linear + 4 * model.trained - skipped) * context + BACKWARD * attended
+    forward = (linear + 2 * model.trained) * context - skipped + attended
+    back = 0.0 if step.local else (linear + 4 * model.trained) * context - skipped + BACKWARD * attended
     again, whole = step.read_again, [(later, context + later, 0)]
     return found | {
         "context forward": forward,
@@ -63,7 +64,8 @@ def _read(model: ModelShape, pieces: Sequence[tuple[int, int, int]]) -> float:
 
 def _teacher(model: ModelShape, step: StepShape) -> float:
     tokens, linear = step.context_tokens + step.continuation_tokens, 2 * (model.layers * model.layer_weights)
-    return linear * tokens - 2 * model.mlp_weights * step.context_tokens + _attended(model, [(tokens, tokens, 0)])
+    skipped = 0 if step.held_tokens else 2 * model.mlp_weights * step.context_tokens
+    return linear * tokens - skipped + _attended(model, [(tokens, tokens, 0)])
 
 
 def _selection(model: ModelShape, step: StepShape) -> float:

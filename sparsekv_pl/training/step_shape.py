@@ -96,6 +96,8 @@ class StepShape:
     teacher: bool = True
     scores: bool = True
     """Whether a selection loss aligns scores."""
+    first_chunk: bool = False
+    """Whether the context's first chunk carries loss."""
     full_cache: bool = False
     """Whether the continuation also runs after the whole cache."""
     read_again: int = 0
@@ -126,6 +128,11 @@ class StepShape:
             held = staying(keys, stop, ratio, self.budget)
             found.append((stop - start, keys, held))
         return found
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens of the context's first chunk if they carry loss, else 0."""
+        return self.chunks[0][0] if self.first_chunk else 0
 
     @property
     def kept(self) -> int:

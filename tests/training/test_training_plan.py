@@ -44,6 +44,8 @@ def model() -> PreTrainedModel:
         {"chunk_tokens": 96, "checkpoint": True},
         {"local": True, "dtype": torch.float32},
         {"full_cache": True, "read_again": 41, "compared_layers": 1},
+        {"first_chunk": True},
+        {"first_chunk": True, "chunk_tokens": 96, "checkpoint": True},
         {"continuation_tokens": 128, "decoding": Decoding(48), "context_tokens": 96, "on_cpu": True},
         {"continuation_tokens": 128, "decoding": Decoding(48, budget=24, context=False), "scores": False},
         {"press": SparseRegPress(SnapKVPress(window_size=32)), "press_losses": True, "scores": False, "on_cpu": True},
@@ -51,8 +53,8 @@ def model() -> PreTrainedModel:
         {"press": None, "dropout": True, "scores": False, "checkpoint": True},
     ],
     ids=[
-        *("gpu", "cpu, two rows", "checkpointed", "local", "read again", "evicted from again", "whole at first"),
-        *("press losses", "dropout", "dropout, checkpointed"),
+        *("gpu", "cpu, two rows", "checkpointed", "local", "read again", "first chunk", "first chunk, checkpointed"),
+        *("evicted from again", "whole at first", "press losses", "dropout", "dropout, checkpointed"),
     ],
 )
 def test_the_peak_is_that_of_a_real_step_within_a_quarter(model: PreTrainedModel, settings: dict[str, Any]) -> None:
@@ -85,10 +87,12 @@ def test_the_peak_over_4_bit_weights_is_that_of_a_real_step(tmp_path: Path) -> N
     [
         {"press": robust_press(), "checkpoint": True},
         {"press": SnapKVPress(window_size=32), "full_cache": True, "read_again": 41},
+        {"press": SnapKVPress(window_size=32), "first_chunk": True},
+        {"press": SnapKVPress(window_size=32), "chunk_tokens": 96, "first_chunk": True},
         {"press": SnapKVPress(window_size=32), "continuation_tokens": 128, "decoding": Decoding(48)},
         {"press": None, "dropout": True, "scores": False},
     ],
-    ids=["checkpointed", "read again", "evicted from again", "dropout"],
+    ids=["checkpointed", "read again", "first chunk", "first of two chunks", "evicted from again", "dropout"],
 )
 def test_operations_are_those_of_a_step(model: PreTrainedModel, settings: dict[str, Any]) -> None:
     """Attention's own are left out: torch counts none of the CPU's kernel."""
