@@ -46,7 +46,7 @@ def main() -> None:
     """Sample documents and write one JSON object per line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--pretrained", default="smollm2-135m-instruct", help="the model")
-    parser.add_argument("--batches", type=int, default=4, help=f"batches of {ROWS} rows")
+    parser.add_argument("--batches", type=int, default=2, help=f"batches of {ROWS} rows")
     parser.add_argument(
         "--tokens", type=int, default=320, help="tokens of each row; longer ones are slower by the token"
     )
