@@ -19,6 +19,8 @@ __all__ = ["Document", "DocumentBlocks", "EmbeddedText", "HubText", "LocalText",
 
 log = logging.getLogger(__name__)
 
+FOUND_IN_FOLDERS = (".jsonl", ".parquet", ".txt")
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -77,7 +79,8 @@ class LocalText(TextSource):
     Parameters
     ----------
     paths
-        The files. A document's id is its path as given, with the line or row for formats with many documents.
+        The files, and folders, which stand for the .txt, .jsonl and .parquet files in them at any depth, by name. A
+        document's id is its path as given, with the line or row for formats with many documents.
     text_field
         The key or column of the text.
     skip_broken
@@ -104,7 +107,7 @@ class LocalText(TextSource):
         """Yield the documents; ``ValueError`` names an empty, broken or unknown file, and the line."""
         readers = {".txt": self._text, ".jsonl": self._json_lines, ".json": self._json_lines, ".parquet": self._parquet}
         self.skipped = 0
-        for path in (Path(path).expanduser() for path in self.paths):
+        for path in self._files():
             if path.suffix not in readers:
                 raise ValueError(f"{path}: unknown kind of file, give one of {sorted(readers)}")
             counter = Skipped(str(path), self.skip_limit)
@@ -122,6 +125,15 @@ class LocalText(TextSource):
             yield from found
         if self.skipped:
             log.warning("skipped %d unusable documents in %d files", self.skipped, len(self.paths))
+
+    def _files(self) -> Iterator[Path]:
+        for path in (Path(path).expanduser() for path in self.paths):
+            inside = (
+                sorted(file for file in path.rglob("*") if file.suffix in FOUND_IN_FOLDERS) if path.is_dir() else []
+            )
+            if path.is_dir() and not inside:
+                raise ValueError(f"{path}: no {', '.join(FOUND_IN_FOLDERS)} file in this folder. Check the path")
+            yield from inside or [path]
 
     def _text(self, path: Path, counter: Skipped) -> Iterator[tuple[str, Any]]:  # noqa: ARG002
         content = path.read_bytes()

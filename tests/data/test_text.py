@@ -83,6 +83,16 @@ def test_bad_file_is_named(tmp_path, name, content, message):
     assert name in str(error.value)
 
 
+def test_a_folder_stands_for_the_texts_in_it(tmp_path):
+    for name in ("b.txt", "a/2.txt", "a/1.jsonl", "notes.md", "table.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": name}) if name.endswith("jsonl") else name)
+    assert [d.text for d in LocalText([str(tmp_path)]).documents()] == ["a/1.jsonl", "a/2.txt", "b.txt"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty: no \.jsonl, \.parquet, \.txt file in this folder"):
+        list(LocalText([str(tmp_path / "empty")]).documents())
+
+
 def test_unreachable_dataset_says_what_to_do():
     with pytest.raises(ValueError, match=r"nobody/nothing.*EmbeddedText"):
         list(HubText("nobody/nothing").documents())
