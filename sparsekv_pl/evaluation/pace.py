@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from typing import Any, TextIO
@@ -12,10 +13,15 @@ from sparsekv_pl.models.duration import duration
 
 LINE_SECONDS = 30.0
 """Seconds between two lines about one piece of work; the first and the last are always printed."""
+EARLY_SECONDS = 3.0
+"""Seconds before which a line has no remaining time."""
 
 
 class Pace:
     """Prints progress and remaining time of work of ``total`` units, in a line every ``LINE_SECONDS``.
+
+    The remaining time follows the slower of two rates, of the whole work and of the last ``LINE_SECONDS``: what an
+    earlier run has finished takes no time and must not promise that for the rest.
 
     Parameters
     ----------
@@ -33,17 +39,24 @@ class Pace:
         self.what, self.units, self.total = what, units, total
         self.started = self.clock()
         self.printed: float | None = None
+        self.reports = deque([(self.started, 0.0)])
+        """Time and units done, of one report before the last ``LINE_SECONDS`` and all since."""
 
     def reached(self, done: float, *more: str) -> None:
         """Report that ``done`` units are done (may be fractional); ``more`` is added to the line."""
         now = self.clock()
+        while len(self.reports) > 1 and self.reports[1][0] <= now - LINE_SECONDS:
+            self.reports.popleft()
+        since, before = self.reports[0]
+        slowest = max((now - self.started) / max(done, 1e-9), (now - since) / max(done - before, 1e-9))
+        self.reports.append((now, done))
         if self.printed is not None and now - self.printed < LINE_SECONDS and done < self.total:
             return
         self.printed = now
         known = done > 0 and self.total < float("inf")
         of = f" of {self.total:g}" if known else ""
-        to_go = known and done < self.total
-        left = [f"{duration((now - self.started) / done * (self.total - done))} left"] if to_go else []
+        to_go = known and done < self.total and now - self.started >= EARLY_SECONDS
+        left = [f"{duration(slowest * (self.total - done))} left"] if to_go else []
         print(f"{self.what}: " + ", ".join([f"{int(done)}{of} {self.units}", *more, *left]), flush=True)
 
 
