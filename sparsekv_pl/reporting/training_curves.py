@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsekv_pl.reporting.logged_terms import KEPT, MOST
 from sparsekv_pl.reporting.plots import png
 from sparsekv_pl.storage.whole_files import replace
 
@@ -24,10 +25,14 @@ Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 """Optimizer steps and values."""
 LEFT_OUT = ("train/loss", "train/compression_ratio", "train/kept_share", "train/skipped_steps")
 """Sums of the other terms, and what a schedule sets."""
+REACHED = f"{KEPT} of the most"
+"""What a press keeps over what its budget could keep: comparable where the ratio changes from step to step."""
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
     """Read the scalars of training and validation that a run logged, by name; a resumed run's later values count.
+
+    The attention that presses keep is given as a share of the most that they could keep.
 
     Raises
     ------
@@ -38,12 +43,16 @@ def read_curves(run: Path) -> dict[str, Curve]:
 
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})  # 0: all
     events.Reload()
-    curves = {}
+    curves: dict[str, Curve] = {}
     for name in events.Tags()["scalars"]:
         if name.startswith(("train/", "val/")) and name not in LEFT_OUT:
             values = {scalar.step: scalar.value for scalar in events.Scalars(name)}
             steps = sorted(values)
             curves[name] = np.array(steps, dtype=float), np.array([values[step] for step in steps], dtype=float)
+    for name in [name for name in curves if f"/{MOST}/" in name]:
+        at, most = curves.pop(name)
+        _, kept = curves.pop(name.replace(MOST, KEPT))
+        curves[name.replace(MOST, REACHED)] = at, kept / np.where(most > 0, most, np.nan)
     if not curves:
         raise ValueError(f"{run} holds no TensorBoard events of a training: give the folder of a run, output/NAME")
     return curves

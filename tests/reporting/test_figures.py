@@ -74,10 +74,14 @@ def test_training_curves_are_those_of_the_events(tmp_path):
             for step in range(start, start + 3):
                 for name in ("train/selection/Knorm", "train/selection/SnapKV", "val/perplexity_full", "hp_metric"):
                     writer.add_scalar(name, value + step, step)
+                writer.add_scalar("val/kept_mass/Knorm", 0.25, step)
+                writer.add_scalar("val/kept_mass_most/Knorm", 0.5 * (step != 1), step)
     curves = read_curves(tmp_path)
     steps, values = curves["train/selection/Knorm"]
     assert (steps.tolist(), values.tolist()) == ([0, 1, 2, 3, 4], [9, 10, 3, 4, 5])
-    selection, perplexity = training_figure(curves).axes
+    np.testing.assert_array_equal(curves["val/kept_mass of the most/Knorm"][1], [0.5, np.nan, 0.5, 0.5, 0.5])
+    selection, reached, perplexity = training_figure(curves).axes
+    assert reached.get_title() == "val/kept_mass of the most"
     assert [line.get_label() for line in selection.lines] == ["Knorm", "SnapKV"]
     assert perplexity.get_title() == "val/perplexity"
     assert write_training_curves(tmp_path).read_bytes()[:4] == b"\x89PNG"
