@@ -4,11 +4,16 @@ import copy
 import math
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+
+from data.mixture import EvictionData
+from evaluate import EvaluateCommandLine
+from sparsekv_pl.cli.command_line import CommandLine
+from train import TrainCommandLine
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -24,6 +29,9 @@ OVER = {
     },
 }
 """Files that go over one other file."""
+
+EVALUATED = ("evaluate", "analyze")
+"""Folders under configs/ that evaluate.py reads; train.py reads all others."""
 
 NO_CLASS = ["nonsense", "kvpress.NoSuchPress", "os.path.join", "datetime.datetime", "no.such.module.Class", ""]
 NO_SETTINGS: list[Any] = ["many", [1, 2], True, 3.7, -7, math.nan, None, [None]]
@@ -45,6 +53,26 @@ class Case(NamedTuple):
     @property
     def names(self) -> list[str]:
         return [str(part) for part in self.path if isinstance(part, str) and part not in STRUCTURE]
+
+
+def instantiate(path: Path, *overrides: str, over: Sequence[Path] = ()) -> CommandLine:
+    evaluated = path.relative_to(CONFIGS).parts[0] in EVALUATED
+    command_line = EvaluateCommandLine if evaluated else TrainCommandLine
+    configs = [argument for file in (path, *over) for argument in ("--config", str(file))]
+    return command_line(args=[*configs, *overrides], run=False, save_config_callback=None)
+
+
+def check_training(made: CommandLine) -> None:
+    """What every training config must have right."""
+    assert isinstance(made.datamodule, EvictionData)
+    assert made.trainer.max_steps > 0
+    assert made.trainer.max_epochs == -1  # else a finished run could not be given more steps
+    if hasattr(made.model, "eviction"):
+        made.model.eviction.check(made.datamodule.context_tokens)
+    optimizers = made.model.configure_optimizers()
+    if isinstance(optimizers, dict):
+        schedule = optimizers["lr_scheduler"]["scheduler"]
+        assert getattr(schedule, "total_steps", made.trainer.max_steps) >= made.trainer.max_steps
 
 
 def make_text_files(config: Path) -> None:

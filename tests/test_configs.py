@@ -1,7 +1,7 @@
 """Every file under configs/ is parsed and instantiated; the quickstart's two commands run on a tiny model."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,13 +9,10 @@ import yaml
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from benchmarks.ablations import configs_of, names
-from data.mixed_text import MixedText
-from data.mixture import EvictionData
 from data.text import EmbeddedText
 from evaluate import EvaluateCommandLine
-from sparsekv_pl.cli.command_line import CommandLine
 from sparsekv_pl.models.native_precision import decide
-from tests.config_cases import OVER, make_text_files
+from tests.config_cases import OVER, check_training, instantiate, make_text_files
 from tests.processes import Started
 from train import TrainCommandLine
 
@@ -25,14 +22,11 @@ SMALL = TRAIN / "small.yaml"
 """Goes over the configs that need a GPU and a hub, and makes each its small twin."""
 FSDP = TRAIN / "fsdp.yaml"
 """Goes over a training config too, and shares its model out over eight GPUs."""
-ROBUST_8B = TRAIN / "robust_8b.yaml"
 OVERLAYS = {SMALL, FSDP, TRAIN / "qlora.yaml", *OVER, *(TRAIN / "ablations").glob("*.yaml")}
 CONFIGS = sorted(
     path for path in set((ROOT / "configs").rglob("*.yaml")) - OVERLAYS if path.parent.name != "lm_eval_tasks"
 )
 LARGE = [path for path in CONFIGS if "configs/train/small.yaml" in path.read_text()]
-EVALUATED = ("evaluate", "analyze")
-"""Folders under configs/ that evaluate.py reads; train.py reads all others."""
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +52,6 @@ def test_there_are_configs() -> None:
     }
 
 
-def instantiate(path: Path, *overrides: str, over: Sequence[Path] = ()) -> CommandLine:
-    evaluated = path.relative_to(ROOT / "configs").parts[0] in EVALUATED
-    command_line = EvaluateCommandLine if evaluated else TrainCommandLine
-    configs = [argument for file in (path, *over) for argument in ("--config", str(file))]
-    return command_line(args=[*configs, *overrides], run=False, save_config_callback=None)
-
-
 @pytest.mark.usefixtures("elsewhere")
 def test_a_training_is_sharded_over_as_many_ranks_as_share_the_data(tiny_models: dict[str, str]) -> None:
     arguments = [f"--model.backbone.pretrained={tiny_models['llama']}", "--trainer.accelerator=cpu"]
@@ -75,92 +62,6 @@ def test_a_training_is_sharded_over_as_many_ranks_as_share_the_data(tiny_models:
     assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (made.trainer.world_size, 1)
     assert made.trainer.world_size == 8
     assert all(parameter.is_meta for parameter in made.model.parameters())
-
-
-@pytest.mark.parametrize("path", [path for path in OVER if path.parent != TRAIN], ids=lambda path: path.stem)
-@pytest.mark.usefixtures("elsewhere")
-def test_every_overlay_of_an_evaluation_changes_what_it_goes_over(
-    path: Path, tiny_models: dict[str, str], adapter: str
-) -> None:
-    arguments = [f"--model.backbone.pretrained={tiny_models['llama']}", f"--model.backbone.adapter={adapter}"]
-    made = instantiate(OVER[path], *arguments, over=[path])
-    assert made.model.output == Path("output", "robust", yaml.safe_load(path.read_text())["report"])
-    assert not getattr(made.model, "card", False), "the card keeps the table of robust.yaml"
-    if path.stem == "robust_64k":
-        assert (made.model.budget, made.datamodule.lengths, len(made.datamodule.depths)) == (2048, [64_000], 10)
-        return
-    asked = made.datamodule.cases_per_cell * len(made.datamodule.depths)
-    assert asked == (20 if path.stem == "robust_ceiling" else 100)
-    assert made.datamodule.cases_without_depth == {"robust_ruler": 100, "robust_ceiling": 2}.get(path.stem, 10)
-
-
-@pytest.mark.usefixtures("elsewhere")
-def test_the_second_stage_continues_an_adapter_and_holds_the_full_cache(
-    tiny_models: dict[str, str], adapter: str
-) -> None:
-    hold = TRAIN / "robust_hold.yaml"
-    make_text_files(OVER[hold])
-    arguments = [f"--model.backbone.pretrained={tiny_models['llama']}", f"--model.backbone.adapter={adapter}"]
-    made = instantiate(OVER[hold], *arguments, over=[hold])
-    assert (made.model.backbone.lora, made.model.backbone.adapter) == (None, adapter)
-    assert made.model.objective.request.full_cache
-    assert made.model.objective.weights == [1, 10, 1]
-    assert (made.datamodule.context_tokens, made.datamodule.shortest_context, made.datamodule.seed) == (1024, 256, 1)
-    assert made.trainer.max_steps == 80
-
-
-@pytest.mark.usefixtures("elsewhere")
-def test_the_last_stage_holds_the_base_in_text_that_it_samples(tiny_models: dict[str, str], adapter: str) -> None:
-    held = TRAIN / "robust_held.yaml"
-    make_text_files(OVER[held])
-    make_text_files(held)
-    arguments = [f"--model.backbone.pretrained={tiny_models['llama']}", f"--model.backbone.adapter={adapter}"]
-    made = instantiate(OVER[held], *arguments, over=[held])
-    objective = made.model.objective
-    assert objective.request.first_chunk and not objective.request.full_cache
-    assert (objective.weights, objective.objectives[2].objective.kl_weight) == ([1, 10, 0.1], 100)
-    assert made.datamodule.text.sources[1].paths == ["output/moby-dick.jsonl", "output/sampled.jsonl"]
-
-
-@pytest.mark.usefixtures("elsewhere")
-def test_the_headline_is_trained_with_keydiff_alone(tiny_models: dict[str, str]) -> None:
-    alone = TRAIN / "robust_keydiff.yaml"
-    make_text_files(OVER[alone])
-    made = instantiate(OVER[alone], f"--model.backbone.pretrained={tiny_models['llama']}", over=[alone])
-    assert [type(press).__name__ for press in made.model.press.presses] == ["KeyDiffPress"]
-    assert (made.datamodule.context_tokens, made.trainer.max_steps) == (512, 100)
-
-
-@pytest.mark.parametrize(
-    ("over", "extra"),
-    [
-        ([], []),
-        (
-            ["qlora.yaml"],
-            [
-                *("--data.context_tokens=2048", "--model.backbone.load_in_4bit=false"),
-                *("--model.eviction.chunk_tokens=512", "--model.eviction.checkpoint=true"),
-            ],
-        ),
-        (
-            ["fsdp.yaml"],
-            ["--trainer.accelerator=cpu", "--trainer.accumulate_grad_batches=1", "--data.shortest_context=null"],
-        ),
-    ],
-)
-@pytest.mark.usefixtures("elsewhere")
-def test_the_8b_recipe_has_the_presses_of_the_robust_one_on_one_gpu_in_4_bits_and_sharded(
-    over: list[str], extra: list[str], tiny_models: dict[str, str]
-) -> None:
-    pretrained = f"--model.backbone.pretrained={tiny_models['llama']}"
-    made = instantiate(OVER[ROBUST_8B], pretrained, *extra, over=[ROBUST_8B, *(TRAIN / name for name in over)])
-    make_text_files(OVER[ROBUST_8B])
-    small = instantiate(OVER[ROBUST_8B], pretrained)
-    check_training(made)
-    assert made.model.eviction.press.presses == small.model.eviction.press.presses
-    assert made.model.objective == small.model.objective
-    assert isinstance(made.datamodule.text, MixedText)
-    assert made.trainer.world_size * made.trainer.accumulate_grad_batches * made.datamodule.batch_size == 8
 
 
 @pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
@@ -213,19 +114,6 @@ def test_every_config_is_instantiated(path: Path, tiny_models: dict[str, str], a
         check_training(made)
     if backbone is not None or "tokenizer" in settings:
         assert made.model.tokenizer.encode("text")
-
-
-def check_training(made: CommandLine) -> None:
-    """What every training config must have right."""
-    assert isinstance(made.datamodule, EvictionData)
-    assert made.trainer.max_steps > 0
-    assert made.trainer.max_epochs == -1  # else a finished run could not be given more steps
-    if hasattr(made.model, "eviction"):
-        made.model.eviction.check(made.datamodule.context_tokens)
-    optimizers = made.model.configure_optimizers()
-    if isinstance(optimizers, dict):
-        schedule = optimizers["lr_scheduler"]["scheduler"]
-        assert getattr(schedule, "total_steps", made.trainer.max_steps) >= made.trainer.max_steps
 
 
 def start(log: Path, *command: str) -> str:
