@@ -43,7 +43,7 @@ class MeasuredStep:
         """Return the 10^12 planned operations of ``model`` that ``device`` does in a second of ``step``.
 
         The step runs forwards and backwards, without optimizer, with weights in ``step.dtype`` (also where the run's
-        have 4 bits) and no turns. Raises ``ValueError`` for an objective or a press that cannot run in random layers.
+        have 4 bits). Raises ``ValueError`` for an objective or a press that cannot run in random layers.
         """
         few = _cut(step)
         short, longer = (min(self._seconds(layers, few, device, clock)) for layers in LAYERS)
@@ -74,7 +74,7 @@ class MeasuredStep:
 
 
 def batch_of(step: StepShape, device: torch.device | str = "cpu") -> Batch:
-    """A batch of random tokens with the step's lengths, all of its continuation supervised."""
+    """A batch of random tokens with the step's lengths and turns, all of its continuation supervised."""
     context, later, rows = step.context_tokens, step.continuation_tokens, step.rows
     ids = torch.randint(5, 60, (rows, context + later), device=device)
     columns = torch.arange(step.supervised, device=device).expand(rows, -1).clone()
@@ -83,6 +83,7 @@ def batch_of(step: StepShape, device: torch.device | str = "cpu") -> Batch:
         continuation_ids=ids[:, context:],
         labels=ids[:, context:].clone(),
         supervised=Supervised(columns, [step.supervised] * rows),
+        turn_ends=[step.turn_ends] * rows,
         document_ids=[""] * rows,
         tasks=[""] * rows,
     )

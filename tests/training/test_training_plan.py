@@ -48,13 +48,14 @@ def model() -> PreTrainedModel:
         {"first_chunk": True, "chunk_tokens": 96, "checkpoint": True},
         {"continuation_tokens": 128, "decoding": Decoding(48), "context_tokens": 96, "on_cpu": True},
         {"continuation_tokens": 128, "decoding": Decoding(48, budget=24, context=False), "scores": False},
+        {"continuation_tokens": 128, "decoding": Decoding("turn"), "turn_ends": (40, 90)},
         {"press": SparseRegPress(SnapKVPress(window_size=32)), "press_losses": True, "scores": False, "on_cpu": True},
         {"press": None, "dropout": True, "scores": False, "on_cpu": True},
         {"press": None, "dropout": True, "scores": False, "checkpoint": True},
     ],
     ids=[
         *("gpu", "cpu, two rows", "checkpointed", "local", "read again", "first chunk", "first chunk, checkpointed"),
-        *("evicted from again", "whole at first", "press losses", "dropout", "dropout, checkpointed"),
+        *("evicted from again", "whole at first", "turns", "press losses", "dropout", "dropout, checkpointed"),
     ],
 )
 def test_the_peak_is_that_of_a_real_step_within_a_quarter(model: PreTrainedModel, settings: dict[str, Any]) -> None:
@@ -90,9 +91,15 @@ def test_the_peak_over_4_bit_weights_is_that_of_a_real_step(tmp_path: Path) -> N
         {"press": SnapKVPress(window_size=32), "first_chunk": True},
         {"press": SnapKVPress(window_size=32), "chunk_tokens": 96, "first_chunk": True},
         {"press": SnapKVPress(window_size=32), "continuation_tokens": 128, "decoding": Decoding(48)},
+        {
+            "press": SnapKVPress(window_size=32),
+            "continuation_tokens": 128,
+            "decoding": Decoding("turn"),
+            "turn_ends": (40, 90),
+        },
         {"press": None, "dropout": True, "scores": False},
     ],
-    ids=["checkpointed", "read again", "first chunk", "first of two chunks", "evicted from again", "dropout"],
+    ids=["checkpointed", "read again", "first chunk", "first of two chunks", "evicted from again", "turns", "dropout"],
 )
 def test_operations_are_those_of_a_step(model: PreTrainedModel, settings: dict[str, Any]) -> None:
     """Attention's own are left out: torch counts none of the CPU's kernel."""
