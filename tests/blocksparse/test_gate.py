@@ -62,11 +62,10 @@ def before_rope(model: PreTrainedModel, tokens: Tensor) -> dict[int, tuple[Tenso
     for hook in hooks:
         hook.remove()
     shape = (*tokens.shape, -1, model.config.head_dim)
-    layers = range(len(decoder_of(model).layers))
-    return {
-        i: (caught[i, "q"].reshape(shape).transpose(1, 2), caught[i, "k"].reshape(shape).transpose(1, 2))
-        for i in layers
-    }
+    queries, keys = (
+        {i: x.reshape(shape).transpose(1, 2) for (i, own), x in caught.items() if own == side} for side in "qk"
+    )
+    return {i: (queries[i], keys[i]) for i in queries}
 
 
 def random_gates(model: PreTrainedModel, gate_dim: int = 6, block_size: int = 8) -> AttentionGates:
