@@ -20,6 +20,7 @@ __all__ = ["Document", "DocumentBlocks", "EmbeddedText", "HubText", "LocalText",
 log = logging.getLogger(__name__)
 
 FOUND_IN_FOLDERS = (".jsonl", ".parquet", ".txt")
+"""Suffixes of the files that a folder stands for; a .json file is often no text, so it is read only if named."""
 
 
 @dataclass(frozen=True)
@@ -128,12 +129,13 @@ class LocalText(TextSource):
 
     def _files(self) -> Iterator[Path]:
         for path in (Path(path).expanduser() for path in self.paths):
-            inside = (
-                sorted(file for file in path.rglob("*") if file.suffix in FOUND_IN_FOLDERS) if path.is_dir() else []
-            )
-            if path.is_dir() and not inside:
+            if not path.is_dir():
+                yield path
+                continue
+            inside = sorted(file for file in path.rglob("*") if file.suffix in FOUND_IN_FOLDERS)
+            if not inside:
                 raise ValueError(f"{path}: no {', '.join(FOUND_IN_FOLDERS)} file in this folder. Check the path")
-            yield from inside or [path]
+            yield from inside
 
     def _text(self, path: Path, counter: Skipped) -> Iterator[tuple[str, Any]]:  # noqa: ARG002
         content = path.read_bytes()
