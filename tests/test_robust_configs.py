@@ -58,7 +58,8 @@ def test_one_training_holds_the_base_in_text_that_it_samples(tiny_models: dict[s
     objective = made.model.objective
     assert objective.request.first_chunk and not objective.request.full_cache
     assert (objective.weights, objective.objectives[2].objective.kl_weight) == ([1, 10, 0.1], 100)
-    assert made.datamodule.text.sources[1].paths == ["output/moby-dick.jsonl", "output/sampled.jsonl"]
+    texts = ("moby-dick", "factbook", "sampled")
+    assert made.datamodule.text.sources[1].paths == [f"output/{text}.jsonl" for text in texts]
     assert (made.model.backbone.lora.r, made.trainer.max_steps) == (32, 300)
 
 
