@@ -3,8 +3,9 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from sparsekv_pl.storage.given_paths import existing
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +118,8 @@ class Skipped:
     def __init__(self, source: str, limit: int) -> None:
         self.source, self.limit = source, limit
         self.count = self.in_a_row = 0
+        self.first = ""
+        """The first unusable document, and why it is."""
 
     def usable(self, document_id: str, text: Any) -> bool:
         """Return whether a document can be used; count it if not."""
@@ -130,6 +133,7 @@ class Skipped:
     def skip(self, document_id: str, why: str) -> None:
         """Count an unusable document, and warn of the first; ``why`` is the reason."""
         if self.count == 0:
+            self.first = f"{document_id}: {why}" if document_id != self.source else why
             log.warning("%s: skipped %s: %s. Others are counted, not named", self.source, document_id, why)
         self.count, self.in_a_row = self.count + 1, self.in_a_row + 1
         if self.in_a_row > self.limit:
@@ -144,5 +148,5 @@ def check_files(owner: str, paths: Sequence[str]) -> None:
     if not paths:
         raise ValueError(f"{owner} got an empty list of paths: name at least one file")
     for path in paths:
-        if not Path(path).expanduser().exists():
+        if existing(path) is None:
             raise ValueError(f"{owner}.paths has {path}: not readable (there is no such file). Check the path")

@@ -12,6 +12,7 @@ from data.collate import MadeOnAccess, case_batch, pad_id
 from data.fact_task import Facts
 from data.facts import Split
 from data.packing import Tokens, enough_for, split_tokens, window_at, window_starts
+from data.sweep import check_distinct, check_sweep, depth_text
 from data.text import EmbeddedText, Splits, TextSource
 from data.tokenized import TokenizedData
 from sparsekv_pl.models.batch import TEXT, CaseBatch, CaseInfo
@@ -97,25 +98,8 @@ class EvaluationData(TokenizedData):
         self._check()
 
     def _check(self) -> None:
-        for name, values in {"lengths": self.lengths, "depths": self.depths, "seeds": self.seeds}.items():
-            if not values:
-                raise ValueError(f"{name} is empty: give at least one")
-        for length in self.lengths:
-            if length < 1:
-                raise ValueError(f"lengths has {length}: a context has at least 1 token")
-        for depth in self.depths:
-            if not 0 <= depth <= 1:
-                raise ValueError(f"depths has {depth}: give fractions of the text between 0 and 1")
-        named: dict[str, Sequence[object]] = {
-            "lengths": self.lengths,
-            "depths": [f"{depth:.2f}" for depth in self.depths],
-            "seeds": self.seeds,
-            "tasks": [task.name for task in self.tasks] + [TEXT] * (self.windows > 0),
-        }
-        for name, values in named.items():
-            for value in values:
-                if values.count(value) > 1:
-                    raise ValueError(f"{name} has {value} more than once: its cases would have equal ids")
+        check_sweep(self.lengths, self.depths, self.seeds)
+        check_distinct("tasks", [task.name for task in self.tasks] + [TEXT] * (self.windows > 0))
         if not self.windows and not (self.tasks and self.cases_per_cell):
             raise ValueError("there is nothing to evaluate: ask for windows, or for tasks and cases_per_cell")
 
@@ -190,7 +174,7 @@ class EvaluationData(TokenizedData):
 
         The facts do not depend on whether the press sees the question.
         """
-        at = "" if depth is None else f"/d{depth:.2f}"
+        at = "" if depth is None else f"/d{depth_text(depth)}"
         name = f"{self._asked_of}{task.name}/L{length}{at}/s{seed}/{number}"
         text = self._texts[task.name, length]
         case = task.case(self._frame, text, length, depth, random_for(name), self.query_aware)

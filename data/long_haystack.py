@@ -16,6 +16,7 @@ from data.facts import Fact, draw_facts
 from data.needles import filler_room, needle_ids
 from data.packing import JOINT, DocumentStream
 from data.python_source import PythonSource
+from data.sweep import check_sweep, depth_text
 from data.text import Document, Splits, TextSource
 from data.tokenized import TokenizedData
 from sparsekv_pl.models.batch import CaseBatch, CaseInfo
@@ -66,14 +67,9 @@ class HaystackData(TokenizedData):
         self.text = text or PythonSource()
         self.lengths = [tokens] if lengths is None else list(lengths)
         self.depths, self.seed, self.repeat = list(depths), seed, repeat
-        given: dict[str, Sequence[object]] = {"lengths": self.lengths, "depths": self.depths}
-        for name, values in given.items():
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"{name} is {values}: give at least one, and none twice")
-        if min(self.lengths) < 1:
-            raise ValueError(f"a context of {min(self.lengths)} tokens was requested: give at least 1 token")
-        if not all(0 <= depth <= 1 for depth in self.depths):
-            raise ValueError(f"depths is {self.depths}: give fractions of the text between 0 and 1")
+        if lengths is None and tokens < 1:
+            raise ValueError(f"tokens is {tokens}: a context has at least 1 token")
+        check_sweep(self.lengths, self.depths, [seed])
 
     def setup(self, stage: str | None = None) -> None:
         """Take the tokenizer. Raises ``ValueError`` if the needles do not fit into the shortest context."""
@@ -115,7 +111,7 @@ class HaystackData(TokenizedData):
     def _case(self, fact: Fact, depth: float, length: int, task: str, documents: tuple[str, ...]) -> Case:
         """Make a case without the context, which is in the batch once."""
         info = CaseInfo(
-            id=f"haystack/L{length}/d{depth:.2f}/s{self.seed}",
+            id=f"haystack/L{length}/d{depth_text(depth)}/s{self.seed}",
             task=task,
             answers=(fact.value,),
             question=f"{QUESTION_OPENING}{fact.question}",

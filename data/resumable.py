@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
@@ -12,6 +11,7 @@ from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from sparsekv_pl.models.batch import Batch
+from sparsekv_pl.storage.given_paths import existing
 
 SHOWN = 5
 """Number of settings that an error names; it counts the others."""
@@ -135,8 +135,8 @@ def flat_settings(name: str, value: Any) -> dict[str, Any]:
         return {key: part for own, one in value.items() for key, part in flat_settings(f"{name}.{own}", one).items()}
     if isinstance(value, list | tuple):
         return {key: part for i, one in enumerate(value) for key, part in flat_settings(f"{name}[{i}]", one).items()}
-    if isinstance(value, str) and Path(value).is_file():
-        return {name: f"{value} ({Path(value).stat().st_size:,} bytes)"}
+    if isinstance(value, str) and (path := existing(value, home=False)) is not None and path.is_file():
+        return {name: f"{value} ({path.stat().st_size:,} bytes)"}
     plain = value is None or isinstance(value, bool | int | float | str)
     return {name: value if plain else type(value).__name__}
 

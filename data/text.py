@@ -105,37 +105,47 @@ class LocalText(TextSource):
         check_files("LocalText", self.paths)
 
     def documents(self) -> Iterator[Document]:
-        """Yield the documents; ``ValueError`` names an empty, broken or unknown file, and the line."""
-        readers = {".txt": self._text, ".jsonl": self._json_lines, ".json": self._json_lines, ".parquet": self._parquet}
-        self.skipped = 0
-        for path in self._files():
-            if path.suffix not in readers:
-                raise ValueError(f"{path}: unknown kind of file, give one of {sorted(readers)}")
-            counter = Skipped(str(path), self.skip_limit)
-            try:
-                rows = readers[path.suffix](path, counter)
-                found = [Document(name, text.removeprefix(BOM)) for name, text in rows if counter.usable(name, text)]
-            except OSError as error:
-                raise ValueError(f"{path}: not readable ({error}). Check the path and the file") from error
-            if not found:
-                raise ValueError(
-                    f"{path}: holds no text ({counter.count} documents cannot be used). Remove it from paths, or name "
-                    f"the right text_field ({self.text_field!r})"
-                )
-            self.skipped += counter.count
-            yield from found
-        if self.skipped:
-            log.warning("skipped %d unusable documents in %d files", self.skipped, len(self.paths))
-
-    def _files(self) -> Iterator[Path]:
+        """Yield the documents; ``ValueError`` names a broken or unknown file and its line, and a path without text."""
+        self.skipped, files = 0, 0
         for path in (Path(path).expanduser() for path in self.paths):
-            if not path.is_dir():
-                yield path
-                continue
-            inside = sorted(file for file in path.rglob("*") if file.suffix in FOUND_IN_FOLDERS)
-            if not inside:
-                raise ValueError(f"{path}: no {', '.join(FOUND_IN_FOLDERS)} file in this folder. Check the path")
-            yield from inside
+            counter, empty, skipped = Skipped(str(path), self.skip_limit), True, self.skipped
+            for file in self._files(path):
+                found = self._found(file, counter)
+                self.skipped, files = skipped + counter.count, files + 1
+                empty = empty and not found
+                yield from found
+            if empty:
+                field = "" if path.suffix == ".txt" else f", or name the right text_field ({self.text_field!r})"
+                raise ValueError(
+                    f"{path}: holds no text: {counter.first}; {counter.count} unusable in all. Repair it or remove it "
+                    f"from paths{field}"
+                )
+        if self.skipped:
+            log.warning("skipped %d unusable documents in %d files", self.skipped, files)
+
+    def _files(self, path: Path) -> list[Path]:
+        """Return a file, or the files in a folder."""
+        if not path.is_dir():
+            return [path]
+        inside = sorted(file for file in path.rglob("*") if file.suffix in FOUND_IN_FOLDERS)
+        if not inside:
+            raise ValueError(f"{path}: no {', '.join(FOUND_IN_FOLDERS)} file in this folder. Check the path")
+        return inside
+
+    def _found(self, path: Path, counter: Skipped) -> list[Document]:
+        """Return a file's documents; one without any counts as an unusable document."""
+        readers = {".txt": self._text, ".jsonl": self._json_lines, ".json": self._json_lines, ".parquet": self._parquet}
+        if path.suffix not in readers:
+            raise ValueError(f"{path}: unknown kind of file, give one of {sorted(readers)}")
+        before = counter.count
+        try:
+            rows = readers[path.suffix](path, counter)
+            found = [Document(name, text.removeprefix(BOM)) for name, text in rows if counter.usable(name, text)]
+        except OSError as error:
+            raise ValueError(f"{path}: not readable ({error}). Check the path and the file") from error
+        if not found and counter.count == before:
+            counter.skip(str(path), "it has no documents")
+        return found
 
     def _text(self, path: Path, counter: Skipped) -> Iterator[tuple[str, Any]]:  # noqa: ARG002
         content = path.read_bytes()

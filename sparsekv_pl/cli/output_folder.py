@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from sparsekv_pl.storage.given_paths import existing
+
 EXPORTED = ("adapter_config.json", "training.json", "model.safetensors", "model.safetensors.index.json")
 RUN = ("checkpoints", "config.yaml")
 """At least one of these lies beside a training's exports."""
@@ -14,13 +16,6 @@ def check_output(key: str, output: str | Path) -> None:
     """
     folder = Path(output).expanduser()
     place = folder.name in ("final", "merged") or folder.name.startswith("checkpoint-")
-    if any(_there(folder / name) for name in EXPORTED) or (place and any(_there(folder.parent / name) for name in RUN)):
+    beside = [folder.parent / name for name in RUN] if place else []
+    if any(map(existing, [*(folder / name for name in EXPORTED), *beside])):
         raise ValueError(f"{key}={output} is where a training exports to, and replaces all: give a folder of its own")
-
-
-def _there(path: Path) -> bool:
-    """Whether ``path`` exists; a name that is too long does not."""
-    try:
-        return path.exists()
-    except OSError:
-        return False

@@ -64,7 +64,7 @@ def planned(arguments: Sequence[str], on_cpu: bool = False, here: bool = False) 
         raise ValueError(f"model.class_path is {settings.model.class_path}: only EITModule's steps can be planned")
     made = _objects(settings)
     eviction, backbone, trainer, data = made.eviction, made.backbone, settings.trainer, settings.data.init_args
-    devices = _devices(trainer)
+    devices = _devices(trainer, on_cpu, here)
     _check_sharded(backbone, data)
     objective = made.objective or EIT()
     request = objective.request
@@ -216,10 +216,23 @@ def _dtype(backbone: Backbone, precision: str | int | None, on_cpu: bool, here: 
     return found
 
 
-def _devices(trainer: Namespace) -> int:
-    if not isinstance(trainer.devices, int | str) or not str(trainer.devices).lstrip("-").isdigit():
-        return trainer.num_nodes if trainer.devices == "auto" else len(trainer.devices) * trainer.num_nodes
-    return max(1, int(trainer.devices)) * trainer.num_nodes
+def _devices(trainer: Namespace, on_cpu: bool, here: bool) -> int:
+    """Count the devices of a run on all nodes, as Lightning reads ``trainer.devices``: 2, "2", "0,1", [0, 1], -1, auto.
+
+    All devices are those of this machine if the plan is for it (``here``), else one.
+    """
+    given = trainer.devices
+    try:
+        if isinstance(given, str) and given != "auto":
+            given = [int(part) for part in given.split(",") if part] if "," in given else int(given)
+    except ValueError as error:
+        raise ValueError(
+            f"trainer.devices is {given!r}: give a number, the devices' numbers such as 0,1, -1 or auto for all"
+        ) from error
+    if given in ("auto", -1):
+        given = torch.cuda.device_count() if here and not on_cpu else 1
+    count = given if isinstance(given, int) else len(given)
+    return max(1, count) * int(trainer.num_nodes)
 
 
 def _check_sharded(backbone: Backbone, data: Namespace) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsekv_pl.storage.fingerprint import path_digest
+from sparsekv_pl.storage.given_paths import named_by
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -45,6 +46,6 @@ def named_files(manager: "TaskManager", task: str) -> list[str]:
                 found += [digest for one in members if isinstance(one, str) for digest in named_files(manager, one)]
         elif isinstance(value, list):
             left += value
-        elif isinstance(value, str) and "\n" not in value and len(value) < 4096 and Path(value).exists():
-            found.append(path_digest(Path(value)))
+        elif isinstance(value, str) and (path := named_by(value, home=False)) is not None:
+            found.append(path_digest(path))
     return sorted(found)

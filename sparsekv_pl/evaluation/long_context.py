@@ -40,7 +40,7 @@ from sparsekv_pl.reporting.console import show
 from sparsekv_pl.reporting.file_formats import json_bytes
 from sparsekv_pl.reporting.loggers import log_scores
 from sparsekv_pl.storage.records import Record
-from sparsekv_pl.storage.result_keys import canonical, settings_of
+from sparsekv_pl.storage.result_keys import canonical, class_path, settings_of
 from sparsekv_pl.storage.whole_files import replace
 
 set_parsing_settings(subclasses_enabled=[BasePress])
@@ -115,7 +115,9 @@ class LongContextModule(MeasuringModule):
             check_evicts(press)
             check_press_alone(press)
         self.press, self.budget, self.chunk_tokens = press, budget, chunk_tokens
-        self.press_settings = settings_of(press)  # before a prefill: it sets the ratio of each chunk
+        # Before a prefill: it sets the ratio of each chunk.
+        self.press_settings = settings_of(press)
+        self.draws_for = canonical(settings_of(press, described=class_path))
         self.phases, self.between = Phases(), ExitStack()
         with self.phases("load"):
             super().__init__(output or "output/long_context", backbone, trained_alone=True)
@@ -217,7 +219,7 @@ class LongContextModule(MeasuringModule):
     def _draws(self, batch: CaseBatch, start: int) -> AbstractContextManager[None]:
         """Seed a press without a seed of its own for one chunk, so that a rerun may begin with it."""
         cases = (case.id for case in batch["cases"])
-        return globally_seeded("measured press", *cases, canonical(self.press_settings), str(self.budget), start)
+        return globally_seeded("measured press", *cases, self.draws_for, str(self.budget), start)
 
     def _answers(self, filling: ChunkedPrefill, batch: CaseBatch, variant: str, costs: Record) -> list[Record]:
         prefilled, tokens = filling.result(), batch["context_ids"].shape[1]

@@ -158,8 +158,8 @@ class MeasuringModule(LightningModule, ABC):
         records = gathered(self.records)
         if self.results.unread and self.trainer.world_size == 1:  # of several ranks, each asks for its own share
             log.warning(
-                "%s also holds %d finished pieces of work of other settings, files, versions or (before 0.2.0) class "
-                "paths: they are not in this report, and what of them belongs here was measured again",
+                "%s also holds %d finished pieces of work of other settings, files, versions, code or (before 0.2.0) "
+                "class paths: they are not in this report, and what of them belongs here was measured again",
                 *(self.results.folder, len(self.results.unread)),
             )
         if self.trainer.is_global_zero and records:

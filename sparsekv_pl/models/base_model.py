@@ -9,6 +9,7 @@ import yaml
 
 from sparsekv_pl.models.gguf_checkpoint import EMBEDDED
 from sparsekv_pl.storage.fingerprint import weights_digest
+from sparsekv_pl.storage.given_paths import existing
 
 if TYPE_CHECKING:
     from sparsekv_pl.models.backbone import Backbone
@@ -77,7 +78,7 @@ def origin_of(pretrained: str, files: Path) -> Origin:
 
 
 def _is_local(pretrained: str) -> bool:
-    return pretrained != EMBEDDED and Path(pretrained).expanduser().exists()
+    return pretrained != EMBEDDED and existing(pretrained) is not None
 
 
 def _front_matter(card: Path) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsekv_pl.models.training_summary import training_summary
 from sparsekv_pl.storage.fingerprint import weights_digest
+from sparsekv_pl.storage.given_paths import existing
 from sparsekv_pl.storage.json_file import read_mapping
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def check_base(adapter: str, pretrained: str, source: Path, files: Callable[[], 
         digest = weights_digest(folder)
     if digest is not None:
         same = any(weights_digest(place).startswith(digest) for place in {files(), source} if place.exists())
-    elif not trained_on or Path(pretrained).expanduser().exists():
+    elif not trained_on or existing(pretrained) is not None:
         if trained_on and Path(trained_on).name != Path(pretrained).name:
             log.warning("adapter %s was trained on %s: whether that is %s is unknown", adapter, name, pretrained)
         return

@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsekv_pl.reporting.public_addresses import ADDRESS, public_address
 from sparsekv_pl.reporting.redaction import redacted
-from sparsekv_pl.storage.result_keys import settings_of
+from sparsekv_pl.storage.result_keys import class_path, settings_of
 
 FOLDERS = re.compile(r"(?<![\w.:/~-])(?:~[\w.-]*|[A-Za-z]:)?[/\\](?:[^\s\"',;:\[\]{}=]*[/\\])?")
 """The folders of an absolute path in a text; not a part of a relative path or of an address."""
@@ -34,9 +34,9 @@ def public_settings(value: Any) -> Any:
     Of an object that does not keep its arguments, the class alone.
     """
     try:
-        return _without_changed(settings_of(value, public_text))
+        return _without_changed(settings_of(value, public_text, class_path))
     except TypeError:
-        return {"class": f"{type(value).__module__}.{type(value).__qualname__}"}
+        return {"class": class_path(type(value))}
 
 
 def public_command(program: str) -> str | None:

@@ -16,6 +16,7 @@ from sparsekv_pl.models.layer_kinds import attentions
 from sparsekv_pl.models.native_precision import AUTO, decide
 from sparsekv_pl.models.stop_tokens import stop_ids
 from sparsekv_pl.storage.fingerprint import folder_digest, model_digest
+from sparsekv_pl.storage.given_paths import existing
 
 SHOWN = 12
 """Characters of a digest that messages show."""
@@ -84,7 +85,7 @@ def check_before_loading(backbone: Backbone, made_by: ModelIdentity, what: str) 
 
 
 def _is_local(backbone: Backbone) -> bool:
-    return Path(backbone.pretrained).expanduser().exists()
+    return existing(backbone.pretrained) is not None
 
 
 class LoadedModel:

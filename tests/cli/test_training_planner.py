@@ -130,6 +130,7 @@ def test_the_rate_of_this_machine_is_measured_where_the_plan_fits_it(
             "decoding and checkpoint, which are planned one at a time",
         ),
         (["--memory", "80GB", "--trainer.max_steps=-1"], "trainer.max_steps is -1: give the number of steps"),
+        (["--memory", "80GB", "--trainer.devices=two"], "trainer.devices is 'two': give a number"),
         (["--memory", "80GB", "--config", str(TRAIN / "fsdp.yaml")], "set data.shortest_context=null"),
     ],
 )
@@ -144,3 +145,29 @@ def test_a_cpu_keeps_its_own_tensors_and_a_schedule_its_least_ratio(folders: dic
     assert gpu.step.compression_ratio == pytest.approx(0.3, abs=0.01)  # of Spread
     assert (str(gpu.step.dtype), str(cpu.step.dtype)) == ("torch.bfloat16", "torch.float32")
     assert not cpu.allowances and len(gpu.allowances) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "here", "counted"),
+    [
+        ("1", False, 1),
+        ("2", False, 2),
+        ("0,1", False, 2),
+        ("0, 1, 2, 3", False, 4),
+        ("3,", False, 1),
+        ("[0, 1, 5]", False, 3),
+        ("10", False, 10),
+        ("auto", False, 1),
+        ("-1", False, 1),
+        ("auto", True, 4),
+        ("-1", True, 4),
+        ("2", True, 2),
+    ],
+)
+def test_devices_are_counted_as_lightning_reads_them(
+    given: str, here: bool, counted: int, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    arguments = [*recipe(folders["qwen3"]), "--model.backbone.dtype=bfloat16", f"--trainer.devices={given}"]
+    assert planned(arguments, here=here).plan.step.devices == counted
+    assert planned([*arguments, "--trainer.num_nodes=3"], here=here).plan.step.devices == 3 * counted

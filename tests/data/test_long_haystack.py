@@ -152,11 +152,14 @@ def test_repeated_text_comes_in_a_new_order_and_is_named(tokenizer: Any, caplog:
     "settings, message",
     [
         ({"tokens": 60}, r"5 needle\(s\) of .* leave no room for text in a context of 60 tokens"),
-        ({"tokens": 0}, "a context of 0 tokens was requested"),
-        ({"lengths": []}, "lengths is .*: give at least one"),
-        ({"lengths": [300, 300]}, "lengths is .*none twice"),
-        ({"depths": [0.5, 0.5]}, "depths is .*none twice"),
-        ({"depths": [1.5]}, r"depths is \[1.5\]: give fractions"),
+        ({"tokens": 0}, "tokens is 0: a context has at least 1 token"),
+        ({"lengths": [300, 0]}, "lengths has 0: a context has at least 1 token"),
+        ({"lengths": []}, "lengths is empty: give at least one"),
+        ({"lengths": [300, 300]}, "lengths has 300 more than once"),
+        ({"depths": []}, "depths is empty: give at least one"),
+        ({"depths": [0.5, 0.5]}, r"depths has 0\.50 more than once"),
+        ({"depths": [0.991, 0.992]}, r"depths has 0\.99 more than once"),
+        ({"depths": [1.5]}, r"depths has 1\.5: give fractions"),
     ],
 )
 def test_bad_settings_are_refused_before_text_is_read(tokenizer: Any, settings: dict[str, Any], message: str) -> None:

@@ -188,6 +188,11 @@ def test_other_files_are_refused_by_name_and_size(tmp_path: Path) -> None:
         check_settings(flat_settings("text", LocalText([str(path)])), flat_settings("text", LocalText([str(path)] * 2)))
 
 
+@pytest.mark.parametrize("text", ["a long instruction " * 20, "a" * 5000, "a\0b"])
+def test_a_text_that_can_be_no_path_is_a_setting_like_any_other(text: str) -> None:
+    assert flat_settings("instruction", [text]) == {"instruction[0]": text}
+
+
 def test_a_refusal_counts_what_it_does_not_name() -> None:
     with pytest.raises(ValueError, match=r"text\[4\] was 4, is 5; 3 more\. A run"):
         check_settings(flat_settings("text", list(range(8))), flat_settings("text", list(range(1, 9))))

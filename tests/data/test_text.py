@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
+from data.documents import SourceFailed
 from data.python_source import PythonSource
 from data.question_sources import LocalQuestions
 from data.repeated_text import RepeatedText
@@ -67,8 +68,9 @@ def test_broken_line_is_named_or_counted(tmp_path, broken, caplog):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.txt", b"", "holds no text"),
-        ("empty.jsonl", b"", "holds no text"),
+        ("empty.txt", b"", r"empty\.txt: holds no text: its text is empty; 1 .* Repair it or remove it from paths$"),
+        ("empty.jsonl", b"", "holds no text: it has no documents; 1 unusable in all.*text_field"),
+        ("none.jsonl", b'{"a": 1}\n{"a": 2}\n', r"none\.jsonl:1: it has no text; 2 unusable in all.*text_field"),
         ("bytes.txt", b"\xff\xfe\xfa", "not readable"),
         ("bad.parquet", b"not parquet at all", "not a Parquet file"),
         ("x.csv", b"a,b", "unknown kind of file"),
@@ -91,6 +93,41 @@ def test_a_folder_stands_for_the_texts_in_it(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: no \.jsonl, \.parquet, \.txt file in this folder"):
         list(LocalText([str(tmp_path / "empty")]).documents())
+
+
+def test_an_empty_file_in_a_folder_is_skipped_and_counted(tmp_path, caplog):
+    contents = {"a.txt": "", "b.txt": "text", "c.txt": " \n", "d.jsonl": "", "e.jsonl": '{"text": "row"}\n{}\n'}
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    source = LocalText([str(tmp_path), str(tmp_path / "b.txt")])
+    for _ in range(2):
+        assert [d.text for d in source.documents()] == ["text", "row", "text"]
+        assert source.skipped == 4
+    assert "skipped 4 unusable documents in 6 files" in caplog.text
+    assert "a.txt: its text is empty" in caplog.text
+
+
+def test_a_folder_without_text_stops_and_says_why(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(" ")
+    with pytest.raises(ValueError, match=r"holds no text: .*a\.txt: its text is empty; 2 unusable in all") as error:
+        list(LocalText([str(tmp_path)]).documents())
+    assert str(error.value).startswith(f"{tmp_path}: ")
+    (tmp_path / "c.txt").write_text("text")
+    with pytest.raises(SourceFailed, match=r"2 documents in a row cannot be used, the last is .*b\.txt"):
+        list(LocalText([str(tmp_path)], skip_limit=1).documents())
+
+
+def test_a_text_that_is_too_long_is_refused_with_its_length(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.documents.LONGEST", 10)
+    (tmp_path / "long.txt").write_text("a" * 11)
+    with pytest.raises(ValueError, match=r"long\.txt: holds no text: its text has 11 characters, more than 10"):
+        list(LocalText([str(tmp_path / "long.txt")]).documents())
+
+
+def test_a_path_that_cannot_be_one_is_not_there():
+    with pytest.raises(ValueError, match=r"LocalText\.paths has a{300}: not readable \(there is no such file\)"):
+        LocalText(["a" * 300])
 
 
 def test_unreachable_dataset_says_what_to_do():
