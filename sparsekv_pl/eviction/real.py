@@ -41,8 +41,8 @@ class RealEviction:
     chunk_tokens
         Most tokens per chunk; null runs the context in one chunk. Chunk lengths differ by at most one token.
     budget
-        Most KV pairs per head that the cache keeps, in tokens; applies if the compression ratio would keep more.
-        With it, memory does not grow with the context. Null sets no limit.
+        Most KV pairs per head that the cache keeps, in tokens; applies if the compression ratio, or ``decoding``, would
+        keep more. With it, memory does not grow with the text. Null sets no limit.
     checkpoint
         Keep no activations of the context: backward runs each chunk again, so only one chunk's activations exist at a
         time. For long contexts; costs a second forward. See eviction/checkpointed_prefill.py.

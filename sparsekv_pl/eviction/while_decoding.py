@@ -23,7 +23,7 @@ class Decoding:
         question is known. What has no turns (plain text, single questions) is evicted from after the context alone.
     budget
         Most KV pairs per head that each of these evictions leaves, in tokens. Null: as many as the compression ratio
-        leaves of the context.
+        leaves of the context. A smaller ``RealEviction.budget`` holds here too.
     grows
         The compression ratio holds for all tokens read so far (kvpress's CompressionRatioDecodingPress), so the cache
         grows with the text, at most to ``budget``.
@@ -95,12 +95,15 @@ class Decoding:
         """Return the ``ends`` in a continuation that is read; nothing is evicted after its last token."""
         return self.ends(context_tokens, continuation_tokens - 1, turn_ends)
 
-    def pairs(self, context_tokens: int, compression_ratio: float) -> int | None:
-        """Return the most KV pairs per head that each later eviction leaves; None if only the ratio decides."""
-        if self.grows:
-            return self.budget
-        left = max(1, int(context_tokens * (1 - compression_ratio)))
-        return left if self.budget is None else self.budget
+    def pairs(self, context_tokens: int, compression_ratio: float, at_most: int | None) -> int | None:
+        """Return the most KV pairs per head that each later eviction leaves; None if only the ratio decides.
+
+        ``at_most`` is the budget of the context's eviction, which goes on to hold.
+        """
+        own = self.budget
+        if own is None and not self.grows:
+            own = max(1, int(context_tokens * (1 - compression_ratio)))
+        return min((pairs for pairs in (own, at_most) if pairs is not None), default=None)
 
 
 def check_turns(decodings: Iterable[Decoding | None], has_turns: bool, setting: str) -> None:
