@@ -25,7 +25,7 @@ from sparsekv_pl.eviction.quantised_prefill import QuantisedPrefill
 from sparsekv_pl.eviction.request import NOTHING, Request
 from sparsekv_pl.eviction.while_decoding import Decoding
 from sparsekv_pl.models.devices import stacked
-from sparsekv_pl.presses.ratio import set_compression_ratio
+from sparsekv_pl.presses.ratio import check_takes_a_ratio, set_compression_ratio
 from sparsekv_pl.presses.step_draws import draw
 from sparsekv_pl.presses.traits import traits_of
 
@@ -76,7 +76,11 @@ class RealEviction:
                 raise ValueError(f"{name}={value} must be at least 1 token, or null")
 
     def check(self, context_tokens: int, request: Request = NOTHING) -> None:
-        """Raise ``ValueError`` if a chunk would be too short for the press, or the press cannot run in chunks."""
+        """Raise ``ValueError`` if a chunk would be too short for the press, or the press cannot run in chunks.
+
+        So also if the press takes no ratio, or ``request`` cannot be met.
+        """
+        check_takes_a_ratio(self.press)
         bounds = chunk_bounds(context_tokens, self.chunk_tokens)
         traits = traits_of(self.press)
         check_chunks(traits, bounds, request)

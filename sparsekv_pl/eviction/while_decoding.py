@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sparsekv_pl.eviction.limits import evicts_again
+from sparsekv_pl.eviction.limits import check_evicts_again
 from sparsekv_pl.eviction.request import NOTHING, Request
 from sparsekv_pl.presses.traits import PressTraits
 
@@ -54,12 +54,8 @@ class Decoding:
             raise ValueError(
                 f"{traits.name} sees the whole continuation, so it cannot evict while that is read: leave decoding out"
             )
-        if not evicts_again(traits, request, decoding=not training):
-            raise ValueError(
-                f"{traits.name} cannot evict again and again{' in training' if training else ''}: it masks KV pairs "
-                "instead of removing them, or looks at the whole context at once. Leave decoding out, or take another "
-                "press"
-            )
+        again = f"again and again{' in training' if training else ''}"
+        check_evicts_again(traits, request, not training, again, "Leave decoding out")
         if self.interval != "turn" and self.interval <= traits.window:
             raise ValueError(
                 f"decoding.interval={self.interval} must be above the window of {traits.name}, {traits.window} tokens: "

@@ -76,6 +76,8 @@ class PressTraits:
     """All only read layers that have run; none runs the model itself (KVzipPress)."""
     window: int = 0
     """Largest number of tokens that one observes or keeps by rule (window_size, n_sink); chunks must be longer."""
+    part_tokens: int = 0
+    """Least number of tokens of which one scores a longer context's parts (chunk_length, block_size); 0: none does."""
     press: BasePress = None  # rows of the table have no press
     """The press that these traits were made from."""
     inside: tuple["PressTraits", ...] = ()
@@ -153,6 +155,7 @@ def traits_of(press: BasePress) -> PressTraits:
         by_scores=all(one.by_scores for one in chosen),
         only_trains=all(one.only_trains for one in inside or (own,)),
         window=max(one.window for one in together),
+        part_tokens=min((one.part_tokens for one in together if one.part_tokens), default=0),
         press=press,
         inside=inside,
     )
@@ -213,11 +216,11 @@ def table() -> dict[type, Row]:
         BasePress: PressTraits(needs=("hidden states",)),
         ScorerPress: scorer(needs=("hidden states",)),
         kvpress.AdaKVPress: masking(),
-        kvpress.BlockPress: PressTraits(),
+        kvpress.BlockPress: lambda press: PressTraits(part_tokens=press.block_size),
         kvpress.CAMPress: generating(needs=queries, attends="by itself"),
         kvpress.CapPress: scorer(needs=("rotary", *queries)),
         kvpress.ChunkKVPress: chunk_kv,
-        kvpress.ChunkPress: PressTraits(),
+        kvpress.ChunkPress: lambda press: PressTraits(part_tokens=press.chunk_length),
         kvpress.CompactorPress: whole_context(needs=(*queries, "keys"), attends="by itself"),
         kvpress.ComposedPress: no_ratio,
         kvpress.CompressionRatioDecodingPress: generating(),
