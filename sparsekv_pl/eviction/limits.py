@@ -103,10 +103,11 @@ def check_rope(model: PreTrainedModel, first: int, total: int, rotates: bool = F
 
 
 def check_rows(traits: PressTraits, rows: int) -> None:
-    """Raise ``ValueError`` if a press would keep in all ``rows`` rows of a batch what it keeps in the first."""
+    """Raise ``ValueError`` if a press that evicts from one row alone would get a batch of ``rows`` rows."""
     if rows > 1 and traits.first_row_decides:
         raise ValueError(
-            f"{traits.name} keeps in all {rows} rows of a batch what the first row's scores select: set batch_size=1"
+            f"{traits.name} evicts from one row alone, and a batch has {rows}, of which it would keep what the first "
+            "one's scores select, mix the rows or fail: set batch_size=1"
         )
 
 

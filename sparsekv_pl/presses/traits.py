@@ -44,7 +44,7 @@ class PressTraits:
     head_wise: bool = False
     """Any hides pairs per head and leaves them in memory."""
     first_row_decides: bool = False
-    """Any keeps in all rows of a batch the pairs that the first row's scores select."""
+    """Any evicts from one row alone: in a batch it keeps what the first row's scores select, mixes rows or fails."""
     re_rotates: bool = False
     """Any moves the kept keys to positions 0..budget-1, so that later tokens continue from the cache's length."""
     in_order: bool = False
@@ -211,7 +211,7 @@ def table() -> dict[type, Row]:
     generating = partial(wrapper, takes_a_ratio=False, while_generating=True)
     expected = partial(scorer, needs=("rotary", *queries), attends="expected", shared_work="mean rotation")
     window = partial(scorer, needs=queries, attends="window", same_at_every_ratio=True)
-    kvzip = masking(needs=(*queries, "weights"), attends="by itself", every_layer=True)
+    kvzip = masking(needs=(*queries, "weights"), attends="by itself", every_layer=True, first_row_decides=True)
     return {
         BasePress: PressTraits(needs=("hidden states",)),
         ScorerPress: scorer(needs=("hidden states",)),
@@ -224,7 +224,7 @@ def table() -> dict[type, Row]:
         kvpress.CompactorPress: whole_context(needs=(*queries, "keys"), attends="by itself"),
         kvpress.ComposedPress: no_ratio,
         kvpress.CompressionRatioDecodingPress: generating(),
-        kvpress.CriticalAdaKVPress: masking(needs=("weights",)),
+        kvpress.CriticalAdaKVPress: masking(needs=("weights",), first_row_decides=True),  # adds up the rows' budgets
         kvpress.CriticalKVPress: scorer(needs=("weights",)),
         kvpress.CURPress: scorer(),
         kvpress.DecodingPress: generating(),

@@ -1,7 +1,7 @@
 """What a later step or the first validation could not run is refused at setup, before the first step."""
 
 import pytest
-from kvpress import BasePress, ChunkKVPress, ComposedPress, KnormPress, ThinKPress
+from kvpress import BasePress, ChunkKVPress, ComposedPress, KnormPress, KVzipPress, ThinKPress
 
 from callbacks.curriculum import Curriculum
 from sparsekv_pl.eviction.real import RealEviction
@@ -16,7 +16,11 @@ from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer
 @pytest.mark.parametrize(
     ("press", "message"),
     [
-        (ChunkKVPress(KnormPress()), r"ChunkKV\(Knorm\) keeps in all 2 rows .*: set batch_size=1"),
+        (
+            ChunkKVPress(KnormPress()),
+            r"ChunkKV\(Knorm\) evicts from one row alone, and a batch has 2, .*batch_size=1",
+        ),
+        (KVzipPress(), r"KVzip evicts from one row alone"),
         (ThinKPress(), "ThinK has no compression_ratio to set"),
         (EvictionAugPress([KnormPress(), ComposedPress([KnormPress()])]), "Composed.* has no compression_ratio to set"),
     ],
