@@ -49,6 +49,7 @@ def config(model: str, folder: Path, ranks: int, workers: int, eviction: dict[st
     module = {
         "backbone": {"pretrained": model, "dtype": "float32", "lora": {"r": 4}},
         "eviction": eviction,
+        "validation_eviction": press("sparsekv_pl.eviction.real.RealEviction", press=SNAPKV),
         "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
         "lr_scheduler": {
             "class_path": "torch.optim.lr_scheduler.OneCycleLR",
@@ -156,11 +157,11 @@ def press(name: str, **settings: Any) -> dict[str, Any]:
     return {"class_path": name, "init_args": settings}
 
 
+SNAPKV = press("kvpress.SnapKVPress", window_size=8)
 DRAWN = press(
     "sparsekv_pl.eviction.real.RealEviction",
     press=press(
-        "sparsekv_pl.presses.EvictionAugPress",
-        presses=[press("kvpress.SnapKVPress", window_size=8), press("sparsekv_pl.presses.BlockDropoutPress")],
+        "sparsekv_pl.presses.EvictionAugPress", presses=[SNAPKV, press("sparsekv_pl.presses.BlockDropoutPress")]
     ),
 )
 DROPOUT = press("sparsekv_pl.eviction.dropout.KVDropout")

@@ -43,7 +43,7 @@ class Continuation:
     ----------
     filling
         The finished prefill of the context, whose request follows positions (``Request.contexts``); its cache is shared
-        and does not change.
+        and does not change. Its budget holds here too.
     decoding, compression_ratio
         When to evict, and the share that the press removes.
     tokens
@@ -72,7 +72,7 @@ class Continuation:
         self.reading = replace(
             filling,
             tokens=[filling.tokens, *ends][-1],
-            budget=decoding.pairs(filling.tokens, compression_ratio),
+            budget=decoding.pairs(filling.tokens, compression_ratio, filling.budget),
             request=replace(filling.request, full_cache=False),
             local=False,
             given=[*filling.bounds, *pairwise([filling.tokens, *ends])],

@@ -103,10 +103,11 @@ def check_rope(model: PreTrainedModel, first: int, total: int, rotates: bool = F
 
 
 def check_rows(traits: PressTraits, rows: int) -> None:
-    """Raise ``ValueError`` if a press would keep in all ``rows`` rows of a batch what it keeps in the first."""
+    """Raise ``ValueError`` if a press that evicts from one row alone would get a batch of ``rows`` rows."""
     if rows > 1 and traits.first_row_decides:
         raise ValueError(
-            f"{traits.name} keeps in all {rows} rows of a batch what the first row's scores select: set batch_size=1"
+            f"{traits.name} evicts from one row alone, and a batch has {rows}, of which it would keep what the first "
+            "one's scores select, mix the rows or fail: set batch_size=1"
         )
 
 
@@ -134,21 +135,30 @@ def check_weights(model: PreTrainedModel, traits: PressTraits) -> None:
         )
 
 
-def evicts_again(traits: PressTraits, request: Request, decoding: bool) -> bool:
-    """Return whether a press can evict from what it has evicted from before, and ``request`` be met there.
+def check_evicts_again(traits: PressTraits, request: Request, decoding: bool, again: str, fix: str) -> None:
+    """Raise ``ValueError`` if a press cannot evict from what it evicted from before, or ``request`` not be met there.
 
-    ``decoding`` admits presses that can while tokens are decoded, though not in a prefill.
+    ``decoding`` admits presses that can while tokens are decoded, though not in a prefill. ``again`` says for the
+    message how it evicts, and ``fix`` how it would not.
     """
+    if not (traits.works_in_chunks or (decoding and traits.evicts_while_decoding)):
+        raise ValueError(
+            f"{traits.name} cannot evict {again}: it masks KV pairs instead of removing them, or looks at the whole "
+            f"context at once. {fix}, or take another press"
+        )
     # The scores of a press that moves groups of pairs (ChunkKVPress) do not determine which pairs it kept.
-    followed = all(candidate.by_scores or candidate.only_trains for candidate in traits.candidates)
-    again = traits.works_in_chunks or (decoding and traits.evicts_while_decoding)
-    return again and (followed or not request.scores)
+    silent = [candidate for candidate in traits.candidates if not (candidate.by_scores or candidate.only_trains)]
+    if request.scores and silent:
+        raise ValueError(
+            f"{silent[0].name} evicts {again} and does not keep the highest scores, so a selection loss cannot follow "
+            f"what it keeps. {fix}, take another press, or leave the selection objective out"
+        )
 
 
 def check_chunks(traits: PressTraits, bounds: list[tuple[int, int]], request: Request, decoding: bool = False) -> None:
     """Raise ``ValueError`` if a press cannot run in chunks of these ``bounds``, or not with ``request``.
 
-    ``decoding`` is that of ``evicts_again``.
+    ``decoding`` is that of ``check_evicts_again``.
     """
     shortest = min(stop - start for start, stop in bounds)
     if shortest <= traits.window:
@@ -156,10 +166,15 @@ def check_chunks(traits: PressTraits, bounds: list[tuple[int, int]], request: Re
             f"{traits.name} looks at a window of {traits.window} tokens but the context is run in chunks of {shortest}"
             ": use a longer context, longer chunks (chunk_tokens) or a smaller window_size (n_sink)"
         )
-    if len(bounds) > 1 and not evicts_again(traits, request, decoding):
+    if len(bounds) > 1:
+        once = "Use one chunk (chunk_tokens: null)"
+        check_evicts_again(traits, request, decoding, f"from {len(bounds)} chunks", once)
+    longest = max(stop - start for start, stop in bounds)
+    if request.scores and 0 < traits.part_tokens < longest:
         raise ValueError(
-            f"{traits.name} cannot evict from {len(bounds)} chunks: it masks KV pairs instead of removing them, "
-            "or looks at the whole context at once. Use one chunk (chunk_tokens: null) or another press"
+            f"{traits.name} scores a context of {longest} tokens by parts of {traits.part_tokens}, which a selection "
+            "loss cannot follow: raise its chunk_length (block_size), take another press, or leave the selection "
+            "objective out"
         )
 
 

@@ -25,7 +25,7 @@ from sparsekv_pl.eviction.quantised_prefill import QuantisedPrefill
 from sparsekv_pl.eviction.request import NOTHING, Request
 from sparsekv_pl.eviction.while_decoding import Decoding
 from sparsekv_pl.models.devices import stacked
-from sparsekv_pl.presses.ratio import set_compression_ratio
+from sparsekv_pl.presses.ratio import check_takes_a_ratio, set_compression_ratio
 from sparsekv_pl.presses.step_draws import draw
 from sparsekv_pl.presses.traits import traits_of
 
@@ -41,8 +41,8 @@ class RealEviction:
     chunk_tokens
         Most tokens per chunk; null runs the context in one chunk. Chunk lengths differ by at most one token.
     budget
-        Most KV pairs per head that the cache keeps, in tokens; applies if the compression ratio would keep more.
-        With it, memory does not grow with the context. Null sets no limit.
+        Most KV pairs per head that the cache keeps, in tokens; applies if the compression ratio, or ``decoding``, would
+        keep more. With it, memory does not grow with the text. Null sets no limit.
     checkpoint
         Keep no activations of the context: backward runs each chunk again, so only one chunk's activations exist at a
         time. For long contexts; costs a second forward. See eviction/checkpointed_prefill.py.
@@ -76,7 +76,11 @@ class RealEviction:
                 raise ValueError(f"{name}={value} must be at least 1 token, or null")
 
     def check(self, context_tokens: int, request: Request = NOTHING) -> None:
-        """Raise ``ValueError`` if a chunk would be too short for the press, or the press cannot run in chunks."""
+        """Raise ``ValueError`` if a chunk would be too short for the press, or the press cannot run in chunks.
+
+        So also if the press takes no ratio, or ``request`` cannot be met.
+        """
+        check_takes_a_ratio(self.press)
         bounds = chunk_bounds(context_tokens, self.chunk_tokens)
         traits = traits_of(self.press)
         check_chunks(traits, bounds, request)

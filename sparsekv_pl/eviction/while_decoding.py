@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sparsekv_pl.eviction.limits import evicts_again
+from sparsekv_pl.eviction.limits import check_evicts_again
 from sparsekv_pl.eviction.request import NOTHING, Request
 from sparsekv_pl.presses.traits import PressTraits
 
@@ -23,7 +23,7 @@ class Decoding:
         question is known. What has no turns (plain text, single questions) is evicted from after the context alone.
     budget
         Most KV pairs per head that each of these evictions leaves, in tokens. Null: as many as the compression ratio
-        leaves of the context.
+        leaves of the context. A smaller ``RealEviction.budget`` holds here too.
     grows
         The compression ratio holds for all tokens read so far (kvpress's CompressionRatioDecodingPress), so the cache
         grows with the text, at most to ``budget``.
@@ -54,12 +54,8 @@ class Decoding:
             raise ValueError(
                 f"{traits.name} sees the whole continuation, so it cannot evict while that is read: leave decoding out"
             )
-        if not evicts_again(traits, request, decoding=not training):
-            raise ValueError(
-                f"{traits.name} cannot evict again and again{' in training' if training else ''}: it masks KV pairs "
-                "instead of removing them, or looks at the whole context at once. Leave decoding out, or take another "
-                "press"
-            )
+        again = f"again and again{' in training' if training else ''}"
+        check_evicts_again(traits, request, not training, again, "Leave decoding out")
         if self.interval != "turn" and self.interval <= traits.window:
             raise ValueError(
                 f"decoding.interval={self.interval} must be above the window of {traits.name}, {traits.window} tokens: "
@@ -95,12 +91,15 @@ class Decoding:
         """Return the ``ends`` in a continuation that is read; nothing is evicted after its last token."""
         return self.ends(context_tokens, continuation_tokens - 1, turn_ends)
 
-    def pairs(self, context_tokens: int, compression_ratio: float) -> int | None:
-        """Return the most KV pairs per head that each later eviction leaves; None if only the ratio decides."""
-        if self.grows:
-            return self.budget
-        left = max(1, int(context_tokens * (1 - compression_ratio)))
-        return left if self.budget is None else self.budget
+    def pairs(self, context_tokens: int, compression_ratio: float, at_most: int | None) -> int | None:
+        """Return the most KV pairs per head that each later eviction leaves; None if only the ratio decides.
+
+        ``at_most`` is the budget of the context's eviction, which goes on to hold.
+        """
+        own = self.budget
+        if own is None and not self.grows:
+            own = max(1, int(context_tokens * (1 - compression_ratio)))
+        return min((pairs for pairs in (own, at_most) if pairs is not None), default=None)
 
 
 def check_turns(decodings: Iterable[Decoding | None], has_turns: bool, setting: str) -> None:

@@ -81,7 +81,20 @@ class AttentionMass(KnowsRules):
         own = rows - (seen - tokens)
         picked = query.gather(2, own[:, None, :, None].expand(-1, heads, -1, dim))
         grouped = picked.reshape(batch, kv_heads, heads // kv_heads * rows.shape[1], dim)
-        logits = (grouped @ key.transpose(2, 3)).float() / dim**0.5
+        logits = _products(grouped, key) / dim**0.5
         future = torch.arange(seen, device=key.device) > rows[..., None]
         logits = rule.logits(logits.view(batch, heads, -1, seen)).masked_fill(future[:, None], float("-inf"))
         return rule.weights(logits)
+
+
+def _products(query: Tensor, key: Tensor) -> Tensor:
+    """Multiply queries (B, K, N, D) with keys (B, K, S, D); return (B, K, N, S) float32.
+
+    Computed in float32 in place of float16, which ends at 65,504; bfloat16 reaches as far as float32.
+    """
+    device = key.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else key.dtype
+    if dtype != torch.float16:
+        return (query @ key.transpose(2, 3)).float()
+    with torch.autocast(device, enabled=False):
+        return query.float() @ key.float().transpose(2, 3)

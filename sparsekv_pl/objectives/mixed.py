@@ -66,6 +66,11 @@ class Mixed(Objective):
         for objective in self.objectives:
             objective.check_layers(layers, evicted)
 
+    def check_context(self, tokens: int) -> None:
+        """Check the contexts of all objectives."""
+        for objective in self.objectives:
+            objective.check_context(tokens)
+
     def __call__(self, view: StudentView) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
         losses = []

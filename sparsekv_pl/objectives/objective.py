@@ -111,6 +111,9 @@ class Objective(ABC):
         ``evicted`` are those in which presses evict.
         """
 
+    def check_context(self, tokens: int) -> None:  # noqa: B027 - most objectives do not need it
+        """Raise ``ValueError`` if it cannot supervise contexts of ``tokens`` tokens; called before training."""
+
     @abstractmethod
     def __call__(self, view: StudentView) -> dict[str, Tensor]:
         """Return scalar terms by name: ``"loss"`` is minimised, the others are logged."""

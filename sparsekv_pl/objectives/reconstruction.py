@@ -76,6 +76,14 @@ class Reconstruction(Objective):
         """Encode the instruction with the model's tokenizer."""
         self.instruction_ids = tokenizer.encode(self.instruction, add_special_tokens=False)
 
+    def check_context(self, tokens: int) -> None:
+        """Raise ``ValueError`` if a context of ``tokens`` tokens is shorter than cue and block."""
+        if tokens < self.cue_tokens + self.block_size:
+            raise ValueError(
+                f"Reconstruction asks for {self.block_size} tokens after a cue of {self.cue_tokens}, and a context of "
+                f"{tokens} is shorter: use a smaller block_size or longer contexts (data.shortest_context)"
+            )
+
     def __call__(self, view: StudentView) -> dict[str, Tensor]:
         asked = [self._ask(context) for context in view.contexts]
         hidden, labels, lost = (torch.cat(parts) for parts in zip(*asked, strict=True))
@@ -108,12 +116,7 @@ class Reconstruction(Objective):
 
     def _first(self, context: EvictedContext) -> Tensor:
         """Choose the position (B,) where each row's cue begins, a function of the row alone."""
-        length, needed = context.ids.shape[1], self.cue_tokens + self.block_size
-        if length < needed:
-            raise ValueError(
-                f"Reconstruction asks for {self.block_size} tokens after a cue of {self.cue_tokens}, but the context "
-                f"has {length}: use a smaller block_size or longer contexts"
-            )
+        self.check_context(context.ids.shape[1])
         shares = context.lost[:, self.cue_tokens :].unfold(1, self.block_size, 1).mean(-1)
         draws = _draws(context.ids.tolist(), shares.shape[1]).to(shares.device)
         return (shares + self.slack * draws).argmax(1)

@@ -18,14 +18,24 @@ def set_compression_ratio(press: BasePress, ratio: float) -> None:
     ValueError
         For a ratio outside [0, 1), and for a press without a settable ratio (ComposedPress, presses with a fixed rule).
     """
+    check_takes_a_ratio(press)
+    check_compression_ratio("compression_ratio", ratio)
+    try:
+        press.compression_ratio = ratio
+    except AttributeError:  # kvpress raises it if the ratio follows from other settings
+        raise _without_a_ratio(press) from None
+
+
+def check_takes_a_ratio(press: BasePress) -> None:
+    """Raise ``ValueError`` for a press without a settable ratio, as far as that is known before it is set."""
+    if not traits_of(press).takes_a_ratio:
+        raise _without_a_ratio(press)
+
+
+def _without_a_ratio(press: BasePress) -> ValueError:
     traits = traits_of(press)
-    if traits.takes_a_ratio:
-        check_compression_ratio("compression_ratio", ratio)
-        with suppress(AttributeError):  # kvpress raises it if the ratio follows from other settings
-            press.compression_ratio = ratio
-            return
     lacking = next((candidate for candidate in traits.candidates if not candidate.takes_a_ratio), traits)
-    raise ValueError(
+    return ValueError(
         f"{lacking.name} has no compression_ratio to set: set it on the presses inside, or wrap one press alone"
     )
 

@@ -44,7 +44,7 @@ class PressTraits:
     head_wise: bool = False
     """Any hides pairs per head and leaves them in memory."""
     first_row_decides: bool = False
-    """Any keeps in all rows of a batch the pairs that the first row's scores select."""
+    """Any evicts from one row alone: in a batch it keeps what the first row's scores select, mixes rows or fails."""
     re_rotates: bool = False
     """Any moves the kept keys to positions 0..budget-1, so that later tokens continue from the cache's length."""
     in_order: bool = False
@@ -76,6 +76,8 @@ class PressTraits:
     """All only read layers that have run; none runs the model itself (KVzipPress)."""
     window: int = 0
     """Largest number of tokens that one observes or keeps by rule (window_size, n_sink); chunks must be longer."""
+    part_tokens: int = 0
+    """Least number of tokens of which one scores a longer context's parts (chunk_length, block_size); 0: none does."""
     press: BasePress = None  # rows of the table have no press
     """The press that these traits were made from."""
     inside: tuple["PressTraits", ...] = ()
@@ -153,6 +155,7 @@ def traits_of(press: BasePress) -> PressTraits:
         by_scores=all(one.by_scores for one in chosen),
         only_trains=all(one.only_trains for one in inside or (own,)),
         window=max(one.window for one in together),
+        part_tokens=min((one.part_tokens for one in together if one.part_tokens), default=0),
         press=press,
         inside=inside,
     )
@@ -208,20 +211,20 @@ def table() -> dict[type, Row]:
     generating = partial(wrapper, takes_a_ratio=False, while_generating=True)
     expected = partial(scorer, needs=("rotary", *queries), attends="expected", shared_work="mean rotation")
     window = partial(scorer, needs=queries, attends="window", same_at_every_ratio=True)
-    kvzip = masking(needs=(*queries, "weights"), attends="by itself", every_layer=True)
+    kvzip = masking(needs=(*queries, "weights"), attends="by itself", every_layer=True, first_row_decides=True)
     return {
         BasePress: PressTraits(needs=("hidden states",)),
         ScorerPress: scorer(needs=("hidden states",)),
         kvpress.AdaKVPress: masking(),
-        kvpress.BlockPress: PressTraits(),
+        kvpress.BlockPress: lambda press: PressTraits(part_tokens=press.block_size),
         kvpress.CAMPress: generating(needs=queries, attends="by itself"),
         kvpress.CapPress: scorer(needs=("rotary", *queries)),
         kvpress.ChunkKVPress: chunk_kv,
-        kvpress.ChunkPress: PressTraits(),
+        kvpress.ChunkPress: lambda press: PressTraits(part_tokens=press.chunk_length),
         kvpress.CompactorPress: whole_context(needs=(*queries, "keys"), attends="by itself"),
         kvpress.ComposedPress: no_ratio,
         kvpress.CompressionRatioDecodingPress: generating(),
-        kvpress.CriticalAdaKVPress: masking(needs=("weights",)),
+        kvpress.CriticalAdaKVPress: masking(needs=("weights",), first_row_decides=True),  # adds up the rows' budgets
         kvpress.CriticalKVPress: scorer(needs=("weights",)),
         kvpress.CURPress: scorer(),
         kvpress.DecodingPress: generating(),

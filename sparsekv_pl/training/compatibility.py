@@ -50,10 +50,14 @@ def fit_together(objective: Objective, eviction: Eviction) -> None:
 
 
 def check_evicts_in_evaluation(eviction: Eviction) -> None:
-    """Raise ``ValueError`` if ``eviction`` only evicts in training: validation would run with the full cache."""
-    traits = None if eviction.press is None else traits_of(eviction.press)
-    if traits is not None and traits.only_trains:
+    """Raise ``ValueError`` if ``eviction`` may select with a press that only evicts in training.
+
+    Validation would run with the full cache, or be a mean over batches with and without an eviction.
+    """
+    candidates = () if eviction.press is None else traits_of(eviction.press).candidates
+    if silent := [candidate.name for candidate in candidates if candidate.only_trains]:
         raise ValueError(
-            f"validation_eviction is null, or {traits.name} itself, which evicts in training alone: validation would "
-            "see the full cache. Name another eviction (RealEviction with SnapKVPress, say)"
+            f"validation_eviction is null, or evicts with {silent[0]} itself, which evicts in training alone: "
+            "validation would see the full cache where that selects. Name another eviction (RealEviction with "
+            "SnapKVPress, say)"
         )

@@ -15,7 +15,7 @@ from torch.optim import AdamW, Optimizer
 
 from sparsekv_pl.eviction import Eviction
 from sparsekv_pl.eviction.dropout import KVDropout
-from sparsekv_pl.eviction.limits import check_full_cache, check_positions
+from sparsekv_pl.eviction.limits import check_full_cache, check_positions, check_rows
 from sparsekv_pl.eviction.press_model_check import check_press, check_press_alone
 from sparsekv_pl.eviction.request import NOTHING
 from sparsekv_pl.eviction.while_decoding import check_turns
@@ -146,7 +146,7 @@ class EITModule(LightningModule):
             )
 
     def _check_contexts(self) -> None:
-        """Raise ``ValueError`` if contexts cannot be evicted from, or the teacher cannot read them."""
+        """Raise ``ValueError`` if contexts cannot be evicted from or supervised, or the teacher cannot read them."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         context_tokens = getattr(data, "context_tokens", None)
         if context_tokens is None:
@@ -157,12 +157,18 @@ class EITModule(LightningModule):
         check_full_cache(
             causal_lm(self.model), reads, self.objective.request.teacher, bool(self.trainer.limit_val_batches)
         )
+        lengths = getattr(data, "evicted_lengths", [context_tokens])
+        self.objective.check_context(min(lengths))
         for eviction, request in ((self.eviction, self.objective.request), (self.validation_student.eviction, NOTHING)):
-            for tokens in getattr(data, "evicted_lengths", [context_tokens]):
+            for tokens in lengths:
                 eviction.check(tokens, request)
-            candidates = () if eviction.press is None else traits_of(eviction.press).candidates
-            if not candidates or not all(candidate.re_rotates for candidate in candidates):
+            traits = None if eviction.press is None else traits_of(eviction.press)
+            if traits is not None:
+                check_rows(traits, getattr(data, "batch_size", 1))
+            if traits is None or not all(candidate.re_rotates for candidate in traits.candidates):
                 check_positions(causal_lm(self.model), reads, reads, rotates=False)
+        if self.trainer.limit_val_batches:
+            self.val_mass.follow(lengths)
 
     def configure_model(self) -> None:
         """Shard the weights over the ranks, if ``backbone.sharded``."""

@@ -6,7 +6,7 @@ head, tied or not. The root is the LightningModule, with its steps as forward me
 and read the head's weight, and never call the causal LM.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
+from sparsekv_pl.eviction.chunking import chunk_bounds
 from sparsekv_pl.models.backbone import Backbone, causal_lm
 from sparsekv_pl.models.cache_keyword import with_cache
 from sparsekv_pl.models.decoder import decoder_of
@@ -133,14 +134,32 @@ def _check_module(module: Any) -> None:
             f"layers {list(linear)} of this model have no attention, and sharded weights are gathered for backward by "
             "the gradients of keys and values: train it under DDP with backbone.sharded=false"
         )
-    if getattr(module.eviction, "decoding", None) is not None:
-        raise ValueError(
-            "decoding runs a continuation in as many passes as it is long, which differs between ranks, while sharded "
-            "ranks must run the same passes: set eviction.decoding=null, or train under DDP with backbone.sharded=false"
-        )
+    validates = module.validation_student.eviction
+    for name, eviction in (("eviction", module.eviction), ("validation_eviction", validates)):
+        if getattr(eviction, "decoding", None) is not None:
+            raise ValueError(
+                "decoding runs a continuation in as many passes as it is long, which differs between ranks, while "
+                f"sharded ranks must run the same passes: set {name}.decoding=null, or train under DDP with "
+                "backbone.sharded=false"
+            )
     data = getattr(module.trainer, "datamodule", None)
     if len(getattr(data, "context_lengths", [0])) > 1:
         raise ValueError(SAME_LENGTHS)
+    _check_validation_chunks(getattr(validates, "chunk_tokens", None), getattr(data, "evicted_lengths", [0]))
+
+
+def _check_validation_chunks(chunk_tokens: int | None, lengths: Sequence[int]) -> None:
+    """Raise ``ValueError`` if contexts of these ``lengths``, which ranks validate side by side, differ in chunks.
+
+    In training all ranks read contexts of one length at a step.
+    """
+    fewest, most = (len(chunk_bounds(length, chunk_tokens)) for length in (min(lengths), max(lengths)))
+    if fewest < most:
+        raise ValueError(
+            f"validation reads texts and questions in {fewest} to {most} chunks (chunk_tokens={chunk_tokens}), which "
+            "differs between ranks, while sharded ranks must run the same passes: give model.validation_eviction with "
+            "chunk_tokens=null, or train under DDP with backbone.sharded=false"
+        )
 
 
 def _mixed_precision(precision: str) -> MixedPrecisionPolicy:

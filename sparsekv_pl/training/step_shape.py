@@ -152,7 +152,7 @@ class StepShape:
         for end in self.evicted_after:
             keys = held + end - before
             assert self.decoding is not None
-            budget = self.decoding.pairs(self.context_tokens, self.compression_ratio)
+            budget = self.decoding.pairs(self.context_tokens, self.compression_ratio, self.budget)
             held = staying(keys, end, self.compression_ratio if self.decoding.grows else 0.0, budget)
             found.append((end - before, keys, held))
             before = end

@@ -1,5 +1,6 @@
 """How much of the teacher's attention each press keeps in validation, with pictures by layer and KV head."""
 
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -24,10 +25,16 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
 
+log = logging.getLogger(__name__)
+
+SCORES = Request(scores=True)
+
+
 class ValidationMass(nn.Module):
     """The kept attention of every press of ``student``; measures nothing if its objective has no selection loss.
 
-    The teacher's attention costs one more pass per batch.
+    The teacher's attention costs one more pass per batch. ``follow`` finds out, before anything is measured, whether a
+    press's scores say what it keeps.
     """
 
     def __init__(self, student: Student) -> None:
@@ -35,19 +42,35 @@ class ValidationMass(nn.Module):
         self.student = student
         press, self.loss = student.eviction.press, student.objective.selection_loss
         self.metrics = nn.ModuleDict()
+        self.unfit = ""
+        """Why nothing is measured, if the eviction's scores cannot be followed."""
         if press is not None and self.loss is not None:
             model = causal_lm(student.model)
             shape = len(decoder_of(model).layers), cache_shape(model.config).kv_heads
             self.metrics.update({press_name(scorer): MassByHead(*shape) for scorer in scorers_in(press)})
 
+    def follow(self, lengths: Iterable[int]) -> None:
+        """Measure if what the eviction keeps of contexts of ``lengths`` (tokens) can be followed; else log why not."""
+        before, self.unfit = self.unfit, self._unfit(lengths) if self.metrics else ""
+        if self.unfit and self.unfit != before:
+            log.warning("validation does not measure how much attention its press keeps: %s", self.unfit)
+
+    def _unfit(self, lengths: Iterable[int]) -> str:
+        try:
+            for tokens in lengths:
+                self.student.eviction.check(tokens, SCORES)
+        except ValueError as unfit:
+            return str(unfit)
+        return ""
+
     @property
     def request(self) -> Request:
         """What ``add`` needs of a validation's eviction."""
-        return Request(scores=True) if self.metrics else NOTHING
+        return SCORES if self.metrics and not self.unfit else NOTHING
 
     def add(self, batch: Batch, selections: Iterable[Selection], again: bool) -> None:
         """Add a batch of equally long contexts; one that comes ``again`` runs, for sharded models, and is not added."""
-        if self.loss is None or not self.metrics:
+        if self.loss is None or not self.request.scores:
             return
         mass = self.student.attention_mass(batch)
         self.student.teacher(batch["context_ids"], batch["continuation_ids"], mass)
@@ -57,7 +80,7 @@ class ValidationMass(nn.Module):
 
     def log(self, module: "LightningModule") -> None:
         """Log each press's means, and a picture of one over the other, and start again from zero. Collective."""
-        for press, metric in self.metrics.items():
+        for press, metric in () if self.unfit else self.metrics.items():
             found = metric.compute()  # type: ignore[operator]
             metric.reset()  # type: ignore[operator]
             if found["kept"].isnan():  # never drawn, or validation's ratio is 0

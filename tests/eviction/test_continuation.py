@@ -35,6 +35,7 @@ from sparsekv_pl.presses.nesting import press_name
 from sparsekv_pl.presses.ratio import set_compression_ratio
 from sparsekv_pl.schedules import Fixed
 from sparsekv_pl.training.eit_module import EITModule
+from sparsekv_pl.training.step_shape import StepShape
 from sparsekv_pl.training.teacher import Teacher
 from tests.eviction.token_by_token import (
     CONTEXT,
@@ -132,6 +133,19 @@ def test_training_equals_one_token_at_a_time_in_values_and_gradients(
         assert got.keys() == wanted.keys()
         for name, value in wanted.items():
             torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decoding", [*DECODINGS, Decoding(INTERVAL, budget=20), Decoding(INTERVAL, 20, grows=True)])
+def test_the_evictions_budget_goes_on_to_hold(random_model: Build, decoding: Decoding) -> None:
+    model, least = random_model(), 12
+    slow = TokenByToken(model, KnormPress(), ends_of(decoding), lambda seen: min(least, budgets(decoding)(seen)))
+    evicts = RealEviction(KnormPress(), budget=least, decoding=decoding)
+    found = evicts(model, *ids(), compression_ratio=RATIO, step=0, request=Request(scores=True))
+    torch.testing.assert_close(found.hidden, slow.read(*ids()), rtol=1e-4, atol=1e-4)
+    assert {one.kept for one in found.selections} == {min(least, decoding.budget or least), least}
+    step = StepShape(CONTEXT, CONTINUATION, RATIO, KnormPress(), budget=least, decoding=decoding)
+    assert {held for _, _, held in step.pieces[:-1]} == {min(least, decoding.budget or least)}  # the plan's
 
 
 def reading(model: PreTrainedModel, press: BasePress, decoding: Decoding, tokens: int) -> Continuation:

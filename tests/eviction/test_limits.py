@@ -4,15 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from kvpress import ChunkKVPress, KeyRerotationPress, KnormPress
+from kvpress import BasePress, ChunkKVPress, CriticalAdaKVPress, KeyRerotationPress, KnormPress
 from torch import Tensor
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
 from sparsekv_pl.eviction.decoding import greedy
+from sparsekv_pl.eviction.kept_memory import kept_memory
 from sparsekv_pl.eviction.limits import unscaled_positions
 from sparsekv_pl.eviction.prefill import full_cache, prefill
 from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.eviction.replay import RecordedPrefill
+from sparsekv_pl.presses.nesting import press_name
 from tests.architectures import YARN, architecture
 from tests.random_models import Build
 
@@ -65,12 +67,17 @@ def test_partly_turned_heads_are_not_turned_again() -> None:
         prefill(model, ids(48), KeyRerotationPress(KnormPress(0.5)))
 
 
-def test_a_press_that_reads_the_first_row_alone_takes_one_row(random_model: Build) -> None:
-    model, press = random_model(), ChunkKVPress(KnormPress(0.5), chunk_length=4)
-    assert prefill(model, ids(48), press).cache.get_seq_length() == 24
-    assert RecordedPrefill(model, ids(48)).evicted(press).cache.get_seq_length() == 24
+@pytest.mark.parametrize(
+    "press", [ChunkKVPress(KnormPress(0.5), chunk_length=4), CriticalAdaKVPress(KnormPress(0.5))], ids=press_name
+)
+def test_a_press_that_evicts_from_one_row_alone_takes_no_more(random_model: Build, press: BasePress) -> None:
+    model = random_model()
+    for evicted in (prefill(model, ids(48), press), RecordedPrefill(model, ids(48)).evicted(press)):
+        assert kept_memory(model, evicted.cache).kept_pairs == 24
     for run in (prefill, lambda made, given, what: RecordedPrefill(made, given).evicted(what)):
-        with pytest.raises(ValueError, match=r"ChunkKV\(Knorm\) keeps in all 3 rows .* set batch_size=1"):
+        with pytest.raises(
+            ValueError, match=r"\(Knorm\) evicts from one row alone, and a batch has 3, .* batch_size=1"
+        ):
             run(model, ids(48, rows=3), press)
 
 

@@ -10,6 +10,7 @@ from kvpress import (
     BasePress,
     BlockPress,
     ChunkKVPress,
+    ChunkPress,
     ComposedPress,
     ExpectedAttentionPress,
     KeyDiffPress,
@@ -236,7 +237,11 @@ def test_after_an_exception_ratio_rotary_and_hooks_are_as_before(random_model: B
         (ExpectedAttentionPress(0.5, n_sink=12), False, "chunks of 12"),
         (AdaKVPress(KnormPress(0.5)), False, "cannot evict from 4 chunks"),
         (EvictionAugPress([KnormPress(0.5), BlockPress(KnormPress(0.5))]), False, "cannot evict from 4 chunks"),
-        (ChunkKVPress(KnormPress(0.5)), True, "cannot evict from 4 chunks"),
+        (
+            ChunkKVPress(KnormPress(0.5)),
+            True,
+            "from 4 chunks and does not keep the highest scores, so a selec",
+        ),
         (PyramidKVPress(0.5, window_size=2), False, "cannot evict from 4 chunks"),
         (NonCausalAttnPress(0.5), False, "cannot evict from 4 chunks"),
         (PerLayerCompressionPress(KnormPress(), [0.3, 0.6]), False, "no compression_ratio to set"),
@@ -248,12 +253,22 @@ def test_presses_that_cannot_be_run_in_chunks_say_so(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         prefill(random_model(), ids()[0], press, CHUNK, request=Request(scores=with_scores))
-    if "ratio" not in message:
-        with pytest.raises(ValueError, match=message):
-            RealEviction(press, CHUNK).check(CONTEXT, Request(scores=with_scores))
+    with pytest.raises(ValueError, match=message):
+        RealEviction(press, CHUNK).check(CONTEXT, Request(scores=with_scores))
 
 
-def test_scores_by_parts_cannot_be_trained(random_model: Build) -> None:
-    press = BlockPress(KnormPress(0.5), block_size=8)
-    with pytest.raises(ValueError, match=r"Block\(Knorm\) scores the context by parts"):
-        prefill(random_model(), ids()[0], press, request=Request(scores=True))
+class SaysNothing(BlockPress):
+    """A press from outside that scores by parts and does not say so."""
+
+    traits = {"part_tokens": 0}  # noqa: RUF012
+
+
+@pytest.mark.parametrize("press", [BlockPress(KnormPress(), 8), ChunkPress(KnormPress(), 24)], ids=press_name)
+def test_scores_by_parts_cannot_be_trained(random_model: Build, press: BasePress) -> None:
+    for alone_or_drawn in (press, EvictionAugPress([KnormPress(), press])):
+        with pytest.raises(ValueError, match=rf"scores a context of {CONTEXT} tokens by parts of (8|24), which a sel"):
+            RealEviction(alone_or_drawn).check(CONTEXT, Request(scores=True))
+    RealEviction(press).check(CONTEXT)
+    RealEviction(ChunkPress(KnormPress(), CONTEXT)).check(CONTEXT, Request(scores=True))
+    with pytest.raises(ValueError, match="scores the context by parts"):
+        prefill(random_model(), ids()[0], SaysNothing(KnormPress(0.5), 8), request=Request(scores=True))

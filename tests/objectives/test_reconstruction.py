@@ -224,7 +224,7 @@ def test_it_must_be_prepared() -> None:
 
 def test_a_context_that_is_too_short_is_named() -> None:
     asked = Asked(ids(), torch.ones(2, LENGTH))
-    with pytest.raises(ValueError, match=r"38 tokens after a cue of 3, but the context has 40"):
+    with pytest.raises(ValueError, match=r"38 tokens after a cue of 3, and a context of 40 is shorter"):
         prepared(block_size=38)(asked.view())
 
 

@@ -114,6 +114,21 @@ def test_a_row_without_supervision_has_no_mass(random_model: Build) -> None:
     torch.testing.assert_close(mass.mass[0], reference_mass(model, none)[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_products_beyond_float16_have_a_mass(autocast: bool) -> None:
+    tokens, supervised = CONTEXT + CONTINUATION, Supervised.of(labels())
+    query, key = 200 * torch.randn(2, 2, 2, tokens, 8, generator=torch.Generator().manual_seed(0)).half()
+    products = query.float() @ key.float().transpose(2, 3)
+    assert products.abs().max() > torch.finfo(torch.float16).max
+    attention = (products / 8**0.5).masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -math.inf).softmax(-1)
+    mass = AttentionMass(supervised, CONTEXT)
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        mass(0, *((query.float(), key.float()) if autocast else (query, key)), key)
+    for row, count in enumerate(supervised.counts):
+        rows = attention[row, :, supervised.columns[row, :count] + CONTEXT, :CONTEXT]
+        torch.testing.assert_close(mass.mass[0][row], rows.mean(1))
+
+
 def test_golden_numbers() -> None:
     """Behind one sink: shares 1/4 and 3/4 of the mass against equal scores, then against scores that match it."""
     mass = torch.tensor([[[0.9, 0.02, 0.06]]])

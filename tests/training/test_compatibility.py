@@ -25,7 +25,7 @@ from sparsekv_pl.presses import (
     VariableBlockPress,
 )
 from sparsekv_pl.presses.traits import traits_of
-from sparsekv_pl.training.compatibility import fit_together
+from sparsekv_pl.training.compatibility import check_evicts_in_evaluation, fit_together
 
 
 @pytest.mark.parametrize(
@@ -71,3 +71,18 @@ def test_a_selection_loss_needs_scores_to_align(press: BasePress) -> None:
     with pytest.raises(ValueError, match="has nothing to train in"):
         fit_together(SelectionObjective(), RealEviction(press))
     fit_together(SelectionObjective(), RealEviction(EvictionAugPress([press, AnchorPress()])))
+
+
+@pytest.mark.parametrize(
+    "press",
+    [
+        BlockDropoutPress(),
+        EvictionAugPress([BlockDropoutPress(), KnormPress()]),
+        EvictionAugPress([KnormPress(), AdaKVPress(BlockDropoutPress())]),
+        SparseRegPress(press=EvictionAugPress([KnormPress(), SparseRegPress()])),
+    ],
+)
+def test_no_batch_of_a_validation_keeps_the_full_cache_under_a_presss_name(press: BasePress) -> None:
+    with pytest.raises(ValueError, match=r"validation_eviction .* evicts in training alone: .* Name another eviction"):
+        check_evicts_in_evaluation(RealEviction(press))
+    check_evicts_in_evaluation(RealEviction(EvictionAugPress([KnormPress(), SnapKVPress()])))

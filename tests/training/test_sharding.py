@@ -97,12 +97,14 @@ def test_a_whole_model_on_every_rank_is_refused(mesh: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parameters", "lengths", "settings", "message"),
+    ("parameters", "lengths", "settings", "validates", "message"),
     [
-        ({"temperature": torch.ones(1)}, range(96, 97), {}, "SnapKVPress has parameters of its own"),
-        ({}, range(64, 97), {}, "set data.shortest_context=null"),
-        ({}, range(96, 97), {"local_gradients": LocalGradients()}, "set eviction.local_gradients=null"),
-        ({}, range(96, 97), {"decoding": Decoding(80)}, "set eviction.decoding=null"),
+        ({"temperature": torch.ones(1)}, range(96, 97), {}, {}, "SnapKVPress has parameters of its own"),
+        ({}, range(64, 97), {}, {}, "set data.shortest_context=null"),
+        ({}, range(96, 97), {"local_gradients": LocalGradients()}, {}, "set eviction.local_gradients=null"),
+        ({}, range(96, 97), {"decoding": Decoding(80)}, {}, "set eviction.decoding=null"),
+        ({}, range(96, 97), {}, {"decoding": Decoding(80)}, "set validation_eviction.decoding=null"),
+        ({}, range(96, 97), {}, {"chunk_tokens": 70}, r"in 1 to 2 chunks \(chunk_tokens=70\)"),
     ],
 )
 def test_ranks_that_would_not_agree_are_refused(
@@ -110,17 +112,20 @@ def test_ranks_that_would_not_agree_are_refused(
     parameters: dict[str, Any],
     lengths: range,
     settings: dict[str, Any],
+    validates: dict[str, Any],
     message: str,
     tiny_backbone: MakeBackbone,
 ) -> None:
+    data = SimpleNamespace(context_lengths=lengths, evicted_lengths=range(64, 97))
     module = SimpleNamespace(
         backbone=SimpleNamespace(sharded=True),
         device_mesh=mesh(4, 1),
         model=tiny_backbone(sharded=True).load()[0],
         press=SnapKVPress(),
         eviction=RealEviction(SnapKVPress(), **settings),
+        validation_student=SimpleNamespace(eviction=RealEviction(SnapKVPress(), **validates)),
         press_parameters=parameters,
-        trainer=SimpleNamespace(datamodule=SimpleNamespace(context_lengths=lengths)),
+        trainer=SimpleNamespace(datamodule=data),
     )
     with pytest.raises(ValueError, match=message):
         shard(module)

@@ -1,10 +1,11 @@
 """Validation measures how much of the teacher's attention each press keeps, and shows where it is missed."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
-from kvpress import KnormPress, SnapKVPress
+from kvpress import BlockPress, ChunkKVPress, ChunkPress, KnormPress, SnapKVPress
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -65,6 +66,36 @@ def test_the_reached_share_is_drawn_by_layer_and_head_for_each_press(
     assert set(shown.Tags()["images"]) == {"val/reached/Knorm", "val/reached/SnapKV"}
     assert [image.step for image in shown.Images("val/reached/Knorm")] == [1, 2]
     assert len(shown.Scalars("val/kept_mass/SnapKV")) == len(shown.Scalars("val/kept_mass_most/Knorm")) == 2
+
+
+@pytest.mark.parametrize(
+    ("validates", "why"),
+    [
+        (RealEviction(BlockPress(KnormPress(), 20)), "Block(Knorm) scores a context of 96 tokens by parts of 20"),
+        (RealEviction(ChunkPress(KnormPress(), 20)), "Chunk(Knorm) scores a context of 96 tokens by parts of 20"),
+        (
+            RealEviction(ChunkKVPress(SnapKVPress(window_size=8)), 32),
+            "ChunkKV(SnapKV) evicts from 3 chunks and",
+        ),
+    ],
+)
+def test_a_press_that_cannot_be_followed_validates_without_it_and_says_so_once(
+    validates: Eviction,
+    why: str,
+    tiny_backbone: MakeBackbone,
+    tiny_data: MakeData,
+    tiny_trainer: MakeTrainer,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    module = EITModule(tiny_backbone(), RealEviction(KnormPress()), mixed(), adamw, validation_eviction=validates)
+    data = tiny_data(batch_size=1)
+    trainer = tiny_trainer(Curriculum(Fixed(RATIO)), max_steps=2, limit_val_batches=1.0, val_check_interval=1)
+    trainer.fit(module, data)
+    assert math.isfinite(trainer.callback_metrics["val/perplexity_evicted"])
+    again = tiny_trainer(limit_val_batches=1.0).validate(module, data, verbose=False)[0]
+    assert set(again) == {"val/perplexity_full", "val/perplexity_evicted"}
+    [said] = [record.getMessage() for record in caplog.records if "validation does not measure" in record.getMessage()]
+    assert why in said
 
 
 @pytest.mark.parametrize("eviction", [RealEviction(KnormPress()), KVDropout()])
