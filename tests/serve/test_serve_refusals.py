@@ -30,6 +30,9 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}]
         ({"temperature": 3}, "temperature", r"temperature: Input should be less than or equal to 2 \(it is '3'\)"),
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"stop": ""}, "stop", "at least 1 character"),
+        ({"stop": "x" * 257}, "stop", "at most 256 characters"),
+        ({"stop": ["x"] * 17}, "stop", "stop: List should have at most 16 items"),
+        ({"extra_body": {"stop": 5}}, "stop", r"stop: Input should be a valid list \(it is '5'\)"),
         ({"max_tokens": 21}, "max_tokens", r"max_tokens=21 must be 1 to 20, the most of this server"),
         ({"max_completion_tokens": 0}, "max_completion_tokens", "greater than or equal to 1"),
         ({"messages": []}, "messages", "at least 1 item"),
@@ -38,6 +41,8 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}]
         ({"messages": [{"role": "system", "content": "x"}]}, "messages", "none of the role 'user'"),
         ({"messages": [{"role": "user", "content": " "}]}, "messages", r"messages\[0\] has no question"),
         ({"messages": "Who?"}, "messages", "valid list"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages.0.content", "at least 1 item"),
+        ({"messages": [{"role": "system", "content": []}, USER]}, "messages.0.content", "at least 1 item"),
     ],
 )
 def test_what_cannot_be_is_refused_by_field(serve: Serve, settings: dict[str, Any], param: str, message: str) -> None:

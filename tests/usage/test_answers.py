@@ -1,4 +1,4 @@
-"""Answers end at every token that ends a text, whichever way they are written."""
+"""Answers end at every token that ends a text, whichever way they are written, and are drawn at any temperature."""
 
 import pytest
 
@@ -33,3 +33,10 @@ def test_the_tokenizers_end_ends_answers_that_the_generation_config_does_not(
     assert generated == greedy.ids[: len(cut.ids) + 1]
     for own in ({"generation_config": model.model.generation_config}, {"eos_token_id": [0]}):
         assert cache.generate(QUESTIONS[0], max_new_tokens=NEW, **own)[0, length:].tolist() == greedy.ids
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 1e-300])
+def test_the_lowest_temperatures_give_the_most_likely_tokens(model: LoadedModel, temperature: float) -> None:
+    cache, row = ContextCache.prefill(model, DOCUMENT, PRESSES[1]), model.question_ids(QUESTIONS[0])
+    (greedy,) = greedy_answers(model, cache.kept, [row], NEW)
+    assert sampled_answer(model, cache.kept, row, NEW, Sampling(temperature)) == greedy
