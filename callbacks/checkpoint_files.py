@@ -114,6 +114,7 @@ def chosen(path: Path) -> Path:
     """
     if re.match(r"\w+:/", str(path)):
         raise ValueError(f"--ckpt_path {path}: give a local file or folder, not an address")
+    path = path.expanduser()
     if not path.is_dir() and not path.is_file():
         raise ValueError(f"--ckpt_path {path}: there is no such file or folder")
     if path.is_dir() and not (path / SHARDED).exists():

@@ -32,7 +32,7 @@ class TensorFiles(LightningDataModule):
         self, folder: str = "output/collect", lengths: list[int] | None = None, layers: list[int] | None = None
     ) -> None:
         super().__init__()
-        self.folder, self.lengths, self.layers = Path(folder), lengths, layers
+        self.folder, self.lengths, self.layers = Path(folder).expanduser(), lengths, layers
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
         """Find the files. Raises ``ValueError`` if there are none, or none of these lengths and layers."""

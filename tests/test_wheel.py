@@ -1,6 +1,7 @@
 """The sdist holds all that a checkout needs; the wheel built from it carries the library alone, and works elsewhere."""
 
 import fnmatch
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -9,13 +10,15 @@ import venv
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from shutil import copy2
+from shutil import copy2, copytree
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 IGNORED = [pattern.strip("/") for pattern in (ROOT / ".gitignore").read_text().split()]
-BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
+BUILD_SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+BUILD_WHEEL = "pip wheel --no-deps -w dist ."
+"""As docs/dependencies.md says it."""
 USE = """
 import importlib.util, pkgutil, sys
 from pathlib import Path
@@ -67,7 +70,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in files(ROOT):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         copy2(ROOT / name, copy / name)
-    run(sys.executable, "-c", BUILD, "build_sdist", unpacked, where=copy)
+    run(sys.executable, "-c", BUILD_SDIST, unpacked, where=copy)
     (archive,) = unpacked.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         opened.extractall(unpacked, filter="data")
@@ -77,16 +80,21 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from the sdist alone."""
-    folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-c", BUILD, "build_wheel", folder, where=sdist)
-    (built,) = folder.glob("*.whl")
+    """The wheel, built from the sdist alone, by this environment's setuptools."""
+    copy = tmp_path_factory.mktemp("wheel") / "checkout"
+    copytree(sdist, copy)
+    run(sys.executable, "-m", *shlex.split(BUILD_WHEEL), "--no-build-isolation", where=copy)
+    (built,) = copy.glob("dist/*.whl")
     return built
 
 
 def test_the_sdist_holds_all_that_a_checkout_holds(sdist: Path) -> None:
     assert len(files(ROOT)) > 400
     assert files(sdist) - {"PKG-INFO", "setup.cfg"} == files(ROOT)
+
+
+def test_the_page_says_how_to_build_the_wheel() -> None:
+    assert f"\n{BUILD_WHEEL}\n" in (ROOT / "docs/dependencies.md").read_text()
 
 
 def test_the_wheel_carries_the_whole_library_and_nothing_else(wheel: Path) -> None:

@@ -22,7 +22,7 @@ def main(asked: Namespace) -> None:
     )
     if asked.save is not None:
         cache.save(asked.save)
-        say(f"saved: {asked.save}, {_mib(Path(asked.save).stat().st_size)}")
+        say(f"saved: {asked.save}, {_mib(Path(asked.save).expanduser().stat().st_size)}")
         if not asked.questions and sys.stdin.isatty():
             return
     answer_all(cache, asked)

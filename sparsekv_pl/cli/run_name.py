@@ -58,7 +58,7 @@ def _run_folder(settings: Namespace) -> Path | None:
     name, given = settings.get("name"), settings.get("trainer.default_root_dir")
     if given is not None and "report" not in settings:
         return Path(given)
-    return None if name is None else OUTPUT / name
+    return None if name is None else OUTPUT / Path(name).expanduser()
 
 
 def _report_folder(settings: Namespace, run: Path | None) -> Path | None:
@@ -69,7 +69,7 @@ def _report_folder(settings: Namespace, run: Path | None) -> Path | None:
     """
     report, output = settings.get("report"), settings.get("model.init_args.output")
     if output is None and (run is not None or report is not None):
-        output = str((run or OUTPUT) / (report or ""))
+        output = str((run or OUTPUT) / Path(report or "").expanduser())
         if "model.init_args.output" in settings:
             settings["model.init_args.output"] = output
     if output is None:

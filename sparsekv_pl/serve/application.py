@@ -17,7 +17,7 @@ from sparsekv_pl.serve.bounded_requests import BoundedRequests
 from sparsekv_pl.serve.prompts import SplitPrompt, chat_prompt, completion_prompt
 from sparsekv_pl.serve.refusals import Refusal, refusal_of
 from sparsekv_pl.serve.replies import ReplyShape, event
-from sparsekv_pl.serve.request_fields import AskedFields, ChatFields, CompletionFields
+from sparsekv_pl.serve.request_fields import MOST_PROMPTS, AskedFields, ChatFields, CompletionFields
 from sparsekv_pl.serve.served_model import ReplyContent, ServedModel
 from sparsekv_pl.serve.turns import Cancelled, ModelTurn, ModelTurns
 
@@ -48,6 +48,11 @@ def application(served: ServedModel, turns: ModelTurns, key: ApiKey | None = Non
         served.check_name(asked.model)
         if not asked.prompts:
             raise Refusal("prompt is empty: give some text", param="prompt")
+        if len(asked.prompts) > MOST_PROMPTS:
+            what = (
+                f"the request has {len(asked.prompts):,} prompts, and {MOST_PROMPTS} go together: send several requests"
+            )
+            raise Refusal(what, param="prompt")
         if asked.stream and (len(asked.prompts) > 1 or asked.echo):
             raise Refusal("stream goes with one prompt, and without echo", param="stream")
         if asked.logprobs is not None and not asked.echo:

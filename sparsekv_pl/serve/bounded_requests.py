@@ -10,7 +10,9 @@ from sparsekv_pl.serve.server_metrics import ServerMetrics
 
 
 class BoundedRequests:
-    """Refuses wrong keys, and long bodies by their Content-Length, which must be given; counts replies.
+    """Refuses wrong keys, and long bodies: unread by their Content-Length, else while they are read; counts replies.
+
+    A body in chunks may have a Content-Length beside it that is not its length, so what arrives is counted in any case.
 
     Parameters
     ----------
@@ -39,20 +41,28 @@ class BoundedRequests:
                 self.metrics.replies.labels(endpoint, message["status"]).inc()
             await send(message)
 
+        arrived = 0
+
+        async def bounded() -> Message:
+            nonlocal arrived
+            message = await receive()
+            arrived += len(message.get("body", b""))
+            if arrived > self.most_bytes:
+                raise self._too_long(f"at least {arrived:,}")
+            return message
+
         refusal = self._refusal(scope)
         answering: Any = self.app if refusal is None else refusal.response()
-        await answering(scope, receive, counted)
+        await answering(scope, bounded, counted)
 
     def _refusal(self, scope: Scope) -> Refusal | None:
         headers = dict(scope["headers"])
         if self.key is not None and (refusal := self.key.refusal(scope["path"], headers)) is not None:
             return refusal
-        if scope["method"] != "POST":
-            return None
         length = headers.get(b"content-length", b"").decode("latin-1")
-        if not length.isdecimal():
-            return Refusal("the request has no Content-Length: send one", status=411)
-        if int(length) > self.most_bytes:
-            what = f"the request is {int(length):,} bytes long, and a prompt within the limits is {self.most_bytes:,}"
-            return Refusal(f"{what} at most: shorten it", status=413, code="context_length_exceeded")
-        return None
+        known = int(length) if length.isdecimal() else 0
+        return self._too_long(f"{known:,}") if known > self.most_bytes else None
+
+    def _too_long(self, length: str) -> Refusal:
+        what = f"the request is {length} bytes long, and a prompt within the limits is {self.most_bytes:,} at most"
+        return Refusal(f"{what}: shorten it", status=413, code="context_length_exceeded")

@@ -113,13 +113,14 @@ def _split_ids(model: LoadedModel, ids: list[int]) -> SplitPrompt:
         ids = model.known(ids)
     except ValueError as error:
         raise Refusal(f"prompt: {error}", param="prompt") from error
-    behind = ""
+    first, said = "", False  # of what follows: its first character, and whether it is more than white space
     for place in range(len(ids) - 1, 0, -1):
         token = model.encoder.decode([ids[place]])
-        behind = token + behind
-        if "\n" in token and QUESTION_OPENING in behind.rstrip():
+        near = token + first
+        if QUESTION_OPENING in (near if said else near.rstrip()):
             cut = place if token.startswith("\n") else place + 1
             if cut < len(ids) and model.encoder.decode(ids[:cut]).strip():
                 return SplitPrompt(ids[:cut], ids[cut:])
             break
+        first, said = near[:1], said or bool(token.strip())
     return SplitPrompt([], ids)

@@ -3,10 +3,11 @@
 from typing import Any
 
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 
-class Refusal(Exception):
-    """A request that is not answered.
+class Refusal(HTTPException):
+    """A request that is not answered; an ``HTTPException``, which FastAPI lets through where a body is read.
 
     Parameters
     ----------
@@ -34,13 +35,12 @@ class Refusal(Exception):
         kind: str = "invalid_request_error",
         headers: dict[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status, self.headers = status, headers
+        super().__init__(status, message, headers)
         self.body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
     def response(self) -> JSONResponse:
         """Return it as a reply."""
-        return JSONResponse(self.body, self.status, self.headers)
+        return JSONResponse(self.body, self.status_code, self.headers)
 
 
 def refusal_of(error: BaseException) -> Refusal:

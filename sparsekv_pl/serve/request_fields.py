@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from sparsekv_pl.serve.refusals import Refusal
 
@@ -27,7 +27,34 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 """Fields that this server does not have -> the values that ask for nothing; null does everywhere."""
 
-Stop = Annotated[str, Field(min_length=1)]
+MOST_STOPS, MOST_STOP_CHARACTERS = 16, 256
+"""Of strings that end an answer, looked for after every token. OpenAI takes 4, and HumanEval in lm_eval sends 6."""
+MOST_PROMPTS = 128
+"""Prompts of a request, which are answered in one turn."""
+
+
+def _encodable(text: str) -> str:
+    """Raise ``ValueError`` for half a character (``"\\ud800"`` in JSON), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text has half a surrogate pair at character {error.start}: leave it out") from error
+    return text
+
+
+def _listed_stops(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _listed_parts(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
+FAIL_FAST = Field(fail_fast=True)
+"""One wrong item is reported, not all: an error takes hundreds of times the bytes of its item."""
+Tokens = Annotated[list[int], FAIL_FAST]
 
 
 class AskedFields(BaseModel):
@@ -37,11 +64,11 @@ class AskedFields(BaseModel):
 
     model: str
     stream: bool = False
-    stream_options: dict[str, bool] | None = None
+    stream_options: Annotated[dict[str, bool], FAIL_FAST] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: int | None = None
-    stop: Stop | list[Stop] | None = None
+    stop: Annotated[list[Stop], Field(max_length=MOST_STOPS), FAIL_FAST, BeforeValidator(_listed_stops)] | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
@@ -57,11 +84,6 @@ class AskedFields(BaseModel):
         return self
 
     @property
-    def stops(self) -> list[str]:
-        """The strings that end an answer."""
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
-
-    @property
     def streams_usage(self) -> bool:
         """Whether the last part of a streamed reply holds the usage."""
         return bool((self.stream_options or {}).get("include_usage"))
@@ -71,32 +93,32 @@ class TextPart(BaseModel):
     """A part of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(BaseModel):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Annotated[list[TextPart], Field(min_length=1), FAIL_FAST, BeforeValidator(_listed_parts)]
 
     @property
     def parts(self) -> list[str]:
         """The texts of its content."""
-        return [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
+        return [part.text for part in self.content]
 
 
 class ChatFields(AskedFields):
     """A request to /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1), FAIL_FAST]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
 
 class CompletionFields(AskedFields):
     """A request to /v1/completions: texts, or token ids."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Text | Annotated[list[Text], FAIL_FAST] | Tokens | Annotated[list[Tokens], FAIL_FAST]
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 

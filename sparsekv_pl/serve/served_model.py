@@ -145,7 +145,7 @@ class ServedModel:
         if isinstance(asked, CompletionFields) and asked.echo:
             content = self._scored(cache, prompt, asked, new_tokens, reused)
         else:
-            settings: dict[str, Any] = {"stop": asked.stops, "on_text": turn.tell if asked.stream else None}
+            settings: dict[str, Any] = {"stop": asked.stop or (), "on_text": turn.tell if asked.stream else None}
             settings["on_token"] = on_token
             seed = secrets.randbits(62) if asked.seed is None else asked.seed
             drawn, row = sampling_of(asked.temperature, asked.top_p, seed), prompt.question

@@ -55,8 +55,7 @@ class AnswerText(BaseStreamer):
         text, stopped = cut(self.decode(ids), self.stop)
         if not stopped:  # the last characters may still become a stop string or another character
             text = text.rstrip(BROKEN)
-            begun = (len(end) for one in self.stop for end in _beginnings(one) if text.endswith(end))
-            text = text[: len(text) - max(begun, default=0)].rstrip()
+            text = text[: len(text) - max((_begun(one, text) for one in self.stop), default=0)].rstrip()
         self._show(text.strip() if stopped else text.lstrip())
         return stopped
 
@@ -85,5 +84,7 @@ class AnswerText(BaseStreamer):
             self.shown = text
 
 
-def _beginnings(text: str) -> list[str]:
-    return [text[:length] for length in range(1, len(text))]
+def _begun(stop: str, text: str) -> int:
+    """Return how many of a stop string's first characters end ``text``, at most."""
+    lengths = range(min(len(stop) - 1, len(text)), 0, -1)
+    return next((length for length in lengths if text.endswith(stop[:length])), 0)

@@ -17,6 +17,8 @@ from sparsekv_pl.usage.kept_context import KeptContext
 from sparsekv_pl.usage.loaded_model import LoadedModel
 
 OnText = Callable[[str], object]
+LEAST_TEMPERATURE = 1e-6
+"""Divided by less, logits overflow float32; even here the most likely token has all probability."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def sampled_answer(
     settings: dict[str, Any] = {
         "do_sample": True,
         "top_k": 0,
-        "temperature": sampling.temperature,
+        "temperature": max(sampling.temperature, LEAST_TEMPERATURE),
         "top_p": sampling.top_p,
         "max_new_tokens": max_new_tokens,
         "stopping_criteria": StoppingCriteriaList([_Enough(model, text, len(row), on_token)]),

@@ -180,7 +180,8 @@ class ContextCache:
 
         ``settings`` are its settings: sampling, ``num_return_sequences``, ``num_beams``, ``streamer``,
         ``stop_strings``, ``logits_processor``, ``return_dict_in_generate`` ... Lengths and penalties count the
-        questions and answers alone, not the document.
+        questions and answers alone, not the document. Without ``eos_token_id`` and ``generation_config`` answers end
+        where those of ``ask`` do.
 
         Raises
         ------

@@ -49,6 +49,8 @@ def padded_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -
 def generate(model: LoadedModel, kept: KeptContext, rows: Sequence[Sequence[int]], settings: dict[str, Any]) -> Any:
     """Continue each of ``rows``, token ids that follow the context, by ``model.generate``; return its result.
 
+    Answers end at the model's ``stop_ids``, as greedy ones do, unless ``settings`` say otherwise.
+
     Raises
     ------
     ValueError
@@ -63,6 +65,8 @@ def generate(model: LoadedModel, kept: KeptContext, rows: Sequence[Sequence[int]
     _check(settings, config)
     if not any(settings.get(name) for name in ("max_new_tokens", "max_length", "generation_config")):
         settings = settings | {"max_new_tokens": NEW_TOKENS}
+    if model.stop_ids and not settings.get("generation_config"):
+        settings = {"eos_token_id": sorted(model.stop_ids)} | settings
     pad = model.tokenizer.pad_token_id
     ids, mask = padded_left(rows, pad, model.device)
     longest = _most_tokens(settings, config, ids.shape[1])

@@ -67,6 +67,15 @@ def test_a_document_is_asked_saved_and_asked_again(shell: Shell) -> None:
     assert Path("small.safetensors").stat().st_size < Path("river.safetensors").stat().st_size / 2
 
 
+def test_a_home_folder_is_meant_by_a_tilde(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shell expands none in ``--save=~/...``."""
+    monkeypatch.setenv("HOME", str(shell.folder))
+    answers, rest = shell("~/river.txt", QUESTIONS[0], *EVICTED, "--save=~/river.safetensors")
+    assert re.search(r"saved: ~/river.safetensors, [\d.]+ MiB", rest)
+    assert shell("~/river.safetensors", QUESTIONS[0], "--merge=~/river.safetensors")[0]
+    assert shell("~/river.safetensors", QUESTIONS[0])[0] == answers
+
+
 def test_more_text_is_appended_and_merged(shell: Shell) -> None:
     _, alone = shell("river.txt", QUESTIONS[0], *EVICTED, "--save", "river.safetensors")
     _, appended = shell("river.safetensors", QUESTIONS[0], "--append", "dunes.txt")

@@ -54,8 +54,10 @@ def test_settings_are_not_taken_from_a_checkpoint(
     checkpoint: Path, fitted: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(checkpoint.parent)
-    run(lambda: TrainCommandLine(args=["fit", MODEL, f"--ckpt_path={checkpoint}"], save_config_callback=None))
-    assert fitted == ["BoringModel"]
+    monkeypatch.setenv("HOME", str(checkpoint.parent))
+    for path in (str(checkpoint), f"~/{checkpoint.name}", "~"):
+        run(lambda path=path: TrainCommandLine(args=["fit", MODEL, f"--ckpt_path={path}"], save_config_callback=None))  # type: ignore[misc]
+    assert fitted == ["BoringModel"] * 3
     assert not (checkpoint.parent / "ran").exists()
     assert "from_checkpoint" not in sys.modules
 

@@ -97,6 +97,16 @@ def test_a_name_is_said_once(config: str, arguments: list[str], expected: dict[s
     assert {key: settings.get(key) for key in expected} == expected
 
 
+def test_a_home_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shell expands none in ``--name=~/...``."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    run, report = str(tmp_path / "home/run"), str(tmp_path / "home/report")
+    settings = made_of("quickstart", "--name=~/run")
+    assert (settings.get(ROOT), settings.get(LOGS)) == (run, run)
+    settings = made_of("evaluate/niah", "--name=~/run", "--model.backbone.adapter=final", "--report=~/report")
+    assert (settings.get(ADAPTER), settings.get(OUTPUT), settings.get(ROOT)) == (f"{run}/final", report, report)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

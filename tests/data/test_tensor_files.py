@@ -22,7 +22,7 @@ def groups(data: TensorFiles) -> list[list[str]]:
     return [[Path(path).name for path in paths] for paths in data.predict_dataloader()]
 
 
-def test_one_sample_of_one_collection_is_one_batch(tmp_path: Path) -> None:
+def test_one_sample_of_one_collection_is_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     later = "20240220_080000"
     wanted = [
         [name(512, 0, 0), name(512, 2, 0), name(512, 10, 0)],  # 10 comes after 2
@@ -32,7 +32,8 @@ def test_one_sample_of_one_collection_is_one_batch(tmp_path: Path) -> None:
     ]
     touch(tmp_path, *(file for group in wanted for file in reversed(group)))
     touch(tmp_path, "summary_seq512_20240219_120000.json", "report.md", ".tensors_seq512_layer0_sample0_x.pt.77")
-    assert groups(TensorFiles(str(tmp_path))) == wanted
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert groups(TensorFiles(str(tmp_path))) == groups(TensorFiles("~")) == wanted
 
 
 def test_lengths_and_layers_are_chosen(tmp_path: Path) -> None:

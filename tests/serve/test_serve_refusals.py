@@ -1,5 +1,6 @@
 """Errors in OpenAI's shape, as OpenAI's client raises them; and the server answers the next request."""
 
+import http.client
 import json
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,9 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}]
         ({"temperature": 3}, "temperature", r"temperature: Input should be less than or equal to 2 \(it is '3'\)"),
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"stop": ""}, "stop", "at least 1 character"),
+        ({"stop": "x" * 257}, "stop", "at most 256 characters"),
+        ({"stop": ["x"] * 17}, "stop", "stop: List should have at most 16 items"),
+        ({"extra_body": {"stop": 5}}, "stop", r"stop: Input should be a valid list \(it is '5'\)"),
         ({"max_tokens": 21}, "max_tokens", r"max_tokens=21 must be 1 to 20, the most of this server"),
         ({"max_completion_tokens": 0}, "max_completion_tokens", "greater than or equal to 1"),
         ({"messages": []}, "messages", "at least 1 item"),
@@ -37,6 +41,8 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}]
         ({"messages": [{"role": "system", "content": "x"}]}, "messages", "none of the role 'user'"),
         ({"messages": [{"role": "user", "content": " "}]}, "messages", r"messages\[0\] has no question"),
         ({"messages": "Who?"}, "messages", "valid list"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages.0.content", "at least 1 item"),
+        ({"messages": [{"role": "system", "content": []}, USER]}, "messages.0.content", "at least 1 item"),
     ],
 )
 def test_what_cannot_be_is_refused_by_field(serve: Serve, settings: dict[str, Any], param: str, message: str) -> None:
@@ -99,11 +105,38 @@ def test_bodies_are_bounded_before_they_are_read(serve: Serve) -> None:
     address, most = f"{server.url}/chat/completions", 64 * 1024 + 65_536
     long = post(address, content=b"x" * (most + 1))
     assert (long.status_code, long.json()["error"]["code"]) == (413, "context_length_exceeded")
-    assert post(address, content=iter([b"{}"])).status_code == 411
     broken = post(address, content=b"{", headers={"content-type": "application/json"})
     assert broken.status_code == 400 and "JSON" in broken.json()["error"]["message"]
     assert post(f"{server.url}/embeddings", json={}).json()["error"]["message"] == "POST /v1/embeddings: Not Found"
     assert 'status="413"' in server.served.metrics.text().decode()
+
+
+@pytest.mark.parametrize("headers", [{}, {"content-length": "5"}], ids=["alone", "beside a length"])
+def test_bodies_in_chunks_are_bounded_while_they_are_read(serve: Serve, headers: dict[str, str]) -> None:
+    """As clients send them that do not know the length before; a Content-Length beside is not believed."""
+    server = serve(*LIMITED)
+    most = 64 * 1024 + 65_536
+    whole = json.dumps({"model": "tiny", "messages": [USER], "max_tokens": 2}).encode()
+
+    def sent(body: bytes) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection(server.url.split("/")[2], timeout=10)
+        connection.putrequest("POST", "/v1/chat/completions")
+        given = {"content-type": "application/json", "transfer-encoding": "chunked"} | headers
+        for name, value in given.items():
+            connection.putheader(name, value)
+        connection.endheaders(
+            (body[start : start + 50_000] for start in range(0, len(body), 50_000)), encode_chunked=True
+        )
+        reply = connection.getresponse()
+        read = json.loads(reply.read())
+        connection.close()
+        return reply.status, read
+
+    assert sent(whole)[0] == 200
+    assert sent(whole + b" " * (most - len(whole)))[0] == 200
+    status, refused = sent(whole + b" " * (most + 1 - len(whole)))
+    assert (status, refused["error"]["code"]) == (413, "context_length_exceeded")
+    assert refused["error"]["message"].startswith("the request is at least 131,073 bytes long, and a prompt")
 
 
 def test_what_only_the_model_knows_is_refused_before_the_status_is_sent(serve: Serve) -> None:
