@@ -104,7 +104,7 @@ class SelectionLoss:
         return {press: weighted_mean(*found) for press, found in self.by_press(targets).items()}
 
     def by_press(self, targets: Iterable[Target]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return the losses (n,) and weights (n,) of each press's heads, rows and layers; ``losses`` are their means."""
+        """Return each press's losses (n,) and weights (n,) over heads, rows and layers; ``losses`` are their means."""
         terms: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for target in targets:
             if target.selection.scores.requires_grad:
