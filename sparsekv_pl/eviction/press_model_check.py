@@ -24,6 +24,7 @@ from sparsekv_pl.models.layer_kinds import attentions, evicted_layers, layers_le
 from sparsekv_pl.models.rotary import inv_freq_of, rotary_of
 from sparsekv_pl.models.seeding import generator_for
 from sparsekv_pl.presses.scores_by_rule import check_rule
+from sparsekv_pl.presses.sparse_reg import SparseRegPress
 from sparsekv_pl.presses.traits import Need, PressTraits, traits_of
 
 TOKENS, SHIFT = 8, 5
@@ -77,6 +78,8 @@ def check_press_alone(press: BasePress | None, foresight: bool = False) -> None:
 def check_press(model: PreTrainedModel, press: BasePress | None, foresight: bool = False) -> None:
     """Raise ``ValueError`` if ``press``, or a press in it, would not reproduce ``model``'s queries or keys.
 
+    So does one with settings for layers from which nothing is evicted.
+
     ``foresight`` is that of ``check_press_alone``, which is asked too. Models with weights on the meta device (sharded
     ones) are not checked.
     """
@@ -97,6 +100,9 @@ def check_press(model: PreTrainedModel, press: BasePress | None, foresight: bool
                 f"{part.name} needs every layer of a model, and {type(model).__name__} has others than full attention, "
                 f"in layers {_few(others)}: take a press that evicts layer by layer (KeyDiffPress, SnapKVPress)"
             )
+    for part in traits.parts:
+        if isinstance(part.press, SparseRegPress):
+            part.press.check_layers(model.config)
     check_rule(model, traits)
     if any(parameter.is_meta for parameter in decoder_of(model).parameters()):
         return

@@ -37,6 +37,8 @@ class StudentView:
     selections: list[tuple[Selection, Tensor]] = field(default_factory=list)
     """Scores of every scorer and layer, each with the teacher's attention to the context in that layer, (B, K, L) (see
     ``AttentionMass``); empty unless ``scores`` are requested."""
+    scorers: list[str] = field(default_factory=list)
+    """Names of all scorers of the press, also of those that score nothing at this step: the same on all ranks."""
     layers: dict[LayerOutput, tuple[LayerRows, LayerRows]] = field(default_factory=dict)
     """Student's and teacher's layer outputs, for the kinds requested."""
     press_losses: dict[str, Tensor] = field(default_factory=dict)
@@ -72,6 +74,7 @@ def joined(views: Sequence[StudentView], rows: Sequence[int]) -> StudentView:
         teacher_NE=torch.cat(teachers) if teachers else None,
         teacher_head=views[0].teacher_head,
         selections=[pair for view in views for pair in view.selections],
+        scorers=views[0].scorers,
         layers={
             kind: (_stacked([v.layers[kind][0] for v in views]), _stacked([v.layers[kind][1] for v in views]))
             for kind in views[0].layers

@@ -1,10 +1,12 @@
 """Means over ranks that equal those of one process with the batches of all ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed import ReduceOp, all_reduce, get_world_size, is_available, is_initialized
+
+TINY = torch.finfo(torch.float32).tiny
 
 
 def rank_share(count: Tensor) -> Tensor:
@@ -17,7 +19,34 @@ def rank_share(count: Tensor) -> Tensor:
     if not _several():
         return torch.ones((), device=count.device)
     own = count.detach().float()
-    return own / _mean(own).clamp(min=torch.finfo(own.dtype).tiny)
+    return own / _mean(own).clamp(min=TINY)
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Average ``values`` (n,) of this rank by ``weights`` (n,), (); 0 if all weights are."""
+    return (values * weights).sum() / weights.sum().clamp(min=TINY)
+
+
+def means_by_name(
+    found: Mapping[str, tuple[Tensor, Tensor]], names: Sequence[str], device: torch.device
+) -> dict[str, Tensor]:
+    """Return the ``weighted_mean`` of each name's values and weights, over the items of all ranks as by ``rank_share``.
+
+    ``names`` are all that any rank may have found, in one order on all ranks. The result has those that some rank has
+    found, on every rank: 0 on one that has not. Collective: all ranks must call it; one exchange on ``device``.
+    """
+    own = {name: weighted_mean(*items) for name, items in found.items()}
+    if not names or not _several():
+        return own
+    assert set(own) <= set(names), (list(own), names)
+    zero, one = torch.zeros((), device=device), torch.ones((), device=device)
+    totals = torch.stack([found[name][1].detach().float().sum() if name in found else zero for name in names])
+    there = torch.stack([one if name in found else zero for name in names])
+    mean_totals, mean_there = _mean(torch.stack([totals, there]))
+    shares = dict(zip(names, totals / mean_totals.clamp(min=TINY), strict=True))
+    # A rank that found all knows the answer: only the others wait for the device.
+    anywhere = names if len(own) == len(names) else [names[place] for place in mean_there.nonzero().flatten().tolist()]
+    return {name: shares[name] * own.get(name, zero) for name in anywhere}
 
 
 def means_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

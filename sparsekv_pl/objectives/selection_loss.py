@@ -13,9 +13,9 @@ from sparsekv_pl.eviction.interface import Selection
 from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.objectives.kept_mass import KeptMass, kept_shares
 from sparsekv_pl.objectives.objective import Objective, StudentView
-from sparsekv_pl.objectives.rank_means import rank_share
+from sparsekv_pl.objectives.rank_means import means_by_name, weighted_mean
 from sparsekv_pl.objectives.score_alignment import TINY, cross_entropy, evictable_keys, key_logits, ranking
-from sparsekv_pl.reporting.logged_terms import KEPT, MOST
+from sparsekv_pl.reporting.logged_terms import KEPT, MOST, SELECTION
 
 Form = Literal["cross_entropy", "ranking"]
 Heads = Literal["mass", "equal"]
@@ -101,12 +101,16 @@ class SelectionLoss:
 
         Scores without a gradient (of a random press, for example) are left out, so the result may be empty.
         """
+        return {press: weighted_mean(*found) for press, found in self.by_press(targets).items()}
+
+    def by_press(self, targets: Iterable[Target]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return each press's losses (n,) and weights (n,) over heads, rows and layers; ``losses`` are their means."""
         terms: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for target in targets:
             if target.selection.scores.requires_grad:
                 found = self._heads(target).flatten(), target.weights.flatten()
                 terms.setdefault(target.selection.press, []).append(found)
-        return {press: _mean(*map(torch.cat, zip(*found, strict=True))) for press, found in terms.items()}
+        return {press: _together(found) for press, found in terms.items()}
 
     @torch.no_grad()
     def kept_mass(self, targets: Iterable[Target]) -> Iterator[KeptMass]:
@@ -137,10 +141,9 @@ class SelectionLoss:
         return Target(selection, mass / total.unsqueeze(-1).clamp(min=TINY), evictable, weights)
 
 
-def _mean(values: Tensor, weights: Tensor) -> Tensor:
-    """Average the last dimension of ``values``, over the items of all ranks."""
-    total = weights.sum()
-    return rank_share(total) * (values * weights).sum(-1) / total.clamp(min=TINY)
+def _together(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    values, weights = zip(*parts, strict=True)
+    return torch.cat(values), torch.cat(weights)
 
 
 @dataclass
@@ -170,12 +173,15 @@ class SelectionObjective(Objective):
     def __call__(self, view: StudentView) -> dict[str, Tensor]:
         loss = self.selection_loss
         targets = loss.targets(view.selections)
-        losses = loss.losses(targets)
-        logs = {f"selection/{press}": value.detach() for press, value in losses.items()}
-        logs |= _by_press(loss.kept_mass(targets))
-        if not losses:  # a press without trainable scores was drawn at this step
-            return {"loss": 0 * view.hidden_NE.sum(), **logs}  # backward needs a graph
-        return {"loss": torch.stack(list(losses.values())).mean(), **logs}
+        found = {f"{SELECTION}/{press}": items for press, items in loss.by_press(targets).items()}
+        found |= _kept_by_press(loss.kept_mass(targets))
+        names = [f"{term}/{press}" for term in (SELECTION, KEPT, MOST) for press in view.scorers]
+        means = means_by_name(found, names, view.hidden_NE.device)
+        losses = [mean for name, mean in means.items() if name.startswith(f"{SELECTION}/")]
+        total = torch.stack(losses).mean() if losses else view.hidden_NE.new_zeros(())
+        if not total.requires_grad:  # no trainable scores on this rank at this step
+            total = total + 0 * view.hidden_NE.sum()  # backward needs a graph
+        return {"loss": total, **{name: mean.detach() for name, mean in means.items()}}
 
     def check_layers(self, layers: int, evicted: Sequence[int]) -> None:
         """Raise ``ValueError`` if there is not one weight per layer of the model, or none above 0 where it evicts."""
@@ -197,13 +203,10 @@ class SelectionObjective(Objective):
         return SelectionLoss(self.sinks, self.heads, self.form, self.temperature, self.top_share, self.layer_weights)
 
 
-def _by_press(found: Iterable[KeptMass]) -> dict[str, Tensor]:
-    """Return, by press, the attention that its selection keeps and the most that its budget could keep."""
-    parts: dict[str, list[Tensor]] = {}
+def _kept_by_press(found: Iterable[KeptMass]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return, by term and press, the attention that each head's selection keeps and the most it could, with weights."""
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for one in found:
-        parts.setdefault(one.press, []).append(torch.stack([one.kept, one.most, one.weights]).flatten(1))
-    logs = {}
-    for press, own in parts.items():
-        *shares, weights = torch.cat(own, dim=1)
-        logs[f"{KEPT}/{press}"], logs[f"{MOST}/{press}"] = _mean(torch.stack(shares), weights)
-    return logs
+        for term, shares in ((KEPT, one.kept), (MOST, one.most)):
+            parts.setdefault(f"{term}/{one.press}", []).append((shares.flatten(), one.weights.flatten()))
+    return {name: _together(own) for name, own in parts.items()}

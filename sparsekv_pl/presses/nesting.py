@@ -20,6 +20,11 @@ def scorers_in(press: BasePress) -> list[ScorerPress]:
     return [scorer for inner in wrapped(press) for scorer in scorers_in(inner)]
 
 
+def scorer_names(press: BasePress | None) -> list[str]:
+    """Return the names of ``scorers_in``, each once; empty without a press."""
+    return [] if press is None else list(dict.fromkeys(press_name(scorer) for scorer in scorers_in(press)))
+
+
 def wrapped(press: BasePress) -> list[BasePress]:
     """Return the presses that ``press`` wraps directly."""
     # Not the dataclass fields: CriticalKVPress keeps the press inside it in a plain attribute.

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from kvpress import BasePress
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from sparsekv_pl.models.layer_kinds import evicted_layers
 from sparsekv_pl.presses.key_tokens import key_places
 from sparsekv_pl.presses.press_context import press_context_in
 from sparsekv_pl.presses.ratio import set_compression_ratio
@@ -42,7 +43,7 @@ class SparseRegPress(BasePress):
     window_size
         Number of last queries whose attention rows are used, in tokens.
     layers
-        Indices of the layers to measure; None for all.
+        Indices of the layers to measure, among those that presses evict from; None for all of these.
     sinks
         Number of first tokens that "l1" does not count.
 
@@ -87,14 +88,21 @@ class SparseRegPress(BasePress):
     @contextmanager
     def __call__(self, model: PreTrainedModel) -> Generator:
         """Measure and evict inside the block."""
-        count = model.config.get_text_config().num_hidden_layers
-        if self.layers is not None and max(self.layers) >= count:
-            raise ValueError(f"SparseRegPress.layers={self.layers}, but this model has layers 0 to {count - 1}")
+        self.check_layers(model.config)
         with ExitStack() as stack:
             stack.enter_context(_Measuring(self)(model))  # first: it must see the keys before they are evicted
             if self.press is not None:
                 stack.enter_context(self.press(model))
             yield
+
+    def check_layers(self, config: PreTrainedConfig) -> None:
+        """Raise ``ValueError`` for a layer in which nothing is measured: a press runs in ``evicted_layers`` alone."""
+        evicted = evicted_layers(config)
+        if wrong := [layer for layer in self.layers or () if layer not in evicted]:
+            raise ValueError(
+                f"SparseRegPress.layers={self.layers}: presses evict from layers {', '.join(map(str, evicted))} of "
+                f"this model, and nothing is measured in {', '.join(map(str, wrong))}: name some of the former, or null"
+            )
 
     def loss(self, module: nn.Module, hidden_states: Tensor, keys: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """Compute one layer's scalar loss, not yet weighted: see ``kind``.
@@ -111,7 +119,8 @@ class SparseRegPress(BasePress):
         return (by_row.sum(-1, keepdim=True) / window_rows(attention)).mean()
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
-        """Forward the call of an outer press to the inner press."""
+        """Check ``layers``, and forward the call of an outer press to the inner press."""
+        self.check_layers(model.config)
         if self.press is not None:
             self.press.post_init_from_model(model)
 

@@ -109,7 +109,7 @@ class NonFinite(Callback):
 
     def _skip(self, trainer: Trainer, fault: str) -> None:
         step, fault = trainer.global_step, fault or "a loss or gradient of another rank is not finite"
-        if self.in_a_row == self.skip:
+        if self.in_a_row >= self.skip:  # above it after a resume with a lower limit
             raise NonFiniteLossError(
                 f"at step {step} {fault}. {self.in_a_row} steps in a row were skipped before it (NonFinite.skip="
                 f"{self.skip}). Last good checkpoint: {_last_checkpoint(trainer)}. "

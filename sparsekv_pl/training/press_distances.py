@@ -65,5 +65,9 @@ class PressDistances:
         return {STATE: dict(self.means)} if self.drawing else {}
 
     def load_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restore ``state_dict``'s result from a checkpoint; one without distances leaves the presses' weights."""
+        """Restore ``state_dict``'s result from a checkpoint; one without distances leaves the presses' weights.
+
+        The presses draw by them at once: strategies that shard restore after ``start``.
+        """
         self.means = dict(checkpoint.get(STATE, {}))
+        self.apply(True)

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from typing_extensions import override
 
 from sparsekv_pl.storage.fingerprint import weights_digest
+from sparsekv_pl.training.plateau_resumption import VALIDATION, continue_plateau, validated
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +36,14 @@ class Resumption(Callback):
     """Give a resumed run the settings of this run. Modules that train add it (``guards``).
 
     The optimizer's state (its moments) comes from the checkpoint; its settings are this run's, and the learning rate is
-    that of this run's schedule after as many steps. Callbacks keep their constructor arguments.
+    that of this run's schedule after as many steps. A ReduceLROnPlateau has followed validations that no replay has: it
+    goes on with the checkpoint's rate and counts. Callbacks keep their constructor arguments.
     """
 
     def __init__(self) -> None:
         self._resumed = False
+        self._validation: dict[str, Any] | None = None
+        self._checkpoint: dict[str, Any] = {}
         self._given: dict[int, dict[str, Any]] = {}
 
     @override
@@ -50,10 +55,13 @@ class Resumption(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[RECORD] = _decided(pl_module)
         checkpoint[PRECISION] = str(trainer.precision)
+        if self._validation is not None and self._validation["batch"] == trainer.fit_loop.batch_idx:
+            checkpoint[VALIDATION] = self._validation
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._resumed = True
+        self._checkpoint = {name: checkpoint[name] for name in ("lr_schedulers", VALIDATION) if name in checkpoint}
         was, now = checkpoint.get(PRECISION), str(trainer.precision)
         if was not in (None, now):
             log.warning(
@@ -71,7 +79,12 @@ class Resumption(Callback):
             for name, value in self._given.get(id(callback), {}).items():
                 if value is not None and getattr(callback, name) is not value:  # None is filled in at setup
                     setattr(callback, name, value)
-        _apply(pl_module, trainer)
+        _apply(pl_module, trainer, self._checkpoint)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._validation = validated(trainer)
 
 
 def check_resumable(module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
@@ -119,14 +132,17 @@ def _parameters(module: LightningModule, saved: Mapping[str, Any] | None) -> lis
     return [*shapes, *new, *gone]
 
 
-def _apply(module: LightningModule, trainer: Trainer) -> None:
-    """Set the optimizer and its schedule to this run's settings, at the step that was resumed from."""
+def _apply(module: LightningModule, trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
+    """Set the optimizer and its schedule to this run's settings, at the step of ``checkpoint``."""
     made: Any = module.configure_optimizers()
     fresh: Optimizer = made["optimizer"] if isinstance(made, dict) else made
     schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
     if schedules:
         schedule: LRScheduler = made["lr_scheduler"]["scheduler"]
-        _step(schedule, trainer.global_step)
+        if isinstance(schedule, ReduceLROnPlateau):
+            continue_plateau(schedule, trainer, checkpoint)
+        else:
+            _step(schedule, trainer.global_step)
         schedules[0].load_state_dict(schedule.state_dict())
     changed: dict[str, str] = {}
     for group, given in zip(trainer.optimizers[0].param_groups, fresh.param_groups, strict=True):

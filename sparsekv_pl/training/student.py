@@ -17,6 +17,7 @@ from sparsekv_pl.models.layer_outputs import LayerOutput, layer_outputs
 from sparsekv_pl.objectives import Objective, StudentView
 from sparsekv_pl.objectives.attention_mass import AttentionMass, with_mass
 from sparsekv_pl.objectives.objective import LayerRows, joined
+from sparsekv_pl.presses.nesting import scorer_names
 from sparsekv_pl.training.teacher import Teacher
 
 
@@ -92,6 +93,7 @@ class Student:
         view = replace(
             tokens,
             selections=[] if mass is None else with_mass(evicted.selections, mass.mass, mass.later),
+            scorers=[] if mass is None else scorer_names(self.eviction.press),
             layers={kind: (_rows(student_layers[kind], places), _rows(teacher_layers[kind], places)) for kind in kinds},
             press_losses=evicted.losses,
             contexts=[] if evicted.context is None else [evicted.context],

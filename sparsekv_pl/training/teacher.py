@@ -1,6 +1,8 @@
 """The teacher: the base model with the full cache."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +20,8 @@ class Teacher:
     """Full-cache passes through the base model.
 
     With an adapter, the base model is the student with its adapter switched off: no second copy of the weights. If
-    every weight trains, a frozen copy is made, so that the teacher does not change with the student.
+    every weight trains, a frozen copy is made, so that the teacher does not change with the student. Either computes in
+    evaluation mode, without the base's own dropout.
     """
 
     def __init__(self, model: Any) -> None:
@@ -44,7 +47,7 @@ class Teacher:
         extra = {} if observer is None else {"observer": observer}
         newest = before + continuation_ids.shape[1]
         computed = last_mlp_for(model, newest)
-        with adapter_off(self._model), attention_implementation(model, CACHED), computed:
+        with evaluating(model), adapter_off(self._model), attention_implementation(model, CACHED), computed:
             hidden = decoder_of(model)(input_ids=ids, use_cache=False, **extra).last_hidden_state
         return hidden[:, -newest:]
 
@@ -62,3 +65,16 @@ class Teacher:
     def head(self) -> Head | None:
         """The teacher's own LM head; None if it is the student's."""
         return head_of(self._copy[0]) if self._copy else None
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Set evaluation mode inside the block, and then each submodule's own mode again."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

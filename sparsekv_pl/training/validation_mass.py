@@ -14,7 +14,7 @@ from sparsekv_pl.models.batch import Batch
 from sparsekv_pl.models.cache_shape import cache_shape
 from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.objectives.attention_mass import with_mass
-from sparsekv_pl.presses.nesting import press_name, scorers_in
+from sparsekv_pl.presses.nesting import scorer_names
 from sparsekv_pl.reporting.ceiling_maps import reached_map
 from sparsekv_pl.reporting.logged_terms import KEPT, MOST
 from sparsekv_pl.reporting.loggers import log_picture
@@ -47,7 +47,7 @@ class ValidationMass(nn.Module):
         if press is not None and self.loss is not None:
             model = causal_lm(student.model)
             shape = len(decoder_of(model).layers), cache_shape(model.config).kv_heads
-            self.metrics.update({press_name(scorer): MassByHead(*shape) for scorer in scorers_in(press)})
+            self.metrics.update({name: MassByHead(*shape) for name in scorer_names(press)})
 
     def follow(self, lengths: Iterable[int]) -> None:
         """Measure if what the eviction keeps of contexts of ``lengths`` (tokens) can be followed; else log why not."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kvpress import ExpectedAttentionPress, SnapKVPress
+from kvpress import ExpectedAttentionPress, KnormPress, RandomPress, SnapKVPress
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, IterableDataset
@@ -19,6 +19,7 @@ from callbacks.curriculum import Curriculum
 from sparsekv_pl.eviction import Eviction
 from sparsekv_pl.eviction.dropout import KVDropout
 from sparsekv_pl.eviction.real import RealEviction
+from sparsekv_pl.eviction.while_decoding import Decoding
 from sparsekv_pl.models.anchors import Anchors
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.models.batch import IGNORE, Batch
@@ -56,6 +57,8 @@ class Case:
     accumulate: int = 1
     lengths: list[int] = field(default_factory=lambda: [CONTEXT] * RANKS * ROWS)
     """Tokens of each row's context."""
+    continuations: list[int] = field(default_factory=lambda: [CONTINUATION] * RANKS * ROWS)
+    """Tokens of each row's continuation."""
     validations: int = 0
     """Batches of validation, after every step."""
 
@@ -64,9 +67,9 @@ def snapkv() -> RealEviction:
     return RealEviction(SnapKVPress(window_size=8))
 
 
-def drawn(**settings: Any) -> RealEviction:
+def drawn(budget: int | None = None, **settings: Any) -> RealEviction:
     presses = [SnapKVPress(window_size=8), ExpectedAttentionPress()]
-    return RealEviction(EvictionAugPress(presses, [1.0, 2.0], **settings))
+    return RealEviction(EvictionAugPress(presses, [1.0, 2.0], **settings), budget=budget)
 
 
 def threshold() -> SoftThresholdPress:
@@ -115,6 +118,26 @@ GRADIENTS = {
         lengths=[64, 40, 40, 64],
     ),
     "accumulated": Case(aligned, snapkv, accumulate=2),
+    # One rank's press has nothing to select from:
+    "contexts within the budget": Case(
+        aligned,
+        lambda: drawn(score_all=True, budget=48),
+        schedule=lambda: Fixed(0.0),
+        steps=2,
+        lengths=[64, 64, 40, 40],
+    ),
+    "contexts within the budget, drawn by distance": Case(
+        aligned,
+        lambda: RealEviction(EvictionAugPress([KnormPress(), RandomPress(seed=1)], by_distance=True), budget=48),
+        schedule=lambda: Fixed(0.0),
+        steps=3,
+        lengths=[40, 40, 64, 40],
+    ),
+    "continuations within the interval": Case(
+        aligned,
+        lambda: RealEviction(KnormPress(), decoding=Decoding(8, context=False)),
+        continuations=[12, 12, 7, 7],
+    ),
     # What some parameters have no part in:
     "threshold at ratio 0": Case(LM, lambda: RealEviction(threshold()), schedule=lambda: Fixed(0.0), steps=2),
     "threshold not drawn": Case(LM, seldom_threshold, steps=3),
@@ -169,9 +192,10 @@ class Endless(IterableDataset[Batch]):
 def rows(case: Case, seed: int, which: slice) -> Batch:
     """Some of the rows of batch ``seed``."""
     ids = torch.randint(2, 1000, (RANKS * ROWS, CONTEXT + CONTINUATION), generator=torch.Generator().manual_seed(seed))
-    context, continuation = ids[which, :CONTEXT], ids[which, CONTEXT:]
-    counts = torch.tensor(SUPERVISED).roll(seed)[which, None]
-    labels = continuation.where(torch.arange(CONTINUATION) <= counts, IGNORE)
+    more = torch.tensor(case.continuations[which])
+    context, continuation = ids[which, :CONTEXT], ids[which, CONTEXT : CONTEXT + int(more.max())]
+    counts = torch.tensor(SUPERVISED).roll(seed)[which].minimum(more - 1)[:, None]
+    labels = continuation.where(torch.arange(continuation.shape[1]) <= counts, IGNORE)
     labels[:, 0] = IGNORE
     longest = max(case.lengths[which])
     batch = Batch(

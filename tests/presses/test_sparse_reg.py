@@ -65,11 +65,6 @@ def reference(attention: Tensor, kind: str, rows: range) -> Tensor:
 # --- settings ---
 
 
-def test_a_layer_that_the_model_lacks_is_named(random_model: Build) -> None:
-    with pytest.raises(ValueError, match=r"layers=\[0, 2\], but this model has layers 0 to 1"):
-        losses(random_model(), press_with(layers=[0, 2]))
-
-
 def test_the_inner_press_is_found_and_set() -> None:
     inner = SnapKVPress(0.3, window_size=9)
     press = press_with(inner)

@@ -1,8 +1,11 @@
 """The training module in a real Trainer, on tiny models and on contexts longer than their positions."""
 
+import json
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -51,6 +54,23 @@ def test_the_teachers_logits_are_the_base_models_whatever_the_adapter_learnt(
     assert torch.equal(hidden @ module.student.head.weight.T, expected)
     assert not torch.allclose(changed, expected, atol=1e-2)
     assert module.teacher.head is None
+
+
+def test_the_teacher_has_no_dropout_and_the_student_keeps_its_own(
+    tiny_backbone: MakeBackbone, tiny_models: dict[str, str], tmp_path: Path
+) -> None:
+    copytree(tiny_models["llama"], tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"attention_dropout": 0.5}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    module = EITModule(tiny_backbone(pretrained=str(tmp_path)), snapkv())
+    expected = module.teacher(*tokens())
+    module.train()
+    module.get_submodule("model.base_model.model.model.norm").eval()
+    modes = {name: part.training for name, part in module.named_modules()}
+    assert torch.equal(module.teacher(*tokens()), expected)
+    assert {name: part.training for name, part in module.named_modules()} == modes
+    student = [causal_lm(module.model).model(tokens()[0]).last_hidden_state for _ in range(2)]
+    assert not torch.equal(*student)
 
 
 def test_the_teacher_of_full_fine_tuning_does_not_drift(

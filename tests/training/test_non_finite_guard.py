@@ -125,6 +125,8 @@ def test_the_counts_are_in_the_checkpoint(tiny_trainer: MakeTrainer, tmp_path: P
     resumed = {"max_epochs": 2, "ckpt_path": tmp_path / "step=3.ckpt"}
     with pytest.raises(NonFiniteLossError, match=r"at step 3 .* 1 steps in a row"):
         fit(tiny_trainer, [NAN] * 4, NonFinite(skip=1), **resumed)
+    with pytest.raises(NonFiniteLossError, match=r"at step 3 .* 1 steps in a row .*NonFinite.skip=0"):
+        fit(tiny_trainer, [NAN] * 4, NonFinite(skip=0), **resumed)  # a lower limit than the count
     guard = NonFinite(skip=1)
     fit(tiny_trainer, [1.0] * 4, guard, **resumed)
     assert (guard.skipped, guard.in_a_row) == (2, 0)

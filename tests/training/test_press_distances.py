@@ -63,6 +63,17 @@ def test_the_odds_follow_the_distances() -> None:
     assert mix.distances["Knorm"] == 0.25, "a step that is skipped"
 
 
+def test_distances_that_are_restored_after_the_start_count_for_the_first_step() -> None:
+    """A strategy that shards restores then."""
+    mix = EvictionAugPress([SnapKVPress(), KnormPress()], by_distance=True)
+    saved, resumed = PressDistances(EvictionAugPress([SnapKVPress()], by_distance=True)), PressDistances(mix)
+    saved.measure(terms(SnapKV=0.5, Knorm=0.25))
+    saved.settle()
+    resumed.start()
+    resumed.load_state_dict(saved.state_dict())
+    assert mix.odds == pytest.approx([0.5, 0.25])
+
+
 def test_without_the_option_draws_are_as_before() -> None:
     plain, given = press(False), press(False)
     PressDistances(given).measure(terms(SnapKV=0.9, Knorm=0.1))

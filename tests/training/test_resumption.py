@@ -9,17 +9,19 @@ import pytest
 import torch
 from kvpress import SnapKVPress
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.cli import ReduceLROnPlateau
 from safetensors.torch import load_file, save_file
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
 
+from callbacks.checkpoint import SafeCheckpoint
 from callbacks.curriculum import Curriculum
 from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.models.lora import Lora
 from sparsekv_pl.objectives import LM
 from sparsekv_pl.schedules import Fixed
 from sparsekv_pl.training.eit_module import EITModule
-from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer
+from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer, trained
 
 DONE = 2
 """Optimizer steps of the run that is resumed."""
@@ -90,6 +92,40 @@ def fit(
     return run
 
 
+def plateau(monitor: str = "val/perplexity_evicted", **settings: Any) -> Callable[[Optimizer], ReduceLROnPlateau]:
+    """No validation is better by 1e9 than the first: every second one after it lowers the rate."""
+    return lambda optimizer: ReduceLROnPlateau(
+        optimizer, monitor, patience=1, threshold=1e9, threshold_mode="abs", **settings
+    )
+
+
+@pytest.fixture
+def follow(
+    tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer, tmp_path: Path
+) -> Callable[..., EITModule]:
+    """Train to ``steps`` with a schedule, a validation and two batches to a step; a checkpoint every ``save`` steps."""
+
+    def run(folder: str, steps: int, save: int, schedule: Any, resume: bool = False) -> EITModule:
+        torch.manual_seed(0)
+        module = EITModule(
+            tiny_backbone(), RealEviction(SnapKVPress(window_size=8)), LM(), optimizer=adamw(), lr_scheduler=schedule
+        )
+        trainer = tiny_trainer(
+            *(Curriculum(Fixed(0.5)), SafeCheckpoint(save, dirpath=str(tmp_path / folder))),
+            max_steps=steps,
+            max_epochs=-1,
+            enable_checkpointing=True,
+            limit_val_batches=1,
+            accumulate_grad_batches=2,
+            val_check_interval=4,
+        )
+        saved = sorted((tmp_path / folder).glob("*.ckpt"))[-1] if resume else None
+        trainer.fit(module, tiny_data(batch_size=1), ckpt_path=saved)
+        return module
+
+    return run
+
+
 def rate(module: EITModule) -> float:
     return module.trainer.optimizers[0].param_groups[0]["lr"]
 
@@ -107,6 +143,37 @@ def test_a_finished_run_goes_on_at_the_rate_of_a_longer_schedule(fit: Callable[.
         expected.step()
     assert rate(extended) == pytest.approx(expected.get_last_lr()[0])
     assert rate(extended) > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("saved", "every"),
+    [(3, 3), (4, 4), (4, 100), (6, 6)],
+    ids=["between validations", "after one, before the plateau", "after both", "after one that lowers the rate"],
+)
+def test_a_resumed_plateau_goes_on_as_an_uninterrupted_one(
+    follow: Callable[..., EITModule], saved: int, every: int
+) -> None:
+    whole = follow("whole", 7, 100, plateau())
+    assert rate(whole) == pytest.approx(1e-3)
+    follow("parts", saved, every, plateau())
+    resumed = follow("parts", 7, every, plateau(), resume=True)
+    assert rate(resumed) == rate(whole)
+    (one,), (other,) = ([c.scheduler for c in m.trainer.lr_scheduler_configs] for m in (whole, resumed))
+    assert one.state_dict() == other.state_dict()
+    for name, value in trained(whole).items():
+        assert torch.equal(value, trained(resumed)[name])
+
+
+def test_a_plateaus_settings_are_this_runs_and_its_metric_is_the_checkpoints(follow: Callable[..., EITModule]) -> None:
+    follow("run", 4, 4, plateau())
+    with pytest.raises(ValueError, match=r"lr_scheduler.monitor is val/perplexity_full, and .* val/perplexity_evicted"):
+        follow("run", 7, 4, plateau("val/perplexity_full"), resume=True)
+    assert rate(follow("run", 7, 4, plateau(factor=0.5), resume=True)) == pytest.approx(5e-3)
+
+
+def test_a_plateau_after_another_schedule_begins_at_this_runs_rate(follow: Callable[..., EITModule]) -> None:
+    follow("run", 2, 2, one_cycle(2))
+    assert rate(follow("run", 5, 2, plateau(), resume=True)) == pytest.approx(1e-2)
 
 
 def test_settings_of_the_optimizer_and_of_callbacks_are_this_runs(
