@@ -20,7 +20,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
-from sparsekv_pl.eviction.chunking import chunk_bounds
 from sparsekv_pl.models.backbone import Backbone, causal_lm
 from sparsekv_pl.models.cache_keyword import with_cache
 from sparsekv_pl.models.decoder import decoder_of
@@ -153,6 +152,8 @@ def _check_validation_chunks(chunk_tokens: int | None, lengths: Sequence[int]) -
 
     In training all ranks read contexts of one length at a step.
     """
+    from sparsekv_pl.eviction.chunking import chunk_bounds  # with kvpress, which the command line's help can do without
+
     fewest, most = (len(chunk_bounds(length, chunk_tokens)) for length in (min(lengths), max(lengths)))
     if fewest < most:
         raise ValueError(
