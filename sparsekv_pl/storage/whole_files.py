@@ -16,9 +16,10 @@ BEFORE = f".before{PARTIAL}"
 def written_whole(path: Path) -> Iterator[Path]:
     """Yield a hidden path beside ``path`` for a file or folder; it becomes ``path`` after all of it is on disk.
 
-    The parent folder is made if missing. Two concurrent writers need a lock (own_folder.py). Raises ``OSError`` with
-    ``path``, if the disk refuses, even where torch or safetensors wrap the error. As with any error, the partial
-    content is deleted and the earlier ``path`` stays.
+    The parent folder is made if missing, and files get the mode that the umask leaves, whoever wrote them. Two
+    concurrent writers need a lock (own_folder.py). Raises ``OSError`` with ``path``, if the disk refuses, even where
+    torch or safetensors wrap the error. As with any error, the partial content is deleted and the earlier ``path``
+    stays.
     """
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
@@ -27,6 +28,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         delete(partial)
         yield partial
         for file in [*partial.rglob("*"), partial]:
+            _open_to_umask(file)
             _sync(file)
         _put(partial, path)
     except BaseException as error:
@@ -124,6 +126,14 @@ def _go_back(path: Path) -> None:
 
 def _before(path: Path) -> Path:
     return path.with_name(f".{path.name}{BEFORE}")
+
+
+def _open_to_umask(path: Path) -> None:
+    """Give a file the mode of any new one: safetensors hides from a cluster's other users what it writes."""
+    if path.is_file() and not path.is_symlink():
+        mask = os.umask(0o077)
+        os.umask(mask)
+        path.chmod(0o666 & ~mask)
 
 
 def _sync(path: Path) -> None:

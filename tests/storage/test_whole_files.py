@@ -157,3 +157,20 @@ def test_a_disk_that_does_not_sync_folders_is_written_to(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "fsync", files_alone)
     folder_of_tensors(tmp_path)
     assert (tmp_path / "export" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_weights_can_be_read_by_whom_the_umask_lets(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        with written_whole(tmp_path / "adapter") as partial:
+            partial.mkdir()
+            save_file({"weight": torch.ones(2)}, partial / "adapter_model.safetensors")
+            (partial / "linked").symlink_to(ROOT / "README.md")
+        with written_whole(tmp_path / "one.safetensors") as partial:
+            save_file({"weight": torch.ones(2)}, partial)
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    for file in (tmp_path / "adapter" / "adapter_model.safetensors", tmp_path / "one.safetensors"):
+        assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~mask
