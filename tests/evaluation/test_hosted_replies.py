@@ -33,11 +33,11 @@ def usage(value: Any) -> Reply:
 
 
 def dripping(*parts: bytes) -> Iterator[bytes]:
-    """``parts`` with blanks between, for 0.6 s in all."""
+    """``parts`` with blanks between, for 2.4 s in all."""
     for part in parts:
         yield part
         for _ in range(12):
-            time.sleep(0.6 / 12 / len(parts))
+            time.sleep(2.4 / 12 / len(parts))
             yield b" "
 
 
@@ -88,7 +88,7 @@ def test_one_request_fails_bounded_and_counted_and_the_run_goes_on(kind: str) ->
         return bad() if body["messages"][0]["content"] == "question 1" else said("fine")
 
     with serving(answer=reply) as (server, url):
-        model = hosted(url, concurrency=1, retries=0, timeout=0.3 if error == "timeout" else 5.0)
+        model = hosted(url, concurrency=1, retries=0, timeout=1.2 if error == "timeout" else 5.0)
         answers = ask(model, requests(3), words)
     assert [answer.text for answer in answers] == ["fine", "", "fine"]
     assert (answers[1].error, answers[1].usage) == (error, used)
