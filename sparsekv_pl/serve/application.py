@@ -46,17 +46,7 @@ def application(served: ServedModel, turns: ModelTurns, key: ApiKey | None = Non
     @app.post("/v1/completions")
     async def completions(asked: CompletionFields, request: Request) -> Response:
         served.check_name(asked.model)
-        if not asked.prompts:
-            raise Refusal("prompt is empty: give some text", param="prompt")
-        if len(asked.prompts) > MOST_PROMPTS:
-            what = (
-                f"the request has {len(asked.prompts):,} prompts, and {MOST_PROMPTS} go together: send several requests"
-            )
-            raise Refusal(what, param="prompt")
-        if asked.stream and (len(asked.prompts) > 1 or asked.echo):
-            raise Refusal("stream goes with one prompt, and without echo", param="stream")
-        if asked.logprobs is not None and not asked.echo:
-            raise Refusal("logprobs needs echo: only prompts are scored", param="logprobs", code="unsupported_value")
+        _check_prompts(asked)
         prompts = [await asyncio.to_thread(completion_prompt, served.model, one) for one in asked.prompts]
         shape = ReplyShape(served.name, "text", asked.streams_usage)
         return await _reply(served, turns, prompts, asked, request, shape)
@@ -79,6 +69,19 @@ def application(served: ServedModel, turns: ModelTurns, key: ApiKey | None = Non
         return Response(served.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return app
+
+
+def _check_prompts(asked: CompletionFields) -> None:
+    """Raise ``Refusal`` for prompts, or options beside them, that cannot be answered in one request."""
+    if not asked.prompts:
+        raise Refusal("prompt is empty: give some text", param="prompt")
+    if len(asked.prompts) > MOST_PROMPTS:
+        what = f"the request has {len(asked.prompts):,} prompts, and {MOST_PROMPTS} go together: send several requests"
+        raise Refusal(what, param="prompt")
+    if asked.stream and (len(asked.prompts) > 1 or asked.echo):
+        raise Refusal("stream goes with one prompt, and without echo", param="stream")
+    if asked.logprobs is not None and not asked.echo:
+        raise Refusal("logprobs needs echo: only prompts are scored", param="logprobs", code="unsupported_value")
 
 
 def _described(served: ServedModel) -> dict[str, Any]:
