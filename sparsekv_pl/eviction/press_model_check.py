@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 from sparsekv_pl.attention.evicted_attention import CACHED, EveryLayer, attention_implementation, passing
 from sparsekv_pl.eviction.rotation import turned
 from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.evaluation_mode import evaluating
 from sparsekv_pl.models.layer_kinds import attentions, evicted_layers, layers_left_alone, linear_layers
 from sparsekv_pl.models.rotary import inv_freq_of, rotary_of
 from sparsekv_pl.models.seeding import generator_for
@@ -206,20 +207,17 @@ def _error(mine: Tensor, used: Tensor) -> float:
 @torch.no_grad()
 def _forward(model: PreTrainedModel, start: int) -> _SeenTensors:
     """Run a few random tokens whose positions begin at ``start``; return each layer's tensors."""
-    seen, decoder, training = _SeenTensors(), decoder_of(model), model.training
+    seen, decoder = _SeenTensors(), decoder_of(model)
     rows: Any = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     ids = torch.randint(int(rows), (1, TOKENS), generator=generator_for("press fit")).to(model.device)
     positions = start + torch.arange(TOKENS, device=ids.device)[None]
-    model.eval()
-    try:
-        with (
-            _watched(model, seen),
-            attention_implementation(model, CACHED),
-            passing(model, observer=EveryLayer(seen.computed)),
-        ):
-            decoder(input_ids=ids, position_ids=positions, use_cache=False)
-    finally:
-        model.train(training)
+    with (
+        evaluating(model),
+        _watched(model, seen),
+        attention_implementation(model, CACHED),
+        passing(model, observer=EveryLayer(seen.computed)),
+    ):
+        decoder(input_ids=ids, position_ids=positions, use_cache=False)
     return seen
 
 

@@ -1,8 +1,6 @@
 """The teacher: the base model with the full cache."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from sparsekv_pl.attention.evicted_attention import CACHED, Observer, attention_
 from sparsekv_pl.eviction.skipped_mlp import last_mlp_for
 from sparsekv_pl.models.backbone import adapter_off, causal_lm
 from sparsekv_pl.models.decoder import decoder_of
+from sparsekv_pl.models.evaluation_mode import evaluating
 from sparsekv_pl.models.head import Head, head_of
 
 
@@ -65,16 +64,3 @@ class Teacher:
     def head(self) -> Head | None:
         """The teacher's own LM head; None if it is the student's."""
         return head_of(self._copy[0]) if self._copy else None
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Set evaluation mode inside the block, and then each submodule's own mode again."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -14,12 +14,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from typing_extensions import override
 
-from callbacks.anchor_analysis import AnchorAnalysisCallback, evaluating, per_token
+from callbacks.anchor_analysis import AnchorAnalysisCallback, per_token
 from callbacks.curriculum import Curriculum
 from sparsekv_pl.analysis.anchor_attention import observed
 from sparsekv_pl.analysis.token_types import types_for
 from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.models.backbone import causal_lm
+from sparsekv_pl.models.evaluation_mode import evaluating
 from sparsekv_pl.models.lora import Lora
 from sparsekv_pl.schedules import Fixed
 from sparsekv_pl.training.eit_module import EITModule
