@@ -52,6 +52,7 @@ CHATTER = (
     ".*Precision (bf)?16-mixed is not supported by the model summary",
     ".*was called before the ``update`` method",  # text without questions, or questions without text
     ".*module\\(s\\) in eval mode at the start of training",  # a frozen backbone
+    ".*args parameter is intended to run from within Python",  # the planner, a command of train.py, parses its own
     ".*does not have many workers",  # batches are made while the model computes; the default needs no workers
 )
 """Warnings about internals of libraries."""

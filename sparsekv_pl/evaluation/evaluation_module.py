@@ -26,6 +26,7 @@ from sparsekv_pl.eviction.while_decoding import check_turns
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.models.batch import CaseBatch
 from sparsekv_pl.models.layer_kinds import evicted_layers
+from sparsekv_pl.presses.pressed_model import start
 from sparsekv_pl.reporting import sparsity_figure, write_kvpress_layout
 from sparsekv_pl.reporting.ceiling_maps import reached_figures, reached_of, reached_rows
 from sparsekv_pl.reporting.file_formats import json_bytes, replace_all
@@ -121,6 +122,11 @@ class EvaluationModule(MeasuringModule):
                 setting.check(length)
         self._compare_splits()
         super().setup(stage)
+
+    def on_test_start(self) -> None:
+        """Start every press, before the first is measured."""
+        for setting in self.settings:
+            start(self.causal_lm, setting.press)
 
     def _compare_splits(self) -> None:
         splits = getattr(self.trainer.datamodule, "splits", None)  # type: ignore[attr-defined]

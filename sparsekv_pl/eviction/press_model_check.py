@@ -73,6 +73,11 @@ def check_press_alone(press: BasePress | None, foresight: bool = False) -> None:
                 f"{part.name} reads attention weights, an L x L matrix that nothing here computes: take a press that "
                 "computes the rows it needs (SnapKVPress, TOVAPress)"
             )
+        if part.needs_question:
+            raise ValueError(
+                f"{part.name} selects by the question, which is read after the eviction here: take a press that "
+                "selects by the context alone (SnapKVPress, KeyDiffPress)"
+            )
 
 
 @torch.no_grad()

@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from kvpress import BasePress
 from torch import nn
 from transformers import PreTrainedModel
 
 from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.models.layer_kinds import evicted_layers
 from sparsekv_pl.models.rotary import rotary_of
+from sparsekv_pl.presses.nesting import press_name
 from sparsekv_pl.presses.scores_by_rule import scores_by_rule
 from sparsekv_pl.presses.shared_work import shared_work
 from sparsekv_pl.presses.sync_free import no_waiting
@@ -22,6 +24,20 @@ def applied(model: PreTrainedModel, traits: PressTraits, watching: AbstractConte
     shared, ruled = shared_work(model, traits), scores_by_rule(model, traits)
     with shared, ruled, watching, no_waiting(traits), traits.press(pressed(model)):
         yield
+
+
+def start(model: PreTrainedModel, press: BasePress | None) -> None:
+    """Let ``press`` read ``model`` and fetch what it was trained with, as it would before its first eviction.
+
+    A run calls it once the model is on its device. Raises ``ValueError`` if nothing exists for this model.
+    """
+    if press is None:
+        return
+    try:
+        press.post_init_from_model(pressed(model))
+    except (KeyError, RuntimeError) as error:
+        why = " ".join(str(error.args[0] if error.args else error).split())
+        raise ValueError(f"{press_name(press)} cannot evict from {type(model).__name__}: {why}") from error
 
 
 def pressed(model: PreTrainedModel) -> Any:

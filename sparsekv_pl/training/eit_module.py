@@ -31,6 +31,7 @@ from sparsekv_pl.objectives import EIT, Objective, StudentView
 from sparsekv_pl.objectives.losses import token_nll
 from sparsekv_pl.objectives.rank_means import means_over_ranks
 from sparsekv_pl.presses.nesting import learnable, press_name, scorers_in
+from sparsekv_pl.presses.pressed_model import start
 from sparsekv_pl.presses.ratio import written_ratio
 from sparsekv_pl.presses.step_draws import last
 from sparsekv_pl.presses.traits import traits_of
@@ -175,8 +176,10 @@ class EITModule(LightningModule):
         shard(self)
 
     def on_fit_start(self) -> None:
-        """Set training mode: Hugging Face models load in evaluation mode, and Lightning keeps it."""
+        """Set training mode, since the model loads in evaluation mode, and start the presses."""
         self.train()
+        for eviction in (self.eviction, self.validation_student.eviction):
+            start(causal_lm(self.model), eviction.press)
         self.distances.start()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002

@@ -1,7 +1,7 @@
 """What a later step or the first validation could not run is refused at setup, before the first step."""
 
 import pytest
-from kvpress import BasePress, ChunkKVPress, ComposedPress, KnormPress, KVzipPress, ThinKPress
+from kvpress import BasePress, ChunkKVPress, ComposedPress, FinchPress, KnormPress, KVzipPress, LUKVPress, ThinKPress
 
 from callbacks.curriculum import Curriculum
 from sparsekv_pl.eviction.real import RealEviction
@@ -21,6 +21,9 @@ from tests.tiny_training import MakeBackbone, MakeData, MakeTrainer
             r"ChunkKV\(Knorm\) evicts from one row alone, and a batch has 2, .*batch_size=1",
         ),
         (KVzipPress(), r"KVzip evicts from one row alone"),
+        (FinchPress(), "Finch selects by the question, which is read after the eviction here"),
+        (LUKVPress(KnormPress()), r"LUKV\(Knorm\) cannot evict from LlamaForCausalLM: No LU-KV budget curve found"),
+        (EvictionAugPress([KnormPress(), LUKVPress(KnormPress())]), "No LU-KV budget curve found"),
         (ThinKPress(), "ThinK has no compression_ratio to set"),
         (EvictionAugPress([KnormPress(), ComposedPress([KnormPress()])]), "Composed.* has no compression_ratio to set"),
     ],
@@ -35,10 +38,10 @@ def test_a_press_that_cannot_evict_from_the_datas_batches(
 ) -> None:
     presses = (KnormPress(), press) if validates else (press, KnormPress())
     eviction, validation = map(RealEviction, presses)
-    module = EITModule(tiny_backbone(), eviction, LM(), validation_eviction=validation)
+    trainer = tiny_trainer(Curriculum(Fixed(0.5)))
     with pytest.raises(ValueError, match=message):
-        tiny_trainer(Curriculum(Fixed(0.5))).fit(module, tiny_data())
-    assert module.global_step == 0
+        trainer.fit(EITModule(tiny_backbone(), eviction, LM(), validation_eviction=validation), tiny_data())
+    assert trainer.global_step == 0
 
 
 def test_an_objective_that_asks_for_more_than_the_shortest_context_has(
