@@ -1,4 +1,4 @@
-"""Haystacks of any length: one context of an exact length, a needle at every depth and a question for each needle."""
+"""Haystacks of any length: contexts of an exact length, a needle at every depth and a question for each needle."""
 
 import logging
 from array import array
@@ -33,6 +33,9 @@ PIECE_CHARACTERS = 2**16
 class HaystackData(TokenizedData):
     """One batch per length: a context ``context_ids`` (1, L) that all its cases share, and a case per depth.
 
+    With ``together: false`` each depth has a context of its own, with that needle alone: what a model finds is then not
+    limited by how many facts it can tell apart, and every depth costs a prefill.
+
     Needs a tokenizer: the trainer's ``lightning_module.tokenizer``, or set ``tokenizer`` before ``setup``. ``seed``
     determines the order of documents. Facts and wordings are those that training never sees. Raises ``ValueError`` for
     a setting out of range, or a value given twice.
@@ -47,6 +50,8 @@ class HaystackData(TokenizedData):
         Several lengths, one haystack each; they replace ``tokens``.
     depths
         Positions of the needles: needle i comes after round(depth * filler) tokens of the text.
+    together
+        Hide all needles in one context; false: each in one of its own.
     seed
         Seed of the facts and of the documents' order.
     repeat
@@ -60,13 +65,14 @@ class HaystackData(TokenizedData):
         tokens: int = 1_000_000,
         lengths: Sequence[int] | None = None,
         depths: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+        together: bool = True,
         seed: int = 0,
         repeat: bool = False,
     ) -> None:
         super().__init__()
         self.text = text or PythonSource()
         self.lengths = [tokens] if lengths is None else list(lengths)
-        self.depths, self.seed, self.repeat = list(depths), seed, repeat
+        self.depths, self.together, self.seed, self.repeat = list(depths), together, seed, repeat
         if lengths is None and tokens < 1:
             raise ValueError(f"tokens is {tokens}: a context has at least 1 token")
         check_sweep(self.lengths, self.depths, [seed])
@@ -76,42 +82,46 @@ class HaystackData(TokenizedData):
         super().setup(stage)
         self.frame = Frame(self.tokenizer)
         for length in self.lengths:
-            self._room(length)
+            self._room(length, self.depths)
 
     def test_dataloader(self) -> DataLoader[CaseBatch]:
         """Return the haystacks in the order of ``lengths``, each made on access."""
-        haystacks = MadeOnAccess([partial(self.haystack, length) for length in self.lengths])
+        parts = [self.depths] if self.together else [[depth] for depth in self.depths]
+        haystacks = MadeOnAccess([partial(self.haystack, length, part) for length in self.lengths for part in parts])
         return DataLoader(haystacks, batch_size=None, shuffle=False)
 
     def transfer_batch_to_device(self, batch: CaseBatch, device: torch.device, dataloader_idx: int) -> CaseBatch:  # noqa: ARG002
         """Leave the batch where it is: each chunk is moved to the device before it runs."""
         return batch
 
-    def haystack(self, length: int) -> CaseBatch:
-        """Make the context of ``length`` tokens and its cases.
+    def haystack(self, length: int, depths: Sequence[float]) -> CaseBatch:
+        """Make the context of ``length`` tokens with needles at ``depths``, and their cases.
 
         Raises ``ValueError`` if the text is too short and ``repeat`` is off.
         """
-        facts, needles, room = self._room(length)
+        facts, needles, room = self._room(length, depths)
         filler, documents, rounds = self._filler(room)
-        task = "haystack" if rounds == 1 else f"haystack, text {rounds} times"
-        cases = [
-            self._case(fact, depth, length, task, documents) for fact, depth in zip(facts, self.depths, strict=True)
-        ]
+        task = self._task if rounds == 1 else f"{self._task}, text {rounds} times"
+        cases = [self._case(fact, depth, length, task, documents) for fact, depth in zip(facts, depths, strict=True)]
         batch = case_batch(cases, pad_id(self.tokenizer))
-        batch["context_ids"] = self._hidden(filler, needles, length)
+        batch["context_ids"] = self._hidden(filler, needles, depths, length)
         return batch
 
-    def _room(self, length: int) -> tuple[list[Fact], list[list[int]], int]:
-        """Return the facts of a haystack, their token ids, and the number of text tokens beside them."""
-        facts = draw_facts(random_for("haystack", f"L{length}", f"s{self.seed}"), "held_out", len(self.depths))
+    @property
+    def _task(self) -> str:
+        return "haystack" if self.together else "single needle"
+
+    def _room(self, length: int, depths: Sequence[float]) -> tuple[list[Fact], list[list[int]], int]:
+        """Return the facts at ``depths``, their token ids, and the number of text tokens beside them."""
+        drawn = draw_facts(random_for("haystack", f"L{length}", f"s{self.seed}"), "held_out", len(self.depths))
+        facts = [fact for fact, depth in zip(drawn, self.depths, strict=True) if depth in depths]
         needles = [needle_ids(self.frame, fact) for fact in facts]
         return facts, needles, filler_room(self.frame.room(length, "", False), needles, length)
 
     def _case(self, fact: Fact, depth: float, length: int, task: str, documents: tuple[str, ...]) -> Case:
         """Make a case without the context, which is in the batch once."""
         info = CaseInfo(
-            id=f"haystack/L{length}/d{depth_text(depth)}/s{self.seed}",
+            id=f"{self._task}/L{length}/d{depth_text(depth)}/s{self.seed}",
             task=task,
             answers=(fact.value,),
             question=f"{QUESTION_OPENING}{fact.question}",
@@ -124,11 +134,13 @@ class HaystackData(TokenizedData):
         asked = f"{info.question}{self.frame.question_suffix}{info.answer_prefix}"
         return Case([], self.frame.encode(asked), info)
 
-    def _hidden(self, filler: "array[int]", needles: Sequence[Sequence[int]], length: int) -> Tensor:
+    def _hidden(
+        self, filler: "array[int]", needles: Sequence[Sequence[int]], depths: Sequence[float], length: int
+    ) -> Tensor:
         """Join prefix and filler, with the needles at their depths, to (1, L) int64."""
         text = torch.frombuffer(filler, dtype=torch.int32)
         parts, done = [torch.tensor(self.frame.prefix_ids, dtype=torch.int32)], 0
-        places = [self.frame.behind_character(filler, round(depth * len(text))) for depth in self.depths]
+        places = [self.frame.behind_character(filler, round(depth * len(text))) for depth in depths]
         for place, needle in sorted(zip(places, needles, strict=True), key=lambda pair: pair[0]):
             parts += [text[done:place], torch.tensor(needle, dtype=torch.int32)]
             done = place

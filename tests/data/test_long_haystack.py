@@ -46,7 +46,7 @@ def only(data: HaystackData) -> CaseBatch:
 
 def without_needles(data: HaystackData, batch: CaseBatch) -> tuple[list[int], list[int]]:
     """Return the filler's tokens, and the number of them before each needle."""
-    facts, needles, room = data._room(batch["context_ids"].shape[1])
+    facts, needles, room = data._room(batch["context_ids"].shape[1], [case.depth for case in batch["cases"]])
     ids = batch["context_ids"][0].tolist()[len(data.frame.prefix_ids) :]
     assert [(fact.value,) for fact in facts] == [case.answers for case in batch["cases"]]
     places, filler = {}, []
@@ -87,7 +87,7 @@ def test_the_filler_is_the_documents_one_after_the_other(tokenizer: Any) -> None
 def test_each_needle_is_asked_for_in_held_out_words(tokenizer: Any) -> None:
     data = made(tokenizer)
     batch = only(data)
-    facts = data._room(5000)[0]
+    facts = data._room(5000, data.depths)[0]
     for row, (fact, case) in enumerate(zip(facts, batch["cases"], strict=True)):
         length = int(batch["continuation_lengths"][row])
         asked = tokenizer.decode(batch["continuation_ids"][row, :length])
@@ -111,6 +111,21 @@ def test_lengths_make_a_haystack_each(tokenizer: Any) -> None:
     assert [batch["context_ids"].shape[1] for batch in batches] == [700, 300]
 
 
+def test_apart_every_depth_has_a_context_with_its_needle_alone(tokenizer: Any) -> None:
+    together, apart = (made(tokenizer, together=together, depths=(0.2, 0.8)) for together in (True, False))
+    both, single = only(together), list(apart.test_dataloader())
+    assert [batch["context_ids"].shape[1] for batch in single] == [both["context_ids"].shape[1]] * 2
+    for batch, case in zip(single, both["cases"], strict=True):
+        (alone,) = batch["cases"]
+        assert (alone.depth, alone.answers, alone.question) == (case.depth, case.answers, case.question)
+        assert alone.task == "single needle" and alone.id != case.id
+        text, (other,) = tokenizer.decode(batch["context_ids"][0]), [one for one in both["cases"] if one is not case]
+        assert alone.answers[0] in text
+        assert other.answers[0] not in text
+        filler, at = without_needles(apart, batch)
+        assert at == [round(alone.depth * len(filler))]
+
+
 def test_a_long_document_is_tokenised_in_pieces(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     data = made(tokenizer, text=Given(["a word and another, " * 20_000]), tokens=20_000)
     longest, encode = 0, data.frame.encode
@@ -121,7 +136,7 @@ def test_a_long_document_is_tokenised_in_pieces(tokenizer: Any, monkeypatch: pyt
         return encode(text)
 
     monkeypatch.setattr(data.frame, "encode", watched)
-    data.haystack(20_000)
+    data.haystack(20_000, data.depths)
     assert longest == PIECE_CHARACTERS
 
 

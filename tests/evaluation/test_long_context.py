@@ -122,7 +122,7 @@ def test_answers_are_those_of_a_plain_prefill(run: Callable[..., list[Record]], 
     data = haystacks()
     data.tokenizer = tokenizer
     data.setup("test")
-    batch = data.haystack(TOKENS)
+    batch = data.haystack(TOKENS, data.depths)
     with torch.no_grad():
         prefilled = prefill(model, batch["context_ids"], KeyRerotationPress(KeyDiffPress()), CHUNK, BUDGET)
     stop = {tokenizer.eos_token_id}
