@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from callbacks.run_record import CHECKOUT, commit
 from sparsekv_pl.models.backbone import Backbone
 from sparsekv_pl.models.lora import SETTINGS, WEIGHTS
 from sparsekv_pl.models.training_summary import AVERAGED, TRAINING_SUMMARY, WEIGHT, training_summary, trainings
@@ -51,6 +52,7 @@ def average_adapters(
         "presses": _union(summaries, "presses"),
         "aligned_presses": _union(summaries, "aligned_presses"),
         "command": _command(sources, weights, target),
+        "commit": commit(CHECKOUT),
         AVERAGED: [{WEIGHT: weight} | one for weight, one in zip(weights, summaries, strict=True)],
     }
     folders = [source.expanduser() for source in sources]

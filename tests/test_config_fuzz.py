@@ -71,7 +71,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "test", test)
     monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(tmp_path)
-    make_text_files(ROBUST.with_stem("robust_once"))  # its files include those of robust.yaml
+    make_text_files(ROBUST)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from data.mixed_text import MixedText
-from tests.config_cases import CONFIGS, OVER, check_training, instantiate, make_text_files
+from tests.config_cases import CONFIGS, OVER, ROBUST, check_training, instantiate, make_text_files
 
 TRAIN = CONFIGS / "train"
 ROBUST_8B = TRAIN / "robust_8b.yaml"
@@ -36,25 +36,9 @@ def test_every_overlay_of_an_evaluation_changes_what_it_goes_over(
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_the_second_stage_continues_an_adapter_and_holds_the_full_cache(
-    tiny_models: dict[str, str], adapter: str
-) -> None:
-    hold = TRAIN / "robust_hold.yaml"
-    make_text_files(OVER[hold])
-    arguments = [f"--model.backbone.pretrained={tiny_models['llama']}", f"--model.backbone.adapter={adapter}"]
-    made = instantiate(OVER[hold], *arguments, over=[hold])
-    assert (made.model.backbone.lora, made.model.backbone.adapter) == (None, adapter)
-    assert made.model.objective.request.full_cache
-    assert made.model.objective.weights == [1, 10, 1]
-    assert (made.datamodule.context_tokens, made.datamodule.shortest_context, made.datamodule.seed) == (1024, 256, 1)
-    assert made.trainer.max_steps == 80
-
-
-@pytest.mark.usefixtures("elsewhere")
-def test_one_training_holds_the_base_in_text_that_it_samples(tiny_models: dict[str, str]) -> None:
-    once = TRAIN / "robust_once.yaml"
-    make_text_files(once)  # those of robust.yaml among them
-    made = instantiate(OVER[once], f"--model.backbone.pretrained={tiny_models['llama']}", over=[once])
+def test_the_recipe_holds_the_base_in_text_that_it_samples(tiny_models: dict[str, str]) -> None:
+    make_text_files(ROBUST)
+    made = instantiate(ROBUST, f"--model.backbone.pretrained={tiny_models['llama']}")
     objective = made.model.objective
     assert objective.request.first_chunk and not objective.request.full_cache
     assert (objective.weights, objective.objectives[2].objective.kl_weight) == ([1, 10, 0.1], 100)

@@ -176,6 +176,7 @@ def _training_rows(training: Facts, adapter: Facts | None) -> Iterator[tuple[str
     yield "precision", training.get("precision")
     yield "ranks", training.get("ranks")
     yield "seed", training.get("seed")
+    yield "the command's files are those of commit", training.get("commit")
     packages = training.get("packages", {})
     yield "versions", ", ".join(f"{name} {number}" for name, number in packages.items()) or None
     yield "Python", training.get("python")
