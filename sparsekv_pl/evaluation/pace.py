@@ -2,9 +2,10 @@
 
 import sys
 import time
-from collections import deque
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from itertools import accumulate
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -15,13 +16,15 @@ LINE_SECONDS = 30.0
 """Seconds between two lines about one piece of work; the first and the last are always printed."""
 EARLY_SECONDS = 3.0
 """Seconds before which a line has no remaining time."""
+SKIPPED = 0.02
+"""Share of the usual time of a unit below which one was not worked at but found finished."""
 
 
 class Pace:
     """Prints progress and remaining time of work of ``total`` units, in a line every ``LINE_SECONDS``.
 
-    The remaining time follows the slower of two rates, of the whole work and of the last ``LINE_SECONDS``: what an
-    earlier run has finished takes no time and must not promise that for the rest.
+    The remaining time follows the rate of what was worked at: what an earlier run has finished takes next to no time
+    and must not promise that for the rest.
 
     Parameters
     ----------
@@ -39,25 +42,32 @@ class Pace:
         self.what, self.units, self.total = what, units, total
         self.started = self.clock()
         self.printed: float | None = None
-        self.reports = deque([(self.started, 0.0)])
-        """Time and units done, of one report before the last ``LINE_SECONDS`` and all since."""
+        self.reported = (self.started, 0.0)
+        self.steps: list[tuple[float, float]] = []
+        """Seconds and units between one report and the next."""
 
     def reached(self, done: float, *more: str) -> None:
         """Report that ``done`` units are done (may be fractional); ``more`` is added to the line."""
-        now = self.clock()
-        while len(self.reports) > 1 and self.reports[1][0] <= now - LINE_SECONDS:
-            self.reports.popleft()
-        since, before = self.reports[0]
-        slowest = max((now - self.started) / max(done, 1e-9), (now - since) / max(done - before, 1e-9))
-        self.reports.append((now, done))
+        now, (since, before) = self.clock(), self.reported
+        if done > before:
+            self.steps.append((now - since, done - before))
+            self.reported = (now, done)
         if self.printed is not None and now - self.printed < LINE_SECONDS and done < self.total:
             return
         self.printed = now
         known = done > 0 and self.total < float("inf")
         of = f" of {self.total:g}" if known else ""
         to_go = known and done < self.total and now - self.started >= EARLY_SECONDS
-        left = [f"{duration(slowest * (self.total - done))} left"] if to_go else []
+        left = [f"{duration(self._unit_seconds() * (self.total - done))} left"] if to_go else []
         print(f"{self.what}: " + ", ".join([f"{int(done)}{of} {self.units}", *more, *left]), flush=True)
+
+    def _unit_seconds(self) -> float:
+        """Return the mean seconds of a unit, without the steps far faster than the pace of half of the time."""
+        paces = sorted((seconds / units, seconds, units) for seconds, units in self.steps)
+        spent = list(accumulate(seconds for _, seconds, _ in paces))
+        usual = paces[bisect_left(spent, spent[-1] / 2)][0]
+        worked = [(seconds, units) for pace, seconds, units in paces if pace >= SKIPPED * usual]
+        return sum(seconds for seconds, _ in worked) / sum(units for _, units in worked)
 
 
 def ticking(what: str, units: str, total: int, silent: bool = False) -> Callable[[], None]:
