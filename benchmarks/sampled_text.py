@@ -16,6 +16,7 @@ import torch
 
 from sparsekv_pl.models.backbone import Backbone, causal_lm
 from sparsekv_pl.models.duration import duration
+from sparsekv_pl.storage.whole_files import replace
 
 RARE = 3e-4
 """Tokens less likely than this are not drawn: they break off a small model's thread."""
@@ -62,13 +63,12 @@ def main() -> None:
             f"{', '.join(tokenizer.all_special_tokens)}"
         )
     texts, begun = list[str](), time.monotonic()
-    given.output.parent.mkdir(parents=True, exist_ok=True)
     for batch in range(1, given.batches + 1):
         texts += documents(causal_lm(model), tokenizer, given.start, given.tokens)
         left = (time.monotonic() - begun) / batch * (given.batches - batch)
         print(f"batch {batch} of {given.batches}: {len(texts)} documents, {duration(left)} left", flush=True)
     rows = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-    given.output.write_text("".join(rows), encoding="utf-8")  # once: a training takes the part of a file for the whole
+    replace(given.output, "".join(rows).encode())  # in one step: a training takes the part of a file for the whole
     print(f"{given.output}: {len(texts)} documents, {sum(len(text.split()) for text in texts):,} words")
 
 

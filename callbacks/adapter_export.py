@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from callbacks.checkpoint_files import bytes_of, saved_whole
 from callbacks.curriculum import Curriculum
-from callbacks.run_record import run_record
+from callbacks.run_record import CHECKOUT, commit, run_record
 from sparsekv_pl.models.backbone import causal_lm
 from sparsekv_pl.models.base_model import base_reference
 from sparsekv_pl.models.batch import tokens_given
@@ -56,6 +56,7 @@ class AdapterExport(pl.Callback):
         self._tokens = 0  # of this rank, since the start or the resume
         self._tokens_before = 0  # of all ranks
         self._started = 0.0
+        self._commit: str | None = None  # as training started: files may change while it runs
         self._exported = -1
         self._metrics: dict[str, float] = {}  # as of the checkpoint
         self._ended = False
@@ -78,6 +79,7 @@ class AdapterExport(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.perf_counter()
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._commit = commit(CHECKOUT)
             folder, trained = self._folder(trainer), bytes_of(pl_module, trained=True)
             check_room(folder, trained, "an export takes")
             if self.merge:
@@ -172,6 +174,7 @@ class AdapterExport(pl.Callback):
             "precision": str(trainer.precision),
             **pl_module.describe_training(),  # type: ignore[operator]
             **run_record(trainer),
+            "commit": self._commit,
             "last_metrics": self._metrics,
         }
 

@@ -15,6 +15,7 @@ from sparsekv_pl.reporting.environment import REPORTED_PACKAGES
 from sparsekv_pl.reporting.public_settings import public_command, public_settings
 
 CHECKOUT = Path(__file__).parents[1]
+"""The folder of train.py, in a checkout."""
 RESUMED = re.compile(r" --ckpt_path[ =](last|hpc)\b")
 """Options of a command that goes on with its own run."""
 
@@ -25,7 +26,6 @@ def run_record(trainer: pl.Trainer) -> dict[str, Any]:
     seed = os.environ.get("PL_GLOBAL_SEED")  # set by seed_everything
     return {
         "command": RESUMED.sub("", public_command("train.py") or "") or None,
-        "commit": commit(CHECKOUT),
         "seed": int(seed) if seed is not None else None,
         "ranks": trainer.world_size,
         "schedule": curricula[0].schedule.describe() if curricula else None,

@@ -257,6 +257,20 @@ def test_the_command_is_that_of_the_run_also_after_a_resume(
     assert run_record(tiny_trainer())["command"] == "python train.py fit --ckpt_path output/other"
 
 
+def test_the_commit_is_that_at_the_start_of_the_run(
+    tmp_path: Path,
+    tiny_backbone: MakeBackbone,
+    tiny_data: MakeData,
+    tiny_trainer: MakeTrainer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    commits = iter(["at the start", "while it ran"])
+    monkeypatch.setattr("callbacks.adapter_export.commit", lambda _: next(commits))
+    train(tmp_path, tiny_backbone(), tiny_data(), tiny_trainer)
+    said = {json.loads(file.read_text())["commit"] for file in tmp_path.glob("*/training.json")}
+    assert said == {"at the start"}
+
+
 def test_full_fine_tuning_exports_the_model(
     tiny_backbone: MakeBackbone, tiny_data: MakeData, tiny_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
