@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from callbacks.adapter_export import AdapterExport
 from callbacks.curriculum import Curriculum
-from callbacks.run_record import run_record
 from data.collate import needle_batch
 from data.mixture import EvictionData
 from data.needles import NeedleCase
@@ -245,16 +244,6 @@ def test_the_card_says_what_the_adapter_is_and_how_to_load_it(run: tuple[Path, E
     ):
         assert said in card, said
     assert "More Information Needed" not in card, "peft's template"
-
-
-def test_the_command_is_that_of_the_run_also_after_a_resume(
-    tiny_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for more in ([], ["--ckpt_path", "last"], ["--ckpt_path=hpc"]):
-        monkeypatch.setattr("sys.argv", ["/a/train.py", "fit", "--config", "x.yaml", *more, "--name", "y"])
-        assert run_record(tiny_trainer())["command"] == "python train.py fit --config x.yaml --name y"
-    monkeypatch.setattr("sys.argv", ["/a/train.py", "fit", "--ckpt_path", "output/other"])
-    assert run_record(tiny_trainer())["command"] == "python train.py fit --ckpt_path output/other"
 
 
 def test_the_commit_is_that_at_the_start_of_the_run(

@@ -1,16 +1,29 @@
-"""The commit in the record of a run: which files its command named."""
+"""The record of a run: its command, and the commit whose files the command named."""
 
 import subprocess
 from pathlib import Path
 
-from callbacks.run_record import commit
+import pytest
+
+from callbacks.run_record import commit, run_record
 from sparsekv_pl.reporting.model_card import model_card
+from tests.tiny_training import MakeTrainer
 
 
 def git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=somebody", "-c", "user.email=somebody@example.org"]
     command = ["git", "-C", str(folder), *identity, *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_the_command_is_that_of_the_run_also_after_a_resume(
+    tiny_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for more in ([], ["--ckpt_path", "last"], ["--ckpt_path=hpc"]):
+        monkeypatch.setattr("sys.argv", ["/a/train.py", "fit", "--config", "x.yaml", *more, "--name", "y"])
+        assert run_record(tiny_trainer())["command"] == "python train.py fit --config x.yaml --name y"
+    monkeypatch.setattr("sys.argv", ["/a/train.py", "fit", "--ckpt_path", "output/other"])
+    assert run_record(tiny_trainer())["command"] == "python train.py fit --ckpt_path output/other"
 
 
 def test_the_commit_of_a_checkout_and_whether_files_differ_from_it(tmp_path: Path) -> None:
