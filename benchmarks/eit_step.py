@@ -6,7 +6,8 @@ Takes about an hour on two cores, ten minutes at 1,024 tokens.
 The plain step is that of a fine-tuning script: one forward over all tokens, cross-entropy on all of them from dense
 logits, backward. The others run the teacher, evict most of the context and supervise the continuation: "eit" half of
 the context with ExpectedAttention and a quarter of the tokens as continuation; "robust" is the recipe of
-configs/train/robust.yaml, four presses aligned. Seconds are CPU time.
+configs/train/robust.yaml, four presses aligned and every token of the context held to the base, "robust-unheld" the
+same without the latter. Seconds are CPU time.
 """
 
 import time
@@ -25,7 +26,7 @@ from sparsekv_pl.eviction.real import RealEviction
 from sparsekv_pl.models.backbone import Backbone, causal_lm
 from sparsekv_pl.models.batch import IGNORE
 from sparsekv_pl.models.native_precision import decide
-from sparsekv_pl.objectives import EIT, Mixed, Objective, SelectionObjective
+from sparsekv_pl.objectives import EIT, FirstChunk, Mixed, Objective, SelectionObjective
 from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.training.eit_module import EITModule
 
@@ -53,9 +54,14 @@ class Method:
     """Upper limits of time and of memory over the plain step."""
 
 
-def aligned() -> Objective:
+def recipe() -> Objective:
     """The recipe's losses."""
-    return Mixed([EIT(), SelectionObjective()], [1.0, 5.0])
+    return Mixed([EIT(), SelectionObjective(), FirstChunk(EIT(kl_weight=100.0))], [1.0, 10.0, 0.1])
+
+
+def unheld() -> Objective:
+    """The recipe's losses of the continuation and of the scores."""
+    return Mixed([EIT(), SelectionObjective()], [1.0, 10.0])
 
 
 METHODS = {
@@ -63,10 +69,11 @@ METHODS = {
     "eit+selection": Method(
         ExpectedAttentionPress, lambda: Mixed([EIT(), SelectionObjective()]), {}, 1 / 4, 0.5, (1.7, 1.15)
     ),
-    "robust": Method(robust_press, aligned),
+    "robust": Method(robust_press, recipe),
+    "robust-unheld": Method(robust_press, unheld),
     "robust-eviction": Method(robust_press, EIT),
-    "robust-local": Method(robust_press, aligned, {"local_gradients": LocalGradients()}),
-    "robust-chunks": Method(robust_press, aligned, {"chunk_tokens": 512, "checkpoint": True}),
+    "robust-local": Method(robust_press, recipe, {"local_gradients": LocalGradients()}),
+    "robust-chunks": Method(robust_press, recipe, {"chunk_tokens": 512, "checkpoint": True}),
 }
 FLOOR = 1.5
 """Lower bound in time for a step that supervises as many tokens: the teacher adds a forward to forward and backward.

@@ -102,9 +102,11 @@ class HaystackData(TokenizedData):
         facts, needles, room = self._room(length, depths)
         filler, documents, rounds = self._filler(room)
         task = self._task if rounds == 1 else f"{self._task}, text {rounds} times"
-        cases = [self._case(fact, depth, length, task, documents) for fact, depth in zip(facts, depths, strict=True)]
+        context, spans = self._hidden(filler, needles, depths, length)
+        hidden = zip(facts, depths, spans, strict=True)
+        cases = [self._case(fact, depth, span, length, task, documents) for fact, depth, span in hidden]
         batch = case_batch(cases, pad_id(self.tokenizer))
-        batch["context_ids"] = self._hidden(filler, needles, depths, length)
+        batch["context_ids"] = context
         return batch
 
     @property
@@ -118,7 +120,9 @@ class HaystackData(TokenizedData):
         needles = [needle_ids(self.frame, fact) for fact in facts]
         return facts, needles, filler_room(self.frame.room(length, "", False), needles, length)
 
-    def _case(self, fact: Fact, depth: float, length: int, task: str, documents: tuple[str, ...]) -> Case:
+    def _case(
+        self, fact: Fact, depth: float, span: tuple[int, int], length: int, task: str, documents: tuple[str, ...]
+    ) -> Case:
         """Make a case without the context, which is in the batch once."""
         info = CaseInfo(
             id=f"{self._task}/L{length}/d{depth_text(depth)}/s{self.seed}",
@@ -130,23 +134,27 @@ class HaystackData(TokenizedData):
             depth=depth,
             seed=self.seed,
             document_ids=documents,
+            answer_span=span,
         )
         asked = f"{info.question}{self.frame.question_suffix}{info.answer_prefix}"
         return Case([], self.frame.encode(asked), info)
 
     def _hidden(
         self, filler: "array[int]", needles: Sequence[Sequence[int]], depths: Sequence[float], length: int
-    ) -> Tensor:
-        """Join prefix and filler, with the needles at their depths, to (1, L) int64."""
+    ) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Join prefix, filler and the needles at their depths to (1, L) int64; return it and each needle's span."""
         text = torch.frombuffer(filler, dtype=torch.int32)
-        parts, done = [torch.tensor(self.frame.prefix_ids, dtype=torch.int32)], 0
+        parts, done, before = [torch.tensor(self.frame.prefix_ids, dtype=torch.int32)], 0, len(self.frame.prefix_ids)
         places = [self.frame.behind_character(filler, round(depth * len(text))) for depth in depths]
-        for place, needle in sorted(zip(places, needles, strict=True), key=lambda pair: pair[0]):
-            parts += [text[done:place], torch.tensor(needle, dtype=torch.int32)]
-            done = place
+        spans = [(0, 0)] * len(needles)
+        for i in sorted(range(len(needles)), key=places.__getitem__):
+            parts += [text[done : places[i]], torch.tensor(needles[i], dtype=torch.int32)]
+            done = places[i]
+            spans[i] = (before + done, before + done + len(needles[i]))
+            before += len(needles[i])
         context = torch.cat([*parts, text[done:]]).long()[None]
         assert context.shape[1] == length
-        return context
+        return context, spans
 
     def _filler(self, count: int) -> "tuple[array[int], tuple[str, ...], int]":
         """Return ``count`` tokens of text, their documents, and the number of rounds through them."""

@@ -117,6 +117,18 @@ def held(positions: dict[int, Tensor], row: int, tokens: int) -> Tensor:
     return torch.stack([torch.zeros(len(own), tokens, dtype=torch.bool).scatter(1, own, True) for own in kept])
 
 
+def share_kept(positions: dict[int, Tensor], case: CaseInfo) -> float | None:
+    """Return the share of the pairs of the answer's tokens that stay, over all evicted layers and KV heads.
+
+    ``positions`` are layer -> (1, K, S) of a prefill in chunks; None if they or ``answer_span`` are unknown.
+    """
+    if not positions or case.answer_span is None:
+        return None
+    start, end = case.answer_span
+    stay = [((kept >= start) & (kept < end)).sum(-1).float().mean() for kept in positions.values()]
+    return float(torch.stack([share.cpu() for share in stay]).mean()) / (end - start)
+
+
 def teacher_mass(measurement: Measurement, row: int) -> Tensor:
     """Return the attention (layers, K, L) that the answer's predictions pay to the context, with the full cache.
 

@@ -12,7 +12,7 @@ from jsonargparse import set_parsing_settings
 from kvpress import BasePress
 
 from sparsekv_pl.evaluation.batch_keys import batch_of
-from sparsekv_pl.evaluation.case_view import add_kept, case_record, held
+from sparsekv_pl.evaluation.case_view import add_kept, case_record, held, share_kept
 from sparsekv_pl.evaluation.measurement import Measurement
 from sparsekv_pl.evaluation.measuring_module import MeasuringModule, Piece
 from sparsekv_pl.evaluation.points import check_evicts
@@ -239,7 +239,7 @@ class LongContextModule(MeasuringModule):
         for row, case in enumerate(batch["cases"]):
             answered = Measurement(self.causal_lm, self.tokenizer, self._row(batch, row)).answers(prefilled.copy())[0]
             about = {"case": case.id, "task": case.task, "depth": case.depth, "seed": case.seed}
-            records.append(about | shared | answered)
+            records.append(about | shared | {"answer_kept": share_kept(prefilled.positions, case)} | answered)
         return records + self._views(batch, variant, condition, prefilled)
 
     def _views(self, batch: CaseBatch, variant: str, condition: Condition, prefilled: Prefilled) -> list[Record]:

@@ -84,6 +84,16 @@ def test_the_filler_is_the_documents_one_after_the_other(tokenizer: Any) -> None
     assert joined.startswith(tokenizer.decode(filler[:-5]))
 
 
+def test_every_case_says_where_its_needle_stands(tokenizer: Any) -> None:
+    data = made(tokenizer, depths=(0.9, 0.0, 0.5, 0.51))  # in any order
+    batch = only(data)
+    _, needles, _ = data._room(batch["context_ids"].shape[1], data.depths)
+    for case, needle in zip(batch["cases"], needles, strict=True):
+        assert case.answer_span is not None
+        start, end = case.answer_span
+        assert batch["context_ids"][0, start:end].tolist() == needle
+
+
 def test_each_needle_is_asked_for_in_held_out_words(tokenizer: Any) -> None:
     data = made(tokenizer)
     batch = only(data)

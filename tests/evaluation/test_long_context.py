@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from data.long_haystack import HaystackData
 from data.text import EmbeddedText
 from sparsekv_pl.evaluation import measuring_module as measuring
+from sparsekv_pl.evaluation.case_view import held
 from sparsekv_pl.evaluation.long_context import STATE, LongContextModule
 from sparsekv_pl.eviction.decoding import greedy
 from sparsekv_pl.eviction.prefill import ChunkedPrefill, prefill
@@ -132,7 +133,10 @@ def test_answers_are_those_of_a_plain_prefill(run: Callable[..., list[Record]], 
         answer = greedy(model, prefilled.copy(), question, length, [case.max_new_tokens], stop)[0]
         assert record["answer"] == tokenizer.decode(answer, skip_special_tokens=True).strip()
         assert record["answers"] == list(case.answers)
+        kept = held(prefilled.positions, 0, TOKENS)[..., slice(*case.answer_span or ())].float()
+        assert record["answer_kept"] == pytest.approx(float(kept.mean()))
     assert len({record["answer"] for record in records}) > 1
+    assert any(record["answer_kept"] > 0 for record in records)
 
 
 def test_killed_and_rerun_equals_uninterrupted(
