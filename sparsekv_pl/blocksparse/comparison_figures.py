@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from sparsekv_pl.blocksparse.block_methods import DENSE, ORACLE
 from sparsekv_pl.blocksparse.comparison_summary import ALL_LENGTHS, Line
-from sparsekv_pl.reporting.plots import bars, plain, plots, whole_numbers
+from sparsekv_pl.reporting.plots import bars, caption, plain, plots, whole_numbers
 from sparsekv_pl.storage.records import Record
 
 FAINTEST = 1e-4
@@ -163,7 +163,7 @@ def passes_figure(panels: Mapping[str, Sequence[Line]], names: Sequence[str]) ->
         plain(axes, title)
     line[0].set_yticks(range(len(names)), names)
     line[0].set_ylim(len(names) - 0.5, -0.5)
-    figure.supxlabel("bars: 95 % intervals; the line: dense attention", fontsize=8)
+    caption(figure, "bars: 95 % intervals; the line: dense attention")
     return figure
 
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sparsekv_pl.blocksparse.validation_summary import EXPECTED
-from sparsekv_pl.reporting.plots import plain, plots
+from sparsekv_pl.reporting.plots import caption, plain, plots
 from sparsekv_pl.storage.records import Record, grouped
 
 PANELS = {"cosine_similarity": "cosine similarity to dense attention", "speedup": "speed-up over dense attention"}
@@ -42,7 +42,7 @@ def validation_figure(records: Sequence[Record]) -> Figure:
             axes.set_ylim(bottom=0)
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper right", ncols=len(lengths), frameon=False, fontsize=8)
-    figure.supxlabel("hollow: layers kept dense; dashed: expected at least", fontsize=8)
+    caption(figure, "hollow: layers kept dense; dashed: expected at least")
     return figure
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sparsekv_pl.reporting.condition import FULL_CACHE, marked
-from sparsekv_pl.reporting.plots import COLOURS, MARKS, STYLES, bars, plain, plots, plots_for
+from sparsekv_pl.reporting.plots import COLOURS, MARKS, STYLES, bars, caption, plain, plots, plots_for
 from sparsekv_pl.reporting.sorted_records import VARIANTS
 from sparsekv_pl.reporting.summary import Row, headline
 
@@ -62,7 +62,7 @@ def dots_figure(rows: Sequence[Row], panels: Sequence[Panel] = SCORES) -> Figure
     handles, names = drawn[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper right", ncols=2, frameon=False)
     marked = "; * never seen in training" if unseen else ""
-    figure.supxlabel(f"press and compression ratio{marked}; bars: 95 % intervals", fontsize=9)
+    caption(figure, f"press and compression ratio{marked}; bars: 95 % intervals")
     return figure
 
 

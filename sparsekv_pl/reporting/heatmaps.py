@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sparsekv_pl.models.batch import TEXT
 from sparsekv_pl.reporting.condition import Condition
-from sparsekv_pl.reporting.plots import heat_map, layer_numbers, plots, plots_for, whole_numbers
+from sparsekv_pl.reporting.plots import caption, heat_map, layer_numbers, plots, plots_for, whole_numbers
 from sparsekv_pl.reporting.sorted_records import ALL_RETRIEVAL, VARIANTS, Measured
 from sparsekv_pl.storage.records import Record
 
@@ -103,7 +103,7 @@ def _panels(
         axes.set_title(_column_title(condition, letters=int(wide / 0.075)), fontsize=8)
     axes.set_xticks(range(len(grid.lengths)), [short_number(length) for length in grid.lengths])
     axes.set_yticks(range(len(grid.depths)), grid.depth_labels())
-    figure.supxlabel("context (tokens); in a cell: needles found of those asked", fontsize=8)
+    caption(figure, "context (tokens); in a cell: needles found of those asked")
     bar = figure.colorbar(image, ax=grid_of_plots, shrink=0.9, aspect=25)
     bar.set_label("needle accuracy", fontsize=8)
     bar.ax.tick_params(labelsize=7)

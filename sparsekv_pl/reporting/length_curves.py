@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from sparsekv_pl.reporting.condition import FULL_CACHE, Condition, marked
 from sparsekv_pl.reporting.heatmaps import short_number
-from sparsekv_pl.reporting.plots import draw_band, legend_above, plain, plots_for
+from sparsekv_pl.reporting.plots import caption, draw_band, legend_above, plain, plots_for
 from sparsekv_pl.reporting.sorted_records import VARIANTS
 from sparsekv_pl.reporting.summary import Row, headline
 
@@ -49,9 +49,7 @@ def length_figure(by_length: Mapping[int, Sequence[Row]]) -> "Figure | None":
     handles = {line.get_label(): line for axes in grid for line in axes.get_lines()}
     named = [handles[variant] for variant in VARIANTS if variant in handles]
     legend_above(figure, named)
-    figure.supxlabel(
-        "context (tokens); grey: at most 5 points below the shortest; * never seen in training", fontsize=8
-    )
+    caption(figure, "context (tokens); grey: at most 5 points below the shortest; * never seen in training")
     figure.supylabel("needle accuracy over the full cache's", fontsize=9)
     return figure
 

@@ -7,7 +7,7 @@ from matplotlib import colormaps
 from matplotlib.lines import Line2D
 
 from sparsekv_pl.reporting.memory_points import MemoryPoint
-from sparsekv_pl.reporting.plots import STYLES, legend_above, plain, plots
+from sparsekv_pl.reporting.plots import STYLES, caption, legend_above, plain, plots
 from sparsekv_pl.reporting.sorted_records import VARIANTS
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def memory_figure(points: Sequence[MemoryPoint]) -> "Figure | None":
         *(Line2D([], [], color=_colour(i), linewidth=3, label=bits or "whole pairs") for i, bits in enumerate(stored)),
     ]
     legend_above(figure, handles)
-    figure.supxlabel("bytes of keys and values over the full cache's", fontsize=9)
+    caption(figure, "bytes of keys and values over the full cache's")
     return figure
 
 

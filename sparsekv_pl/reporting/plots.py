@@ -1,6 +1,7 @@
 """What all pictures share: figures without pyplot, heat maps with a colour bar, plain axes, legends outside."""
 
 import io
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,6 +51,12 @@ def plain(axes: Axes, title: str = "") -> None:
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.tick_params(labelsize=8)
+
+
+def caption(figure: Figure, text: str) -> None:
+    """Write ``text`` below all plots, in as many lines as the figure's width asks for."""
+    points, letter = 8, 0.6  # the mean width of a letter in heights
+    figure.supxlabel(textwrap.fill(text, int(figure.get_figwidth() * 72 / (points * letter))), fontsize=points)
 
 
 def draw_band(axes: Axes, curve: NDArray[np.float64], variant: str) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sparsekv_pl.reporting.condition import ORACLE, foresees
-from sparsekv_pl.reporting.plots import COLOURS, MARKS, draw_band, legend_above
+from sparsekv_pl.reporting.plots import COLOURS, MARKS, caption, draw_band, legend_above
 from sparsekv_pl.reporting.sorted_records import VARIANTS
 from sparsekv_pl.reporting.summary import Row, headline
 
@@ -52,7 +52,7 @@ def retention_figure(rows: Sequence[Row]) -> "Figure | None":
     named = [handles[name] for name in handles if not str(name).startswith("_")]
     legend_above(figure, named)
     marked = "; * never seen in training" if any(axes.get_title().endswith("*") for axes in grid) else ""
-    figure.supxlabel(f"compression ratio (share of the KV pairs removed){marked}", fontsize=9)
+    caption(figure, f"compression ratio (share of the KV pairs removed){marked}")
     figure.supylabel("needle accuracy over the full cache's", fontsize=9)
     return figure
 

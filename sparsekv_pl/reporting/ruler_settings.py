@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from sparsekv_pl.reporting.condition import FULL_CACHE, Condition
 from sparsekv_pl.reporting.kvpress_layout import is_ruler
-from sparsekv_pl.reporting.plots import plots
+from sparsekv_pl.reporting.plots import caption, plots
 from sparsekv_pl.reporting.sorted_records import VARIANTS
 from sparsekv_pl.reporting.summary import Row
 
@@ -50,7 +50,7 @@ def ruler_figure(by_length: Mapping[int, Sequence[Row]]) -> "Figure | None":
     for axes in grid[-1]:
         axes.set_xticks(range(len(conditions)), [c.label for c in conditions], rotation=90, fontsize=7)
     framed = "frames: trained above (white) or below (red) base by more than chance; " * (len(variants) == 2)
-    figure.supxlabel(f"{framed}faded: the full cache scores below {ABLE}", fontsize=8)
+    caption(figure, f"{framed}faded: the full cache scores below {ABLE}")
     figure.colorbar(image, ax=grid, shrink=0.9, aspect=30).ax.tick_params(labelsize=7)
     return figure
 

@@ -7,7 +7,7 @@ import numpy as np
 from sparsekv_pl.reporting.condition import Condition
 from sparsekv_pl.reporting.intervals import wilson_interval
 from sparsekv_pl.reporting.over_turns import Cases, grouped, turn_cases
-from sparsekv_pl.reporting.plots import draw_band, legend_above, plain, plots_for, whole_numbers
+from sparsekv_pl.reporting.plots import caption, draw_band, legend_above, plain, plots_for, whole_numbers
 from sparsekv_pl.reporting.sorted_records import VARIANTS, Measured
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def turns_figure(measured: Measured) -> "Figure | None":
     handles = {line.get_label(): line for axes in grid for line in axes.get_lines()}
     named = [handles[variant] for variant in VARIANTS if variant in handles]
     legend_above(figure, named)
-    figure.supxlabel("turns since the fact was told or corrected", fontsize=8)
+    caption(figure, "turns since the fact was told or corrected")
     figure.supylabel("right answers", fontsize=9)
     return figure
 

@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from sparsekv_pl.reporting import sparsity_figure
 from sparsekv_pl.reporting.figures import RETENTION, curves_figure, dots_figure
 from sparsekv_pl.reporting.heatmaps import needle_figures, short_number
-from sparsekv_pl.reporting.plots import legend_above, plots, png
+from sparsekv_pl.reporting.plots import caption, legend_above, plots, png
 from sparsekv_pl.reporting.retention_curves import retention_figure
 from sparsekv_pl.reporting.sorted_records import sorted_records
 from sparsekv_pl.reporting.summary import summary_rows
@@ -175,3 +175,15 @@ def test_a_legend_fits_its_picture(names):
     box = legend.get_window_extent()
     assert box.x0 >= 0 and box.x1 <= figure.bbox.width
     assert [text.get_text() for text in legend.get_texts()] == names
+
+
+@pytest.mark.parametrize("inches", [2.0, 4.0, 10.0])
+def test_a_caption_fits_its_picture(inches):
+    figure, _ = plots((inches, 3.0))
+    words = "frames: trained above (white) or below (red) base by more than chance; faded: the full cache is below 0.2"
+    caption(figure, words)
+    png(figure)
+    (text,) = (artist for artist in figure.texts if artist.get_text())
+    box = text.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+    assert text.get_text().replace("\n", " ") == words
