@@ -21,7 +21,7 @@ ABLATIONS = CONFIGS / "train" / "ablations"
 SMALL = CONFIGS / "train" / "small.yaml"
 ROBUST = CONFIGS / "train" / "robust.yaml"
 OVER = {
-    **{CONFIGS / "train" / f"robust_{name}.yaml": ROBUST for name in ("8b", "keydiff")},
+    **{CONFIGS / "train" / f"robust_{name}.yaml": ROBUST for name in ("8b", "keydiff", "long")},
     CONFIGS / "evaluate" / "robust_64k.yaml": CONFIGS / "evaluate" / "million.yaml",
     **{
         CONFIGS / "evaluate" / f"robust_{name}.yaml": CONFIGS / "evaluate" / "robust.yaml"

@@ -56,6 +56,19 @@ def test_the_headline_is_trained_with_keydiff_alone(tiny_models: dict[str, str])
     assert (made.datamodule.context_tokens, made.trainer.max_steps) == (512, 100)
 
 
+@pytest.mark.usefixtures("elsewhere")
+def test_longer_contexts_go_on_from_the_adapter(tiny_models: dict[str, str], adapter: str) -> None:
+    longer = TRAIN / "robust_long.yaml"
+    make_text_files(OVER[longer])
+    tiny = [f"--model.backbone.pretrained={tiny_models['llama']}", f"--model.backbone.adapter={adapter}"]
+    made = instantiate(OVER[longer], *tiny, over=[longer])
+    check_training(made)
+    assert made.model.backbone.lora is None
+    assert (made.datamodule.shortest_context, made.datamodule.context_tokens) == (1024, 4096)
+    named = yaml.safe_load(longer.read_text())["model"]["init_args"]["backbone"]["adapter"]
+    assert (CONFIGS.parent / named / "adapter_config.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("over", "extra"),
     [

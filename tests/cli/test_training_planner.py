@@ -73,7 +73,7 @@ def test_plan_is_a_command_of_train(folders: dict[str, Path], tmp_path: Path) ->
 
 
 REFUSED = {"gate": "only EITModule's steps can be planned"}
-PARTS = {"fsdp", "qlora", "robust_8b", "robust_keydiff", "small"}
+PARTS = {"fsdp", "qlora", "robust_8b", "robust_keydiff", "robust_long", "small"}
 """Files that go over others."""
 
 
