@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from kvpress import BasePress, ExpectedAttentionPress, KeyDiffPress, KnormPress, SnapKVPress
+from counted_step import robust_press
+from kvpress import BasePress, ExpectedAttentionPress
 from measure import Ratio, paired_times, peak_memory, report, seconds
 from torch.nn.functional import cross_entropy
 
@@ -27,18 +28,11 @@ from sparsekv_pl.models.backbone import Backbone, causal_lm
 from sparsekv_pl.models.batch import IGNORE
 from sparsekv_pl.models.native_precision import decide
 from sparsekv_pl.objectives import EIT, FirstChunk, Mixed, Objective, SelectionObjective
-from sparsekv_pl.presses import EvictionAugPress
 from sparsekv_pl.training.eit_module import EITModule
 
 NATIVE = decide(accelerator="cpu")
 LENGTHS = (1_024, 2_048, 4_096)
 PLAIN = "plain"
-
-
-def robust_press() -> BasePress:
-    """The recipe's presses, all aligned at every step; KeyDiff evicts at the step that is measured."""
-    presses = [KeyDiffPress(), KnormPress(), SnapKVPress(window_size=32), ExpectedAttentionPress()]
-    return EvictionAugPress(presses, score_all=True)
 
 
 @dataclass

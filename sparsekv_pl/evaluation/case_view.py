@@ -118,7 +118,7 @@ def held(positions: dict[int, Tensor], row: int, tokens: int) -> Tensor:
 
 
 def share_kept(positions: dict[int, Tensor], case: CaseInfo) -> float | None:
-    """Return the share of the pairs of the answer's tokens that stay, over all evicted layers and KV heads.
+    """Return the share of the pairs of ``answer_span``'s tokens that stay, over all evicted layers and KV heads.
 
     ``positions`` are layer -> (1, K, S) of a prefill in chunks; None if they or ``answer_span`` are unknown.
     """
