@@ -5,12 +5,12 @@ Run from the checkout: ``python benchmarks/kvpress_pipeline.py --cases 100``. Te
 The adapter is merged into its base and saved, transformers loads the plain model, and kvpress's
 KVPressTextGenerationPipeline gets every case as text: context, question and answer prefix, as kvpress's evaluate.py
 does. Both runs are written in kvpress's layout below ``output/kvpress_pipeline``. A ratio is the share of cases that
-one of them finds and the other does not.
+one of them finds and the other does not. A run that was stopped continues with the cases that are missing.
 """
 
 import json
 from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from kvpress import ExpectedAttentionPress, KeyDiffPress, KnormPress, KVPressTextGenerationPipeline, SnapKVPress
 from measure import report
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.cases import CaseTask
@@ -31,7 +32,12 @@ from sparsekv_pl.models.batch import CaseBatch
 from sparsekv_pl.presses.ratio import set_compression_ratio
 from sparsekv_pl.reporting.condition import Condition
 from sparsekv_pl.reporting.kvpress_layout import write_kvpress_layout
-from sparsekv_pl.storage.records import Record
+from sparsekv_pl.storage.fingerprint import model_digest
+from sparsekv_pl.storage.records import Record, Results
+from sparsekv_pl.storage.result_keys import key_of
+
+Answering = Callable[[CaseBatch], Iterator[Record]]
+"""Answers a case at every point."""
 
 POINTS = (
     Point(),
@@ -56,20 +62,24 @@ def batches_of(tokenizer: Any, cases: int, tokens: int, task: CaseTask) -> list[
     return [batch for batch, _ in zip(data.test_dataloader(), range(cases), strict=False)]
 
 
-def ours(model: Any, tokenizer: Any, batches: Sequence[CaseBatch]) -> Iterator[Record]:
+def ours(model: Any, tokenizer: Any) -> Answering:
     """What this project's evaluation records of the trained model."""
-    for batch in batches:
+
+    def answered(batch: CaseBatch) -> Iterator[Record]:
         measurement = Measurement(causal_lm(model), tokenizer, batch)
         for point in POINTS:
             [found] = measurement.at(point)
             yield _columns(batch, point) | found
 
+    return answered
 
-def theirs(folder: str, dtype: torch.dtype, batches: Sequence[CaseBatch]) -> Iterator[Record]:
+
+def theirs(folder: str, dtype: torch.dtype) -> Answering:
     """What kvpress's pipeline answers with the merged model in ``folder``."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     pipeline = KVPressTextGenerationPipeline(model=model, tokenizer=AutoTokenizer.from_pretrained(folder))
-    for batch in batches:
+
+    def answered(batch: CaseBatch) -> Iterator[Record]:
         [case] = batch["cases"]
         for point in POINTS:
             if point.press is not None:
@@ -83,6 +93,21 @@ def theirs(folder: str, dtype: torch.dtype, batches: Sequence[CaseBatch]) -> Ite
             )["answer"]
             yield _columns(batch, point) | {"answer": answer} | retrieval_scores(answer, case.answers)
 
+    return answered
+
+
+def all_of(
+    side: str, answered: Answering, batches: Sequence[CaseBatch], results: Results, **model: Any
+) -> list[Record]:
+    """The records of every case; those in ``results`` are taken from there, new ones are put there at once."""
+    records: list[Record] = []
+    for batch in tqdm(batches, desc=side):
+        key = key_of(side=side, columns=[_columns(batch, point) for point in POINTS], **model)
+        if (found := results.get(key)) is None:
+            results.put(key, found := list(answered(batch)), side)
+        records += found
+    return records
+
 
 def _columns(batch: CaseBatch, point: Point) -> Record:
     [case] = batch["cases"]
@@ -90,6 +115,24 @@ def _columns(batch: CaseBatch, point: Point) -> Record:
     asked = {"question": case.question, "answers": list(case.answers), "answer_prefix": case.answer_prefix}
     where = {"length": batch["context_ids"].shape[1], "max_new_tokens": case.max_new_tokens}
     return about | asked | where | point.condition.columns()
+
+
+def rows_of(sides: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
+    """A row per press: what each side finds, and in how many cases they differ."""
+    rows = []
+    for point in POINTS:
+        own, other = ([r for r in found if Condition.of(r) == point.condition] for found in sides.values())
+        pairs = list(zip(own, other, strict=True))
+        rows.append(
+            {
+                "press": point.condition.label,
+                "evaluation": f"{sum(one['exact'] for one, _ in pairs):g} of {len(pairs)}",
+                "pipeline": f"{sum(two['exact'] for _, two in pairs):g} of {len(pairs)}",
+                "verdicts differ": sum(one["exact"] != two["exact"] for one, two in pairs),
+                "answers equal": sum(one["answer"].strip() == two["answer"].strip() for one, two in pairs),
+            }
+        )
+    return rows
 
 
 def main() -> None:
@@ -104,33 +147,22 @@ def main() -> None:
     given = parser.parse_args()
     model, tokenizer = Backbone(given.pretrained, given.dtype, adapter=given.adapter).load(trainable=False)
     batches = batches_of(tokenizer, given.cases, given.tokens, Facts())
-    sides = {"evaluation": list(ours(model.eval(), tokenizer, batches))}
+    results = Results(given.output / "results")
+    of = {"base": given.pretrained, "dtype": given.dtype, "adapter": model_digest(Path(given.adapter))}
+    sides = {"evaluation": all_of("evaluation", ours(model.eval(), tokenizer), batches, results, **of)}
     with TemporaryDirectory() as folder:
         model.merge_and_unload().save_pretrained(folder)  # type: ignore[operator]
         tokenizer.save_pretrained(folder)
-        sides["pipeline"] = list(theirs(folder, getattr(torch, given.dtype), batches))
+        other = theirs(folder, getattr(torch, given.dtype))
+        sides["pipeline"] = all_of("pipeline", other, batches, results, **of)
     figures = {}
     for name, records in sides.items():
         folders = write_kvpress_layout(given.output / name, records, given.pretrained)
         figures[name] = {path.name: json.loads((path / "metrics.json").read_text()) for path in folders}
-    rows: list[dict[str, object]] = []
-    ratios: dict[str, float] = {}
-    for point in POINTS:
-        own, other = ([r for r in found if Condition.of(r) == point.condition] for found in sides.values())
-        pairs = list(zip(own, other, strict=True))
-        label, differ = point.condition.label, sum(one["exact"] != two["exact"] for one, two in pairs)
-        rows.append(
-            {
-                "press": label,
-                "evaluation": f"{sum(one['exact'] for one, _ in pairs):g} of {len(pairs)}",
-                "pipeline": f"{sum(two['exact'] for _, two in pairs):g} of {len(pairs)}",
-                "verdicts differ": differ,
-                "answers equal": sum(one["answer"].strip() == two["answer"].strip() for one, two in pairs),
-            }
-        )
-        ratios[label] = differ / len(pairs)
     apart = sum(figures["evaluation"][name] != metrics for name, metrics in figures["pipeline"].items())
     print(f"string_match differs in {apart} of {len(figures['pipeline'])} folders of {given.output}")
+    rows = rows_of(sides)
+    ratios = {row["press"]: row["verdicts differ"] / len(batches) for row in rows}
     report("kvpress_pipeline", rows, ratios, {}, dict.fromkeys(ratios, GOAL))
 
 
