@@ -134,7 +134,7 @@ class HaystackData(TokenizedData):
             depth=depth,
             seed=self.seed,
             document_ids=documents,
-            answer_span=span,
+            needle_span=span,
         )
         asked = f"{info.question}{self.frame.question_suffix}{info.answer_prefix}"
         return Case([], self.frame.encode(asked), info)

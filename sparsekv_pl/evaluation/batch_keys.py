@@ -10,7 +10,7 @@ from sparsekv_pl.models.batch import CaseBatch
 
 ASKED = ("task", "answers", "question", "answer_prefix", "max_new_tokens")
 """Fields of a case that decide how it is measured and scored; its record holds them."""
-NAMED = (*ASKED, "id", "depth", "seed", "document_ids", "answer_span")
+NAMED = (*ASKED, "id", "depth", "seed", "document_ids", "answer_span", "needle_span")
 """All fields of a case but its context, which is keyed by its tokens."""
 
 

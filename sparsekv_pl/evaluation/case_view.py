@@ -118,13 +118,13 @@ def held(positions: dict[int, Tensor], row: int, tokens: int) -> Tensor:
 
 
 def share_kept(positions: dict[int, Tensor], case: CaseInfo) -> float | None:
-    """Return the share of the pairs of ``answer_span``'s tokens that stay, over all evicted layers and KV heads.
+    """Return the share of the pairs of ``needle_span``'s tokens that stay, over all evicted layers and KV heads.
 
-    ``positions`` are layer -> (1, K, S) of a prefill in chunks; None if they or ``answer_span`` are unknown.
+    ``positions`` are layer -> (1, K, S) of a prefill in chunks; None if they or ``needle_span`` are unknown.
     """
-    if not positions or case.answer_span is None:
+    if not positions or case.needle_span is None:
         return None
-    start, end = case.answer_span
+    start, end = case.needle_span
     stay = [((kept >= start) & (kept < end)).sum(-1).float().mean() for kept in positions.values()]
     return float(torch.stack([share.cpu() for share in stay]).mean()) / (end - start)
 

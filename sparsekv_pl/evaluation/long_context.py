@@ -239,7 +239,7 @@ class LongContextModule(MeasuringModule):
         for row, case in enumerate(batch["cases"]):
             answered = Measurement(self.causal_lm, self.tokenizer, self._row(batch, row)).answers(prefilled.copy())[0]
             about = {"case": case.id, "task": case.task, "depth": case.depth, "seed": case.seed}
-            records.append(about | shared | {"answer_kept": share_kept(prefilled.positions, case)} | answered)
+            records.append(about | shared | {"needle_kept": share_kept(prefilled.positions, case)} | answered)
         return records + self._views(batch, variant, condition, prefilled)
 
     def _views(self, batch: CaseBatch, variant: str, condition: Condition, prefilled: Prefilled) -> list[Record]:

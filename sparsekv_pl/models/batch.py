@@ -181,6 +181,8 @@ class CaseInfo:
     """The documents of the context."""
     answer_span: tuple[int, int] | None = None
     """Tokens [start, end) of the context that contain the answer; None if unknown."""
+    needle_span: tuple[int, int] | None = None
+    """Tokens [start, end) of the inserted statement that the answer stands in; None if unknown."""
     turns: CaseTurns | None = None
     """The turns of a conversation; None for a single question or text."""
 

@@ -89,8 +89,8 @@ def test_every_case_says_where_its_needle_stands(tokenizer: Any) -> None:
     batch = only(data)
     _, needles, _ = data._room(batch["context_ids"].shape[1], data.depths)
     for case, needle in zip(batch["cases"], needles, strict=True):
-        assert case.answer_span is not None
-        start, end = case.answer_span
+        assert case.needle_span is not None
+        start, end = case.needle_span
         assert batch["context_ids"][0, start:end].tolist() == needle
 
 
