@@ -93,7 +93,6 @@ class EvaluationData(TokenizedData):
         self.cases_per_cell, self.windows, self.continuation_tokens = cases_per_cell, windows, continuation_tokens
         self.batch_size, self.query_aware = batch_size, query_aware
         self.cases_without_depth = cases_without_depth
-        self.has_text = windows > 0
         self.has_turns = any(task.has_turns for task in self.tasks)
         self._check()
 

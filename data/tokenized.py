@@ -10,9 +10,6 @@ class TokenizedData(LightningDataModule):
     ``setup``.
     """
 
-    has_text = False
-    """Whether it has windows of text, which are read, not answered."""
-
     def __init__(self) -> None:
         super().__init__()
         self.tokenizer: Any = None

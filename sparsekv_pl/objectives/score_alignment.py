@@ -51,11 +51,6 @@ def _standardised(scores: Tensor, evictable: Tensor) -> Tensor:
     return centred / deviation
 
 
-def log_share(scores: Tensor, evictable: Tensor) -> Tensor:
-    """Compute the log of each evictable key's share of the selection, (B, K, S); 0 where not evictable."""
-    return torch.where(evictable, key_logits(scores, evictable).log_softmax(-1), 0)
-
-
 def cross_entropy(logits: Tensor, target: Tensor, evictable: Tensor) -> Tensor:
     """Cross-entropy (B, K), in nats, from the teacher's shares ``target`` (B, K, S) to the softmax of ``logits``."""
     return -(target * torch.where(evictable, logits.log_softmax(-1), 0)).sum(-1)
