@@ -25,7 +25,8 @@ from sparsekv_pl.attention.block_sparse import block_sparse_attention
 from sparsekv_pl.attention.blocks import Selector
 from sparsekv_pl.attention.handed_on import handed_on
 from sparsekv_pl.attention.one_query import one_query
-from sparsekv_pl.attention.windows import lower_right_mask, window_mask
+from sparsekv_pl.attention.visible_keys import key_weights, visible_keys
+from sparsekv_pl.attention.windows import window_mask
 from sparsekv_pl.models.decoder import decoder_of
 from sparsekv_pl.models.layer_kinds import Window, evicted_layers, window_of
 from sparsekv_pl.models.softmax_rule import KnowsRules, SoftmaxRule, check_plain
@@ -133,34 +134,30 @@ def cached_attention(
         _show(observer, rule, layer, shown, key, value)
     if selector is not None:
         _check_far(window, near)
-    blocks = None if selector is None else selector(layer, shown, key)
-    if blocks is not None:
-        check_plain(rule, "block-sparse attention")
-        _check_unmasked(module, newest_visible)
-        return block_sparse_attention(query, key, value, blocks, kwargs.get("scaling")).transpose(1, 2), None
-    queries, keys = query.shape[2], key.shape[2]
-    if queries == keys:
+        if (blocks := selector(layer, shown, key)) is not None:
+            check_plain(rule, "block-sparse attention")
+            _check_unmasked(module, newest_visible)
+            return block_sparse_attention(query, key, value, blocks, kwargs.get("scaling")).transpose(1, 2), None
+    if query.shape[2] == key.shape[2]:
         module.masked_key_indices = None  # type: ignore[assignment]  # a new context
-    causal = queries > 1 and (queries != keys or near is not None)
-    mask = lower_right_mask(queries, keys, query.device) if causal else None
-    if near is not None:
-        mask = near if mask is None else near & mask
     masked = getattr(module, "masked_key_indices", None)
-    if masked is not None:
-        visible = _without(masked, query, key)
-        mask = visible if mask is None else visible & mask
-    if newest_visible is not None:
-        older = newest_visible.new_ones(len(key), keys - newest_visible.shape[1])
-        visible = torch.cat([older, newest_visible], dim=1)[:, None, None]
-        mask = visible if mask is None else visible & mask
+    mask = visible_keys(query, key, near, masked, newest_visible)
     if key_log_weights and layer in key_log_weights:
-        mask = _weighted(key_log_weights[layer], mask, query, key)
+        mask = key_weights(key_log_weights[layer], mask, query, key)
+    return _attended(module, query, key, value, mask, rule, **kwargs)
+
+
+def _attended(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: SoftmaxRule, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attend by ``rule`` where ``mask`` allows it, in the way that is fastest on this device."""
     if not rule.plain:
         settings = {name: kwargs[name] for name in ("scaling", "dropout") if name in kwargs}
         return attention_by_rule(query, key, value, mask, rule, **settings), None
-    if queries == 1 and query.device.type == "cpu" and not torch.is_grad_enabled() and not key_log_weights:
+    on_cpu, hides = query.device.type == "cpu", mask is not None and mask.dtype == torch.bool
+    if on_cpu and query.shape[2] == 1 and (mask is None or hides) and not torch.is_grad_enabled():
         return one_query(query, key, value, mask, kwargs.get("scaling")), None
-    if query.device.type == "cpu" and mask is not None and mask.dtype == torch.bool:
+    if on_cpu and mask is not None and hides:
         return _masked(query, key, value, mask, **kwargs), None
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
@@ -234,25 +231,6 @@ def _check_unmasked(module: nn.Module, newest_visible: Tensor | None) -> None:
             "block-sparse attention takes neither padded rows nor a head-wise press: use batches of one row "
             "(data.batch_size=1) and another press"
         )
-
-
-def _without(masked: Sequence[Tensor], query: Tensor, key: Tensor) -> Tensor:
-    """Return (B, H, 1, S) bool, False at ``masked``: indices of rows, KV heads and keys."""
-    visible = torch.ones(key.shape[:3], dtype=torch.bool, device=key.device)
-    visible[tuple(masked)] = False
-    return visible.repeat_interleave(query.shape[1] // key.shape[1], dim=1).unsqueeze(2)
-
-
-def _weighted(log_weights: Tensor, visible: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    """Return an additive mask (B, H, T or 1, S): log-weights (B, K, S') of the oldest keys, -inf where not visible."""
-    if log_weights.shape[2] > key.shape[2]:
-        raise ValueError(
-            f"{log_weights.shape[2]} keys were faded out, of which a press after that left {key.shape[2]}: put "
-            "SoftThresholdPress last, or use it alone"
-        )
-    weights = nn.functional.pad(log_weights, (0, key.shape[2] - log_weights.shape[2])).to(query.dtype)
-    weights = weights.repeat_interleave(query.shape[1] // key.shape[1], dim=1).unsqueeze(2)
-    return weights if visible is None else weights.masked_fill(~visible, -torch.inf)
 
 
 def _no_mask(attention_mask: Tensor | None = None, **_: Any) -> None:
