@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from callbacks.progress import StepsBar
-from sparsekv_pl.evaluation.pace import LINE_SECONDS, Pace
+from sparsekv_pl.evaluation.pace import LINE_SECONDS, BatchShare, Pace
 from sparsekv_pl.models.batch import tokens_read
 from sparsekv_pl.models.duration import duration
 from sparsekv_pl.reporting.logged_terms import KEPT, MOST
@@ -35,6 +35,7 @@ class ProgressLines(ProgressBar):
         self.clock: Callable[[], float] = time.monotonic
         self._shows = True
         self._pace: Pace | None = None
+        self._share = BatchShare(0.0)
         self._batches = 0
         self._tokens = self._first_step = self._step = 0
         self._started = self._marked = self._validation = 0.0
@@ -115,13 +116,15 @@ class ProgressLines(ProgressBar):
         if self._shows and self._pace is not None:
             speed = self._tokens / max(self.clock() - self._marked, 1e-9)
             self._pace.reached(self._batches, *([f"{speed:,.0f} tokens of cases/s"] if self._tokens else []))
+            self._share = BatchShare(self.clock())
 
     on_predict_batch_end = on_test_batch_end
 
     def on_piece_end(self, done: int, pieces: int) -> None:
         """Report that ``done`` of ``pieces`` pieces of the current batch are done."""
         if self._shows and self._pace is not None and done < pieces:
-            self._pace.reached(self._batches + done / pieces, f"{done} of {pieces} measurements of the next")
+            share = self._share.after(done, pieces, self.clock())
+            self._pace.reached(self._batches + share, f"{done} of {pieces} measurements of the next")
 
     @override
     def print(self, *args: Any, **kwargs: Any) -> None:
@@ -131,6 +134,7 @@ class ProgressLines(ProgressBar):
     def _begin(self, what: str, batches: float) -> None:
         self._pace, self._batches, self._tokens = Pace(what, "batches", batches), 0, 0
         self._marked = self.clock()
+        self._share = BatchShare(self._marked)
 
 
 def _tokens(batch: Any) -> int:

@@ -55,9 +55,9 @@ class Pace:
         if self.printed is not None and now - self.printed < LINE_SECONDS and done < self.total:
             return
         self.printed = now
-        known = done > 0 and self.total < float("inf")
+        known = self.total < float("inf")
         of = f" of {self.total:g}" if known else ""
-        to_go = known and done < self.total and now - self.started >= EARLY_SECONDS
+        to_go = known and 0 < done < self.total and now - self.started >= EARLY_SECONDS
         left = [f"{duration(self._unit_seconds() * (self.total - done))} left"] if to_go else []
         print(f"{self.what}: " + ", ".join([f"{int(done)}{of} {self.units}", *more, *left]), flush=True)
 
@@ -68,6 +68,22 @@ class Pace:
         usual = paces[bisect_left(spent, spent[-1] / 2)][0]
         worked = [(seconds, units) for pace, seconds, units in paces if pace >= SKIPPED * usual]
         return sum(seconds for seconds, _ in worked) / sum(units for _, units in worked)
+
+
+class BatchShare:
+    """How much of a batch is done, by time: the first of its pieces holds a prefill that the others share."""
+
+    def __init__(self, now: float) -> None:
+        self._began, self._first = now, 0.0
+
+    def after(self, done: int, pieces: int, now: float) -> float:
+        """Return the share after ``done`` of ``pieces`` pieces; 0 after the first, which says nothing of the others."""
+        spent = now - self._began
+        if done == 1:
+            self._first = spent
+            return 0.0
+        whole = self._first + (spent - self._first) / (done - 1) * (pieces - 1)
+        return spent / whole if whole else done / pieces
 
 
 def ticking(what: str, units: str, total: int, silent: bool = False) -> Callable[[], None]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from sparsekv_pl.evaluation.pace import Pace
+from sparsekv_pl.evaluation.pace import BatchShare, Pace
 
 
 def lines(
@@ -45,3 +45,11 @@ def test_reports_without_progress_cost_nothing(
         "evaluation: 1 of 100 batches, 16 min left",
         "evaluation: 2 of 100 batches, 1 h 14 min left",
     ]
+
+
+def test_a_batch_is_done_by_time_as_its_first_piece_holds_the_prefill() -> None:
+    share = BatchShare(100.0)
+    found = [share.after(done, 5, now) for done, now in ((1, 120.0), (2, 125.0), (3, 130.0), (5, 140.0))]
+    assert found == [0.0, 25 / 40, 30 / 40, 1.0]
+    finished_before = BatchShare(0.0)
+    assert [finished_before.after(done, 4, 0.0) for done in (1, 2, 4)] == [0.0, 0.5, 1.0]
