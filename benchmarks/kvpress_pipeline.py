@@ -1,6 +1,6 @@
 """The trained model in kvpress's own pipeline against this project's evaluation, on the same cases.
 
-Run from the checkout: ``python benchmarks/kvpress_pipeline.py --cases 100``. Ten cases take some minutes on one core.
+Run from the checkout: ``python benchmarks/kvpress_pipeline.py --cases 100``. A hundred take an hour on one core.
 
 The adapter is merged into its base and saved, transformers loads the plain model, and kvpress's
 KVPressTextGenerationPipeline gets every case as text: context, question and answer prefix, as kvpress's evaluate.py
