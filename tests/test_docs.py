@@ -92,6 +92,17 @@ def test_links_lead_somewhere_and_pictures_have_a_text(page: Path) -> None:
             assert anchor in anchors(found), f"{found.name} has no heading {anchor!r}"
 
 
+@named
+def test_every_table_has_a_head_and_rows_as_wide(page: Path) -> None:
+    for above, table in re.findall(r"^(.*)\n((?:\|.*\n)+)", prose(page.read_text()), re.MULTILINE):
+        head, *rest = table.splitlines()
+        assert rest and re.fullmatch(r"\|(:?-+:?\|)+", rest[0]), f"a table without a head, or a row outside one: {head}"
+        assert not above, f"a table directly below text is text: {above}"
+        widths = {line: len(re.findall(r"(?<!\\)\|", line)) for line in [head, *rest]}
+        wrong = [line for line, width in widths.items() if width != widths[head]]
+        assert not wrong, f"rows with more or fewer cells than their head: {wrong}"
+
+
 @present
 def test_what_a_page_names_exists(page: Path) -> None:
     for code in re.findall(r"`([^`\n]+)`", prose(page.read_text())):
