@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data.cases import CaseTask
 from data.evaluation import EvaluationData
 from data.fact_task import Facts
+from sparsekv_pl.evaluation.batch_keys import batch_of
 from sparsekv_pl.evaluation.measurement import Measurement
 from sparsekv_pl.evaluation.points import Point
 from sparsekv_pl.metrics.retrieval import retrieval_scores
@@ -35,6 +36,7 @@ from sparsekv_pl.reporting.kvpress_layout import write_kvpress_layout
 from sparsekv_pl.storage.fingerprint import model_digest
 from sparsekv_pl.storage.records import Record, Results
 from sparsekv_pl.storage.result_keys import key_of
+from sparsekv_pl.storage.source_digests import measuring_digest
 
 Answering = Callable[[CaseBatch], Iterator[Record]]
 """Answers a case at every point."""
@@ -102,7 +104,10 @@ def all_of(
     """The records of every case; those in ``results`` are taken from there, new ones are put there at once."""
     records: list[Record] = []
     for batch in tqdm(batches, desc=side):
-        key = key_of(side=side, columns=[_columns(batch, point) for point in POINTS], **model)
+        points = [point.described() for point in POINTS]
+        key = key_of(
+            side=side, points=points, batch=batch_of(batch, named=True), code=measuring_digest(Measurement), **model
+        )
         if (found := results.get(key)) is None:
             results.put(key, found := list(answered(batch)), side)
         records += found
