@@ -6,6 +6,7 @@ from sparsekv_pl.presses.block_dropout import BlockDropoutPress
 from sparsekv_pl.presses.eviction_aug import EvictionAugPress
 from sparsekv_pl.presses.kvpress_warnings import shorten_warnings
 from sparsekv_pl.presses.oracle import OraclePress
+from sparsekv_pl.presses.page import PagePress
 from sparsekv_pl.presses.sentence_dropout import SentenceDropoutPress
 from sparsekv_pl.presses.soft_threshold import SoftThresholdPress
 from sparsekv_pl.presses.sparse_reg import SparseRegPress
@@ -19,6 +20,7 @@ __all__ = [
     "BlockDropoutPress",
     "EvictionAugPress",
     "OraclePress",
+    "PagePress",
     "SentenceDropoutPress",
     "SoftThresholdPress",
     "SparseRegPress",

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from sparsekv_pl.presses.step_draws import row_numbers
 
@@ -38,3 +39,17 @@ class PressContext:
 def press_context_in(kwargs: Mapping[str, Any]) -> PressContext | None:
     """Return the press context in ``kwargs`` of a press; None in other forwards, such as kvpress's pipeline."""
     return kwargs.get(PRESS_CONTEXT)
+
+
+def key_positions(module: nn.Module, keys: Tensor, new: int, kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the context positions (B, K, S) of ``keys`` (B, K, S, D), of which the last ``new`` were just read.
+
+    Where no prefill of this project says which keys were held before, as in kvpress's pipeline, they are 0..S-1.
+    """
+    batch, heads, length = keys.shape[:3]
+    context = press_context_in(kwargs)
+    held = None if context is None else context.positions.get(int(module.layer_idx))  # type: ignore[arg-type]
+    count = length if held is None else length - held.shape[-1]
+    end = length if context is None or held is None else context.start + new
+    positions = torch.arange(end - count, end, device=keys.device).expand(batch, heads, -1)
+    return positions if held is None else torch.cat([held, positions], dim=-1)

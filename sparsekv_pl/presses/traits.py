@@ -273,6 +273,8 @@ def table() -> dict[type, Row]:
         presses.BlockDropoutPress: drops(),
         presses.EvictionAugPress: wrapper(decides="drawn"),
         presses.OraclePress: whole_context(trainable=False, needs=("continuation",)),
+        # Its scorer trains; while decoding, keys have no positions.
+        presses.PagePress: scorer(trainable=False, in_order=True, evicts_while_decoding=False),
         presses.SentenceDropoutPress: drops(),
         # Later chunks do not weigh the keys of earlier ones.
         presses.SoftThresholdPress: scorer(needs=("queries",), in_order=True, works_in_chunks=False),
