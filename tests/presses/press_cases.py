@@ -29,6 +29,7 @@ from sparsekv_pl.presses.adaptive_block_dropout import AdaptiveBlockDropoutPress
 from sparsekv_pl.presses.anchor import AnchorPress
 from sparsekv_pl.presses.block_dropout import BlockDropoutPress
 from sparsekv_pl.presses.nesting import press_name
+from sparsekv_pl.presses.page import PagePress
 from sparsekv_pl.presses.sentence_dropout import SentenceDropoutPress
 from sparsekv_pl.presses.soft_threshold import SoftThresholdPress
 from sparsekv_pl.presses.sparse_reg import SparseRegPress
@@ -215,6 +216,18 @@ OURS = (
         lambda ratio, **options: SparseRegPress(SnapKVPress(ratio, **options), **options),
         WINDOWS,
         protects=lambda press, ids: ends(0, "window_size")(press.press, ids),
+        breaks=KVPRESS_PADDING,
+    ),
+    PressCase(
+        PagePress,
+        {
+            "easy": {"page_tokens": 8},
+            "odd": {"page_tokens": 7, "shared": False},
+            "short": {"page_tokens": 1},
+            "bfloat16": {"shared": False, "sinks": 0},
+        },
+        protects=ends("sinks", 0),
+        in_order=True,
         breaks=KVPRESS_PADDING,
     ),
     PressCase(

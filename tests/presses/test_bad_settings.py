@@ -15,6 +15,7 @@ from sparsekv_pl.presses import (
     BlockDropoutPress,
     EvictionAugPress,
     OraclePress,
+    PagePress,
     SentenceDropoutPress,
     SoftThresholdPress,
     SparseRegPress,
@@ -22,7 +23,7 @@ from sparsekv_pl.presses import (
 )
 
 SPANS = [BlockDropoutPress, AdaptiveBlockDropoutPress, VariableBlockPress, SentenceDropoutPress]
-RATIOS = [*SPANS, SoftThresholdPress, AnchorPress, OraclePress]
+RATIOS = [*SPANS, SoftThresholdPress, AnchorPress, OraclePress, PagePress]
 
 CASES: list[tuple[Any, str, Any, dict[str, Any]]] = [
     *((press, "compression_ratio", value, {}) for press in RATIOS for value in (-0.1, 1.0, "0.5")),
@@ -58,6 +59,9 @@ CASES: list[tuple[Any, str, Any, dict[str, Any]]] = [
     (AnchorPress, "press", AdaKVPress(KnormPress()), {}),
     (AnchorPress, "press", None, {}),
     (AnchorPress, "anchors", None, {}),
+    (PagePress, "press", AdaKVPress(KnormPress()), {}),
+    (PagePress, "page_tokens", 0, {}),
+    (PagePress, "sinks", -1, {}),
     (EvictionAugPress, "presses", [], {}),
     (EvictionAugPress, "weights", [1.0, 2.0], {"presses": [KnormPress()]}),
     (EvictionAugPress, "weights", [], {"presses": [KnormPress()]}),
