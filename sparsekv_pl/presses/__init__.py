@@ -6,11 +6,11 @@ from sparsekv_pl.presses.block_dropout import BlockDropoutPress
 from sparsekv_pl.presses.eviction_aug import EvictionAugPress
 from sparsekv_pl.presses.kvpress_warnings import shorten_warnings
 from sparsekv_pl.presses.oracle import OraclePress
-from sparsekv_pl.presses.page import PagePress
 from sparsekv_pl.presses.sentence_dropout import SentenceDropoutPress
 from sparsekv_pl.presses.soft_threshold import SoftThresholdPress
 from sparsekv_pl.presses.sparse_reg import SparseRegPress
 from sparsekv_pl.presses.variable_block import VariableBlockPress
+from sparsekv_pl.presses.whole_pages import PagePress
 
 shorten_warnings()
 

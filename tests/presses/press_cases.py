@@ -29,11 +29,11 @@ from sparsekv_pl.presses.adaptive_block_dropout import AdaptiveBlockDropoutPress
 from sparsekv_pl.presses.anchor import AnchorPress
 from sparsekv_pl.presses.block_dropout import BlockDropoutPress
 from sparsekv_pl.presses.nesting import press_name
-from sparsekv_pl.presses.page import PagePress
 from sparsekv_pl.presses.sentence_dropout import SentenceDropoutPress
 from sparsekv_pl.presses.soft_threshold import SoftThresholdPress
 from sparsekv_pl.presses.sparse_reg import SparseRegPress
 from sparsekv_pl.presses.variable_block import VariableBlockPress
+from sparsekv_pl.presses.whole_pages import PagePress
 
 Options = Mapping[str, Any]
 Protects = Callable[[Any, Tensor], list[int]]

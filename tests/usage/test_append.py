@@ -6,7 +6,7 @@ from kvpress import BasePress, ChunkKVPress, KeyDiffPress, KeyRerotationPress, K
 
 from sparsekv_pl.eviction.prefill import ChunkedPrefill
 from sparsekv_pl.models.anchors import Anchors
-from sparsekv_pl.presses import AnchorPress
+from sparsekv_pl.presses import AnchorPress, PagePress
 from sparsekv_pl.presses.nesting import press_name
 from sparsekv_pl.usage.context_cache import ContextCache
 from sparsekv_pl.usage.kept_context import KeptContext
@@ -24,7 +24,7 @@ class InTwo(ChunkedPrefill):
         self.bounds = [(0, first), (first, first + second)]
 
 
-@pytest.mark.parametrize("press", [*PRESSES, ANCHORED], ids=press_name)
+@pytest.mark.parametrize("press", [*PRESSES, ANCHORED, PagePress(0.5, page_tokens=4)], ids=press_name)
 def test_it_equals_a_prefill_in_two_chunks_bit_for_bit(model: LoadedModel, press: BasePress | None) -> None:
     first = ContextCache.prefill(model, DOCUMENT, press)
     before = bits(first)

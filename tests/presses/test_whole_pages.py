@@ -11,8 +11,8 @@ from sparsekv_pl.eviction.prefill import ChunkedPrefill, prefill
 from sparsekv_pl.eviction.request import Request
 from sparsekv_pl.models.anchors import Anchors
 from sparsekv_pl.presses import AnchorPress, PagePress
-from sparsekv_pl.presses.page import TIES
 from sparsekv_pl.presses.press_context import PRESS_CONTEXT, PressContext
+from sparsekv_pl.presses.whole_pages import TIES
 from tests.random_models import Build
 
 PAGE, SINKS = 4, 2
