@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from sparsekv_pl.presses.caught_scores import pinned
+from sparsekv_pl.presses.caught_scores import pinned, standardised
 
 TINY = 1e-9
 
@@ -37,18 +37,9 @@ def key_logits(scores: Tensor, evictable: Tensor, temperature: float = 1.0, stan
     masses = torch.where(evictable & are_masses, scores, 0)
     logs = (masses / masses.sum(-1, keepdim=True).clamp(min=TINY)).clamp(min=TINY).log()
     scores = torch.where(are_masses, logs, scores)
-    standardised = _standardised(scores, evictable) / temperature
-    scores = standardised if standardise else torch.where(are_masses, logs, standardised)
+    ordered = standardised(scores, evictable) / temperature
+    scores = ordered if standardise else torch.where(are_masses, logs, ordered)
     return scores.masked_fill(~evictable, -torch.inf)
-
-
-def _standardised(scores: Tensor, evictable: Tensor) -> Tensor:
-    count = evictable.sum(-1, keepdim=True).clamp(min=1)
-    mean = torch.where(evictable, scores, 0).sum(-1, keepdim=True) / count
-    centred = torch.where(evictable, scores - mean, 0)
-    # Clamped before the root, whose gradient at 0 would be NaN if all scores are equal.
-    deviation = (centred.square().sum(-1, keepdim=True) / count).clamp(min=TINY**2).sqrt()
-    return centred / deviation
 
 
 def cross_entropy(logits: Tensor, target: Tensor, evictable: Tensor) -> Tensor:

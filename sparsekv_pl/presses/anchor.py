@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsekv_pl.models.anchors import Anchors, AnchorTable, table_for
 from sparsekv_pl.models.compression_ratio import check_compression_ratio
 from sparsekv_pl.presses.caught_scores import pinned
+from sparsekv_pl.presses.inner_scorer import check_inner_scorer, inner_scores
 from sparsekv_pl.presses.key_tokens import ReadsTokens, key_tokens, real_keys
 from sparsekv_pl.presses.model_tokenizer import tokenizer_of
 from sparsekv_pl.presses.position_order import InOrderPress
-from sparsekv_pl.presses.ratio import at_ratios
 
 NOTHING_KNOWN = AnchorTable(torch.zeros(1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool))
 """A table in which the only token, id 0, is neither special nor punctuation."""
@@ -67,16 +67,7 @@ class AnchorPress(ReadsTokens, InOrderPress):
 
     def __post_init__(self) -> None:
         check_compression_ratio("AnchorPress.compression_ratio", self.compression_ratio)
-        if not isinstance(self.press, ScorerPress):
-            raise ValueError(
-                f"AnchorPress.press is {self.press!r}: give a press that scores every key, such as KeyDiffPress, and "
-                "put others (AdaKVPress, ChunkPress) around AnchorPress"
-            )
-        if self.press.compression_ratio != 0:
-            raise ValueError(
-                f"AnchorPress.press has a compression_ratio of {self.press.compression_ratio}: leave it out, and set "
-                "AnchorPress.compression_ratio, which counts the anchors too"
-            )
+        check_inner_scorer("AnchorPress", self.press, ", which counts the anchors too")
         if not isinstance(self.anchors, Anchors):
             raise ValueError(f"AnchorPress.anchors is {self.anchors!r}: give Anchors(sinks=4, recent=64, ...)")
 
@@ -99,7 +90,8 @@ class AnchorPress(ReadsTokens, InOrderPress):
         """Return scores (B, K, S) float32: one highest value for all anchors, the inner scores, then padding."""
         real = real_keys(keys, kwargs)
         shown = keys if real is None else keys.masked_fill(~real[:, None, :, None], 0)
-        inner = self._inner_scores(module, hidden_states, shown, values, attentions, kwargs)
+        inputs = hidden_states, shown, values, attentions, kwargs
+        inner = inner_scores(self.press, self.compression_ratio, module, *inputs)
         by_rule = pinned(inner)
         if real is not None:
             by_rule = by_rule & real[:, None]
@@ -114,12 +106,6 @@ class AnchorPress(ReadsTokens, InOrderPress):
         # + 1 alone could be rounded away next to a large float32.
         scores = torch.where(stays, 1 + highest + highest.abs(), scores)
         return scores if real is None else torch.where(real[:, None], scores, lowest - 1 - lowest.abs())
-
-    def _inner_scores(self, module: nn.Module, hidden_states: Tensor, keys: Tensor, *rest: Any) -> Tensor:
-        """Return the inner press's scores (B, K, S) at this press's ratio, on which CriticalKVPress's depend."""
-        with at_ratios([(self.press, self.compression_ratio)]):
-            scores: Tensor = self.press.score(module, hidden_states, keys, *rest)
-            return scores.float()
 
     def _priority(self, module: nn.Module, keys: Tensor, real: Tensor | None, kwargs: Mapping[str, Any]) -> Tensor:
         """Return each key's priority as an anchor, (B, K, S) or (B, 1, S) int64, see ``priority``."""

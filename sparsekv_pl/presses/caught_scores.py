@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from kvpress import BasePress, ScorerPress
 from torch import Tensor, nn
 
 from sparsekv_pl.presses.nesting import scorers_in
 from sparsekv_pl.presses.shadowed_method import shadowed
+
+LEAST_DEVIATION = 1e-9
 
 
 @dataclass
@@ -58,3 +61,13 @@ def pinned(scores: Tensor) -> Tensor:
     """
     ties = scores == scores.amax((1, 2), keepdim=True)
     return ties & (ties.sum((1, 2), keepdim=True) > 1)
+
+
+def standardised(scores: Tensor, among: Tensor) -> Tensor:
+    """Return scores (B, K, S) with a mean of 0 and a deviation of 1 over each head's keys ``among``; 0 elsewhere."""
+    count = among.sum(-1, keepdim=True).clamp(min=1)
+    mean = torch.where(among, scores, 0).sum(-1, keepdim=True) / count
+    centred = torch.where(among, scores - mean, 0)
+    # Clamped before the root, whose gradient at 0 would be NaN if all scores are equal.
+    deviation = (centred.square().sum(-1, keepdim=True) / count).clamp(min=LEAST_DEVIATION**2).sqrt()
+    return centred / deviation

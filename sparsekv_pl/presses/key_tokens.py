@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsekv_pl.models.decoder import decoder_of
-from sparsekv_pl.presses.press_context import press_context_in
+from sparsekv_pl.presses.press_context import held_positions, key_positions, press_context_in
 
 TOKEN_IDS = "token_ids"
 """The keyword by which attention layers get the forward's token ids."""
@@ -37,20 +37,14 @@ def key_tokens(module: nn.Module, keys: Tensor, kwargs: Mapping[str, Any]) -> Ke
     They are known in this project's prefill, in one chunk or many, and in one forward over the whole context under a
     ``ReadsTokens`` press. They are unknown for parts of the keys (ChunkPress) and in decoding.
     """
-    batch, heads, length = keys.shape[:3]
     press_context = press_context_in(kwargs)
     ids = kwargs.get(TOKEN_IDS) if press_context is None else press_context.token_ids
     if ids is None:
         return None
-    positions = torch.arange(ids.shape[1], device=keys.device).expand(batch, heads, -1)
-    held = None if press_context is None else press_context.positions.get(int(module.layer_idx))  # type: ignore[arg-type]
-    if held is not None:
-        # More than the newest chunk's: if the chunk before evicted nothing, its keys are not among ``held``.
-        new = length - held.shape[-1]
-        if new < kwargs["hidden_states"].shape[1]:
-            return None
-        positions = torch.cat([held, positions[..., -new:]], dim=-1)
-    return KeyTokens(ids.to(keys.device), positions) if positions.shape[-1] == length else None
+    held, read, length = held_positions(module, kwargs), ids.shape[1], keys.shape[2]
+    # More than the newest chunk's: if the chunk before evicted nothing, its keys are not among ``held``.
+    known = length == read if held is None else length - held.shape[-1] >= kwargs["hidden_states"].shape[1]
+    return KeyTokens(ids.to(keys.device), key_positions(module, keys, read, kwargs)) if known else None
 
 
 class ReadsTokens:

@@ -41,15 +41,23 @@ def press_context_in(kwargs: Mapping[str, Any]) -> PressContext | None:
     return kwargs.get(PRESS_CONTEXT)
 
 
-def key_positions(module: nn.Module, keys: Tensor, new: int, kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the context positions (B, K, S) of ``keys`` (B, K, S, D), of which the last ``new`` were just read.
+def held_positions(module: nn.Module, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the context positions (B, K, held) of the keys that an attention layer held before this chunk.
 
-    Where no prefill of this project says which keys were held before, as in kvpress's pipeline, they are 0..S-1.
+    None where nothing is held, or no prefill of this project says what, as in kvpress's pipeline.
+    """
+    context = press_context_in(kwargs)
+    return None if context is None else context.positions.get(int(module.layer_idx))  # type: ignore[arg-type]
+
+
+def key_positions(module: nn.Module, keys: Tensor, read: int, kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the context positions (B, K, S) of ``keys`` (B, K, S, D), the newest of the ``read`` tokens at the end.
+
+    Without ``held_positions`` they are 0..S-1.
     """
     batch, heads, length = keys.shape[:3]
-    context = press_context_in(kwargs)
-    held = None if context is None else context.positions.get(int(module.layer_idx))  # type: ignore[arg-type]
-    count = length if held is None else length - held.shape[-1]
-    end = length if context is None or held is None else context.start + new
-    positions = torch.arange(end - count, end, device=keys.device).expand(batch, heads, -1)
-    return positions if held is None else torch.cat([held, positions], dim=-1)
+    held = held_positions(module, kwargs)
+    if held is None:
+        return torch.arange(length, device=keys.device).expand(batch, heads, -1)
+    new = torch.arange(read - (length - held.shape[-1]), read, device=keys.device)
+    return torch.cat([held, new.expand(batch, heads, -1)], dim=-1)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsekv_pl.models.compression_ratio import check_compression_ratio
+from sparsekv_pl.presses.caught_scores import standardised
+from sparsekv_pl.presses.inner_scorer import check_inner_scorer, inner_scores
 from sparsekv_pl.presses.position_order import InOrderPress
 from sparsekv_pl.presses.press_context import key_positions, press_context_in
 
@@ -26,8 +28,8 @@ class PagePress(InOrderPress):
     its keys which are still there. Exactly the budget stays, so one page of a head may stay in part.
 
     With ``shared``, all KV heads of a layer keep the same pages, by the mean of their standardised scores: whole blocks
-    of memory become free, as an engine with paged memory needs it. kvpress's ChunkKVPress selects alike, but cuts what
-    is left anew after every eviction, and by a batch's first row.
+    of memory become free, as an engine with paged memory needs it. kvpress's ChunkKVPress selects
+    alike, but cuts the remaining keys into new chunks after every eviction, and keeps what a batch's first row selects.
 
     Keys that ``press`` keeps by a rule of infinite scores stay. Gradients flow through all scores. While decoding the
     positions are unknown, so it does not evict there.
@@ -59,16 +61,7 @@ class PagePress(InOrderPress):
 
     def __post_init__(self) -> None:
         check_compression_ratio("PagePress.compression_ratio", self.compression_ratio)
-        if not isinstance(self.press, ScorerPress):
-            raise ValueError(
-                f"PagePress.press is {self.press!r}: give a press that scores every key, such as KeyDiffPress, and put "
-                "others (AdaKVPress, KeyRerotationPress) around PagePress"
-            )
-        if self.press.compression_ratio != 0:
-            raise ValueError(
-                f"PagePress.press has a compression_ratio of {self.press.compression_ratio}: leave it out, and set "
-                "PagePress.compression_ratio"
-            )
+        check_inner_scorer("PagePress", self.press)
         for name, least in (("page_tokens", 1), ("sinks", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"PagePress.{name} is {getattr(self, name)}: give at least {least}")
@@ -87,12 +80,13 @@ class PagePress(InOrderPress):
         kwargs: Mapping[str, Any],
     ) -> Tensor:
         """Return the standardised mean of each key's page, (B, K, S) float32; one highest value for the sinks."""
-        scores = self.press.score(module, hidden_states, keys, values, attentions, kwargs).float()
-        positions = key_positions(module, keys, hidden_states.shape[1], kwargs)
+        inputs = hidden_states, keys, values, attentions, kwargs
+        scores = inner_scores(self.press, self.compression_ratio, module, *inputs)
         context, free = press_context_in(kwargs), scores.isfinite()
         read = keys.shape[2] if context is None else context.start + hidden_states.shape[1]
+        positions = key_positions(module, keys, read, kwargs)
         pages, place = positions // self.page_tokens, positions % self.page_tokens
-        means = self._means(_standardised(scores, free), free, pages, -(-read // self.page_tokens))
+        means = self._means(standardised(scores, free), free, pages, -(-read // self.page_tokens))
         return torch.where(free, means - TIES * place, scores).masked_fill(positions < self.sinks, torch.inf)
 
     def _means(self, scores: Tensor, free: Tensor, pages: Tensor, count: int) -> Tensor:
@@ -104,11 +98,3 @@ class PagePress(InOrderPress):
         total = zeros.scatter_add(-1, pages, torch.where(free, scores, 0))
         number = zeros.scatter_add(-1, pages, free.to(scores))
         return (total / number.clamp(min=1)).gather(-1, pages).view(shape)
-
-
-def _standardised(scores: Tensor, free: Tensor) -> Tensor:
-    """Return scores (B, K, S) with a mean of 0 and a deviation of 1 over the ``free`` keys of each head."""
-    number = free.sum(-1, keepdim=True).clamp(min=1)
-    mean = torch.where(free, scores, 0).sum(-1, keepdim=True) / number
-    centred = torch.where(free, scores - mean, 0)
-    return centred / (centred.square().sum(-1, keepdim=True) / number).clamp(min=1e-12).sqrt()

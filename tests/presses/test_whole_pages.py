@@ -129,3 +129,18 @@ def test_what_is_kept_by_infinite_scores_stays() -> None:
 def test_the_press_inside_is_prepared_and_keeps_no_ratio() -> None:
     with pytest.raises(ValueError, match=r"PagePress\.press has a compression_ratio of 0\.5: leave it out"):
         PagePress(press=KnormPress(0.5))
+
+
+def test_the_press_inside_scores_at_the_ratio_of_the_pages() -> None:
+    """CriticalKVPress's scores depend on it."""
+    seen: list[float] = []
+
+    class Recording(Given):
+        def score(self, *_: object) -> Tensor:
+            seen.append(self.compression_ratio)
+            return self.scores
+
+    inside = Recording(torch.randn(2, 2, 12, generator=torch.Generator().manual_seed(6)))
+    scored(PagePress(0.75, inside, PAGE), torch.arange(12).expand(2, 2, -1), before=0)
+    assert seen == [0.75]
+    assert inside.compression_ratio == 0
